@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every field that exists, with its default; another configuration only changes values found here.
+
+Choose and override on the command line: --config=configs/demo.py --config.llm.depth=4
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0  # parameters, data order and sampling all derive from it
+
+    # Devices: -1 takes what the other two axes leave.
+    c.mesh = ConfigDict()
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+
+    # CLIP-style vision encoder.
+    c.vit = ConfigDict()
+    c.vit.image_size = 336  # pixels, square
+    c.vit.patch_size = 14  # pixels
+    c.vit.depth = 24  # blocks of the published model; only those up to the last level are run
+    c.vit.width = 1024
+    c.vit.mlp = 4096
+    c.vit.heads = 16
+    c.vit.norm_eps = 1e-5
+    c.vit.levels = (12, 16, 22, 23)  # blocks whose outputs are kept; the last is "the" feature
+
+    # Llama/Qwen-style decoder.
+    c.llm = ConfigDict()
+    c.llm.vocab = 32000
+    c.llm.depth = 32
+    c.llm.width = 4096
+    c.llm.mlp = 11008
+    c.llm.heads = 32
+    c.llm.kv_heads = 32
+    c.llm.head_size = 128
+    c.llm.rope_theta = 1e4
+    c.llm.norm_eps = 1e-5
+    c.llm.qkv_bias = False
+    c.llm.tied_embeddings = False
+
+    # Visual-token compressor: vlm_jax/models/compressors COMPRESSORS names the kinds.
+    c.compressor = ConfigDict()
+    c.compressor.kind = "token_packer"
+    c.compressor.tokens = 36  # V, visual tokens handed to the LLM
+    c.compressor.heads = 8  # of the windowed cross-attention
+    c.compressor.query = "separate"  # quecc: "separate" LLM pass over the question, or "none"
+
+    # Numbers.
+    c.compute_dtype = (
+        "bfloat16"  # activations and matmuls; parameters, norms, softmax, loss: float32
+    )
+    c.remat = "full"  # what the backward pass recomputes: none, dots, full
+
+    # Data.
+    c.data = ConfigDict()
+    c.data.source = "llava"  # vlm_jax/data/sources.py SOURCES names the kinds
+    c.data.path = (
+        ""  # llava: the JSON file; nlvr: the folder that holds train and evaluation splits
+    )
+    c.data.images = ""  # llava: the folder that image paths are relative to
+    c.data.tokenizer = (
+        ""  # a folder that transformers can load; "" trains a word-level one on the source
+    )
+    c.data.template = "vicuna_v1"  # vlm_jax/data/processor.py TEMPLATES names the kinds
+    c.data.image_fit = "pad"  # how an image becomes square: pad, crop
+    c.data.text_length = 512  # T, text tokens per row; longer rows are cut
+    c.data.question_length = 64  # tokens of the question given to a question-reading compressor
+    c.data.on_bad_example = "fail"  # or "skip": counted and reported
+    c.data.text_only = False  # accept rows without an image
+    c.data.blind = False  # replace every image by the mean image: the blind baseline
+    c.data.workers = 0  # grain worker processes; 0 reads in this process
+    # What the embedded benchmark makes (source "synthetic"); scenes are never shared between
+    # splits.
+    c.data.train_images = 12000
+    c.data.val_images = 500
+    c.data.test_images = 1500
+
+    # Stages. encoder trains an encoder from nothing on what each patch shows (small models; 0
+    # steps:
+    # keep the one that is there), align the compressor, finetune the compressor and the LLM.
+    for name, rate in (("encoder", 1e-3), ("align", 1e-3), ("finetune", 2e-5)):
+        stage = c[name] = ConfigDict()
+        stage.steps = 0 if name == "encoder" else 1000
+        stage.batch = 128  # examples per optimizer step, all devices together
+        stage.accumulate = 1  # micro-batches per optimizer step; must divide batch
+        stage.learning_rate = rate  # peak
+        stage.warmup = 0.03  # fraction of steps
+        stage.weight_decay = 0.0
+        stage.beta1 = 0.9
+        stage.beta2 = 0.999
+        stage.epsilon = 1e-8
+        stage.clip_norm = 0.0  # global gradient norm; 0 does not clip
+        stage.z_loss = 0.0  # weight of log(Z)^2
+
+    # Checkpoints and the log.
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 500  # steps
+    c.checkpoint.keep = 2
+    c.log = ConfigDict()
+    c.log.every = 20  # steps
+    c.log.tensorboard = False
+
+    # Evaluation and generation.
+    c.evaluate = ConfigDict()
+    c.evaluate.batch = 64
+    c.evaluate.split = "test"
+    c.evaluate.max_new_tokens = 16
+
+    # A scaling run: every LLM x visual-token count x seed, with one shared frozen encoder.
+    c.grid = ConfigDict()
+    c.grid.llms = ConfigDict()  # name -> the llm fields that differ from c.llm
+    c.grid.tokens = (1, 4, 16, 36)
+    c.grid.seeds = (0,)
+    c.grid.baselines = ()  # further cells: dicts of kind ("blind" or a compressor) and tokens
+    return c

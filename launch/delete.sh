@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Gives the TPU back, and everything on its disk with it; does nothing when there is none.
+# Usage: launch/delete.sh
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+look
+if [ -z "$STATE" ] && [ "$DRY" != 1 ]; then
+  echo "there is no $TPU in $ZONE"
+  exit 0
+fi
+run gcloud compute tpus queued-resources delete "$TPU" --project="$PROJECT" --zone="$ZONE" \
+  --force --quiet

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Installs vlm_jax and the console script `vlm-jax`; extras for what not everybody needs."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "vlm_jax/__init__.py").read_text()).group(1)
+
+# One pair for each Python. jax 0.11 needs Python 3.12; jax >= 0.11.1 breaks flax < 0.12.9, and flax
+# 0.12.12 asks for jax >= 0.11.1: the markers keep pip from mixing the two.
+JAX_AND_FLAX = [
+    'jax>=0.10.2,<0.11; python_version < "3.12"',
+    'flax>=0.12.8,<0.12.9; python_version < "3.12"',
+    'jax>=0.11.2,<0.12; python_version >= "3.12"',
+    'flax>=0.12.12,<0.13; python_version >= "3.12"',
+]
+
+setup(
+    name="vlm_jax",
+    version=VERSION,
+    description="For an inference budget: which language model, and how many visual tokens?",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["vlm_jax", "vlm_jax.*"]),
+    entry_points={"console_scripts": ["vlm-jax = vlm_jax.__main__:main"]},
+    install_requires=[
+        *JAX_AND_FLAX,
+        "absl-py>=2.5",
+        "grain>=0.2.18",
+        "jaxtyping>=0.3.11",
+        "ml_collections>=1.1",
+        "numpy>=2.1",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "pillow>=13.0",
+        "safetensors>=0.8",
+        "scipy>=1.15",
+        "tokenizers>=0.23",
+        "transformers>=5.23",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        # libtpu compiles for TPUs on a machine without one: the release that each jax asks for.
+        "aot": [
+            'libtpu==0.0.42.1; python_version < "3.12"',
+            'libtpu==0.0.48.*; python_version >= "3.12"',
+        ],
+        "report": ["matplotlib>=3.11"],
+        # Handwritten digits (scikit-learn) and fonts (matplotlib) of the embedded benchmark.
+        "demo": ["scikit-learn>=1.9", "matplotlib>=3.11"],
+        "tensorboard": ["tensorboardX>=2.6.5"],
+        "tfds": ["tensorflow-datasets>=4.9.10"],
+        "test": ["beartype>=0.23", "hypothesis>=6.170", "pytest>=9.2", "ruff>=0.17"],
+    },
+)

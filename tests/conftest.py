@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight simulated CPU devices, quick compilation, and shapes checked at the borders."""
+
+import os
+from pathlib import Path
+
+# Models here are tiny: optimising their programs takes far longer than running them.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook("vlm_jax", "beartype.beartype")
+
+import jax  # noqa: E402
+import tiny  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
+
+from vlm_jax import mesh as meshes  # noqa: E402
+
+PUBLISHED = Path(__file__).parent / "published"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--published-dir",
+        default=str(PUBLISHED),
+        help="folder of cases computed by the published code (*.npz, metrics.json)",
+    )
+
+
+def pytest_configure(config):
+    if jax.device_count() != 8:
+        raise pytest.UsageError(
+            f"the tests need 8 devices and see {jax.device_count()}: run them on the CPU "
+            "(JAX_PLATFORMS=cpu) in a process that has not started jax before"
+        )
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def mesh1():
+    """A mesh of one device."""
+    return meshes.make(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def mesh8():
+    """Eight devices as 2 data x 2 fsdp x 2 tensor."""
+    return meshes.make(2, 2, 2)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Where processes of one session keep what they compiled."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def compiled_once(cache):
+    """Programs of one module that are equal are compiled once, though they were built anew."""
+    settings = dict(jax_compilation_cache_dir=str(cache),
+                    jax_persistent_cache_min_compile_time_secs=0.1)  # fmt: skip
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, cache):
+    """The folder of one unbroken run of tests/tiny.py, in a process of its own with one device."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    done = tiny.run("train", "--config=tests/tiny.py", f"--workdir={folder}", cache=cache)
+    assert done.returncode == 0, done.stderr
+    return folder

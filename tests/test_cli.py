@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command lines: what is set is what the configuration says; a wrong word is met with its cure."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from vlm_jax import __main__, cli
+
+CONFIG = f"--config={tiny.ROOT}/tests/tiny.py"
+VERBS = ("train", "evaluate", "grid", "fit", "plan", "report")
+
+
+def parse(*argv):
+    return cli.parse(
+        "train",
+        "Doc.",
+        argv,
+        strings={"workdir": "where"},
+        booleans={"dry-run": "print"},
+        required=["workdir"],
+    )
+
+
+def test_a_configuration_is_the_file_and_what_is_set_over_it():
+    config, flags = parse(CONFIG, "--workdir=runs/one", "--config.llm.depth=7", "--dry-run",
+                          "--config.vit.levels=(1, 3)", "--config.grid.seeds=(0, 1)",
+                          "--config.data.blind", "--config.finetune.learning_rate=1e-4",
+                          "--config.compressor.kind=quecc")  # fmt: skip
+    expected = tiny.config(llm=dict(depth=7), vit=dict(levels=(1, 3)), grid=dict(seeds=(0, 1)),
+                           data=dict(blind=True), finetune=dict(learning_rate=1e-4),
+                           compressor=dict(kind="quecc"))  # fmt: skip
+    assert config.to_dict() == expected.to_dict()
+    assert flags.workdir == "runs/one" and flags["dry-run"].value
+
+
+@pytest.mark.parametrize("way", [[CONFIG], CONFIG.split("=")], ids=["=", "space"])
+def test_a_configuration_finds_its_neighbours_from_anywhere(way, tmp_path):
+    # tiny.py imports `configs.base`, which is beside it and not installed.
+    code = (
+        "import sys; from vlm_jax import cli; "
+        "print(cli.parse('train', '', sys.argv[1:])[0].llm.depth)"
+    )
+    path = f"import sys; sys.path.append({str(Path(cli.__file__).parents[1])!r})\n"
+    script = tmp_path / "verb.py"
+    script.write_text(path + code)
+    done = subprocess.run(
+        [sys.executable, str(script), *way], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.stdout, done.returncode) == ("2\n", 0), done.stderr
+
+
+@pytest.mark.parametrize("argv, words", [
+    ((CONFIG, "--config.llm.detph=3"), ["no such field", "detph", 'mean "depth"']),
+    ((CONFIG, "--config.lm.depth=3"), ["no such field", "lm", 'mean "llm"']),
+    ((CONFIG, "--config.llm.depth=deep"), ["--config.llm.depth=deep", "'deep'"]),
+    ((CONFIG, "--config.llm.depth=2.5"), ["--config.llm.depth=2.5"]),
+    ((CONFIG, "--wrokdir=x"), ["wrokdir", "mean: workdir"]),
+    ((CONFIG, "llm.depth=3"), ["unexpected argument 'llm.depth=3'", "--name=value"]),
+    ((CONFIG,), ["--workdir is missing"]),
+    (("--workdir=x",), ["--config is missing", "configs/demo.py"]),
+    (("--config=nowhere.py", "--workdir=x"), ["nowhere.py"]),
+])  # fmt: skip
+def test_a_wrong_word_ends_with_its_cure(argv, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(*argv)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("vlm-jax train: ")
+    for word in words:
+        assert word in err
+    assert "Traceback" not in err
+
+
+def test_help_needs_no_configuration(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--help")
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and out.startswith("Doc.")
+    assert "--workdir" in out and "--dry-run" in out and "--config.FIELD=VALUE" in out
+
+
+@pytest.mark.parametrize("section", ["vit", "llm", "finetune", "data", "grid"])
+def test_the_digest_changes_with_any_field(section):
+    before = cli.digest(tiny.get_config())
+    assert before == cli.digest(tiny.get_config()) and len(before) == 16
+    for name, value in tiny.get_config()[section].items():
+        changed = tiny.get_config()
+        with changed.unlocked(), changed.ignore_type():
+            changed[section][name] = (value, "changed")
+        assert cli.digest(changed) != before, name
+
+
+@pytest.mark.parametrize("error", [ValueError, FileNotFoundError, RuntimeError, OSError])
+def test_what_a_user_can_mend_is_one_line_and_status_two(error, capsys):
+    def body():
+        raise error("the disk is full: choose another")
+
+    assert cli.report_errors("grid", body) == 2
+    assert capsys.readouterr().err == "vlm-jax grid: the disk is full: choose another\n"
+    assert cli.report_errors("grid", lambda: 0) == 0
+
+
+def test_what_is_our_fault_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        cli.report_errors("grid", lambda: 1 // 0)
+
+
+def test_every_verb_is_dispatched_and_has_help(capsys):
+    for verb in VERBS:
+        with pytest.raises(SystemExit) as end:
+            raise SystemExit(__main__.main([verb, "--help"]))
+        assert end.value.code == 0, verb
+        assert f"vlm-jax {verb}" in capsys.readouterr().out
+
+
+def test_an_unknown_verb_is_refused_with_the_choices(capsys):
+    assert __main__.main(["trian"]) == 2
+    err = capsys.readouterr().err
+    assert "unknown verb 'trian'" in err and all(verb in err for verb in VERBS)
+    assert __main__.main([]) == 0
+    assert "usage" in capsys.readouterr().out

@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compressors against literal raster-order ones, published values, and their own promises."""
+
+import doctest
+import math
+
+import jax
+import jax.numpy as jnp
+import literal_compressors
+import numpy as np
+import pytest
+from flax import nnx
+
+from vlm_jax import mesh
+from vlm_jax.models import compressors, pretrained
+from vlm_jax.models.compressors import COMPRESSORS, projector, quecc
+from vlm_jax.models.compressors.quecc import QueCC
+from vlm_jax.models.compressors.token_packer import TokenPacker
+from vlm_jax.models.vit import window_order
+from vlm_jax.scaling import cost
+
+GATE = 1e-4  # absolute, on activations of order one, in float32
+
+
+def literal(module, levels, question, *, width, heads):
+    """What the literal compressor with the weights of `module` makes of one image."""
+    tensors = {k: v.astype(np.float64) for k, v in pretrained.export(module).items()}
+    if isinstance(module, QueCC):
+        question = question if module.reads_question else None
+        return literal_compressors.quecc(tensors, levels, question, width=width, heads=heads,
+                                         kernel=module.kernel, stride=module.stride)  # fmt: skip
+    if isinstance(module, TokenPacker):
+        return literal_compressors.token_packer(tensors, levels, width=width, heads=heads,
+                                                tokens=module.tokens)  # fmt: skip
+    return literal_compressors.pool(tensors, levels, width=width, tokens=module.tokens)
+
+
+def roughened(module, seed=0):
+    """`module` with order-one weights everywhere: biases and norms must not hide behind 0 and 1."""
+    draw = np.random.default_rng(seed)
+    return pretrained.load(module, {
+        name: draw.normal(1.0 if "weight" in name and len(shape) == 1 else 0.0,
+                          0.3 if len(shape) == 1 else math.prod(shape[1:]) ** -0.5, shape)
+        for name, shape in pretrained.shapes(module).items()
+    })  # fmt: skip
+
+
+def sizes(
+    kind="quecc", tokens=4, side=12, width=16, levels=2, llm_width=24, heads=4, query="separate"
+):
+    return dict(
+        kind=kind,
+        tokens=side**2 if kind == "none" else tokens,
+        side=side,
+        width=width,
+        levels=levels,
+        llm_width=llm_width,
+        heads=heads,
+        query=query,
+    )
+
+
+def inputs(of, batch=2, seed=1):
+    """Levels in raster order and question features, float32."""
+    draw = np.random.default_rng(seed)
+    return (
+        draw.normal(size=(batch, of["side"] ** 2, of["levels"] * of["width"])).astype("f4"),
+        draw.normal(size=(batch, of["llm_width"])).astype("f4"),
+    )
+
+
+def placed(x, *dims, dtype=jnp.float32):
+    return jax.device_put(jnp.asarray(x, dtype), mesh.spec(*dims))
+
+
+def apply(module, of, levels, question, *, dtype=jnp.float32, run=lambda m, *x: m(*x)):
+    """The module on raster levels, compiled: the caller's part, the patch order, done for it."""
+    order = window_order(of["side"], module.window)
+    levels = placed(levels[:, order], "batch", "len", "feature", dtype=dtype)
+    question = placed(question, "batch", "feature", dtype=dtype)
+    # A function of its own: no trace of an earlier call is reused.
+    return jax.jit(lambda *x: run(*x))(module, levels, question)
+
+
+def difference(module, of, levels, question):
+    ours = np.asarray(apply(module, of, levels, question))
+    theirs = [
+        literal(module, x.astype("f8"), q.astype("f8"), width=of["width"], heads=of["heads"])
+        for x, q in zip(levels, question, strict=True)
+    ]
+    assert np.std(theirs) > 0.1
+    return np.abs(ours - np.stack(theirs)).max()
+
+
+# --- Two roads to one output ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", [
+    sizes("none"),
+    sizes("pool", tokens=1), sizes("pool", tokens=9), sizes("pool", tokens=144),
+    sizes("quecc", tokens=1, side=24), sizes("quecc", tokens=16), sizes("quecc", tokens=144),
+    sizes("quecc", tokens=36, side=24, width=12, heads=3, levels=4),
+    sizes("quecc", tokens=1, side=7, width=10, heads=1), sizes("quecc", tokens=9, query="none"),
+    sizes("token_packer", tokens=1, side=24), sizes("token_packer", tokens=144),
+    sizes("token_packer", tokens=9), sizes("token_packer", tokens=16),
+    sizes("token_packer", tokens=36, side=24, width=12, heads=3, levels=4),
+    sizes("token_packer", tokens=1, side=7, width=10, heads=1),
+], ids=lambda of: f"{of['kind']}-{of['tokens']}-of-{of['side']}x{of['side']}")  # fmt: skip
+def test_window_major_equals_the_literal_raster_form(of, mesh1):
+    with jax.set_mesh(mesh1):
+        module = roughened(jax.eval_shape(lambda: compressors.build(**of, rngs=nnx.Rngs(0))))
+        assert difference(module, of, *inputs(of)) < 1e-5
+
+
+@pytest.mark.parametrize("kernel, stride, tokens", [(3, 4, 36), (9, 4, 16), (5, 5, 16), (1, 6, 16)])
+def test_a_convolution_that_does_not_match_the_windows(kernel, stride, tokens, mesh1):
+    of = sizes(tokens=tokens, side=24)
+    built = {k: v for k, v in of.items() if k != "kind"}
+    with jax.set_mesh(mesh1):
+        module = roughened(
+            jax.eval_shape(lambda: QueCC(**built, kernel=kernel, stride=stride, rngs=nnx.Rngs(0)))
+        )
+        assert difference(module, of, *inputs(of, batch=1)) < 1e-5
+
+
+# --- Values published for the full width ----------------------------------------------------------
+
+
+def numbers(n, t):
+    """Deterministic numbers in (-1, 1): splitmix64 of i + t 2^32."""
+    with np.errstate(over="ignore"):
+        z = np.arange(1, n + 1, dtype=np.uint64)
+        z += np.uint64(t << 32)
+        z *= np.uint64(0x9E3779B97F4A7C15)
+        z ^= z >> np.uint64(30)
+        z *= np.uint64(0xBF58476D1CE4E5B9)
+        z ^= z >> np.uint64(27)
+        z *= np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return (z >> np.uint64(11)) * (2 / 2**53) - 1
+
+
+def filled(t, name, shape):
+    """The tensor at place `t` of a published state, scaled so that activations are of order one."""
+    u = numbers(math.prod(shape), t).reshape(shape)
+    if len(shape) == 1:
+        return (0.1 * u + name.endswith("weight")).astype(np.float32)
+    return (u * math.sqrt(3 / math.prod(shape[1:]))).astype(np.float32)
+
+
+def test_the_deterministic_numbers():
+    expected = [0.76662162, -0.13694401, -0.94713246, 0.94176396]
+    np.testing.assert_allclose(numbers(4, 0), expected, atol=1e-8)
+
+
+# tokens -> mean, standard deviation, first four and last three numbers, computed in float64 by the
+# published modules; QueCC's are before the projector MLP.
+GOLDEN = {
+    "quecc": {
+        36: [0.021415958, 0.550252734, 0.8306008, 0.8313736, -0.1996199, -0.5478329,
+             -0.5049845, 0.3517074, 0.4177524],
+        4: [0.021925349, 0.464020630, 1.0697215, 0.7038897, -0.4997801, 0.2667523,
+            -0.5302417, 0.3629868, 0.4774873],
+    },
+    "token_packer": {
+        144: [-0.015210165, 0.441707637, -0.2150970, 0.5193303, 0.3861266, -0.0530688,
+              -0.1886038, 0.4708867, 0.0003553],
+        36: [-0.014556317, 0.328111016, -0.1650343, 0.2305767, 0.1802808, 0.1188005,
+             -0.7824082, 0.3801037, 0.0769414],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GOLDEN)
+def test_values_at_the_published_width(kind, mesh1):
+    run = {
+        "quecc": lambda m, x, question: m.compress(x[..., -1024:], x, question),
+        "token_packer": lambda m, x, question: m(x),
+    }[kind]
+    levels = math.sqrt(3) * numbers(576 * 4096, 1000).reshape(1, 576, 4096)
+    question = math.sqrt(3) * numbers(4096, 1002).reshape(1, 4096)
+    kept = {}
+    for tokens, golden in GOLDEN[kind].items():
+        of = sizes(kind, tokens, side=24, width=1024, levels=4, llm_width=4096, heads=8)
+        with jax.set_mesh(mesh1):
+            module = jax.eval_shape(lambda of=of: compressors.build(**of, rngs=nnx.Rngs(0)))
+            for t, (name, shape) in enumerate(pretrained.shapes(module).items()):
+                if kind == "quecc" and name.startswith(("1.", "3.")):
+                    kept[name] = np.zeros(shape, np.float32)
+                elif name not in kept or kept[name].shape != shape:
+                    kept[name] = filled(t, name, shape)
+            module = pretrained.load(module, kept)
+            out = np.asarray(apply(module, of, levels, question, run=run))[0]
+        got = np.array([out.mean(), out.std(), *out[0, :4], *out[-1, -3:]])
+        print(f"{kind} {tokens}: largest error {np.abs(got - golden).max():.1e}")
+        np.testing.assert_allclose(got, golden, atol=1e-5)
+
+
+# Millions at llm width 4096 on a 24x24 grid, from the published modules.
+@pytest.mark.parametrize("kind, tokens, millions", [
+    ("none", 576, 20.979712), ("pool", 36, 20.979712), ("token_packer", 36, 36.722688),
+    ("quecc", 1, 42.56), ("quecc", 4, 42.12), ("quecc", 16, 42.01), ("quecc", 36, 41.99),
+    ("quecc", 144, 41.98),
+])  # fmt: skip
+def test_parameters_equal_the_published_count(kind, tokens, millions, mesh1):
+    of = sizes(kind, tokens, side=24, width=1024, levels=4, llm_width=4096, heads=8)
+    with jax.set_mesh(mesh1):
+        module = jax.eval_shape(lambda: compressors.build(**of, rngs=nnx.Rngs(0)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(module))
+    digits = len(str(millions).split(".")[1])
+    assert round(count / 1e6, digits) == millions
+
+
+@pytest.mark.parametrize("query", ["none", "separate"])
+@pytest.mark.parametrize("kind", COMPRESSORS)
+def test_parameters_equal_the_closed_form(kind, query, mesh1):
+    of = sizes(kind, query=query)
+    vit = cost.ViT(
+        image_size=12, patch_size=1, depth=2, width=of["width"], mlp=1, heads=1, levels=(1, 2)
+    )
+    llm = cost.LLM(
+        vocab=1,
+        depth=1,
+        width=of["llm_width"],
+        mlp=1,
+        heads=1,
+        kv_heads=1,
+        head_size=1,
+        qkv_bias=False,
+        tied_embeddings=False,
+    )
+    with jax.set_mesh(mesh1):
+        module = jax.eval_shape(lambda: compressors.build(**of, rngs=nnx.Rngs(0)))
+    compressor = cost.Compressor(kind=kind, tokens=of["tokens"], heads=of["heads"], query=query)
+    count = sum(leaf.size for leaf in jax.tree.leaves(module))
+    assert count == cost.compressor_parameters(compressor, vit, llm)
+
+
+# --- The comparison sees what it must -------------------------------------------------------------
+
+
+def test_another_epsilon_of_the_norms_is_caught(mesh1, monkeypatch):
+    of = sizes()
+    levels, question = inputs(of)
+    # Small inputs and no biases: variances near the epsilon, as flat image regions give.
+    with jax.set_mesh(mesh1):
+        errors = []
+        for eps in (1e-6, 1e-5):
+            monkeypatch.setattr(quecc, "EPS", eps)
+            module = jax.eval_shape(lambda: compressors.build(**of, rngs=nnx.Rngs(0)))
+            weights = pretrained.export(roughened(module))
+            weights["0.v_proj.2.weight"] *= 1e-3
+            weights["0.v_proj.2.bias"] *= 0
+            errors.append(difference(pretrained.load(module, weights), of, levels, question))
+    assert errors[0] < 1e-5 and errors[1] > 10 * GATE
+
+
+@pytest.mark.parametrize("kind", COMPRESSORS)
+def test_the_tanh_form_of_gelu_is_caught(kind, mesh1, monkeypatch):
+    of = sizes(kind, tokens=36)
+    with jax.set_mesh(mesh1):
+        module = roughened(jax.eval_shape(lambda: compressors.build(**of, rngs=nnx.Rngs(0))))
+        assert difference(module, of, *inputs(of)) < 1e-5
+        monkeypatch.setattr(projector, "gelu", lambda x: jax.nn.gelu(x, approximate=True))
+        assert difference(module, of, *inputs(of)) > GATE
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=COMPRESSORS)
+def trained(request, mesh1, mesh8):
+    """Loss and gradients of the same weights and data on one device and on eight."""
+    of = sizes(request.param)
+    return [loss_and_gradients(of, meshes, *inputs(of, batch=8)) for meshes in (mesh1, mesh8)]
+
+
+def loss_and_gradients(of, meshes, levels, question):
+    with jax.set_mesh(meshes):
+        module = roughened(jax.eval_shape(lambda: compressors.build(**of, rngs=nnx.Rngs(0))))
+        towards = np.random.default_rng(2).normal(size=(of["tokens"], of["llm_width"]))
+
+        def loss(module, levels, question):
+            return (module(levels, question) * towards.astype("f4")).sum() / towards.size
+
+        step = jax.value_and_grad(loss)
+        value, gradients = apply(module, of, levels, question, run=step)
+        for w, g in zip(*map(jax.tree.leaves, (module, gradients)), strict=True):
+            assert w.sharding == g.sharding
+        return float(value), pretrained.export(gradients)
+
+
+def test_eight_devices_give_the_loss_and_gradients_of_one(trained):
+    (loss1, gradients1), (loss8, gradients8) = trained
+    assert loss8 == pytest.approx(loss1, abs=1e-5)
+    for name, gradient in gradients1.items():
+        np.testing.assert_allclose(gradients8[name], gradient, atol=1e-5, err_msg=name)
+
+
+def test_every_parameter_has_a_gradient(trained):
+    # What only shifts all scores of a window has none: the keys' bias and their norm's.
+    rounding = 1e-7
+    for name, gradient in trained[0][1].items():
+        size = np.abs(gradient).reshape(3 if name.endswith("in_proj_bias") else 1, -1).max(1)
+        free = {"in_proj_bias": [1], "k_proj.3.bias": [0], "ln_k_1.bias": [0]}
+        none = next((parts for end, parts in free.items() if name.endswith(end)), [])
+        assert np.flatnonzero(size < rounding).tolist() == none, name
+
+
+@pytest.mark.parametrize("kind", COMPRESSORS)
+def test_bfloat16_stays_near_float32(kind, mesh1):
+    of = sizes(kind)
+    with jax.set_mesh(mesh1):
+        module = roughened(jax.eval_shape(lambda: compressors.build(**of, rngs=nnx.Rngs(0))))
+        exact, rounded = (
+            np.asarray(apply(module, of, *inputs(of), dtype=dtype), np.float32)
+            for dtype in (jnp.float32, jnp.bfloat16)
+        )
+    # A handful of roundings of 2^-9 each, relative to outputs of order one.
+    assert np.abs(exact - rounded).mean() < 0.02 * np.abs(exact).mean()
+
+
+# --- What cannot be built -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pool", "quecc", "token_packer"])
+def test_supported_tokens_are_those_that_can_be_built(kind, mesh1):
+    assert COMPRESSORS[kind].supported(24) == [1, 4, 9, 16, 36, 64, 144, 576]
+    built = []
+    with jax.set_mesh(mesh1):
+        for tokens in range(1, 40):
+            of = sizes(kind, tokens)
+            try:
+                jax.eval_shape(lambda of=of: compressors.build(**of, rngs=nnx.Rngs(0)))
+            except ValueError as error:
+                assert str(COMPRESSORS[kind].supported(12)) in str(error)
+            else:
+                built.append(tokens)
+    assert built == [1, 4, 9, 16, 36]
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(kind="qecc"), r"'qecc'.*none.*pool.*quecc.*token_packer"),
+    (dict(kind="none", tokens=36), r"36 visual tokens.*12x12.*\[144\]"),
+    (dict(heads=3), r"heads=3 does not divide.*16.*\[1, 2, 4, 8, 16\]"),
+    (dict(kind="token_packer", heads=0), r"heads=0.*\[1, 2, 4, 8, 16\]"),
+    (dict(query="both"), r"query='both'.*none.*separate"),
+])  # fmt: skip
+def test_what_cannot_be_built_is_refused_with_the_choices(change, said, mesh1):
+    with jax.set_mesh(mesh1), pytest.raises(ValueError, match=said):
+        jax.eval_shape(lambda: compressors.build(**(sizes() | change), rngs=nnx.Rngs(0)))
+
+
+def test_a_convolution_that_misses_the_tokens_is_refused(mesh1):
+    of = {k: v for k, v in sizes(side=24, tokens=36).items() if k != "kind"}
+    with jax.set_mesh(mesh1), pytest.raises(ValueError, match="gives 5x5 queries.*not 36"):
+        QueCC(**of, kernel=6, stride=4, rngs=nnx.Rngs(0))
+
+
+def test_a_missing_question_is_refused(mesh1):
+    of = sizes()
+    with jax.set_mesh(mesh1):
+        module = roughened(jax.eval_shape(lambda: compressors.build(**of, rngs=nnx.Rngs(0))))
+        with pytest.raises(ValueError, match="pass its feature"):
+            module(placed(inputs(of)[0], "batch", "len", "feature"))
+
+
+@pytest.mark.parametrize("kind", COMPRESSORS)
+def test_the_example_in_the_docstring(kind):
+    cls = COMPRESSORS[kind]
+    (example,) = (e for e in doctest.DocTestFinder(recurse=False).find(cls) if e.examples)
+    assert doctest.DocTestRunner().run(example).failed == 0

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counted costs equal published counts, the published modules' table, and the compiler's count."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from configs import base, sizes
+from vlm_jax import mesh
+from vlm_jax.models import compressors
+from vlm_jax.models.llm import KV, LLM
+from vlm_jax.models.vit import ViT
+from vlm_jax.scaling import cost
+
+CLIP = cost.ViT.of(base.get_config().vit)
+VICUNA = cost.LLM.of(sizes.LLM["vicuna-1.5-7b"])
+
+
+def compressor(kind, tokens, query="separate"):
+    return cost.Compressor(kind, tokens, 8, query)
+
+
+@pytest.mark.parametrize("name", sizes.LLM)
+def test_llm_parameters_equal_the_published_count(name):
+    assert cost.llm_parameters(cost.LLM.of(sizes.LLM[name])) == sizes.LLM_PARAMETERS[name]
+
+
+def test_vit_parameters_equal_the_published_count():
+    assert cost.vit_parameters(CLIP) == sizes.VIT_PARAMETERS["clip-vit-large-patch14-336"]
+
+
+# Millions of parameters, and GFLOP at V = 1, 4, 16, 36, 144, of the published modules for
+# CLIP ViT-L/14-336 into an LLM of width 4096, as derived from their code; rounded to two digits.
+AS_CODED = {
+    "none": (20.98, [24.16] * 5),
+    "quecc": ([42.56, 42.12, 42.01, 41.99, 41.98], [16.97, 17.11, 17.66, 18.58, 23.57]),
+    "token_packer": (36.72, [14.55, 14.69, 15.27, 16.24, 21.45]),
+    "mqt": (8.92, [2.43, 2.48, 2.66, 2.95, 4.57]),
+    "m3": (20.98, [24.16] * 5),
+    "prumerge": (20.98, [0.73, 0.86, 1.37, 2.24, 6.90]),
+    "prumerge_plus": (20.98, [0.73, 0.86, 1.37, 2.24, 6.90]),
+}
+
+
+@pytest.mark.parametrize("kind", AS_CODED)
+def test_compressors_cost_what_the_published_modules_cost(kind):
+    millions, gflop = AS_CODED[kind]
+    millions = millions if isinstance(millions, list) else [millions] * 5
+    for V, size, flops in zip((1, 4, 16, 36, 144), millions, gflop, strict=True):
+        it = compressor(kind, V)
+        assert cost.compressor_parameters(it, CLIP, VICUNA) / 1e6 == pytest.approx(size, abs=0.0051)
+        # 1 %: the table rounds to 0.01 and PruMerge's norms of 577 keys are not matrix products.
+        assert cost.compressor_flops(it, CLIP, VICUNA) / 1e9 == pytest.approx(flops, rel=0.01)
+
+
+def test_exact_parameter_counts_of_the_published_modules():
+    counts = {
+        kind: cost.compressor_parameters(compressor(kind, 36), CLIP, VICUNA)
+        for kind in ("none", "token_packer", "mqt")
+    }
+    assert counts == {"none": 20_979_712, "token_packer": 36_722_688, "mqt": 8_923_136}
+
+
+def test_encoder_and_language_model_cost_the_derived_context_numbers():
+    whole = dataclasses.replace(CLIP, levels=(24,))
+    none, merge = compressor("none", 576), compressor("prumerge", 36)
+    assert cost.encoder_flops(whole, none) == pytest.approx(381.9e9, rel=5e-4)
+    assert cost.encoder_flops(CLIP, none) == pytest.approx(366.0e9, rel=5e-4)
+    assert cost.encoder_flops(CLIP, merge) == pytest.approx(367.2e9, rel=5e-4)
+    # One token without attention: 2 x 6.476e9 non-embedding parameters; the output layer 0.26e9.
+    block = 12.952e9
+    assert cost.llm_flops(VICUNA, 1, logits=0) == pytest.approx(block, rel=1e-3)
+    assert cost.llm_flops(VICUNA, 1) - cost.llm_flops(VICUNA, 1, logits=0) == 2 * 32000 * 4096
+    # The separate question pass of 32 tokens, without the vocabulary scores nobody reads.
+    asked = cost.request_flops(CLIP, compressor("quecc", 36), VICUNA, Q=64, G=1, question=32)
+    assert asked.question == pytest.approx((423 - 32 * 0.262) * 1e9, rel=5e-3)
+
+
+def test_decoding_one_by_one_costs_what_one_pass_over_the_same_tokens_costs_less_the_mask():
+    """G - 1 passes: linear terms as one prefill of G - 1 tokens, attention the lower triangle of
+    it.
+    """
+    context, G = 100, 9
+    decode = cost.decode_flops(VICUNA, context=context, G=G)
+    steps = sum(cost.llm_flops(VICUNA, 1, cached=context + i) for i in range(G - 1))
+    assert decode == steps
+    assert cost.decode_flops(VICUNA, context=context, G=1) == 0
+
+
+def test_cached_text_and_no_question_pass_leave_what_the_visual_tokens_cost():
+    it = compressor("quecc", 36)
+    full = cost.request_flops(CLIP, it, VICUNA, Q=50, G=4)
+    kept = cost.request_flops(CLIP, it, VICUNA, Q=50, G=4, cached_text=True)
+    assert (kept.encoder, kept.compressor, kept.decode) == (
+        full.encoder,
+        full.compressor,
+        full.decode,
+    )
+    assert kept.question == 0 < full.question
+    # The text computed alone, then the visual tokens against its keys: never more than the whole.
+    text = cost.llm_flops(VICUNA, 50, logits=0)
+    assert kept.prefill < full.prefill
+    assert full.prefill - kept.prefill - text == 4 * 50 * 36 * VICUNA.width * VICUNA.depth
+    assert (
+        cost.request_flops(CLIP, compressor("quecc", 36, "none"), VICUNA, Q=50, G=1).question == 0
+    )
+
+
+def test_a_small_request_costs_the_papers_2nt_once_embeddings_are_left_out():
+    """Prefill of few tokens is 2 x non-embedding parameters per token; attention is the rest."""
+    llm = cost.LLM.of(sizes.LLM["qwen1.5-7b"])
+    body = (cost.llm_parameters(llm) - 2 * llm.vocab * llm.width) / 1e9
+    prefill = cost.llm_flops(llm, 62, logits=0)
+    assert prefill == pytest.approx(cost.paper_flops(body, 12, Q=50), rel=0.01)
+
+
+def test_bad_sections_and_kinds_are_named():
+    with pytest.raises(ValueError, match=r"LLM needs .*'kv_heads'.* missing"):
+        cost.LLM.of({k: v for k, v in sizes.LLM["vicuna-1.5-7b"].items() if k != "kv_heads"})
+    with pytest.raises(ValueError, match="'perceiver' has no cost: choose one of"):
+        compressor("perceiver", 4)
+    with pytest.raises(ValueError, match="choose align or finetune"):
+        cost.train_step_flops(
+            True, compressor("pool", 4), VICUNA, vit=CLIP, tokens=8, stage="pretrain"
+        )
+
+
+# --- held to the models ---------------------------------------------------------------------------
+
+SMALL_VIT = {
+    "image_size": 48,
+    "patch_size": 4,
+    "depth": 3,
+    "width": 64,
+    "mlp": 256,
+    "heads": 4,
+    "norm_eps": 1e-5,
+    "levels": (1, 2),
+}
+SMALL_LLM = {
+    "vocab": 500,
+    "depth": 1,
+    "width": 96,
+    "mlp": 320,
+    "heads": 6,
+    "kv_heads": 2,
+    "head_size": 16,
+    "rope_theta": 1e4,
+    "norm_eps": 1e-6,
+    "qkv_bias": True,
+    "tied_embeddings": False,
+}
+ONE_LEVEL = {
+    **SMALL_VIT,
+    "depth": 1,
+    "levels": (1,),
+}  # a scan of one block: the compiler counts a body once
+KINDS = [
+    ("none", 144, "none"),
+    ("pool", 9, "none"),
+    ("token_packer", 9, "none"),
+    ("quecc", 9, "none"),
+    ("quecc", 4, "separate"),
+]
+
+
+def count(module):
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+def flops(function, *arguments):
+    """The compiler's count for one device; XLA counts elementwise work too, hence wide layers in
+    the tests.
+    """
+    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+
+
+def build(kind, V, query, vit, llm):
+    return compressors.build(
+        kind,
+        tokens=V,
+        side=vit["image_size"] // vit["patch_size"],
+        width=vit["width"],
+        levels=len(vit["levels"]),
+        llm_width=llm["width"],
+        heads=4,
+        query=query,
+        rngs=nnx.Rngs(0),
+    )
+
+
+@pytest.mark.parametrize("change", [{}, {"tied_embeddings": True}, {"qkv_bias": False, "depth": 3}])
+def test_llm_parameters_equal_the_models(change, mesh1):
+    sizes = SMALL_LLM | change
+    with jax.set_mesh(mesh1):
+        model = jax.eval_shape(lambda: LLM(**sizes, rngs=nnx.Rngs(0)))
+    assert count(model) == cost.llm_parameters(cost.LLM.of(sizes))
+
+
+def test_vit_parameters_equal_the_models(mesh1):
+    with jax.set_mesh(mesh1):
+        model = jax.eval_shape(lambda: ViT(**SMALL_VIT, rngs=nnx.Rngs(0)))
+    assert count(model) == cost.vit_parameters(cost.ViT.of(SMALL_VIT))
+
+
+@pytest.mark.parametrize("kind, V, query", KINDS)
+def test_compressor_parameters_equal_the_models(kind, V, query, mesh1):
+    with jax.set_mesh(mesh1):
+        model = jax.eval_shape(lambda: build(kind, V, query, SMALL_VIT, SMALL_LLM))
+    counted = cost.compressor_parameters(
+        cost.Compressor(kind, V, 4, query), cost.ViT.of(SMALL_VIT), cost.LLM.of(SMALL_LLM)
+    )
+    assert count(model) == counted
+
+
+# Wide enough that norms, softmax and activations, which the compiler counts and `cost` does not,
+# stay
+# below 1 %. Nothing is computed or allocated: shapes alone are compiled.
+WIDE_LLM = SMALL_LLM | {"width": 2048, "mlp": 5632, "heads": 16, "kv_heads": 4, "head_size": 128}
+WIDE_VIT = ONE_LEVEL | {"width": 1024, "mlp": 4096, "heads": 8}
+
+
+def shape(*sizes, dims=("batch", "len", "feature"), dtype=jnp.float32):
+    """An abstract array, sharded like activations of these dimensions."""
+    sharding = NamedSharding(jax.sharding.get_abstract_mesh(), mesh.spec(*dims))
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+
+def test_prefill_flops_are_the_compilers(mesh1):
+    with jax.set_mesh(mesh1):
+        model = jax.eval_shape(lambda: LLM(**WIDE_LLM, rngs=nnx.Rngs(0)))
+        got = flops(lambda model, x: model.logits(model(x)[:, -1:]), model, shape(1, 64, 2048))
+    assert got == pytest.approx(cost.llm_flops(cost.LLM.of(WIDE_LLM), 64), rel=0.01)
+
+
+def test_decode_flops_are_the_compilers(mesh1):
+    """One token against a cache of 64 slots, all of which the compiled step reads."""
+    with jax.set_mesh(mesh1):
+        model = jax.eval_shape(lambda: LLM(**WIDE_LLM, rngs=nnx.Rngs(0)))
+        slots = shape(1, 64, 4, 128, dims=("batch", "len", "kv_heads", "head"))
+        got = flops(
+            lambda model, x, kv, at: model.logits(model.decode(x, [kv], at)[0]),
+            model,
+            shape(1, 1, 2048),
+            KV(slots, slots),
+            shape(1, dims=("batch",), dtype=jnp.int32),
+        )
+    assert got == pytest.approx(cost.decode_flops(cost.LLM.of(WIDE_LLM), context=63, G=2), rel=0.01)
+
+
+def test_encoder_flops_are_the_compilers(mesh1):
+    with jax.set_mesh(mesh1):
+        model = jax.eval_shape(lambda: ViT(**WIDE_VIT, rngs=nnx.Rngs(0)))
+        pixels = shape(1, 48, 48, 3, dims=("batch", "len", "len", "none"))
+        got = flops(lambda model, x: model(x), model, pixels)
+    assert got == pytest.approx(
+        cost.encoder_flops(cost.ViT.of(WIDE_VIT), compressor("none", 144)), rel=0.01
+    )
+
+
+@pytest.mark.parametrize("kind, V, query", KINDS)
+def test_compressor_flops_are_the_compilers(kind, V, query, mesh1):
+    vit = WIDE_VIT | {"depth": 3, "levels": (1, 3), "width": 2048}
+    llm = SMALL_LLM | {"width": 4096}
+    with jax.set_mesh(mesh1):
+        model = jax.eval_shape(lambda: build(kind, V, query, vit, llm))
+        got = flops(
+            lambda model, x, question: model(x, question),
+            model,
+            shape(1, 144, 2 * 2048),
+            shape(1, 4096, dims=("batch", "feature")),
+        )
+    counted = cost.compressor_flops(
+        cost.Compressor(kind, V, 4, query), cost.ViT.of(vit), cost.LLM.of(llm)
+    )
+    assert got == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize("stage", ["align", "finetune"])
+def test_training_flops_are_the_compilers(stage, mesh1):
+    """Gradients of token_packer and one decoder block: of all weights, or the compressor's only."""
+    vit = WIDE_VIT | {"depth": 3, "levels": (1, 3)}
+    with jax.set_mesh(mesh1):
+        packer = jax.eval_shape(lambda: build("token_packer", 9, "none", vit, WIDE_LLM))
+        model = jax.eval_shape(lambda: LLM(**WIDE_LLM, rngs=nnx.Rngs(0)))
+
+        def loss(packer, model, levels, text):
+            x = jnp.concatenate([packer(levels), text], axis=1)
+            return jnp.square(model.logits(model(x))).sum()
+
+        wanted = (0, 1) if stage == "finetune" else (0,)
+        got = flops(
+            jax.grad(loss, argnums=wanted), packer, model, shape(1, 144, 2048), shape(1, 87, 2048)
+        )
+    counted = cost.train_step_flops(
+        True,
+        cost.Compressor("token_packer", 9, 4, "none"),
+        cost.LLM.of(WIDE_LLM),
+        vit=cost.ViT.of(vit),
+        tokens=96,
+        stage=stage,
+    )
+    assert got == pytest.approx(counted, rel=0.01)

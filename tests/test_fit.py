@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vlm-jax fit from its command line: what it writes, what it says, and what it refuses."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from test_records import grid
+
+from vlm_jax import fit
+from vlm_jax.scaling import law, published, records
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Takes the place of drawing, which other tests hold; lists what would have been drawn."""
+    calls = []
+    monkeypatch.setattr(fit, "draw", lambda families, laws, out: calls.append(dict(families)) or [])
+    return calls
+
+
+def run(capsys, *argv):
+    code = fit.main(list(argv))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_published_points_give_the_stable_fields(tmp_path, capsys, drawn):
+    code, out, err = run(capsys, "--published=reasoning", f"--out={tmp_path}", "--bootstrap=100")
+    assert code == 0
+    written, printed = json.loads((tmp_path / "law.json").read_text()), json.loads(out)
+    for name in ("form", "A", "alpha", "beta", "D", "rmse", "sse", "intervals"):
+        assert written[name] == printed[name]
+    assert written["sse"] <= 3.7938e-4 and written["D"] == 0
+    assert written["alpha"] == pytest.approx(0.0709, abs=5e-5)
+    assert len(written["samples"]["values"]) == 100 and "samples" not in out
+    assert printed["files"] == [str(tmp_path / "law.json"), str(tmp_path / "comparison.csv")]
+    assert printed["published"]["inside"] == {"alpha": True, "beta": True}
+    assert printed["published"]["inside_with_D_0"] == {"alpha": False, "beta": True}
+    assert "D is not identifiable" in err and "published alpha 0.077 lies inside" in err
+    assert printed["extrapolation"]["held_out"]["N"] == 7
+    assert law.Law.from_json((tmp_path / "law.json").read_text()).error(7, 36) == pytest.approx(
+        0.487, abs=2e-3
+    )
+    with open(tmp_path / "comparison.csv", newline="") as file:
+        forms = {row["form"]: row for row in csv.DictReader(file)}
+    assert float(forms["multiplicative"]["sse"]) == pytest.approx(written["sse"])
+    assert float(forms["interaction"]["aic"]) < float(forms["multiplicative"]["aic"])
+
+
+def test_the_same_command_writes_the_same_law(tmp_path, capsys, drawn):
+    for name in ("a", "b"):
+        run(capsys, "--published=ocr", f"--out={tmp_path / name}", "--bootstrap=50")
+    assert (tmp_path / "a/law.json").read_text() == (tmp_path / "b/law.json").read_text()
+
+
+def test_rows_of_a_grid_give_a_law_per_family_task_and_their_mean(tmp_path, capsys, drawn):
+    records.write(tmp_path / "rows.jsonl", grid())
+    code, out, _ = run(
+        capsys, f"--rows={tmp_path / 'rows.jsonl'}", f"--out={tmp_path / 'o'}", "--bootstrap=50"
+    )
+    fields = json.loads(out)
+    assert code == 0 and fields["n"] == 24
+    assert fields["family"] == "mean of families"
+    assert sorted(fields["families"]) == ["reasoning", "text"]
+    assert sorted(fields["tasks"]) == ["count", "digits", "exist"]
+    assert list(drawn[0]) == ["mean of families", "reasoning", "text"]
+    rows = records.read(tmp_path / "rows.jsonl")
+    for name, found in (("text", fields["families"]["text"]), (None, fields)):
+        direct = law.fit(records.points(rows, name), bootstrap=0)
+        assert found["intervals"] == direct.intervals
+        assert {key: found[key] for key in direct.params} == direct.params
+    assert fields["tasks"]["digits"]["alpha"] == pytest.approx(fields["families"]["text"]["alpha"])
+    saved = json.loads((tmp_path / "o/law.json").read_text())
+    assert law.Law.from_dict(saved["families"]["text"]).samples.shape == (50, 4)
+
+    code, out, _ = run(
+        capsys,
+        f"--rows={tmp_path / 'rows.jsonl'}",
+        f"--out={tmp_path / 'o'}",
+        "--family=digits",
+        "--bootstrap=0",
+    )
+    alone = json.loads(out)
+    assert alone["alpha"] == fields["tasks"]["digits"]["alpha"] and list(alone["families"]) == [
+        "digits"
+    ]
+
+
+def test_a_table_may_be_split_over_files(tmp_path, capsys, drawn):
+    points = published.points("ocr")
+    for name, keep in (("small", points.N < 3), ("large", points.N > 3)):
+        part = points.where(keep)
+        lines = [
+            f"{n},{v},{100 * (1 - e)}" for n, v, e in zip(part.N, part.V, part.error, strict=True)
+        ]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["N,V,accuracy", *lines]))
+    both = [f"--rows={tmp_path / 'small.csv'}", f"--rows={tmp_path / 'large.csv'}"]
+    code, out, _ = run(capsys, *both, f"--out={tmp_path}", "--bootstrap=0", "--form=interaction")
+    fields = json.loads(out)
+    assert code == 0 and fields["gamma"] == pytest.approx(0.0046, abs=1e-4)
+    assert fields["A"] and fields["alpha"] and fields["beta"] and fields["D"] == 0
+
+    code, _, err = run(capsys, both[0], both[0], f"--out={tmp_path}")
+    assert code == 2 and "N=0.5, V=1" in err and "twice" in err
+
+
+@pytest.mark.parametrize(
+    "text,flags,message",
+    [
+        ("N,V,error\n7e9,1,.3\n", [], "pass --n-unit=parameters"),
+        (
+            "N,V,error\n7,1,.3\n7,4,.2\n",
+            [],
+            "2 points cannot fit the 4 parameters A, alpha, beta, D",
+        ),
+        (
+            "N,V,error\n" + "".join(f"7,{v},{0.5 - v / 100}\n" for v in range(1, 9)),
+            [],
+            "one LLM size",
+        ),
+        (
+            "N,V,error\n" + "".join(f"{v},7,{0.5 - v / 100}\n" for v in range(1, 9)),
+            [],
+            "one number of visual",
+        ),
+        ("N,V,error\n1,1,nan\n", [], "error is nan"),
+        ("N,V,error\n1,1,.5\n", ["--bootstrap=-1"], "0 or more draws, got -1"),
+        ("N,V,error\n1,1,.5\n", ["--family=ocr"], "no family or task 'ocr'"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path, capsys, drawn, text, flags, message):
+    (tmp_path / "t.csv").write_text(text)
+    code, out, err = run(capsys, f"--rows={tmp_path / 't.csv'}", f"--out={tmp_path / 'o'}", *flags)
+    assert code == 2 and out == ""
+    assert err.startswith("vlm-jax fit: ") and message in err and "Traceback" not in err
+    assert not (tmp_path / "o/law.json").exists()
+
+
+def test_a_missing_file_and_an_unwritable_folder_are_user_errors(tmp_path, capsys, drawn):
+    code, _, err = run(capsys, f"--rows={tmp_path / 'none.csv'}", f"--out={tmp_path}")
+    assert code == 2 and "none.csv" in err
+    (tmp_path / "file").write_text("")
+    code, _, err = run(capsys, "--published=ocr", f"--out={tmp_path / 'file'}", "--bootstrap=0")
+    assert code == 2 and "file" in err
+
+
+def test_without_matplotlib_the_law_is_still_written(tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("vlm_jax.reports")]:
+        monkeypatch.delitem(sys.modules, name)
+    import vlm_jax
+
+    monkeypatch.delattr(vlm_jax, "reports", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, out, err = run(capsys, "--published=ocr", f"--out={tmp_path}", "--bootstrap=20")
+    assert code == 0 and "no figures: pip install 'vlm-jax[report]'" in err
+    assert (tmp_path / "law.json").exists() and json.loads(out)["form"] == "multiplicative"
+
+
+def test_figures_stand_beside_the_law(tmp_path, capsys):
+    code, out, _ = run(capsys, "--published=ocr", f"--out={tmp_path}", "--bootstrap=20")
+    files = json.loads(out)["files"]
+    assert code == 0 and any(name.endswith(".png") for name in files)
+    assert len(np.unique(files)) == len(files)
+
+
+def test_fitting_does_not_import_jax():
+    code = "import sys, vlm_jax.fit, vlm_jax.scaling; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

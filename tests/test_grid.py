@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A grid that is killed and repeated ends as one that was not, and its rows say what was run."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from vlm_jax import cli, grid
+from vlm_jax.data import loader, sources
+from vlm_jax.data.processor import MEAN_COLOUR, Processor, load_tokenizer
+from vlm_jax.evals import tasks
+from vlm_jax.models import vlm
+from vlm_jax.scaling import cost, records
+
+# Three cells: two token counts and the blind one, which is the smallest that has every part.
+SMALL = ("--config=tests/tiny.py", "--config.finetune.steps=3", "--config.align.steps=2",
+         '--config.grid.baselines=(("blind", 1),)')  # fmt: skip
+NAMES = ["only-v1-token_packer-s0", "only-v4-token_packer-s0", "only-v1-blind-s0"]
+
+ONE_SIZE = """
+import ml_collections, vlm_jax.cli
+parse = vlm_jax.cli.parse
+def smaller(*args, **kwargs):
+    config, flags = parse(*args, **kwargs)
+    with config.unlocked():
+        config.grid.llms = ml_collections.ConfigDict(dict(only=dict(depth=1)))
+    return config, flags
+vlm_jax.cli.parse = smaller
+"""
+AFTER_FIRST_ROW = """
+from vlm_jax.scaling import records
+write = records.write
+def die(path, rows):
+    write(path, rows)
+    os.kill(os.getpid(), signal.SIGKILL)
+records.write = die
+"""
+# In the middle of the second cell: its row was computed and is being written.
+IN_A_ROW = """
+from vlm_jax.learn import workdir
+replace = workdir.os.replace
+class Os:
+    def __getattr__(self, name):
+        return getattr(os, name)
+    def replace(self, old, new):
+        if "v4" in str(new) and str(new).endswith("row.json"):
+            os.truncate(old, 100)
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(old, new)
+workdir.os = Os()
+"""
+
+
+def run(folder, cache, before=""):
+    return tiny.run("grid", *SMALL, f"--workdir={folder}", cache=cache, before=ONE_SIZE + before)
+
+
+def rows_of(folder):
+    return {row.cell: row for row in records.read(folder / "rows.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("grid") / "run"
+    done = run(folder, cache)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+@pytest.fixture(scope="module")
+def repeated(unbroken, tmp_path_factory, cache):
+    """A grid killed after its first row and within its second; what stood there each time."""
+    del unbroken  # first: it fills the cache
+    folder = tmp_path_factory.mktemp("grid") / "killed"
+    seen = []
+    for before in (AFTER_FIRST_ROW, IN_A_ROW, ""):
+        done = run(folder, cache, before)
+        assert done.returncode == (-9 if before else 0), done.stderr
+        rows = (folder / "rows.jsonl").read_text()
+        whole = {p.parent.name: (p.read_text(), p.stat().st_mtime_ns)
+                 for p in folder.glob("cells/*/row.json")}  # fmt: skip
+        seen.append((rows, whole, done.stderr))
+    return folder, seen
+
+
+def test_a_killed_grid_ends_with_the_scores_of_an_unbroken_one(unbroken, repeated):
+    ours, theirs = rows_of(repeated[0]), rows_of(unbroken[0])
+    assert sorted(ours) == sorted(theirs) == sorted(NAMES)
+    for name, row in theirs.items():
+        assert ours[name].tasks == row.tasks and ours[name].families == row.families
+        assert ours[name].config_hash == row.config_hash and ours[name].data_hash == row.data_hash
+        for stage in ("align", "finetune"):
+            assert tiny.losses(repeated[0] / "cells" / name / stage) == tiny.losses(
+                unbroken[0] / "cells" / name / stage
+            )
+        assert (repeated[0] / "cells" / name / "predictions.jsonl").read_text() == (
+            unbroken[0] / "cells" / name / "predictions.jsonl"
+        ).read_text()
+
+
+def test_finished_cells_are_not_done_again(repeated):
+    _, seen = repeated
+    for (_, before, _), (_, after, _) in zip(seen, seen[1:], strict=False):
+        assert before.items() <= after.items()
+    assert [sorted(whole) for _, whole, _ in seen] == [NAMES[:1], NAMES[:1], sorted(NAMES)]
+    # The encoder was made by the first run, the finetuned second cell by the second.
+    assert "encoder 3/3" in seen[0][2] and "encoder 3/3" not in seen[1][2]
+    assert "finetune 3/3" in seen[1][2] and seen[2][2].count("finetune 3/3") == 1
+
+
+def test_rows_are_whole_and_single_at_every_time(repeated):
+    for rows, whole, _ in repeated[1]:
+        assert rows.endswith("\n")
+        cells = [json.loads(line)["cell"] for line in rows.splitlines()]
+        assert sorted(cells) == sorted(set(cells)) and set(cells) <= set(whole)
+
+
+def test_a_finished_grid_repeated_changes_no_row(repeated, cache):
+    folder, seen = repeated
+    done = run(folder, cache)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "rows.jsonl").read_text() == seen[-1][0]
+    assert "finetune 3/3" not in done.stderr
+    for name, (text, time) in seen[-1][1].items():
+        path = folder / "cells" / name / "row.json"
+        assert (path.read_text(), path.stat().st_mtime_ns) == (text, time)
+
+
+def test_the_answer_of_a_grid_is_one_object_and_its_times_are_said(unbroken):
+    folder, done = unbroken
+    made = json.loads(done.stdout)
+    assert made["cells"] == 3 and made["report"] == str(folder / "report/index.html")
+    page = (folder / "report/index.html").read_text()
+    assert all(name in page or name.split("-")[0] in page for name in NAMES)
+    phases = json.loads((folder / "run.json").read_text())["phases"]
+    assert list(phases) == ["cells", "data", "encoder", "features", "law and report"]
+    assert re.search(r"seconds per phase: .*total \d+", done.stderr)
+    assert json.loads((folder / "run.json").read_text())["command"].startswith(
+        "vlm-jax grid --config="
+    )
+
+
+def test_a_row_says_what_its_model_is_and_cost(unbroken, mesh1):
+    folder, _ = unbroken
+    c = tiny.config(finetune=dict(steps=3), align=dict(steps=2))
+    test = sources.open_source(c, "test")
+    processor = Processor(load_tokenizer(folder / "tokenizer"), c)
+    lengths = [[int(processor.text(test[i], answer=a)["length"]) for a in (False, True)]
+               for i in range(len(test))]  # fmt: skip
+    Q, G = np.mean([p for p, _ in lengths]), np.mean([w - p for p, w in lengths])
+    for name, row in rows_of(folder).items():
+        c.llm.depth, c.compressor.tokens = 1, row.V
+        with jax.set_mesh(mesh1):
+            shapes = vlm.shapes(c)
+        vit, compressor, llm = grid.sizes(c)
+        assert row.llm_parameters == vlm.parameters(shapes.llm) == cost.llm_parameters(llm)
+        assert row.vit_parameters == vlm.parameters(shapes.vit)
+        assert row.compressor_parameters == vlm.parameters(shapes.compressor)
+        assert (row.Q, row.G) == (pytest.approx(Q), pytest.approx(G)) and row.query == "none"
+        assert row.flops == pytest.approx(vars(cost.request_flops(vit, compressor, llm, Q=Q, G=G)))
+        assert row.blind == ("blind" in name) and row.train["steps"] == 5
+        assert row.train["examples"] == 5 * 8 and row.data_hash == test.data_hash
+        predictions = [
+            json.loads(x) for x in (folder / "cells" / name / "predictions.jsonl").open()
+        ]
+        assert row.tasks == tasks.score("embedded", predictions)
+        assert row.families == records.families_of(row.tasks)
+
+
+# --- What the cells share -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared(unbroken, mesh1, tmp_path_factory):
+    """What a restart of the finished grid finds, in this process, and its configuration."""
+    folder, _ = unbroken
+    c = tiny.config(finetune=dict(steps=3), align=dict(steps=2))
+    with jax.set_mesh(mesh1):
+        phase = grid.Phases(tmp_path_factory.mktemp("phases") / "run.json", {})
+        return c, grid.prepare(c, folder, phase)
+
+
+def test_cached_features_are_the_encoders_levels_of_every_image(shared, mesh1):
+    c, found = shared
+    with jax.set_mesh(mesh1):
+        encode = jax.jit(lambda v, x: v(x))
+        for inputs in (found.train, found.test):
+            assert len(inputs.features) == len(inputs.source.images)
+            for i in (0, len(inputs.features) - 1):
+                pixels = inputs.processor.pixels(inputs.source.images[i])
+                levels = encode(found.encoder, tiny.placed(pixels[None]))
+                np.testing.assert_allclose(inputs.features[i], levels[0], atol=1e-5)
+        # The blind image is the mean colour: nearly zero once normalised, and the same for all.
+        grey = np.broadcast_to(np.array(MEAN_COLOUR, np.uint8), (32, 32, 3))
+        levels = encode(found.encoder, tiny.placed(found.train.processor.pixels(grey)[None]))
+        np.testing.assert_allclose(found.blind, levels, atol=1e-5)
+
+
+def test_every_row_of_a_blind_cell_shows_the_same_image(shared, mesh1):
+    c, found = shared
+    levels = np.broadcast_to(found.blind, found.test.features.shape)
+    batch = next(loader.evaluation_batches(found.test.source, found.test.processor, batch=8,
+                                           features=levels))  # fmt: skip
+    assert np.ptp(batch["levels"], axis=0).max() == 0 and len(set(batch["index"])) == 8
+
+
+# --- Cells, before anything is run ----------------------------------------------------------------
+
+
+def test_cells_are_every_size_and_count_then_the_baselines_for_each_seed():
+    c = tiny.config(grid=dict(seeds=(0, 7)))
+    cells = grid.cells_of(c)
+    kinds = [("token_packer", 1), ("token_packer", 4), ("blind", 1), ("pool", 16)]
+    assert [cell.name for cell in cells] == [
+        f"{llm}-v{tokens}-{kind}-s{seed}"
+        for seed in (0, 7) for kind, tokens in kinds for llm in ("large", "small")]  # fmt: skip
+    for cell in cells:
+        llm, tokens, kind, seed = re.fullmatch(r"(\w+)-v(\d+)-(\w+)-s(\d)", cell.name).groups()
+        of = cell.config
+        assert of.llm.depth == {"small": 1, "large": 2}[llm] and of.compressor.tokens == int(tokens)
+        assert of.compressor.kind == ("token_packer" if kind == "blind" else kind)
+        assert cell.blind == of.data.blind == (kind == "blind") and cell.seed == int(seed)
+        assert "grid" not in of
+    # Nothing of the configuration itself was changed.
+    assert c.to_dict() == tiny.config(grid=dict(seeds=(0, 7))).to_dict()
+    # Rows of one cell and two seeds differ in their seed alone.
+    assert cli.digest(cells[0].config) == cli.digest(cells[8].config) != cli.digest(cells[1].config)
+
+
+def test_no_sizes_are_refused_with_the_way_out():
+    from configs import base
+
+    with pytest.raises(ValueError, match="grid.llms is empty: name at least one LLM size"):
+        grid.cells_of(base.get_config())
+
+
+def test_a_dry_run_prints_every_cell_and_writes_nothing(tmp_path, capsys, mesh1):
+    arguments = ["--config=tests/tiny.py", f"--workdir={tmp_path}/run", "--dry-run"]
+    assert grid.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    with jax.set_mesh(mesh1):
+        for cell in grid.cells_of(tiny.get_config()):
+            line = next(line for line in out.splitlines() if line.startswith(cell.name + " "))
+            n, parts, flops = grid.describe(cell)
+            assert f"{n:,}" in line and f"{parts['compressor']:,}" in line
+            assert f"{flops / 1e9:,.0f}" in line
+    assert "8 cells, about" in out
+
+
+@pytest.mark.parametrize("override, words", [
+    ("--config.grid.tokens=(1, 9)", "cannot make 9 visual tokens from a 4x4 patch grid: choose"),
+    ("--config.grid.baselines=(('poll', 4),)", "compressor.kind='poll': choose one of"),
+    ("--config.finetune.batch=12", "finetune.batch=12 .*multiple of 8"),
+    ("--config.mesh.fsdp=3", "does not fit 8 devices"),
+])  # fmt: skip
+def test_an_impossible_cell_is_found_before_anything_is_made(override, words, tmp_path, capsys):
+    assert grid.main(["--config=tests/tiny.py", f"--workdir={tmp_path}/run", override]) == 2
+    assert re.search(words, err := capsys.readouterr().err) and "Traceback" not in err
+    assert not (tmp_path / "run/encoder").exists() and not (tmp_path / "run/cells").exists()
+
+
+def test_a_grid_needs_a_folder(capsys):
+    assert grid.main(["--config=tests/tiny.py"]) == 2
+    assert "--workdir is missing" in capsys.readouterr().err
+
+
+def test_phases_add_up_over_restarts(tmp_path, monkeypatch):
+    clock = iter([0.0, 2.0, 10.0, 13.0, 20.0, 24.5])
+    monkeypatch.setattr(grid.time, "monotonic", lambda: next(clock))
+    for name in ("cells", "cells", "data"):
+        with grid.Phases(tmp_path / "run.json", {"command": "c"})(name):
+            pass
+    assert json.loads((tmp_path / "run.json").read_text()) == {
+        "command": "c", "phases": {"cells": 5.0, "data": 4.5}}  # fmt: skip

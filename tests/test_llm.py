@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder against the equations of Llama and Qwen written out, and its cache against itself."""
+
+import jax
+import jax.numpy as jnp
+import literal_models
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from configs import sizes
+from vlm_jax.models.llm import LLM, rotate
+from vlm_jax.models.vlm import parameters
+from vlm_jax.scaling import cost
+
+LLAMA = dict(heads=2, kv_heads=2, qkv_bias=False, tied_embeddings=False, rope_theta=1e4)
+QWEN = dict(heads=4, kv_heads=1, qkv_bias=True, tied_embeddings=True, rope_theta=1e6, norm_eps=1e-6)
+
+
+def rough(c, mesh):
+    with jax.set_mesh(mesh):
+        return tiny.roughened(jax.jit(lambda: LLM(**c.llm.to_dict(), rngs=nnx.Rngs(0)))())
+
+
+def ids_of(c, rows=2, length=9):
+    return np.random.default_rng(1).integers(0, c.llm.vocab, (rows, length)).astype(np.int32)
+
+
+def passes(llm, ids):
+    hidden = llm(llm.embed(ids))
+    return hidden, llm.logits(hidden)
+
+
+@pytest.mark.parametrize("change", [LLAMA, QWEN], ids=["llama", "qwen"])
+def test_hidden_states_and_logits_equal_the_equations(change, mesh1):
+    c = tiny.config(llm=change)
+    llm, ids = rough(c, mesh1), ids_of(c)
+    with jax.set_mesh(mesh1):
+        hidden, logits = jax.jit(passes)(llm, tiny.placed(ids))
+    weights = literal_models.of(llm)
+    assert ("head" in weights) != c.llm.tied_embeddings
+    for row, ours, scores in zip(ids, *map(np.asarray, (hidden, logits)), strict=True):
+        theirs = literal_models.llm(weights, weights["embedding"][row], c)
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+        np.testing.assert_allclose(scores, literal_models.unembed(weights, theirs), atol=1e-4)
+
+
+def test_a_score_of_two_rotated_tokens_depends_on_their_distance_alone(mesh1):
+    draw = np.random.default_rng(0)
+    q, k = (jnp.asarray(draw.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
+
+    def score(i, j):
+        at = [jnp.full((1, 1), p, jnp.int32) for p in (i, j)]
+        return float((rotate(q, at[0], 1e4) * rotate(k, at[1], 1e4)).sum())
+
+    with jax.set_mesh(mesh1):
+        assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
+        assert abs(score(7, 3) - score(8, 3)) > 1e-2
+        np.testing.assert_array_equal(rotate(q, jnp.zeros((1, 1), jnp.int32), 1e4), q)
+
+
+def test_a_cache_gives_every_row_what_a_whole_pass_gives(mesh1):
+    # Rows stop at different places: the token of a row is written at that row's own position.
+    c = tiny.get_config()
+    llm, ids = rough(c, mesh1), ids_of(c, rows=3, length=10)
+    lengths = np.array([3, 6, 7], np.int32)
+    with jax.set_mesh(mesh1):
+        whole, _ = jax.jit(passes)(llm, tiny.placed(ids))
+        x = llm.embed(tiny.placed(ids[:, :7]))
+        hidden, caches = jax.jit(lambda m, x: m.prefill(x, slots=10))(llm, x)
+        whole = np.asarray(whole)
+        np.testing.assert_allclose(hidden, whole[:, :7], atol=1e-5)
+        decode = jax.jit(lambda m, ids, caches, at: m.decode(m.embed(ids), caches, at))
+        for step in range(3):
+            at = lengths + step
+            one = tiny.placed(ids[np.arange(3), at][:, None])
+            ours, caches = decode(llm, one, caches, tiny.placed(at))
+            np.testing.assert_allclose(ours[:, 0], whole[np.arange(3), at], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sizes.LLM)
+def test_parameters_of_the_published_models(name, mesh1):
+    of = sizes.LLM[name]
+    with jax.set_mesh(mesh1):
+        counted = parameters(jax.eval_shape(lambda: LLM(**of, rngs=nnx.Rngs(0))))
+    assert counted == sizes.LLM_PARAMETERS[name] == cost.llm_parameters(cost.LLM.of(of))
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(kv_heads=3), r"llm.kv_heads=3 does not divide llm.heads=4.*\[1, 2, 4\]"),
+    (dict(head_size=5), "llm.head_size=5 is odd"),
+])  # fmt: skip
+def test_impossible_sizes_are_refused_with_the_way_out(change, words, mesh1):
+    c = tiny.config(llm=change)
+    with jax.set_mesh(mesh1), pytest.raises(ValueError, match=words):
+        jax.eval_shape(lambda: LLM(**c.llm.to_dict(), rngs=nnx.Rngs(0)))

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb prints one JSON object, says what it assumed, and turns wrong flags into one line."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import made_rows
+import pytest
+
+from vlm_jax import plan
+from vlm_jax.scaling import published, records
+from vlm_jax.scaling.law import fit
+
+DEMO = f"--config={plan.CONFIGS / 'demo.py'}"
+QWEN = "--llms=qwen1.5-0.5b,qwen1.5-1.8b,qwen1.5-4b,qwen1.5-7b,qwen1.5-14b"
+
+
+@pytest.fixture(scope="module")
+def laws(tmp_path_factory):
+    """law.json of each published family, and one file that holds both."""
+    folder = tmp_path_factory.mktemp("laws")
+    fitted = {name: fit(published.points(name), bootstrap=200) for name in ("reasoning", "ocr")}
+    for name, law in fitted.items():
+        (folder / f"{name}.json").write_text(law.to_json())
+    both = fitted["reasoning"].to_dict() | {
+        "families": {n: law.to_dict() for n, law in fitted.items()}
+    }
+    (folder / "both.json").write_text(json.dumps(both))
+    return folder
+
+
+@pytest.fixture
+def run(laws, capsys):
+    """Runs the verb on a law by name; returns (exit status, parsed stdout or None, stderr)."""
+
+    def call(law, *flags):
+        status = plan.main([f"--law={laws / law}.json", *flags])
+        out, err = capsys.readouterr()
+        return status, json.loads(out) if out else None, err
+
+    return call
+
+
+def test_the_stable_flags_give_the_papers_optimum(run):
+    """Published reasoning points, Q = 50: V* = 13.5 whatever the budget, and N takes the rest of
+    it.
+    """
+    for flops in (1e11, 1e12):
+        status, answer, err = run("reasoning", f"--flops={flops}", "--text-tokens=50")
+        law = answer["law"]["laws"]["all"]
+        assert status == 0
+        assert answer["V"] == pytest.approx(
+            50 * law["beta"] / (law["alpha"] - law["beta"]), rel=0.01
+        )
+        assert 2e9 * answer["N"] * (50 + answer["V"]) == pytest.approx(flops)
+        assert answer["cost_model"] == "paper" and answer["budget"]["limit"] == flops
+        low, high = answer["interval"]
+        assert low < answer["predicted_error"] < high
+        assert "visual tokens" in err
+    assert any(
+        "extrapolates N" in warning for warning in answer["warnings"]
+    )  # 7.9 of at most 7 billion
+
+
+def test_text_reading_takes_every_token(run):
+    assert run("ocr", "--flops=1e12", "--text-tokens=50")[1]["V"] == 576
+
+
+def test_a_mix_leans_from_one_family_to_the_other(run, laws):
+    V = [
+        run("both", "--flops=1e12", "--text-tokens=50", f"--mix=reasoning:{1 - w},ocr:{w}")[1]["V"]
+        for w in (0.0, 0.1, 0.3, 1.0)
+    ]
+    assert V == sorted(V) and V[0] == pytest.approx(13.5, rel=0.01) and V[-1] == 576
+    files = f"--law=reasoning:{laws / 'reasoning.json'},ocr:{laws / 'ocr.json'}"
+    apart = run("both", files, "--flops=1e12", "--text-tokens=50", "--mix=reasoning:7,ocr:3")[1]
+    assert apart["V"] == pytest.approx(V[2]) and apart["law"]["weights"] == {
+        "reasoning": 0.7,
+        "ocr": 0.3,
+    }
+
+
+def test_forty_milliseconds_on_one_v5e_chip(run):
+    """The worked example of docs/planning.md, and what it says would change the answer."""
+    flags = ["--mix=reasoning:0.3,ocr:0.7", "--ms=40", "--chip=v5e", "--text-tokens=50", QWEN]
+    _, answer, _ = run("both", *flags, "--new-tokens=5", "--efficiency=0.6")
+    assert (answer["llm"], answer["V"], answer["cost_model"]) == ("qwen1.5-1.8b", 144, "full")
+    assert answer["cost"]["amount"] == pytest.approx(sum(answer["cost"]["ms"].values()))
+    assert answer["cost"]["ms"]["decode"] > 0.7 * answer["cost"]["amount"]
+    assert sum(answer["cost"]["hbm"].values()) < answer["budget"]["also"]["hbm"]
+    assert [(c["N"], c["V"]) for c in answer["runner_ups"]] == [(0.5, 576)]
+    assert not answer["warnings"]
+    for change, expected in (
+        (["--new-tokens=5", "--efficiency=0.65"], ("qwen1.5-1.8b", 576)),
+        (["--new-tokens=1", "--efficiency=0.6"], ("qwen1.5-4b", 576)),
+        (["--new-tokens=5", "--efficiency=0.6", "--batch=8"], ("qwen1.5-0.5b", 64)),
+    ):
+        _, other, _ = run("both", *flags, *change)
+        assert (other["llm"], other["V"]) == expected
+    _, ideal, _ = run("both", *flags)
+    assert any("roofline" in warning for warning in ideal["warnings"])
+
+
+def test_runner_ups_lie_within_the_interval_and_are_not_better(run):
+    _, answer, _ = run("reasoning", "--flops=2e12", "--cost=full", "--text-tokens=50")
+    errors = [other["error"] for other in answer["runner_ups"]]
+    assert errors == sorted(errors) and errors
+    assert all(answer["predicted_error"] <= e <= answer["interval"][1] for e in errors)
+
+
+def test_shares_of_text_lengths_and_cached_text_reach_the_search(run):
+    one = run("reasoning", "--flops=1e12", "--text-tokens=62.5")[1]
+    two = run("reasoning", "--flops=1e12", "--text-tokens=25:1,100:1")[1]
+    assert two["V"] == pytest.approx(one["V"]) and two["text_tokens"] == 62.5
+    assert run("reasoning", "--flops=1e12", "--text-tokens=50", "--cached-text")[1]["V"] == 1
+
+
+def test_every_budget_buys_something_within_it(run):
+    for flags in (
+        ["--hbm-gb=9"],
+        ["--ms=80", "--chip=v6e", "--batch=8", "--efficiency=0.5"],
+        ["--dollars-per-million=5", "--chip=v5e", "--price-per-hour=1.2"],
+        ["--ms=80", "--chip=v5e", "--chips=4", "--efficiency=prefill:0.6,decode:0.8"],
+        ["--flops=3e12", "--cost=full", "--compressors=quecc,token_packer,mqt,none"],
+    ):
+        status, answer, err = run("reasoning", "--text-tokens=50", *flags)
+        assert status == 0, err
+        assert answer["cost"]["amount"] <= answer["budget"]["limit"] * (1 + 1e-9)
+
+
+def test_a_law_written_by_hand_works_and_says_what_it_lacks(run, laws):
+    (laws / "hand.json").write_text(
+        '{"form": "multiplicative", "A": 0.6, "alpha": 0.08, "beta": 0.02, "D": 0}'
+    )
+    status, answer, _ = run("hand", "--flops=1e12", "--text-tokens=30")
+    assert status == 0 and answer["V"] == pytest.approx(10, rel=0.01) and answer["interval"] is None
+    assert any("does not say on which" in warning for warning in answer["warnings"])
+
+
+def test_own_configurations_bring_their_sizes(run):
+    """The demo's LLMs have thousands of parameters, its images 36 patches."""
+    _, answer, _ = run(
+        "reasoning",
+        "--flops=1e8",
+        "--cost=full",
+        DEMO,
+        "--text-tokens=12",
+        "--llms=6k,20k,60k",
+    )
+    assert answer["llm"] in ("6k", "20k", "60k") and answer["V"] in (1, 4, 9, 36)
+    assert answer["cost"]["llm_parameters"] == pytest.approx(answer["N"] * 1e9)
+
+
+def test_measured_rows_replace_the_roofline(run, tmp_path):
+    """Rows that reach a 1000th of the chip's peak leave a plan that much less of the same time."""
+    records.write(tmp_path / "rows.jsonl", made_rows.rows())
+    flags = [
+        DEMO,
+        "--llms=6k",
+        "--tokens=4",
+        "--chip=v5e",
+        "--text-tokens=12",
+    ]
+    measured = f"--measured={tmp_path / 'rows.jsonl'}"
+    slow = run("reasoning", "--ms=1e9", measured, *flags)[1]
+    ideal = run("reasoning", "--ms=1e9", *flags)[1]
+    assert slow["cost"]["amount"] > 1000 * ideal["cost"]["amount"]
+    assert len(ideal["warnings"]) == len(slow["warnings"]) + 1
+    status, _, err = run("reasoning", "--ms=1e-2", measured, *flags)
+    assert status == 2 and "nothing meets the budget: the cheapest is N=6.448e-06 billion" in err
+
+
+def test_the_figure_shows_the_choice_and_its_numbers(run, tmp_path):
+    _, answer, _ = run(
+        "reasoning", "--flops=1e12", "--text-tokens=50", f"--out={tmp_path}", "--json"
+    )
+    names = [path.rsplit("/", 1)[1] for path in answer["figures"]]
+    assert names == ["plan.png", "plan.svg", "plan.csv"] and all(
+        (tmp_path / n).stat().st_size for n in names
+    )
+    rows = list(csv.DictReader((tmp_path / "plan.csv").open()))
+    chosen = [row for row in rows if row["series"] == "chosen"]
+    assert [float(row["V"]) for row in chosen] == [answer["V"]]
+    assert min(float(row["y"]) for row in rows if row["kind"] == "line") == pytest.approx(
+        answer["predicted_error"]
+    )
+
+
+BAD = [
+    (["--text-tokens=50"], "one of the arguments --flops --ms"),
+    (["--text-tokens=50", "--flops=1e12", "--ms=4"], "not allowed with argument"),
+    (["--text-tokens=-1", "--flops=1e12"], "'-1' is not a number of at least 0"),
+    (["--text-tokens=25:x", "--flops=1e12"], "expected name:weight"),
+    (["--text-tokens=50", "--flops=nan"], "budget: 'nan' is not a number"),
+    (["--text-tokens=50", "--ms=40"], "needs --chip"),
+    (["--text-tokens=50", "--ms=40", "--chip=v9"], "unknown chip 'v9'"),
+    (
+        ["--text-tokens=50", "--ms=40", "--chip=v5e", "--efficiency=2"],
+        "efficiency must be in (0, 1]",
+    ),
+    (["--text-tokens=50", "--ms=40", "--cost=paper"], "needs --cost=full"),
+    (["--text-tokens=50", "--flops=1e12", "--chip=v5e"], "add --cost=full"),
+    (["--text-tokens=50", "--dollars-per-million=5", "--chip=v5e"], "needs --price-per-hour"),
+    (
+        ["--text-tokens=50", "--ms=1", "--chip=v5e"],
+        "the cheapest is N=0.5 billion, V=1, token_packer",
+    ),
+    (
+        ["--text-tokens=50", "--flops=1e12", "--mix=charts:1"],
+        "no law for charts; there are reasoning, ocr",
+    ),
+    (["--text-tokens=50", "--flops=1e12", "--llms=qwen9"], "qwen9 unknown; there are"),
+    (
+        ["--text-tokens=50", "--flops=1e12", "--llms=vicuna-1.5-7b,qwen1.5-7b"],
+        "two LLMs with one N",
+    ),
+    (["--text-tokens=50", "--flops=1e12", "--compressors=zip"], "'zip' has no cost: choose one of"),
+    (
+        ["--text-tokens=50", "--flops=9e12", "--cost=full", "--tokens=5"],
+        "none fits; allowed are token_packer [1, 4",
+    ),
+    (["--text-tokens=50", "--flops=1e12", "--config=nowhere.py"], "no configuration at nowhere.py"),
+    (["--text-tokens=50", "--flops=1e12", "--law=nowhere.json"], "nowhere.json"),
+    (["--text-tokens=50", "--flops=1e12", "--measured=rows.jsonl"], "add --cost=full"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD)
+def test_wrong_flags_are_one_line_and_status_2(flags, message, laws, capsys):
+    try:
+        status = plan.main([f"--law={laws / 'both.json'}", *flags])
+    except SystemExit as stop:  # argparse's own
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert status == 2 and not out and message in err.splitlines()[-1]
+
+
+def test_a_file_that_is_no_law_is_named(laws, capsys):
+    for text, message in (
+        ("{", "is not JSON"),
+        ("[1]", "holds a list"),
+        ('{"form": "cubic"}', "form is 'cubic'"),
+        ('{"form": "multiplicative", "A": 1}', "alpha, beta, D missing"),
+    ):
+        (laws / "bad.json").write_text(text)
+        assert plan.main([f"--law={laws / 'bad.json'}", "--flops=1e12", "--text-tokens=5"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_plan_is_made_without_jax(laws):
+    """In a process of its own: stdout is one JSON object, and jax is never imported."""
+    code = (
+        "import sys; from vlm_jax import plan; status = plan.main(sys.argv[1:]); "
+        "assert 'jax' not in sys.modules and 'flax' not in sys.modules; sys.exit(status)"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            f"--law={laws / 'both.json'}",
+            "--ms=40",
+            "--chip=v5e",
+            "--text-tokens=50",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["cost_model"] == "full"

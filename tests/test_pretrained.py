@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published tensors go in and come out unchanged; a state that does not fit is refused, by name."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from vlm_jax.models import compressors, pretrained
+from vlm_jax.models.compressors import COMPRESSORS
+
+
+def abstract(kind="quecc", *, tokens=4, query="separate"):
+    return jax.eval_shape(lambda: compressors.build(
+        kind, tokens=64 if kind == "none" else tokens, side=8, width=16, levels=2, llm_width=24,
+        heads=4, query=query, rngs=nnx.Rngs(0)))  # fmt: skip
+
+
+def drawn(module):
+    draw = np.random.default_rng(0)
+    return {name: draw.normal(size=shape).astype("f4")
+            for name, shape in pretrained.shapes(module).items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("query", ["none", "separate"])
+@pytest.mark.parametrize("kind", COMPRESSORS)
+def test_what_is_loaded_is_exported(kind, query, mesh8):
+    with jax.set_mesh(mesh8):
+        module = abstract(kind, query=query)
+        published = drawn(module)
+        loaded = pretrained.load(module, published)
+    # Every parameter is there, where it would have been born.
+    for leaf, described in zip(*map(jax.tree.leaves, (loaded, module)), strict=True):
+        assert leaf.shape == described.shape and leaf.sharding.spec == described.sharding.spec
+    exported = pretrained.export(loaded)
+    assert list(exported) == list(published)
+    for name, array in published.items():
+        np.testing.assert_array_equal(exported[name], array, err_msg=name)
+
+
+def test_a_module_without_a_question_has_no_text_tensors(mesh1):
+    with jax.set_mesh(mesh1):
+        reads, blind = (set(pretrained.shapes(abstract(query=q))) for q in ("separate", "none"))
+    parts = ("0.weight", "0.bias", "1.weight", "1.bias")
+    assert reads - blind == {f"0.text_projection.{part}" for part in parts}
+
+
+def test_every_misfit_is_named_at_once(mesh1):
+    with jax.set_mesh(mesh1):
+        state = drawn(abstract(tokens=4))
+        del state["3.bias"]
+        state["2.weight"] = np.zeros(3, "f4")
+        said = (
+            r"QueCC: missing 3.bias; surplus 2.weight; "
+            r"0.q_downsample.weight has shape \(16, 1, 4, 4\), not \(16, 1, 2, 2\)"
+        )
+        with pytest.raises(ValueError, match=said):
+            pretrained.load(abstract(tokens=16), state)
+
+
+def test_weights_of_another_method_are_refused(mesh1):
+    with jax.set_mesh(mesh1), pytest.raises(ValueError, match="missing q_proj_1.weight.*surplus 1"):
+        pretrained.load(abstract("token_packer"), drawn(abstract("quecc")))

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoder against CLIP's equations written out, in any patch order, on one device and eight."""
+
+import jax
+import literal_models
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from configs import sizes
+from vlm_jax.models.vit import ViT, patchify, window_order
+from vlm_jax.models.vlm import parameters
+from vlm_jax.scaling import cost
+
+
+@pytest.fixture(scope="module")
+def c():
+    return tiny.get_config()
+
+
+def rough(c, mesh):
+    with jax.set_mesh(mesh):
+        return tiny.roughened(jax.jit(lambda: ViT(**c.vit.to_dict(), rngs=nnx.Rngs(0)))())
+
+
+@pytest.fixture(scope="module")
+def vit(c, mesh1):
+    return rough(c, mesh1)
+
+
+@pytest.fixture(scope="module")
+def pixels(c):
+    return np.random.default_rng(0).normal(size=(8, *[c.vit.image_size] * 2, 3)).astype("f4")
+
+
+@pytest.fixture(scope="module")
+def raster(vit, pixels, mesh1):
+    with jax.set_mesh(mesh1):
+        return np.asarray(jax.jit(lambda v, x: v(x))(vit, pixels))
+
+
+def test_levels_equal_the_equations_of_clip(c, vit, pixels, raster):
+    weights = literal_models.of(vit)
+    theirs = np.stack([literal_models.vit(weights, image, c) for image in pixels[:2]])
+    assert theirs.std() > 0.5
+    np.testing.assert_allclose(raster[:2], theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [2, 4])
+def test_window_major_is_raster_order_permuted(window, c, vit, pixels, raster, mesh1):
+    order = window_order(c.vit.image_size // c.vit.patch_size, window)
+    assert list(order) != sorted(order) or window == 4  # one window is raster order itself
+    with jax.set_mesh(mesh1):
+        ours = jax.jit(lambda v, x: v(x, window=window))(vit, pixels)
+    np.testing.assert_allclose(ours, raster[:, order], atol=1e-5)
+
+
+def test_a_window_holds_its_own_pixels(mesh1):
+    # Each pixel is its own number: patch k of window-major order must show the patch `order[k]`.
+    side, size, window = 6, 2, 3
+    image = np.arange((side * size) ** 2 * 3, dtype="f4").reshape(1, side * size, side * size, 3)
+    with jax.set_mesh(mesh1):
+        ours = np.asarray(patchify(tiny.placed(image), size, window))[0]
+    for k, index in enumerate(window_order(side, window)):
+        row, column = size * (index // side), size * (index % side)
+        np.testing.assert_array_equal(
+            ours[k], image[0, row : row + size, column : column + size].reshape(-1)
+        )
+
+
+def test_eight_devices_give_the_levels_of_one(c, pixels, raster, mesh8):
+    vit = rough(c, mesh8)
+    with jax.set_mesh(mesh8):
+        ours = jax.jit(lambda v, x: v(x))(vit, tiny.placed(pixels))
+    np.testing.assert_allclose(ours, raster, atol=1e-5)
+
+
+def test_blocks_behind_the_last_level_do_not_count(c, vit, pixels, raster, mesh1):
+    assert c.vit.depth > max(c.vit.levels)
+    broken = jax.tree_util.tree_map_with_path(
+        lambda path, w: w.at[max(c.vit.levels) :].set(np.nan) if "blocks" in str(path) else w, vit
+    )
+    with jax.set_mesh(mesh1):
+        np.testing.assert_array_equal(jax.jit(lambda v, x: v(x))(broken, pixels), raster)
+
+
+def test_parameters_of_the_published_tower(mesh1):
+    name = "clip-vit-large-patch14-336"
+    of = sizes.VIT[name] | dict(levels=(12, 16, 22, 23))
+    with jax.set_mesh(mesh1):
+        counted = parameters(jax.eval_shape(lambda: ViT(**of, rngs=nnx.Rngs(0))))
+    assert counted == sizes.VIT_PARAMETERS[name] == cost.vit_parameters(cost.ViT.of(of))
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(patch_size=5), "patches of 5 pixels do not tile an image of 32"),
+    (dict(heads=3), r"vit.heads=3 does not divide vit.width=16.*\[1, 2, 4, 8, 16\]"),
+    (dict(levels=(2, 1)), "ascending block numbers from 1 to 3"),
+    (dict(levels=(1, 4)), "ascending block numbers from 1 to 3"),
+    (dict(levels=()), "ascending block numbers from 1 to 3"),
+])  # fmt: skip
+def test_impossible_sizes_are_refused_with_the_way_out(change, words, c, mesh1):
+    with jax.set_mesh(mesh1), pytest.raises(ValueError, match=words):
+        jax.eval_shape(lambda: ViT(**c.vit.to_dict() | change, rngs=nnx.Rngs(0)))
+
+
+def test_windows_that_do_not_tile_are_refused():
+    with pytest.raises(
+        ValueError, match=r"windows of 3x3 patches do not tile a 4x4 grid.*\[1, 2, 4\]"
+    ):
+        window_order(4, 3)

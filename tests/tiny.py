@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The smallest configuration in which everything is there, and batches and runs of it.
+
+Tests use it by name and as a command line does: --config=tests/tiny.py
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Strings for the child process: what runs before the verb, and the verb itself.
+CHILD = """
+import os, signal, sys
+from vlm_jax.__main__ import main
+{before}
+sys.exit(main({argv!r}))
+"""
+
+
+def get_config():
+    """4x4 patches at two levels, two decoder blocks with grouped heads and biases."""
+    from configs import base
+
+    c = base.get_config()
+    c.compute_dtype, c.remat = "float32", "none"
+    c.vit.update(
+        dict(image_size=32, patch_size=8, depth=3, width=16, mlp=32, heads=2, levels=(1, 2))
+    )
+    c.llm.update(
+        dict(
+            vocab=256,
+            depth=2,
+            width=16,
+            mlp=32,
+            heads=4,
+            kv_heads=2,
+            head_size=8,
+            qkv_bias=True,
+            tied_embeddings=True,
+        )
+    )
+    c.compressor.update(dict(kind="token_packer", tokens=4, heads=2))
+    c.data.update(
+        dict(
+            source="synthetic",
+            template="bare",
+            text_length=32,
+            question_length=28,
+            train_images=40,
+            val_images=8,
+            test_images=16,
+        )
+    )
+    c.encoder.update(dict(steps=3, batch=8))
+    c.align.update(dict(steps=4, batch=8))
+    c.finetune.update(dict(steps=6, batch=8, learning_rate=3e-3, clip_norm=1.0))
+    c.checkpoint.update(dict(every=2, keep=2))
+    c.log.every = 1
+    c.evaluate.update(dict(batch=32, max_new_tokens=4))
+    with c.unlocked():
+        c.grid.llms = {"small": dict(depth=1), "large": dict(depth=2)}
+    c.grid.tokens = (1, 4)
+    c.grid.baselines = (("blind", 1), ("pool", 16))
+    return c
+
+
+def config(**changes):
+    """`get_config` with sections changed: config(compressor=dict(tokens=1), remat="full")."""
+    c = get_config()
+    for name, value in changes.items():
+        if isinstance(value, dict):
+            c[name].update(value)
+        else:
+            c[name] = value
+    return c
+
+
+def batch(c, *, rows=8, seed=0, levels=True):
+    """A random batch in the loader's form, on no device yet; row 0 has no image.
+
+    Lengths, supervision and the image's place differ from row to row.
+    """
+    draw = np.random.default_rng(seed)
+    text, read = c.data.text_length, c.data.question_length
+    length = draw.integers(text // 2, text + 1, rows)
+    image_at = draw.integers(0, length // 2)
+    image_at[0] = text
+    place = np.arange(text)
+    made = dict(
+        ids=draw.integers(0, c.llm.vocab, (rows, text)),
+        loss_mask=(place < length[:, None]) & (draw.random((rows, text)) < 0.6) & (place > 0),
+        length=length,
+        image_at=image_at,
+        question=draw.integers(0, c.llm.vocab, (rows, read)),
+        question_length=draw.integers(1, read + 1, rows),
+    )
+    made = {k: v.astype(np.int32) if v.dtype != bool else v for k, v in made.items()}
+    side = c.vit.image_size // c.vit.patch_size
+    if levels:
+        made["levels"] = draw.normal(size=(rows, side**2, len(c.vit.levels) * c.vit.width))
+    else:
+        made["pixels"] = draw.normal(size=(rows, c.vit.image_size, c.vit.image_size, 3))
+    return {k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in made.items()}
+
+
+def placed(made):
+    """The batch on the current mesh, as the loader would place it."""
+    from vlm_jax import mesh
+
+    return jax.device_put(made, mesh.sharding(jax.sharding.get_mesh(), "batch"))
+
+
+def roughened(model, seed=0, scale=0.3):
+    """`model` with noise on every weight: biases and norms must not hide behind 0 and 1."""
+    leaves, tree = jax.tree.flatten(model)
+    draw = np.random.default_rng(seed)
+    noise = [draw.normal(scale=scale, size=x.shape).astype(np.float32) for x in leaves]
+    return jax.tree.unflatten(
+        tree,
+        [jax.device_put(np.asarray(x) + n, x.sharding) for x, n in zip(leaves, noise, strict=True)],
+    )
+
+
+def run(*argv, cache, before="", timeout=240):
+    """`vlm-jax ARGV` in a process of its own with one device, after the statements `before`.
+
+    Processes with the same folder `cache` compile a program once.
+    """
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", CHILD.format(before=before, argv=list(argv))],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def losses(folder):
+    """Step and loss of every line of a stage's metrics.jsonl."""
+    import json
+
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [(m["step"], m["loss"], m["gradient_norm"]) for m in map(json.loads, lines)]

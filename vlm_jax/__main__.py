@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vlm-jax VERB ...` is `python -m vlm_jax.VERB ...`."""
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; each imports only what it needs."""
+    verb, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    match verb:
+        case "train":
+            from vlm_jax.train import main as run
+        case "evaluate":
+            from vlm_jax.evaluate import main as run
+        case "grid":
+            from vlm_jax.grid import main as run
+        case "fit":
+            from vlm_jax.fit import main as run
+        case "plan":
+            from vlm_jax.plan import main as run
+        case "report":
+            from vlm_jax.report import main as run
+        case _:
+            known = "train, evaluate, grid, fit, plan, report"
+            text = f"usage: vlm-jax VERB [--flag=value ...]\nverbs: {known} (each has --help)"
+            if verb in ("--help", "-h", "help"):
+                print(text)
+                return 0
+            print(f"vlm-jax: unknown verb {verb!r}\n{text}", file=sys.stderr)
+            return 2
+    return run(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a source of data is: examples of questions and answers about images, read by index."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+IMAGE_MARK = "<image>"  # where the LLaVA format puts the image into a question
+
+
+class BadExample(ValueError):
+    """One row that cannot be used; the message names the file, the row and the way out."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Questions and answers about one image, or about none.
+
+    Attributes:
+      id: unique within a source and split.
+      image: index into the source's images, or None for a row of text alone.
+      turns: (question, answer) pairs; the image belongs before the first question.
+      family: the group whose tasks are averaged for the scaling law.
+      task: the task inside the family, scored on its own.
+    """
+
+    id: str
+    image: int | None
+    turns: tuple[tuple[str, str], ...]
+    family: str
+    task: str
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A split of a data set.
+
+    `images[i]` is uint8 [H, W, 3], RGB, and may raise BadExample when the file cannot be read.
+    `data_hash` is a sha256 over what defines the data. `describe()` gives counts for the log.
+    Sources that know what an image shows also have `patch_labels(i, side)`, int32 [side * side] in
+    raster order, and `patch_classes`, one more than the largest label.
+    """
+
+    name: str
+    split: str
+    images: Any
+    data_hash: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+
+class Images(Sequence):
+    """Images made or read one at a time, when asked for."""
+
+    def __init__(self, read, count: int):
+        self._read, self._count = read, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < self._count:
+            raise IndexError(f"image {index} of {self._count}")
+        return self._read(int(index))

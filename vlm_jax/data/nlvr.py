@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NLVR: human sentences about three boxes of shapes, true or false (Suhr et al., ACL 2017,
+CC-BY-4.0).
+
+Two of its files are used: the public test split is trained on, the dev split is evaluated on, both
+as "val" and as "test". Each sentence comes with all six orders of its boxes, which stay together
+because a sentence belongs to one file.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from vlm_jax.data.example import BadExample, Example, Images
+from vlm_jax.data.scenes import covering
+
+FILES = {"train": "test", "val": "dev", "test": "dev"}  # our split -> the split of the data set
+ORDERS = tuple(itertools.permutations(range(3)))  # image K shows boxes ORDERS[K] of structured_rep
+BOX = 100  # pixels
+BOX_LEFT = (0, 150, 300)  # in the published image of 400 x 100, between grey bars
+CORNERS = (
+    (0, 0),
+    (BOX, 0),
+    (0, BOX),
+)  # where the boxes go on a square of 200 x 200, in reading order
+EMPTY = (128, 128, 128)  # the fourth quarter: the grey of the bars
+
+KINDS = ("circle", "square", "triangle")
+COLOURS = ("Black", "Yellow", "#0099ff")
+SIZES = (10, 20, 30)  # pixels
+
+
+class _Files:
+    """Reads files of a split from its folder, or from its tar file without unpacking it."""
+
+    def __init__(self, root: Path, split: str):
+        self.folder, self.tar = root / split, root / f"{split}.tar"
+        self.places: dict[str, tuple[int, int]] = {}
+        if self.folder.is_dir():
+            return
+        if not self.tar.is_file():
+            raise FileNotFoundError(
+                f"{root} holds neither a folder {split} nor {split}.tar: set data.path to the "
+                "folder that holds NLVR's dev and test splits"
+            )
+        try:
+            with tarfile.open(self.tar, "r:") as archive:
+                self.places = {
+                    m.name.removeprefix("./"): (m.offset_data, m.size)
+                    for m in archive
+                    if m.isfile()
+                }
+        except tarfile.TarError as error:
+            raise ValueError(
+                f"{self.tar} is no uncompressed tar file, or cut short: {error}"
+            ) from error
+
+    def read(self, name: str) -> bytes:
+        if not self.places:
+            return (self.folder / name).read_bytes()
+        key = f"{self.folder.name}/{name}"
+        if key not in self.places:
+            raise FileNotFoundError(f"{self.tar} holds no {key}")
+        start, size = self.places[key]
+        with self.tar.open("rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+
+class _Reader:
+    """Reads image i of the rows and lays its boxes out on a square."""
+
+    def __init__(self, files: _Files, names: list[str]):
+        self.files, self.names = files, names
+
+    def __call__(self, index: int) -> np.ndarray:
+        name = self.names[index]
+        try:
+            with Image.open(io.BytesIO(self.files.read(name))) as image:
+                return mosaic(image)
+        except (OSError, SyntaxError) as error:
+            raise BadExample(
+                f"NLVR image {name} in {self.files.folder} cannot be read: {error}; unpack the "
+                "data again, or set data.on_bad_example=skip"
+            ) from error
+
+
+def mosaic(image: Image.Image) -> np.ndarray:
+    """The three boxes of a published image on a square, uint8 [200, 200, 3], over white."""
+    if image.size != (4 * BOX, BOX):
+        raise OSError(f"{image.size[0]} x {image.size[1]} pixels, not {4 * BOX} x {BOX}")
+    image = image.convert("RGBA")
+    flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    square = Image.new("RGB", (2 * BOX, 2 * BOX), EMPTY)
+    for left, corner in zip(BOX_LEFT, CORNERS, strict=True):
+        square.paste(flat.crop((left, 0, left + BOX, BOX)), corner)
+    return np.array(square)
+
+
+class Nlvr:
+    """One file of NLVR; an example per sentence and order of boxes, with id "IDENTIFIER-ORDER".
+
+    Example ids keep what consistency is counted over: "12-3-0" is order 0 of identifier 12-3, whose
+    original sentence is 12.
+
+    Args:
+      path: the folder that holds `dev` and `test`, as folders or tar files.
+      split: train (the data set's test), val or test (both its dev).
+    Raises:
+      FileNotFoundError, ValueError: for missing or broken files, naming them.
+    """
+
+    name = "nlvr"
+    patch_classes = 1 + len(KINDS) * len(COLOURS) * len(SIZES)
+
+    def __init__(self, path: str, split: str):
+        if split not in FILES:
+            raise ValueError(f"split {split!r}: NLVR is used as {', '.join(FILES)}")
+        self.split, kept = split, FILES[split]
+        files = _Files(Path(path), kept)
+        data = files.read(f"{kept}.json")
+        names: list[str] = []
+        self._boxes: list[list[list[dict]]] = []
+        self._examples: list[Example] = []
+        for number, line in enumerate(data.splitlines(), 1):
+            try:
+                row = json.loads(line)
+                sentence, label, identifier = row["sentence"], row["label"], row["identifier"]
+                folder, boxes = row["directory"], row["structured_rep"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{Path(path) / kept / kept}.json, line {number}: {error!r}: expected an "
+                    "object with sentence, label, identifier, directory and structured_rep"
+                ) from error
+            self._boxes.append(boxes)
+            for order in range(len(ORDERS)):
+                turns, name = ((sentence, label),), f"{identifier}-{order}"
+                self._examples.append(Example(name, len(names), turns, "nlvr", "nlvr"))
+                names.append(f"images/{folder}/{kept}-{identifier}-{order}.png")
+        self.images = Images(_Reader(files, names), len(names))
+        self.data_hash = hashlib.sha256(data).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._examples[index]
+
+    def patch_labels(self, index: int, side: int) -> np.ndarray:
+        """Per patch the class (kind, colour, size) of what covers it most, int32 [side * side]."""
+        # Drawn at a size that the patches tile.
+        scale = side * -(-2 * BOX // side) / (2 * BOX)
+        boxes = [self._boxes[index // len(ORDERS)][k] for k in ORDERS[index % len(ORDERS)]]
+        owners = Image.new("L", (round(2 * BOX * scale),) * 2, 0)
+        classes = [0]
+        for corner, shapes in zip(CORNERS, boxes, strict=True):
+            box = Image.new("L", (round(BOX * scale),) * 2, 0)
+            canvas = ImageDraw.Draw(box)
+            for s in shapes:
+                kind, colour, size = (
+                    KINDS.index(s["type"]),
+                    COLOURS.index(s["color"]),
+                    SIZES.index(s["size"]),
+                )
+                _draw(
+                    canvas,
+                    kind,
+                    s["x_loc"] * scale,
+                    s["y_loc"] * scale,
+                    s["size"] * scale,
+                    len(classes),
+                )
+                classes.append(1 + (kind * len(COLOURS) + colour) * len(SIZES) + size)
+            owners.paste(box, (round(corner[0] * scale), round(corner[1] * scale)))
+        return np.array(classes, np.int32)[covering(np.asarray(owners), side)]
+
+    def describe(self) -> dict[str, Any]:
+        """Counts of examples, images and labels, and which file of the data set this is."""
+        labels = Counter(e.turns[0][1] for e in self._examples)
+        return {
+            "source": self.name,
+            "split": self.split,
+            "file": FILES[self.split],
+            "examples": len(self),
+            "images": len(self.images),
+            "labels": dict(sorted(labels.items())),
+            "data_hash": self.data_hash,
+        }
+
+
+def _draw(
+    canvas: ImageDraw.ImageDraw, kind: int, x: float, y: float, size: float, fill: int
+) -> None:
+    """One shape by its left top corner and size, in pixels of the canvas."""
+    right, bottom = x + size - 1, y + size - 1
+    if kind == 0:
+        canvas.ellipse((x, y, right, bottom), fill=fill)
+    elif kind == 1:
+        canvas.rectangle((x, y, right, bottom), fill=fill)
+    else:
+        canvas.polygon([(x, bottom), (right, bottom), ((x + right) / 2, y)], fill=fill)

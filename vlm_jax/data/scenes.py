@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scenes of coloured shapes for questions that need reasoning: drawn, described and labelled by
+patch.
+
+A scene is a tuple of shapes on a jittered grid, so that "left of" and "above" are never in doubt:
+two shapes of one column are at most 2 JITTER pixels apart in x, two of different columns at least
+SIDE / GRID - 2 JITTER. The constants below set how hard a scene is.
+"""
+
+import random
+from numbers import Real
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIDE = 72  # pixels of an image's side
+PATCH = 12  # pixels: a shape or a character sits in one patch, so that a small encoder can tell it
+GRID = 3  # cells of a side that may hold a shape
+JITTER = 7  # pixels by which a shape may leave the middle of its cell: half a patch, and one pixel
+OBJECTS = (2, 6)  # fewest and most shapes of a scene
+KINDS = ("circle", "square", "triangle", "cross", "star")
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (38, 150, 62),
+    "blue": (45, 85, 215),
+    "yellow": (240, 205, 30),
+    "purple": (140, 60, 185),
+    "orange": (245, 130, 25),
+}
+COLOUR_NAMES = tuple(COLOURS)
+SIZES = ("small", "big")
+RADIUS = (4, 6)  # pixels, by size
+
+SHAPE_CLASSES = len(KINDS) * len(COLOURS) * len(SIZES)  # patch classes 1 .. SHAPE_CLASSES
+
+
+class Shape(NamedTuple):
+    kind: int
+    colour: int
+    size: int
+    column: int
+    row: int
+    x: int  # centre, pixels
+    y: int
+
+
+class Scene(NamedTuple):
+    background: tuple[int, int, int]
+    shapes: tuple[Shape, ...]
+
+
+def shape_class(kind: int, colour: int, size: int) -> int:
+    """The patch class of a shape, 1 .. SHAPE_CLASSES; 0 is the background."""
+    return 1 + (kind * len(COLOURS) + colour) * len(SIZES) + size
+
+
+def draw_scene(rng: random.Random) -> Scene:
+    """A scene at random; some have few colours or kinds, so that large counts occur."""
+    count = rng.randint(*OBJECTS)
+    colours = rng.sample(range(len(COLOURS)), rng.randint(2, len(COLOURS)))
+    kinds = rng.sample(range(len(KINDS)), rng.randint(2, len(KINDS)))
+    cell = SIDE // GRID
+    shapes = []
+    for place in sorted(rng.sample(range(GRID * GRID), count)):
+        row, column = divmod(place, GRID)
+        shapes.append(
+            Shape(
+                rng.choice(kinds),
+                rng.choice(colours),
+                rng.randrange(len(SIZES)),
+                column,
+                row,
+                column * cell + cell // 2 + _jitter(rng),
+                row * cell + cell // 2 + _jitter(rng),
+            )
+        )
+    level = rng.choice((rng.randint(15, 60), rng.randint(195, 250)))
+    return Scene((level, level, level), tuple(shapes))
+
+
+def _jitter(rng: random.Random) -> int:
+    """From the middle of a cell, a corner of four patches, to about the middle of one of them."""
+    return rng.choice((-1, 1)) * PATCH // 2 + rng.randint(-1, 1)
+
+
+def content(scene: Scene) -> tuple:
+    """What the scene shows, without jitter and background; equal content is the same scene."""
+    return tuple((s.kind, s.colour, s.size, s.column, s.row) for s in scene.shapes)
+
+
+def _unit_polygons() -> tuple[np.ndarray | None, ...]:
+    """Corners of each kind for radius 1; None is a circle."""
+    third = np.array([[0, -1], [0.92, 0.75], [-0.92, 0.75]])
+    square = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * 0.82
+    a = 0.32
+    cross = np.array(
+        [
+            [-a, -1],
+            [a, -1],
+            [a, -a],
+            [1, -a],
+            [1, a],
+            [a, a],
+            [a, 1],
+            [-a, 1],
+            [-a, a],
+            [-1, a],
+            [-1, -a],
+            [-a, -a],
+        ]
+    )
+    angle = np.arange(10) * np.pi / 5 - np.pi / 2
+    star = (
+        np.stack([np.cos(angle), np.sin(angle)], 1)
+        * np.where(np.arange(10) % 2, 0.42, 1.08)[:, None]
+    )
+    return None, square, third, cross, star
+
+
+_POLYGONS = _unit_polygons()
+
+
+def draw_shape(
+    canvas: ImageDraw.ImageDraw, kind: int, x: Real, y: Real, radius: Real, fill
+) -> None:
+    """Fills one shape, centred at (x, y), on a PIL canvas; all lengths in pixels."""
+    corners = _POLYGONS[kind]
+    if corners is None:
+        canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+    else:
+        canvas.polygon([(x + radius * u, y + radius * v) for u, v in corners], fill=fill)
+
+
+def render(scene: Scene) -> np.ndarray:
+    """The picture, uint8 [SIDE, SIDE, 3]; drawn at twice the size and averaged for smooth edges."""
+    image = Image.new("RGB", (2 * SIDE, 2 * SIDE), scene.background)
+    canvas = ImageDraw.Draw(image)
+    for s in scene.shapes:
+        colour = COLOURS[COLOUR_NAMES[s.colour]]
+        draw_shape(canvas, s.kind, 2 * s.x, 2 * s.y, 2 * RADIUS[s.size], colour)
+    return np.asarray(image.reduce(2))
+
+
+def covering(owners: np.ndarray, side: int, least: float = 0.15) -> np.ndarray:
+    """Per patch the number that covers most of it, int32 [side * side]; 0 below the share `least`.
+
+    owners: uint8 [H, W], for each pixel 0 or a number; H and W must be multiples of `side`.
+    """
+    height, width = owners.shape
+    if height % side or width % side:
+        raise ValueError(f"{side} patches per side do not tile {height} x {width} pixels")
+    tiles = owners.reshape(side, height // side, side, width // side).swapaxes(1, 2)
+    tiles = tiles.reshape(side * side, -1)
+    shares = (
+        np.stack([(tiles == k).mean(1) for k in range(1, owners.max() + 1)], 1)
+        if owners.any()
+        else np.zeros((side * side, 1))
+    )
+    return np.where(shares.max(1) >= least, shares.argmax(1) + 1, 0).astype(np.int32)
+
+
+def patch_labels(scene: Scene, side: int) -> np.ndarray:
+    """Per patch the class of the shape that covers most of it, int32 [side * side]."""
+    owners = Image.new("L", (SIDE, SIDE), 0)
+    canvas = ImageDraw.Draw(owners)
+    for number, s in enumerate(scene.shapes, 1):
+        draw_shape(canvas, s.kind, s.x, s.y, RADIUS[s.size], number)
+    classes = np.array(
+        [0] + [shape_class(s.kind, s.colour, s.size) for s in scene.shapes], np.int32
+    )
+    return classes[covering(np.asarray(owners), side)]

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where examples come from: one table of sources, opened by a configuration and a split."""
+
+from collections import Counter, defaultdict
+from typing import Any
+
+from vlm_jax.data.example import BadExample, Example, Source
+from vlm_jax.data.llava import Llava
+from vlm_jax.data.nlvr import Nlvr
+from vlm_jax.data.synthetic import Synthetic
+from vlm_jax.data.synthetic import majority as majority_by_wording
+
+__all__ = ["SOURCES", "BadExample", "Example", "Source", "majority", "open_source"]
+
+
+def _llava(config: Any, split: str) -> Llava:
+    data = config.data
+    return Llava(
+        data.path,
+        split,
+        images=data.images,
+        text_only=data.text_only,
+        skip=data.on_bad_example == "skip",
+    )
+
+
+def _synthetic(config: Any, split: str) -> Synthetic:
+    data = config.data
+    images = {"train": data.train_images, "val": data.val_images, "test": data.test_images}
+    return Synthetic(split, images=images.get(split, 0), seed=config.seed)
+
+
+def _nlvr(config: Any, split: str) -> Nlvr:
+    return Nlvr(config.data.path, split)
+
+
+SOURCES = {"llava": _llava, "synthetic": _synthetic, "nlvr": _nlvr}
+
+
+def open_source(config: Any, split: str) -> Source:
+    """The split ("train", "val" or "test") of the source that config.data names.
+
+    Raises:
+      ValueError: for an unknown source, split or data.on_bad_example.
+      FileNotFoundError, BadExample: for data that is missing or bad, saying which.
+    """
+    if config.data.source not in SOURCES:
+        raise ValueError(f"data.source={config.data.source!r}: choose one of {', '.join(SOURCES)}")
+    if config.data.on_bad_example not in ("fail", "skip"):
+        raise ValueError(f"data.on_bad_example={config.data.on_bad_example!r}: choose fail or skip")
+    return SOURCES[config.data.source](config, split)
+
+
+def majority(train: Source, test: Source) -> dict[str, float]:
+    """Per task the share of `test` that the most frequent training answer gets right.
+
+    The embedded benchmark knows the form of each question and takes the best answer of each form.
+    """
+    if isinstance(train, Synthetic) and isinstance(test, Synthetic):
+        return majority_by_wording(train, test)
+    answers: dict[str, Counter] = defaultdict(Counter)
+    for i in range(len(train)):
+        answers[train[i].task][train[i].turns[-1][1]] += 1
+    right, total = Counter(), Counter()
+    for i in range(len(test)):
+        task, answer = test[i].task, test[i].turns[-1][1]
+        total[task] += 1
+        right[task] += answers[task].most_common(1)[:1] == [(answer, answers[task][answer])]
+    return {task: right[task] / total[task] for task in sorted(total)}

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of predictions against references, and their standard errors; plain Python."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+LARGEST_STDERR = 0.5  # of a fraction: what one cluster alone leaves open
+
+
+def exact_match(prediction: str, answer: str) -> float:
+    """1 if the two strings agree but for outer white space, else 0."""
+    return float(prediction.strip() == answer.strip())
+
+
+def first_word(prediction: str, answer: str) -> float:
+    """1 if the first word of the prediction, lower-cased and without punctuation, is the answer."""
+    words = prediction.lower().split()
+    return float(bool(words) and words[0].strip(".,!?") == answer.lower())
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean; NaN of nothing."""
+    return sum(values) / len(values) if values else math.nan
+
+
+def clustered_stderr(values: Sequence[float], clusters: Sequence[str]) -> float:
+    """Standard error of the mean when values of one cluster (one image, one sentence) move
+    together.
+
+    The usual sandwich form: sqrt(G / (G-1) * sum of squared cluster residual sums) / n, with G
+    clusters; equal to the plain standard error when every cluster holds one value. One
+    cluster alone says nothing about the spread: LARGEST_STDERR.
+    """
+    average = mean(values)
+    residuals: dict[str, float] = defaultdict(float)
+    for value, cluster in zip(values, clusters, strict=True):
+        residuals[cluster] += value - average
+    groups = len(residuals)
+    if groups < 2:
+        return LARGEST_STDERR
+    total = sum(r * r for r in residuals.values())
+    return math.sqrt(groups / (groups - 1) * total) / len(values)
+
+
+def consistency(correct: Sequence[float], groups: Sequence[str]) -> list[float]:
+    """For each group 1 if all of its members are right, else 0 (NLVR: Suhr et al., ACL 2017)."""
+    worst: dict[str, float] = {}
+    for value, group in zip(correct, groups, strict=True):
+        worst[group] = min(value, worst.get(group, 1.0))
+    return list(worst.values())

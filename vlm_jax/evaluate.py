@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint to predictions: greedy answers to every example of a split, and their scores.
+
+    vlm-jax evaluate --config=configs/demo.py --workdir=runs/one
+
+reads the finetuned checkpoint of `vlm-jax train` with the same configuration and writes
+predictions.jsonl and scores.json beside it.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlm_jax import cli, mesh
+from vlm_jax.data import loader, sources
+from vlm_jax.data.processor import Processor, load_tokenizer
+from vlm_jax.evals import tasks
+from vlm_jax.learn import optimizer
+from vlm_jax.learn.checkpoint import Checkpoints
+from vlm_jax.learn.workdir import claim, write_json
+from vlm_jax.models import vlm
+from vlm_jax.models.vlm import VLM
+
+
+class Answerer:
+    """Greedy decoding of one model over batches of one shape: two compiled functions, caches
+    donated."""
+
+    def __init__(self, model: VLM, *, eos_id: int, max_new_tokens: int):
+        self.model, self.eos_id, self.max_new_tokens = model, eos_id, max_new_tokens
+
+        def first(model, batch):
+            logits, caches, length = model.prefill(batch, new_tokens=max_new_tokens)
+            return jnp.argmax(logits, -1).astype(jnp.int32), caches, length
+
+        def following(model, ids, caches, position):
+            logits, caches = model.decode(ids, caches, position)
+            return jnp.argmax(logits, -1).astype(jnp.int32), caches, position + 1
+
+        self.first, self.following = jax.jit(first), jax.jit(following, donate_argnums=(2, 3))
+
+    def __call__(self, batch: loader.Batch) -> np.ndarray:
+        """Token ids int32 [B, n], n at most max_new_tokens; ends early when every row has ended."""
+        ids, caches, position = self.first(self.model, batch)
+        found = [np.asarray(ids)]
+        ended = found[0] == self.eos_id
+        while len(found) < self.max_new_tokens and not ended.all():
+            ids, caches, position = self.following(self.model, ids, caches, position)
+            found.append(np.asarray(ids))
+            ended |= found[-1] == self.eos_id
+        return np.stack(found, axis=1)
+
+
+def predict(
+    config: ConfigDict,
+    model: VLM,
+    source: sources.Source,
+    processor: Processor,
+    *,
+    features: np.ndarray | None = None,
+) -> Iterator[dict[str, Any]]:
+    """One record per example: id, task, family, cluster, prediction, answer."""
+    tokenizer = processor.tokenizer
+    answer = Answerer(model, eos_id=processor.eos_id, max_new_tokens=config.evaluate.max_new_tokens)
+    batches = loader.evaluation_batches(
+        source,
+        processor,
+        batch=config.evaluate.batch,
+        features=features,
+        skip=config.data.on_bad_example == "skip",
+        mesh=jax.sharding.get_mesh(),
+    )
+    for batch in batches:
+        valid, index = np.asarray(batch.pop("valid")), np.asarray(batch.pop("index"))
+        for i, ids, counts in zip(index, answer(batch), valid, strict=True):
+            if not counts:
+                continue
+            example = source[int(i)]
+            ended = np.flatnonzero(ids == processor.eos_id)
+            text = tokenizer.decode(ids[: ended[0]] if ended.size else ids).strip()
+            yield dict(
+                id=example.id,
+                task=example.task,
+                family=example.family,
+                cluster=cluster(example),
+                prediction=text,
+                answer=example.turns[-1][1],
+            )
+
+
+def cluster(example: sources.Example) -> str:
+    """What moves together: the sentence of an NLVR row (its six drawings), else the image."""
+    if example.task == "nlvr":
+        return example.id.split("-")[0]
+    return str(example.image)
+
+
+def protocol_of(source: sources.Source) -> str:
+    """The protocol that a source is scored by."""
+    return {"nlvr": "nlvr"}.get(source.name, "embedded")
+
+
+def write_predictions(path: Path, records: list[dict[str, Any]]) -> None:
+    """One JSON line per record, whole or not at all."""
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("".join(json.dumps(r, sort_keys=True) + "\n" for r in records))
+    fresh.replace(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    config, flags = cli.parse(
+        "evaluate",
+        __doc__,
+        argv,
+        strings={"workdir": "folder of a finished `vlm-jax train`"},
+        required=["workdir"],
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+
+    def body() -> int:
+        folder = Path(flags.workdir).absolute()
+        if not (folder / "finetune").is_dir():
+            raise FileNotFoundError(
+                f"no finetune checkpoint in {folder}: run `vlm-jax train` with this --workdir first"
+            )
+        with jax.set_mesh(mesh.make(**config.mesh)), claim(folder, config):
+            tokenizer = load_tokenizer(config.data.tokenizer or folder / "tokenizer")
+            source = sources.open_source(config, config.evaluate.split)
+            model = vlm.create(config, seed=config.seed)
+            graph, like = optimizer.start(model, "finetune", optimizer.optimizer(config.finetune))
+            restored = Checkpoints(folder / "finetune").restore(like)
+            steps = int(restored[0].step) if restored else 0
+            if steps != config.finetune.steps:
+                raise ValueError(
+                    f"{folder}/finetune holds {steps} of {config.finetune.steps} steps: "
+                    "repeat the `vlm-jax train` command to finish it"
+                )
+            model = optimizer.finish(graph, restored[0])
+            records = list(predict(config, model, source, Processor(tokenizer, config)))
+            scores = tasks.score(protocol_of(source), records)
+            write_predictions(folder / "predictions.jsonl", records)
+            write_json(folder / "scores.json", scores)
+            print(json.dumps(scores, indent=1, sort_keys=True))
+        return 0
+
+    return cli.report_errors("evaluate", body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

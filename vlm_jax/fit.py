@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results rows become a scaling law with intervals: law.json, comparison.csv and figures.
+
+vlm-jax fit --rows=FILE.jsonl|csv|json --out=DIR      rows of a grid, a table, or lmms-eval results
+vlm-jax fit --published=reasoning|ocr --out=DIR       the measurements of arXiv 2411.03312
+"""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import scipy
+
+from vlm_jax.scaling import compare, intervals, law, published, records, tables
+from vlm_jax.scaling.forms import FORMS
+from vlm_jax.scaling.points import of_cells
+
+
+def flags() -> argparse.ArgumentParser:
+    """The flags of the verb."""
+    parser = argparse.ArgumentParser(
+        prog="vlm-jax fit", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--rows", action="append", help="results; may be given several times")
+    source.add_argument("--published", choices=sorted(published.ACCURACY))
+    parser.add_argument("--out", required=True, help="folder for law.json and all else")
+    parser.add_argument("--form", default="multiplicative", choices=list(FORMS))
+    parser.add_argument("--family", help="one family or task (default: all and their mean)")
+    parser.add_argument("--compressor", help="of a grid's rows (default: the one with most cells)")
+    parser.add_argument("--bootstrap", type=int, default=1000, help="draws; 0 leaves bands out")
+    parser.add_argument("--resample", default="residuals", choices=intervals.RESAMPLINGS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--huber", type=float, help="residual beyond which a row counts linearly")
+    parser.add_argument("--weights", default="stderr", choices=("stderr", "equal"))
+    parser.add_argument("--n-unit", choices=sorted(tables.N_UNITS), help="of a table's column N")
+    parser.add_argument("--text-tokens", type=float, default=0.0, help="Q of rows without a Q")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Fits, writes, draws; 0, or 2 after saying on stderr what was wrong."""
+    options = flags().parse_args(argv)
+    try:
+        print(json.dumps(run(options), allow_nan=False))
+    except (ValueError, OSError) as problem:
+        print(f"vlm-jax fit: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(options) -> dict:
+    """The fit that the flags describe; returns what law.json holds, without draws, and the files
+    made."""
+    if options.bootstrap < 0:
+        raise ValueError(f"--bootstrap must be 0 or more draws, got {options.bootstrap}")
+    families, tasks = read(options)
+    top = next(iter(families))  # the mean over families where there are several
+    how = {"seed": options.seed, "huber": options.huber, "weighting": options.weights}
+    laws, table = {}, []
+    for name, points in families.items():
+        laws[name] = law.fit(
+            points, options.form, bootstrap=options.bootstrap, resample=options.resample, **how
+        )
+        table += [{"family": name} | row for row in compare.compare(points, **how)]
+        say(name, points, laws[name], table)
+    fields = laws[top].to_dict() | {"family": top}
+    fields["families"] = {name: fitted.to_dict() for name, fitted in laws.items() if name != MEAN}
+    fields["tasks"] = {
+        name: law.fit(points, options.form, bootstrap=0, **how).to_dict()
+        for name, points in tasks.items()
+    }
+    fields["extrapolation"] = compare.extrapolate(
+        families[top], laws[top], bootstrap=options.bootstrap, resample=options.resample, **how
+    )
+    if options.published:
+        fields["published"] = against_published(options.published, families[top], laws[top])
+    fields["made_by"] = {
+        "rows": options.rows or f"published {options.published}",
+        **{k: getattr(options, k) for k in ("bootstrap", "resample", "seed", "huber", "weights")},
+        "versions": {"numpy": np.__version__, "scipy": scipy.__version__},
+    }
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [f" {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in fields.items()]
+    records.replace(out / "law.json", "{\n" + ",\n".join(lines) + "\n}\n")
+    with open(out / "comparison.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["family", *compare.COLUMNS])
+        writer.writeheader()
+        writer.writerows(table)
+    files = [out / "law.json", out / "comparison.csv", *draw(families, laws, out)]
+    fields |= {"files": [str(path) for path in files]}
+    return without_draws(fields)
+
+
+MEAN = "mean of families"
+
+
+def read(options) -> tuple[dict, dict]:
+    """Family -> Points, led by their mean where there are several, and task -> Points of a grid's
+    rows."""
+    if options.published:
+        points = published.points(options.published, text_tokens=options.text_tokens)
+        return {options.published: points}, {}
+    own = [records.is_rows(path) for path in options.rows]
+    if any(own) and not all(own):
+        raise ValueError("--rows mixes rows of a grid with other tables: fit them apart")
+    if own[0]:
+        rows = [row for path in options.rows for row in records.read(path)]
+        by = {
+            kind: records.cells(rows, compressor=options.compressor, by=kind)
+            for kind in ("families", "tasks")
+        }
+    else:
+        how = {"n_unit": options.n_unit, "text_tokens": options.text_tokens}
+        cells = [cell for path in options.rows for cell in tables.read(path, **how)]
+        seen = set()
+        for cell in cells:
+            key = (cell.N, cell.V, cell.Q, cell.label, cell.seed)
+            if key in seen:
+                raise ValueError(
+                    f"N={cell.N:g}, V={cell.V:g} (seed {cell.seed}) occurs twice in the files of "
+                    f"--rows: keep one, or add a column `seed` if both were measured"
+                )
+            seen.add(key)
+        by = {"families": cells, "tasks": []}
+    names = {kind: sorted({n for cell in cells for n in cell.errors}) for kind, cells in by.items()}
+    if options.family is not None:
+        kind = "tasks" if options.family in names["tasks"] else "families"
+        return {options.family: of_cells(by[kind], options.family)}, {}
+    families = {name: of_cells(by["families"], name) for name in names["families"]}
+    if len(families) > 1:
+        families = {MEAN: of_cells(by["families"])} | families
+    return families, {name: of_cells(by["tasks"], name) for name in names["tasks"]}
+
+
+def say(name, points, fitted, table) -> None:
+    """The fit in words and numbers, on stderr."""
+    sizes, tokens = np.unique(points.N), np.unique(points.V)
+    print(
+        f"{name}: {len(points)} points, {len(sizes)} LLM sizes ({sizes[0]:g} to {sizes[-1]:g} "
+        f"billion), {len(tokens)} token counts ({tokens[0]:g} to {tokens[-1]:g})\n"
+        f"  error = {FORMS[fitted.form].formula}   SSE {fitted.sse:.5g}   rmse {fitted.rmse:.4g}",
+        file=sys.stderr,
+    )
+    for parameter, value in fitted.params.items():
+        low, high = fitted.intervals[parameter]
+        print(f"  {parameter:6} {value:10.5g}   95 % [{low:.5g}, {high:.5g}]", file=sys.stderr)
+    for note in fitted.notes:
+        print(f"  {note}", file=sys.stderr)
+    judged = [row for row in table if row["family"] == name and row["leave_one_size_out_rmse"]]
+    for row in sorted(judged, key=lambda row: row["leave_one_size_out_rmse"]):
+        print(
+            f"  {row['form']:20} left-out size {row['leave_one_size_out_rmse']:.4f}"
+            f"   left-out V {row['leave_one_V_out_rmse'] or float('nan'):.4f}   AIC "
+            f"{row['aic']:.1f}",
+            file=sys.stderr,
+        )
+
+
+def against_published(name, points, fitted) -> dict:
+    """Where the published exponents lie: each in its interval or not, and both together."""
+    pair = published.EXPONENTS[name]
+    found = {"exponents": pair, "notes": list(published.NOTES[name])}
+    if not fitted.form.startswith("multiplicative"):
+        return found
+    found["inside"] = _inside(pair, fitted.intervals)
+    found["together"] = compare.with_exponents(points, fitted, pair)
+    where = {"": fitted.intervals}
+    if not fitted.identified["D"]:
+        where[" (with D held at 0)"] = compare.without_floor(points, fitted)
+        found["inside_with_D_0"] = _inside(pair, where[" (with D held at 0)"])
+    for held, ends in where.items():
+        for key, value in pair.items():
+            place = "inside" if _inside(pair, ends)[key] else "outside"
+            low, high = ends[key]
+            print(
+                f"  published {key} {value:g} lies {place} [{low:.4g}, {high:.4g}]{held}",
+                file=sys.stderr,
+            )
+    both = found["together"]
+    print(
+        f"  both together: SSE {both['sse']:.5g}, {'inside' if both['inside'] else 'outside'} the "
+        f"joint 95 % region, which ends at {both['limit']:.5g}",
+        file=sys.stderr,
+    )
+    return found
+
+
+def _inside(values, ends):
+    return {key: ends[key][0] <= value <= ends[key][1] for key, value in values.items()}
+
+
+def draw(families, laws, out) -> list:
+    """The figures of every family, where matplotlib is installed and the laws carry draws."""
+    if any(fitted.samples is None for fitted in laws.values()):
+        print("no figures: their bands need --bootstrap of 1 or more draws", file=sys.stderr)
+        return []
+    try:
+        from vlm_jax.reports import figures
+
+        return [
+            path
+            for name, points in families.items()
+            for path in figures.law_figures(points, laws[name], out, name.replace(" ", "_"))
+        ]
+    except ModuleNotFoundError as missing:
+        if missing.name != "matplotlib":
+            raise
+        print("no figures: pip install 'vlm-jax[report]' for matplotlib", file=sys.stderr)
+        return []
+
+
+def without_draws(fields):
+    """The same JSON fields, at every depth, without the bootstrap draws."""
+    if isinstance(fields, dict):
+        return {key: without_draws(value) for key, value in fields.items() if key != "samples"}
+    return fields
+
+
+if __name__ == "__main__":
+    sys.exit(main())

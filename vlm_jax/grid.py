@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every cell of a scaling run: train, evaluate, one row; then the law and the report.
+
+    vlm-jax grid --config=configs/demo.py --workdir=runs/demo [--dry-run]
+    [--config.grid.seeds="(0,1)"]
+
+A cell is an LLM size x a number of visual tokens x a seed, or one of the baselines. All cells
+share one
+frozen encoder, pretrained first, and its cached features. Repeating the command goes on where it
+stopped.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlm_jax import cli, mesh, report
+from vlm_jax import train as training
+from vlm_jax.data import sources
+from vlm_jax.data.processor import MEAN_COLOUR, Processor
+from vlm_jax.evals import tasks
+from vlm_jax.evaluate import predict, protocol_of, write_predictions
+from vlm_jax.learn.workdir import claim, provenance, write_json
+from vlm_jax.models import vlm
+from vlm_jax.models.vit import ViT
+from vlm_jax.scaling import cost, records
+from vlm_jax.train import Inputs
+
+ENCODE_BATCH = 64
+# A small model reaches about this share of the machine's matrix-product speed (dry runs only).
+SMALL_MODEL_EFFICIENCY = 0.15
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model of the grid: its name, its whole configuration, its LLM's name and seed."""
+
+    name: str
+    config: ConfigDict
+    llm: str
+    seed: int
+
+    @property
+    def blind(self) -> bool:
+        return self.config.data.blind
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all cells share: splits with their features, and the features of the blind image."""
+
+    train: Inputs
+    test: Inputs
+    blind: np.ndarray  # [1, P, Z]
+    encoder: ViT
+
+
+def cells_of(config: ConfigDict) -> list[Cell]:
+    """The cells that a configuration describes: the grid proper, then the baselines, per seed."""
+    if not config.grid.llms:
+        raise ValueError("grid.llms is empty: name at least one LLM size, as configs/demo.py does")
+    kinds = [(config.compressor.kind, tokens) for tokens in config.grid.tokens]
+    kinds += [tuple(pair) for pair in config.grid.baselines]
+    return [
+        cell_of(config, llm, kind, int(tokens), int(seed))
+        for seed in config.grid.seeds
+        for kind, tokens in kinds
+        for llm in config.grid.llms
+    ]
+
+
+def cell_of(config: ConfigDict, llm: str, kind: str, tokens: int, seed: int) -> Cell:
+    """One cell; `kind` is a compressor, or "blind" for the grid's own without the image."""
+    c = config.copy_and_resolve_references()
+    with c.unlocked():
+        del c.grid
+    c.llm.update(config.grid.llms[llm].to_dict())
+    c.data.blind = kind == "blind"
+    c.compressor.kind = config.compressor.kind if kind == "blind" else kind
+    c.compressor.tokens = tokens
+    return Cell(f"{llm}-v{tokens}-{kind}-s{seed}", c, llm, seed)
+
+
+def describe(cell: Cell) -> tuple[int, dict[str, int], float]:
+    """LLM parameters, parameters by part, and training FLOPs of one cell; nothing is allocated."""
+    config = cell.config
+    shapes = vlm.shapes(config)
+    parts = {name: vlm.parameters(getattr(shapes, name)) for name in ("vit", "compressor", "llm")}
+    return parts["llm"], parts, train_flops(config)
+
+
+def sizes(config: ConfigDict) -> tuple[cost.ViT, cost.Compressor, cost.LLM]:
+    """The model as the cost model knows it."""
+    return cost.ViT.of(config.vit), cost.Compressor.of(config.compressor), cost.LLM.of(config.llm)
+
+
+def train_flops(config: ConfigDict) -> float:
+    """FLOPs of both stages on cached features."""
+    vit, compressor, llm = sizes(config)
+    reads = compressor.kind == "quecc" and compressor.query == "separate"
+    return float(
+        sum(
+            config[stage].steps
+            * config[stage].batch
+            * cost.train_step_flops(
+                True,
+                compressor,
+                llm,
+                vit=vit,
+                stage=stage,
+                tokens=config.data.text_length + compressor.tokens,
+                logits=config.data.text_length,
+                question=config.data.question_length * reads,
+                recompute=config.remat == "full",
+            )
+            for stage in ("align", "finetune")
+        )
+    )
+
+
+def dry_run(config: ConfigDict, cells: Sequence[Cell]) -> None:
+    """Prints the cells with parameters, FLOPs and an estimated time, and writes nothing."""
+    rate = matmul_flops_per_second() * SMALL_MODEL_EFFICIENCY
+    print(f"{'cell':36} {'LLM':>12} {'compressor':>11} {'V':>4} {'train GFLOP':>12} {'est. s':>7}")
+    total = 0.0
+    for cell in cells:
+        n, parts, flops = describe(cell)
+        total += flops / rate
+        print(
+            f"{cell.name:36} {n:12,} {parts['compressor']:11,} {cell.config.compressor.tokens:4} "
+            f"{flops / 1e9:12,.0f} {flops / rate:7.0f}"
+        )
+    print(
+        f"{len(cells)} cells, about {total / 60:.0f} minutes of training at "
+        f"{rate / 1e9:.0f} GFLOP/s "
+        f"({SMALL_MODEL_EFFICIENCY:.0%} of what a matrix product reaches here now)"
+    )
+
+
+def matmul_flops_per_second(size: int = 768) -> float:
+    """What one float32 matrix product reaches on this machine; best of five."""
+    x = jnp.ones((size, size))
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    times = []
+    for _ in range(5):
+        then = time.perf_counter()
+        product(x).block_until_ready()
+        times.append(time.perf_counter() - then)
+    return 2 * size**3 / min(times)
+
+
+class Phases:
+    """Seconds of each phase of a run over all its restarts, kept in run.json."""
+
+    def __init__(self, path: Path, facts: dict):
+        self.path = path
+        before = json.loads(path.read_text()) if path.exists() else {}
+        self.facts = {**facts, "phases": before.get("phases", {})}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        then = time.monotonic()
+        yield
+        spent = time.monotonic() - then
+        phases = self.facts["phases"]
+        phases[name] = round(phases.get(name, 0.0) + spent, 1)
+        write_json(self.path, self.facts)
+
+
+def features_of(
+    encoder: ViT, source: sources.Source, processor: Processor, path: Path
+) -> np.ndarray:
+    """Encoder levels of every image, float32 [images, P, Z] in raster order, kept in a file."""
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        fresh = path.with_suffix(".tmp")
+        encode = jax.jit(lambda vit, pixels: vit(pixels))
+        placed = mesh.sharding(jax.sharding.get_mesh(), "batch")
+        table = None
+        for start in range(0, len(source.images), ENCODE_BATCH):
+            # The last batch is filled up, so that one compiled function serves all.
+            index = np.minimum(np.arange(start, start + ENCODE_BATCH), len(source.images) - 1)
+            pixels = np.stack([processor.pixels(source.images[int(i)]) for i in index])
+            levels = np.asarray(encode(encoder, jax.device_put(pixels, placed)), np.float32)
+            if table is None:
+                shape = (len(source.images), *levels.shape[1:])
+                table = np.lib.format.open_memmap(fresh, "w+", np.float32, shape)
+            stop = min(start + ENCODE_BATCH, len(table))
+            table[start:stop] = levels[: stop - start]
+        table.flush()
+        fresh.rename(path)
+    return np.load(path, mmap_mode="r")
+
+
+def prepare(config: ConfigDict, folder: Path, phase: Phases) -> Shared:
+    """Data, encoder and features, made once and found again by a restart."""
+    with phase("data"):
+        train, test = (
+            sources.open_source(config, split) for split in ("train", config.evaluate.split)
+        )
+        for source in (train, test):
+            print(f"data: {json.dumps(source.describe())}", file=sys.stderr)
+        processor = Processor(training.tokenizer_of(config, folder, train), config)
+        majority = sources.majority(train, test)
+        write_json(folder / "baselines.json", {"majority": majority})
+    with phase("encoder"):
+        encoder = training.pretrain_encoder(config, folder, Inputs(train, processor))
+    with phase("features"):
+        cached = [
+            Inputs(
+                source,
+                processor,
+                features_of(encoder, source, processor, folder / f"features/{source.split}.npy"),
+            )
+            for source in (train, test)
+        ]
+        grey = np.broadcast_to(np.array(MEAN_COLOUR, np.uint8), (8, 8, 3))
+        pixels = np.broadcast_to(
+            processor.pixels(grey), (ENCODE_BATCH, *[config.vit.image_size] * 2, 3)
+        )
+        placed = mesh.sharding(jax.sharding.get_mesh(), "batch")
+        blind = np.asarray(jax.jit(lambda v, x: v(x))(encoder, jax.device_put(pixels, placed)))[:1]
+    return Shared(*cached, blind, encoder)
+
+
+def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.Row:
+    """Trains and evaluates one cell; its row."""
+    config = cell.config
+    inputs, test = shared.train, shared.test
+    if cell.blind:
+        inputs, test = (
+            Inputs(i.source, i.processor, np.broadcast_to(shared.blind, i.features.shape))
+            for i in (inputs, test)
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    then = time.monotonic()
+    model = training.train(config, folder, inputs, encoder=shared.encoder, seed=cell.seed)
+    train_seconds = time.monotonic() - then
+    then = time.monotonic()
+    found = list(predict(config, model, test.source, test.processor, features=test.features))
+    seconds = time.monotonic() - then
+    write_predictions(folder / "predictions.jsonl", found)
+    protocol = protocol_of(test.source)
+    scores = tasks.score(protocol, found)
+    Q, G = request_lengths(test)
+    steps = config.align.steps + config.finetune.steps
+    vit, compressor, llm = sizes(config)
+    return records.Row(
+        cell=cell.name,
+        llm=cell.llm,
+        llm_parameters=vlm.parameters(model.llm),
+        vit_parameters=vlm.parameters(model.vit),
+        compressor_parameters=vlm.parameters(model.compressor),
+        compressor=config.compressor.kind,
+        query=config.compressor.query if model.compressor.reads_question else "none",
+        blind=cell.blind,
+        V=config.compressor.tokens,
+        Q=Q,
+        G=G,
+        seed=cell.seed,
+        tasks=scores,
+        families=records.families_of(scores),
+        flops=vars(cost.request_flops(vit, compressor, llm, Q=Q, G=G)),
+        train=dict(
+            steps=steps,
+            examples=sum(config[s].steps * config[s].batch for s in ("align", "finetune")),
+            flops=train_flops(config),
+            seconds=round(train_seconds, 2),
+        ),
+        evaluate_seconds=round(seconds, 2),
+        protocol=protocol,
+        prompt=config.data.template,
+        parser=tasks.PROTOCOLS[protocol][1],
+        data_hash=test.source.data_hash,
+        config_hash=cli.digest(config),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        **facts,
+    )
+
+
+def request_lengths(test: Inputs, sample: int = 500) -> tuple[float, float]:
+    """Mean prompt and answer tokens of the evaluation split (an even sample of it)."""
+    picked = np.linspace(0, len(test.source) - 1, min(sample, len(test.source))).astype(int)
+    prompts = [
+        int(test.processor.text(test.source[int(i)], answer=False)["length"]) for i in picked
+    ]
+    wholes = [int(test.processor.text(test.source[int(i)])["length"]) for i in picked]
+    return float(np.mean(prompts)), float(np.mean(wholes) - np.mean(prompts))
+
+
+def run_grid(config: ConfigDict, folder: Path, command: str) -> dict:
+    """All cells that have no row yet, then the law and the report; what the report says of
+    itself."""
+    cells = cells_of(config)
+    facts = provenance()
+    phase = Phases(folder / "run.json", dict(command=command, config=cli.digest(config), **facts))
+    training.check(config)
+    for cell in cells:
+        describe(cell)  # an impossible cell is found before the first is trained
+    shared = prepare(config, folder, phase)
+    rows = []
+    for number, cell in enumerate(cells, 1):
+        home = folder / "cells" / cell.name
+        done = home / "row.json"
+        if not done.exists():
+            print(f"cell {number}/{len(cells)}: {cell.name}", file=sys.stderr)
+            with phase("cells"):
+                row = run_cell(cell, home, shared, facts)
+            # The row is written whole or not at all, and rows.jsonl is always all rows so far.
+            write_json(done, json.loads(row.to_json()))
+        rows.append(records.Row.from_json(done.read_text()))
+        records.write(folder / "rows.jsonl", rows)
+        scores = "  ".join(f"{name} {s['score']:.3f}" for name, s in rows[-1].families.items())
+        print(f"cell {number}/{len(cells)}: {cell.name}  {scores}", file=sys.stderr)
+    with phase("law and report"):
+        made = report.write(folder)
+    print(
+        "seconds per phase: "
+        + "  ".join(f"{k} {v:.0f}" for k, v in phase.facts["phases"].items())
+        + f"  total {sum(phase.facts['phases'].values()):.0f}",
+        file=sys.stderr,
+    )
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config, flags = cli.parse(
+        "grid",
+        __doc__,
+        argv,
+        strings={"workdir": "where the run lives"},
+        booleans={"dry-run": "print the cells and stop"},
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+
+    def body() -> int:
+        with jax.set_mesh(mesh.make(**config.mesh)):
+            if flags["dry-run"].value:
+                dry_run(config, cells_of(config))
+                return 0
+            if flags.workdir is None:
+                raise ValueError("--workdir is missing: name the folder that the run lives in")
+            folder = Path(flags.workdir).absolute()
+            # Cells of one size and V are one program, and a restart compiles nothing twice.
+            jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+            with claim(folder, config):
+                print(json.dumps(run_grid(config, folder, " ".join(["vlm-jax grid", *argv]))))
+        return 0
+
+    return cli.report_errors("grid", body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints by orbax: written while training goes on, verified when read, older ones as a way
+back.
+
+Orbax restores flipped bits without a word, so every step carries a checksum per array.
+"""
+
+import logging
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from vlm_jax.learn.optimizer import State
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The numbered checkpoints of one stage in one folder, the newest `keep` of them."""
+
+    def __init__(self, folder: Path, *, keep: int = 2):
+        self.folder = Path(folder).absolute()
+        self.manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=True, enable_async_checkpointing=True
+            ),
+            item_names=("state", "notes"),
+        )
+        self.unusable: list[int] = []
+
+    def save(self, state: State, notes: dict[str, Any]) -> None:
+        """Starts writing step `state.step`; OSError if it cannot, or if the write before it
+        failed."""
+        self.wait()
+        self.set_aside()
+        arrays = named(state)
+        notes = dict(notes, crc32={name: checksum(x) for name, x in arrays.items()})
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays), notes=ocp.args.JsonSave(notes)
+        )
+        with self.naming_failures():
+            started = self.manager.save(int(state.step), args=args)
+        if not started:
+            raise RuntimeError(
+                f"step {int(state.step)} was not written to {self.folder}: it holds that "
+                "step or a later one; move the folder away to start this stage again"
+            )
+
+    def wait(self) -> None:
+        """Returns when no write is under way; OSError if the last one failed."""
+        with self.naming_failures():
+            self.manager.wait_until_finished()
+
+    @contextmanager
+    def naming_failures(self) -> Iterator[None]:
+        """Turns whatever a write raises into an OSError that says where, why and what to do."""
+        try:
+            yield
+        # Orbax hands on what its storage raised: OSError, ValueError or a bare Exception.
+        except Exception as error:
+            raise OSError(
+                f"a checkpoint could not be written to {self.folder} ({first_line(error)}); those "
+                "before it are whole: make room and repeat the command"
+            ) from error
+
+    def set_aside(self) -> None:
+        """Renames steps that cannot be used: orbax would not write them, nor any before them,
+        again."""
+        if self.unusable and jax.process_index() == 0:
+            for step in self.unusable:
+                aside = self.folder / f"{step}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.folder / str(step)).rename(aside)
+        if self.unusable:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            self.manager.reload()
+        self.unusable = []
+
+    def restore(self, like: State) -> tuple[State, dict[str, Any]] | None:
+        """The newest whole checkpoint with its notes, laid out like `like`; None if there is none.
+
+        A damaged step is reported and the one before it is taken; if steps exist and none is whole,
+        RuntimeError: starting over silently would throw work away.
+        """
+        numbered = {int(p.name): p for p in self.folder.iterdir() if p.name.isdigit()}
+        steps = sorted((n for n, p in numbered.items() if any(p.iterdir())), reverse=True)
+        self.unusable = [n for n in numbered if n not in steps]
+        for step in steps:
+            try:
+                return self.read(step, like)
+            # Orbax raises bare Exceptions, KeyErrors and ValueErrors for one and the same cause.
+            except Exception as error:
+                log.warning(
+                    "checkpoint %s/%d cannot be used (%s): falling back to the one before",
+                    self.folder,
+                    step,
+                    first_line(error),
+                )
+                self.unusable.append(step)
+        if steps:
+            raise RuntimeError(
+                f"no usable checkpoint in {self.folder}: steps {steps} are all damaged; "
+                "move the folder away to start this stage again"
+            )
+        return None
+
+    def read(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
+        """Step `step`, each array compared with its checksum."""
+        wanted = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), named(like)
+        )
+        found = self.manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(wanted), notes=ocp.args.JsonRestore()
+            ),
+        )
+        arrays, notes = found["state"], found["notes"]
+        sums = notes.pop("crc32")
+        if bad := [n for n, x in arrays.items() if sums[n] is not None and checksum(x) != sums[n]]:
+            raise ValueError(f"checksum differs for {', '.join(bad[:3])}")
+        # A copy, because the restored buffers may be borrowed from the reader and are donated
+        # later.
+        leaves = [jax.numpy.copy(arrays[name]) for name in named(like)]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), notes
+
+    def newest(self) -> str:
+        """The newest finished step as a path, for messages."""
+        self.wait()
+        step = self.manager.latest_step()
+        return f"{self.folder}/{step}" if step is not None else "none was written yet"
+
+    def close(self) -> None:
+        """Waits for a write under way; OSError if it failed."""
+        self.wait()
+        self.manager.close()
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, cut to one line."""
+    return str(error).strip().partition("\n")[0] or repr(error)
+
+
+def named(state: State) -> dict[str, jax.Array]:
+    """The arrays of a state under readable names: `trained.llm.embedding.value` and so on."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in flat}
+
+
+def checksum(x: jax.Array) -> int | None:
+    """crc32 of an array's bytes; None where other processes hold a part of it."""
+    if not x.is_fully_addressable:
+        return None
+    return zlib.crc32(np.ascontiguousarray(np.asarray(x)).view(np.uint8).reshape(-1))

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a running stage says: a line or a bar for people, JSONL for machines, TensorBoard if
+asked."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from vlm_jax.learn.optimizer import Metrics
+
+
+class Diverged(RuntimeError):
+    """A loss or gradient that is not finite; nothing after it is worth keeping."""
+
+
+class Log:
+    """The progress of one stage: `metrics.jsonl`, and a line every `every` steps (a bar on a
+    terminal).
+
+    Only process 0 writes. On a restart, lines behind the step that is resumed are dropped.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        first: int,
+        last: int,
+        every: int,
+        batch: int,
+        tensorboard: bool = False,
+    ):
+        self.name, self.last, self.every, self.batch = name, last, every, batch
+        self.mark = (first, time.monotonic())
+        self.tokens = 0
+        self.speaks = jax.process_index() == 0
+        self.file = self.bar = self.board = None
+        if not self.speaks:
+            return
+        path = folder / "metrics.jsonl"
+        drop_after(path, first)
+        self.file = path.open("a")
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=last, initial=first, desc=name, unit="step", leave=False)
+        if tensorboard:
+            self.board = board(folder)
+
+    def __call__(self, step: int, metrics: Metrics, newest_checkpoint) -> None:
+        """Notes one finished step; raises Diverged at the first number that is not finite."""
+        values = {k: float(v) for k, v in metrics._asdict().items()}
+        if not all(math.isfinite(values[k]) for k in ("loss", "gradient_norm")):
+            raise Diverged(
+                f"{self.name} step {step}: loss {values['loss']}, gradient norm "
+                f"{values['gradient_norm']}; the last good checkpoint is "
+                f"{newest_checkpoint()}; lower "
+                f"{self.name}.learning_rate or set {self.name}.clip_norm, and start again"
+            )
+        self.tokens += values["tokens"]
+        if not self.speaks:
+            return
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
+            self.bar.update(step - self.bar.n)
+        if step % self.every and step != self.last:
+            return
+        since, then = self.mark
+        now = time.monotonic()
+        rate = (step - since) / max(now - then, 1e-9)
+        values |= dict(
+            step=step,
+            examples_per_s=rate * self.batch,
+            tokens_per_s=self.tokens / max(now - then, 1e-9),
+        )
+        self.mark, self.tokens = (step, now), 0
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for key, value in values.items():
+                self.board.add_scalar(f"{self.name}/{key}", value, step)
+        if self.bar is None:
+            eta = int((self.last - step) / rate)
+            print(
+                f"{self.name} {step}/{self.last}  loss {values['loss']:.4f}  "
+                f"{values['examples_per_s']:.0f} examples/s  {values['tokens_per_s']:.0f} "
+                f"tokens/s  "
+                f"eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}",
+                file=sys.stderr,
+            )
+
+    def close(self) -> None:
+        """Ends the bar and the files."""
+        for thing in (self.file, self.bar, self.board):
+            if thing is not None:
+                thing.close()
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Removes the lines of `path` behind `step`, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("".join(kept))
+    os.replace(fresh, path)
+
+
+def board(folder: Path):
+    """A TensorBoard writer."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "log.tensorboard needs tensorboardX: pip install 'vlm_jax[tensorboard]', "
+            "or leave it off (metrics.jsonl is always written)"
+        ) from None
+    return SummaryWriter(str(folder))

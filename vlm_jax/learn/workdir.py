@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's folder: one process group at a time, one configuration for its life, and what made it."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
+
+
+@contextmanager
+def claim(workdir: Path, config: ConfigDict):
+    """Holds `workdir` for this process; refuses a second run, another configuration, a bad disk."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise OSError(
+            f"cannot write to --workdir={workdir}: {error.strerror}; choose a folder on a "
+            "disk with space that you may write to"
+        ) from None
+    with lock:
+        if jax.process_index() == 0:
+            try:
+                # The kernel drops the lock when its holder dies, however it dies.
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"another run is at work in {workdir}: wait for it, or choose another --workdir"
+                ) from None
+            same_config(workdir / "config.json", config)
+        yield
+
+
+def same_config(path: Path, config: ConfigDict) -> None:
+    """Writes the configuration, or compares it with the one that the folder was begun with."""
+    now = flat(config.to_dict())
+    if path.exists():
+        then = flat(json.loads(path.read_text()))
+        if changed := sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k)):
+            shown = "; ".join(f"{k} was {then.get(k)!r}, is {now.get(k)!r}" for k in changed[:4])
+            raise ValueError(
+                f"{path.parent} was begun with another configuration ({shown}): repeat "
+                "the first command, or choose another --workdir"
+            )
+    else:
+        write_json(path, config.to_dict())
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as dotted names, as JSON would give them back."""
+    if isinstance(tree, dict) and (tree or not prefix):
+        return {
+            k: v
+            for key, sub in tree.items()
+            for k, v in flat(sub, f"{prefix}.{key}" if prefix else key).items()
+        }
+    return {prefix: json.loads(json.dumps(tree))}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file whole or not at all."""
+    fresh = path.with_suffix(f".tmp{os.getpid()}")
+    with fresh.open("w") as file:
+        json.dump(value, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, package versions and machine that a result was made with."""
+    root = Path(__file__).resolve().parents[2]
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    device = jax.devices()[0]
+    return dict(
+        commit=git.stdout.strip() or "unknown",
+        versions={
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in PACKAGES},
+        },
+        machine=f"{jax.device_count()} x {device.device_kind} ({platform.machine()}, "
+        f"{os.cpu_count()} CPU cores)",
+    )

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device mesh, the dimension names, and the one table that maps names to mesh axes."""
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+
+# Dimension name -> mesh axes. Weights carry these names from birth; so do activations at einsums.
+RULES = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",  # the model width of a weight: sharded to save memory, gathered to compute
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+    "len": None,
+    "feature": None,  # the width of an activation
+    "head": None,
+    "none": None,
+}
+
+
+def spec(*dims: str) -> P:
+    """The PartitionSpec of an array whose dimensions carry these names; unknown names raise."""
+    if unknown := [d for d in dims if d not in RULES]:
+        raise KeyError(f"unknown dimension {unknown}; mesh.RULES knows {sorted(RULES)}")
+    return P(*(RULES[d] for d in dims))
+
+
+def make(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
+    """An explicit mesh (data, fsdp, tensor) over all devices; -1 takes what the others leave."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise ValueError(
+            f"mesh (data={data}, fsdp={fsdp}, tensor={tensor}): sizes are positive, "
+            "and one of them may be -1 to take the remaining devices"
+        )
+    known = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh (data={data}, fsdp={fsdp}, tensor={tensor}) does not fit {len(devices)} "
+            f"devices: "
+            f"the product of the axes must be {len(devices)}; use -1 for one axis to fill it"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+
+
+def sharding(mesh: Mesh, *dims: str) -> NamedSharding:
+    """Where an array with these dimension names lives on `mesh`."""
+    return NamedSharding(mesh, spec(*dims))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the batch is cut."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of visual-token compressors: from the patches of an image to V tokens of LLM width."""
+
+from flax import nnx
+
+from vlm_jax.models.compressors.none import Projector
+from vlm_jax.models.compressors.pool import AveragePool
+from vlm_jax.models.compressors.quecc import QueCC
+from vlm_jax.models.compressors.token_packer import TokenPacker
+
+COMPRESSORS: dict[str, type[nnx.Module]] = {
+    "none": Projector,
+    "pool": AveragePool,
+    "quecc": QueCC,
+    "token_packer": TokenPacker,
+}
+
+
+def build(
+    kind: str,
+    *,
+    tokens: int,
+    side: int,
+    width: int,
+    levels: int,
+    llm_width: int,
+    heads: int,
+    query: str,
+    rngs: nnx.Rngs,
+) -> nnx.Module:
+    """The compressor that `kind` names, with fresh weights on the current mesh.
+
+    It maps `levels` feature levels of `width` channels on a `side` x `side` patch grid, patches
+    window-major in its `window`, to `tokens` visual tokens of `llm_width`. ValueError with the
+    choices: an unknown kind, a token count that the method cannot give, heads that do not divide.
+    """
+    if kind not in COMPRESSORS:
+        raise ValueError(f"compressor.kind={kind!r}: choose one of {sorted(COMPRESSORS)}")
+    return COMPRESSORS[kind](
+        tokens=tokens,
+        side=side,
+        width=width,
+        levels=levels,
+        llm_width=llm_width,
+        heads=heads,
+        query=query,
+        rngs=rngs,
+    )

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Average pooling: the plainest compressor, the baseline that the others have to beat.
+
+B batch  P patches, window-major  V visual tokens  Z = levels x E  E vit width  D llm width
+"""
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from vlm_jax.models.compressors.projector import MLP
+from vlm_jax.models.compressors.window import check_tokens, tilings, window_side, windows
+
+
+class AveragePool(nnx.Module):
+    """The mean of each window of the last level, then a two-layer MLP.
+
+    `levels`, `heads` and `query` are accepted so that every compressor is built alike; this one has
+    no use for them.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from vlm_jax import mesh
+        >>> from vlm_jax.models.compressors.pool import AveragePool
+        >>> AveragePool.supported(side=12)
+        [1, 4, 9, 16, 36, 144]
+        >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
+        ...     pool = AveragePool(tokens=9, side=12, width=32, llm_width=64, rngs=nnx.Rngs(0))
+        ...     pool(jnp.ones((2, 144, 32))).shape
+        (2, 9, 64)
+    """
+
+    reads_question = False
+
+    def __init__(
+        self,
+        *,
+        tokens: int,
+        side: int,
+        width: int,
+        llm_width: int,
+        rngs: nnx.Rngs,
+        levels: int = 1,
+        heads: int = 1,
+        query: str = "none",
+    ):
+        del levels, heads, query
+        check_tokens("pool", tokens, side, self.supported(side))
+        self.tokens, self.width, self.window = tokens, width, window_side(tokens, side)
+        self.projector = MLP(width, llm_width, llm_width, rngs=rngs)
+
+    @staticmethod
+    def supported(side: int) -> list[int]:
+        """Ascending numbers of visual tokens on a `side` x `side` patch grid."""
+        return tilings(side)
+
+    def __call__(
+        self,
+        levels: Float[Array, "B P Z"],
+        question: Float[Array, "B D"] | None = None,
+    ) -> Float[Array, "B V D"]:
+        """One visual token per window, windows in raster order; the question is not read."""
+        del question
+        return self.projector(windows(levels[..., -self.width :], self.tokens).mean(2))

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QueCC: a convolution of patches plus question asks, every window answers (arXiv 2411.03312).
+
+B batch  P patches, window-major  V visual tokens  W patches under one convolution window
+Z = levels x E  E vit width  D llm width
+"""
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from vlm_jax import mesh
+from vlm_jax.models.compressors.projector import MLP
+from vlm_jax.models.compressors.window import (
+    WindowAttention,
+    check_tokens,
+    tilings,
+    window_side,
+    windows,
+)
+from vlm_jax.models.layers import LayerNorm, Linear, uniform, weight
+from vlm_jax.models.vit import window_order
+
+EPS = 1e-6  # of every LayerNorm here, as published
+QUERIES = ("none", "separate")
+
+
+class QueCC(nnx.Module):
+    """Windowed cross-attention whose queries are a depthwise convolution of patches plus question.
+
+    The question's feature (last token, after the LLM's final norm) is projected and added to every
+    patch of the last level; an MLP, a norm and a strided depthwise convolution make one query per
+    window; keys and values come from all levels. `query="none"` leaves the question out and has no
+    weights for it. `kernel` and `stride` of the convolution are the window's side unless given; the
+    attention's windows tile the grid whatever they are.
+
+    Source: `mm_projector` type quecc of locuslab/llava-token-compression at bdedebdf.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from vlm_jax import mesh
+        >>> from vlm_jax.models.compressors.quecc import QueCC
+        >>> sizes = dict(tokens=4, side=12, width=32, levels=2, llm_width=64, heads=4)
+        >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
+        ...     quecc = QueCC(**sizes, query="separate", rngs=nnx.Rngs(0))
+        ...     quecc(jnp.ones((2, 144, 64)), jnp.ones((2, 64))).shape
+        (2, 4, 64)
+        >>> quecc.window
+        6
+    """
+
+    def __init__(
+        self,
+        *,
+        tokens: int,
+        side: int,
+        width: int,
+        levels: int,
+        llm_width: int,
+        heads: int,
+        query: str,
+        rngs: nnx.Rngs,
+        kernel: int | None = None,
+        stride: int | None = None,
+    ):
+        check_tokens("quecc", tokens, side, self.supported(side))
+        if query not in QUERIES:
+            raise ValueError(f"compressor.query={query!r}: choose one of {list(QUERIES)}")
+        self.tokens, self.side, self.width = tokens, side, width
+        self.window = window_side(tokens, side)
+        self.kernel, self.stride = kernel or self.window, stride or self.window
+        check_convolution(side, self.kernel, self.stride, tokens)
+        self.reads_question = query != "none"
+        self.text = (
+            Linear(
+                "BD,DE->BE",
+                (llm_width, width),
+                dims=("embed", "none"),
+                out=("batch", "feature"),
+                rngs=rngs,
+            )
+            if self.reads_question
+            else None
+        )
+        self.text_norm = LayerNorm(width, eps=EPS, rngs=rngs) if self.reads_question else None
+        self.query = MLP(width, width, width, rngs=rngs)
+        self.query_norm = LayerNorm(width, eps=EPS, rngs=rngs)
+        # torch's default for a depthwise convolution: U(+-1/kernel), one row of taps per offset.
+        bound = uniform(1 / self.kernel)
+        self.taps = weight(rngs, (self.kernel**2, width), ("none", "none"), bound)
+        self.taps_bias = weight(rngs, (width,), ("none",), bound)
+        self.key = MLP(levels * width, width, width, rngs=rngs)
+        self.key_norm = LayerNorm(width, eps=EPS, rngs=rngs)
+        self.value = MLP(levels * width, width, width, rngs=rngs)
+        self.value_norm = LayerNorm(width, eps=EPS, rngs=rngs)
+        self.attention = WindowAttention(width, heads, rngs=rngs)
+        self.projector = MLP(width, llm_width, llm_width, rngs=rngs)
+
+    @staticmethod
+    def supported(side: int) -> list[int]:
+        """Ascending numbers of visual tokens on a `side` x `side` patch grid."""
+        return tilings(side)
+
+    def __call__(
+        self,
+        levels: Float[Array, "B P Z"],
+        question: Float[Array, "B D"] | None = None,
+    ) -> Float[Array, "B V D"]:
+        """One visual token per window, windows in raster order."""
+        return self.projector(self.compress(levels[..., -self.width :], levels, question))
+
+    def compress(
+        self,
+        feature: Float[Array, "B P E"],
+        levels: Float[Array, "B P Z"],
+        question: Float[Array, "B D"] | None = None,
+    ) -> Float[Array, "B V E"]:
+        """The visual tokens before the projector, from the query's feature and the keys' levels."""
+        if self.reads_question:
+            if question is None:
+                raise ValueError(
+                    "this QueCC reads the question: pass its feature [B D], "
+                    "or build with query='none'"
+                )
+            text = self.text_norm(self.text(question.astype(feature.dtype)))
+            feature = feature + text[:, None]
+        query = self.downsample(self.query_norm(self.query(feature)))
+        keys = self.key_norm(self.key(levels))
+        return self.attention(query, keys, self.value_norm(self.value(levels)))
+
+    def downsample(self, x: Float[Array, "B P E"]) -> Float[Array, "B V E"]:
+        """The strided depthwise convolution, as a weighted sum over the patches under each."""
+        if self.kernel == self.stride == self.window:
+            under = windows(x, self.tokens)
+        else:
+            index = fields(self.side, self.window, self.kernel, self.stride)
+            under = x.at[:, index].get(out_sharding=mesh.spec("batch", "len", "len", "feature"))
+        taps, bias = self.taps[...].astype(x.dtype), self.taps_bias[...].astype(x.dtype)
+        return (under * taps).sum(2) + bias
+
+
+def check_convolution(side: int, kernel: int, stride: int, tokens: int) -> None:
+    """Raises unless an unpadded convolution gives `tokens` outputs on a `side` x `side` grid."""
+    outputs = (side - kernel) // stride + 1 if 1 <= kernel <= side and stride >= 1 else 0
+    if outputs**2 != tokens:
+        raise ValueError(
+            f"quecc: kernel={kernel} with stride={stride} gives {outputs}x{outputs} queries on a "
+            f"{side}x{side} patch grid, not {tokens}: leave both out, or choose them such that "
+            f"(({side} - kernel) // stride + 1)^2 = {tokens}"
+        )
+
+
+def fields(side: int, window: int, kernel: int, stride: int) -> np.ndarray:
+    """Window-major index of each patch under each output of the convolution, int [V kernel^2]."""
+    place = np.argsort(window_order(side, window)).reshape(side, side)
+    seen = np.lib.stride_tricks.sliding_window_view(place, (kernel, kernel))[::stride, ::stride]
+    return seen.reshape(-1, kernel**2)

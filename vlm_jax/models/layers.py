@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The few layers that every model here is made of: weights described once, computing in their
+einsum.
+
+Einsum letters, repo-wide: B batch  P patches  V visual tokens  T tokens  S keys  L layers
+E vit width  D llm width  F mlp width  N heads  K kv heads  G = N/K  H head size  W vocabulary
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from vlm_jax import mesh
+
+Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+# Compiler options of what runs once: drawing the weights of a toy takes 13 s of CPU to optimise.
+RUN_ONCE = {"xla_backend_optimization_level": 0}
+
+
+def normal(std: float) -> Initializer:
+    """Draws from N(0, std^2)."""
+    return lambda key, shape: std * jax.random.normal(key, shape)
+
+
+def uniform(bound: float) -> Initializer:
+    """Draws from U(-bound, bound)."""
+    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def constant(value: float) -> Initializer:
+    """Fills with one value."""
+    return lambda key, shape: jnp.full(shape, value, jnp.float32)
+
+
+def weight(
+    rngs: nnx.Rngs, shape: tuple[int, ...], dims: tuple[str, ...], init: Initializer
+) -> nnx.Param:
+    """A float32 parameter born on the mesh, sharded as the names of its dimensions say."""
+    return nnx.Param(jax.sharding.reshard(init(rngs.params(), shape), mesh.spec(*dims)))
+
+
+class Linear(nnx.Module):
+    """One einsum between an activation and a weight, with an optional bias on the output.
+
+    `dims` names the weight's dimensions, `out` the result's; the bias has the output dimensions
+    that
+    the weight shares with the result. Default initialisation is torch's: U(+-1/sqrt(fan in)).
+    """
+
+    def __init__(
+        self,
+        equation: str,
+        shape: tuple[int, ...],
+        *,
+        dims: tuple[str, ...],
+        out: tuple[str, ...],
+        rngs: nnx.Rngs,
+        bias: bool = True,
+        init: Initializer | None = None,
+    ):
+        letters, result = equation.split("->")
+        letters = letters.split(",")[1]
+        named = list(zip(shape, letters, strict=True))
+        bound = 1 / math.sqrt(math.prod(n for n, x in named if x not in result))
+        kept = tuple(n for n, x in named if x in result)
+        self.equation = equation
+        self.out = out
+        self.kernel = weight(rngs, shape, dims, init or uniform(bound))
+        # A bias is small: it is sharded like the activation that it is added to.
+        self.bias = (
+            weight(rngs, kept, out[-len(kept) :], constant(0.0) if init else uniform(bound))
+            if bias
+            else None
+        )
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        y = jnp.einsum(
+            self.equation, x, self.kernel[...].astype(x.dtype), out_sharding=mesh.spec(*self.out)
+        )
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Mean and variance over the last axis in float32; biased variance; result in the input's
+    type."""
+
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+        self.eps = eps
+        self.scale = weight(rngs, (width,), ("none",), constant(1.0))
+        self.bias = weight(rngs, (width,), ("none",), constant(0.0))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        y = x.astype(jnp.float32)
+        centred = y - y.mean(-1, keepdims=True)
+        y = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation in float32; result in the input's type."""
+
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+        self.eps = eps
+        self.scale = weight(rngs, (width,), ("none",), constant(1.0))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        y = x.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The exact (erf) GELU that every published projector and compressor uses, in float32."""
+    # One plus erf instead of jax.nn.gelu's erfc, which costs an exponential more; torch's own form.
+    y = x.astype(jnp.float32)
+    return (0.5 * y * (1 + lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
+
+
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """CLIP's activation, x sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """One block whose weights carry a leading layer axis, from `depth` independent seeds."""
+    return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), depth))
+
+
+def layer(blocks: nnx.Module, index: int) -> nnx.Module:
+    """Block `index` of a stack."""
+    return jax.tree.map(lambda w: w[index], blocks)
+
+
+# What the backward pass recomputes: nothing, everything but matmul results, everything.
+REMAT = {
+    "none": lambda f: f,
+    "dots": lambda f: jax.checkpoint(
+        f, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False
+    ),
+    "full": lambda f: jax.checkpoint(f, prevent_cse=False),
+}
+
+
+def remat(policy: str) -> Callable[[Callable], Callable]:
+    """The rematerialisation that `config.remat` names."""
+    if policy not in REMAT:
+        raise ValueError(f"remat={policy!r}: choose one of {sorted(REMAT)}")
+    return REMAT[policy]

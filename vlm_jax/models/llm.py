@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Llama/Qwen decoder: embeddings to hidden states, with a key-value cache for generation.
+
+B batch  T tokens  S keys  L layers  D llm width  F mlp width
+N heads  K kv heads  G = N/K  H head size  W vocabulary
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from vlm_jax import mesh
+from vlm_jax.models.layers import Linear, RMSNorm, layer, normal, remat, stack, weight
+
+HIDDEN = ("batch", "len", "feature")
+
+
+class KV(NamedTuple):
+    """Keys and values of one layer, already rotated, one slot per position."""
+
+    keys: Float[Array, "B S K H"]
+    values: Float[Array, "B S K H"]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions; keys and values are returned for a cache."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_size: int,
+        theta: float,
+        qkv_bias: bool,
+        out_std: float,
+        rngs: nnx.Rngs,
+    ):
+        std = normal(width**-0.5)
+        self.theta = theta
+        q = dict(dims=("embed", "heads", "head"), out=("batch", "len", "heads", "head"))
+        kv = dict(dims=("embed", "kv_heads", "head"), out=("batch", "len", "kv_heads", "head"))
+        self.query = Linear(
+            "BTD,DNH->BTNH", (width, heads, head_size), bias=qkv_bias, init=std, rngs=rngs, **q
+        )
+        self.key = Linear(
+            "BTD,DKH->BTKH", (width, kv_heads, head_size), bias=qkv_bias, init=std, rngs=rngs, **kv
+        )
+        self.value = Linear(
+            "BTD,DKH->BTKH", (width, kv_heads, head_size), bias=qkv_bias, init=std, rngs=rngs, **kv
+        )
+        self.out = Linear(
+            "BTNH,NHD->BTD",
+            (heads, head_size, width),
+            bias=False,
+            init=normal(out_std),
+            dims=("heads", "head", "embed"),
+            out=HIDDEN,
+            rngs=rngs,
+        )
+
+    def project(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B T N H"], KV]:
+        """Rotated queries, and the keys and values of the same tokens."""
+        query = rotate(self.query(x), positions, self.theta)
+        return query, KV(rotate(self.key(x), positions, self.theta), self.value(x))
+
+    def attend(
+        self,
+        query: Float[Array, "B T N H"],
+        kv: KV,
+        mask: Bool[Array, "B T S"],
+    ) -> Float[Array, "B T D"]:
+        """Each query over the keys that its mask admits."""
+        batch, length, heads, size = query.shape
+        # Said, because the sharding of a single kv head would be guessed onto its group of queries.
+        groups = jnp.reshape(
+            query,
+            (batch, length, kv.keys.shape[2], -1, size),
+            out_sharding=mesh.spec("batch", "len", "kv_heads", "none", "head"),
+        )
+        scores = jnp.einsum(
+            "BTKGH,BSKH->BKGTS", groups, kv.keys, preferred_element_type=jnp.float32
+        )
+        scores = jnp.where(mask[:, None, None], scores * size**-0.5, -jnp.inf)
+        # The softmax divides after the mixing: its backward pass then sums over H instead of S.
+        weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
+        mixed = jnp.einsum(
+            "BKGTS,BSKH->BTKGH",
+            weights.astype(query.dtype),
+            kv.values,
+            preferred_element_type=jnp.float32,
+        )
+        mixed /= jnp.einsum("BKGTS->BTKG", weights)[..., None]
+        mixed = mixed.astype(query.dtype)
+        return self.out(mixed.reshape(batch, length, heads, size))
+
+
+class Block(nnx.Module):
+    """One pre-norm block: grouped-query attention, then SwiGLU."""
+
+    def __init__(
+        self, *, width: int, mlp: int, norm_eps: float, out_std: float, rngs: nnx.Rngs, **attention
+    ):
+        self.norm1 = RMSNorm(width, eps=norm_eps, rngs=rngs)
+        self.attention = Attention(width=width, out_std=out_std, rngs=rngs, **attention)
+        self.norm2 = RMSNorm(width, eps=norm_eps, rngs=rngs)
+        inward = dict(
+            dims=("embed", "mlp"), out=("batch", "len", "mlp"), bias=False, init=normal(width**-0.5)
+        )
+        self.gate = Linear("BTD,DF->BTF", (width, mlp), rngs=rngs, **inward)
+        self.up = Linear("BTD,DF->BTF", (width, mlp), rngs=rngs, **inward)
+        self.down = Linear(
+            "BTF,FD->BTD",
+            (mlp, width),
+            dims=("mlp", "embed"),
+            out=HIDDEN,
+            bias=False,
+            init=normal(out_std),
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Bool[Array, "B T T"]
+    ) -> tuple[Float[Array, "B T D"], KV]:
+        query, kv = self.attention.project(self.norm1(x), positions)
+        return self.feed(x + self.attention.attend(query, kv, mask)), kv
+
+    def extend(
+        self,
+        x: Float[Array, "B 1 D"],
+        position: Int[Array, "B"],
+        kv: KV,
+        mask: Bool[Array, "B 1 S"],
+    ) -> tuple[Float[Array, "B 1 D"], KV]:
+        """One more token per row, written into the cache at that row's position."""
+        query, new = self.attention.project(self.norm1(x), position[:, None])
+        kv = KV(*(write(old, fresh, position) for old, fresh in zip(kv, new, strict=True)))
+        return self.feed(x + self.attention.attend(query, kv, mask)), kv
+
+    def feed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The SwiGLU half of the block."""
+        y = self.norm2(x)
+        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+
+
+class LLM(nnx.Module):
+    """Llama 2 (arXiv 2307.09288) and Qwen1.5/2 (biases on q, k, v; tied embeddings where
+    published).
+
+    Hidden states are those after the final norm: what the output layer reads.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab: int,
+        depth: int,
+        width: int,
+        mlp: int,
+        heads: int,
+        kv_heads: int,
+        head_size: int,
+        rope_theta: float,
+        norm_eps: float,
+        qkv_bias: bool,
+        tied_embeddings: bool,
+        rngs: nnx.Rngs,
+        remat_policy: str = "none",
+        dtype: str = "float32",
+    ):
+        if heads % kv_heads:
+            raise ValueError(
+                f"llm.kv_heads={kv_heads} does not divide llm.heads={heads}: "
+                f"choose one of {[n for n in range(1, heads + 1) if heads % n == 0]}"
+            )
+        if head_size % 2:
+            raise ValueError(f"llm.head_size={head_size} is odd: rotary positions need pairs")
+        self.remat_policy, self.dtype = remat_policy, dtype
+        std = width**-0.5
+        self.embedding = weight(rngs, (vocab, width), ("vocab", "embed"), normal(std))
+        self.blocks = stack(
+            lambda r: Block(
+                width=width,
+                mlp=mlp,
+                heads=heads,
+                kv_heads=kv_heads,
+                head_size=head_size,
+                theta=rope_theta,
+                qkv_bias=qkv_bias,
+                norm_eps=norm_eps,
+                out_std=std * (2 * depth) ** -0.5,
+                rngs=r,
+            ),
+            depth,
+            rngs,
+        )
+        self.norm = RMSNorm(width, eps=norm_eps, rngs=rngs)
+        self.head = (
+            None
+            if tied_embeddings
+            else weight(rngs, (vocab, width), ("vocab", "embed"), normal(std))
+        )
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return self.blocks.norm1.scale[...].shape[0]
+
+    def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The embedding of each token, in the compute type."""
+        # Gathered over fsdp first: a lookup whose rows are cut like its batch forces replication.
+        table = jax.sharding.reshard(
+            self.embedding[...].astype(self.dtype), mesh.spec("vocab", "feature")
+        )
+        return table.at[ids].get(out_sharding=mesh.spec(*HIDDEN))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Hidden states of a causal pass over whole rows, for training."""
+        return self.run(x, remat(self.remat_policy), keep=False)[0]
+
+    def prefill(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        slots: int,
+    ) -> tuple[Float[Array, "B T D"], list[KV]]:
+        """Hidden states, and one cache per layer with room for `slots` positions."""
+        hidden, stacked = self.run(x, lambda f: f, keep=True)
+        room = [(0, 0), (0, slots - x.shape[1]), (0, 0), (0, 0)]
+        return hidden, [KV(*(jnp.pad(a[i], room) for a in stacked)) for i in range(self.depth)]
+
+    def run(self, x, rematerialise, *, keep: bool):
+        """Every block in turn by a scan over the stacked weights; their keys and values if kept."""
+        batch, length = x.shape[:2]
+        positions = positions_of(batch, length)
+        mask = positions[:, :, None] >= positions[:, None, :]
+
+        def step(x, block):
+            x, kv = block(x, positions, mask)
+            return x, kv if keep else None
+
+        x, kvs = lax.scan(rematerialise(step), x, self.blocks)
+        return self.norm(x), kvs
+
+    def decode(
+        self,
+        x: Float[Array, "B 1 D"],
+        caches: list[KV],
+        position: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B 1 D"], list[KV]]:
+        """Hidden state of one more token per row, placed at `position`; slots behind it are unseen.
+
+        Layers are unrolled: a cache that travels through a scan is copied at every step.
+        """
+        slots = caches[0].keys.shape[1]
+        mask = (positions_of(x.shape[0], slots) <= position[:, None])[:, None]
+        grown = []
+        for i, kv in enumerate(caches):
+            x, kv = layer(self.blocks, i).extend(x, position, kv, mask)
+            grown.append(kv)
+        return self.norm(x), grown
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
+        """Float32 scores of the next token."""
+        table = self.embedding if self.head is None else self.head
+        return jnp.einsum(
+            "BTD,WD->BTW",
+            hidden,
+            table[...].astype(hidden.dtype),
+            out_sharding=mesh.spec("batch", "len", "vocab"),
+            preferred_element_type=jnp.float32,
+        )
+
+
+def positions_of(batch: int, length: int) -> Int[Array, "B T"]:
+    """0, 1, ... length - 1 in every row, sharded like a batch."""
+    return jnp.broadcast_to(
+        jnp.arange(length, dtype=jnp.int32), (batch, length), out_sharding=mesh.spec("batch", "len")
+    )
+
+
+def rotate(
+    x: Float[Array, "B T N H"],
+    positions: Int[Array, "B T"],
+    theta: float,
+) -> Float[Array, "B T N H"]:
+    """Rotary position embedding in the half-split form of the published Llama and Qwen weights."""
+    half = x.shape[-1] // 2
+    rate = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[:, :, None, None].astype(jnp.float32) * rate
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def write(
+    cache: Float[Array, "B S K H"],
+    new: Float[Array, "B 1 K H"],
+    at: Int[Array, "B"],
+) -> Float[Array, "B S K H"]:
+    """The cache with `new` written at each row's own position."""
+    # vmap keeps the write inside the shard that holds the row: no collective.
+    put = jax.vmap(lambda row, x, i: lax.dynamic_update_slice_in_dim(row, x, i, 0))
+    return put(cache, new.astype(cache.dtype), at)

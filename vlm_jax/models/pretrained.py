@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published weights under their published names, to and from the parameters of our modules.
+
+A table has one row per published tensor: its name, the parameters of ours that it holds, and its
+layout. torch writes a kernel as (outputs, inputs); ours have the inputs first and may cut either
+into heads, so every conversion is one transpose and reshapes.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax import nnx
+
+from vlm_jax.models.compressors import AveragePool, Projector, QueCC, TokenPacker
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One published tensor: the parameters of ours stacked in its rows, and its layout.
+
+    `outputs` counts the trailing dimensions of our kernels that are outputs; 0 is for vectors.
+    `square` is for a depthwise convolution, published as [E 1 K K] and kept as taps [K^2 E].
+    """
+
+    paths: tuple[Path, ...]
+    outputs: int = 0
+    square: bool = False
+
+    def split(self, published: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+        """Our arrays, from the published one."""
+        parts = np.split(published, len(self.paths))
+        if self.outputs:
+            parts = [part.reshape(part.shape[0], -1).T for part in parts]
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+        """The published shape, from ours."""
+        if not self.outputs:
+            return (sum(math.prod(shape) for shape in shapes),)
+        inputs = math.prod(shapes[0][: -self.outputs])
+        rows = sum(math.prod(shape[-self.outputs :]) for shape in shapes)
+        return (rows, 1, math.isqrt(inputs), math.isqrt(inputs)) if self.square else (rows, inputs)
+
+    def join(self, ours: list[np.ndarray]) -> np.ndarray:
+        """The published array, from ours."""
+        shapes = [part.shape for part in ours]
+        if self.outputs:
+            columns = [math.prod(shape[-self.outputs :]) for shape in shapes]
+            ours = [part.reshape(-1, n).T for part, n in zip(ours, columns, strict=True)]
+        return np.concatenate([part.reshape(len(part), -1) for part in ours]).reshape(
+            self.shape(shapes)
+        )
+
+
+Table = dict[str, Tensor]
+
+
+def linear(name: str, *path: str, bias: bool = True, outputs: int = 1) -> Table:
+    """The tensors of one linear layer."""
+    kernel = {f"{name}.weight": Tensor(((*path, "kernel"),), outputs=outputs)}
+    return kernel | ({f"{name}.bias": Tensor(((*path, "bias"),))} if bias else {})
+
+
+def norm(name: str, *path: str) -> Table:
+    """The tensors of one LayerNorm."""
+    return {
+        f"{name}.weight": Tensor(((*path, "scale"),)),
+        f"{name}.bias": Tensor(((*path, "bias"),)),
+    }
+
+
+def attention(name: str, *path: str) -> Table:
+    """The tensors of torch's MultiheadAttention: query, key and value stacked in that order."""
+    inward = [(*path, part) for part in ("query", "key", "value")]
+    return {
+        f"{name}.in_proj_weight": Tensor(tuple((*p, "kernel") for p in inward), outputs=2),
+        f"{name}.in_proj_bias": Tensor(tuple((*p, "bias") for p in inward)),
+        **linear(f"{name}.out_proj", *path, "out"),
+    }
+
+
+def mlp(first: str, second: str, *path: str) -> Table:
+    """The tensors of a two-layer MLP."""
+    return linear(first, *path, "up") | linear(second, *path, "down")
+
+
+LLAVA = mlp("0", "2", "projector")
+
+
+def table(module: nnx.Module) -> Table:
+    """The published tensors of a compressor, named after `mm_projector.`.
+
+    Names: haotian-liu/LLaVA (c121f043), locuslab/llava-token-compression (bdedebdf),
+    CircleRadon/TokenPacker (771a16e7). `pool` has LLaVA's own projector.
+    """
+    return TABLES[type(module)](module)
+
+
+def quecc(module: QueCC) -> Table:
+    """QueCC is the first of a sequence whose others are LLaVA's projector."""
+    taps = {
+        "0.q_downsample.weight": Tensor((("taps",),), outputs=1, square=True),
+        "0.q_downsample.bias": Tensor((("taps_bias",),)),
+    }
+    text = linear("0.text_projection.0", "text") | norm("0.text_projection.1", "text_norm")
+    paths = {}
+    for letter, part in (("q", "query"), ("k", "key"), ("v", "value")):
+        paths |= mlp(f"0.{letter}_proj.0", f"0.{letter}_proj.2", part)
+        paths |= norm(f"0.{letter}_proj.3", f"{part}_norm")
+    return (
+        attention("0.clip_attn", "attention")
+        | paths
+        | taps
+        | (text if module.reads_question else {})
+        | mlp("1", "3", "projector")
+    )
+
+
+def token_packer(module: TokenPacker) -> Table:
+    """TokenPacker is the whole `mm_projector`, its MLP included."""
+    return (
+        linear("q_proj_1", "query", bias=False)
+        | mlp("k_proj_1.0", "k_proj_1.2", "key")
+        | mlp("v_proj_1.0", "v_proj_1.2", "value")
+        | norm("ln_q_1", "query_norm")
+        | norm("ln_k_1", "key_norm")
+        | norm("ln_v_1", "value_norm")
+        | attention("clip_attn", "attention")
+        | mlp("mlp.0", "mlp.2", "projector")
+    )
+
+
+TABLES: dict[type[nnx.Module], Callable[[nnx.Module], Table]] = {
+    Projector: lambda module: LLAVA,
+    AveragePool: lambda module: LLAVA,
+    QueCC: quecc,
+    TokenPacker: token_packer,
+}
+
+
+def shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """The published tensors that `module` takes; it may be abstract (from `jax.eval_shape`)."""
+    ours = dict(nnx.to_flat_state(nnx.state(module)))
+    return {
+        name: row.shape([ours[path].shape for path in row.paths])
+        for name, row in table(module).items()
+    }
+
+
+def load(module: nnx.Module, published: Mapping[str, np.ndarray]) -> nnx.Module:
+    """`module` with every parameter taken from `published`, cast and sharded as it was
+    (or would be) on the current mesh.
+
+    `module` may be abstract. Missing tensors, surplus ones and wrong shapes are all listed in one
+    ValueError.
+    """
+    wanted = shapes(module)
+    complaints = [f"missing {name}" for name in wanted if name not in published]
+    complaints += [f"surplus {name}" for name in published if name not in wanted]
+    complaints += [
+        f"{name} has shape {tuple(published[name].shape)}, not {shape}"
+        for name, shape in wanted.items()
+        if name in published and tuple(published[name].shape) != shape
+    ]
+    if complaints:
+        raise ValueError(
+            f"these tensors do not make this {type(module).__name__}: " + "; ".join(complaints)
+        )
+    definition, state = nnx.split(module)
+    ours = dict(nnx.to_flat_state(state))
+    for name, row in table(module).items():
+        olds = [ours[path] for path in row.paths]
+        parts = row.split(np.asarray(published[name]), [old.shape for old in olds])
+        for path, old, part in zip(row.paths, olds, parts, strict=True):
+            ours[path] = old.replace(jax.device_put(part.astype(old.dtype), old.sharding.spec))
+    return nnx.merge(definition, nnx.from_flat_state(ours))
+
+
+def export(module: nnx.Module) -> dict[str, np.ndarray]:
+    """The published tensors of `module`, in the order of the published module."""
+    ours = dict(nnx.to_flat_state(nnx.state(module)))
+    return {
+        name: row.join([np.asarray(ours[path][...]) for path in row.paths])
+        for name, row in table(module).items()
+    }

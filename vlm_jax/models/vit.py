@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CLIP's vision transformer: pixels to the outputs of chosen blocks, patches in window-major order.
+
+B batch  P patches  S = P + 1 (class token first)  E vit width  F mlp width  N heads  H head size
+C = 3 patch_size^2 numbers of one patch  I = image side in pixels
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from vlm_jax import mesh
+from vlm_jax.models.layers import LayerNorm, Linear, normal, quick_gelu, remat, stack, weight
+
+HIDDEN = ("batch", "len", "feature")
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention over all tokens, every projection with a bias."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        size = width // heads
+        inward = dict(dims=("embed", "heads", "head"), out=("batch", "len", "heads", "head"))
+        self.query = Linear("BSE,ENH->BSNH", (width, heads, size), rngs=rngs, **inward)
+        self.key = Linear("BSE,ENH->BSNH", (width, heads, size), rngs=rngs, **inward)
+        self.value = Linear("BSE,ENH->BSNH", (width, heads, size), rngs=rngs, **inward)
+        self.out = Linear(
+            "BSNH,NHE->BSE",
+            (heads, size, width),
+            rngs=rngs,
+            dims=("heads", "head", "embed"),
+            out=HIDDEN,
+        )
+
+    def __call__(self, x: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
+        query = self.query(x)
+        scores = jnp.einsum(
+            "BTNH,BSNH->BNTS", query, self.key(x), preferred_element_type=jnp.float32
+        )
+        weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5).astype(x.dtype)
+        return self.out(jnp.einsum("BNTS,BSNH->BTNH", weights, self.value(x)))
+
+
+class Block(nnx.Module):
+    """One pre-norm block: attention, then an MLP with quick-GELU."""
+
+    def __init__(self, width: int, mlp: int, heads: int, *, eps: float, rngs: nnx.Rngs):
+        self.norm1 = LayerNorm(width, eps=eps, rngs=rngs)
+        self.attention = Attention(width, heads, rngs=rngs)
+        self.norm2 = LayerNorm(width, eps=eps, rngs=rngs)
+        self.up = Linear(
+            "BSE,EF->BSF",
+            (width, mlp),
+            dims=("embed", "mlp"),
+            out=("batch", "len", "mlp"),
+            rngs=rngs,
+        )
+        self.down = Linear(
+            "BSF,FE->BSE", (mlp, width), dims=("mlp", "embed"), out=HIDDEN, rngs=rngs
+        )
+
+    def __call__(self, x: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(quick_gelu(self.up(self.norm2(x))))
+
+
+class ViT(nnx.Module):
+    """CLIP's vision tower, without the blocks behind the last level that is asked for.
+
+    Levels are counted from 1 as in HF's `hidden_states`: level b is the output of block b, without
+    a
+    final norm. Architecture: arXiv 2103.00020 and openai/clip-vit-large-patch14-336.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        patch_size: int,
+        depth: int,
+        width: int,
+        mlp: int,
+        heads: int,
+        norm_eps: float,
+        levels: tuple[int, ...],
+        rngs: nnx.Rngs,
+        remat_policy: str = "none",
+        dtype: str = "float32",
+    ):
+        if image_size % patch_size:
+            raise ValueError(f"patches of {patch_size} pixels do not tile an image of {image_size}")
+        if width % heads:
+            raise ValueError(
+                f"vit.heads={heads} does not divide vit.width={width}: "
+                f"choose one of {[n for n in range(1, 65) if width % n == 0]}"
+            )
+        if sorted(set(levels)) != list(levels) or not levels or levels[0] < 1 or levels[-1] > depth:
+            raise ValueError(f"vit.levels={levels}: ascending block numbers from 1 to {depth}")
+        self.patch_size, self.side = patch_size, image_size // patch_size
+        self.levels, self.remat_policy, self.dtype = tuple(levels), remat_policy, dtype
+        std = width**-0.5
+        self.patch = Linear(
+            "BPC,CE->BPE",
+            (3 * patch_size**2, width),
+            dims=("none", "embed"),
+            out=HIDDEN,
+            bias=False,
+            rngs=rngs,
+        )
+        self.class_token = weight(rngs, (width,), ("none",), normal(std))
+        self.position = weight(rngs, (self.side**2 + 1, width), ("none", "none"), normal(std))
+        self.pre_norm = LayerNorm(width, eps=norm_eps, rngs=rngs)
+        self.blocks = stack(lambda r: Block(width, mlp, heads, eps=norm_eps, rngs=r), depth, rngs)
+        # Never applied here: kept so that a tower converts back whole.
+        self.post_norm = LayerNorm(width, eps=norm_eps, rngs=rngs)
+
+    def __call__(
+        self,
+        pixels: Float[Array, "B I I 3"],
+        *,
+        window: int = 1,
+    ) -> Float[Array, "B P Z"]:
+        """The levels of every patch, concatenated over channels (Z = levels x E), class token
+        dropped.
+
+        Patches come window by window (windows of `window` x `window` patches, raster inside and
+        over windows); `window=1` is raster order. The transformer does not care: only the cutting
+        of the image and the rows of the position table follow the order.
+        """
+        order = window_order(self.side, window)
+        x = self.patch(patchify(pixels.astype(self.dtype), self.patch_size, window))
+        position = self.position[...].astype(x.dtype)
+        first = jnp.broadcast_to(
+            self.class_token[...].astype(x.dtype) + position[0],
+            (x.shape[0], 1, x.shape[2]),
+            out_sharding=mesh.spec("batch", "len", "feature"),
+        )
+        x = self.pre_norm(jnp.concatenate([first, x + position[1 + order]], axis=1))
+        step = remat(self.remat_policy)(lambda x, block: (block(x), None))
+        kept = []
+        for start, stop in itertools.pairwise((0, *self.levels)):
+            blocks = jax.tree.map(lambda w, a=start, b=stop: w[a:b], self.blocks)
+            x, _ = lax.scan(step, x, blocks)
+            kept.append(x[:, 1:])
+        return jnp.concatenate(kept, axis=-1)
+
+
+def check_window(side: int, window: int) -> None:
+    """Raises unless windows of `window` x `window` patches tile a `side` x `side` grid."""
+    if window < 1 or side % window:
+        raise ValueError(
+            f"windows of {window}x{window} patches do not tile a {side}x{side} grid: "
+            f"choose one of {[k for k in range(1, side + 1) if side % k == 0]}"
+        )
+
+
+def window_order(side: int, window: int) -> np.ndarray:
+    """Raster index of each patch in window-major order, int [side^2]."""
+    check_window(side, window)
+    n = side // window
+    raster = np.arange(side**2).reshape(n, window, n, window)
+    return raster.transpose(0, 2, 1, 3).reshape(-1)
+
+
+def patchify(pixels: Float[Array, "B I I 3"], patch: int, window: int = 1) -> Float[Array, "B P C"]:
+    """Patches as rows of numbers (y, x, colour), in window-major order; a reshape and one
+    transpose."""
+    batch, side = pixels.shape[0], pixels.shape[1] // patch
+    check_window(side, window)
+    n = side // window
+    cut = mesh.spec("batch", *["len"] * 6, "none")
+    x = jnp.reshape(pixels, (batch, n, window, patch, n, window, patch, 3), out_sharding=cut)
+    x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return jnp.reshape(
+        x, (batch, side**2, 3 * patch**2), out_sharding=mesh.spec("batch", "len", "none")
+    )

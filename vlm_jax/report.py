@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns a run's rows into figures and one HTML page: vlm-jax report --workdir=DIR.
+
+Reads DIR/rows.jsonl and, where they exist, DIR/law.json (if no older than the rows),
+DIR/baselines.json ({"majority": {task: score}}), DIR/run.json ({"command", "config", "phases"}) or
+DIR/command.txt. Writes DIR/report/index.html, DIR/report/figures/ and, where it fitted the law
+itself, DIR/law.json.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vlm_jax.reports import cost_figures, figures, page
+from vlm_jax.scaling import law as laws_module
+from vlm_jax.scaling import records
+
+
+def write(workdir: Path | str) -> dict:
+    """Makes the report of one run folder and returns what was made: page, figures, laws, reasons.
+
+    Without matplotlib the page has no figures and says so. Raises ValueError or OSError saying
+    what is wrong with a file.
+    """
+    workdir = Path(workdir)
+    if not (workdir / "rows.jsonl").is_file():
+        raise FileNotFoundError(
+            f"no rows.jsonl in {workdir}: vlm-jax grid --config=FILE --workdir={workdir} makes it"
+        )
+    # The order in which cells finished is nobody's concern: equal rows, equal page.
+    rows = sorted(
+        records.read(workdir / "rows.jsonl"),
+        key=lambda row: (row.llm_parameters, row.V, row.seed, row.cell),
+    )
+    majority = read_object(workdir / "baselines.json").get("majority", {})
+    laws, reasons = laws_of(workdir, rows)
+    missing = ""
+    try:
+        drawn = figures.run_figures(
+            rows, laws, workdir / "report" / "figures", majority=page.by_family(rows, majority)
+        )
+    except ModuleNotFoundError as error:
+        # A grid of many hours must not end without its tables for want of a drawing library.
+        drawn, missing = [], str(error)
+    html = page.build(
+        rows,
+        laws,
+        drawn,
+        reasons=reasons,
+        majority=majority,
+        name=workdir.resolve().name,
+        run=run_facts(workdir),
+        missing=missing,
+    )
+    index = workdir / "report" / "index.html"
+    index.parent.mkdir(parents=True, exist_ok=True)
+    records.replace(index, html)
+    return {
+        "report": str(index),
+        "cells": len(rows),
+        "figures": len(drawn),
+        "laws": {family: {"form": law.form, **law.params} for family, law in laws.items()},
+        "no_law": reasons,
+        "no_figures": missing,
+    }
+
+
+def laws_of(workdir: Path, rows: Sequence) -> tuple[dict, dict[str, str]]:
+    """(family -> Law, family -> why there is none), from law.json or fitted.
+
+    A law.json that is older than the rows, or missing, is fitted anew and written.
+    """
+    main = cost_figures.split(rows)[0]
+    families = sorted({family for row in main for family in row.families})
+    path = workdir / "law.json"
+    if path.is_file() and path.stat().st_mtime_ns >= (workdir / "rows.jsonl").stat().st_mtime_ns:
+        fields = read_object(path)
+        stored = fields.get("families") or ({families[0]: fields} if len(families) == 1 else {})
+        laws = {f: laws_module.Law.from_dict(law) for f, law in stored.items() if f in families}
+        missing = f"{path} holds no law of it."
+        return laws, {family: missing for family in families if family not in laws}
+    laws, reasons = {}, {}
+    for family in families:
+        try:
+            measured = [row for row in main if family in row.families]
+            points = records.points(measured, family, compressor=main[0].compressor)
+            laws[family] = laws_module.fit(points)
+        except ValueError as error:
+            reasons[family] = f"{str(error)[:1].upper()}{str(error)[1:]}."
+    if laws and (document := law_document(main, laws)):
+        records.replace(path, json.dumps(document) + "\n")
+    return laws, reasons
+
+
+def law_document(rows: Sequence, laws: Mapping) -> dict | None:
+    """The content of law.json, as `vlm-jax fit` orders it: the law of the mean over families, and
+    each family's under "families"; with one family the top level is that family's.
+
+    None where the cells' means do not compare because some lack a family.
+    """
+    families = {family: law.to_dict() for family, law in laws.items()}
+    if len(laws) == 1:
+        (name,) = laws
+        return families[name] | {"family": name, "families": families}
+    try:
+        mean = laws_module.fit(records.points(rows, compressor=rows[0].compressor))
+    except ValueError:
+        return None
+    return mean.to_dict() | {"family": "mean of families", "families": families}
+
+
+def run_facts(workdir: Path) -> dict:
+    """What run.json says, or the command of command.txt, or nothing."""
+    facts = read_object(workdir / "run.json")
+    if "command" not in facts and (workdir / "command.txt").is_file():
+        facts["command"] = (workdir / "command.txt").read_text(encoding="utf-8").strip()
+    return facts
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file; empty where there is no file, ValueError for anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}): mend or remove it") from None
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, not an object: mend or remove it"
+        )
+    return content
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vlm-jax report", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="holds rows.jsonl")
+    try:
+        made = write(parser.parse_args(argv).workdir)
+    except (ValueError, OSError) as error:
+        print(f"vlm-jax report: {error}", file=sys.stderr)
+        return 2
+    for family, why in made["no_law"].items():
+        print(f"no law for {family}: {why}", file=sys.stderr)
+    if made["no_figures"]:
+        print(made["no_figures"], file=sys.stderr)
+    print(json.dumps(made))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a figure needs from points and a law: means over seeds, frontiers, the best V.
+
+N is LLM parameters in billions, V visual tokens, Q text tokens.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from vlm_jax.scaling.forms import FORMS
+from vlm_jax.scaling.solve import predict
+
+
+@dataclasses.dataclass(frozen=True)
+class Cells:
+    """One entry per (N, V): the mean error over its seeds.
+
+    The standard error adds the sampling error of the test questions, which all seeds share and
+    which averaging therefore does not shrink, to the spread between seeds, which it does. NaN where
+    unknown.
+    """
+
+    N: np.ndarray
+    V: np.ndarray
+    Q: np.ndarray
+    error: np.ndarray
+    stderr: np.ndarray
+    seeds: np.ndarray
+
+    def of_size(self, n: int | float) -> "Cells":
+        """The cells of one LLM size, by rising V."""
+        order = np.flatnonzero(self.N == n)
+        order = order[np.argsort(self.V[order])]
+        return Cells(*(getattr(self, f.name)[order] for f in dataclasses.fields(self)))
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.unique(self.N)
+
+    def at(self, Q: int | float | None) -> "Cells":
+        """The same cells with Q text tokens; None keeps what was measured."""
+        return self if Q is None else dataclasses.replace(self, Q=np.full(self.N.shape, float(Q)))
+
+    @property
+    def flops(self) -> np.ndarray:
+        return simple_flops(self.N, self.V, self.Q)
+
+
+def simple_flops(N, V, Q):
+    """FLOPs of a request as arXiv 2411.03312 counts them, 2 N (Q + V), of arrays.
+
+    The same as scaling/cost.py `paper_flops` of numbers; a test holds them together.
+    """
+    return 2e9 * np.asarray(N, float) * (np.asarray(Q, float) + np.asarray(V, float))
+
+
+def average(points) -> Cells:
+    """Points (one per cell and seed) to cells (one per N and V), by rising N, then V."""
+    keys = np.stack([points.N, points.V], 1)
+    unique, inverse = np.unique(keys, axis=0, return_inverse=True)
+    columns = []
+    for i in range(len(unique)):
+        mine = inverse.reshape(-1) == i
+        error, stderr = points.error[mine], np.asarray(points.stderr, float)[mine]
+        between = error.var(ddof=1) / len(error) if len(error) > 1 else 0.0
+        sampling = np.nanmean(stderr**2) if np.isfinite(stderr).any() else np.nan
+        if np.isnan(sampling) and len(error) > 1:
+            sampling = 0.0
+        columns.append(
+            (points.Q[mine].mean(), error.mean(), np.sqrt(sampling + between), len(error))
+        )
+    Q, error, stderr, seeds = np.array(columns, float).reshape(-1, 4).T
+    return Cells(unique[:, 0], unique[:, 1], Q, error, stderr, seeds)
+
+
+def pareto(cost, error) -> np.ndarray:
+    """bool[cells]: no other cell costs no more and errs less."""
+    cost, error = np.asarray(cost, float), np.asarray(error, float)
+    beaten = (cost[None] <= cost[:, None]) & (error[None] <= error[:, None])
+    beaten &= (cost[None] < cost[:, None]) | (error[None] < error[:, None])
+    return ~beaten.any(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frontier:
+    """The law's best (N, V) for each budget of 2N(Q+V) inside the measured N and V."""
+
+    flops: np.ndarray
+    N: np.ndarray
+    V: np.ndarray
+    error: np.ndarray
+
+
+def frontier(law, N, V, *, Q: int | float, budgets: int = 60) -> Frontier:
+    """Best error for each budget from the cheapest to the dearest corner of N, V=(low, high).
+
+    N is continuous; a budget that even the largest N leaves unspent goes to more V, as in the
+    published plot.
+    """
+    low, high = simple_flops(N[0], V[0], Q), simple_flops(N[1], V[1], Q)
+    flops = np.geomspace(max(low, 1.0), high, budgets)
+    tokens = np.geomspace(V[0], V[1], 400)
+    affordable = flops[:, None] / (2e9 * (Q + tokens[None]))
+    sizes = np.minimum(affordable, N[1])
+    error = np.asarray(law.error(sizes, np.broadcast_to(tokens, sizes.shape), Q), float)
+    # One part in 1e9 of slack: the cheapest corner is affordable in spite of rounding.
+    error = np.where(sizes >= N[0] * (1 - 1e-9), error, np.inf)
+    best = error.argmin(1)
+    row = np.arange(budgets)
+    return Frontier(flops, sizes[row, best], tokens[best], error[row, best])
+
+
+def best_tokens(alpha, beta, Q, V):
+    """V* = Q beta / (alpha - beta), held inside V=(low, high): the optimum of the simple cost.
+
+    Minimises N^-alpha V^-beta at constant N (Q + V). Where V does not help (beta <= 0) the answer
+    is the lowest V; where it helps at least as much as N (beta >= alpha) it is the highest.
+    Arguments broadcast.
+    """
+    alpha, beta, Q = np.broadcast_arrays(*(np.asarray(x, float) for x in (alpha, beta, Q)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        best = Q * beta / (alpha - beta)
+    best = np.where(beta <= 0, V[0], np.where(beta >= alpha, V[1], best))
+    return np.clip(best, *V)
+
+
+def exponent_draws(law) -> np.ndarray | None:
+    """float[draws, 2]: bootstrap draws of (alpha, beta), or None where the law has none."""
+    if law.samples is None or not {"alpha", "beta"} <= set(law.params):
+        return None
+    names = FORMS[law.form].names  # the order of the columns, which is not that of `params`
+    return np.asarray(law.samples, float)[:, [names.index("alpha"), names.index("beta")]]
+
+
+def error_draws(law, N, V, Q):
+    """float[draws, n]: the error at n places under each bootstrap draw; None without draws."""
+    if law.samples is None:
+        return None
+    form = FORMS[law.form]
+    theta = np.array(law.samples, float)
+    terms = len(form.coefficients)
+    theta[:, :terms] = np.log(np.maximum(theta[:, :terms], 1e-300))  # as the solver holds them
+    return predict(form.design(N, V, Q), theta)
+
+
+def equal_compute(flops, N, *, spread: int | float = 1.5) -> list[int]:
+    """Indices of cells, one per size, whose costs lie closest together.
+
+    Empty where no two sizes come within the ratio `spread`.
+
+    More sizes win over a smaller spread; among equals the smallest ratio of dearest to cheapest
+    wins.
+    """
+    flops, N = np.asarray(flops, float), np.asarray(N, float)
+    best, merit = [], (1, -np.inf)
+    for target in flops:
+        chosen = []
+        for n in np.unique(N):
+            mine = np.flatnonzero(N == n)
+            chosen.append(int(mine[np.abs(np.log(flops[mine] / target)).argmin()]))
+        chosen = [i for i in chosen if max(flops[i] / target, target / flops[i]) <= spread]
+        ratio = flops[chosen].max() / flops[chosen].min()
+        if ratio <= spread and (len(chosen), -ratio) > merit:
+            best, merit = chosen, (len(chosen), -ratio)
+    return best

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Marks that several figures share: a curve per LLM size over some cost, rings on the best."""
+
+import numpy as np
+
+from vlm_jax.reports import cells as table
+from vlm_jax.reports.canvas import MARKERS, parameters_text, size_colours
+
+SIMPLE_FLOPS = "inference FLOPs per request, 2N(Q+V)"
+ERROR = "error (1 − mean score)"
+
+
+def size_curves(canvas, cells, cost, law) -> None:
+    """Points, and the law's curve and band, for every size; `cost` (one per cell) is the x axis."""
+    colours = size_colours(len(cells.sizes))
+    for i, (n, colour) in enumerate(zip(cells.sizes, colours, strict=True)):
+        mine = cells.of_size(n)
+        x = np.asarray(cost)[cells.N == n][np.argsort(cells.V[cells.N == n])]
+        text = parameters_text(n)
+        end = (x[-1], mine.error[-1])
+        if law is not None and len(x) > 1:
+            tokens = np.geomspace(mine.V[0], mine.V[-1], 40)
+            # Between cells the cost is a straight line in V: exact for FLOPs but for the square
+            # of attention.
+            at, q = np.interp(tokens, mine.V, x), mine.Q.mean()
+            curve = np.asarray(law.error(n, tokens, q), float)
+            if law.samples is not None:
+                canvas.band(
+                    f"law {text}",
+                    at,
+                    *law.band(n, tokens, q),
+                    colour=colour,
+                    N_billions=n,
+                    V=tokens,
+                    Q=q,
+                )
+            canvas.line(f"law {text}", at, curve, colour=colour, N_billions=n, V=tokens, Q=q)
+            end = (at[-1], curve[-1])
+        elif len(x) > 1:
+            canvas.line(
+                f"measured {text}",
+                x,
+                mine.error,
+                colour=colour,
+                dash=":",
+                N_billions=n,
+                V=mine.V,
+                Q=mine.Q,
+            )
+        canvas.points(
+            text,
+            x,
+            mine.error,
+            stderr=mine.stderr,
+            colour=colour,
+            marker=MARKERS[i % len(MARKERS)],
+            area=_area(mine.V),
+            N_billions=n,
+            V=mine.V,
+            Q=mine.Q,
+        )
+        canvas.write(text, *end, colour=colour, size=7.5)
+        if i == 0:
+            top = mine.error + np.nan_to_num(mine.stderr)
+            for j, (v, at, y) in enumerate(zip(mine.V, x, top, strict=True)):
+                canvas.write_above(f"V={v:g}" if j == 0 else f"{v:g}", at, y, size=6.5, gap=4)
+
+
+def _area(V) -> np.ndarray:
+    """Mark area in square points, by the logarithm of V: V = 1 is still well visible."""
+    return 14 + 7 * np.log2(np.maximum(np.asarray(V, float), 1))
+
+
+def ring_best(canvas, cells, cost) -> None:
+    best = table.pareto(cost, cells.error)
+    canvas.points(
+        "not beaten by a cheaper cell",
+        np.asarray(cost)[best],
+        cells.error[best],
+        hollow=True,
+        area=_area(cells.V[best]) + 45,
+        name="not beaten by a cheaper cell",
+        N_billions=cells.N[best],
+        V=cells.V[best],
+        Q=cells.Q[best],
+    )
+
+
+def limits(canvas, cells) -> None:
+    """Lets the y axis follow the measurements: a wide band must not flatten them."""
+    spread = np.nan_to_num(cells.stderr)
+    low, high = (cells.error - spread).min(), (cells.error + spread).max()
+    room = max(high - low, 0.02)
+    canvas.axes.set_ylim(max(low - 0.14 * room, 0.0), min(high + 0.22 * room, 1.05))
+    canvas.axes.margins(x=0.1)
+
+
+def span(x) -> tuple[float, float]:
+    return float(np.min(x)), float(np.max(x))
+
+
+def alt_curves(cells, family, asked) -> str:
+    worst, best = cells.error.argmax(), cells.error.argmin()
+    return (
+        f"Scatter plot of error on {family} against FLOPs, {asked}: {len(cells.sizes)} LLM sizes "
+        f"from {parameters_text(cells.sizes[0])} to {parameters_text(cells.sizes[-1])}, V from "
+        f"{cells.V.min():g} to {cells.V.max():g}. The highest error, {cells.error[worst]:.3f}, is "
+        f"{parameters_text(cells.N[worst])} with V={cells.V[worst]:g}; the lowest, "
+        f"{cells.error[best]:.3f}, is {parameters_text(cells.N[best])} with V={cells.V[best]:g}."
+    )

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of arXiv 2411.03312 from any rows, with intervals, each beside its numbers.
+
+Numbers follow the paper's: (1) error against inference FLOPs, (2) extrapolation to the largest
+size, (3) the frontier over question lengths, (4) bars at equal compute. N is LLM parameters in
+billions, V visual tokens, Q text tokens, and FLOPs are 2 N (Q + V) unless an axis says otherwise.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from vlm_jax.reports import cells as table
+from vlm_jax.reports import cost_figures
+from vlm_jax.reports.canvas import (
+    HATCHES,
+    MARKERS,
+    OKABE_ITO,
+    Canvas,
+    Figure,
+    amount_text,
+    parameters_text,
+    size_colours,
+)
+from vlm_jax.reports.cost_figures import slug
+from vlm_jax.reports.curves import (
+    ERROR,
+    SIMPLE_FLOPS,
+    alt_curves,
+    limits,
+    ring_best,
+    size_curves,
+    span,
+)
+from vlm_jax.scaling import law as laws_module
+from vlm_jax.scaling import records
+
+QUESTION_LENGTHS = (0, 10, 50, 100, 200, 500)
+
+
+def law_figures(points, law, out_dir, name) -> list[Path]:
+    """The paths of every figure that points and a law (or None) allow: NAME_*.png, .svg, .csv.
+
+    Figure 2 also predicts a size twice the largest: for the published points, 14B.
+    """
+    drawn = points_figures(points, law, out_dir, name, beyond=2 * float(points.N.max()))
+    cells = {name: table.average(points)}
+    for Q in (0, 50):
+        drawn += equal_compute(cells, out_dir, name=f"{slug(name)}_equal_compute_q{Q}", Q=Q)
+    return [path for figure in drawn for path in figure.paths]
+
+
+def run_figures(rows, laws, out_dir, *, majority=None) -> list[Figure]:
+    """Every figure that results rows allow, one family after the other, those of all last.
+
+    `laws` maps a family to its law and may lack any; `majority` maps a family to the score of its
+    commonest answers.
+    """
+    main = cost_figures.split(rows)[0]
+    families = sorted({family for row in rows for family in row.families})
+    drawn, groups = [], {}
+    for family in families:
+        mine = []
+        if any(family in row.families and not row.blind for row in rows):
+            level = (majority or {}).get(family)
+            mine.append(
+                cost_figures.scores_against_tokens(
+                    rows, family, out_dir, name=f"{slug(family)}_scores", majority=level
+                )
+            )
+        if measured := [row for row in main if family in row.families]:
+            points, law = records.points(measured, family), laws.get(family)
+            groups[family] = table.average(points)
+            mine += points_figures(points, law, out_dir, family)
+            mine += cost_figures.counted_figures(measured, points, law, out_dir, family)
+        drawn += [replace(figure, section=family) for figure in mine]
+    if groups:
+        drawn += equal_compute(groups, out_dir, name="equal_compute")
+        drawn.append(cost_figures.phases(rows, out_dir, name="phases"))
+    return drawn
+
+
+def points_figures(
+    points, law, out_dir, name, *, beyond: int | float | None = None
+) -> list[Figure]:
+    """Figures 1 to 3 of one family of points; without a law, figure 1 with the points alone.
+
+    `beyond` adds to figure 2 the prediction for a size (billions) that nobody measured.
+    """
+    cells = table.average(points)
+    file = slug(name)
+    questions = [None] if cells.Q.max() > 0 else []
+    drawn = [
+        error_against_flops(cells, law, out_dir, family=name, name=f"{file}_flops_{tag}", Q=Q)
+        for Q, tag in [(q, "measured_q") for q in questions] + [(0.0, "q0"), (50.0, "q50")]
+    ]
+    if law is not None:
+        drawn += extrapolation(
+            points, law, out_dir, family=name, name=f"{file}_extrapolation", beyond=beyond
+        )
+        drawn.append(
+            question_lengths(cells, law, out_dir, family=name, name=f"{file}_frontier_over_q")
+        )
+        drawn += optimal_tokens(cells, law, out_dir, family=name, name=f"{file}_optimal_v")
+    return drawn
+
+
+def error_against_flops(cells, law, out_dir, *, family, name, Q) -> Figure:
+    """Figure 1: a curve per LLM size, marks growing with V, the law with its band and frontier."""
+    cells = cells.at(Q)
+    q = float(cells.Q.mean())
+    asked = f"Q = {q:.3g}" + (" as measured" if Q is None else "")
+    canvas = Canvas(x=SIMPLE_FLOPS, y=ERROR, title=f"{family}, {asked}")
+    size_curves(canvas, cells, cells.flops, law)
+    if law is not None:
+        best = table.frontier(law, span(cells.N), span(cells.V), Q=q)
+        canvas.line(
+            "frontier of the law",
+            best.flops,
+            best.error,
+            dash="--",
+            name="frontier of the law",
+            N_billions=best.N,
+            V=best.V,
+            Q=q,
+        )
+    ring_best(canvas, cells, cells.flops)
+    limits(canvas, cells)
+    canvas.log_x()
+    canvas.legend()
+    law_words = (
+        "Curves and bands are the fitted law with its 95 % bootstrap interval; the dashed line is "
+        "the lowest error the law gives at each cost."
+        if law is not None
+        else "No law is drawn because none could be fitted."
+    )
+    caption = (
+        f"Error on {family} against the LLM's prefill FLOPs at {asked} text tokens. One colour and "
+        "marker per LLM size, marks growing with the number of visual tokens V; bars are one "
+        f"standard error, rings mark the cells that no cheaper cell beats. {law_words}"
+    )
+    return canvas.save(out_dir, name, caption=caption, alt=alt_curves(cells, family, asked))
+
+
+def extrapolation(points, law, out_dir, *, family, name, beyond=None) -> list[Figure]:
+    """Figure 2: the largest size as the law of the others predicts it; needs three sizes."""
+    sizes = np.unique(points.N)
+    if len(sizes) < 3:
+        return []
+    largest = sizes[-1]
+    try:
+        without = laws_module.fit(points.where(points.N < largest), form=law.form)
+    except ValueError:
+        return []
+    held_out = table.average(points.where(points.N == largest))
+    q, text = float(held_out.Q.mean()), parameters_text(largest)
+    predicted = np.asarray(without.error(largest, held_out.V, q), float)
+    off = predicted - held_out.error
+    canvas = Canvas(x="visual tokens V", y=ERROR, title=f"{family}: {text} from smaller sizes")
+    tokens = np.geomspace(*span(table.average(points).V), 40)
+    canvas.band(
+        "predicted",
+        tokens,
+        *without.band(largest, tokens, q),
+        colour=OKABE_ITO[0],
+        name="95 % interval",
+        N_billions=largest,
+        V=tokens,
+        Q=q,
+    )
+    canvas.line(
+        "predicted",
+        tokens,
+        without.error(largest, tokens, q),
+        colour=OKABE_ITO[0],
+        name="predicted",
+        N_billions=largest,
+        V=tokens,
+        Q=q,
+    )
+    canvas.points(
+        "measured",
+        held_out.V,
+        held_out.error,
+        stderr=held_out.stderr,
+        colour=OKABE_ITO[1],
+        name=f"{text} measured",
+        N_billions=largest,
+        V=held_out.V,
+        Q=q,
+    )
+    if beyond is not None:
+        far = parameters_text(beyond)
+        canvas.band(
+            f"{far} predicted",
+            tokens,
+            *law.band(beyond, tokens, q),
+            colour=OKABE_ITO[2],
+            N_billions=beyond,
+            V=tokens,
+            Q=q,
+        )
+        canvas.line(
+            f"{far} predicted",
+            tokens,
+            law.error(beyond, tokens, q),
+            colour=OKABE_ITO[2],
+            dash="--",
+            name=f"{far} predicted from all",
+            N_billions=beyond,
+            V=tokens,
+            Q=q,
+        )
+    spread = np.nan_to_num(held_out.stderr)
+    shown = [held_out.error - spread, held_out.error + spread, predicted]
+    if beyond is not None:
+        shown.append(np.asarray(law.error(beyond, tokens, q), float))
+    low, high = span(np.concatenate(shown))
+    # Half a range more on either side: a wide band must not flatten the points.
+    room = 0.5 * max(high - low, 0.02)
+    canvas.axes.set_ylim(max(low - room, 0.0), min(high + room, 1.05))
+    canvas.log_x(base10=False, ticks=held_out.V)
+    canvas.legend()
+    worst = np.abs(off).max()
+    words = f"The mean absolute miss is {np.abs(off).mean():.4f}, the largest {worst:.4f}"
+    caption = (
+        f"The law fitted without {text} predicts {text} on {family}. {words} (error is between 0 "
+        "and 1); relative to the measured error that is at most "
+        f"{100 * np.abs(off / held_out.error).max():.1f} %. The mean signed miss is "
+        f"{off.mean():+.4f}: positive means that {text} is better than predicted."
+    )
+    alt = f"Predicted and measured error of {text} on {family} against visual tokens. {words}."
+    return [canvas.save(out_dir, name, caption=caption, alt=alt)]
+
+
+def question_lengths(cells, law, out_dir, *, family, name) -> Figure:
+    """Figure 3a: the law's frontier for several question lengths, each ending in its best V."""
+    canvas = Canvas(
+        x=SIMPLE_FLOPS, y="error of the law", title=f"{family}: the frontier as Q grows"
+    )
+    colours = size_colours(len(QUESTION_LENGTHS))
+    for i, (Q, colour) in enumerate(zip(QUESTION_LENGTHS, colours, strict=True)):
+        best = table.frontier(law, span(cells.N), span(cells.V), Q=Q)
+        canvas.line(
+            f"Q={Q}", best.flops, best.error, colour=colour, N_billions=best.N, V=best.V, Q=Q
+        )
+        # Marks every 12th budget, shifted from curve to curve: distinct without colour.
+        every = slice(2 * i, None, 12)
+        canvas.points(
+            f"Q={Q}",
+            best.flops[every],
+            best.error[every],
+            colour=colour,
+            marker=MARKERS[i],
+            area=16,
+            name=f"Q={Q}: V*={_best_at(law, cells, Q):.3g}",
+            N_billions=best.N[every],
+            V=best.V[every],
+            Q=Q,
+        )
+    canvas.log_x()
+    canvas.legend(columns=3)
+    caption = (
+        f"The lowest error on {family} that the law gives at each cost, for questions of Q text "
+        "tokens. V* is the best number of visual tokens while N can still grow; the longer the "
+        "question, the cheaper a visual token beside it. A curve bends where the largest measured "
+        "LLM is reached and only V is left to grow."
+    )
+    alt = f"Frontiers of error against FLOPs on {family} for Q from 0 to 500."
+    return canvas.save(out_dir, name, caption=caption, alt=alt)
+
+
+def _best_at(law, cells, Q) -> float:
+    """The V of the law's frontier where no end of the measured N binds, as far as it has such."""
+    if {"alpha", "beta"} <= set(law.params) and law.form == "multiplicative":
+        return float(table.best_tokens(law.params["alpha"], law.params["beta"], Q, span(cells.V)))
+    best = table.frontier(law, span(cells.N), span(cells.V), Q=Q)
+    return float(best.V[len(best.V) // 2])
+
+
+def optimal_tokens(cells, law, out_dir, *, family, name) -> list[Figure]:
+    """The best V against Q with its bootstrap interval; only the multiplicative law has it."""
+    draws = table.exponent_draws(law)
+    if law.form != "multiplicative" or draws is None:
+        return []
+    edges, Q = span(cells.V), np.arange(0.0, 501.0, 10.0)
+    best = table.best_tokens(law.params["alpha"], law.params["beta"], Q, edges)
+    drawn = table.best_tokens(draws[:, :1], draws[:, 1:], Q, edges)
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    canvas = Canvas(
+        x="text tokens Q of a request",
+        y="best number of visual tokens V*",
+        title=f"{family}: best V",
+    )
+    canvas.band("V*", Q, low, high, colour=OKABE_ITO[0], name="95 % interval", Q=Q)
+    canvas.line("V*", Q, best, colour=OKABE_ITO[0], name="V* = Q β / (α − β)", Q=Q)
+    for limit in edges:
+        canvas.line(
+            f"measured limit V={limit:g}",
+            Q[[0, -1]],
+            [limit, limit],
+            colour="0.5",
+            dash=":",
+            V=limit,
+        )
+    canvas.axes.set_yscale("log", base=2)
+    ticks = [v for v in np.unique(cells.V)]
+    canvas.axes.set_yticks(ticks, [f"{v:g}" for v in ticks])
+    canvas.axes.minorticks_off()
+    canvas.axes.set_ylim(edges[0] / 1.3, edges[1] * 1.3)
+    canvas.legend()
+    caption = (
+        f"The number of visual tokens that minimises the law's error on {family} at fixed 2N(Q+V), "
+        f"with N free. Held inside the measured V ({edges[0]:g} to {edges[1]:g}, dotted); where β "
+        "≥ α it is the highest. It holds for every budget and any D."
+    )
+    ends = f"{best[0]:.3g} at Q=0, {best[5]:.3g} at Q=50, {best[-1]:.3g} at Q=500"
+    alt = f"Best V on {family} against Q: {ends}."
+    return [canvas.save(out_dir, name, caption=caption, alt=alt)]
+
+
+def equal_compute(
+    groups: Mapping[str, "table.Cells"], out_dir, *, name, Q=None, title=None
+) -> list[Figure]:
+    """Figure 4: a bar per LLM size for each group, V such that all cost about the same.
+
+    `groups` maps a family or task to its cells, all with the same (N, V). None where no two sizes
+    can be matched.
+    """
+    first = next(iter(groups.values())).at(Q)
+    chosen = table.equal_compute(first.flops, first.N)
+    if len(chosen) < 2:
+        return []
+    q, spent = float(first.Q.mean()), first.flops[chosen]
+    canvas = Canvas(x="", y="mean score", title=title or f"Equal compute, Q = {q:.3g}")
+    width = 0.8 / len(chosen)
+    for i, (at, colour) in enumerate(zip(chosen, size_colours(len(chosen)), strict=True)):
+        n, v = first.N[at], first.V[at]
+        scores, spread = [], []
+        for cells in groups.values():
+            match = np.flatnonzero((cells.N == n) & (cells.V == v))
+            scores.append(1 - cells.error[match[0]] if len(match) else np.nan)
+            spread.append(cells.stderr[match[0]] if len(match) else np.nan)
+        x = np.arange(len(groups)) + (i - (len(chosen) - 1) / 2) * width
+        canvas.bars(
+            f"{parameters_text(n)}, V={v:g}",
+            x,
+            scores,
+            width=width * 0.94,
+            stderr=spread,
+            colour=colour,
+            hatch=HATCHES[i % len(HATCHES)],
+            name=f"{parameters_text(n)}, V={v:g}",
+            N_billions=n,
+            V=v,
+            Q=q,
+            label=list(groups),
+        )
+        for at_x, score, bar in zip(x, scores, np.nan_to_num(spread), strict=True):
+            if np.isfinite(score):
+                canvas.write_above(f"{score:.2f}".lstrip("0"), at_x, score + bar, size=6.5)
+    canvas.axes.set_xticks(range(len(groups)), list(groups))
+    canvas.axes.set_ylim(0, min(1.0, canvas.axes.get_ylim()[1]) * 1.1)
+    canvas.legend()
+    caption = (
+        "Scores where every LLM size spends about the same: 2N(Q+V) between "
+        f"{amount_text(spent.min())}FLOPs and {amount_text(spent.max())}FLOPs at Q = {q:.3g}. "
+        "Larger LLMs (lighter bars) pay with fewer visual tokens. Bars start at zero; error bars "
+        "are one standard error."
+    )
+    alt = f"Bar chart of scores at equal compute for {', '.join(groups)}."
+    return [canvas.save(out_dir, name, caption=caption, alt=alt)]

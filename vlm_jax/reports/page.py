@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of one run: question, answer, figures, tables, how it was made, how to repeat it."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import numpy as np
+
+from vlm_jax.reports import cost_figures, findings, markup
+from vlm_jax.reports.canvas import Figure, amount_text, parameters_text, seconds_text
+from vlm_jax.reports.markup import Cell, numeral, words
+
+QUESTION = "For a given inference budget, which language model and how many visual tokens?"
+# Figures that a reader wants first; the others of a family are folded away.
+FIRST = ("_scores", "_flops_measured_q", "_optimal_v", "_total_flops")
+
+
+def build(
+    rows: Sequence,
+    laws: Mapping,
+    figures: Sequence[Figure],
+    *,
+    reasons: Mapping[str, str],
+    majority: Mapping[str, int | float],
+    name: str,
+    run: Mapping,
+    missing: str = "",
+) -> str:
+    """The HTML of one run.
+
+    Args:
+        rows: every results row; `laws` family -> Law; `reasons` family -> why it has no law.
+        majority: task -> score of always giving its commonest answer.
+        name: of the run, for the lead.
+        run: what is known of how it was started: "command", "config", "phases" (name -> seconds).
+        missing: why nothing could be drawn, where that is so.
+    """
+    said = findings.derive(rows, laws, reasons=reasons, majority=by_family(rows, majority))
+    parts = [
+        ("answer", "The answer of this run", _answer(said)),
+        ("figures", "Figures", _figures(figures, missing)),
+        ("cells", "All cells", _cells(rows)),
+        ("baselines", "Baselines", _baselines(rows, majority)),
+        ("law", "The law's parameters", _laws(rows, laws, reasons)),
+        ("tasks", "Tasks", _tasks(rows, majority)),
+        ("made", "How it was made", _made(rows, run)),
+        ("repeat", "How to repeat it", _repeat(rows, run)),
+    ]
+    created = max((row.created for row in rows), default="")
+    lead = f"Run {name}, {len(rows)} finished cells" + (f", last at {created}." if created else ".")
+    return markup.page(QUESTION, lead, parts)
+
+
+def by_family(rows: Sequence, majority: Mapping[str, int | float]) -> dict[str, float]:
+    """Family -> mean score of commonest answers over its tasks, where every task has one."""
+    tasks = {}
+    for row in rows:
+        for task, score in row.tasks.items():
+            tasks.setdefault(score["family"], set()).add(task)
+    return {
+        family: float(np.mean([majority[task] for task in sorted(members)]))
+        for family, members in tasks.items()
+        if members <= majority.keys()
+    }
+
+
+def _answer(said: findings.Findings) -> str:
+    note = (
+        "Brackets hold 95 % intervals; ± is one standard error. N is LLM parameters, V visual "
+        "and Q text tokens."
+    )
+    parts = [f'<p class="soft">{note}</p>', _sentences(said.answer)]
+    for title, sentences in (
+        ("What this run shows", said.shows),
+        ("What it does not show", said.open),
+    ):
+        nothing = "<p>Nothing that its intervals allow to say.</p>"
+        parts.append(f"<h3>{title}</h3>" + (_sentences(sentences) if sentences else nothing))
+    return "\n".join(parts)
+
+
+def _sentences(said: Sequence[tuple[str, str]]) -> str:
+    """Sentences grouped by family, those about all families last."""
+    families = sorted(dict.fromkeys(family for family, _ in said), key=lambda f: (not f, f))
+    parts = []
+    for family in families:
+        mine = [sentence for about, sentence in said if about == family]
+        head = f"<dt>{escape(family or 'all families')}</dt>"
+        parts.append(head + "".join(f"<dd>{escape(sentence)}</dd>" for sentence in mine))
+    return f"<dl>{''.join(parts)}</dl>"
+
+
+def _figures(figures: Sequence[Figure], missing: str) -> str:
+    if not figures:
+        why = missing or "no cell is finished, so there is nothing to draw."
+        return f"<p>None: {escape(why)}</p>"
+    parts = []
+    for family in dict.fromkeys(figure.section for figure in figures):
+        mine = [figure for figure in figures if figure.section == family]
+        first = [f for f in mine if not family or f.name.endswith(FIRST)]
+        rest = [f for f in mine if f not in first]
+        parts.append(f"<h3>{escape(family or 'All families')}</h3>" + _gallery(first))
+        if rest:
+            about = "the paper's Q = 0 and 50, extrapolation, other costs"
+            parts.append(
+                f"<details><summary>{len(rest)} more figures of {escape(family)}: {about}</summary>"
+                f"{_gallery(rest)}</details>"
+            )
+    return "\n".join(parts)
+
+
+def _gallery(figures: Sequence[Figure]) -> str:
+    return '<div class="figures">' + "\n".join(markup.figure(f) for f in figures) + "</div>"
+
+
+def _score(score: Mapping | None) -> Cell:
+    if score is None:
+        return numeral(None)
+    return Cell(f"{score['score']:.3f} ± {score['stderr']:.3f}", score["score"])
+
+
+def _margin(row, family: str, blind: Mapping) -> Cell:
+    """A row's score minus the blind score of its LLM; open within 1.96 standard errors."""
+    if row.blind or family not in row.families or row.llm not in blind:
+        return numeral(None)
+    score = row.families[family]
+    difference, spread = findings.margin((score["score"], score["stderr"]), blind[row.llm])
+    text = f"{difference:+.3f} ± {spread:.3f}".replace("-", "−")
+    return Cell(text, difference, open=difference <= findings.SURE * spread)
+
+
+def _names(rows: Sequence) -> tuple[list[str], list[str]]:
+    """Families and tasks that occur in any row."""
+    families = sorted({family for row in rows for family in row.families})
+    return families, sorted({task for row in rows for task in row.tasks})
+
+
+def _row_table(caption: str, rows: Sequence, every: Sequence) -> str:
+    """A line per row, the blind score of its LLM beside each family; `every` has all rows."""
+    families, tasks = _names(every)
+    blind = {
+        family: findings.blind_scores([row for row in every if row.blind], family)
+        for family in families
+    }
+    titles = ["cell", "LLM", "N, parameters", "V", "seed", "compressor"]
+    for family in families:
+        titles += [family, f"{family}, blind", f"{family}, above blind"]
+    titles += [*tasks, "Q, tokens", "G, tokens"]
+    titles += [f"{phase}, FLOPs" for phase in cost_figures.PHASES] + ["request, FLOPs"]
+    titles += ["training steps", "training, FLOPs", "training time", "evaluation time"]
+    lines = []
+    for row in rows:
+        line = [words(row.cell), words(row.llm), _parameters(row.llm_parameters)]
+        line += [numeral(row.V, f"{row.V:g}"), numeral(row.seed, str(row.seed)), words(_kind(row))]
+        for family in families:
+            floor = blind[family].get(row.llm)
+            line.append(_score(row.families.get(family)))
+            line.append(_score(floor and {"score": floor[0], "stderr": floor[1]}))
+            line.append(_margin(row, family, blind[family]))
+        line += [_score(row.tasks.get(task)) for task in tasks]
+        line += [numeral(row.Q), numeral(row.G)]
+        phases = [row.flops.get(phase) for phase in cost_figures.PHASES]
+        line += [_amount(value) for value in (*phases, sum(row.flops.values()))]
+        steps = row.train.get("steps")
+        line += [numeral(steps, steps and f"{steps:,}"), _amount(row.train.get("flops"))]
+        line += [_seconds(row.train.get("seconds")), _seconds(row.evaluate_seconds)]
+        lines.append(line)
+    return markup.table(caption, titles, lines, keys=[row.cell for row in rows])
+
+
+def _parameters(count: int) -> Cell:
+    return numeral(count, parameters_text(count / 1e9))
+
+
+def _amount(value: int | float | None) -> Cell:
+    return numeral(value, value is not None and amount_text(value) or None)
+
+
+def _seconds(value: int | float | None) -> Cell:
+    return numeral(value, value is not None and seconds_text(value) or None)
+
+
+def _kind(row) -> str:
+    query = "" if row.query in ("", "none") else f", query {row.query}"
+    return "blind" if row.blind else row.compressor + query
+
+
+def _cells(rows: Sequence) -> str:
+    main = cost_figures.split(rows)[0]
+    if not main:
+        return "<p>No cell of the grid is finished.</p>"
+    caption = (
+        "Cells of the grid. Scores are fractions ± one standard error of the test questions; a "
+        "grey margin above the blind score of the same LLM is within 1.96 standard errors. FLOPs "
+        "are per request. A button in the head sorts."
+    )
+    return _row_table(caption, sorted(main, key=lambda r: (r.llm_parameters, r.V, r.seed)), rows)
+
+
+def _baselines(rows: Sequence, majority: Mapping[str, int | float]) -> str:
+    _, blind, other = cost_figures.split(rows)
+    parts = []
+    if blind or other:
+        caption = (
+            "Baseline cells. Blind models see the mean image instead of the image; the other "
+            "compressors stand beside the grid's own at the same LLM and V."
+        )
+        kept = sorted(blind + other, key=lambda r: (_kind(r), r.llm_parameters, r.V, r.seed))
+        parts.append(_row_table(caption, kept, rows))
+    else:
+        parts.append("<p>No blind model and no other compressor was run.</p>")
+    if majority:
+        caption = "Always giving the commonest answer of a task."
+        lines = [[words(t), numeral(s, f"{s:.3f}")] for t, s in sorted(majority.items())]
+        parts.append(markup.table(caption, ["task", "score"], lines))
+    else:
+        parts.append("<p>The score of always giving the commonest answer was not recorded.</p>")
+    return "\n".join(parts)
+
+
+def _laws(rows: Sequence, laws: Mapping, reasons: Mapping[str, str]) -> str:
+    parts = [
+        f"<p>{escape(family)}: no law. {escape(why)}</p>" for family, why in sorted(reasons.items())
+    ]
+    if laws:
+        names = list(dict.fromkeys(name for law in laws.values() for name in law.params))
+        titles = ["family", "form", *names, "best V at the measured Q", "misfit (RMSE)", "points"]
+        lines = [_law_line(family, law, names, rows) for family, law in sorted(laws.items())]
+        caption = (
+            "Parameters of the fitted law. Each has its 95 % interval beside it. N is in billions "
+            "of parameters; the best V minimises the error at fixed 2N(Q+V) within the measured V."
+        )
+        parts.append(markup.table(caption, titles, lines))
+        parts += [_notes(family, law) for family, law in sorted(laws.items())]
+    return "\n".join(parts)
+
+
+def _law_line(family: str, law, names: Sequence[str], rows: Sequence) -> list[Cell]:
+    line = [words(family), words(law.form)]
+    for name in names:
+        value, ends = law.params.get(name), law.intervals.get(name)
+        text = value is not None and findings.number(value)
+        line.append(numeral(value, text and text + (f" {findings.interval(ends)}" if ends else "")))
+    best = findings.best_tokens(
+        law, [r for r in cost_figures.split(rows)[0] if family in r.families]
+    )
+    line.append(numeral(best and best[0], best and f"{best[0]:.0f} [{best[1]:.0f}, {best[2]:.0f}]"))
+    return [*line, numeral(law.rmse), numeral(law.n, str(law.n))]
+
+
+def _notes(family: str, law) -> str:
+    notes = [law.notes] if isinstance(law.notes, str) else list(law.notes or ())
+    return f"<h3>{escape(family)}</h3>" + markup.bullets(notes) if notes else ""
+
+
+def _tasks(rows: Sequence, majority: Mapping[str, int | float]) -> str:
+    main, blind, _ = cost_figures.split(rows)
+    lines = []
+    for task in _names(rows)[1]:
+        known = next(row.tasks[task] for row in rows if task in row.tasks)
+        seen = [row.tasks[task] for row in main if task in row.tasks]
+        floor = [row.tasks[task] for row in blind if task in row.tasks]
+        counts = sorted({row.tasks[task]["n"] for row in rows if task in row.tasks})
+        best = max(seen, key=lambda s: s["score"], default=None)
+        worst = min(seen, key=lambda s: s["score"], default=None)
+        line = [words(task), words(known["family"]), words(known["metric"])]
+        line += [numeral(counts[-1], " or ".join(map(str, counts))), _score(worst), _score(best)]
+        line.append(_score(max(floor, key=lambda s: s["score"], default=None)))
+        lines.append([*line, numeral(majority.get(task))])
+    caption = "Tasks and the range of their scores over the grid; blind is the best blind model."
+    titles = [
+        "task",
+        "family",
+        "metric",
+        "questions",
+        "worst cell",
+        "best cell",
+        "blind",
+        "commonest",
+    ]
+    return markup.table(caption, titles, lines) if lines else "<p>No task was scored yet.</p>"
+
+
+def _made(rows: Sequence, run: Mapping) -> str:
+    """What made the rows; where rows disagree, every value with the number of rows that have it."""
+    facts = []
+    for title, field in (
+        ("commit", "commit"),
+        ("configuration (hash)", "config_hash"),
+        ("data (hash)", "data_hash"),
+        ("machine", "machine"),
+        ("seed", "seed"),
+        ("protocol", "protocol"),
+        ("prompt", "prompt"),
+        ("answer parser", "parser"),
+    ):
+        facts += [(title, *found) for found in _distinct(getattr(row, field) for row in rows)]
+    for library in sorted({library for row in rows for library in row.versions}):
+        counted = _distinct(row.versions.get(library, "not recorded") for row in rows)
+        facts += [(f"version of {library}", *found) for found in counted]
+    if run.get("config"):
+        facts.append(("configuration", str(run["config"]), None))
+    spent = sum(row.train.get("seconds") or 0 for row in rows)
+    facts.append(("training of all cells", seconds_text(spent), None))
+    for phase, seconds in (run.get("phases") or {}).items():
+        facts.append((f"wall time: {phase}", seconds_text(float(seconds)), None))
+    lines = [[words(title), words(value), numeral(n, n and str(n))] for title, value, n in facts]
+    caption = "Origin of every number above. A fact with several lines differs between rows."
+    return markup.table(caption, ["what", "value", "rows"], lines)
+
+
+def _distinct(values) -> list[tuple[str, int]]:
+    found = {}
+    for value in values:
+        found[str(value)] = found.get(str(value), 0) + 1
+    return sorted(found.items(), key=lambda item: -item[1])
+
+
+def _repeat(rows: Sequence, run: Mapping) -> str:
+    command = run.get("command")
+    commits = [commit for commit, _ in _distinct(row.commit for row in rows)]
+    parts = []
+    if commits:
+        parts.append(f"<p>Check out commit <code>{escape(commits[0])}</code> and run:</p>")
+    if command:
+        parts.append(f"<pre><code>{escape(str(command))}</code></pre>")
+        parts.append(
+            "<p>The same command in the same folder continues a run that was stopped; finished "
+            "cells are not repeated.</p>"
+        )
+    else:
+        parts.append("<p>The command that started this run was not recorded.</p>")
+    parts.append(
+        "<p>This page is made from <code>rows.jsonl</code> and <code>law.json</code> beside the "
+        "folder it lies in: <code>vlm-jax report --workdir=DIR</code>. Each figure is there as "
+        "PNG, SVG and CSV.</p>"
+    )
+    return "\n".join(parts)

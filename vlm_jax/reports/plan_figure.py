@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan as a picture: the least predicted error that a budget buys at each number of visual
+tokens.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from vlm_jax.reports.canvas import MARKERS, OKABE_ITO, Canvas, Figure, amount_text, parameters_text
+from vlm_jax.scaling import cost, planner
+
+DASHES = ("-", "--", ":", "-.")  # curves that coincide must not hide each other
+MOST_COMPRESSORS = len(OKABE_ITO) - 1  # the last colour, yellow, does not print as a line
+
+
+def draw(search: planner.Search, out_dir: Path | str) -> Figure:
+    """Writes plan.png, plan.svg and plan.csv: one curve per compressor, its band, the choice
+    marked.
+
+    Each point is the best LLM that the budget allows at that V, named beside it. Raises ValueError
+    where nothing meets the budget or there are more compressors than colours.
+    """
+    if len(search.tokens) > MOST_COMPRESSORS:
+        raise ValueError(
+            f"{len(search.tokens)} compressors cannot be told apart in a figure: "
+            f"at most {MOST_COMPRESSORS}"
+        )
+    unit, limit = search.budget.limits[0]
+    chosen, Q = search.candidates()[0], search.cost.workload.Q
+    canvas = Canvas(
+        x="visual tokens V (log scale)",
+        y="predicted error",
+        title=f"What {amount_text(limit)}{planner.UNITS[unit]} buys",
+    )
+    for number, (kind, V) in enumerate(search.tokens.items()):
+        continuous = V[0] == "continuous"
+        grid = (
+            np.unique([*np.geomspace(*V[1], 65), chosen.V]) if continuous else np.array(sorted(V))
+        )
+        curve = search.listed(kind, [float(v) for v in grid])
+        marks = (
+            search.listed(kind, [float(v) for v in cost.tilings(round(V[1][1]))])
+            if continuous
+            else curve
+        )
+        if not curve:
+            continue
+        colour = OKABE_ITO[number]
+        x, y = [c.V for c in curve], [c.error for c in curve]
+        ends = [search.law.interval(c.N, c.V, Q) for c in curve]
+        if all(end is not None for end in ends):
+            low, high = zip(*ends, strict=True)
+            canvas.band(
+                kind, x, low, high, colour=colour, N_billions=[c.N for c in curve], V=x, Q=Q
+            )
+        canvas.line(
+            kind,
+            x,
+            y,
+            colour=colour,
+            dash=DASHES[number % 4],
+            N_billions=[c.N for c in curve],
+            V=x,
+            Q=Q,
+        )
+        canvas.points(
+            kind,
+            [c.V for c in marks],
+            [c.error for c in marks],
+            colour=colour,
+            marker=MARKERS[number],
+            name=kind,
+            N_billions=[c.N for c in marks],
+            V=[c.V for c in marks],
+            Q=Q,
+        )
+        if kind == chosen.compressor:
+            for c in marks:
+                canvas.write_above(parameters_text(c.N), c.V, c.error, gap=3)
+    canvas.points(
+        "chosen",
+        [chosen.V],
+        [chosen.error],
+        colour="black",
+        marker="o",
+        area=90.0,
+        hollow=True,
+        name=f"chosen: {parameters_text(chosen.N)}, V = {chosen.V:.3g}",
+        N_billions=chosen.N,
+        V=chosen.V,
+        Q=Q,
+    )
+    canvas.log_x(ticks=[1, 4, 16, 64, 256])
+    canvas.legend()
+    words = (
+        f"Each point is the best LLM that {amount_text(limit)}{planner.UNITS[unit]} pay for at "
+        f"that V (its size is written beside it), for questions of {Q:g} text tokens; the ring is "
+        f"the choice. Bands: 95 % interval of the law."
+    )
+    alt = (
+        f"Predicted error against visual tokens; lowest, {chosen.error:.3f}, at V = {chosen.V:.3g} "
+        f"with an LLM of {parameters_text(chosen.N)} parameters."
+    )
+    return canvas.save(out_dir, "plan", caption=words, alt=alt)

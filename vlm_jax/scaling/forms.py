@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every form of the law is a sum of power-law terms plus a floor D, so one model and one Jacobian
+serve all.
+
+N LLM parameters in billions   V visual tokens   Q text tokens   T the tokens a form counts
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# What an exponent multiplies inside exp(-...): T is V, or Q+V for the forms that say so.
+REGRESSORS = {
+    "lnN": lambda log_n, log_t: log_n,
+    "-lnN": lambda log_n, log_t: -log_n,
+    "lnT": lambda log_n, log_t: log_t,
+    "lnN lnT": lambda log_n, log_t: log_n * log_t,
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """error = sum over terms of coefficient * exp(-sum of exponent * regressor) + D.
+
+    `terms` maps each coefficient to its {exponent: regressor}; a parameter vector holds the
+    coefficients, then D, then the exponents, in `names` order.
+    """
+
+    formula: str
+    why: str
+    terms: dict
+    total_tokens: bool = False  # T = Q+V instead of V
+
+    @property
+    def coefficients(self) -> list:
+        return list(self.terms)
+
+    @property
+    def exponents(self) -> list:
+        return list(dict.fromkeys(e for term in self.terms.values() for e in term))
+
+    @property
+    def names(self) -> list:
+        return [*self.coefficients, "D", *self.exponents]
+
+    def design(self, N, V, Q) -> np.ndarray:
+        """float64[terms, exponents, n]: what each exponent multiplies in each term at n places."""
+        log_n = np.log(np.asarray(N, dtype=np.float64))
+        tokens = np.asarray(V, dtype=np.float64) + (
+            np.asarray(Q, dtype=np.float64) if self.total_tokens else 0.0
+        )
+        log_t = np.log(tokens)
+        log_n, log_t = np.broadcast_arrays(log_n, log_t)
+        design = np.zeros((len(self.terms), len(self.exponents), log_n.size))
+        for k, term in enumerate(self.terms.values()):
+            for exponent, regressor in term.items():
+                design[k, self.exponents.index(exponent)] = REGRESSORS[regressor](
+                    log_n, log_t
+                ).ravel()
+        return design
+
+
+FORMS = {
+    "multiplicative": Form(
+        "A N^-alpha V^-beta + D",
+        "the paper's law as its code fits it: T is the visual tokens alone",
+        {"A": {"alpha": "lnN", "beta": "lnT"}},
+    ),
+    "multiplicative_total": Form(
+        "A N^-alpha (Q+V)^-beta + D",
+        "the paper's law as its text states it: T is all input tokens",
+        {"A": {"alpha": "lnN", "beta": "lnT"}},
+        total_tokens=True,
+    ),
+    "interaction": Form(
+        "A N^-alpha V^-(beta + gamma ln N) + D",
+        "the multiplicative law with a ln N ln V term: gamma > 0 means larger LLMs gain more from "
+        "tokens",
+        {"A": {"alpha": "lnN", "beta": "lnT", "gamma": "lnN lnT"}},
+    ),
+    "additive": Form(
+        "A N^-alpha + B V^-beta + D",
+        "what the LLM's size and the tokens leave undone adds up",
+        {"A": {"alpha": "lnN"}, "B": {"beta": "lnT"}},
+    ),
+    # arXiv 2505.18855: sum_k a_k x_k^-alpha_k + sum_k b_k x_k^beta_k n^-d + c n^-d + e, where n is
+    # the amount of training data. A grid here has one n, which makes n^-d a constant and leaves no
+    # interaction at all, so V takes the place of n and x is N alone: its second sum becomes
+    # C N^gamma V^-beta, its third term B V^-beta.
+    "add_interact": Form(
+        "A N^-alpha + (B + C N^gamma) V^-beta + D",
+        "the video paper's add-interact law with V in the place of its training data and N as its "
+        "only x",
+        {"A": {"alpha": "lnN"}, "B": {"beta": "lnT"}, "C": {"gamma": "-lnN", "beta": "lnT"}},
+    ),
+}  # fmt: skip

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Points are the numbers a law is fitted to: checked when they are made, so no fit sees bad ones.
+
+N LLM parameters in billions   V visual tokens   Q text tokens   error = 1 - score, a fraction
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Points:
+    """n measured errors with where they were measured; every array is float64[n].
+
+    N is in billions of LLM parameters, V and Q in tokens, error and stderr are fractions; stderr is
+    nan where it is unknown. `label` names the LLM of each point. Raises ValueError for lengths that
+    differ, NaN, N or V that is not positive, a negative Q, and an error outside 0..1.
+    """
+
+    N: np.ndarray
+    V: np.ndarray
+    Q: np.ndarray
+    error: np.ndarray
+    stderr: np.ndarray
+    label: list
+
+    def __post_init__(self):
+        lengths = {
+            name: len(getattr(self, name)) for name in ("N", "V", "Q", "error", "stderr", "label")
+        }
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"points need columns of one length, got {lengths}")
+        for name in ("N", "V", "Q", "error"):
+            column = np.asarray(getattr(self, name), dtype=np.float64)
+            if bad := [i for i in range(len(column)) if not np.isfinite(column[i])]:
+                raise ValueError(
+                    f"{name} is not a finite number in {self._where(bad)}: remove or repeat those "
+                    "cells"
+                )
+        rules = (
+            ("N", self.N > 0, "LLM parameters in billions must be positive"),
+            (
+                "V",
+                self.V > 0,
+                "visual tokens must be positive (a blind run has no place in a law of V)",
+            ),
+            ("Q", self.Q >= 0, "text tokens cannot be negative"),
+            ("error", (self.error >= 0) & (self.error <= 1), "error = 1 - score must lie in 0..1"),
+        )
+        for name, good, rule in rules:
+            if not np.all(good):
+                bad = np.flatnonzero(~good)
+                values = ", ".join(f"{v:g}" for v in getattr(self, name)[bad][:5])
+                raise ValueError(f"{rule}, got {name} = {values} in {self._where(bad)}")
+
+    def __len__(self):
+        return len(self.error)
+
+    def where(self, keep) -> "Points":
+        """The points whose `keep` (bool[n]) is true."""
+        columns = {k: getattr(self, k)[keep] for k in ("N", "V", "Q", "error", "stderr")}
+        return Points(
+            **columns, label=[label for label, k in zip(self.label, keep, strict=True) if k]
+        )
+
+    def _where(self, indices):
+        shown = ", ".join(
+            f"{i + 1} ({self.label[i] or 'N=' + format(self.N[i], 'g')}, V={self.V[i]:g})"
+            for i in indices[:5]
+        )
+        return f"point{'s' if len(indices) > 1 else ''} {shown}" + (
+            f" and {len(indices) - 5} more" if len(indices) > 5 else ""
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trained model's place in the grid and its scores: family -> (error, stderr),
+    fractions."""
+
+    N: float
+    V: float
+    Q: float
+    label: str
+    seed: int
+    errors: dict
+
+
+def of_cells(cells, family: str | None = None) -> Points:
+    """The points of one family, or of the unweighted mean over all families when it is None.
+
+    Standard errors of families are combined as independent. Raises ValueError when a cell lacks the
+    family, or when cells disagree on which families there are (their means would not compare).
+    """
+    if not cells:
+        raise ValueError("no cells: there is nothing to fit")
+    names = sorted({name for cell in cells for name in cell.errors})
+    wanted = names if family is None else [family]
+    if family is not None and family not in names:
+        raise ValueError(
+            f"no family or task {family!r} in these rows; they have {', '.join(names)}"
+        )
+    for cell in cells:
+        if missing := [name for name in wanted if name not in cell.errors]:
+            raise ValueError(
+                f"cell {cell.label} (N={cell.N:g}, V={cell.V:g}, seed {cell.seed}) has no score "
+                f"for {', '.join(missing)}: evaluate it, or fit one family with --family"
+            )
+    values = np.array([[cell.errors[name] for name in wanted] for cell in cells], dtype=np.float64)
+    return Points(
+        N=np.array([cell.N for cell in cells], dtype=np.float64),
+        V=np.array([cell.V for cell in cells], dtype=np.float64),
+        Q=np.array([cell.Q for cell in cells], dtype=np.float64),
+        error=values[:, :, 0].mean(1),
+        stderr=np.sqrt((values[:, :, 1] ** 2).sum(1)) / len(wanted),
+        label=[cell.label for cell in cells],
+    )

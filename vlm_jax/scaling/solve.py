@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Least squares of many data sets, weightings or fixed parameters at once: one bounded
+Levenberg-Marquardt.
+
+A parameter vector is [log coefficients, D, exponents]: logarithms keep coefficients positive and
+make A and its exponents a straight valley; D stays linear so that its bound 0 can be reached
+exactly.
+
+B problems   K terms   E exponents   P = K + 1 + E parameters   n points
+"""
+
+import numpy as np
+from scipy.optimize import nnls
+
+LOG_COEFFICIENT = (-60.0, 30.0)
+FLOOR = (0.0, 1.0)  # D is an error that no size removes
+EXPONENT = (-2.0, 5.0)  # negative: the error grows with size; a fit must be able to say so
+
+
+def bounds(design) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest parameter vectors, float64[P] each."""
+    terms, exponents, _ = design.shape
+    box = np.array([LOG_COEFFICIENT] * terms + [FLOOR] + [EXPONENT] * exponents)
+    return box[:, 0], box[:, 1]
+
+
+def predict(design, theta) -> np.ndarray:
+    """float64[B, n]: the errors at the n places of `design` [K, E, n] under `theta` [B, P]."""
+    return _terms(design, theta).sum(1) + theta[:, design.shape[0], None]
+
+
+def _terms(design, theta):
+    terms, exponents, n = design.shape
+    powers = theta[:, terms + 1 :] @ design.transpose(1, 0, 2).reshape(exponents, terms * n)
+    return np.exp(theta[:, :terms, None] - powers.reshape(-1, terms, n))
+
+
+def jacobian(design, theta):
+    """The derivative of `predict`, float64[B, P, n], and its value, float64[B, n]."""
+    terms, exponents, n = design.shape
+    each = _terms(design, theta)
+    columns = np.empty((len(theta), terms + 1 + exponents, n))
+    columns[:, :terms] = each
+    columns[:, terms] = 1.0
+    for e in range(exponents):
+        columns[:, terms + 1 + e] = -(each * design[:, e]).sum(1)
+    return columns, each.sum(1) + theta[:, terms, None]
+
+
+def loss_of(residual, weight, huber) -> np.ndarray:
+    """float64[B]: weighted sum of squares, or with `huber` (in units of error) linear beyond it."""
+    if huber is None:
+        return (weight * residual**2).sum(-1)
+    size = np.sqrt(weight) * np.abs(residual)
+    return np.where(size <= huber, size**2, huber * (2 * size - huber)).sum(-1)
+
+
+def solve(design, y, weight, start, *, fixed=None, huber=None, iterations=300):
+    """The parameters float64[B, P] and losses float64[B] of B least-squares problems, from B
+    starts.
+
+    `y` and `weight` are float64[B, n] or broadcast to it (weight 0 leaves a point out); `fixed`
+    bool[B, P] holds parameters at their start. Bounds are kept by freezing a parameter at its bound
+    while the gradient pushes outwards.
+    """
+    low, high = bounds(design)
+    theta = np.clip(start, low, high)
+    count, size = theta.shape
+    y = np.broadcast_to(y, (count, design.shape[2]))
+    weight = np.broadcast_to(weight, y.shape)
+    fixed = (
+        np.zeros((count, size), bool) if fixed is None else np.broadcast_to(fixed, (count, size))
+    )
+    damping = np.full(count, 1e-3)
+    loss = loss_of(y - predict(design, theta), weight, huber)
+    zero = 1e-22 * (weight * y**2).sum(-1)  # a loss below this is rounding
+    calm = np.zeros(count, int)
+    open_ = np.arange(count)
+    diagonal = np.arange(size)
+    for _ in range(iterations):
+        t = theta[open_]
+        columns, value = jacobian(design, t)
+        residual = y[open_] - value
+        w = weight[open_]
+        if huber is not None:
+            scaled = np.sqrt(w) * np.abs(residual)
+            w = w * np.minimum(1.0, huber / np.maximum(scaled, 1e-300))
+        weighted = columns * w[:, None]
+        gradient = (weighted @ residual[:, :, None])[:, :, 0]
+        hessian = weighted @ columns.transpose(0, 2, 1)
+        still = fixed[open_] | ((t <= low) & (gradient < 0)) | ((t >= high) & (gradient > 0))
+        gradient[still] = 0.0
+        hessian[still[:, :, None] | still[:, None, :]] = 0.0
+        scale = np.maximum(
+            hessian[:, diagonal, diagonal], 1e-14 * hessian.max((1, 2))[:, None] + 1e-30
+        )
+        hessian[:, diagonal, diagonal] += damping[open_, None] * scale + np.where(
+            still, 1.0, 1e-15 * scale
+        )
+        step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
+        trial = np.clip(t + np.clip(step, -8.0, 8.0), low, high)
+        trial_loss = loss_of(y[open_] - predict(design, trial), weight[open_], huber)
+        better = trial_loss < loss[open_]
+        gained = loss[open_] - trial_loss
+        # cosine between the residual and each column: the scale-free measure of a stationary point
+        flat = np.abs(gradient / np.sqrt(scale)).max(1) <= 1e-9 * np.sqrt(loss[open_]) + 1e-30
+        small = better & (gained <= 1e-11 * loss[open_]) & (damping[open_] < 1e-2)
+        calm[open_] = np.where(small, calm[open_] + 1, 0)
+        theta[open_[better]] = trial[better]
+        loss[open_[better]] = trial_loss[better]
+        damping[open_] = np.where(better, np.maximum(damping[open_] / 6, 1e-14), damping[open_] * 4)
+        done = flat | (calm[open_] >= 2) | (damping[open_] > 1e8) | (loss[open_] <= zero[open_])
+        open_ = open_[~done]
+        if not len(open_):
+            break
+    return theta, loss
+
+
+def starts(design, y, weight, count, rng) -> np.ndarray:
+    """float64[count, P]: exponents drawn over their plausible range, the rest by non-negative least
+    squares."""
+    terms, exponents, _ = design.shape
+    signs = np.where(rng.random((count, exponents)) < 0.85, 1.0, -1.0)
+    drawn = signs * np.exp(rng.uniform(np.log(0.003), np.log(2.0), (count, exponents)))
+    drawn = np.clip(drawn, *EXPONENT)
+    theta = np.zeros((count, terms + 1 + exponents))
+    theta[:, terms + 1 :] = drawn
+    root = np.sqrt(weight)
+    for row, each in zip(theta, _terms(design, theta), strict=True):
+        level = each.max(1)  # columns of one size, or nnls meets numbers of 1e-20
+        matrix = np.vstack([each / level[:, None], np.ones_like(y)]) * root
+        solution = nnls(matrix.T, root * y)[0]
+        row[:terms] = np.log(np.maximum(solution[:terms], 1e-3 * y.max() + 1e-12) / level)
+        row[terms] = solution[terms]
+    return theta
