@@ -274,6 +274,8 @@ class Canvas:
             marks = marks[(marks >= low) & (marks <= high)]
             if len(marks) >= 3:
                 break
+        # An axis so narrow that no mark falls on it (every row costs the same) names its ends.
+        marks = marks if len(marks) else np.array([low, high])
         self.axes.set_xticks(marks[:: int(np.ceil(len(marks) / 6))])
         axis.set_major_formatter(ticker.EngFormatter(unit, sep=""))
 
