@@ -153,14 +153,16 @@ def test_no_gradient_reaches_the_encoder_or_behind_it(c, models, mesh1):
 def test_splicing_is_cutting_and_joining(models, mesh1):
     draw = np.random.default_rng(0)
     text, visual = (
-        draw.normal(size=(4, 5, 3)).astype("f4"),
-        draw.normal(size=(4, 2, 3)).astype("f4"),
+        draw.normal(size=(5, 5, 3)).astype("f4"),
+        draw.normal(size=(5, 2, 3)).astype("f4"),
     )
-    at = np.array([0, 2, 4, 5], np.int32)
+    at, count = np.array([0, 2, 4, 5, 1], np.int32), np.array([2, 1, 2, 0, 0], np.int32)
     with jax.set_mesh(mesh1):
-        ours = models[1].splice(*map(tiny.placed, (text, visual, at)))
-    theirs = [np.concatenate([t[:i], v, t[i:]]) for t, v, i in zip(text, visual, at, strict=True)]
-    np.testing.assert_array_equal(ours, np.stack(theirs))
+        parts = tiny.placed((text, visual, count, at))
+        ours = models[1].splice(parts[0], vlm.Visual(*parts[1:3]), parts[3])
+    # Packed: visual slots that a row does not fill leave no hole.
+    for row, t, v, n, i in zip(np.asarray(ours), text, visual, count, at, strict=True):
+        np.testing.assert_array_equal(row[: len(t) + n], np.concatenate([t[:i], v[:n], t[i:]]))
 
 
 # --- Numbers --------------------------------------------------------------------------------------

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision language model: encoder, compressor and decoder, visual tokens spliced in at the image's
-place.
+"""Vision language model: encoder, compressor, decoder; visual tokens stand at the image's place.
 
-B batch  P patches  Z = levels x E  V visual tokens  T text tokens  X = T + V  D llm width  W
-vocabulary
-I image side in pixels
+B batch  P patches  Z = levels x E  V visual tokens  T text tokens  X = T + V  D llm width
+W vocabulary  I image side in pixels
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +23,20 @@ from vlm_jax.models.vit import ViT, window_order
 Batch = Mapping[str, Array]
 
 
+class Visual(NamedTuple):
+    """What each row's image became: V slots, of which the LLM reads the first `count`."""
+
+    tokens: Float[Array, "B V D"]
+    count: Int[Array, "B"]
+
+
 class VLM(nnx.Module):
     """A LLaVA-style model (arXiv 2310.03744) whose image is V tokens, however many patches it had.
 
     A batch holds `ids` [B T] (right-padded, without a slot for the image), `image_at` [B] (the
-    visual tokens stand before ids[image_at]; T for a row without an image, whose tokens then stand
-    where causality hides them), `question` [B U] and `question_length` [B] for compressors that
-    read it, and either `pixels` [B I I 3] or `levels` [B P Z] (encoder outputs in raster order).
+    visual tokens stand before ids[image_at]; T for a row without an image), `question` [B U] and
+    `question_length` [B] for compressors that read it, and either `pixels` [B I I 3] or `levels`
+    [B P Z] (encoder outputs in raster order).
     """
 
     def __init__(self, vit: ViT, compressor: nnx.Module, llm: LLM):
@@ -40,8 +46,8 @@ class VLM(nnx.Module):
         """Encoder levels in the compressor's patch order; the encoder is frozen."""
         return lax.stop_gradient(self.vit(pixels, window=self.compressor.window))
 
-    def see(self, batch: Batch) -> Float[Array, "B V D"]:
-        """The visual tokens of each row's image."""
+    def see(self, batch: Batch) -> Visual:
+        """The visual tokens of each row's image, and how many: none in a row without one."""
         if "levels" in batch:
             order = window_order(self.vit.side, self.compressor.window)
             levels = batch["levels"][:, order].astype(self.llm.dtype)
@@ -50,7 +56,9 @@ class VLM(nnx.Module):
         question = None
         if self.compressor.reads_question:
             question = self.ask(batch["question"], batch["question_length"])
-        return self.compressor(levels, question)
+        tokens = self.compressor(levels, question)
+        with_image = batch["image_at"] < batch["ids"].shape[1]
+        return Visual(tokens, tokens.shape[1] * with_image)
 
     def ask(self, question: Int[Array, "B U"], length: Int[Array, "B"]) -> Float[Array, "B D"]:
         """The LLM's hidden state of the question's last token, from a pass of its own.
@@ -61,28 +69,29 @@ class VLM(nnx.Module):
         return lax.stop_gradient(rows(hidden, length[:, None] - 1)[:, 0])
 
     def splice(
-        self, text: Float[Array, "B T D"], visual: Float[Array, "B V D"], at: Int[Array, "B"]
+        self, text: Float[Array, "B T D"], visual: Visual, at: Int[Array, "B"]
     ) -> Float[Array, "B X D"]:
-        """Each row's text with its visual tokens before text position `at`."""
-        tokens, length = visual.shape[1], text.shape[1]
-        place = jnp.arange(length + tokens)
-        at = at[:, None]
-        index = jnp.where(
-            place < at, place, jnp.where(place < at + tokens, length + place - at, place - tokens)
-        )
-        return rows(jnp.concatenate([text, visual], axis=1), index)
+        """Each row's text with its visual tokens before text position `at`, packed: no holes.
+
+        What stands behind a row's last token is never seen: rows are causal.
+        """
+        length = text.shape[1]
+        place = jnp.arange(length + visual.tokens.shape[1])
+        at, end = at[:, None], (at + visual.count)[:, None]
+        behind = jnp.minimum(place - visual.count[:, None], length - 1)
+        index = jnp.where(place < at, place, jnp.where(place < end, length + place - at, behind))
+        return rows(jnp.concatenate([text, visual.tokens], axis=1), index)
 
     def logits(self, batch: Batch) -> Float[Array, "B T W"]:
-        """For every text token the scores given all before it; the first token has none before
-        it."""
+        """For every text token the scores given all before it; the first has none before it."""
         visual = self.see(batch)
         hidden = self.llm(self.splice(self.llm.embed(batch["ids"]), visual, batch["image_at"]))
-        return self.llm.logits(rows(hidden, self.before(batch, visual.shape[1])))
+        return self.llm.logits(rows(hidden, self.before(batch, visual.count)))
 
-    def before(self, batch: Batch, tokens: int) -> Int[Array, "B T"]:
+    def before(self, batch: Batch, count: Int[Array, "B"]) -> Int[Array, "B T"]:
         """Where in the spliced row the token before each text token stands."""
         text = jnp.arange(batch["ids"].shape[1])
-        return jnp.maximum(text + tokens * (text >= batch["image_at"][:, None]) - 1, 0)
+        return jnp.maximum(text + count[:, None] * (text >= batch["image_at"][:, None]) - 1, 0)
 
     def prefill(
         self,
@@ -90,13 +99,11 @@ class VLM(nnx.Module):
         *,
         new_tokens: int,
     ) -> tuple[Float[Array, "B W"], list[KV], Int[Array, "B"]]:
-        """Scores of the first new token, caches with room for `new_tokens`, and each row's
-        length."""
+        """Scores of the first new token, caches with room for `new_tokens` more, row lengths."""
         visual = self.see(batch)
         x = self.splice(self.llm.embed(batch["ids"]), visual, batch["image_at"])
         hidden, caches = self.llm.prefill(x, slots=x.shape[1] + new_tokens)
-        with_image = batch["image_at"] < batch["ids"].shape[1]
-        length = batch["length"] + visual.shape[1] * with_image
+        length = batch["length"] + visual.count
         return self.llm.logits(rows(hidden, length[:, None] - 1))[:, 0], caches, length
 
     def decode(
