@@ -80,8 +80,7 @@ def get_config() -> ConfigDict:
     c.data.test_images = 1500
 
     # Stages. encoder trains an encoder from nothing on what each patch shows (small models; 0
-    # steps:
-    # keep the one that is there), align the compressor, finetune the compressor and the LLM.
+    # steps: keep the one that is there), align the compressor, finetune the compressor and the LLM.
     for name, rate in (("encoder", 1e-3), ("align", 1e-3), ("finetune", 2e-5)):
         stage = c[name] = ConfigDict()
         stage.steps = 0 if name == "encoder" else 1000

@@ -105,13 +105,13 @@ def test_answers_end_before_the_end_token(setting, mesh1, monkeypatch):
     assert {r["prediction"] for r in records} == {"7"}
 
 
-def test_what_moves_together_is_one_cluster():
-    example = sources.Example(
-        id="4030-2-1", image=9, turns=(("q", "true"),), family="nlvr", task="nlvr"
-    )
-    assert evaluate.cluster(example) == "4030"
-    synthetic = sources.Example(id="test-000004-1", image=4, turns=(), family="text", task="word")
-    assert evaluate.cluster(synthetic) == "4"
+def test_what_errs_together_is_one_cluster():
+    def cluster(**fields):
+        return sources.Example(**{**dict(turns=(), family="text", task="word"), **fields}).cluster
+
+    assert cluster(id="test-000004-1", image=4) == "4"
+    assert cluster(id="poem-7", image=None) == "poem-7"
+    assert cluster(id="4030-2-1", image=9, cluster="4030") == "4030"
 
 
 @pytest.fixture(scope="module")

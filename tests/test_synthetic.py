@@ -199,19 +199,6 @@ def test_a_patch_is_labelled_with_what_its_pixels_show(train):
                 assert (np.abs(tile - np.array(spec.background)).max(1) < 8).mean() > 0.7
 
 
-def test_stored_images_are_the_drawn_ones_and_are_drawn_once(tmp_path):
-    source = Synthetic("val", images=20)
-    drawn = np.stack([source.images[i] for i in range(20)])
-    source.store(tmp_path)
-    (file,) = tmp_path.iterdir()
-    assert np.array_equal(source.images, drawn)
-    before = file.stat().st_mtime_ns
-    Synthetic("val", images=20).store(tmp_path)
-    assert file.stat().st_mtime_ns == before
-    Synthetic("val", images=20, seed=1).store(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
-
-
 def test_an_unknown_split_is_named():
     with pytest.raises(ValueError, match="'dev'.*train, val, test"):
         Synthetic("dev", images=1)

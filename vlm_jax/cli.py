@@ -71,9 +71,8 @@ def keep_freed_memory() -> None:
     """Freed memory stays with this process and is reused; must be called before jax starts.
 
     XLA on a CPU allocates the temporaries of every call afresh. Large blocks go back to the system
-    when freed, and the page faults of the next call took 40 % of a training
-    step of a demo with 144 patches. One
-    arena, because only the first can grow beyond 64 MB. Does nothing without glibc.
+    when freed, and the page faults of the next call took 40 % of a training step of a demo with 144
+    patches. One arena, because only the first can grow beyond 64 MB. Does nothing without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:

@@ -90,22 +90,10 @@ def predict(
                 id=example.id,
                 task=example.task,
                 family=example.family,
-                cluster=cluster(example),
+                cluster=example.cluster,
                 prediction=text,
                 answer=example.turns[-1][1],
             )
-
-
-def cluster(example: sources.Example) -> str:
-    """What moves together: the sentence of an NLVR row (its six drawings), else the image."""
-    if example.task == "nlvr":
-        return example.id.split("-")[0]
-    return str(example.image)
-
-
-def protocol_of(source: sources.Source) -> str:
-    """The protocol that a source is scored by."""
-    return {"nlvr": "nlvr"}.get(source.name, "embedded")
 
 
 def write_predictions(path: Path, records: list[dict[str, Any]]) -> None:
@@ -145,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
             model = optimizer.finish(graph, restored[0])
             records = list(predict(config, model, source, Processor(tokenizer, config)))
-            scores = tasks.score(protocol_of(source), records)
+            scores = tasks.score(source.protocol, records)
             write_predictions(folder / "predictions.jsonl", records)
             write_json(folder / "scores.json", scores)
             print(json.dumps(scores, indent=1, sort_keys=True))

@@ -30,7 +30,7 @@ from vlm_jax import train as training
 from vlm_jax.data import sources
 from vlm_jax.data.processor import MEAN_COLOUR, Processor
 from vlm_jax.evals import tasks
-from vlm_jax.evaluate import predict, protocol_of, write_predictions
+from vlm_jax.evaluate import predict, write_predictions
 from vlm_jax.learn.workdir import claim, provenance, write_json
 from vlm_jax.models import vlm
 from vlm_jax.models.vit import ViT
@@ -252,7 +252,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     found = list(predict(config, model, test.source, test.processor, features=test.features))
     seconds = time.monotonic() - then
     write_predictions(folder / "predictions.jsonl", found)
-    protocol = protocol_of(test.source)
+    protocol = test.source.protocol
     scores = tasks.score(protocol, found)
     Q, G = request_lengths(test)
     steps = config.align.steps + config.finetune.steps

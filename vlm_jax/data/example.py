@@ -2,7 +2,7 @@
 """What a source of data is: examples of questions and answers about images, read by index."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -24,6 +24,8 @@ class Example:
       turns: (question, answer) pairs; the image belongs before the first question.
       family: the group whose tasks are averaged for the scaling law.
       task: the task inside the family, scored on its own.
+      cluster: what examples that err together share, for standard errors; the image
+        unless given, a row's own id where there is none.
     """
 
     id: str
@@ -31,6 +33,12 @@ class Example:
     turns: tuple[tuple[str, str], ...]
     family: str
     task: str
+    cluster: str = field(default="", repr=False)  # hashes of older data sets stay as they are
+
+    def __post_init__(self) -> None:
+        if not self.cluster:
+            shared = self.id if self.image is None else str(self.image)
+            object.__setattr__(self, "cluster", shared)
 
 
 @runtime_checkable
@@ -38,7 +46,8 @@ class Source(Protocol):
     """A split of a data set.
 
     `images[i]` is uint8 [H, W, 3], RGB, and may raise BadExample when the file cannot be read.
-    `data_hash` is a sha256 over what defines the data. `describe()` gives counts for the log.
+    `data_hash` is a sha256 over what defines the data, `protocol` how its predictions are scored
+    (evals/tasks.py). `describe()` gives counts for the log.
     Sources that know what an image shows also have `patch_labels(i, side)`, int32 [side * side] in
     raster order, and `patch_classes`, one more than the largest label.
     """
@@ -47,6 +56,7 @@ class Source(Protocol):
     split: str
     images: Any
     data_hash: str
+    protocol: str
 
     def __len__(self) -> int: ...
 

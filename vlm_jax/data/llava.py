@@ -173,6 +173,7 @@ class Llava:
     """
 
     name = "llava"
+    protocol = "embedded"
 
     def __init__(
         self, path: str, split: str, *, images: str, text_only: bool = False, skip: bool = False

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NLVR: human sentences about three boxes of shapes, true or false (Suhr et al., ACL 2017,
-CC-BY-4.0).
+"""NLVR: human sentences about three boxes of shapes, true or false (ACL 2017, CC-BY-4.0).
 
 Two of its files are used: the public test split is trained on, the dev split is evaluated on, both
 as "val" and as "test". Each sentence comes with all six orders of its boxes, which stay together
@@ -119,6 +118,7 @@ class Nlvr:
     """
 
     name = "nlvr"
+    protocol = "nlvr"
     patch_classes = 1 + len(KINDS) * len(COLOURS) * len(SIZES)
 
     def __init__(self, path: str, split: str):
@@ -143,7 +143,9 @@ class Nlvr:
             self._boxes.append(boxes)
             for order in range(len(ORDERS)):
                 turns, name = ((sentence, label),), f"{identifier}-{order}"
-                self._examples.append(Example(name, len(names), turns, "nlvr", "nlvr"))
+                # The drawings of one sentence, in all their orders, are no independent samples.
+                sentence_id = identifier.split("-")[0]
+                self._examples.append(Example(name, len(names), turns, "nlvr", "nlvr", sentence_id))
                 names.append(f"images/{folder}/{kept}-{identifier}-{order}.png")
         self.images = Images(_Reader(files, names), len(names))
         self.data_hash = hashlib.sha256(data).hexdigest()

@@ -10,11 +10,8 @@ split, number of images).
 
 import collections
 import hashlib
-import os
 import random
-import tempfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 
@@ -88,6 +85,7 @@ class Synthetic:
     """
 
     name = "synthetic"
+    protocol = "embedded"
     patch_classes = PATCH_CLASSES
 
     def __init__(self, split: str, *, images: int, seed: int = 0):
@@ -175,30 +173,6 @@ class Synthetic:
             "tasks": dict(sorted(tasks.items())),
             "data_hash": self.data_hash,
         }
-
-    def store(self, folder: str | Path) -> None:
-        """Reads images from a file in `folder` from now on; draws them into it first where it is
-        missing.
-
-        The file, uint8 [images, SIDE, SIDE, 3], is named by the data hash and appears at once and
-        whole, so any number of processes may ask for it.
-        """
-        path = Path(folder) / f"synthetic-{self.split}-{self.data_hash[:16]}.npy"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-            os.close(handle)
-            try:
-                drawn = np.lib.format.open_memmap(
-                    temporary, "w+", np.uint8, (len(self.specs), SIDE, SIDE, 3)
-                )
-                for index in range(len(self.specs)):
-                    drawn[index] = self._draw(index)
-                drawn.flush()
-                os.replace(temporary, path)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
-        self.images = np.load(path, mmap_mode="r")
 
 
 def majority(train: Synthetic, test: Synthetic) -> dict[str, float]:
