@@ -47,8 +47,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def middle(config) -> str:
-    """The demo's middle cell: the LLM in the middle of the list, 4 visual tokens."""
-    llms = list(config.grid.llms)
+    """The demo's middle cell: the LLM of middle size, 4 visual tokens."""
+    from vlm_jax.grid import by_size
+
+    llms = by_size(config)
     return f"{llms[len(llms) // 2]}-v4-{config.compressor.kind}-s{config.grid.seeds[0]}"
 
 

@@ -235,6 +235,8 @@ def message(capsys, tmp_path, *overrides, config=COMMAND[1]):
     (["--config.align.batch=12"], "align.batch=12 .* does not split over the 8 .*multiple of 8"),
     (["--config.align.accumulate=2"], "batch=8 / accumulate=2 does not split over the 8"),
     (["--config.mesh.tensor=3"], "tensor=3.* does not fit 8 devices"),
+    (["--config.mesh.tensor=8"], "'heads' of 2 .* does not split over mesh.tensor=8: choose"),
+    (["--config.remat=dot"], "remat='dot': choose one of"),
     (["--config.compressor.tokens=3"],
      "cannot make 3 visual tokens from a 4x4 patch grid: choose one of"),
     (["--config.compressor.heads=3"], "compressor.heads=3 does not divide"),

@@ -76,8 +76,18 @@ def cells_of(config: ConfigDict) -> list[Cell]:
         cell_of(config, llm, kind, int(tokens), int(seed))
         for seed in config.grid.seeds
         for kind, tokens in kinds
-        for llm in config.grid.llms
+        for llm in by_size(config)
     ]
+
+
+def by_size(config: ConfigDict) -> list[str]:
+    """The grid's LLMs, smallest first (a ConfigDict sorts its names instead)."""
+
+    def parameters(name: str) -> int:
+        fields = config.llm.to_dict() | config.grid.llms[name].to_dict()
+        return cost.llm_parameters(cost.LLM.of(fields))
+
+    return sorted(config.grid.llms, key=parameters)
 
 
 def cell_of(config: ConfigDict, llm: str, kind: str, tokens: int, seed: int) -> Cell:

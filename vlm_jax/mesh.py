@@ -4,7 +4,7 @@
 import math
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -56,6 +56,17 @@ def make(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mes
 def sharding(mesh: Mesh, *dims: str) -> NamedSharding:
     """Where an array with these dimension names lives on `mesh`."""
     return NamedSharding(mesh, spec(*dims))
+
+
+def check_split(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], dims: tuple[str, ...]) -> None:
+    """Raises where a dimension of a weight does not split evenly over its mesh axis."""
+    for size, name in zip(shape, dims, strict=True):
+        axis = RULES[name]
+        if axis in mesh.shape and size % mesh.shape[axis]:
+            raise ValueError(
+                f"{name!r} of {size} in a weight {shape} does not split over mesh.{axis}="
+                f"{mesh.shape[axis]}: choose a mesh.{axis} that divides it"
+            )
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -27,7 +27,7 @@ from vlm_jax.learn.checkpoint import Checkpoints
 from vlm_jax.learn.log import Log
 from vlm_jax.learn.objective import Sums, next_token, patch_class, patch_reader
 from vlm_jax.learn.workdir import claim
-from vlm_jax.models import vlm
+from vlm_jax.models import layers, vlm
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM
 
@@ -92,6 +92,7 @@ def run_stage(
 
 def check(config: ConfigDict) -> None:
     """Raises for a configuration that no later step could serve."""
+    layers.remat(config.remat)
     for name in ("encoder", "align", "finetune"):
         stage = config[name]
         if stage.batch % stage.accumulate:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The few layers that every model here is made of: weights described once, computing in their
-einsum.
+"""The few layers that every model is made of: weights described once, computing in an einsum.
 
 Einsum letters, repo-wide: B batch  P patches  V visual tokens  T tokens  S keys  L layers
 E vit width  D llm width  F mlp width  N heads  K kv heads  G = N/K  H head size  W vocabulary
@@ -42,6 +41,7 @@ def weight(
     rngs: nnx.Rngs, shape: tuple[int, ...], dims: tuple[str, ...], init: Initializer
 ) -> nnx.Param:
     """A float32 parameter born on the mesh, sharded as the names of its dimensions say."""
+    mesh.check_split(jax.sharding.get_abstract_mesh(), shape, dims)
     return nnx.Param(jax.sharding.reshard(init(rngs.params(), shape), mesh.spec(*dims)))
 
 
@@ -49,8 +49,7 @@ class Linear(nnx.Module):
     """One einsum between an activation and a weight, with an optional bias on the output.
 
     `dims` names the weight's dimensions, `out` the result's; the bias has the output dimensions
-    that
-    the weight shares with the result. Default initialisation is torch's: U(+-1/sqrt(fan in)).
+    that the weight shares with the result. Default initialisation is torch's: U(+-1/sqrt(fan in)).
     """
 
     def __init__(
@@ -87,8 +86,7 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Mean and variance over the last axis in float32; biased variance; result in the input's
-    type."""
+    """Normalised over the last axis in float32, biased variance; result in the input's type."""
 
     def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
         self.eps = eps
