@@ -6,7 +6,6 @@ W vocabulary  I image side in pixels
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +15,12 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from vlm_jax.models import compressors
+from vlm_jax.models.compressors.compressor import Visual
 from vlm_jax.models.layers import RUN_ONCE
 from vlm_jax.models.llm import KV, LLM
 from vlm_jax.models.vit import ViT, window_order
 
 Batch = Mapping[str, Array]
-
-
-class Visual(NamedTuple):
-    """What each row's image became: V slots, of which the LLM reads the first `count`."""
-
-    tokens: Float[Array, "B V D"]
-    count: Int[Array, "B"]
 
 
 class VLM(nnx.Module):
@@ -56,9 +49,10 @@ class VLM(nnx.Module):
         question = None
         if self.compressor.reads_question:
             question = self.ask(batch["question"], batch["question_length"])
-        tokens = self.compressor(levels, question)
+        made = self.compressor(levels, question)
+        tokens, count = made if self.compressor.adaptive else (made, made.shape[1])
         with_image = batch["image_at"] < batch["ids"].shape[1]
-        return Visual(tokens, tokens.shape[1] * with_image)
+        return Visual(tokens, count * with_image)
 
     def ask(self, question: Int[Array, "B U"], length: Int[Array, "B"]) -> Float[Array, "B D"]:
         """The LLM's hidden state of the question's last token, from a pass of its own.

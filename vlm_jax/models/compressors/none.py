@@ -7,11 +7,12 @@ B batch  P patches  V visual tokens  Z = levels x E  E vit width  D llm width
 from flax import nnx
 from jaxtyping import Array, Float
 
+from vlm_jax.models.compressors.compressor import Compressor
 from vlm_jax.models.compressors.projector import MLP
 from vlm_jax.models.compressors.window import check_tokens
 
 
-class Projector(nnx.Module):
+class Projector(Compressor):
     """All patches of the last level, in raster order, through a two-layer MLP (arXiv 2310.03744).
 
     `levels`, `heads` and `query` are accepted so that every compressor is built alike; this one has
@@ -28,9 +29,6 @@ class Projector(nnx.Module):
         ...     keep(jnp.ones((2, 144, 32))).shape
         (2, 144, 64)
     """
-
-    reads_question = False
-    window = 1
 
     def __init__(
         self,

@@ -7,11 +7,12 @@ B batch  P patches, window-major  V visual tokens  Z = levels x E  E vit width  
 from flax import nnx
 from jaxtyping import Array, Float
 
+from vlm_jax.models.compressors.compressor import Compressor
 from vlm_jax.models.compressors.projector import MLP
 from vlm_jax.models.compressors.window import check_tokens, tilings, window_side, windows
 
 
-class AveragePool(nnx.Module):
+class AveragePool(Compressor):
     """The mean of each window of the last level, then a two-layer MLP.
 
     `levels`, `heads` and `query` are accepted so that every compressor is built alike; this one has
@@ -28,8 +29,6 @@ class AveragePool(nnx.Module):
         ...     pool(jnp.ones((2, 144, 32))).shape
         (2, 9, 64)
     """
-
-    reads_question = False
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vlm_jax import mesh
+from vlm_jax.models.compressors.compressor import Compressor
 from vlm_jax.models.compressors.projector import MLP
 from vlm_jax.models.compressors.window import (
     WindowAttention,
@@ -25,7 +26,7 @@ EPS = 1e-6  # of every LayerNorm here, as published
 QUERIES = ("none", "separate")
 
 
-class QueCC(nnx.Module):
+class QueCC(Compressor):
     """Windowed cross-attention whose queries are a depthwise convolution of patches plus question.
 
     The question's feature (last token, after the LLM's final norm) is projected and added to every

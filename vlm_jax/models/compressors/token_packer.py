@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from vlm_jax.models.compressors.compressor import Compressor
 from vlm_jax.models.compressors.projector import MLP
 from vlm_jax.models.compressors.window import WindowAttention, check_tokens, tilings, window_side
 from vlm_jax.models.layers import LayerNorm, Linear, normal
@@ -16,7 +17,7 @@ EPS = 1e-6  # of every LayerNorm here, as published
 STD = 0.02  # of every published kernel but the attention's in-projections, at encoder width 1024
 
 
-class TokenPacker(nnx.Module):
+class TokenPacker(Compressor):
     """Windowed cross-attention whose queries are the bilinear downsampling of the last level.
 
     No weight depends on the number of tokens; linear layers start with zero biases. `query` is
@@ -36,8 +37,6 @@ class TokenPacker(nnx.Module):
         >>> packer.window
         6
     """
-
-    reads_question = False
 
     def __init__(
         self,

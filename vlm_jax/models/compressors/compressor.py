@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a VLM and a grid ask of every compressor, with the answers that most of them give.
+
+B batch  V visual tokens  D llm width
+"""
+
+from typing import NamedTuple
+
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+class Visual(NamedTuple):
+    """What each row's image became: V slots, of which the LLM reads the first `count`."""
+
+    tokens: Float[Array, "B V D"]
+    count: Int[Array, "B"]
+
+
+class Compressor(nnx.Module):
+    """From the levels of the patches to visual tokens [B V D]; a method overrides what differs.
+
+    `tokens` is V, the slots of its result. An adaptive compressor returns `Visual`: it fills its
+    slots as far as each image needs them; the others return the tokens alone and fill them all.
+    """
+
+    tokens: int
+    window = 1  # patches come window by window, windows of this side; 1 is raster order
+    reads_question = False  # the question's feature is an input
+    reads_keys = False  # the levels come with what ViT's `keys=True` adds, in float32
+    shrink = 1  # the encoder sees the image this many times smaller on each side
+    adaptive = False  # how many of its slots an image fills depends on the image
