@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Windowed cross-attention: one query per window over the keys and values of that window.
 
-B batch  V windows  S keys of one window  N heads  H head size
+B batch  V windows  S keys of one window  N heads  H head size  E width of what is not projected
 """
 
 import jax
@@ -18,3 +18,16 @@ def window_attention(
     scores = jnp.einsum("BVNH,BVSNH->BVNS", query, keys, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5).astype(values.dtype)
     return jnp.einsum("BVNS,BVSNH->BVNH", weights, values)
+
+
+def absorbed_attention(
+    query: Float[Array, "B V N E"],
+    keys: Float[Array, "B V S E"],
+    values: Float[Array, "B V S E"],
+    *,
+    scale: float,
+) -> Float[Array, "B V N E"]:
+    """`window_attention` with keys and values that all heads share, scores times `scale`."""
+    scores = jnp.einsum("BVNE,BVSE->BVNS", query, keys, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores * scale).astype(values.dtype)
+    return jnp.einsum("BVNS,BVSE->BVNE", weights, values)

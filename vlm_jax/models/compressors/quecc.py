@@ -94,7 +94,7 @@ class QueCC(Compressor):
         self.key_norm = LayerNorm(width, eps=EPS, rngs=rngs)
         self.value = MLP(levels * width, width, width, rngs=rngs)
         self.value_norm = LayerNorm(width, eps=EPS, rngs=rngs)
-        self.attention = WindowAttention(width, heads, rngs=rngs)
+        self.attention = WindowAttention(width, heads, tokens=tokens, patches=side**2, rngs=rngs)
         self.projector = MLP(width, llm_width, llm_width, rngs=rngs)
 
     @staticmethod

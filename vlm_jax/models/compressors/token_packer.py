@@ -69,7 +69,9 @@ class TokenPacker(Compressor):
         self.key_norm = LayerNorm(width, eps=EPS, rngs=rngs)
         self.value = MLP(levels * width, width, width, init=init, rngs=rngs)
         self.value_norm = LayerNorm(width, eps=EPS, rngs=rngs)
-        self.attention = WindowAttention(width, heads, out_init=init, rngs=rngs)
+        self.attention = WindowAttention(
+            width, heads, tokens=tokens, patches=side**2, out_init=init, rngs=rngs
+        )
         self.projector = MLP(width, llm_width, llm_width, init=init, rngs=rngs)
 
     @staticmethod

@@ -7,10 +7,12 @@ E vit width  N heads  H head size
 
 import math
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vlm_jax.kernels.window_attention import window_attention
+from vlm_jax import mesh
+from vlm_jax.kernels.window_attention import absorbed_attention, window_attention
 from vlm_jax.models.layers import Initializer, Linear, uniform
 
 
@@ -43,10 +45,23 @@ class WindowAttention(nnx.Module):
 
     Every projection is biased. Initialisation is that of torch's MultiheadAttention; `out_init`
     replaces it for the output projection. No residual, no norm, no positions.
+
+    With one query per window the key and value projections may be absorbed: each head asks the
+    patches themselves with W_k q and projects what it got, W_v (sum of weighted patches). Equal in
+    exact arithmetic: a score's W_k bias is the same for all patches of a window and leaves the
+    softmax as it is, and the weights of the softmax sum to one, so W_v's bias is added once. The
+    key's bias stays a parameter, without effect and without gradient: published states have it.
     """
 
     def __init__(
-        self, width: int, heads: int, *, rngs: nnx.Rngs, out_init: Initializer | None = None
+        self,
+        width: int,
+        heads: int,
+        *,
+        tokens: int,
+        patches: int,
+        rngs: nnx.Rngs,
+        out_init: Initializer | None = None,
     ):
         if heads < 1 or width % heads:
             raise ValueError(
@@ -54,6 +69,7 @@ class WindowAttention(nnx.Module):
                 f"choose one of {[n for n in range(1, width + 1) if width % n == 0]}"
             )
         size = width // heads
+        self.absorbed = absorbing_pays(tokens, patches, width, heads)
         # Xavier over the stacked [3 width, width] matrix of the three in-projections.
         inward = dict(
             dims=("embed", "heads", "head"),
@@ -79,7 +95,55 @@ class WindowAttention(nnx.Module):
         keys: Float[Array, "B P E"],
         values: Float[Array, "B P E"],
     ) -> Float[Array, "B V E"]:
+        query = self.query(query)
+        attend = self.attend_absorbed if self.absorbed else self.attend
+        return self.out(attend(query, keys, values))
+
+    def attend(
+        self,
+        query: Float[Array, "B V N H"],
+        keys: Float[Array, "B P E"],
+        values: Float[Array, "B P E"],
+    ) -> Float[Array, "B V N H"]:
+        """Each head's mean of the projected values, weighted by its query and projected keys."""
         tokens = query.shape[1]
         keys = windows(self.key(keys), tokens)
-        values = windows(self.value(values), tokens)
-        return self.out(window_attention(self.query(query), keys, values))
+        return window_attention(query, keys, windows(self.value(values), tokens))
+
+    def attend_absorbed(
+        self,
+        query: Float[Array, "B V N H"],
+        keys: Float[Array, "B P E"],
+        values: Float[Array, "B P E"],
+    ) -> Float[Array, "B V N H"]:
+        """The same without projecting a key or a value."""
+        tokens, size, dtype = query.shape[1], query.shape[-1], query.dtype
+        query = jnp.einsum(
+            "BVNH,ENH->BVNE",
+            query,
+            self.key.kernel[...].astype(dtype),
+            out_sharding=mesh.spec("batch", "len", "heads", "feature"),
+        )
+        context = absorbed_attention(
+            query, windows(keys, tokens), windows(values, tokens), scale=size**-0.5
+        )
+        out = jnp.einsum(
+            "BVNE,ENH->BVNH",
+            context,
+            self.value.kernel[...].astype(dtype),
+            out_sharding=mesh.spec("batch", "len", "heads", "head"),
+        )
+        return out + self.value.bias[...].astype(dtype)
+
+
+def absorbing_pays(tokens: int, patches: int, width: int, heads: int) -> bool:
+    """Whether absorbing the key and value projections saves multiplications; on a tie it does not.
+
+    The one place of this choice. Projected, every patch costs 2 width^2 for its key and value and
+    2 width for its scores and sums; absorbed, every query costs 2 width^2 and every patch
+    2 width heads, as each head asks at full width. Of 576 patches at width 1024 with 8 heads
+    absorbing pays below 573 tokens: only windows of a single patch are projected.
+    """
+    projected = 2 * patches * width * (width + 1)
+    absorbed = 2 * tokens * width**2 + 2 * patches * width * heads
+    return absorbed < projected
