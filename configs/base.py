@@ -41,6 +41,13 @@ def get_config() -> ConfigDict:
     c.llm.norm_eps = 1e-5
     c.llm.qkv_bias = False
     c.llm.tied_embeddings = False
+    c.llm.qk_norm = False  # each head's query and key normalised before the rotation (Qwen3)
+    # Stretched rotary positions, as `rope_scaling` of a published config.json says.
+    c.llm.rope_kind = "default"  # vlm_jax/models/rope.py KINDS names the kinds
+    c.llm.rope_factor = 1.0
+    c.llm.rope_low_frequency = 1.0  # llama3: turns in original_length that count as slow, and as
+    c.llm.rope_high_frequency = 4.0  # fast
+    c.llm.rope_original_length = 8192  # llama3: tokens of the model before it was stretched
 
     # Visual-token compressor: vlm_jax/models/compressors COMPRESSORS names the kinds.
     c.compressor = ConfigDict()

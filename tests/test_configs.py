@@ -75,5 +75,5 @@ def test_published_sizes_are_fields_of_the_base():
 
 def test_the_base_is_the_published_encoder_and_the_7b_model():
     c = base.get_config()
-    assert c.llm.to_dict() == sizes.LLM["vicuna-1.5-7b"]
+    assert sizes.LLM["vicuna-1.5-7b"].items() <= c.llm.to_dict().items()
     assert sizes.VIT["clip-vit-large-patch14-336"].items() <= c.vit.to_dict().items()

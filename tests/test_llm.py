@@ -10,7 +10,8 @@ import tiny
 from flax import nnx
 
 from configs import sizes
-from vlm_jax.models.llm import LLM, rotate
+from vlm_jax.models.llm import LLM
+from vlm_jax.models.rope import Rope, rotate
 from vlm_jax.models.vlm import parameters
 from vlm_jax.scaling import cost
 
@@ -52,12 +53,12 @@ def test_a_score_of_two_rotated_tokens_depends_on_their_distance_alone(mesh1):
 
     def score(i, j):
         at = [jnp.full((1, 1), p, jnp.int32) for p in (i, j)]
-        return float((rotate(q, at[0], 1e4) * rotate(k, at[1], 1e4)).sum())
+        return float((rotate(q, at[0], Rope(1e4)) * rotate(k, at[1], Rope(1e4))).sum())
 
     with jax.set_mesh(mesh1):
         assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
         assert abs(score(7, 3) - score(8, 3)) > 1e-2
-        np.testing.assert_array_equal(rotate(q, jnp.zeros((1, 1), jnp.int32), 1e4), q)
+        np.testing.assert_array_equal(rotate(q, jnp.zeros((1, 1), jnp.int32), Rope(1e4)), q)
 
 
 def test_a_cache_gives_every_row_what_a_whole_pass_gives(mesh1):

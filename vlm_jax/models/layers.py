@@ -125,6 +125,15 @@ def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """SigLIP's activation: GELU through a hyperbolic tangent."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+# Of an encoder's MLP, under the names of configs/base.py.
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
+
+
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
     """One block whose weights carry a leading layer axis, from `depth` independent seeds."""
     return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), depth))

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import mesh
 from vlm_jax.models.layers import Linear, RMSNorm, layer, normal, remat, stack, weight
+from vlm_jax.models.rope import Rope, rotate
 
 HIDDEN = ("batch", "len", "feature")
 
@@ -36,13 +37,15 @@ class Attention(nnx.Module):
         heads: int,
         kv_heads: int,
         head_size: int,
-        theta: float,
+        rope: Rope,
         qkv_bias: bool,
+        qk_norm: bool,
+        norm_eps: float,
         out_std: float,
         rngs: nnx.Rngs,
     ):
         std = normal(width**-0.5)
-        self.theta = theta
+        self.rope = rope
         q = dict(dims=("embed", "heads", "head"), out=("batch", "len", "heads", "head"))
         kv = dict(dims=("embed", "kv_heads", "head"), out=("batch", "len", "kv_heads", "head"))
         self.query = Linear(
@@ -63,6 +66,8 @@ class Attention(nnx.Module):
             out=HIDDEN,
             rngs=rngs,
         )
+        self.query_norm = RMSNorm(head_size, eps=norm_eps, rngs=rngs) if qk_norm else None
+        self.key_norm = RMSNorm(head_size, eps=norm_eps, rngs=rngs) if qk_norm else None
 
     def project(
         self,
@@ -70,8 +75,11 @@ class Attention(nnx.Module):
         positions: Int[Array, "B T"],
     ) -> tuple[Float[Array, "B T N H"], KV]:
         """Rotated queries, and the keys and values of the same tokens."""
-        query = rotate(self.query(x), positions, self.theta)
-        return query, KV(rotate(self.key(x), positions, self.theta), self.value(x))
+        query, key = self.query(x), self.key(x)
+        if self.query_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        key = rotate(key, positions, self.rope)
+        return rotate(query, positions, self.rope), KV(key, self.value(x))
 
     def attend(
         self,
@@ -111,7 +119,9 @@ class Block(nnx.Module):
         self, *, width: int, mlp: int, norm_eps: float, out_std: float, rngs: nnx.Rngs, **attention
     ):
         self.norm1 = RMSNorm(width, eps=norm_eps, rngs=rngs)
-        self.attention = Attention(width=width, out_std=out_std, rngs=rngs, **attention)
+        self.attention = Attention(
+            width=width, norm_eps=norm_eps, out_std=out_std, rngs=rngs, **attention
+        )
         self.norm2 = RMSNorm(width, eps=norm_eps, rngs=rngs)
         inward = dict(
             dims=("embed", "mlp"), out=("batch", "len", "mlp"), bias=False, init=normal(width**-0.5)
@@ -153,8 +163,7 @@ class Block(nnx.Module):
 
 
 class LLM(nnx.Module):
-    """Llama 2 (arXiv 2307.09288) and Qwen1.5/2 (biases on q, k, v; tied embeddings where
-    published).
+    """Llama (arXiv 2307.09288, 2407.21783), Qwen1.5 to 2.5 (biases on q, k, v), Qwen3 (their norms).
 
     Hidden states are those after the final norm: what the output layer reads.
     """
@@ -174,6 +183,12 @@ class LLM(nnx.Module):
         qkv_bias: bool,
         tied_embeddings: bool,
         rngs: nnx.Rngs,
+        qk_norm: bool = False,
+        rope_kind: str = "default",
+        rope_factor: float = 1.0,
+        rope_low_frequency: float = 1.0,
+        rope_high_frequency: float = 4.0,
+        rope_original_length: int = 8192,
         remat_policy: str = "none",
         dtype: str = "float32",
     ):
@@ -185,6 +200,14 @@ class LLM(nnx.Module):
         if head_size % 2:
             raise ValueError(f"llm.head_size={head_size} is odd: rotary positions need pairs")
         self.remat_policy, self.dtype = remat_policy, dtype
+        rope = Rope(
+            rope_theta,
+            rope_kind,
+            rope_factor,
+            rope_low_frequency,
+            rope_high_frequency,
+            rope_original_length,
+        )
         std = width**-0.5
         self.embedding = weight(rngs, (vocab, width), ("vocab", "embed"), normal(std))
         self.blocks = stack(
@@ -194,8 +217,9 @@ class LLM(nnx.Module):
                 heads=heads,
                 kv_heads=kv_heads,
                 head_size=head_size,
-                theta=rope_theta,
+                rope=rope,
                 qkv_bias=qkv_bias,
+                qk_norm=qk_norm,
                 norm_eps=norm_eps,
                 out_std=std * (2 * depth) ** -0.5,
                 rngs=r,
@@ -286,20 +310,6 @@ def positions_of(batch: int, length: int) -> Int[Array, "B T"]:
     return jnp.broadcast_to(
         jnp.arange(length, dtype=jnp.int32), (batch, length), out_sharding=mesh.spec("batch", "len")
     )
-
-
-def rotate(
-    x: Float[Array, "B T N H"],
-    positions: Int[Array, "B T"],
-    theta: float,
-) -> Float[Array, "B T N H"]:
-    """Rotary position embedding in the half-split form of the published Llama and Qwen weights."""
-    half = x.shape[-1] // 2
-    rate = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[:, :, None, None].astype(jnp.float32) * rate
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def write(

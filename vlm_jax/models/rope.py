@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary positions (arXiv 2104.09864) with the stretchings that published configurations name.
+
+B batch  T tokens  N heads  H head size
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How fast each pair of features turns: theta^(-2i/H), then stretched as `kind` says.
+
+    `factor` and the three numbers behind it are those of `rope_scaling` in a published config.json;
+    a kind reads what it needs. ValueError: a kind that is not in `KINDS`.
+    """
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
+    original_length: int = 8192
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"llm.rope_kind={self.kind!r}: choose one of {sorted(KINDS)}")
+
+    def rates(self, half: int) -> Float[Array, "half"]:
+        """Radians per position of the `half` pairs of a head."""
+        plain = self.theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        return KINDS[self.kind](plain, self)
+
+
+def llama3(rates: Float[Array, "half"], rope: Rope) -> Float[Array, "half"]:
+    """Slow pairs are divided by the factor, fast ones kept, those between blended (Llama 3.1)."""
+    turns = rope.original_length * rates / (2 * math.pi)
+    fast = (turns - rope.low_frequency) / (rope.high_frequency - rope.low_frequency)
+    fast = jnp.clip(fast, 0, 1)
+    return rates * (fast + (1 - fast) / rope.factor)
+
+
+KINDS: dict[str, Callable[[Array, Rope], Array]] = {
+    "default": lambda rates, rope: rates,
+    "linear": lambda rates, rope: rates / rope.factor,  # positions interpolated, arXiv 2306.15595
+    "llama3": llama3,
+}
+
+
+def rotate(
+    x: Float[Array, "B T N H"],
+    positions: Int[Array, "B T"],
+    rope: Rope,
+) -> Float[Array, "B T N H"]:
+    """Rotary position embedding in the half-split form of the published Llama and Qwen weights."""
+    angle = positions[:, :, None, None].astype(jnp.float32) * rope.rates(x.shape[-1] // 2)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
