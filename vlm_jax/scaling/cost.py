@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters and FLOPs of a vision language model, from its sizes alone.
+"""FLOPs of a vision language model, from its sizes alone.
 
 2 FLOPs per multiply-add; matrix products and attention only (norms, activations, softmax, pooling
 are under 1 % at every published size). Prefill attention is counted as it runs: the full S x S
@@ -10,87 +10,22 @@ Here V and Q are visual and text tokens, G generated tokens, P patches, S keys.
 """
 
 import dataclasses
-import math
-from typing import Any
 
-Number = int | float  # plans may ask for 12.1 visual tokens, and mean lengths are not integers
+from vlm_jax.scaling.parameters import (
+    LLM,
+    PRUMERGE_NEIGHBOURS,
+    Compressor,
+    Number,
+    ViT,
+    block_weights,
+    visual_tokens,
+)
 
-MQT_QUERIES = 256  # learned queries, a 16 x 16 grid; arXiv 2405.19315 and its code
-PRUMERGE_NEIGHBOURS = 32  # tokens merged into each kept one; arXiv 2403.15388 and its code
-
-# Methods whose windows tile the patch grid: V must be a square whose side divides the grid's side.
-TILING = ("pool", "quecc", "token_packer", "m3", "downsample")
-KINDS = ("none", *TILING, "mqt", "prumerge", "prumerge_plus")
-
-
-def _read(cls: type, section: Any) -> dict[str, Any]:
-    """The fields of `cls` out of a mapping or ConfigDict that holds more; none may be missing."""
-    names = [field.name for field in dataclasses.fields(cls)]
-    if missing := [name for name in names if name not in section]:
-        raise ValueError(f"{cls.__name__} needs {names}; {missing} missing in {sorted(section)}")
-    return {name: section[name] for name in names}
-
-
-@dataclasses.dataclass(frozen=True)
-class LLM:
-    """Sizes of a Llama- or Qwen-style decoder, field for field those of config.llm."""
-
-    vocab: int
-    depth: int
-    width: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    qkv_bias: bool
-    tied_embeddings: bool
-
-    @classmethod
-    def of(cls, section: Any) -> "LLM":
-        """These sizes out of a configuration section; its other fields are ignored."""
-        return cls(**_read(cls, section))
-
-
-@dataclasses.dataclass(frozen=True)
-class ViT:
-    """Sizes of a CLIP-style encoder, field for field those of config.vit."""
-
-    image_size: int
-    patch_size: int
-    depth: int
-    width: int
-    mlp: int
-    heads: int
-    levels: tuple[int, ...]
-
-    @classmethod
-    def of(cls, section: Any) -> "ViT":
-        """These sizes out of a configuration section; its other fields are ignored."""
-        return cls(**_read(cls, section))
-
-    @property
-    def patches(self) -> int:
-        """P, patch tokens of one image."""
-        return (self.image_size // self.patch_size) ** 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Compressor:
-    """A visual-token compressor, field for field config.compressor; `tokens` is V."""
-
-    kind: str
-    tokens: Number
-    heads: int
-    query: str
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"compressor kind {self.kind!r} has no cost: choose one of {KINDS}")
-
-    @classmethod
-    def of(cls, section: Any) -> "Compressor":
-        """These sizes out of a configuration section; its other fields are ignored."""
-        return cls(**_read(cls, section))
+# Sizes and parameters are part of what a caller of this file asks for.
+from vlm_jax.scaling.parameters import compressor_parameters as compressor_parameters
+from vlm_jax.scaling.parameters import llm_parameters as llm_parameters
+from vlm_jax.scaling.parameters import tilings as tilings
+from vlm_jax.scaling.parameters import vit_parameters as vit_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,60 +41,6 @@ class Flops:
     @property
     def total(self) -> Number:
         return sum(dataclasses.astuple(self))
-
-
-def visual_tokens(compressor: Compressor, vit: ViT) -> Number:
-    """V that the LLM reads: every patch without a compressor, else what the compressor makes."""
-    return vit.patches if compressor.kind == "none" else compressor.tokens
-
-
-# --- parameters ---------------------------------------------------------------------------------
-
-
-def _linear(inputs: Number, outputs: Number) -> Number:
-    return inputs * outputs + outputs
-
-
-def _block_parameters(llm: LLM) -> int:
-    """Weights of one decoder block that enter matrix products, without biases and norms."""
-    attention = 2 * llm.width * (llm.heads + llm.kv_heads) * llm.head_size
-    return attention + 3 * llm.width * llm.mlp
-
-
-def llm_parameters(llm: LLM) -> int:
-    """Parameters of the decoder: embeddings included, a tied head counted once."""
-    biases = (llm.heads + 2 * llm.kv_heads) * llm.head_size if llm.qkv_bias else 0
-    blocks = llm.depth * (_block_parameters(llm) + biases + 2 * llm.width)
-    return blocks + llm.width + llm.vocab * llm.width * (1 if llm.tied_embeddings else 2)
-
-
-def vit_parameters(vit: ViT) -> int:
-    """Parameters of the published tower: all `vit.depth` blocks and the norm after the last."""
-    embedding = 3 * vit.patch_size**2 * vit.width + vit.width + (vit.patches + 1) * vit.width
-    block = 4 * _linear(vit.width, vit.width) + 4 * vit.width
-    block += _linear(vit.width, vit.mlp) + _linear(vit.mlp, vit.width)
-    return embedding + 2 * vit.width + vit.depth * block + 2 * vit.width
-
-
-def compressor_parameters(compressor: Compressor, vit: ViT, llm: LLM) -> int:
-    """Parameters of the compressor with its projection into the LLM; non-tiling V is rounded."""
-    width, levels = vit.width, len(vit.levels) * vit.width
-    projector = _linear(width, llm.width) + _linear(llm.width, llm.width)
-    attention = 4 * _linear(width, width)
-    norm = 2 * width
-    reader = _linear(levels, width) + _linear(width, width) + norm  # keys; the same for values
-    match compressor.kind:
-        case "quecc":
-            taps = round(vit.patches / compressor.tokens)
-            query = 2 * _linear(width, width) + norm + width * (taps + 1)
-            question = 0 if compressor.query == "none" else _linear(llm.width, width) + norm
-            return query + 2 * reader + attention + question + projector
-        case "token_packer":
-            return width * width + norm + 2 * reader + attention + projector
-        case "mqt":
-            return 2 * MQT_QUERIES * width + attention + 3 * norm + width * llm.width
-        case _:
-            return projector
 
 
 # --- FLOPs of a request ---------------------------------------------------------------------------
@@ -180,38 +61,104 @@ def encoder_flops(vit: ViT, compressor: Compressor) -> Number:
     return flops
 
 
-def _compressor_terms(compressor: Compressor, vit: ViT, llm: LLM) -> tuple[Number, Number]:
-    """Forward FLOPs (of products that read the frozen features first, of all others)."""
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """Forward FLOPs of a compressor, by what each product has in its backward pass."""
+
+    fixed: Number = 0  # of frozen features with each other: none
+    reading: Number = 0  # of weights with frozen features: the weight's gradient
+    other: Number = 0  # the gradients of both operands
+    constant: Number = 0  # of weights alone, the same for all images of a batch: both, once
+
+    def forward(self, batch: Number) -> Number:
+        """For one image of `batch`."""
+        return self.fixed + self.reading + self.other + self.constant / batch
+
+    def training(self, batch: Number) -> Number:
+        """Forward and backward, for one image of `batch`."""
+        return self.fixed + 2 * self.reading + 3 * (self.other + self.constant / batch)
+
+
+def _window_attention(compressor: Compressor, vit: ViT, published: bool) -> Number:
+    """FLOPs of one query per window: its projections, those of keys and values, scores and sums.
+
+    Here keys and values are not projected where the query can absorb it for less: each head then
+    asks the patches at full width, with its query times the key projection.
+    """
+    V, P, width = compressor.tokens, vit.patches, vit.width
+    projected = 4 * P * width**2 + 4 * P * width
+    absorbed = 4 * V * width**2 + 4 * P * width * compressor.heads
+    return 4 * V * width**2 + (projected if published else min(projected, absorbed))
+
+
+def _mqt(compressor: Compressor, vit: ViT, llm: LLM, published: bool) -> Products:
+    """MQT's keys hold no image: the weights of its attention are the same for every image.
+
+    Here they are computed once for a batch, and for few queries the patches are averaged before the
+    value projection and not after it.
+    """
+    V, P, width = compressor.tokens, vit.patches, vit.width
+    keys = 2 * P * width**2 + 2 * V * width**2 + 2 * V * P * width
+    values = 2 * P * width**2 + 2 * V * P * width
+    out = 2 * V * width**2 + 2 * V * width * llm.width
+    if published:
+        return Products(other=keys + values + out)
+    averaged = 2 * compressor.heads * V * P * width + 2 * V * width**2
+    return Products(other=min(values, averaged) + out, constant=keys)
+
+
+def compressor_products(
+    compressor: Compressor, vit: ViT, llm: LLM, *, published: bool = False
+) -> Products:
+    """FLOPs of the compressor for one image, projection into the LLM included.
+
+    As it is built here; or as `published`, where every key and value is projected, M3 pools what
+    its whole MLP made, MQT attends anew for every image and PruMerge scores every pair of tokens.
+    PruMerge's scores belong to the compressor here, though the encoder computes them.
+    """
     V, P, width = visual_tokens(compressor, vit), vit.patches, vit.width
     square = 2 * width**2  # one token through a width -> width product
-    project = 2 * (width * llm.width + llm.width**2)  # one token into the LLM's width
-    read = 2 * P * 2 * len(vit.levels) * width**2  # first layer of keys and of values
+    up, down = 2 * width * llm.width, 2 * llm.width**2  # one token into the LLM's width
+    read = 2 * P * len(vit.levels) * square  # first layer of keys and of values
     write = 2 * P * square  # their second layer
-    # Keys and values in, queries in and out, and one query per window.
-    attend = 2 * P * square + 2 * V * square + 4 * P * width
     match compressor.kind:
         case "quecc":
-            question = 0 if compressor.query == "none" else 2 * llm.width * width
-            query = P * square + 2 * P * width
-            return read + P * square + question, query + write + attend + V * project
+            attend = _window_attention(compressor, vit, published)
+            other = write + attend + V * (up + down) + P * square
+            if compressor.downsample == "conv":
+                other += 2 * P * width
+            # The first layer of the query reads features and, added to them, the question's.
+            if compressor.reads_question:
+                return Products(reading=read + 2 * llm.width * width, other=other + P * square)
+            return Products(reading=read + P * square, other=other)
         case "token_packer":
-            return read + V * square, write + attend + V * project
+            attend = _window_attention(compressor, vit, published)
+            return Products(reading=read + V * square, other=write + attend + V * (up + down))
         case "mqt":
-            keys = P * square + 2 * V * square + 4 * V * P * width + V * 2 * width * llm.width
-            return P * square, keys
-        case "none" | "m3":
-            tokens = P
+            return _mqt(compressor, vit, llm, published)
+        case "m3":
+            return Products(reading=P * up, other=(P if published else V) * down)
+        case "prumerge" | "prumerge_plus":
+            # Each kept token finds its likes among all and adds them; the last one adds the rest.
+            # Adding is a product with a matrix that is zero for all others.
+            scores = 2 * (P + 1) * (P + 1 if published else 1) * width
+            alike = 2 * (V - 1) * P * width
+            added = 2 * (V - 1) * (PRUMERGE_NEIGHBOURS if published else P) * width
+            fixed = scores + alike + added + 2 * P * width
+            return Products(fixed=fixed, reading=V * up, other=V * down)
         case _:
-            tokens = V
-    merge = 0
-    if compressor.kind.startswith("prumerge"):
-        merge = 2 * (P + 1) ** 2 * width + 2 * V * P * width + 2 * V * PRUMERGE_NEIGHBOURS * width
-    return merge + tokens * 2 * width * llm.width, tokens * 2 * llm.width**2
+            return Products(reading=V * up, other=V * down)
 
 
-def compressor_flops(compressor: Compressor, vit: ViT, llm: LLM) -> Number:
-    """FLOPs of the compressor for one image as published, projection into the LLM included."""
-    return sum(_compressor_terms(compressor, vit, llm))
+def compressor_flops(
+    compressor: Compressor, vit: ViT, llm: LLM, *, batch: Number = 1, published: bool = False
+) -> Number:
+    """FLOPs of the compressor for one image of `batch`, projection into the LLM included.
+
+    As it is built here, or as `published`: see `compressor_products`. An infinite batch leaves out
+    what does not depend on the image.
+    """
+    return compressor_products(compressor, vit, llm, published=published).forward(batch)
 
 
 def _attention(llm: LLM, queries: Number, keys: Number) -> Number:
@@ -224,7 +171,7 @@ def llm_flops(llm: LLM, tokens: Number, *, cached: Number = 0, logits: Number = 
 
     `logits` is the number of positions whose next-token scores are computed.
     """
-    linear = 2 * tokens * llm.depth * _block_parameters(llm)
+    linear = 2 * tokens * llm.depth * block_weights(llm)
     head = 2 * logits * llm.vocab * llm.width
     return linear + _attention(llm, tokens, cached + tokens) + head
 
@@ -245,6 +192,8 @@ def request_flops(
     G: Number,
     question: Number | None = None,
     cached_text: bool = False,
+    batch: Number = 1,
+    published: bool = False,
 ) -> Flops:
     """FLOPs of answering one question of Q text tokens about one image with G generated tokens.
 
@@ -257,6 +206,8 @@ def request_flops(
             not counted.
         cached_text: keys and values of the text are kept from an earlier request, so prefill
             computes the V visual tokens only, and no question pass runs.
+        batch: requests computed at a time; one image's share of what all of them share.
+        published: the compressor's published form (see `compressor_products`).
     """
     V = visual_tokens(compressor, vit)
     separate = compressor.kind == "quecc" and compressor.query == "separate" and not cached_text
@@ -264,7 +215,7 @@ def request_flops(
     new, cached = (V, Q) if cached_text else (Q + V, 0)
     return Flops(
         encoder=encoder_flops(vit, compressor),
-        compressor=compressor_flops(compressor, vit, llm),
+        compressor=compressor_flops(compressor, vit, llm, batch=batch, published=published),
         question=llm_flops(llm, asked, logits=0),
         prefill=llm_flops(llm, new, cached=cached),
         decode=decode_flops(llm, context=Q + V, G=G),
@@ -290,6 +241,8 @@ def train_step_flops(
     logits: Number | None = None,
     question: Number = 0,
     recompute: bool = False,
+    batch: Number = 1,
+    published: bool = False,
 ) -> Number:
     """FLOPs of one example in one optimizer step, forward and backward.
 
@@ -305,21 +258,17 @@ def train_step_flops(
         logits: positions whose vocabulary scores are computed; all `tokens` when None.
         question: tokens of the separate question pass (no gradient goes through it).
         recompute: the backward pass recomputes the LLM's blocks (config.remat "full").
+        batch: examples of the step; one's share of what all of them share.
+        published: the compressor's published form (see `compressor_products`).
     """
     if stage not in ("align", "finetune"):
         raise ValueError(f"stage {stage!r} is not trained: choose align or finetune")
-    linear = 2 * tokens * llm.depth * _block_parameters(llm)
+    linear = 2 * tokens * llm.depth * block_weights(llm)
     attention = _attention(llm, tokens, tokens)
     head = 2 * (tokens if logits is None else logits) * llm.vocab * llm.width
     weights = linear + head if stage == "finetune" else 0
     again = linear + attention if recompute else 0
     language = 2 * (linear + head) + 3 * attention + weights + again
-    reading, rest = _compressor_terms(compressor, vit, llm)
+    products = compressor_products(compressor, vit, llm, published=published)
     encoder = 0 if vit_cached else encoder_flops(vit, compressor)
-    return encoder + 2 * reading + 3 * rest + language + llm_flops(llm, question, logits=0)
-
-
-def tilings(patches: int) -> list[int]:
-    """The V whose square windows tile a square grid of `patches`, ascending."""
-    side = math.isqrt(patches)
-    return [d * d for d in range(1, side + 1) if side % d == 0]
+    return encoder + products.training(batch) + language + llm_flops(llm, question, logits=0)
