@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from vlm_jax.models.compressors import AveragePool, Projector, QueCC, TokenPacker
+from vlm_jax.models.compressors import M3, MQT, AveragePool, Projector, QueCC, TokenPacker
 
 Path = tuple[str, ...]
 
@@ -24,12 +24,14 @@ class Tensor:
     """One published tensor: the parameters of ours stacked in its rows, and its layout.
 
     `outputs` counts the trailing dimensions of our kernels that are outputs; 0 is for vectors.
-    `square` is for a depthwise convolution, published as [E 1 K K] and kept as taps [K^2 E].
+    `square` is for a depthwise convolution, published as [E 1 K K] and kept as taps [K^2 E];
+    `ours` for a tensor that is published in our own layout.
     """
 
     paths: tuple[Path, ...]
     outputs: int = 0
     square: bool = False
+    ours: bool = False
 
     def split(self, published: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
         """Our arrays, from the published one."""
@@ -40,6 +42,8 @@ class Tensor:
 
     def shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
         """The published shape, from ours."""
+        if self.ours:
+            return shapes[0]
         if not self.outputs:
             return (sum(math.prod(shape) for shape in shapes),)
         inputs = math.prod(shapes[0][: -self.outputs])
@@ -93,10 +97,12 @@ LLAVA = mlp("0", "2", "projector")
 
 
 def table(module: nnx.Module) -> Table:
-    """The published tensors of a compressor, named after `mm_projector.`.
+    """The published tensors of a compressor, named after `mm_projector.`; MQT's, after
+    `query_abstractor.`.
 
     Names: haotian-liu/LLaVA (c121f043), locuslab/llava-token-compression (bdedebdf),
-    CircleRadon/TokenPacker (771a16e7). `pool` has LLaVA's own projector.
+    CircleRadon/TokenPacker (771a16e7), gordonhu608/MQT-LLaVA (92c35d06). `pool` and `m3` have
+    LLaVA's own projector.
     """
     return TABLES[type(module)](module)
 
@@ -135,9 +141,24 @@ def token_packer(module: TokenPacker) -> Table:
     )
 
 
+def mqt(module: MQT) -> Table:
+    """MQT multiplies by `proj` from the right: no transpose, and no bias."""
+    del module
+    ours = {"pos_embed": ("position",), "query": ("query",), "proj": ("projector", "kernel")}
+    return (
+        {name: Tensor((path,), ours=True) for name, path in ours.items()}
+        | attention("attn", "attention")
+        | norm("ln_q", "query_norm")
+        | norm("ln_k", "key_norm")
+        | norm("ln_v", "value_norm")
+    )
+
+
 TABLES: dict[type[nnx.Module], Callable[[nnx.Module], Table]] = {
     Projector: lambda module: LLAVA,
     AveragePool: lambda module: LLAVA,
+    M3: lambda module: LLAVA,
+    MQT: mqt,
     QueCC: quecc,
     TokenPacker: token_packer,
 }
