@@ -25,16 +25,21 @@ class Tensor:
 
     `outputs` counts the trailing dimensions of our kernels that are outputs; 0 is for vectors.
     `square` is for a depthwise convolution, published as [E 1 K K] and kept as taps [K^2 E];
-    `ours` for a tensor that is published in our own layout.
+    `patches` for one that cuts an image, published as [E 3 K K] and kept as [K^2 x 3, E]; `ours`
+    for a tensor that is published in our own layout. `layer` is the place in a stack of blocks.
     """
 
     paths: tuple[Path, ...]
     outputs: int = 0
     square: bool = False
+    patches: bool = False
     ours: bool = False
+    layer: int | None = None
 
     def split(self, published: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
         """Our arrays, from the published one."""
+        if self.patches:
+            return [published.transpose(2, 3, 1, 0).reshape(shapes[0])]
         parts = np.split(published, len(self.paths))
         if self.outputs:
             parts = [part.reshape(part.shape[0], -1).T for part in parts]
@@ -44,6 +49,9 @@ class Tensor:
         """The published shape, from ours."""
         if self.ours:
             return shapes[0]
+        if self.patches:
+            side = math.isqrt(shapes[0][0] // 3)
+            return (shapes[0][1], 3, side, side)
         if not self.outputs:
             return (sum(math.prod(shape) for shape in shapes),)
         inputs = math.prod(shapes[0][: -self.outputs])
@@ -53,6 +61,11 @@ class Tensor:
     def join(self, ours: list[np.ndarray]) -> np.ndarray:
         """The published array, from ours."""
         shapes = [part.shape for part in ours]
+        if self.ours:
+            return ours[0]
+        if self.patches:
+            width, _, side, _ = self.shape(shapes)
+            return ours[0].reshape(side, side, 3, width).transpose(3, 2, 0, 1)
         if self.outputs:
             columns = [math.prod(shape[-self.outputs :]) for shape in shapes]
             ours = [part.reshape(-1, n).T for part, n in zip(ours, columns, strict=True)]
