@@ -15,7 +15,16 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from vlm_jax import mesh
-from vlm_jax.models.layers import LayerNorm, Linear, normal, quick_gelu, remat, stack, weight
+from vlm_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    layer,
+    normal,
+    quick_gelu,
+    remat,
+    stack,
+    weight,
+)
 
 HIDDEN = ("batch", "len", "feature")
 
@@ -45,6 +54,21 @@ class Attention(nnx.Module):
         weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5).astype(x.dtype)
         return self.out(jnp.einsum("BNTS,BSNH->BTNH", weights, self.value(x)))
 
+    def keys(self, x: Float[Array, "B S E"]) -> tuple[Float[Array, "B S E"], Float[Array, "B E"]]:
+        """The keys of all tokens and the query of the first, their heads side by side."""
+        flat = mesh.spec("batch", "len", "feature")
+        keys, query = self.key(x), self.query(x[:, :1])
+        # The heads may lie on several devices: each needs them all to compare whole keys.
+        keys, query = (
+            jnp.reshape(
+                jax.sharding.reshard(y, mesh.spec("batch", "len", "none", "none")),
+                (*y.shape[:2], x.shape[2]),
+                out_sharding=flat,
+            )
+            for y in (keys, query)
+        )
+        return keys, query[:, 0]
+
 
 class Block(nnx.Module):
     """One pre-norm block: attention, then an MLP with quick-GELU."""
@@ -73,8 +97,7 @@ class ViT(nnx.Module):
     """CLIP's vision tower, without the blocks behind the last level that is asked for.
 
     Levels are counted from 1 as in HF's `hidden_states`: level b is the output of block b, without
-    a
-    final norm. Architecture: arXiv 2103.00020 and openai/clip-vit-large-patch14-336.
+    a final norm. Architecture: arXiv 2103.00020 and openai/clip-vit-large-patch14-336.
     """
 
     def __init__(
@@ -103,6 +126,7 @@ class ViT(nnx.Module):
             raise ValueError(f"vit.levels={levels}: ascending block numbers from 1 to {depth}")
         self.patch_size, self.side = patch_size, image_size // patch_size
         self.levels, self.remat_policy, self.dtype = tuple(levels), remat_policy, dtype
+        self.depth = depth
         std = width**-0.5
         self.patch = Linear(
             "BPC,CE->BPE",
@@ -124,30 +148,107 @@ class ViT(nnx.Module):
         pixels: Float[Array, "B I I 3"],
         *,
         window: int = 1,
-    ) -> Float[Array, "B P Z"]:
-        """The levels of every patch, concatenated over channels (Z = levels x E), class token
+        shrink: int = 1,
+        keys: bool = False,
+    ) -> Float[Array, "B P Y"]:
+        """The levels of every patch, concatenated over channels (Y = Z = levels x E), class token
         dropped.
 
         Patches come window by window (windows of `window` x `window` patches, raster inside and
         over windows); `window=1` is raster order. The transformer does not care: only the cutting
         of the image and the rows of the position table follow the order.
+
+        `shrink` makes the image that many times smaller on each side, and takes the position table
+        at the middle of what each larger patch covers. `keys` adds what PruMerge reads of the block
+        behind the last level: its key of each patch (E channels), and the attention of the class
+        token to it, of which the rest is for other patches and the class token itself (Y = Z + E +
+        1, all in float32). ValueError where there is no such block or no such shrinking.
         """
-        order = window_order(self.side, window)
-        x = self.patch(patchify(pixels.astype(self.dtype), self.patch_size, window))
+        side = self.side // self.check_shrink(shrink)
+        order = window_order(side, window)
+        x = shrunk(pixels.astype(self.dtype), shrink)
+        x = self.patch(patchify(x, self.patch_size, window))
         position = self.position[...].astype(x.dtype)
         first = jnp.broadcast_to(
             self.class_token[...].astype(x.dtype) + position[0],
             (x.shape[0], 1, x.shape[2]),
             out_sharding=mesh.spec("batch", "len", "feature"),
         )
-        x = self.pre_norm(jnp.concatenate([first, x + position[1 + order]], axis=1))
+        position = middles(position[1:], self.side, shrink)
+        x = self.pre_norm(jnp.concatenate([first, x + position[order]], axis=1))
         step = remat(self.remat_policy)(lambda x, block: (block(x), None))
         kept = []
         for start, stop in itertools.pairwise((0, *self.levels)):
             blocks = jax.tree.map(lambda w, a=start, b=stop: w[a:b], self.blocks)
             x, _ = lax.scan(step, x, blocks)
             kept.append(x[:, 1:])
-        return jnp.concatenate(kept, axis=-1)
+        if not keys:
+            return jnp.concatenate(kept, axis=-1)
+        self.check_keys()
+        # In float32: of what is nearly equal, rounding would decide what is kept.
+        behind = layer(self.blocks, self.levels[-1])
+        found, query = behind.attention.keys(behind.norm1(x.astype(jnp.float32)))
+        seen = class_attention(query, found)[..., None]
+        kept = [y.astype(jnp.float32) for y in kept]
+        return jnp.concatenate([*kept, found[:, 1:], seen], axis=-1)
+
+    def check_keys(self) -> None:
+        """Raises unless there is a block behind the last level."""
+        if self.levels[-1] == self.depth:
+            raise ValueError(
+                f"PruMerge reads the keys of the block behind the last level, and "
+                f"vit.levels={self.levels} ends with the last of vit.depth={self.depth} blocks: "
+                f"raise vit.depth to {self.depth + 1}, or let vit.levels end at {self.depth - 1}"
+            )
+
+    def check_shrink(self, shrink: int) -> int:
+        """`shrink`; raises unless the patches of the shrunk image tile it."""
+        if shrink < 1 or self.side % shrink:
+            raise ValueError(
+                f"an image of {self.side}x{self.side} patches cannot be shrunk {shrink} times: "
+                f"choose one of {[k for k in range(1, self.side + 1) if self.side % k == 0]}"
+            )
+        return shrink
+
+
+def class_attention(
+    query: Float[Array, "B E"], keys: Float[Array, "B S E"]
+) -> Float[Array, "B S-1"]:
+    """How much the class token attends to each patch, heads not told apart, in float32.
+
+    `keys` hold the class token's first; it takes its share of the softmax and is left out. Only the
+    class token's row of the score matrix is computed. As published for PruMerge (arXiv 2403.15388).
+    """
+    scores = jnp.einsum(
+        "BE,BSE->BS",
+        query,
+        keys,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return jax.nn.softmax(scores * query.shape[-1] ** -0.5)[:, 1:]
+
+
+def shrunk(pixels: Float[Array, "B I I 3"], times: int) -> Float[Array, "B J J 3"]:
+    """The mean of each `times` x `times` square of pixels."""
+    if times == 1:
+        return pixels
+    batch, side = pixels.shape[0], pixels.shape[1] // times
+    cut = mesh.spec("batch", *["len"] * 4, "none")
+    x = jnp.reshape(pixels, (batch, side, times, side, times, 3), out_sharding=cut)
+    return x.mean((2, 4))
+
+
+def middles(table: Float[Array, "P E"], side: int, times: int) -> Float[Array, "R E"]:
+    """Bilinear interpolation of a raster table at the middle of each `times` x `times` square.
+
+    One row where `times` is odd, the mean of the middle four where it is even.
+    """
+    if times == 1:
+        return table
+    grid = table.reshape(side // times, times, side // times, times, -1)
+    middle = slice((times - 1) // 2, times // 2 + 1)
+    return grid[:, middle, :, middle].mean((1, 3)).reshape((side // times) ** 2, -1)
 
 
 def check_window(side: int, window: int) -> None:

@@ -29,21 +29,25 @@ class VLM(nnx.Module):
     A batch holds `ids` [B T] (right-padded, without a slot for the image), `image_at` [B] (the
     visual tokens stand before ids[image_at]; T for a row without an image), `question` [B U] and
     `question_length` [B] for compressors that read it, and either `pixels` [B I I 3] or `levels`
-    [B P Z] (encoder outputs in raster order).
+    [B P Y] (what the encoder gives for this compressor, in raster order).
     """
 
     def __init__(self, vit: ViT, compressor: nnx.Module, llm: LLM):
         self.vit, self.compressor, self.llm = vit, compressor, llm
 
     def encode(self, pixels: Float[Array, "B I I 3"]) -> Float[Array, "B P Z"]:
-        """Encoder levels in the compressor's patch order; the encoder is frozen."""
-        return lax.stop_gradient(self.vit(pixels, window=self.compressor.window))
+        """Encoder levels as the compressor reads them; the encoder is frozen."""
+        reader = self.compressor
+        return lax.stop_gradient(
+            self.vit(pixels, window=reader.window, shrink=reader.shrink, keys=reader.reads_keys)
+        )
 
     def see(self, batch: Batch) -> Visual:
         """The visual tokens of each row's image, and how many: none in a row without one."""
         if "levels" in batch:
-            order = window_order(self.vit.side, self.compressor.window)
-            levels = batch["levels"][:, order].astype(self.llm.dtype)
+            order = window_order(self.vit.side // self.compressor.shrink, self.compressor.window)
+            dtype = "float32" if self.compressor.reads_keys else self.llm.dtype
+            levels = batch["levels"][:, order].astype(dtype)
         else:
             levels = self.encode(batch["pixels"])
         question = None
@@ -52,7 +56,7 @@ class VLM(nnx.Module):
         made = self.compressor(levels, question)
         tokens, count = made if self.compressor.adaptive else (made, made.shape[1])
         with_image = batch["image_at"] < batch["ids"].shape[1]
-        return Visual(tokens, count * with_image)
+        return Visual(tokens.astype(self.llm.dtype), count * with_image)
 
     def ask(self, question: Int[Array, "B U"], length: Int[Array, "B"]) -> Float[Array, "B D"]:
         """The LLM's hidden state of the question's last token, from a pass of its own.
@@ -129,8 +133,11 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> VLM:
         llm_width=config.llm.width,
         heads=config.compressor.heads,
         query=config.compressor.query,
+        downsample=config.compressor.downsample,
         rngs=rngs,
     )
+    if compressor.reads_keys:
+        vit.check_keys()
     return VLM(vit, compressor, LLM(**config.llm.to_dict(), **shared))
 
 
