@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
 
-    # CLIP-style vision encoder.
+    # Vision encoder, CLIP- or SigLIP-style.
     c.vit = ConfigDict()
     c.vit.image_size = 336  # pixels, square
     c.vit.patch_size = 14  # pixels
@@ -27,6 +27,13 @@ def get_config() -> ConfigDict:
     c.vit.heads = 16
     c.vit.norm_eps = 1e-5
     c.vit.levels = (12, 16, 22, 23)  # blocks whose outputs are kept; the last is "the" feature
+    c.vit.activation = "quick_gelu"  # vlm_jax/models/layers.py ACTIVATIONS names the kinds
+    c.vit.class_token = True  # a learned token stands before the patches (CLIP; not SigLIP)
+    c.vit.keep_class = False  # and becomes the first visual token; compressor.kind="none" only
+    c.vit.patch_bias = False  # of the convolution that cuts the image (SigLIP)
+    c.vit.pre_norm = True  # a norm before the first block (CLIP)
+    c.vit.final_norm = False  # the last block's output goes through the norm behind it
+    c.vit.cut_border = False  # pixels at the right and bottom that fill no patch are left out
 
     # Llama/Qwen-style decoder.
     c.llm = ConfigDict()
@@ -54,7 +61,10 @@ def get_config() -> ConfigDict:
     c.compressor.kind = "token_packer"
     c.compressor.tokens = 36  # V, visual tokens handed to the LLM
     c.compressor.heads = 8  # of the windowed cross-attention
-    c.compressor.query = "separate"  # quecc: "separate" LLM pass over the question, or "none"
+    # quecc: where the question's feature comes from. "separate": an LLM pass over it alone (as
+    # published); "prefix": the LLM's own pass over the text before the image, read once; "none".
+    c.compressor.query = "separate"
+    c.compressor.downsample = "conv"  # quecc: a window's query by "conv" (published) or "pool"
 
     # Numbers.
     c.compute_dtype = (

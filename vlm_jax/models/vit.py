@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLIP's vision transformer: pixels to the outputs of chosen blocks, patches in window-major order.
+"""CLIP and SigLIP towers: pixels to the outputs of chosen blocks, patches in window-major order.
 
-B batch  P patches  S = P + 1 (class token first)  E vit width  F mlp width  N heads  H head size
+B batch  P patches  S = P + 1 (class token first; without one S = P)  E vit width  F mlp width
+N heads  H head size
 C = 3 patch_size^2 numbers of one patch  I = image side in pixels
 """
 
@@ -16,11 +17,11 @@ from jaxtyping import Array, Float
 
 from vlm_jax import mesh
 from vlm_jax.models.layers import (
+    ACTIVATIONS,
     LayerNorm,
     Linear,
     layer,
     normal,
-    quick_gelu,
     remat,
     stack,
     weight,
@@ -71,9 +72,12 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-norm block: attention, then an MLP with quick-GELU."""
+    """One pre-norm block: attention, then an MLP with the activation that is named."""
 
-    def __init__(self, width: int, mlp: int, heads: int, *, eps: float, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, mlp: int, heads: int, *, eps: float, activation: str, rngs: nnx.Rngs
+    ):
+        self.activation = activation
         self.norm1 = LayerNorm(width, eps=eps, rngs=rngs)
         self.attention = Attention(width, heads, rngs=rngs)
         self.norm2 = LayerNorm(width, eps=eps, rngs=rngs)
@@ -90,14 +94,16 @@ class Block(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
         x = x + self.attention(self.norm1(x))
-        return x + self.down(quick_gelu(self.up(self.norm2(x))))
+        return x + self.down(ACTIVATIONS[self.activation](self.up(self.norm2(x))))
 
 
 class ViT(nnx.Module):
-    """CLIP's vision tower, without the blocks behind the last level that is asked for.
+    """CLIP's or SigLIP's vision tower, without the blocks behind the last level that is asked for.
 
     Levels are counted from 1 as in HF's `hidden_states`: level b is the output of block b, without
-    a final norm. Architecture: arXiv 2103.00020 and openai/clip-vit-large-patch14-336.
+    a final norm unless `final_norm` asks for it. Architectures: arXiv 2103.00020 and
+    openai/clip-vit-large-patch14-336; arXiv 2303.15343 and google/siglip-so400m-patch14-384, which
+    has neither class token nor first norm, and whose last pixels no patch covers (`cut_border`).
     """
 
     def __init__(
@@ -112,11 +118,27 @@ class ViT(nnx.Module):
         norm_eps: float,
         levels: tuple[int, ...],
         rngs: nnx.Rngs,
+        activation: str = "quick_gelu",
+        class_token: bool = True,
+        keep_class: bool = False,
+        patch_bias: bool = False,
+        pre_norm: bool = True,
+        final_norm: bool = False,
+        cut_border: bool = False,
         remat_policy: str = "none",
         dtype: str = "float32",
     ):
-        if image_size % patch_size:
-            raise ValueError(f"patches of {patch_size} pixels do not tile an image of {image_size}")
+        if image_size % patch_size and not cut_border:
+            raise ValueError(
+                f"patches of {patch_size} pixels do not tile an image of {image_size}: choose "
+                "others, or vit.cut_border=True to leave pixels at the right and bottom out"
+            )
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"vit.activation={activation!r}: choose one of {sorted(ACTIVATIONS)}")
+        if keep_class and not class_token:
+            raise ValueError(
+                "vit.keep_class=True, but vit.class_token=False: there is none to keep"
+            )
         if width % heads:
             raise ValueError(
                 f"vit.heads={heads} does not divide vit.width={width}: "
@@ -124,23 +146,35 @@ class ViT(nnx.Module):
             )
         if sorted(set(levels)) != list(levels) or not levels or levels[0] < 1 or levels[-1] > depth:
             raise ValueError(f"vit.levels={levels}: ascending block numbers from 1 to {depth}")
+        if final_norm and levels[-1] != depth:
+            raise ValueError(
+                f"vit.final_norm=True is for the output of the last block, and vit.levels={levels} "
+                f"ends before block {depth}: set one or the other"
+            )
         self.patch_size, self.side = patch_size, image_size // patch_size
         self.levels, self.remat_policy, self.dtype = tuple(levels), remat_policy, dtype
-        self.depth = depth
+        self.depth, self.final_norm = depth, final_norm
+        self.first = int(class_token)  # rows before those of the patches
+        self.dropped = int(class_token and not keep_class)  # of them, those that no level keeps
         std = width**-0.5
         self.patch = Linear(
             "BPC,CE->BPE",
             (3 * patch_size**2, width),
             dims=("none", "embed"),
             out=HIDDEN,
-            bias=False,
+            bias=patch_bias,
             rngs=rngs,
         )
-        self.class_token = weight(rngs, (width,), ("none",), normal(std))
-        self.position = weight(rngs, (self.side**2 + 1, width), ("none", "none"), normal(std))
-        self.pre_norm = LayerNorm(width, eps=norm_eps, rngs=rngs)
-        self.blocks = stack(lambda r: Block(width, mlp, heads, eps=norm_eps, rngs=r), depth, rngs)
-        # Never applied here: kept so that a tower converts back whole.
+        self.class_token = weight(rngs, (width,), ("none",), normal(std)) if class_token else None
+        rows = self.first + self.side**2
+        self.position = weight(rngs, (rows, width), ("none", "none"), normal(std))
+        self.pre_norm = LayerNorm(width, eps=norm_eps, rngs=rngs) if pre_norm else None
+        self.blocks = stack(
+            lambda r: Block(width, mlp, heads, eps=norm_eps, activation=activation, rngs=r),
+            depth,
+            rngs,
+        )
+        # Always there, though only `final_norm` applies it: a tower converts back whole.
         self.post_norm = LayerNorm(width, eps=norm_eps, rngs=rngs)
 
     def __call__(
@@ -151,8 +185,8 @@ class ViT(nnx.Module):
         shrink: int = 1,
         keys: bool = False,
     ) -> Float[Array, "B P Y"]:
-        """The levels of every patch, concatenated over channels (Y = Z = levels x E), class token
-        dropped.
+        """The levels of every patch, concatenated over channels (Y = Z = levels x E); the class
+        token is dropped, or with `keep_class` comes before them (P is then one more).
 
         Patches come window by window (windows of `window` x `window` patches, raster inside and
         over windows); `window=1` is raster order. The transformer does not care: only the cutting
@@ -166,22 +200,28 @@ class ViT(nnx.Module):
         """
         side = self.side // self.check_shrink(shrink)
         order = window_order(side, window)
-        x = shrunk(pixels.astype(self.dtype), shrink)
+        covered = self.side * self.patch_size
+        x = shrunk(pixels[:, :covered, :covered].astype(self.dtype), shrink)
         x = self.patch(patchify(x, self.patch_size, window))
         position = self.position[...].astype(x.dtype)
-        first = jnp.broadcast_to(
-            self.class_token[...].astype(x.dtype) + position[0],
-            (x.shape[0], 1, x.shape[2]),
-            out_sharding=mesh.spec("batch", "len", "feature"),
-        )
-        position = middles(position[1:], self.side, shrink)
-        x = self.pre_norm(jnp.concatenate([first, x + position[order]], axis=1))
+        x = x + middles(position[self.first :], self.side, shrink)[order]
+        if self.class_token is not None:
+            first = jnp.broadcast_to(
+                self.class_token[...].astype(x.dtype) + position[0],
+                (x.shape[0], 1, x.shape[2]),
+                out_sharding=mesh.spec("batch", "len", "feature"),
+            )
+            x = jnp.concatenate([first, x], axis=1)
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
         step = remat(self.remat_policy)(lambda x, block: (block(x), None))
         kept = []
         for start, stop in itertools.pairwise((0, *self.levels)):
             blocks = jax.tree.map(lambda w, a=start, b=stop: w[a:b], self.blocks)
             x, _ = lax.scan(step, x, blocks)
-            kept.append(x[:, 1:])
+            kept.append(x[:, self.dropped :])
+        if self.final_norm:
+            kept[-1] = self.post_norm(kept[-1])
         if not keys:
             return jnp.concatenate(kept, axis=-1)
         self.check_keys()
@@ -193,7 +233,12 @@ class ViT(nnx.Module):
         return jnp.concatenate([*kept, found[:, 1:], seen], axis=-1)
 
     def check_keys(self) -> None:
-        """Raises unless there is a block behind the last level."""
+        """Raises unless there is a block behind the last level, and a class token to ask it."""
+        if not self.dropped:
+            raise ValueError(
+                "PruMerge asks the class token which patches matter: it needs an encoder with "
+                "vit.class_token=True and vit.keep_class=False, such as CLIP"
+            )
         if self.levels[-1] == self.depth:
             raise ValueError(
                 f"PruMerge reads the keys of the block behind the last level, and "
