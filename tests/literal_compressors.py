@@ -93,3 +93,46 @@ def pool(tensors, levels, *, width, tokens):
     x = levels[:, -width:]
     means = [patches_of(x, i, math.isqrt(tokens)).mean(0) for i in range(tokens)]
     return mlp(tensors, "0", "2", np.stack(means))
+
+
+def projected(tensors, levels, *, width):
+    return mlp(tensors, "0", "2", levels[:, -width:])
+
+
+def m3(tensors, levels, *, width, tokens):
+    """As published: every patch through the whole projector, then the means."""
+    x = projected(tensors, levels, width=width)
+    return np.stack([patches_of(x, i, math.isqrt(tokens)).mean(0) for i in range(tokens)])
+
+
+def cubic(x, new):
+    """The textbook cubic convolution (a = -3/4) of a row of samples [n ...], borders repeated."""
+    out = []
+    for i in range(new):
+        place = (i + 0.5) * len(x) / new - 0.5
+        t, low = place % 1, math.floor(place)
+        four = [x[min(max(low + k, 0), len(x) - 1)] for k in (-1, 0, 1, 2)]
+        # Keys' kernel as the cubic through the middle two with slopes a-fold of the outer chords.
+        p0, p1, p2, p3 = four
+        m1, m2 = 0.75 * (p2 - p0), 0.75 * (p3 - p1)
+        out.append(
+            (2 * t**3 - 3 * t**2 + 1) * p1
+            + (t**3 - 2 * t**2 + t) * m1
+            + (3 * t**2 - 2 * t**3) * p2
+            + (t**3 - t**2) * m2
+        )
+    return np.stack(out)
+
+
+def mqt(tensors, levels, *, width, heads, tokens):
+    """As published: positions resampled, keys and values of every patch, every query asked."""
+    x, side = levels[:, -width:], math.isqrt(len(levels))
+    place = tensors["pos_embed"]
+    grid = place.reshape(math.isqrt(len(place)), -1, width)
+    rows = cubic(grid, side)
+    keys = cubic(rows.transpose(1, 0, 2), side).transpose(1, 0, 2).reshape(side**2, width)
+    # One window of all patches per query.
+    query = norm(tensors, "ln_q", tensors["query"] + place)[:tokens]
+    keys, values = norm(tensors, "ln_k", keys), norm(tensors, "ln_v", x)
+    out = [attend(tensors, "attn", q[None], keys, values, heads)[0] for q in query]
+    return np.stack(out) @ tensors["proj"]

@@ -4,6 +4,7 @@
 `--published-dir=DIR` runs another folder of cases; tests/published/README.md has the format.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 from flax import nnx
 
 from vlm_jax.models import pretrained
-from vlm_jax.models.compressors import QueCC, TokenPacker
+from vlm_jax.models.compressors import M3, MQT, QueCC, TokenPacker
+from vlm_jax.models.compressors.m3 import pyramid
 from vlm_jax.models.vit import window_order
 
 GATE = 1e-4  # absolute, on activations of order one, float32 with matmuls at highest precision
@@ -66,6 +68,24 @@ def token_packer(meta: dict) -> nnx.Module:
     )
 
 
+def mqt(meta: dict) -> nnx.Module:
+    queries = meta["query_grid"] ** 2
+    return MQT(
+        tokens=queries,
+        queries=queries,
+        side=meta["grid"],
+        width=meta["dim"],
+        llm_width=meta["hidden"],
+        heads=meta["heads"],
+        rngs=nnx.Rngs(0),
+    )
+
+
+def m3(meta: dict) -> nnx.Module:
+    sizes = dict(side=meta["grid"], width=meta["dim"], llm_width=meta["dim"])
+    return M3(tokens=1, **sizes, rngs=nnx.Rngs(0))
+
+
 @jax.jit
 def run_quecc(module, order, image_features, image_features_multi, text_features):
     return {
@@ -81,8 +101,21 @@ def run_token_packer(module, order, image_features, image_features_multi):
     return {"tokens_after_mlp": module.projector(tokens)}
 
 
+@functools.partial(jax.jit, static_argnames="counts")
+def run_mqt(module, order, image_features, counts):
+    return {f"tokens_{n}": module.at(n)(image_features[:, order]) for n in counts}
+
+
+@functools.partial(jax.jit, static_argnames="counts")
+def run_m3(module, order, projected_features, counts):
+    made = pyramid(projected_features[:, order], [module.at(n).tokens for n in counts])
+    return {f"tokens_{n}": tokens for n, tokens in zip(counts, made, strict=True)}
+
+
 # Method -> module, forward pass, where its tensors hang in `mm_projector`, tensors not in a case.
 METHODS = {
+    "m3": (m3, run_m3, "", ("0.", "2.")),
+    "mqt": (mqt, run_mqt, "", ()),
     "quecc": (quecc, run_quecc, "0.", ("1.", "3.")),
     "token_packer": (token_packer, run_token_packer, "", ()),
 }
@@ -92,7 +125,7 @@ def largest_error(meta: dict, state: dict, inputs: dict, outputs: dict) -> float
     """The largest absolute difference between the published outputs and ours."""
     if meta["method"] not in METHODS:
         pytest.fail(f"method {meta['method']!r} is not among those built here: {sorted(METHODS)}")
-    if meta["layer_norm_eps"] != 1e-6:
+    if meta.get("layer_norm_eps", 1e-6) != 1e-6:
         pytest.fail(f"layer_norm_eps={meta['layer_norm_eps']}: the compressors have 1e-6")
     build, run, prefix, absent = METHODS[meta["method"]]
     module = jax.eval_shape(lambda: build(meta))
@@ -101,6 +134,8 @@ def largest_error(meta: dict, state: dict, inputs: dict, outputs: dict) -> float
         if name.startswith(absent):
             tensors[name] = np.zeros(shape, np.float32)
     order = window_order(meta["grid"], module.window)
+    if "token_counts" in meta:
+        run = functools.partial(run, counts=tuple(meta["token_counts"]))
     ours = run(pretrained.load(module, tensors), order, **inputs)
     assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {
         k: (v.shape, v.dtype) for k, v in outputs.items()
@@ -116,18 +151,42 @@ def test_published_outputs(case, mesh1, record_property):
     assert error <= GATE  # nan is not
 
 
-# A shift of all scores of a window leaves its softmax as it is: the key norm's bias has no effect.
+# A shift of all scores of a softmax leaves it as it is: the key norm's bias has no effect.
 @pytest.mark.parametrize(
-    "stem, free", [("quecc_k2", ["k_proj.3.bias"]), ("token_packer_s2", ["ln_k_1.bias"])]
+    "stem, free",
+    [
+        ("quecc_k2", ["k_proj.3.bias"]),
+        ("token_packer_s2", ["ln_k_1.bias"]),
+        ("mqt", ["ln_k.bias"]),
+    ],
 )
 def test_any_weight_off_by_one_percent_is_caught(stem, free, mesh1):
     meta, state, inputs, outputs = read(Path(__file__).parent / "published" / f"{stem}.npz")
-    draw = np.random.default_rng(0)
     missed = []
     with jax.set_mesh(mesh1):
-        for name, value in state.items():
-            # Signs differ, or a norm behind the weight would undo a common factor.
-            off = value * (1 + 0.01 * draw.choice([-1, 1], value.shape)).astype(np.float32)
+        for name, off in each_off_by_one_percent(state):
             if largest_error(meta, state | {name: off}, inputs, outputs) <= GATE:
                 missed.append(name)
     assert missed == free
+
+
+def test_m3_has_no_weights_but_its_features_off_by_one_percent_are_caught(mesh1):
+    meta, state, inputs, outputs = read(Path(__file__).parent / "published" / "m3.npz")
+    assert not state
+    ((name, off),) = each_off_by_one_percent(inputs)
+    with jax.set_mesh(mesh1):
+        for scale, tokens in outputs.items():
+            counts = {"token_counts": [int(scale.removeprefix("tokens_"))]}
+            assert largest_error(meta | counts, state, {name: off}, {scale: tokens}) > GATE
+
+
+def each_off_by_one_percent(arrays: dict) -> list[tuple[str, np.ndarray]]:
+    """Every array with its numbers 1 % too large or too small.
+
+    Signs differ, or a norm behind a weight would undo a common factor.
+    """
+    draw = np.random.default_rng(0)
+    return [
+        (name, value * (1 + 0.01 * draw.choice([-1, 1], value.shape)).astype(np.float32))
+        for name, value in arrays.items()
+    ]

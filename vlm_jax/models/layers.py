@@ -48,8 +48,10 @@ def weight(
 class Linear(nnx.Module):
     """One einsum between an activation and a weight, with an optional bias on the output.
 
-    `dims` names the weight's dimensions, `out` the result's; the bias has the output dimensions
-    that the weight shares with the result. Default initialisation is torch's: U(+-1/sqrt(fan in)).
+    The equation contracts the activation's last dimensions with the weight's first ones; the rest
+    of the weight's come last in the result. `dims` names the weight's dimensions, `out` the
+    result's; the bias has the output dimensions that the weight shares with the result. Default
+    initialisation is torch's: U(+-1/sqrt(fan in)).
     """
 
     def __init__(
@@ -63,25 +65,32 @@ class Linear(nnx.Module):
         bias: bool = True,
         init: Initializer | None = None,
     ):
-        letters, result = equation.split("->")
-        letters = letters.split(",")[1]
-        named = list(zip(shape, letters, strict=True))
-        bound = 1 / math.sqrt(math.prod(n for n, x in named if x not in result))
-        kept = tuple(n for n, x in named if x in result)
-        self.equation = equation
-        self.out = out
-        self.kernel = weight(rngs, shape, dims, init or uniform(bound))
+        (letters, weights), result = equation.split("->")[0].split(","), equation.split("->")[1]
+        self.read = sum(x not in result for x in weights)  # dimensions that are contracted
+        given, kept = weights[: self.read], weights[self.read :]
+        if letters.removesuffix(given) + kept != result or not letters.endswith(given):
+            raise ValueError(f"{equation}: not of the form ...I,IO->...O")
+        fan_in = math.prod(shape[: self.read])
+        bound = uniform(1 / math.sqrt(fan_in))
+        self.dims, self.out = dims, out
+        self.kernel = weight(rngs, shape, dims, init or bound)
         # A bias is small: it is sharded like the activation that it is added to.
         self.bias = (
-            weight(rngs, kept, out[-len(kept) :], constant(0.0) if init else uniform(bound))
+            weight(rngs, shape[self.read :], out[-len(kept) :], constant(0.0) if init else bound)
             if bias
             else None
         )
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        y = jnp.einsum(
-            self.equation, x, self.kernel[...].astype(x.dtype), out_sharding=mesh.spec(*self.out)
-        )
+        # As one product of two matrices: with the leading dimensions kept apart, XLA's CPU backend
+        # transposes the larger factor of every weight gradient, element by element.
+        kernel = self.kernel[...].astype(x.dtype)
+        lead, kept = x.shape[: -self.read], kernel.shape[self.read :]
+        matrix = kernel.reshape(-1, math.prod(kept))
+        rows = x.reshape(math.prod(lead), -1)
+        columns = mesh.spec(self.out[0], self.out[len(lead)])
+        y = jnp.einsum("RI,IO->RO", rows, matrix, out_sharding=columns)
+        y = jnp.reshape(y, lead + kept, out_sharding=mesh.spec(*self.out))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -94,10 +103,15 @@ class LayerNorm(nnx.Module):
         self.bias = weight(rngs, (width,), ("none",), constant(0.0))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        y = x.astype(jnp.float32)
-        centred = y - y.mean(-1, keepdims=True)
-        y = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
+        y = standardise(x, self.eps)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+def standardise(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
+    """Zero mean and unit biased variance over the last axis, in float32."""
+    y = x.astype(jnp.float32)
+    centred = y - y.mean(-1, keepdims=True)
+    return centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
 
 
 class RMSNorm(nnx.Module):

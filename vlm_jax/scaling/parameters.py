@@ -10,7 +10,7 @@ from typing import Any
 
 Number = int | float  # plans may ask for 12.1 visual tokens, and mean lengths are not integers
 
-MQT_QUERIES = 256  # learned queries, a 16 x 16 grid; arXiv 2405.19315 and its code
+MQT_QUERIES = 256  # learned queries, one per patch where those are fewer; arXiv 2405.19315
 PRUMERGE_NEIGHBOURS = 32  # tokens merged into each kept one; arXiv 2403.15388 and its code
 
 # Methods whose windows tile the patch grid: V must be a square whose side divides the grid's side.
@@ -168,6 +168,7 @@ def compressor_parameters(compressor: Compressor, vit: ViT, llm: LLM) -> int:
         case "token_packer":
             return width * width + norm + 2 * reader + attention + projector
         case "mqt":
-            return 2 * MQT_QUERIES * width + attention + 3 * norm + width * llm.width
+            queries = min(MQT_QUERIES, vit.patches)
+            return 2 * queries * width + attention + 3 * norm + width * llm.width
         case _:
             return projector

@@ -37,4 +37,8 @@ class MLP(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B V E"]) -> Float[Array, "B V D"]:
-        return self.down(gelu(self.up(x)))
+        return self.down(self.hidden(x))
+
+    def hidden(self, x: Float[Array, "B V E"]) -> Float[Array, "B V F"]:
+        """What the last layer reads."""
+        return gelu(self.up(x))
