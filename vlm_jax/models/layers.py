@@ -86,12 +86,21 @@ class Linear(nnx.Module):
         # transposes the larger factor of every weight gradient, element by element.
         kernel = self.kernel[...].astype(x.dtype)
         lead, kept = x.shape[: -self.read], kernel.shape[self.read :]
-        matrix = kernel.reshape(-1, math.prod(kept))
-        rows = x.reshape(math.prod(lead), -1)
-        columns = mesh.spec(self.out[0], self.out[len(lead)])
-        y = jnp.einsum("RI,IO->RO", rows, matrix, out_sharding=columns)
+        y = jnp.einsum(
+            "RI,IO->RO",
+            matrix(x, len(lead)),
+            matrix(kernel, self.read),
+            out_sharding=mesh.spec(self.out[0], self.out[len(lead)]),
+        )
         y = jnp.reshape(y, lead + kept, out_sharding=mesh.spec(*self.out))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def matrix(x: Float[Array, "..."], rows: int) -> Float[Array, "R C"]:
+    """The first `rows` dimensions merged, and the others, each sharded like its first."""
+    spec = jax.typeof(x).sharding.spec
+    shape = math.prod(x.shape[:rows]), math.prod(x.shape[rows:])
+    return jnp.reshape(x, shape, out_sharding=jax.P(spec[0], spec[rows]))
 
 
 class LayerNorm(nnx.Module):
