@@ -59,7 +59,8 @@ def get_config() -> ConfigDict:
     # Visual-token compressor: vlm_jax/models/compressors COMPRESSORS names the kinds.
     c.compressor = ConfigDict()
     c.compressor.kind = "token_packer"
-    c.compressor.tokens = 36  # V, visual tokens handed to the LLM
+    # V, visual tokens handed to the LLM; 0: as many as each image needs (prumerge, prumerge_plus)
+    c.compressor.tokens = 36
     c.compressor.heads = 8  # of the windowed cross-attention
     # quecc: where the question's feature comes from. "separate": an LLM pass over it alone (as
     # published); "prefix": the LLM's own pass over the text before the image, read once; "none".

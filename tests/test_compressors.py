@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import literal_compressors
+import literal_prumerge
 import numpy as np
 import pytest
 from flax import nnx
@@ -37,6 +38,10 @@ def literal(module, levels, question, *, width, heads):
     if isinstance(module, MQT):
         return literal_compressors.mqt(tensors, levels, width=width, heads=heads,
                                        tokens=module.tokens)  # fmt: skip
+    if module.reads_keys:
+        tokens = 0 if module.adaptive else module.tokens
+        merged = literal_prumerge.of_levels(levels, module.kind, tokens, width)
+        return literal_compressors.mlp(tensors, "0", "2", merged)
     plain = literal_compressors.m3 if isinstance(module, M3) else literal_compressors.pool
     return plain(tensors, levels, width=width, tokens=module.tokens)
 
@@ -56,7 +61,7 @@ def sizes(
 ):
     return dict(
         kind=kind,
-        tokens=side**2 if kind == "none" else tokens,
+        tokens={"none": side**2, "prumerge_plus": tokens + 1}.get(kind, tokens),
         side=side,
         width=width,
         levels=levels,
@@ -67,12 +72,16 @@ def sizes(
 
 
 def inputs(of, batch=2, seed=1):
-    """Levels in raster order and question features, float32."""
-    draw = np.random.default_rng(seed)
-    return (
-        draw.normal(size=(batch, of["side"] ** 2, of["levels"] * of["width"])).astype("f4"),
-        draw.normal(size=(batch, of["llm_width"])).astype("f4"),
-    )
+    """What the encoder gives in raster order and question features, float32."""
+    draw, kind = np.random.default_rng(seed), COMPRESSORS[of["kind"]]
+    patches = of["tokens"] if of["kind"] == "downsample" else of["side"] ** 2
+    channels = (of["levels"] + kind.reads_keys) * of["width"]
+    levels = draw.normal(size=(batch, patches, channels))
+    if kind.reads_keys:
+        attention = np.exp(draw.normal(size=(batch, patches, 1)))
+        attention /= 1 + attention.sum(1, keepdims=True)
+        levels = np.concatenate([levels, attention], axis=-1)
+    return levels.astype("f4"), draw.normal(size=(batch, of["llm_width"])).astype("f4")
 
 
 def placed(x, *dims, dtype=jnp.float32):
@@ -81,7 +90,7 @@ def placed(x, *dims, dtype=jnp.float32):
 
 def apply(module, of, levels, question, *, dtype=jnp.float32, run=lambda m, *x: m(*x)):
     """The module on raster levels, compiled: the caller's part, the patch order, done for it."""
-    order = window_order(of["side"], module.window)
+    order = window_order(math.isqrt(levels.shape[1]), module.window)
     levels = placed(levels[:, order], "batch", "len", "feature", dtype=dtype)
     question = placed(question, "batch", "feature", dtype=dtype)
     # A function of its own: no trace of an earlier call is reused.
@@ -111,6 +120,9 @@ def difference(module, of, levels, question):
     sizes("token_packer", tokens=9), sizes("token_packer", tokens=16),
     sizes("token_packer", tokens=36, side=24, width=12, heads=3, levels=4),
     sizes("token_packer", tokens=1, side=7, width=10, heads=1),
+    sizes("downsample", tokens=9), sizes("prumerge", tokens=1), sizes("prumerge", tokens=144),
+    sizes("prumerge", tokens=19), sizes("prumerge", tokens=9, side=5), sizes("prumerge_plus"),
+    sizes("prumerge_plus", tokens=36), sizes("prumerge_plus", tokens=24, side=5),
     sizes("m3", tokens=1), sizes("m3", tokens=9), sizes("m3", tokens=144),
     sizes("m3", tokens=9, side=24, levels=4), sizes("m3", tokens=49, side=7, width=10),
     sizes("mqt", tokens=1), sizes("mqt", tokens=2), sizes("mqt", tokens=144),
@@ -219,7 +231,8 @@ def test_values_at_the_published_width(kind, mesh1):
 @pytest.mark.parametrize("kind, tokens, millions", [
     ("none", 576, 20.979712), ("pool", 36, 20.979712), ("token_packer", 36, 36.722688),
     ("quecc", 1, 42.56), ("quecc", 4, 42.12), ("quecc", 16, 42.01), ("quecc", 36, 41.99),
-    ("quecc", 144, 41.98), ("m3", 9, 20.979712), ("mqt", 36, 8.923136),
+    ("quecc", 144, 41.98), ("m3", 9, 20.979712), ("downsample", 9, 20.979712),
+    ("prumerge", 36, 20.979712), ("mqt", 36, 8.923136),
 ])  # fmt: skip
 def test_parameters_equal_the_published_count(kind, tokens, millions, mesh1):
     of = sizes(kind, tokens, side=24, width=1024, levels=4, llm_width=4096, heads=8)
@@ -343,7 +356,7 @@ def test_bfloat16_stays_near_float32(kind, mesh1):
 # --- What cannot be built -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["m3", "pool", "quecc", "token_packer"])
+@pytest.mark.parametrize("kind", ["downsample", "m3", "pool", "quecc", "token_packer"])
 def test_supported_tokens_are_those_that_can_be_built(kind, mesh1):
     assert COMPRESSORS[kind].supported(24) == [1, 4, 9, 16, 36, 64, 144, 576]
     built = []

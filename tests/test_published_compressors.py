@@ -6,6 +6,7 @@
 
 import functools
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -14,9 +15,9 @@ import pytest
 from flax import nnx
 
 from vlm_jax.models import pretrained
-from vlm_jax.models.compressors import M3, MQT, QueCC, TokenPacker
+from vlm_jax.models.compressors import M3, MQT, PruMerge, PruMergePlus, QueCC, TokenPacker
 from vlm_jax.models.compressors.m3 import pyramid
-from vlm_jax.models.vit import window_order
+from vlm_jax.models.vit import class_attention, window_order
 
 GATE = 1e-4  # absolute, on activations of order one, float32 with matmuls at highest precision
 
@@ -86,6 +87,24 @@ def m3(meta: dict) -> nnx.Module:
     return M3(tokens=1, **sizes, rngs=nnx.Rngs(0))
 
 
+def side(meta: dict) -> int:
+    """Patches per side of the grid."""
+    return meta["grid"] if "grid" in meta else math.isqrt(meta["tokens_in"])
+
+
+def prumerge(meta: dict) -> nnx.Module:
+    plus = meta["method"] == "prumerge_plus"
+    selected = int(meta["tokens_in"] * meta["reduction_ratio"]) * (2 if plus else 1)
+    return (PruMergePlus if plus else PruMerge)(
+        tokens=0 if meta["adaptive"] else selected + 1,
+        side=side(meta),
+        width=meta["dim"],
+        llm_width=meta["dim"],
+        neighbours=meta["neighbours"],
+        rngs=nnx.Rngs(0),
+    )
+
+
 @jax.jit
 def run_quecc(module, order, image_features, image_features_multi, text_features):
     return {
@@ -112,10 +131,23 @@ def run_m3(module, order, projected_features, counts):
     return {f"tokens_{n}": tokens for n, tokens in zip(counts, made, strict=True)}
 
 
+def run_prumerge(module, order, features, queries, keys):
+    @jax.jit
+    def run(module, features, queries, keys):
+        attention = class_attention(queries[:, 0], keys)
+        return module.compress(features[:, order], keys[:, 1:], attention)
+
+    tokens, count = run(module, features, queries, keys)
+    # The published code fills as many slots in every row of a batch.
+    return {"tokens": tokens[:, : int(count.max())]}
+
+
 # Method -> module, forward pass, where its tensors hang in `mm_projector`, tensors not in a case.
 METHODS = {
     "m3": (m3, run_m3, "", ("0.", "2.")),
     "mqt": (mqt, run_mqt, "", ()),
+    "prumerge": (prumerge, run_prumerge, "", ("0.", "2.")),
+    "prumerge_plus": (prumerge, run_prumerge, "", ("0.", "2.")),
     "quecc": (quecc, run_quecc, "0.", ("1.", "3.")),
     "token_packer": (token_packer, run_token_packer, "", ()),
 }
@@ -133,7 +165,7 @@ def largest_error(meta: dict, state: dict, inputs: dict, outputs: dict) -> float
     for name, shape in pretrained.shapes(module).items():
         if name.startswith(absent):
             tensors[name] = np.zeros(shape, np.float32)
-    order = window_order(meta["grid"], module.window)
+    order = window_order(side(meta), module.window)
     if "token_counts" in meta:
         run = functools.partial(run, counts=tuple(meta["token_counts"]))
     ours = run(pretrained.load(module, tensors), order, **inputs)
@@ -178,6 +210,15 @@ def test_m3_has_no_weights_but_its_features_off_by_one_percent_are_caught(mesh1)
         for scale, tokens in outputs.items():
             counts = {"token_counts": [int(scale.removeprefix("tokens_"))]}
             assert largest_error(meta | counts, state, {name: off}, {scale: tokens}) > GATE
+
+
+@pytest.mark.parametrize("stem", ["prumerge", "prumerge_plus"])
+def test_prumerge_has_no_weights_but_its_inputs_off_by_one_percent_are_caught(stem, mesh1):
+    meta, state, inputs, outputs = read(Path(__file__).parent / "published" / f"{stem}.npz")
+    assert not state
+    with jax.set_mesh(mesh1):
+        for name, off in each_off_by_one_percent(inputs):
+            assert largest_error(meta, state, inputs | {name: off}, outputs) > GATE, name
 
 
 def each_off_by_one_percent(arrays: dict) -> list[tuple[str, np.ndarray]]:

@@ -14,7 +14,17 @@ import jax
 import numpy as np
 from flax import nnx
 
-from vlm_jax.models.compressors import M3, MQT, AveragePool, Projector, QueCC, TokenPacker
+from vlm_jax.models.compressors import (
+    M3,
+    MQT,
+    AveragePool,
+    Downsample,
+    Projector,
+    PruMerge,
+    PruMergePlus,
+    QueCC,
+    TokenPacker,
+)
 
 Path = tuple[str, ...]
 
@@ -170,8 +180,11 @@ def mqt(module: MQT) -> Table:
 TABLES: dict[type[nnx.Module], Callable[[nnx.Module], Table]] = {
     Projector: lambda module: LLAVA,
     AveragePool: lambda module: LLAVA,
+    Downsample: lambda module: LLAVA,
     M3: lambda module: LLAVA,
     MQT: mqt,
+    PruMerge: lambda module: LLAVA,
+    PruMergePlus: lambda module: LLAVA,
     QueCC: quecc,
     TokenPacker: token_packer,
 }

@@ -3,18 +3,23 @@
 
 from flax import nnx
 
+from vlm_jax.models.compressors.downsample import Downsample
 from vlm_jax.models.compressors.m3 import M3
 from vlm_jax.models.compressors.mqt import MQT
 from vlm_jax.models.compressors.none import Projector
 from vlm_jax.models.compressors.pool import AveragePool
+from vlm_jax.models.compressors.prumerge import PruMerge, PruMergePlus
 from vlm_jax.models.compressors.quecc import QueCC
 from vlm_jax.models.compressors.token_packer import TokenPacker
 
 COMPRESSORS: dict[str, type[nnx.Module]] = {
+    "downsample": Downsample,
     "m3": M3,
     "mqt": MQT,
     "none": Projector,
     "pool": AveragePool,
+    "prumerge": PruMerge,
+    "prumerge_plus": PruMergePlus,
     "quecc": QueCC,
     "token_packer": TokenPacker,
 }
