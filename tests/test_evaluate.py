@@ -86,6 +86,22 @@ def test_every_example_is_answered_once_in_order(setting, mesh1):
         assert processor.tokenizer.eos_token not in record["prediction"]
 
 
+def test_a_clock_times_every_batch_but_the_first(setting, mesh1):
+    _, source, processor, model = setting
+    clock = evaluate.Clock()
+    with jax.set_mesh(mesh1):
+        config = tiny.config(evaluate=dict(batch=20))
+        list(evaluate.predict(config, model, source, processor, clock=clock))
+    assert len(clock.seconds) == -(-len(source) // 20) and clock.batch == 20
+    clock.seconds[0] = 1e9  # the first batch compiles
+    timing = clock.timing()
+    assert timing["batch"] == 20 and 1 <= timing["new_tokens"] <= config.evaluate.max_new_tokens
+    assert timing["seconds_per_example"] == pytest.approx(np.median(clock.seconds[1:]) / 20)
+    alone = evaluate.Clock()
+    alone.note(1.0, (8, 3))
+    assert alone.timing() == {}
+
+
 def test_the_answer_is_not_in_the_prompt(setting, mesh1):
     c, source, processor, _ = setting
     made = next(loader.evaluation_batches(source, processor, batch=8))

@@ -12,7 +12,8 @@ from matplotlib.colors import to_rgba
 
 from configs import sizes
 from vlm_jax.reports import canvas as canvases
-from vlm_jax.reports import cells, cost_figures, figures
+from vlm_jax.reports import cells, cost_figures, figures, score_figures
+from vlm_jax.reports import run as runs
 from vlm_jax.scaling import cost, law, published, records
 from vlm_jax.scaling.chips import CHIPS
 
@@ -46,7 +47,7 @@ def run(tmp_path_factory):
     rows = made_rows.rows(seeds=(0, 1))
     laws = {f: law.fit(records.points(rows, f), bootstrap=100) for f in ("reasoning", "text")}
     drawn = figures.run_figures(
-        rows, laws, tmp_path_factory.mktemp("run"), majority={"reasoning": 0.4}
+        runs.of(rows), laws, tmp_path_factory.mktemp("run"), majority={"reasoning": 0.4}
     )
     return rows, laws, {figure.name: figure for figure in drawn}
 
@@ -203,8 +204,8 @@ def test_a_run_has_the_figures_of_the_paper_and_those_it_lacks(run):
     drawn = dict(run[2])
     for family in ("reasoning", "text"):
         for kind in (
-            "scores", "flops_measured_q", "flops_q0", "flops_q50", "extrapolation", "optimal_v",
-            "frontier_over_q", "total_flops", "measured_time", "latency",
+            "scores", "methods", "flops_measured_q", "flops_q0", "flops_q50", "extrapolation",
+            "optimal_v", "frontier_over_q", "total_flops", "measured_time", "latency",
         ):  # fmt: skip
             figure = drawn.pop(f"{family}_{kind}")
             assert figure.section == family and figure.alt and figure.caption
@@ -213,7 +214,7 @@ def test_a_run_has_the_figures_of_the_paper_and_those_it_lacks(run):
     assert set(drawn) == {"equal_compute", "phases"}
 
 
-def test_blind_scores_and_other_compressors_stand_beside_the_grid(run):
+def test_blind_scores_and_other_methods_stand_beside_the_grid(run):
     rows, _, drawn = run
     table = read(drawn["reasoning_scores"])
     for n in made_rows.SIZES:
@@ -224,8 +225,34 @@ def test_blind_scores_and_other_compressors_stand_beside_the_grid(run):
         assert column(table, "y", series=f"{text} blind", kind="point") == pytest.approx(
             [np.mean(blind)]
         )
-    assert len(column(table, "y", series="250k pool", kind="point")) == 2
     assert set(column(table, "y", series="commonest answer")) == {0.4}
+    beside = read(drawn["reasoning_methods"])
+    for method, tokens in (("pool", (16, 36)), ("token_packer", made_rows.TOKENS)):
+        scores = [
+            np.mean([r.families["reasoning"]["score"] for r in rows
+                     if r.method == method and not r.blind and r.V == V
+                     and r.llm_parameters == 250_000])
+            for V in tokens
+        ]  # fmt: skip
+        assert column(beside, "y", series=method, kind="point") == pytest.approx(scores)
+        assert column(beside, "V", series=method, kind="point").tolist() == list(tokens)
+
+
+def test_a_run_of_one_method_has_no_figure_of_methods(tmp_path):
+    rows = [row for row in made_rows.rows() if row.compressor != "pool"]
+    assert score_figures.methods(runs.of(rows), "text", tmp_path, name="m") == []
+
+
+def test_measured_time_is_the_steady_time_where_every_row_has_it():
+    timed = made_rows.rows(timing=True)[:3]
+    seconds, words = cost_figures.measured_seconds(timed)
+    assert seconds.tolist() == [row.timing["seconds_per_example"] for row in timed]
+    assert "batches of 64" in words
+    mixed = [*timed, made_rows.rows()[0]]
+    seconds, words = cost_figures.measured_seconds(mixed)
+    assert seconds == pytest.approx([3.5 / 4000] * 4) and "compilation" in words
+    idle = [dataclasses.replace(row, evaluate_seconds=0.0) for row in made_rows.rows()]
+    assert cost_figures.measured_seconds(idle) is None
 
 
 def test_phases_add_up_to_the_request(run):

@@ -5,7 +5,9 @@ import csv
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import made_rows
 import numpy as np
 import pytest
 from test_records import grid
@@ -18,7 +20,12 @@ from vlm_jax.scaling import law, published, records
 def drawn(monkeypatch):
     """Takes the place of drawing, which other tests hold; lists what would have been drawn."""
     calls = []
-    monkeypatch.setattr(fit, "draw", lambda families, laws, out: calls.append(dict(families)) or [])
+
+    def draw(families, laws, out, **how):
+        calls.append(dict(families))
+        return []
+
+    monkeypatch.setattr(fit, "draw", draw)
     return calls
 
 
@@ -160,11 +167,61 @@ def test_without_matplotlib_the_law_is_still_written(tmp_path, capsys, monkeypat
     assert (tmp_path / "law.json").exists() and json.loads(out)["form"] == "multiplicative"
 
 
-def test_figures_stand_beside_the_law(tmp_path, capsys):
-    code, out, _ = run(capsys, "--published=ocr", f"--out={tmp_path}", "--bootstrap=20")
+def stems(files) -> set:
+    """The figures among the files, each of which must have its picture twice and its numbers."""
+    figures = [Path(name) for name in files if name.endswith(".png")]
+    for path in figures:
+        assert {str(path.with_suffix(s)) for s in (".svg", ".csv")} < set(files) and path.exists()
+    return {path.stem for path in figures}
+
+
+def test_figures_stand_beside_the_law_and_count_what_the_paper_does_not(tmp_path, capsys):
+    code, out, _ = run(
+        capsys, "--published=ocr", f"--out={tmp_path}", "--bootstrap=20", "--chip=v6e"
+    )
     files = json.loads(out)["files"]
-    assert code == 0 and any(name.endswith(".png") for name in files)
-    assert len(np.unique(files)) == len(files)
+    assert code == 0 and len(np.unique(files)) == len(files)
+    assert stems(files) == {
+        f"ocr_{kind}"
+        for kind in (
+            "flops_q0", "flops_q50", "extrapolation", "frontier_over_q", "optimal_v",
+            "equal_compute_q0", "equal_compute_q50", "total_flops", "question_pass", "latency",
+        )
+    }  # fmt: skip
+    code, _, err = run(capsys, "--published=ocr", f"--out={tmp_path}", "--chip=v9")
+    assert code == 2 and "--chip=v9: choose one of v4, v5e" in err
+
+
+def test_a_table_that_names_its_llms_has_the_whole_cost_drawn(tmp_path, capsys):
+    points = published.points("ocr")
+    rows = list(zip(points.label, points.N, points.V, points.error, strict=True))
+    for name, lines in (
+        ("named", ["label,N,V,error", *(f"{n},{N},{V},{e}" for n, N, V, e in rows)]),
+        ("bare", ["N,V,error", *(f"{N},{V},{e}" for _, N, V, e in rows)]),
+    ):
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+        code, out, err = run(
+            capsys, f"--rows={tmp_path / name}.csv", f"--out={tmp_path / name}", "--bootstrap=10"
+        )
+        drawn = stems(json.loads(out)["files"])
+        assert code == 0 and ("all_latency" in drawn) == (name == "named")
+        assert ("in a column `label`" in err) == (name == "bare")
+
+
+def test_a_grid_s_law_uses_one_method_and_says_which(tmp_path, capsys):
+    rows = made_rows.rows(methods=made_rows.METHODS, timing=True)
+    records.write(tmp_path / "rows.jsonl", rows)
+    flags = [f"--rows={tmp_path / 'rows.jsonl'}", f"--out={tmp_path}", "--bootstrap=20"]
+    code, out, err = run(capsys, *flags, "--family=text")
+    assert code == 0 and json.loads(out)["n"] == 12
+    assert "12 rows of token_packer; not used: 9 cells of quecc, 9 cells of quecc, pool" in err
+    assert {"text_measured_time", "text_latency"} < stems(json.loads(out)["files"])
+    code, out, _ = run(
+        capsys, *flags, "--family=text", "--compressor=quecc, query separate", "--bootstrap=0"
+    )
+    assert code == 0 and json.loads(out)["n"] == 9
+    code, _, err = run(capsys, *flags, "--compressor=mqt")
+    assert code == 2 and "no row of 'mqt'; there are token_packer; quecc" in err
 
 
 def test_fitting_does_not_import_jax():

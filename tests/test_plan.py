@@ -10,10 +10,10 @@ import made_rows
 import pytest
 
 from vlm_jax import plan
-from vlm_jax.scaling import published, records
+from vlm_jax.scaling import described, published, records
 from vlm_jax.scaling.law import fit
 
-DEMO = f"--config={plan.CONFIGS / 'demo.py'}"
+DEMO = f"--config={described.CONFIGS / 'demo.py'}"
 QWEN = "--llms=qwen1.5-0.5b,qwen1.5-1.8b,qwen1.5-4b,qwen1.5-7b,qwen1.5-14b"
 
 

@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 
-from vlm_jax.scaling import law, published, records
+from vlm_jax.scaling import law, published, records, tables
 from vlm_jax.scaling.records import Row
 
 PAPER = published.points("reasoning")
@@ -136,7 +136,7 @@ def test_points_are_the_sighted_rows_of_the_grids_compressor():
     assert points.N.max() == 2.5e-4  # billions
     assert points.Q.tolist() == [12.5] * 24
     assert points.error.min() == pytest.approx(1 - (0.6 + 0.02 * np.log(36) + 0.004))
-    assert len(records.points(grid(), "reasoning", compressor="pool")) == 1
+    assert len(records.points(grid(), "reasoning", method="pool")) == 1
     assert records.points(grid(), "reasoning", blind=True).error.tolist() == [0.5]
     assert (
         records.points(grid(), "digits").error.tolist()
@@ -158,18 +158,40 @@ def test_rows_that_cannot_be_one_grid_are_refused():
     ):
         records.points(rows + [again], "text")
     asked = dataclasses.replace(rows[0], cell="asked", query="separate")
-    with pytest.raises(ValueError, match="queries none, separate"):
-        records.points(rows + [asked], "text")
+    with pytest.raises(ValueError, match="quecc was run as|no row of"):
+        records.points([asked, dataclasses.replace(asked, cell="b", variant="pool")], "text",
+                       method="quecc")  # fmt: skip
+    with pytest.raises(ValueError, match="no row of 'mqt'; there are quecc; pool"):
+        records.points(rows, "text", method="mqt")
     tie = [r for r in rows if r.V == 4 and r.seed == 0 and r.llm == "s0"]
-    with pytest.raises(ValueError, match="compressors pool, quecc have 1 cells each"):
+    with pytest.raises(ValueError, match="methods pool and quecc have 1 cells each.*--compressor"):
         records.points(tie, "text")
-    with pytest.raises(ValueError, match="none of the 1 rows is of a model that sees"):
-        records.points([row(blind=True)], "text")
-    with pytest.raises(ValueError, match="no family or task 'video' in these"):
-        records.points(rows, "video")
-    lame = dataclasses.replace(rows[0], families={"text": rows[0].families["text"]})
-    with pytest.raises(ValueError, match="has no score for reasoning"):
-        records.points([lame, *rows[1:]])
+
+
+def test_methods_of_one_compressor_are_never_mixed():
+    asked = [
+        dataclasses.replace(row, cell=f"{row.cell}-asked", query="separate")
+        for row in grid() if row.compressor == "quecc" and row.V > 1
+    ]  # fmt: skip
+    pooled = [dataclasses.replace(row, cell=f"{row.cell}-p", variant="pool") for row in asked[:6]]
+    every = grid() + asked + pooled
+    assert records.methods(every) == {
+        "quecc": 24, "quecc, query separate": 18, "quecc, pool, query separate": 6, "pool": 1,
+    }  # fmt: skip
+    np.testing.assert_array_equal(records.points(every).error, records.points(grid()).error)
+    assert len(records.points(every, method="quecc, query separate")) == 18
+    # A compressor's bare name is the method of that name, or all there is of it.
+    assert len(records.points(every, method="quecc")) == 24
+    assert len(records.points(asked, method="quecc")) == 18
+
+
+def test_rows_of_before_the_later_fields_are_read():
+    fields = json.loads(row().to_json())
+    for name in records.LATER:
+        del fields[name]
+    assert Row.from_json(json.dumps(fields)) == row()
+    timed = dataclasses.replace(row(), timing=dict(batch=8, seconds_per_example=0.1, new_tokens=2))
+    assert Row.from_json(timed.to_json()) == timed
 
 
 def table(tmp_path, name, text):
@@ -309,6 +331,21 @@ def test_lmms_eval_results_named_in_a_table_or_carrying_their_cell(tmp_path):
 
     own = table(tmp_path, "one.json", json.dumps(lmms_eval(0.6, N=7, V=36)))
     assert records.load_points(own, "gqa").error.tolist() == pytest.approx([0.4])
+    # Names that lmms-eval has had for one metric, and a group without metrics of its own.
+    renamed = lmms_eval(0.6, N=7, V=36)
+    renamed["results"] = {
+        "mme": {"mme_percetion_score,none": 1500.0, "mme_cognition_score,none": 300.0},
+        "mathvista_testmini": {"alias": "mathvista_testmini", " ": " "},
+        "mathvista_testmini_cot": {"llm_as_judge_eval,none": 47.5},
+        "mathvista_testmini_format": {"gpt_eval_score,none": 45.0},
+        "pope": {"pope_accuracy,none": 0.85, "pope_f1_score,none": 0.84, "pope_recall,none": 0.8},
+        "textvqa_val": {"exact_match,none": 0.58, "submission,none": None},
+    }
+    (cell,) = tables.read(table(tmp_path, "renamed.json", json.dumps(renamed)))
+    assert {task: round(1 - error, 6) for task, (error, _) in cell.errors.items()} == {
+        "mme": 0.75, "mathvista_testmini_cot": 0.475, "mathvista_testmini_format": 0.45,
+        "pope": 0.85, "textvqa_val": 0.58,
+    }  # fmt: skip
     bare = table(tmp_path, "bare.json", json.dumps(lmms_eval(0.6)))
     with pytest.raises(
         ValueError, match="does not say how large the LLM is.*add N and V at its top level"

@@ -6,6 +6,7 @@ efficiencies.
 import dataclasses
 from types import SimpleNamespace
 
+import made_rows
 import numpy as np
 import pytest
 
@@ -115,15 +116,50 @@ def test_calibration_reads_rows_and_refuses_what_says_nothing():
     flops = {"encoder": 9e9, "compressor": 1e6, "question": 0.0, "prefill": 4e9, "decode": 1e9}
     tasks = {"a": {"n": 30}, "b": {"n": 70}}
     cpu = chips.Chip("cpu", 1e11, 1e10, 1e9, 4, "planted")
-    rows = [SimpleNamespace(flops=flops, tasks=tasks, evaluate_seconds=20.0)]
+    rows = [SimpleNamespace(flops=flops, tasks=tasks, evaluate_seconds=20.0, timing={})]
     # 5 GFLOP in 0.2 s are 25 GFLOP/s of 100.
     assert roofline.calibrate_rows(rows, cpu)["prefill"] == pytest.approx(0.25, rel=1e-2)
-    with pytest.raises(ValueError, match="none of 1 rows has evaluate_seconds"):
+    with pytest.raises(ValueError, match="none of 1 rows has timing or evaluate_seconds"):
         roofline.calibrate_rows(
-            [SimpleNamespace(flops=flops, tasks=tasks, evaluate_seconds=0.0)], cpu
+            [SimpleNamespace(flops=flops, tasks=tasks, evaluate_seconds=0.0, timing={})], cpu
         )
     with pytest.raises(ValueError, match="must be positive"):
         roofline.calibrate([{"prefill": 1.0}], [0.0])
+
+
+def test_calibration_uses_the_batch_of_rows_that_have_it():
+    """Planted: prefill reaches a half, decoding, bound by the weights, a fifth of the roofline."""
+    chip = chips.Chip("cpu", 1e11, 1e9, 1e9, 4, "planted")
+    truth = {"compressor": 0.5, "question": 0.5, "prefill": 0.5, "decode": 0.2}
+    rows = []
+    for row in made_rows.rows(sizes=(2_000_000, 8_000_000)):
+        for batch, new_tokens in ((1, 5.0), (64, 3.0)):
+            parts = roofline.row_seconds(row, chip, batch=batch, new_tokens=new_tokens)
+            took = sum(parts[phase] / truth[phase] for phase in truth) / batch
+            timing = {"batch": batch, "new_tokens": new_tokens, "seconds_per_example": took}
+            # What the whole evaluation took says nothing any more.
+            rows.append(dataclasses.replace(row, timing=timing, evaluate_seconds=1e4))
+    found = roofline.calibrate_rows([*rows, *made_rows.rows()], chip)
+    assert found["prefill"] == pytest.approx(0.5, rel=0.02)
+    assert found["decode"] == pytest.approx(0.2, rel=0.02)
+
+
+def test_the_seconds_of_a_row_are_those_of_its_model_without_the_cache():
+    """A row of a described model takes what `seconds` says, but for the key-value cache."""
+    llm, request = VICUNA, Request(50, 5, 4)
+    sized = (CLIP, compressor(36), llm, request)
+    whole = roofline.seconds(*sized, V5E)
+    row = dataclasses.replace(
+        made_rows.rows()[0],
+        G=5.0,
+        flops=dataclasses.asdict(roofline.request_flops(*sized)),
+        vit_parameters=cost.vit_parameters(CLIP),
+        compressor_parameters=int(cost.compressor_parameters(compressor(36), CLIP, llm)),
+        llm_parameters=cost.llm_parameters(llm),
+    )
+    found = roofline.row_seconds(row, V5E, batch=4)
+    for phase, seconds in whole.items():
+        assert found[phase] == pytest.approx(seconds, rel=0.05)
 
 
 def test_bad_efficiencies_and_chips_are_named():

@@ -10,6 +10,7 @@ predictions.jsonl and scores.json beside it.
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,32 @@ class Answerer:
         return np.stack(found, axis=1)
 
 
+class Clock:
+    """What batches of one shape take to answer, once everything is compiled."""
+
+    def __init__(self) -> None:
+        self.seconds, self.new_tokens, self.batch = [], [], 0
+
+    def note(self, seconds: float, shape: tuple[int, int]) -> None:
+        """One batch of answers [B, n] took `seconds`."""
+        self.seconds.append(seconds)
+        self.batch, count = shape
+        self.new_tokens.append(count)
+
+    def timing(self) -> dict[str, Any]:
+        """batch, seconds_per_example (the median batch's) and mean new_tokens; {} of one batch.
+
+        The first batch compiles, and is left out.
+        """
+        if len(self.seconds) < 2:
+            return {}
+        return dict(
+            batch=self.batch,
+            seconds_per_example=float(np.median(self.seconds[1:])) / self.batch,
+            new_tokens=float(np.mean(self.new_tokens[1:])),
+        )
+
+
 def predict(
     config: ConfigDict,
     model: VLM,
@@ -66,8 +93,12 @@ def predict(
     processor: Processor,
     *,
     features: np.ndarray | None = None,
+    clock: Clock | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One record per example: id, task, family, cluster, prediction, answer."""
+    """One record per example: id, task, family, cluster, prediction, answer.
+
+    `clock` notes what answering each batch took, loading and decoding of text apart.
+    """
     tokenizer = processor.tokenizer
     answer = Answerer(model, eos_id=processor.eos_id, max_new_tokens=config.evaluate.max_new_tokens)
     batches = loader.evaluation_batches(
@@ -80,7 +111,11 @@ def predict(
     )
     for batch in batches:
         valid, index = np.asarray(batch.pop("valid")), np.asarray(batch.pop("index"))
-        for i, ids, counts in zip(index, answer(batch), valid, strict=True):
+        then = time.perf_counter()
+        answers = answer(batch)
+        if clock is not None:
+            clock.note(time.perf_counter() - then, answers.shape)
+        for i, ids, counts in zip(index, answers, valid, strict=True):
             if not counts:
                 continue
             example = source[int(i)]

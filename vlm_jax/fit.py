@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results rows become a scaling law with intervals: law.json, comparison.csv and figures.
+"""Results become a scaling law with intervals: law.json, comparison.csv and figures.
 
 vlm-jax fit --rows=FILE.jsonl|csv|json --out=DIR      rows of a grid, a table, or lmms-eval results
 vlm-jax fit --published=reasoning|ocr --out=DIR       the measurements of arXiv 2411.03312
@@ -14,7 +14,17 @@ from pathlib import Path
 import numpy as np
 import scipy
 
-from vlm_jax.scaling import compare, intervals, law, published, records, tables
+from vlm_jax.scaling import (
+    chips,
+    compare,
+    cost,
+    described,
+    intervals,
+    law,
+    published,
+    records,
+    tables,
+)
 from vlm_jax.scaling.forms import FORMS
 from vlm_jax.scaling.points import of_cells
 
@@ -31,7 +41,10 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, help="folder for law.json and all else")
     parser.add_argument("--form", default="multiplicative", choices=list(FORMS))
     parser.add_argument("--family", help="one family or task (default: all and their mean)")
-    parser.add_argument("--compressor", help="of a grid's rows (default: the one with most cells)")
+    parser.add_argument(
+        "--compressor", metavar="METHOD",
+        help="of a grid's rows, such as pool or 'quecc, query separate' (default: most cells)",
+    )  # fmt: skip
     parser.add_argument("--bootstrap", type=int, default=1000, help="draws; 0 leaves bands out")
     parser.add_argument("--resample", default="residuals", choices=intervals.RESAMPLINGS)
     parser.add_argument("--seed", type=int, default=0)
@@ -39,6 +52,9 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--weights", default="stderr", choices=("stderr", "equal"))
     parser.add_argument("--n-unit", choices=sorted(tables.N_UNITS), help="of a table's column N")
     parser.add_argument("--text-tokens", type=float, default=0.0, help="Q of rows without a Q")
+    parser.add_argument(
+        "--chip", default="v5e", help=f"of the latency figures: {', '.join(chips.CHIPS)}"
+    )
     return parser
 
 
@@ -58,7 +74,9 @@ def run(options) -> dict:
     made."""
     if options.bootstrap < 0:
         raise ValueError(f"--bootstrap must be 0 or more draws, got {options.bootstrap}")
-    families, tasks = read(options)
+    if options.chip not in chips.CHIPS:
+        raise ValueError(f"--chip={options.chip}: choose one of {', '.join(chips.CHIPS)}")
+    families, tasks, rows = read(options)
     top = next(iter(families))  # the mean over families where there are several
     how = {"seed": options.seed, "huber": options.huber, "weighting": options.weights}
     laws, table = {}, []
@@ -92,7 +110,8 @@ def run(options) -> dict:
         writer = csv.DictWriter(file, ["family", *compare.COLUMNS])
         writer.writeheader()
         writer.writerows(table)
-    files = [out / "law.json", out / "comparison.csv", *draw(families, laws, out)]
+    drawn = draw(families, laws, out, rows=rows, chip=chips.CHIPS[options.chip])
+    files = [out / "law.json", out / "comparison.csv", *drawn]
     fields |= {"files": [str(path) for path in files]}
     return without_draws(fields)
 
@@ -100,21 +119,23 @@ def run(options) -> dict:
 MEAN = "mean of families"
 
 
-def read(options) -> tuple[dict, dict]:
-    """Family -> Points, led by their mean where there are several, and task -> Points of a grid's
-    rows."""
+def read(options) -> tuple[dict, dict, list]:
+    """Family -> Points, led by their mean where there are several; task -> Points; a grid's rows.
+
+    The rows are those of the points, one by one; of other sources there are none, nor any tasks.
+    """
     if options.published:
         points = published.points(options.published, text_tokens=options.text_tokens)
-        return {options.published: points}, {}
+        return {options.published: points}, {}, []
     own = [records.is_rows(path) for path in options.rows]
     if any(own) and not all(own):
         raise ValueError("--rows mixes rows of a grid with other tables: fit them apart")
     if own[0]:
-        rows = [row for path in options.rows for row in records.read(path)]
-        by = {
-            kind: records.cells(rows, compressor=options.compressor, by=kind)
-            for kind in ("families", "tasks")
-        }
+        every = [row for path in options.rows for row in records.read(path)]
+        method = options.compressor or records.main_method(every)
+        rows = records.of_method([row for row in every if not row.blind], method)
+        print(say_rows(rows, every), file=sys.stderr)
+        by = {kind: records.cells(rows, by=kind) for kind in ("families", "tasks")}
     else:
         how = {"n_unit": options.n_unit, "text_tokens": options.text_tokens}
         cells = [cell for path in options.rows for cell in tables.read(path, **how)]
@@ -127,15 +148,25 @@ def read(options) -> tuple[dict, dict]:
                     f"--rows: keep one, or add a column `seed` if both were measured"
                 )
             seen.add(key)
-        by = {"families": cells, "tasks": []}
+        by, rows = {"families": cells, "tasks": []}, []
     names = {kind: sorted({n for cell in cells for n in cell.errors}) for kind, cells in by.items()}
     if options.family is not None:
         kind = "tasks" if options.family in names["tasks"] else "families"
-        return {options.family: of_cells(by[kind], options.family)}, {}
+        return {options.family: of_cells(by[kind], options.family)}, {}, rows
     families = {name: of_cells(by["families"], name) for name in names["families"]}
     if len(families) > 1:
         families = {MEAN: of_cells(by["families"])} | families
-    return families, {name: of_cells(by["tasks"], name) for name in names["tasks"]}
+    return families, {name: of_cells(by["tasks"], name) for name in names["tasks"]}, rows
+
+
+def say_rows(rows, every) -> str:
+    """Which rows of a grid the law is fitted to, in a sentence."""
+    others = {name: n for name, n in records.methods(every).items() if name != rows[0].method}
+    left = [f"{n} cells of {name}" for name, n in others.items()]
+    left += [f"{sum(row.blind for row in every)} blind rows"] * any(row.blind for row in every)
+    return f"{len(rows)} rows of {rows[0].method}" + (
+        f"; not used: {', '.join(left)}" if left else ""
+    )
 
 
 def say(name, points, fitted, table) -> None:
@@ -195,24 +226,49 @@ def _inside(values, ends):
     return {key: ends[key][0] <= value <= ends[key][1] for key, value in values.items()}
 
 
-def draw(families, laws, out) -> list:
+def draw(families, laws, out, *, rows, chip) -> list[Path]:
     """The figures of every family, where matplotlib is installed and the laws carry draws."""
     if any(fitted.samples is None for fitted in laws.values()):
         print("no figures: their bands need --bootstrap of 1 or more draws", file=sys.stderr)
         return []
     try:
-        from vlm_jax.reports import figures
+        from vlm_jax.reports import cost_figures, figures
 
-        return [
-            path
-            for name, points in families.items()
-            for path in figures.law_figures(points, laws[name], out, name.replace(" ", "_"))
-        ]
+        drawn = []
+        for name, points in families.items():
+            drawn += figures.law_figures(points, laws[name], out, name)
+            if rows:
+                more = cost_figures.counted_figures(rows, points, laws[name], out, name, chip=chip)
+            elif sizes := described_sizes(points):
+                llms, vit = sizes
+                more = cost_figures.described_figures(
+                    points, laws[name], out, name, llms=llms, vit=vit, chip=chip
+                )
+            else:
+                more = []
+            drawn += [path for figure in more for path in figure.paths]
+        return drawn
     except ModuleNotFoundError as missing:
         if missing.name != "matplotlib":
             raise
         print("no figures: pip install 'vlm-jax[report]' for matplotlib", file=sys.stderr)
         return []
+
+
+def described_sizes(points) -> tuple[dict, cost.ViT] | None:
+    """Label -> shape of every point's LLM, and the encoder; None, said on stderr, without one."""
+    try:
+        known = described.published_llms()
+        if unknown := sorted(set(points.label) - known.keys()):
+            raise ValueError(
+                f"{', '.join(map(repr, unknown))} is none of {', '.join(known)}: "
+                "name the LLM of every line in a column `label`"
+            )
+        encoder = cost.ViT.of(described.base().vit)
+    except (ValueError, ModuleNotFoundError) as problem:
+        print(f"no figures of the whole cost and of latency: {problem}", file=sys.stderr)
+        return None
+    return {label: known[label][1] for label in set(points.label)}, encoder
 
 
 def without_draws(fields):

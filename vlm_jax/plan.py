@@ -11,17 +11,15 @@ words only). Every field is explained in docs/planning.md.
 import argparse
 import json
 import re
-import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_jax import cli
-from vlm_jax.scaling import answers, chips, cost, planner, records, roofline
+from vlm_jax.scaling import answers, chips, cost, described, planner, records, roofline
 from vlm_jax.scaling.law import Law
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MOST_TOKENS = 576  # patches of CLIP ViT-L/14-336: the paper's largest V
 FAMILY = "qwen1.5-"  # the paper's LLMs: what a plan without a configuration interpolates between
 QUERIES = tuple(2**i for i in range(9))  # what MQT is run at: any prefix of its 256 queries works
@@ -153,45 +151,26 @@ def law_of(fields: Mapping[str, Any], place: str) -> Law:
         raise ValueError(f"{place}: {problem}") from None
 
 
-def load(path: Path, name: str) -> Any:
-    """What `name` is in a configuration file, which may import its neighbours."""
-    if not path.is_file():
-        raise ValueError(
-            f"no configuration at {path}: name a file with --config, or use --cost=paper"
-        )
-    sys.path.insert(0, str(path.resolve().parent.parent))
-    try:
-        return runpy.run_path(str(path))[name]
-    finally:
-        sys.path.pop(0)
-
-
 def described_llms(config: Any | None) -> dict[str, tuple[float, cost.LLM]]:
     """name -> (N, shape): of a configuration's grid, else published sizes by their nominal N."""
-    if config is not None and len(config.grid.llms):
-        shapes = {
-            name: cost.LLM.of({**config.llm, **fields}) for name, fields in config.grid.llms.items()
-        }
-        return {name: (cost.llm_parameters(llm) / 1e9, llm) for name, llm in shapes.items()}
-    published = load(CONFIGS / "sizes.py", "LLM")
-    nominal = {name: float(re.search(r"([\d.]+)b$", name).group(1)) for name in published}
-    return {name: (nominal[name], cost.LLM.of(fields)) for name, fields in published.items()}
+    own = config is not None and len(config.grid.llms) > 0
+    return described.grid_llms(config) if own else described.published_llms()
 
 
-def chosen_llms(text: str, described: Mapping[str, tuple[float, cost.LLM]], own: bool):
+def chosen_llms(text: str, known: Mapping[str, tuple[float, cost.LLM]], own: bool):
     """(list of N or None for every size, name -> (N, shape) to interpolate between) from --llms."""
-    family = {name: sized for name, sized in described.items() if own or name.startswith(FAMILY)}
+    family = {name: sized for name, sized in known.items() if own or name.startswith(FAMILY)}
     if text == "continuous":
         return None, family
     names = [name.strip() for name in text.split(",")]
     if all(re.fullmatch(r"[\d.eE+-]+", name) for name in names):
         return tuple(number(name, "--llms", least=1e-9) for name in names), family
-    if unknown := [name for name in names if name not in described]:
+    if unknown := [name for name in names if name not in known]:
         raise ValueError(
-            f"--llms: {', '.join(unknown)} unknown; there are {', '.join(described)}, "
+            f"--llms: {', '.join(unknown)} unknown; there are {', '.join(known)}, "
             "or give sizes in billions"
         )
-    family = {name: described[name] for name in names}
+    family = {name: known[name] for name in names}
     sizes = tuple(N for N, _ in family.values())
     if len(set(sizes)) < len(names):
         raise ValueError(
@@ -261,7 +240,7 @@ def search_of(args: argparse.Namespace) -> tuple[planner.Search, dict[float, str
         args.batch,
         args.cached_text,
     )
-    config = load(Path(args.config), "get_config")() if args.config else None
+    config = described.load(Path(args.config), "get_config")() if args.config else None
     law = read_laws(args.law, args.mix)
     kinds = args.compressors.split(",") if args.compressors else None
     limits = [(unit, float(limit))]
@@ -278,7 +257,7 @@ def search_of(args: argparse.Namespace) -> tuple[planner.Search, dict[float, str
         vit = cost.ViT.of(config.vit) if config else None
         kinds = kinds or [config.compressor.kind if config else "token_packer"]
     else:
-        base = config if config is not None else load(CONFIGS / "base.py", "get_config")()
+        base = config if config is not None else described.base()
         llms, family = chosen_llms(
             args.llms, described_llms(config), config is not None and len(config.grid.llms) > 0
         )

@@ -2,18 +2,20 @@
 """Turns a run's rows into figures and one HTML page: vlm-jax report --workdir=DIR.
 
 Reads DIR/rows.jsonl and, where they exist, DIR/law.json (if no older than the rows),
-DIR/baselines.json ({"majority": {task: score}}), DIR/run.json ({"command", "config", "phases"}) or
-DIR/command.txt. Writes DIR/report/index.html, DIR/report/figures/ and, where it fitted the law
-itself, DIR/law.json.
+DIR/baselines.json ({"majority": {task: score}}), DIR/run.json ({"command", "config", "method",
+"phases"}) or DIR/command.txt. Writes DIR/report/index.html, DIR/report/figures/ and, where it
+fitted the law itself, DIR/law.json.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from vlm_jax.reports import cost_figures, figures, page
+from vlm_jax.reports import figures, page
+from vlm_jax.reports import run as runs
+from vlm_jax.reports.run import Run
 from vlm_jax.scaling import law as laws_module
 from vlm_jax.scaling import records
 
@@ -35,23 +37,25 @@ def write(workdir: Path | str) -> dict:
         key=lambda row: (row.llm_parameters, row.V, row.seed, row.cell),
     )
     majority = read_object(workdir / "baselines.json").get("majority", {})
-    laws, reasons = laws_of(workdir, rows)
+    facts = run_facts(workdir)
+    run = runs.of(rows, facts.get("method"))
+    laws, reasons = laws_of(workdir, run)
     missing = ""
     try:
         drawn = figures.run_figures(
-            rows, laws, workdir / "report" / "figures", majority=page.by_family(rows, majority)
+            run, laws, workdir / "report" / "figures", majority=page.by_family(rows, majority)
         )
     except ModuleNotFoundError as error:
         # A grid of many hours must not end without its tables for want of a drawing library.
         drawn, missing = [], str(error)
     html = page.build(
-        rows,
+        run,
         laws,
         drawn,
         reasons=reasons,
         majority=majority,
         name=workdir.resolve().name,
-        run=run_facts(workdir),
+        facts=facts,
         missing=missing,
     )
     index = workdir / "report" / "index.html"
@@ -67,13 +71,12 @@ def write(workdir: Path | str) -> dict:
     }
 
 
-def laws_of(workdir: Path, rows: Sequence) -> tuple[dict, dict[str, str]]:
-    """(family -> Law, family -> why there is none), from law.json or fitted.
+def laws_of(workdir: Path, run: Run) -> tuple[dict, dict[str, str]]:
+    """(family -> Law, family -> why there is none) of the grid's method, from law.json or fitted.
 
     A law.json that is older than the rows, or missing, is fitted anew and written.
     """
-    main = cost_figures.split(rows)[0]
-    families = sorted({family for row in main for family in row.families})
+    families = sorted({family for row in run.main for family in row.families})
     path = workdir / "law.json"
     if path.is_file() and path.stat().st_mtime_ns >= (workdir / "rows.jsonl").stat().st_mtime_ns:
         fields = read_object(path)
@@ -84,17 +87,16 @@ def laws_of(workdir: Path, rows: Sequence) -> tuple[dict, dict[str, str]]:
     laws, reasons = {}, {}
     for family in families:
         try:
-            measured = [row for row in main if family in row.families]
-            points = records.points(measured, family, compressor=main[0].compressor)
-            laws[family] = laws_module.fit(points)
+            measured = [row for row in run.main if family in row.families]
+            laws[family] = laws_module.fit(records.points(measured, family))
         except ValueError as error:
             reasons[family] = f"{str(error)[:1].upper()}{str(error)[1:]}."
-    if laws and (document := law_document(main, laws)):
+    if laws and (document := law_document(run, laws)):
         records.replace(path, json.dumps(document) + "\n")
     return laws, reasons
 
 
-def law_document(rows: Sequence, laws: Mapping) -> dict | None:
+def law_document(run: Run, laws: Mapping) -> dict | None:
     """The content of law.json, as `vlm-jax fit` orders it: the law of the mean over families, and
     each family's under "families"; with one family the top level is that family's.
 
@@ -103,12 +105,12 @@ def law_document(rows: Sequence, laws: Mapping) -> dict | None:
     families = {family: law.to_dict() for family, law in laws.items()}
     if len(laws) == 1:
         (name,) = laws
-        return families[name] | {"family": name, "families": families}
+        return families[name] | {"family": name, "method": run.method, "families": families}
     try:
-        mean = laws_module.fit(records.points(rows, compressor=rows[0].compressor))
+        mean = laws_module.fit(records.points(run.main)).to_dict()
     except ValueError:
         return None
-    return mean.to_dict() | {"family": "mean of families", "families": families}
+    return mean | {"family": "mean of families", "method": run.method, "families": families}
 
 
 def run_facts(workdir: Path) -> dict:

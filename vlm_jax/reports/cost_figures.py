@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the paper's figures leave out: every phase in the cost, time, and the blind score.
+"""What the paper's figures leave out: every phase in the cost, a question pass, and time.
 
-These figures need results rows (scaling/records.py), which count each phase of a request; points
-alone do not.
+The costs are those of results rows (scaling/records.py), which count each phase of a request, or of
+models that are described by their sizes.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,11 @@ import numpy as np
 from vlm_jax.reports import cells as table
 from vlm_jax.reports.canvas import (
     HATCHES,
-    MARKERS,
     OKABE_ITO,
     Canvas,
     Figure,
     amount_text,
     parameters_text,
-    size_colours,
 )
 from vlm_jax.reports.curves import ERROR, limits, ring_best, size_curves
 from vlm_jax.scaling import cost, roofline
@@ -28,123 +26,13 @@ ALL_PHASES = "counted FLOPs per request, all phases"
 PHASES = ("encoder", "compressor", "question", "prefill", "decode")
 
 
-def scores_against_tokens(
-    rows: Sequence, family: str, out_dir, *, name: str, majority: int | float | None = None
-) -> Figure:
-    """Mean score against V per LLM size, with its blind score and other compressors beside it.
-
-    `rows` are all rows of a run; `majority` is the score of always answering the commonest answer.
-    """
-    main, blind, other = split(rows)
-    canvas = Canvas(
-        x="visual tokens V", y=f"mean score on {family}", title=f"{family}: score against V"
-    )
-    sizes = sorted({row.llm_parameters for row in rows})
-    colours = dict(zip(sizes, size_colours(len(sizes)), strict=True))
-    tokens = sorted({row.V for row in main + other if family in row.families})
-    blind_at = tokens[0] / 2.2
-    other_sizes = sorted({row.llm_parameters for row in other if family in row.families})
-    for i, n in enumerate(sizes):
-        style = {"colour": colours[n], "marker": MARKERS[i % len(MARKERS)], "N_billions": n / 1e9}
-        text = parameters_text(n / 1e9)
-        V, score, stderr = _by_tokens([row for row in main if row.llm_parameters == n], family)
-        if len(V):
-            canvas.line(text, V, score, colour=colours[n], N_billions=n / 1e9, V=V)
-            canvas.points(text, V, score, stderr=stderr, V=V, **style)
-            canvas.write(text, V[-1], score[-1], colour=colours[n], size=7.5)
-        V, score, stderr = _by_tokens([row for row in other if row.llm_parameters == n], family)
-        if len(V):
-            kinds = "/".join(sorted({row.compressor for row in other}))
-            canvas.points(
-                f"{text} {kinds}",
-                V,
-                score,
-                stderr=stderr,
-                hollow=True,
-                V=V,
-                name=kinds if n == other_sizes[0] else None,
-                **style,
-            )
-        _, score, stderr = _by_tokens([row for row in blind if row.llm_parameters == n], family)
-        if len(score):
-            canvas.points(f"{text} blind", [blind_at], score[:1], stderr=stderr[:1], V=0, **style)
-            canvas.line(
-                f"{text} blind",
-                [blind_at, tokens[-1]],
-                [score[0]] * 2,
-                colour=colours[n],
-                dash=":",
-                V=0,
-            )
-    if majority is not None:
-        canvas.line(
-            "commonest answer",
-            [blind_at, tokens[-1]],
-            [majority] * 2,
-            colour="0.4",
-            dash="-.",
-            name="commonest answer",
-        )
-    canvas.log_x(base10=False, ticks=tokens)
-    if blind:
-        canvas.axes.set_xticks([blind_at, *tokens], ["blind", *(f"{v:g}" for v in tokens)])
-        canvas.axes.minorticks_off()
-    canvas.axes.margins(x=0.1)
-    canvas.legend()
-    caption = (
-        f"Mean score on {family}: one curve per LLM size, bars of one standard error. "
-        + (
-            "Dotted lines repeat the blind score of the same size, which never sees the image. "
-            if blind
-            else ""
-        )
-        + ("Hollow marks are other compressors. " if other else "")
-    )
-    alt = f"Mean score on {family} against visual tokens for {len(sizes)} LLM sizes."
-    return canvas.save(out_dir, name, caption=caption.strip(), alt=alt)
-
-
-def split(rows: Sequence) -> tuple[list, list, list]:
-    """Rows of the grid, blind rows, and rows of every compressor but the commonest one."""
-    seeing = [row for row in rows if not row.blind]
-    kinds = [row.compressor for row in seeing]
-    # Among equally common compressors the first by name, so that the order of rows changes nothing.
-    usual = max(sorted(set(kinds)), key=kinds.count) if kinds else None
-    return (
-        [row for row in seeing if row.compressor == usual],
-        [row for row in rows if row.blind],
-        [row for row in seeing if row.compressor != usual],
-    )
-
-
-def _by_tokens(rows, family):
-    """(V, mean score, standard error) over seeds, by rising V; the error is that of cells.Cells."""
-    rows = [row for row in rows if family in row.families]
-    V, means, errors = sorted({row.V for row in rows}), [], []
-    for v in V:
-        found = [row.families[family] for row in rows if row.V == v]
-        score, stderr = mean_over_seeds(found)
-        means.append(score)
-        errors.append(stderr)
-    return np.array(V, float), np.array(means), np.array(errors)
-
-
-def mean_over_seeds(scores: Sequence[dict]) -> tuple[float, float]:
-    """Mean and standard error over seeds: the shared questions' error plus the seeds' spread."""
-    values = np.array([s["score"] for s in scores], float)
-    sampling = np.mean([s["stderr"] ** 2 for s in scores])
-    between = values.var(ddof=1) / len(values) if len(values) > 1 else 0.0
-    return float(values.mean()), float(np.sqrt(sampling + between))
-
-
 def phases(rows: Sequence, out_dir, *, name: str) -> Figure:
     """FLOPs of one request by phase, for the smallest and largest LLM at fewest and most V."""
-    main = split(rows)[0]
-    sizes = sorted({row.llm_parameters for row in main})
+    sizes = sorted({row.llm_parameters for row in rows})
     corner = {}
     for n in (sizes[0], sizes[-1]):
         mine = sorted(
-            (row for row in main if row.llm_parameters == n), key=lambda row: (row.V, row.seed)
+            (row for row in rows if row.llm_parameters == n), key=lambda row: (row.V, row.seed)
         )
         for row in (mine[0], mine[-1]):
             corner.setdefault((n, row.V), row)
@@ -333,30 +221,27 @@ def counted_figures(rows, points, law, out_dir, family, *, chip=CHIPS["v5e"]) ->
             "decoding.",
         )
     ]
-    asked = np.array([sum(task["n"] for task in row.tasks.values()) for row in rows], float)
-    measured = np.array([row.evaluate_seconds for row in rows], float) / np.maximum(asked, 1)
-    if (measured > 0).all():
+    if (measured := measured_seconds(rows)) is not None:
+        seconds, words = measured
         drawn.append(
             error_against_cost(
                 points,
                 law,
-                measured,
+                seconds,
                 out_dir,
                 family=family,
                 name=f"{file}_measured_time",
                 unit="s",
                 x="measured time per test question",
                 title=f"{family}: measured time",
-                words="the measured wall time of the evaluation per question on "
-                f"{rows[0].machine}, in batches, with "
-                "compilation and with image features from a cache where the run kept them.",
+                words=words,
             )
         )
     drawn.append(
         error_against_cost(
             points,
             law,
-            np.array([least_seconds(row, chip) for row in rows]),
+            np.array([sum(roofline.row_seconds(row, chip).values()) for row in rows]),
             out_dir,
             family=family,
             name=f"{file}_latency",
@@ -371,21 +256,24 @@ def counted_figures(rows, points, law, out_dir, family, *, chip=CHIPS["v5e"]) ->
     return drawn
 
 
-def least_seconds(row, chip) -> float:
-    """Seconds below which `chip` cannot answer a request: its FLOPs and weights, nothing else."""
-    passes = {
-        "encoder": row.vit_parameters,
-        "compressor": row.compressor_parameters,
-        "prefill": row.llm_parameters,
-        "question": row.llm_parameters if row.flops.get("question") else 0,
-        "decode": max(row.G - 1, 0) * row.llm_parameters,
-    }
-    return sum(
-        max(
-            row.flops.get(phase, 0) / chip.peak_flops,
-            numbers * chip.bytes_per_number / chip.hbm_bytes_per_s,
+def measured_seconds(rows: Sequence) -> tuple[np.ndarray, str] | None:
+    """Seconds per question of every row, and how they were measured in words; None without any."""
+    machine = rows[0].machine
+    if all(row.timing for row in rows):
+        batches = sorted({row.timing["batch"] for row in rows})
+        seconds = np.array([row.timing["seconds_per_example"] for row in rows], float)
+        return seconds, (
+            f"the measured time of answering a question on {machine}, in batches of "
+            f"{' or '.join(map(str, batches))}, once everything is compiled. Image features come "
+            "from a cache, so the encoder is not in it."
         )
-        for phase, numbers in passes.items()
+    asked = np.array([sum(task["n"] for task in row.tasks.values()) for row in rows], float)
+    seconds = np.array([row.evaluate_seconds for row in rows], float) / np.maximum(asked, 1)
+    if not (seconds > 0).all():
+        return None
+    return seconds, (
+        f"the measured wall time of the evaluation per question on {machine}, in batches, with "
+        "loading, compilation, and image features from a cache where the run kept them."
     )
 
 

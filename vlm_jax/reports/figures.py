@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from vlm_jax.reports import cells as table
-from vlm_jax.reports import cost_figures
+from vlm_jax.reports import cost_figures, score_figures
 from vlm_jax.reports.canvas import (
     HATCHES,
     MARKERS,
@@ -34,6 +34,7 @@ from vlm_jax.reports.curves import (
     size_curves,
     span,
 )
+from vlm_jax.reports.run import Run
 from vlm_jax.scaling import law as laws_module
 from vlm_jax.scaling import records
 
@@ -52,25 +53,26 @@ def law_figures(points, law, out_dir, name) -> list[Path]:
     return [path for figure in drawn for path in figure.paths]
 
 
-def run_figures(rows, laws, out_dir, *, majority=None) -> list[Figure]:
-    """Every figure that results rows allow, one family after the other, those of all last.
+def run_figures(run: Run, laws, out_dir, *, majority=None) -> list[Figure]:
+    """Every figure that a run's rows allow, one family after the other, those of all last.
 
     `laws` maps a family to its law and may lack any; `majority` maps a family to the score of its
     commonest answers.
     """
-    main = cost_figures.split(rows)[0]
-    families = sorted({family for row in rows for family in row.families})
     drawn, groups = [], {}
-    for family in families:
+    for family in run.families:
         mine = []
-        if any(family in row.families and not row.blind for row in rows):
-            level = (majority or {}).get(family)
+        if measured := [row for row in run.main if family in row.families]:
             mine.append(
-                cost_figures.scores_against_tokens(
-                    rows, family, out_dir, name=f"{slug(family)}_scores", majority=level
+                score_figures.scores_against_tokens(
+                    run,
+                    family,
+                    out_dir,
+                    name=f"{slug(family)}_scores",
+                    majority=(majority or {}).get(family),
                 )
             )
-        if measured := [row for row in main if family in row.families]:
+            mine += score_figures.methods(run, family, out_dir, name=f"{slug(family)}_methods")
             points, law = records.points(measured, family), laws.get(family)
             groups[family] = table.average(points)
             mine += points_figures(points, law, out_dir, family)
@@ -78,7 +80,7 @@ def run_figures(rows, laws, out_dir, *, majority=None) -> list[Figure]:
         drawn += [replace(figure, section=family) for figure in mine]
     if groups:
         drawn += equal_compute(groups, out_dir, name="equal_compute")
-        drawn.append(cost_figures.phases(rows, out_dir, name="phases"))
+        drawn.append(cost_figures.phases(run.main, out_dir, name="phases"))
     return drawn
 
 

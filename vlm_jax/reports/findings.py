@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vlm_jax.reports import cells as table
-from vlm_jax.reports import cost_figures
 from vlm_jax.reports.canvas import parameters_text
+from vlm_jax.reports.run import Run, mean_over_seeds
 
 SURE = 1.96  # standard errors: 95 % two-sided under a normal error
 # The smallest size of the published grid (arXiv 2411.03312), in parameters.
@@ -44,7 +44,7 @@ def interval(pair: Sequence[int | float]) -> str:
 
 
 def derive(
-    rows: Sequence,
+    run: Run,
     laws: Mapping,
     *,
     reasons: Mapping[str, str],
@@ -56,22 +56,21 @@ def derive(
     `majority` maps a family to the score of always giving its commonest answers.
     """
     found = Findings()
-    main, blind, other = cost_figures.split(rows)
-    for family in sorted({family for row in rows for family in row.families}):
-        mine = [row for row in main if family in row.families]
+    for family in run.families:
+        mine = [row for row in run.main if family in row.families]
         if family in laws and mine:
             _law(found, family, laws[family], mine)
         elif family in reasons:
             found.answer.append((family, f"No law, so no answer yet. {reasons[family]}"))
         _best_cells(found, family, mine)
-        _against_blind(found, family, mine, blind)
-        _against_other(found, family, mine, other)
+        _against_blind(found, family, mine, run.blind)
+        _against_other(found, family, mine, run.other)
         _against_majority(found, family, mine, majority.get(family))
     _between_families(found, laws)
-    if not main:
+    if not run.main:
         found.answer.append(("", "There is no finished cell of the grid yet, so no answer."))
     else:
-        _limits_of_the_run(found, main)
+        _limits_of_the_run(found, run.main)
     return found
 
 
@@ -198,7 +197,7 @@ def by_cell(rows: Sequence, family: str) -> dict:
     grouped = {}
     for row in rows:
         grouped.setdefault((row.llm, row.V), []).append(row.families[family])
-    return {key: cost_figures.mean_over_seeds(scores) for key, scores in grouped.items()}
+    return {key: mean_over_seeds(scores) for key, scores in grouped.items()}
 
 
 def blind_scores(blind: Sequence, family: str) -> dict:
@@ -207,7 +206,7 @@ def blind_scores(blind: Sequence, family: str) -> dict:
     for row in blind:
         if family in row.families:
             grouped.setdefault(row.llm, []).append(row.families[family])
-    return {llm: cost_figures.mean_over_seeds(scores) for llm, scores in grouped.items()}
+    return {llm: mean_over_seeds(scores) for llm, scores in grouped.items()}
 
 
 def margin(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
@@ -273,14 +272,14 @@ def _against_blind(found: Findings, family: str, main: Sequence, blind: Sequence
 def _against_other(found: Findings, family: str, main: Sequence, other: Sequence) -> None:
     scores = by_cell(main, family)
     other = [row for row in other if family in row.families]
-    for kind in sorted({row.compressor for row in other}):
-        rival = by_cell([row for row in other if row.compressor == kind], family)
+    for method in sorted({row.method for row in other}):
+        rival = by_cell([row for row in other if row.method == method], family)
         pairs = [margin(scores[key], rival[key]) for key in rival if key in scores]
         if not pairs:
             continue
         better = sum(difference > SURE * spread for difference, spread in pairs)
         worse = sum(difference < -SURE * spread for difference, spread in pairs)
-        said = f"{main[0].compressor} against {kind} at the same LLM and V"
+        said = f"{main[0].method} against {method} at the same LLM and V"
         if better or worse:
             said += f": better in {better} and worse in {worse} of {len(pairs)} cells."
             found.shows.append((family, said))
@@ -344,8 +343,7 @@ def _limits_of_the_run(found: Findings, main: Sequence) -> None:
             f"What longer training gives: every cell was trained for {next(iter(steps)):,} steps, "
             "whatever its size."
         )
-    kinds = ", ".join(sorted({row.compressor for row in main}))
-    said.append(f"Other compressors: β belongs to {kinds} and to these tasks.")
+    said.append(f"Other methods: the law is of {main[0].method} and of these tasks.")
     total = [max(sum(row.flops.values()), 1) for row in main]
     share = [100 * row.flops.get("prefill", 0) / t for row, t in zip(main, total, strict=True)]
     said.append(

@@ -6,45 +6,48 @@ from html import escape
 
 import numpy as np
 
-from vlm_jax.reports import cost_figures, findings, markup
-from vlm_jax.reports.canvas import Figure, amount_text, parameters_text, seconds_text
+from vlm_jax.reports import findings, markup, score_tables
+from vlm_jax.reports.canvas import Figure, seconds_text
 from vlm_jax.reports.markup import Cell, numeral, words
+from vlm_jax.reports.run import Run
 
 QUESTION = "For a given inference budget, which language model and how many visual tokens?"
 # Figures that a reader wants first; the others of a family are folded away.
-FIRST = ("_scores", "_flops_measured_q", "_optimal_v", "_total_flops")
+FIRST = ("_scores", "_methods", "_flops_measured_q", "_optimal_v", "_total_flops")
 
 
 def build(
-    rows: Sequence,
+    run: Run,
     laws: Mapping,
     figures: Sequence[Figure],
     *,
     reasons: Mapping[str, str],
     majority: Mapping[str, int | float],
     name: str,
-    run: Mapping,
+    facts: Mapping,
     missing: str = "",
 ) -> str:
     """The HTML of one run.
 
     Args:
-        rows: every results row; `laws` family -> Law; `reasons` family -> why it has no law.
+        run: every results row, parted; `laws` family -> Law; `reasons` family -> why it has none.
         majority: task -> score of always giving its commonest answer.
         name: of the run, for the lead.
-        run: what is known of how it was started: "command", "config", "phases" (name -> seconds).
+        facts: what is known of how it was started: "command", "config", "phases" (name -> seconds).
         missing: why nothing could be drawn, where that is so.
     """
-    said = findings.derive(rows, laws, reasons=reasons, majority=by_family(rows, majority))
+    rows = run.rows
+    said = findings.derive(run, laws, reasons=reasons, majority=by_family(rows, majority))
     parts = [
         ("answer", "The answer of this run", _answer(said)),
         ("figures", "Figures", _figures(figures, missing)),
-        ("cells", "All cells", _cells(rows)),
-        ("baselines", "Baselines", _baselines(rows, majority)),
-        ("law", "The law's parameters", _laws(rows, laws, reasons)),
-        ("tasks", "Tasks", _tasks(rows, majority)),
-        ("made", "How it was made", _made(rows, run)),
-        ("repeat", "How to repeat it", _repeat(rows, run)),
+        ("methods", "Methods side by side", score_tables.methods(run)),
+        ("cells", "All cells", _cells(run)),
+        ("baselines", "Baselines", _baselines(run, majority)),
+        ("law", "The law's parameters", _laws(run, laws, reasons)),
+        ("tasks", "Tasks", _tasks(run, majority)),
+        ("made", "How it was made", _made(rows, facts)),
+        ("repeat", "How to repeat it", _repeat(rows, facts)),
     ]
     created = max((row.created for row in rows), default="")
     lead = f"Run {name}, {len(rows)} finished cells" + (f", last at {created}." if created else ".")
@@ -113,102 +116,29 @@ def _gallery(figures: Sequence[Figure]) -> str:
     return '<div class="figures">' + "\n".join(markup.figure(f) for f in figures) + "</div>"
 
 
-def _score(score: Mapping | None) -> Cell:
-    if score is None:
-        return numeral(None)
-    return Cell(f"{score['score']:.3f} ± {score['stderr']:.3f}", score["score"])
-
-
-def _margin(row, family: str, blind: Mapping) -> Cell:
-    """A row's score minus the blind score of its LLM; open within 1.96 standard errors."""
-    if row.blind or family not in row.families or row.llm not in blind:
-        return numeral(None)
-    score = row.families[family]
-    difference, spread = findings.margin((score["score"], score["stderr"]), blind[row.llm])
-    text = f"{difference:+.3f} ± {spread:.3f}".replace("-", "−")
-    return Cell(text, difference, open=difference <= findings.SURE * spread)
-
-
-def _names(rows: Sequence) -> tuple[list[str], list[str]]:
-    """Families and tasks that occur in any row."""
-    families = sorted({family for row in rows for family in row.families})
-    return families, sorted({task for row in rows for task in row.tasks})
-
-
-def _row_table(caption: str, rows: Sequence, every: Sequence) -> str:
-    """A line per row, the blind score of its LLM beside each family; `every` has all rows."""
-    families, tasks = _names(every)
-    blind = {
-        family: findings.blind_scores([row for row in every if row.blind], family)
-        for family in families
-    }
-    titles = ["cell", "LLM", "N, parameters", "V", "seed", "compressor"]
-    for family in families:
-        titles += [family, f"{family}, blind", f"{family}, above blind"]
-    titles += [*tasks, "Q, tokens", "G, tokens"]
-    titles += [f"{phase}, FLOPs" for phase in cost_figures.PHASES] + ["request, FLOPs"]
-    titles += ["training steps", "training, FLOPs", "training time", "evaluation time"]
-    lines = []
-    for row in rows:
-        line = [words(row.cell), words(row.llm), _parameters(row.llm_parameters)]
-        line += [numeral(row.V, f"{row.V:g}"), numeral(row.seed, str(row.seed)), words(_kind(row))]
-        for family in families:
-            floor = blind[family].get(row.llm)
-            line.append(_score(row.families.get(family)))
-            line.append(_score(floor and {"score": floor[0], "stderr": floor[1]}))
-            line.append(_margin(row, family, blind[family]))
-        line += [_score(row.tasks.get(task)) for task in tasks]
-        line += [numeral(row.Q), numeral(row.G)]
-        phases = [row.flops.get(phase) for phase in cost_figures.PHASES]
-        line += [_amount(value) for value in (*phases, sum(row.flops.values()))]
-        steps = row.train.get("steps")
-        line += [numeral(steps, steps and f"{steps:,}"), _amount(row.train.get("flops"))]
-        line += [_seconds(row.train.get("seconds")), _seconds(row.evaluate_seconds)]
-        lines.append(line)
-    return markup.table(caption, titles, lines, keys=[row.cell for row in rows])
-
-
-def _parameters(count: int) -> Cell:
-    return numeral(count, parameters_text(count / 1e9))
-
-
-def _amount(value: int | float | None) -> Cell:
-    return numeral(value, value is not None and amount_text(value) or None)
-
-
-def _seconds(value: int | float | None) -> Cell:
-    return numeral(value, value is not None and seconds_text(value) or None)
-
-
-def _kind(row) -> str:
-    query = "" if row.query in ("", "none") else f", query {row.query}"
-    return "blind" if row.blind else row.compressor + query
-
-
-def _cells(rows: Sequence) -> str:
-    main = cost_figures.split(rows)[0]
-    if not main:
+def _cells(run: Run) -> str:
+    if not run.main:
         return "<p>No cell of the grid is finished.</p>"
     caption = (
-        "Cells of the grid. Scores are fractions ± one standard error of the test questions; a "
-        "grey margin above the blind score of the same LLM is within 1.96 standard errors. FLOPs "
-        "are per request. A button in the head sorts."
+        f"Cells of the grid: {run.method}. Scores are fractions ± one standard error of the test "
+        "questions; a grey margin above the blind score of the same LLM is within 1.96 standard "
+        "errors. FLOPs are per request. A button in the head sorts."
     )
-    return _row_table(caption, sorted(main, key=lambda r: (r.llm_parameters, r.V, r.seed)), rows)
+    kept = sorted(run.main, key=lambda r: (r.llm_parameters, r.V, r.seed))
+    return score_tables.row_table(caption, kept, run.rows)
 
 
-def _baselines(rows: Sequence, majority: Mapping[str, int | float]) -> str:
-    _, blind, other = cost_figures.split(rows)
+def _baselines(run: Run, majority: Mapping[str, int | float]) -> str:
     parts = []
-    if blind or other:
+    if others := [*run.blind, *run.other]:
         caption = (
             "Baseline cells. Blind models see the mean image instead of the image; the other "
-            "compressors stand beside the grid's own at the same LLM and V."
+            "methods stand beside the grid's own at the same LLM and V."
         )
-        kept = sorted(blind + other, key=lambda r: (_kind(r), r.llm_parameters, r.V, r.seed))
-        parts.append(_row_table(caption, kept, rows))
+        kept = sorted(others, key=lambda r: (score_tables.kind(r), r.llm_parameters, r.V, r.seed))
+        parts.append(score_tables.row_table(caption, kept, run.rows))
     else:
-        parts.append("<p>No blind model and no other compressor was run.</p>")
+        parts.append("<p>No blind model and no other method was run.</p>")
     if majority:
         caption = "Always giving the commonest answer of a task."
         lines = [[words(t), numeral(s, f"{s:.3f}")] for t, s in sorted(majority.items())]
@@ -218,14 +148,15 @@ def _baselines(rows: Sequence, majority: Mapping[str, int | float]) -> str:
     return "\n".join(parts)
 
 
-def _laws(rows: Sequence, laws: Mapping, reasons: Mapping[str, str]) -> str:
-    parts = [
+def _laws(run: Run, laws: Mapping, reasons: Mapping[str, str]) -> str:
+    parts = [f"<p>{escape(_rows_of_the_law(run))}</p>"] if run.main else []
+    parts += [
         f"<p>{escape(family)}: no law. {escape(why)}</p>" for family, why in sorted(reasons.items())
     ]
     if laws:
         names = list(dict.fromkeys(name for law in laws.values() for name in law.params))
         titles = ["family", "form", *names, "best V at the measured Q", "misfit (RMSE)", "points"]
-        lines = [_law_line(family, law, names, rows) for family, law in sorted(laws.items())]
+        lines = [_law_line(family, law, names, run) for family, law in sorted(laws.items())]
         caption = (
             "Parameters of the fitted law. Each has its 95 % interval beside it. N is in billions "
             "of parameters; the best V minimises the error at fixed 2N(Q+V) within the measured V."
@@ -235,15 +166,24 @@ def _laws(rows: Sequence, laws: Mapping, reasons: Mapping[str, str]) -> str:
     return "\n".join(parts)
 
 
-def _law_line(family: str, law, names: Sequence[str], rows: Sequence) -> list[Cell]:
+def _rows_of_the_law(run: Run) -> str:
+    """Which rows the law was fitted to, and which it leaves out."""
+    said = f"The law is fitted to the {len(run.main)} rows of {run.method}."
+    left = {method: 0 for method in sorted({row.method for row in run.other})}
+    for row in run.other:
+        left[row.method] += 1
+    counts = [f"{count} of {method}" for method, count in left.items()]
+    counts += [f"{len(run.blind)} of blind models"] * bool(run.blind)
+    return said + (f" Not used: {', '.join(counts)}." if counts else "")
+
+
+def _law_line(family: str, law, names: Sequence[str], run: Run) -> list[Cell]:
     line = [words(family), words(law.form)]
     for name in names:
         value, ends = law.params.get(name), law.intervals.get(name)
         text = value is not None and findings.number(value)
         line.append(numeral(value, text and text + (f" {findings.interval(ends)}" if ends else "")))
-    best = findings.best_tokens(
-        law, [r for r in cost_figures.split(rows)[0] if family in r.families]
-    )
+    best = findings.best_tokens(law, [row for row in run.main if family in row.families])
     line.append(numeral(best and best[0], best and f"{best[0]:.0f} [{best[1]:.0f}, {best[2]:.0f}]"))
     return [*line, numeral(law.rmse), numeral(law.n, str(law.n))]
 
@@ -253,19 +193,22 @@ def _notes(family: str, law) -> str:
     return f"<h3>{escape(family)}</h3>" + markup.bullets(notes) if notes else ""
 
 
-def _tasks(rows: Sequence, majority: Mapping[str, int | float]) -> str:
-    main, blind, _ = cost_figures.split(rows)
-    lines = []
-    for task in _names(rows)[1]:
+def _tasks(run: Run, majority: Mapping[str, int | float]) -> str:
+    rows, lines = run.rows, []
+    for task in score_tables.names(rows)[1]:
         known = next(row.tasks[task] for row in rows if task in row.tasks)
-        seen = [row.tasks[task] for row in main if task in row.tasks]
-        floor = [row.tasks[task] for row in blind if task in row.tasks]
+        seen = [row.tasks[task] for row in run.main if task in row.tasks]
+        floor = [row.tasks[task] for row in run.blind if task in row.tasks]
         counts = sorted({row.tasks[task]["n"] for row in rows if task in row.tasks})
         best = max(seen, key=lambda s: s["score"], default=None)
         worst = min(seen, key=lambda s: s["score"], default=None)
         line = [words(task), words(known["family"]), words(known["metric"])]
-        line += [numeral(counts[-1], " or ".join(map(str, counts))), _score(worst), _score(best)]
-        line.append(_score(max(floor, key=lambda s: s["score"], default=None)))
+        line += [
+            numeral(counts[-1], " or ".join(map(str, counts))),
+            score_tables.score_cell(worst),
+            score_tables.score_cell(best),
+        ]
+        line.append(score_tables.score_cell(max(floor, key=lambda s: s["score"], default=None)))
         lines.append([*line, numeral(majority.get(task))])
     caption = "Tasks and the range of their scores over the grid; blind is the best blind model."
     titles = [
@@ -281,7 +224,7 @@ def _tasks(rows: Sequence, majority: Mapping[str, int | float]) -> str:
     return markup.table(caption, titles, lines) if lines else "<p>No task was scored yet.</p>"
 
 
-def _made(rows: Sequence, run: Mapping) -> str:
+def _made(rows: Sequence, run_facts: Mapping) -> str:
     """What made the rows; where rows disagree, every value with the number of rows that have it."""
     facts = []
     for title, field in (
@@ -298,11 +241,11 @@ def _made(rows: Sequence, run: Mapping) -> str:
     for library in sorted({library for row in rows for library in row.versions}):
         counted = _distinct(row.versions.get(library, "not recorded") for row in rows)
         facts += [(f"version of {library}", *found) for found in counted]
-    if run.get("config"):
-        facts.append(("configuration", str(run["config"]), None))
+    if run_facts.get("config"):
+        facts.append(("configuration", str(run_facts["config"]), None))
     spent = sum(row.train.get("seconds") or 0 for row in rows)
     facts.append(("training of all cells", seconds_text(spent), None))
-    for phase, seconds in (run.get("phases") or {}).items():
+    for phase, seconds in (run_facts.get("phases") or {}).items():
         facts.append((f"wall time: {phase}", seconds_text(float(seconds)), None))
     lines = [[words(title), words(value), numeral(n, n and str(n))] for title, value, n in facts]
     caption = "Origin of every number above. A fact with several lines differs between rows."
@@ -316,8 +259,8 @@ def _distinct(values) -> list[tuple[str, int]]:
     return sorted(found.items(), key=lambda item: -item[1])
 
 
-def _repeat(rows: Sequence, run: Mapping) -> str:
-    command = run.get("command")
+def _repeat(rows: Sequence, facts: Mapping) -> str:
+    command = facts.get("command")
     commits = [commit for commit, _ in _distinct(row.commit for row in rows)]
     parts = []
     if commits:

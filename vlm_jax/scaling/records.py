@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A results row says everything about one grid cell; files of rows are never torn and never hold a
-cell twice."""
+"""A results row says all about one cell; files of rows are never torn and hold no cell twice."""
 
 import dataclasses
 import json
 import math
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlm_jax.scaling import tables
@@ -23,7 +22,8 @@ class Row:
 
     Parameters are counts, V, Q (mean prompt text tokens) and G (mean generated tokens) are tokens,
     scores and standard errors are fractions, `flops` is per request, `train` is in optimizer steps,
-    examples, FLOPs and seconds, `created` is UTC in ISO 8601.
+    examples, FLOPs and seconds, `created` is UTC in ISO 8601. Fields with a default came later: a
+    line without them is read as one that did not measure them.
     """
 
     cell: str
@@ -34,7 +34,7 @@ class Row:
     compressor: str
     query: str  # "none", "separate" or "prefix"
     blind: bool
-    V: int
+    V: int | float  # where the image chooses, the mean
     Q: float
     G: float
     seed: int
@@ -53,6 +53,16 @@ class Row:
     machine: str
     created: str
     schema: int = SCHEMA
+    variant: str = ""  # what sets the compressor apart from its default, "pool" for instance
+    # batch, seconds_per_example once everything is compiled, and new_tokens per batch (the closing
+    # one included), which the longest answer decides; empty where only one batch was run.
+    timing: dict = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """The compressor with what tells its models apart: "quecc, query separate"."""
+        query = "" if self.query in ("", "none") else f"query {self.query}"
+        return ", ".join(word for word in (self.compressor, self.variant, query) if word)
 
     def to_json(self) -> str:
         """The row as one line of JSON, keys sorted, without a newline. Raises ValueError on NaN."""
@@ -67,8 +77,8 @@ class Row:
             raise ValueError(f"a row is a JSON object, got {type(fields).__name__}")
         if fields.get("schema") != SCHEMA:
             raise ValueError(f"row of schema {fields.get('schema')!r}, this version reads {SCHEMA}")
-        known = [field.name for field in dataclasses.fields(cls)]
-        missing = [name for name in known if name not in fields]
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        missing = [name for name in known if name not in fields and name not in LATER]
         unknown = [name for name in fields if name not in known]
         if missing or unknown:
             raise ValueError(f"row with missing fields {missing} and unknown fields {unknown}")
@@ -77,6 +87,9 @@ class Row:
             if not 0 <= task["score"] <= 1:  # also refuses NaN
                 raise ValueError(f"score of {name} must be a fraction in 0..1, got {task['score']}")
         return cls(**fields)
+
+
+LATER = ("variant", "timing")
 
 
 def families_of(tasks: dict) -> dict:
@@ -145,52 +158,68 @@ def replace(path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def main_compressor(rows) -> str:
-    """The compressor of the grid proper: the one with most sighted cells. ValueError when two
-    tie."""
+def methods(rows) -> dict[str, int]:
+    """Method -> its number of sighted cells, most first, then by name; blind rows do not count."""
     cells = {}
     for row in rows:
         if not row.blind:
-            cells.setdefault(row.compressor, set()).add((row.llm_parameters, row.V, row.seed))
-    if not cells:
+            cells.setdefault(row.method, set()).add((row.llm_parameters, row.V, row.seed))
+    counts = {name: len(members) for name, members in cells.items()}
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def main_method(rows) -> str:
+    """The method of the grid proper: the one with most sighted cells. ValueError when two tie."""
+    counts = methods(rows)
+    if not counts:
         raise ValueError(f"none of the {len(rows)} rows is of a model that sees the image")
-    most = max(len(members) for members in cells.values())
-    main = [name for name, members in cells.items() if len(members) == most]
-    if len(main) > 1:
+    most = next(iter(counts.values()))
+    tied = [name for name, count in counts.items() if count == most]
+    if len(tied) > 1:
         raise ValueError(
-            f"compressors {', '.join(sorted(main))} have {most} cells each: choose with "
-            "--compressor"
+            f"the methods {' and '.join(tied)} have {most} cells each: choose with --compressor, "
+            f'such as --compressor="{tied[0]}"'
         )
-    return main[0]
+    return tied[0]
+
+
+def of_method(rows, name: str) -> list[Row]:
+    """The rows of one method, or of a compressor where all of its rows are one method.
+
+    Raises ValueError for a name that no row has, and for a compressor with several methods.
+    """
+    kept = [row for row in rows if row.method == name]
+    kept = kept or [row for row in rows if row.compressor == name]
+    found = list(dict.fromkeys(row.method for row in kept))
+    if not found:
+        raise ValueError(f"no row of {name!r}; there are {'; '.join(methods(rows)) or 'none'}")
+    if len(found) > 1:
+        raise ValueError(
+            f"{name} was run as {'; '.join(found)}: these are different models, choose one of them"
+        )
+    return kept
 
 
 def cells(
-    rows, *, blind: bool = False, compressor: str | None = None, by: str = "families"
+    rows, *, blind: bool = False, method: str | None = None, by: str = "families"
 ) -> list[Cell]:
-    """The fit's cells: sighted rows (or blind ones) of one compressor, by default the grid's main
-    one.
+    """The fit's cells: sighted rows (or blind ones) of one method, by default the grid's main one.
 
     `by` takes the errors from "families" or "tasks". Seeds stay separate cells. Raises ValueError
-    when two rows share LLM size, V, query and seed: one of them belongs to another run.
+    when two rows share LLM size, V and seed: one of them belongs to another run.
     """
     kept = [row for row in rows if row.blind == blind]
-    if compressor is None and not blind:
-        compressor = main_compressor(rows)
-    if compressor is not None:
-        kept = [row for row in kept if row.compressor == compressor]
-    if len(queries := {row.query for row in kept}) > 1:
-        raise ValueError(
-            f"{compressor} was run with the queries {', '.join(sorted(queries))}: these are "
-            f"different models, keep the rows of one"
-        )
+    if method is None and not blind:
+        method = main_method(rows)
+    if method is not None:
+        kept = of_method(kept, method)
     seen = {}
     for row in kept:
-        key = (row.llm_parameters, row.V, row.compressor, row.query, row.seed)
+        key = (row.llm_parameters, row.V, row.method, row.seed)
         if key in seen:
             raise ValueError(
                 f"rows {seen[key]} and {row.cell} are both {row.llm_parameters:,} parameters, "
-                f"V={row.V}, {row.compressor}, query {row.query}, seed {row.seed}: keep one, or "
-                "give them different seeds"
+                f"V={row.V}, {row.method}, seed {row.seed}: keep one, or give them different seeds"
             )
         seen[key] = row.cell
     return [
@@ -207,12 +236,12 @@ def cells(
 
 
 def points(
-    rows, family: str | None = None, *, blind: bool = False, compressor: str | None = None
+    rows, family: str | None = None, *, blind: bool = False, method: str | None = None
 ) -> Points:
     """The points of one family or task (None: the mean over families), filtered as `cells` does."""
     task = family is not None and any(family in row.tasks for row in rows)
     by = "tasks" if task and not any(family in row.families for row in rows) else "families"
-    return of_cells(cells(rows, blind=blind, compressor=compressor, by=by), family)
+    return of_cells(cells(rows, blind=blind, method=method, by=by), family)
 
 
 def is_rows(path) -> bool:
@@ -228,10 +257,9 @@ def is_rows(path) -> bool:
 
 
 def load_points(
-    path, family: str | None = None, *, compressor: str | None = None, **how_to_read
+    path, family: str | None = None, *, method: str | None = None, **how_to_read
 ) -> Points:
-    """The points of a results file: this project's rows.jsonl, or a foreign table
-    (`tables.read`)."""
+    """The points of a results file: our own rows.jsonl, or a foreign table (`tables.read`)."""
     if is_rows(path):
-        return points(read(path), family, compressor=compressor)
+        return points(read(path), family, method=method)
     return of_cells(tables.read(path, **how_to_read), family)

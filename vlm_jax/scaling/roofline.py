@@ -182,21 +182,55 @@ def calibrate(
     return {phase: float(1 / s) for phase, s in zip(PHASES, slowdown, strict=True)}
 
 
+def row_seconds(
+    row, chip: Chip, *, batch: int = 1, new_tokens: Number | None = None
+) -> dict[str, Number]:
+    """Seconds of each phase below which `chip` cannot answer a batch like a results row's requests.
+
+    FLOPs and weights are the row's; the key-value cache is left out, since a row does not hold the
+    LLM's shape. `new_tokens`, the row's mean G when None, are decoded: the longest answer of a
+    batch decides.
+    """
+    passes = max((row.G if new_tokens is None else new_tokens) - 1, 0)
+    counted = max(row.G - 1, 0)
+    flops = dict(row.flops) | {"decode": row.flops["decode"] * passes / counted if counted else 0}
+    weights = {
+        "encoder": row.vit_parameters,
+        "compressor": row.compressor_parameters,
+        "question": row.llm_parameters if row.flops["question"] else 0,
+        "prefill": row.llm_parameters,
+        "decode": passes * row.llm_parameters,
+    }
+    return {
+        phase: max(
+            batch * flops[phase] / chip.peak_flops,
+            weights[phase] * chip.bytes_per_number / chip.hbm_bytes_per_s,
+        )
+        for phase in PHASES
+    }
+
+
 def calibrate_rows(rows: Sequence, chip: Chip) -> dict[str, Number]:
     """`calibrate` from a grid's results rows, evaluated on `chip` with cached features.
 
-    A row's evaluation has no encoder pass, and its batch is not recorded: each request is taken at
-    its FLOPs alone. Loading data and compiling count as inefficiency, as they do for whoever waits.
+    Rows with `timing` are taken where there are any: their batch is known, and loading and
+    compiling are not in their time. Of older rows each request counts at its FLOPs alone, and all
+    that its evaluation took counts against the chip. The encoder was never run: it gets the common
+    factor.
     """
+    timed = [row for row in rows if row.timing]
     ideal, measured = [], []
-    for row in rows:
+    for row in timed:
+        batch, new_tokens = row.timing["batch"], row.timing["new_tokens"]
+        ideal.append(row_seconds(row, chip, batch=batch, new_tokens=new_tokens) | {"encoder": 0.0})
+        measured.append(row.timing["seconds_per_example"] * batch)
+    for row in [] if timed else rows:
         requests = sum(task["n"] for task in row.tasks.values())
         if requests and row.evaluate_seconds > 0:
-            phases = [phase for phase in PHASES if phase != "encoder"]
-            ideal.append({phase: row.flops[phase] / chip.peak_flops for phase in phases})
+            ideal.append({phase: row.flops[phase] / chip.peak_flops for phase in PHASES[1:]})
             measured.append(row.evaluate_seconds / requests)
     if not ideal:
         raise ValueError(
-            f"none of {len(rows)} rows has evaluate_seconds: nothing to calibrate with"
+            f"none of {len(rows)} rows has timing or evaluate_seconds: nothing to calibrate with"
         )
     return calibrate(ideal, measured)

@@ -19,18 +19,24 @@ N_UNITS = {"billions": 1.0, "parameters": 1e-9}
 LARGEST_N_BILLIONS = 1e4  # ten trillion parameters: beyond it N was surely given in parameters
 SCORES = ("error", "accuracy", "results")
 
-# lmms-eval task -> (primary metric, its maximum), where a task reports several or is not a
-# fraction. EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/*; MME's maximum is perception's 10 subtasks
-# of 200.
+# lmms-eval task -> (names of its primary metric, newest first, and its maximum), where a task
+# reports several metrics or no fraction. Read in the task files and result handlers of
+# EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/*; MME's maximum is perception's 10 subtasks of 200,
+# its older name was misspelt. A judge scores MMBench, MathVista and MM-Vet, on 0..100.
+_JUDGED = (("gpt_eval_score",), 100.0)
+_MATHVISTA = (("llm_as_judge_eval", "gpt_eval_score"), 100.0)
 LMMS_EVAL = {
-    "mme": ("mme_perception_score", 2000.0),
-    "pope": ("pope_accuracy", 1.0),
-    "chartqa": ("relaxed_overall", 1.0),
-    "mmbench_en_dev": ("gpt_eval_score", 100.0),
-    "mmbench_cn_dev": ("gpt_eval_score", 100.0),
-    "mathvista_testmini": ("gpt_eval_score", 100.0),
-    "mmvet": ("gpt_eval_score", 100.0),
-    "seedbench": ("seed_image", 1.0),
+    "mme": (("mme_perception_score", "mme_percetion_score"), 2000.0),
+    **dict.fromkeys(
+        ("pope", "pope_full", "pope_adv", "pope_pop", "pope_random"), (("pope_accuracy",), 1.0)
+    ),
+    **dict.fromkeys(("chartqa", "chartqa_lite"), (("relaxed_overall",), 1.0)),
+    **dict.fromkeys(("mmbench_en_dev", "mmbench_cn_dev", "mmvet"), _JUDGED),
+    **dict.fromkeys(
+        ("mathvista_testmini", *(f"mathvista_testmini_{x}" for x in ("cot", "format", "solution"))),
+        _MATHVISTA,
+    ),
+    "seedbench": (("seed_image",), 1.0),
 }
 
 
@@ -151,7 +157,11 @@ def _scores(path, where, line, given):
         results = json.loads(file.read_text(encoding="utf-8")).get("results")
     if not isinstance(results, dict) or not results:
         raise ValueError(f"{path}:{where}: no `results` of lmms-eval (task -> metrics) found")
-    return [(task, *_lmms_eval(path, where, task, metrics)) for task, metrics in results.items()]
+    # A group of tasks has an entry of its own without any metric: its tasks follow.
+    tasks = {task: m for task, m in results.items() if any("," in key for key in m)}
+    if not tasks:
+        raise ValueError(f"{path}:{where}: no task of `results` has a metric")
+    return [(task, *_lmms_eval(path, where, task, metrics)) for task, metrics in tasks.items()]
 
 
 def _lmms_eval(path, where, task, metrics):
@@ -161,16 +171,17 @@ def _lmms_eval(path, where, task, metrics):
         for key, value in metrics.items()
         if "," in key and isinstance(value, int | float) and "_stderr" not in key
     }
-    name, largest = LMMS_EVAL.get(task, (next(iter(values)) if len(values) == 1 else None, 1.0))
-    if name not in values:
+    alone = tuple(values) if len(values) == 1 else ()
+    names, largest = LMMS_EVAL.get(task, (alone, 1.0))
+    name = next((name for name in names if name in values), None)
+    if name is None:
         raise ValueError(
             f"{path}:{where}: task {task} has metrics {', '.join(values) or 'none'}: keep one of "
             f"them in the file (known by name: {', '.join(LMMS_EVAL)})"
         )
     stderr = next((v for k, v in metrics.items() if k.split(",")[0] == f"{name}_stderr"), math.nan)
-    stderr = (
-        float(stderr) if isinstance(stderr, int | float) else math.nan
-    )  # lmms-eval writes "N/A"
+    # lmms-eval writes "N/A" where it has none.
+    stderr = float(stderr) if isinstance(stderr, int | float) else math.nan
     score = float(values[name]) / largest
     if not 0 <= score <= 1:
         raise ValueError(

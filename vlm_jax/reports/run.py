@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a run by what they are for: the grid proper, blind models, every other method."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlm_jax.scaling import records
+
+
+@dataclass(frozen=True)
+class Run:
+    """All rows of a run, and three disjoint parts of them.
+
+    `main` are the sighted rows of `method`, which alone the law is fitted to; `other` are sighted
+    rows of other methods. `method` is "" while no sighted row is finished.
+    """
+
+    rows: Sequence
+    method: str
+    main: Sequence
+    blind: Sequence
+    other: Sequence
+
+    @property
+    def families(self) -> list[str]:
+        """The families that occur in any row."""
+        return sorted({family for row in self.rows for family in row.families})
+
+
+def of(rows: Sequence, method: str | None = None) -> Run:
+    """The run of these rows; `method` is the grid's own where it is known and has rows.
+
+    Else the method with most cells is taken, among equals the first by name, so that the order of
+    rows changes nothing.
+    """
+    counts = records.methods(rows)
+    if method not in counts:
+        method = next(iter(counts), "")
+    sighted = [row for row in rows if not row.blind]
+    return Run(
+        rows,
+        method,
+        [row for row in sighted if row.method == method],
+        [row for row in rows if row.blind],
+        [row for row in sighted if row.method != method],
+    )
+
+
+def mean_over_seeds(scores: Sequence[dict]) -> tuple[float, float]:
+    """Mean and standard error over seeds: the shared questions' error plus the seeds' spread."""
+    values = np.array([s["score"] for s in scores], float)
+    sampling = np.mean([s["stderr"] ** 2 for s in scores])
+    between = values.var(ddof=1) / len(values) if len(values) > 1 else 0.0
+    return float(values.mean()), float(np.sqrt(sampling + between))

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores against visual tokens: the grid beside its blind models, and every method beside it."""
+
+import numpy as np
+
+from vlm_jax.reports.canvas import (
+    MARKERS,
+    OKABE_ITO,
+    Canvas,
+    Figure,
+    parameters_text,
+    size_colours,
+)
+from vlm_jax.reports.run import Run, mean_over_seeds
+
+DASHES = ("-", "--", ":", "-.")
+
+
+def scores_against_tokens(
+    run: Run, family: str, out_dir, *, name: str, majority: int | float | None = None
+) -> Figure:
+    """Mean score of the grid's method against V per LLM size, beside the blind score of that size.
+
+    `majority` is the score of always answering the commonest answer.
+    """
+    canvas = Canvas(
+        x="visual tokens V", y=f"mean score on {family}", title=f"{family}: score against V"
+    )
+    sizes = sorted({row.llm_parameters for row in run.rows})
+    colours = dict(zip(sizes, size_colours(len(sizes)), strict=True))
+    tokens = sorted({row.V for row in run.main if family in row.families})
+    blind_at = tokens[0] / 2.2
+    for i, n in enumerate(sizes):
+        style = {"colour": colours[n], "marker": MARKERS[i % len(MARKERS)], "N_billions": n / 1e9}
+        text = parameters_text(n / 1e9)
+        V, score, stderr = _by_tokens([r for r in run.main if r.llm_parameters == n], family)
+        if len(V):
+            canvas.line(text, V, score, colour=colours[n], N_billions=n / 1e9, V=V)
+            canvas.points(text, V, score, stderr=stderr, V=V, **style)
+            canvas.write(text, V[-1], score[-1], colour=colours[n], size=7.5)
+        blind = [r.families[family] for r in run.blind if r.llm_parameters == n
+                 and family in r.families]  # fmt: skip
+        if blind:
+            score, stderr = mean_over_seeds(blind)
+            canvas.points(f"{text} blind", [blind_at], [score], stderr=[stderr], V=0, **style)
+            _level(canvas, f"{text} blind", blind_at, tokens[-1], score, colour=colours[n])
+    if majority is not None:
+        _level(
+            canvas, "commonest answer", blind_at, tokens[-1], majority,
+            colour="0.4", dash="-.", name="commonest answer",
+        )  # fmt: skip
+    _token_axis(canvas, tokens, blind_at if run.blind else None)
+    caption = (
+        f"Mean score of {run.method} on {family}: one curve per LLM size, bars of one standard "
+        "error."
+    )
+    if run.blind:
+        caption += (
+            " Dotted lines repeat the blind score of the same size, which never sees the image."
+        )
+    alt = f"Mean score on {family} against visual tokens for {len(sizes)} LLM sizes."
+    return canvas.save(out_dir, name, caption=caption, alt=alt)
+
+
+def methods(run: Run, family: str, out_dir, *, name: str) -> list[Figure]:
+    """Mean score against V, a curve per method, at the LLM size that most methods were run with.
+
+    None where there is one method only.
+    """
+    sighted = [row for row in [*run.main, *run.other] if family in row.families]
+    at = {}
+    for row in sighted:
+        at.setdefault(row.llm_parameters, set()).add(row.method)
+    if not at or max(map(len, at.values())) < 2:
+        return []
+    size = max(at, key=lambda n: (len(at[n]), n))
+    shown = [method for method in sorted(at[size]) if method != run.method]
+    if run.method in at[size]:
+        shown.insert(0, run.method)
+    text = parameters_text(size / 1e9)
+    canvas = Canvas(
+        x="visual tokens V",
+        y=f"mean score on {family}",
+        title=f"{family}: methods at {text}",
+        height=2.75 + 0.13 * len(shown),
+    )
+    tokens = set()
+    for i, method in enumerate(shown):
+        mine = [row for row in sighted if row.llm_parameters == size and row.method == method]
+        V, score, stderr = _by_tokens(mine, family)
+        tokens |= set(V.tolist())
+        # Black first, for the grid's own; yellow does not print.
+        colour = OKABE_ITO[(6, 0, 1, 2, 3, 4, 5)[i % 7]]
+        # Methods share their V: moved apart a little, so that no bar hides another.
+        x = V * 1.04 ** (i - (len(shown) - 1) / 2)
+        common = {"colour": colour, "N_billions": size / 1e9, "V": V}
+        canvas.line(method, x, score, dash=DASHES[i // 7 % 4], **common)
+        canvas.points(
+            method, x, score, stderr=stderr, marker=MARKERS[i % len(MARKERS)], name=method, **common
+        )
+    blind = [row.families[family] for row in run.blind
+             if row.llm_parameters == size and family in row.families]  # fmt: skip
+    if blind:
+        score, _ = mean_over_seeds(blind)
+        _level(canvas, "blind", min(tokens), max(tokens), score, colour="0.4", name="blind")
+    # An adaptive method has a mean V between the marks.
+    _token_axis(canvas, sorted({row.V for row in run.main}))
+    caption = (
+        f"Mean score on {family} with the LLM of {text} parameters: one curve per method, bars of "
+        "one standard error, points of equal V moved apart a little. The table of methods has the "
+        "other LLM sizes."
+    )
+    alt = f"Mean score on {family} against visual tokens for {len(shown)} methods at {text}."
+    return [canvas.save(out_dir, name, caption=caption, alt=alt)]
+
+
+def _token_axis(canvas, tokens, blind_at=None) -> None:
+    """Exactly the V that were run, and the place of the blind models; the legend below."""
+    canvas.log_x(base10=False, ticks=tokens)
+    if blind_at is not None:
+        canvas.axes.set_xticks([blind_at, *tokens], ["blind", *(f"{v:g}" for v in tokens)])
+        canvas.axes.minorticks_off()
+    canvas.axes.margins(x=0.1)
+    canvas.legend()
+
+
+def _level(canvas, series, start, stop, score, *, dash=":", **style) -> None:
+    """A horizontal line at `score`."""
+    canvas.line(series, [start, stop], [score] * 2, dash=dash, V=0, **style)
+
+
+def _by_tokens(rows, family) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(V, mean score, standard error) over seeds, by rising V."""
+    found = {}
+    for row in rows:
+        if family in row.families:
+            found.setdefault(row.V, []).append(row.families[family])
+    V = sorted(found)
+    means = np.array([mean_over_seeds(found[v]) for v in V]).reshape(-1, 2)
+    return np.array(V, float), means[:, 0], means[:, 1]

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of scores: every method side by side, and a line for each row."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from vlm_jax.reports import findings, markup
+from vlm_jax.reports.canvas import amount_text, parameters_text, seconds_text
+from vlm_jax.reports.cost_figures import PHASES
+from vlm_jax.reports.markup import Cell, numeral, words
+from vlm_jax.reports.run import Run, mean_over_seeds
+
+
+def score_cell(score: Mapping | None) -> Cell:
+    if score is None:
+        return numeral(None)
+    return Cell(f"{score['score']:.3f} ± {score['stderr']:.3f}", score["score"])
+
+
+def margin_cell(row, family: str, blind: Mapping) -> Cell:
+    """A row's score minus the blind score of its LLM; open within 1.96 standard errors."""
+    if row.blind or family not in row.families or row.llm not in blind:
+        return numeral(None)
+    score = row.families[family]
+    difference, spread = findings.margin((score["score"], score["stderr"]), blind[row.llm])
+    text = f"{difference:+.3f} ± {spread:.3f}".replace("-", "−")
+    return Cell(text, difference, open=difference <= findings.SURE * spread)
+
+
+def methods(run: Run) -> str:
+    """Score by method and V: a line each, a column for each family and LLM, their mean beside them.
+
+    The mean over LLMs is left out of lines that lack one of them.
+    """
+    llms = list(dict.fromkeys(r.llm for r in sorted(run.rows, key=lambda r: r.llm_parameters)))
+    grouped = {}
+    for row in run.rows:
+        # A blind model reads no image, whatever its V.
+        place = ("blind", None) if row.blind else (row.method, row.V)
+        grouped.setdefault(place, {}).setdefault(row.llm, []).append(row)
+    if not grouped:
+        return "<p>No cell is finished.</p>"
+    titles = ["method", "V"]
+    for family in run.families:
+        titles += [f"{family}, {llm}" for llm in llms]
+        titles += [f"{family}, mean"] * (len(llms) > 1)
+    titles += ["question pass, FLOPs", "request, FLOPs", "seeds"]
+    order = {"blind": 2, run.method: 0}
+    lines = []
+    for (method, V), by_llm in sorted(
+        grouped.items(), key=lambda item: (order.get(item[0][0], 1), item[0][0], item[0][1] or 0)
+    ):
+        line = [words(method), numeral(V, V and f"{V:.4g}")]
+        for family in run.families:
+            found = {
+                llm: mean_over_seeds([row.families[family] for row in rows])
+                for llm, rows in by_llm.items()
+                if all(family in row.families for row in rows)
+            }
+            line += [mean_cell(found.get(llm)) for llm in llms]
+            if len(llms) > 1:
+                scores = np.array([found[llm] for llm in llms if llm in found]).reshape(-1, 2)
+                spread = np.sqrt((scores[:, 1] ** 2).sum()) / len(llms)
+                complete = len(scores) == len(llms)
+                line.append(mean_cell((scores[:, 0].mean(), spread) if complete else None))
+        largest = [row for row in by_llm.get(llms[-1], ()) if method != "blind"]
+        for total in (lambda row: row.flops["question"], lambda row: sum(row.flops.values())):
+            line.append(amount(np.mean([total(row) for row in largest]) if largest else None))
+        seeds = sorted({len(rows) for rows in by_llm.values()})
+        lines.append(
+            [*line, numeral(seeds[-1], " to ".join(map(str, sorted({seeds[0], seeds[-1]}))))]
+        )
+    caption = (
+        "Score of each method at each V. Fractions ± one standard error, of the test questions and "
+        f"of the seeds where there are several; FLOPs are of one request at {llms[-1]}. The law is "
+        f"fitted to the lines of {run.method or 'no method yet'} alone."
+    )
+    return markup.table(caption, titles, lines)
+
+
+def mean_cell(score: tuple[float, float] | None) -> Cell:
+    return score_cell(score and {"score": score[0], "stderr": score[1]})
+
+
+def names(rows: Sequence) -> tuple[list[str], list[str]]:
+    """Families and tasks that occur in any row."""
+    families = sorted({family for row in rows for family in row.families})
+    return families, sorted({task for row in rows for task in row.tasks})
+
+
+def row_table(caption: str, rows: Sequence, every: Sequence) -> str:
+    """A line per row, the blind score of its LLM beside each family; `every` has all rows."""
+    families, tasks = names(every)
+    blind = {
+        family: findings.blind_scores([row for row in every if row.blind], family)
+        for family in families
+    }
+    titles = ["cell", "LLM", "N, parameters", "V", "seed", "method"]
+    for family in families:
+        titles += [family, f"{family}, blind", f"{family}, above blind"]
+    titles += [*tasks, "Q, tokens", "G, tokens"]
+    titles += [f"{phase}, FLOPs" for phase in PHASES] + ["request, FLOPs"]
+    titles += ["training steps", "training, FLOPs", "training time", "evaluation time"]
+    lines = []
+    for row in rows:
+        line = [words(row.cell), words(row.llm), parameters(row.llm_parameters)]
+        line += [numeral(row.V, f"{row.V:.4g}"), numeral(row.seed, str(row.seed)), words(kind(row))]
+        for family in families:
+            floor = blind[family].get(row.llm)
+            line.append(score_cell(row.families.get(family)))
+            line.append(mean_cell(floor))
+            line.append(margin_cell(row, family, blind[family]))
+        line += [score_cell(row.tasks.get(task)) for task in tasks]
+        line += [numeral(row.Q), numeral(row.G)]
+        phases = [row.flops.get(phase) for phase in PHASES]
+        line += [amount(value) for value in (*phases, sum(row.flops.values()))]
+        steps = row.train.get("steps")
+        line += [numeral(steps, steps and f"{steps:,}"), amount(row.train.get("flops"))]
+        line += [seconds(row.train.get("seconds")), seconds(row.evaluate_seconds)]
+        lines.append(line)
+    return markup.table(caption, titles, lines, keys=[row.cell for row in rows])
+
+
+def parameters(count: int) -> Cell:
+    return numeral(count, parameters_text(count / 1e9))
+
+
+def amount(value: int | float | None) -> Cell:
+    return numeral(value, value is not None and amount_text(value) or None)
+
+
+def seconds(value: int | float | None) -> Cell:
+    return numeral(value, value is not None and seconds_text(value) or None)
+
+
+def kind(row) -> str:
+    return "blind" if row.blind else row.method

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of models read from configuration files, which are run and not imported."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.scaling.cost import LLM, llm_parameters
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def load(path: Path, name: str) -> Any:
+    """What `name` is in a configuration file, which may import its neighbours.
+
+    Raises ValueError where there is no such file.
+    """
+    if not path.is_file():
+        raise ValueError(f"no configuration at {path}: name a file that exists")
+    sys.path.insert(0, str(path.resolve().parent.parent))
+    try:
+        return runpy.run_path(str(path))[name]
+    finally:
+        sys.path.pop(0)
+
+
+def base() -> Any:
+    """The configuration that every run starts from: the encoder is CLIP ViT-L/14-336."""
+    return load(CONFIGS / "base.py", "get_config")()
+
+
+def published_llms() -> dict[str, tuple[float, LLM]]:
+    """Name -> (nominal billions of parameters, shape) of configs/sizes.py."""
+    published = load(CONFIGS / "sizes.py", "LLM")
+    nominal = {name: float(re.search(r"([\d.]+)b$", name).group(1)) for name in published}
+    return {name: (nominal[name], LLM.of(fields)) for name, fields in published.items()}
+
+
+def grid_llms(config: Any) -> dict[str, tuple[float, LLM]]:
+    """Name -> (billions of parameters, shape) of the sizes in a configuration's grid."""
+    shapes = {name: LLM.of({**config.llm, **fields}) for name, fields in config.grid.llms.items()}
+    return {name: (llm_parameters(llm) / 1e9, llm) for name, llm in shapes.items()}
