@@ -7,7 +7,7 @@ of where reading began. A process makes only the rows that its devices hold.
 Shapes: B rows of all processes, T text tokens, Tq question tokens, S pixels, P patches, C channels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -251,6 +251,40 @@ class Batches:
         batch = self._finish(next(self._iterator))
         self._position += 1
         return batch
+
+
+class RandomPrefixes:
+    """Batches that say in `limit` int32 [B] how many visual tokens each row is shown.
+
+    One of `choices` for each micro-batch, all alike: micro-batch a of `accumulate` holds rows a,
+    a + accumulate, ... What batch k draws is a pure function of (k, seed).
+    """
+
+    def __init__(self, batches: Batches, choices: Sequence[int], *, seed: int, accumulate: int = 1):
+        self.batches, self.choices = batches, np.array(choices, np.int32)
+        self.seed, self.accumulate = seed % (1 << 32), accumulate
+
+    @property
+    def position(self) -> int:
+        """As for the batches themselves."""
+        return self.batches.position
+
+    @position.setter
+    def position(self, value: int) -> None:
+        self.batches.position = value
+
+    def limit(self, k: int) -> np.ndarray:
+        """The `limit` of the rows of batch k, all processes together."""
+        drawn = np.random.default_rng((self.seed, k)).choice(self.choices, self.accumulate)
+        return np.resize(drawn, self.batches.batch)
+
+    def __iter__(self) -> "RandomPrefixes":
+        return self
+
+    def __next__(self) -> Batch:
+        size, mesh = self.batches.batch, self.batches.mesh
+        rows = self.limit(self.position)[local_rows(mesh, size)]
+        return next(self.batches) | _on_mesh({"limit": rows}, mesh, size)
 
 
 def evaluation_batches(

@@ -36,11 +36,15 @@ class Metrics(NamedTuple):
     tokens: Int[Array, ""]  # supervised
 
 
+# MQT's position table: published training moves it in the first stage and leaves it then.
+ALIGNED = nnx.PathIn(("compressor", "position"))
 # Part of the module tree that a stage trains; everything else is frozen.
 TRAINED = {
     "encoder": nnx.Everything(),
     "align": nnx.PathContains("compressor"),
-    "finetune": nnx.Any(nnx.PathContains("compressor"), nnx.PathContains("llm")),
+    "finetune": nnx.All(
+        nnx.Any(nnx.PathContains("compressor"), nnx.PathContains("llm")), nnx.Not(ALIGNED)
+    ),
 }
 
 

@@ -14,6 +14,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from vlm_jax.models.compressors import COMPRESSORS
+from vlm_jax.models.compressors.matryoshka import Matryoshka
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
 
@@ -42,11 +45,17 @@ def claim(workdir: Path, config: ConfigDict):
 
 
 def same_config(path: Path, config: ConfigDict) -> None:
-    """Writes the configuration, or compares it with the one that the folder was begun with."""
+    """Writes the configuration, or compares it with the one that the folder was begun with.
+
+    V may change where one training serves any.
+    """
     now = flat(config.to_dict())
     if path.exists():
         then = flat(json.loads(path.read_text()))
-        if changed := sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k)):
+        method = COMPRESSORS.get(now.get("compressor.kind"))
+        free = {"compressor.tokens"} if method and issubclass(method, Matryoshka) else set()
+        names = (now.keys() | then.keys()) - free
+        if changed := sorted(k for k in names if now.get(k) != then.get(k)):
             shown = "; ".join(f"{k} was {then.get(k)!r}, is {now.get(k)!r}" for k in changed[:4])
             raise ValueError(
                 f"{path.parent} was begun with another configuration ({shown}): repeat "

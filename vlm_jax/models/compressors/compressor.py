@@ -25,6 +25,9 @@ class Compressor(nnx.Module):
     """
 
     tokens: int
+    buckets: tuple[int, ...] = ()  # ascending V to run requests at, where one model serves any
+    prefixes: tuple[int, ...] = ()  # a step of the second stage shows so many first tokens of it
+    scales: tuple[int, ...] = ()  # a step of the second stage shows each of these V
     window = 1  # patches come window by window, windows of this side; 1 is raster order
     reads_question = False  # the question's feature is an input
     reads_keys = False  # the levels come with what ViT's `keys=True` adds, in float32

@@ -23,7 +23,8 @@ class M3(Matryoshka):
     Averages are taken before the projector's last layer, which is linear: the same numbers from V
     rows instead of all patches. No weight is new: a finished LLaVA-1.5 is an M3 to be trained on.
     `levels`, `heads` and `query` are accepted so that every compressor is built alike: only the
-    last level is read, the question is not.
+    last level is read, the question is not. `scales` are the numbers of tokens that training
+    shows, all at every step; none are `nested`.
 
     Source: mu-cai/matryoshka-mm at ec30cd37. There other numbers of tokens are given too, by
     cutting the image or as another number; here they are refused.
@@ -51,12 +52,14 @@ class M3(Matryoshka):
         levels: int = 1,
         heads: int = 1,
         query: str = "none",
+        scales: Sequence[int] = (),
     ):
         del levels, heads, query
         self.side, self.width = side, width
         self.buckets = tuple(self.supported(side))
-        self.check(tokens)
-        self.tokens = tokens
+        self.tokens, self.scales = tokens, tuple(scales) or self.nested(side)
+        for shown in (tokens, *self.scales):
+            self.check(shown)
         self.projector = MLP(width, llm_width, llm_width, rngs=rngs)
 
     @staticmethod
@@ -94,15 +97,11 @@ class M3(Matryoshka):
         """What is averaged: every patch of the last level before the projector's last layer."""
         return self.projector.hidden(levels[..., -self.width :])
 
-    def every(
-        self, levels: Float[Array, "B P Z"], scales: Sequence[int]
-    ) -> list[Float[Array, "B V D"]]:
+    def every_scale(self, levels: Float[Array, "B P Z"]) -> list[Float[Array, "B V D"]]:
         """The visual tokens of each of `scales`: one pass through each layer for all of them."""
-        for tokens in scales:
-            self.check(tokens)
-        pooled = pyramid(self.hidden(levels), scales)
+        pooled = pyramid(self.hidden(levels), self.scales)
         rows = self.projector.down(jnp.concatenate(pooled, axis=1))
-        stops = [sum(scales[: i + 1]) for i in range(len(scales) - 1)]
+        stops = [sum(self.scales[: i + 1]) for i in range(len(self.scales) - 1)]
         return jnp.split(rows, stops, axis=1)
 
 

@@ -16,8 +16,6 @@ class Matryoshka(Compressor):
     therefore run in the slots of a bucket, and say as data how many of them count.
     """
 
-    buckets: tuple[int, ...]  # ascending slots that requests run in; the last holds any V
-
     def check(self, tokens: int) -> None:
         """Raises ValueError, with the numbers that would do, for one that it cannot give."""
         raise NotImplementedError
