@@ -63,7 +63,53 @@ TEMPLATES = {
     "question_first": Template(
         "", "{question}{image}", "{answer}", eos=True, image="<image>", joined=False
     ),
+    # The same order in Vicuna's words; no published model was trained so.
+    "vicuna_question_first": Template(
+        start="A chat between a curious user and an artificial intelligence assistant. The "
+        "assistant gives helpful, detailed, and polite answers to the user's questions. ",
+        user="USER: {question}{image} ASSISTANT:",
+        answer=" {answer}",
+        eos=True,
+        image="\n<image>",
+        joined=True,
+    ),
 }
+
+
+def template_of(config: Any) -> Template:
+    """The template that `config.data.template` names. ValueError for an unknown one."""
+    if config.data.template not in TEMPLATES:
+        raise ValueError(
+            f"data.template={config.data.template!r}: choose one of {', '.join(TEMPLATES)}"
+        )
+    return TEMPLATES[config.data.template]
+
+
+def query_of(config: Any) -> str:
+    """Who reads the question for the compressor: "none", "separate" or "prefix" (QueCC alone).
+
+    Raises:
+      ValueError: for "prefix" with a template whose question does not stand before the image, or
+        with lengths that leave no room behind it.
+    """
+    query = config.compressor.query if config.compressor.kind == "quecc" else "none"
+    if query == "prefix":
+        before, mark, _ = template_of(config).user.partition("{image}")
+        if not mark or "{question}" not in before:
+            good = [name for name, t in TEMPLATES.items() if "{question}{image}" in t.user]
+            raise ValueError(
+                "compressor.query='prefix' reads the question that stands before the image, and "
+                f"data.template={config.data.template!r} has none there: choose one of "
+                f"{', '.join(good)}, or compressor.query='separate'"
+            )
+        if config.data.question_length >= config.data.text_length:
+            raise ValueError(
+                f"compressor.query='prefix' keeps data.question_length="
+                f"{config.data.question_length} of data.text_length={config.data.text_length} "
+                "tokens for the text before the image: raise data.text_length by what follows the "
+                "image, the answer and its end included"
+            )
+    return query
 
 
 def _splitter() -> pre_tokenizers.PreTokenizer:
@@ -153,22 +199,18 @@ class Processor:
 
     Args:
       tokenizer: a fast transformers tokenizer.
-      config: the whole configuration; `data` and `vit.image_size` are read.
+      config: the whole configuration; `data`, `vit.image_size` and the compressor's query are read.
     Raises:
-      ValueError: for an unknown template or image_fit, or a tokenizer without the eos token it
-        needs.
+      ValueError: for an unknown template or image_fit, a tokenizer without the eos token it needs,
+        or a template without a question before the image where the compressor reads that.
     """
 
     def __init__(self, tokenizer: Any, config: Any):
         data = config.data
-        if data.template not in TEMPLATES:
-            raise ValueError(
-                f"data.template={data.template!r}: choose one of {', '.join(TEMPLATES)}"
-            )
+        self.template, self.query = template_of(config), query_of(config)
         if data.image_fit not in ("pad", "crop"):
             raise ValueError(f"data.image_fit={data.image_fit!r}: choose pad or crop")
         self.tokenizer = tokenizer
-        self.template = TEMPLATES[data.template]
         self.text_length, self.question_length = data.text_length, data.question_length
         self.image_size, self.image_fit, self.blind = (
             config.vit.image_size,
@@ -230,12 +272,57 @@ class Processor:
         Returns: ids int32 [T], right padded; loss_mask bool [T], True where the id is a target of
         the loss; length int32, ids that are not padding; image_at int32, before which id the visual
         tokens belong (T where there is no image); question int32 [Tq] and question_length int32:
-        what a question-reading compressor reads, of the first turn; cut bool, whether a training
-        row was longer than T and lost its end.
+        what a question-reading compressor reads, never of an answer; cut bool, whether a training
+        row was longer than its room and lost the end.
+
+        The question is that of the first turn, after the begin-of-sequence token: alone if it is
+        empty. With query="prefix" it is all text before the image, at most Tq tokens, and behind
+        the image is room for T - Tq; a row without an image is one text, cut after Tq tokens.
 
         Raises:
-          ValueError: for a prompt that does not fit into T, or an image place that does not.
+          ValueError: for a prompt or question that does not fit (a training row is cut), an image
+            place that does not, or a question of no token at all where one is read.
         """
+        ids, mask, image_at = self._row(example, answer)
+        has_image, first = example.image is not None, self.question_length
+        if self.query == "prefix" and has_image:
+            room = self.text_length - first
+            fits, question = image_at <= first and len(ids) - image_at <= room, ids[:image_at]
+            problem = (
+                f"its prompt has {image_at} tokens before the image and {len(ids) - image_at} "
+                f"behind it; data.question_length={first} and data.text_length={self.text_length} "
+                f"leave {first} and {room}"
+            )
+            ids, mask = (r[: min(image_at, first)] + r[image_at:][:room] for r in (ids, mask))
+            image_at = min(image_at, first)
+        else:
+            fits = len(ids) <= self.text_length
+            problem = f"its prompt has {len(ids)} tokens, data.text_length is {self.text_length}"
+            question = ids if self.query == "prefix" else self._question(example)
+            if self.query == "separate" and has_image and len(question) > first:
+                fits = False
+                problem += f", its question {len(question)}, data.question_length is {first}"
+        if not fits and (not answer or has_image and image_at > self.text_length):
+            raise ValueError(f"example {example.id}: {problem}: raise it, or shorten the question")
+        if self.query != "none" and has_image and not question:
+            raise ValueError(
+                f"example {example.id}: compressor.query={self.query!r} reads the question, which "
+                "is empty (the plain template drops it), and the tokenizer has no "
+                "begin-of-sequence token to be read in its place: drop the example, or choose "
+                "compressor.query='none'"
+            )
+        return {
+            "ids": self._padded(ids, self.text_length, np.int32, self.pad_id),
+            "loss_mask": self._padded(mask, self.text_length, bool, False),
+            "length": np.int32(min(len(ids), self.text_length)),
+            "image_at": np.int32(image_at),
+            "question": self._padded(question, first, np.int32, self.pad_id),
+            "question_length": np.int32(min(len(question), first)),
+            "cut": np.bool_(not fits),
+        }
+
+    def _row(self, example: Example, answer: bool) -> tuple[list[int], list[bool], int]:
+        """Ids and supervision of the whole row, and before which id the image belongs (or T)."""
         parts = self._parts(example, answer)
         ids, mask, image_at = list(self.bos), [False] * len(self.bos), self.text_length
         for k, (text, supervised) in enumerate(parts):
@@ -247,25 +334,14 @@ class Processor:
                 image_at = len(ids)
                 break
         self._append(ids, mask, parts)
-        length = len(ids)
-        if image_at > self.text_length or length > self.text_length and not answer:
-            raise ValueError(
-                f"example {example.id}: its prompt has {length} tokens, data.text_length is "
-                f"{self.text_length}: raise it, or shorten the question"
-            )
+        return ids, mask, image_at
+
+    def _question(self, example: Example) -> list[int]:
+        """The ids of the question for a pass of its own, as published for QueCC."""
         # As published, the plain template drops the instruction and so leaves nothing to be read.
         read = example.turns[0][0] if "{question}" in self.template.user else ""
         read = read if example.image is not None else NO_IMAGE_QUESTION
-        question = [*self.bos, *self._encode(read)[0]][: self.question_length]
-        return {
-            "ids": self._padded(ids, self.text_length, np.int32, self.pad_id),
-            "loss_mask": self._padded(mask, self.text_length, bool, False),
-            "length": np.int32(min(length, self.text_length)),
-            "image_at": np.int32(image_at),
-            "question": self._padded(question, self.question_length, np.int32, self.pad_id),
-            "question_length": np.int32(len(question)),
-            "cut": np.bool_(length > self.text_length),
-        }
+        return [*self.bos, *self._encode(read)[0]]
 
     def _append(self, ids: list[int], mask: list[bool], parts: list[tuple[str, bool]]) -> None:
         parts = [part for part in parts if part[0]]

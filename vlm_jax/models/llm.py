@@ -27,6 +27,18 @@ class KV(NamedTuple):
     values: Float[Array, "B S K H"]
 
 
+class Past(NamedTuple):
+    """The first `length` tokens of each row, read by a pass that another goes on from.
+
+    What stands behind `length` is padding. Keys and values are stacked over the layers.
+    """
+
+    hidden: Float[Array, "B S D"]
+    keys: Float[Array, "L B S K H"]
+    values: Float[Array, "L B S K H"]
+    length: Int[Array, "B"]
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions; keys and values are returned for a cache."""
 
@@ -139,10 +151,19 @@ class Block(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Bool[Array, "B T T"]
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T S"],
+        past: KV | None = None,
     ) -> tuple[Float[Array, "B T D"], KV]:
+        """The tokens' keys and values beside the result; they see those of `past`, which come
+        first in the mask, and their own."""
         query, kv = self.attention.project(self.norm1(x), positions)
-        return self.feed(x + self.attention.attend(query, kv, mask)), kv
+        seen = kv
+        if past is not None:
+            seen = KV(*(jnp.concatenate(both, axis=1) for both in zip(past, kv, strict=True)))
+        return self.feed(x + self.attention.attend(query, seen, mask)), kv
 
     def extend(
         self,
@@ -247,32 +268,59 @@ class LLM(nnx.Module):
         )
         return table.at[ids].get(out_sharding=mesh.spec(*HIDDEN))
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Hidden states of a causal pass over whole rows, for training."""
-        return self.run(x, remat(self.remat_policy), keep=False)[0]
+    def __call__(self, x: Float[Array, "B T D"], past: Past | None = None) -> Float[Array, "B T D"]:
+        """Hidden states of a causal pass over whole rows, or over what follows their `past`."""
+        return self.run(x, past, remat(self.remat_policy), keep=False)[0]
+
+    def start(self, x: Float[Array, "B T D"], length: Int[Array, "B"]) -> Past:
+        """The pass over the first `length` tokens of each row, for a second one to go on from.
+
+        Both passes together are one causal pass over the rows, in values and in gradients.
+        """
+        hidden, kv = self.run(x, None, remat(self.remat_policy), keep=True)
+        return Past(hidden, kv.keys, kv.values, length)
 
     def prefill(
         self,
         x: Float[Array, "B T D"],
         *,
         slots: int,
+        past: Past | None = None,
     ) -> tuple[Float[Array, "B T D"], list[KV]]:
-        """Hidden states, and one cache per layer with room for `slots` positions."""
-        hidden, stacked = self.run(x, lambda f: f, keep=True)
-        room = [(0, 0), (0, slots - x.shape[1]), (0, 0), (0, 0)]
-        return hidden, [KV(*(jnp.pad(a[i], room) for a in stacked)) for i in range(self.depth)]
+        """Hidden states, and one cache per layer with room for `slots` positions.
 
-    def run(self, x, rematerialise, *, keep: bool):
+        The cache of a row begins with its `past`, whose padding is written over: no holes.
+        """
+        hidden, stacked = self.run(x, past, lambda f: f, keep=True)
+        first = stacked if past is None else KV(past.keys, past.values)
+        room = [(0, 0), (0, slots - first.keys.shape[2]), (0, 0), (0, 0)]
+        caches = [KV(*(jnp.pad(a[i], room) for a in first)) for i in range(self.depth)]
+        if past is not None:
+            caches = [
+                KV(*(write(old, new[i], past.length) for old, new in zip(kv, stacked, strict=True)))
+                for i, kv in enumerate(caches)
+            ]
+        return hidden, caches
+
+    def run(self, x, past, rematerialise, *, keep: bool):
         """Every block in turn by a scan over the stacked weights; their keys and values if kept."""
         batch, length = x.shape[:2]
         positions = positions_of(batch, length)
         mask = positions[:, :, None] >= positions[:, None, :]
+        before = None
+        if past is not None:
+            read = positions_of(batch, past.keys.shape[2]) < past.length[:, None]
+            read = jnp.broadcast_to(read[:, None], (batch, length, read.shape[1]))
+            mask = jnp.concatenate([read, mask], axis=2)
+            positions += past.length[:, None]
+            before = KV(past.keys, past.values)
 
-        def step(x, block):
-            x, kv = block(x, positions, mask)
+        def step(x, layer):
+            block, before = layer
+            x, kv = block(x, positions, mask, before)
             return x, kv if keep else None
 
-        x, kvs = lax.scan(rematerialise(step), x, self.blocks)
+        x, kvs = lax.scan(rematerialise(step), x, (self.blocks, before))
         return self.norm(x), kvs
 
     def decode(
@@ -314,10 +362,10 @@ def positions_of(batch: int, length: int) -> Int[Array, "B T"]:
 
 def write(
     cache: Float[Array, "B S K H"],
-    new: Float[Array, "B 1 K H"],
+    new: Float[Array, "B T K H"],
     at: Int[Array, "B"],
 ) -> Float[Array, "B S K H"]:
-    """The cache with `new` written at each row's own position."""
+    """The cache with `new` written from each row's own position on."""
     # vmap keeps the write inside the shard that holds the row: no collective.
     put = jax.vmap(lambda row, x, i: lax.dynamic_update_slice_in_dim(row, x, i, 0))
     return put(cache, new.astype(cache.dtype), at)

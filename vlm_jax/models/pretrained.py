@@ -144,7 +144,7 @@ def quecc(module: QueCC) -> Table:
     return (
         attention("0.clip_attn", "attention")
         | paths
-        | taps
+        | (taps if module.taps is not None else {})
         | (text if module.reads_question else {})
         | mlp("1", "3", "projector")
     )

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 from ml_collections import ConfigDict
 
 from vlm_jax.models import compressors
 from vlm_jax.models.compressors.compressor import Visual
 from vlm_jax.models.layers import RUN_ONCE
-from vlm_jax.models.llm import KV, LLM
+from vlm_jax.models.llm import KV, LLM, Past
 from vlm_jax.models.vit import ViT, window_order
 
 Batch = Mapping[str, Array]
@@ -28,8 +28,12 @@ class VLM(nnx.Module):
 
     A batch holds `ids` [B T] (right-padded, without a slot for the image), `image_at` [B] (the
     visual tokens stand before ids[image_at]; T for a row without an image), `question` [B U] and
-    `question_length` [B] for compressors that read it, and either `pixels` [B I I 3] or `levels`
-    [B P Y] (what the encoder gives for this compressor, in raster order).
+    `question_length` [B] for compressors that read the question, and either `pixels` [B I I 3] or
+    `levels` [B P Y] (what the encoder gives for this compressor, in raster order).
+
+    For a compressor that reads the text before the image, `question` is that text, at most U tokens
+    in the first `question_length` of `ids`, and at most T - U follow the image. A row without an
+    image may be cut anywhere so.
     """
 
     def __init__(self, vit: ViT, compressor: nnx.Module, llm: LLM):
@@ -42,7 +46,7 @@ class VLM(nnx.Module):
             self.vit(pixels, window=reader.window, shrink=reader.shrink, keys=reader.reads_keys)
         )
 
-    def see(self, batch: Batch) -> Visual:
+    def see(self, batch: Batch, question: Float[Array, "B D"] | None) -> Visual:
         """The visual tokens of each row's image, and how many: none in a row without one."""
         if "levels" in batch:
             order = window_order(self.vit.side // self.compressor.shrink, self.compressor.window)
@@ -50,21 +54,33 @@ class VLM(nnx.Module):
             levels = batch["levels"][:, order].astype(dtype)
         else:
             levels = self.encode(batch["pixels"])
-        question = None
-        if self.compressor.reads_question:
-            question = self.ask(batch["question"], batch["question_length"])
         made = self.compressor(levels, question)
         tokens, count = made if self.compressor.adaptive else (made, made.shape[1])
         with_image = batch["image_at"] < batch["ids"].shape[1]
         return Visual(tokens.astype(self.llm.dtype), count * with_image)
 
-    def ask(self, question: Int[Array, "B U"], length: Int[Array, "B"]) -> Float[Array, "B D"]:
-        """The LLM's hidden state of the question's last token, from a pass of its own.
+    def lay(self, batch: Batch) -> tuple[Float[Array, "B X D"], Int[Array, "B"], Past | None]:
+        """What the LLM's last pass reads, the visual tokens of each row, and what was read before.
 
-        As published for QueCC: the question alone, live weights, no gradient.
+        A compressor that reads the text before the image gets it from a first pass over it, and the
+        last pass goes on behind it with that pass's keys and values: no token is read twice.
         """
-        hidden = self.llm(self.llm.embed(question))
-        return lax.stop_gradient(rows(hidden, length[:, None] - 1)[:, 0])
+        ids = batch["ids"]
+        if not self.compressor.reads_prefix:
+            question = None
+            if self.compressor.reads_question:
+                asked = self.llm(self.llm.embed(batch["question"]))
+                question = feature(asked, batch["question_length"])
+            visual = self.see(batch, question)
+            return self.splice(self.llm.embed(ids), visual, batch["image_at"]), visual.count, None
+        length, first = batch["question_length"], batch["question"].shape[1]
+        rest = length[:, None] + jnp.arange(ids.shape[1] - first)
+        ids = jnp.concatenate([ids[:, :first], rows(ids, rest)], axis=1)
+        text = self.llm.embed(ids)
+        past = self.llm.start(text[:, :first], length)
+        visual = self.see(batch, feature(past.hidden, length))
+        x = self.splice(text[:, first:], visual, jnp.zeros_like(length))
+        return x, visual.count, past
 
     def splice(
         self, text: Float[Array, "B T D"], visual: Visual, at: Int[Array, "B"]
@@ -82,9 +98,8 @@ class VLM(nnx.Module):
 
     def logits(self, batch: Batch) -> Float[Array, "B T W"]:
         """For every text token the scores given all before it; the first has none before it."""
-        visual = self.see(batch)
-        hidden = self.llm(self.splice(self.llm.embed(batch["ids"]), visual, batch["image_at"]))
-        return self.llm.logits(rows(hidden, self.before(batch, visual.count)))
+        x, count, past = self.lay(batch)
+        return self.llm.logits(read(self.llm(x, past), past, self.before(batch, count)))
 
     def before(self, batch: Batch, count: Int[Array, "B"]) -> Int[Array, "B T"]:
         """Where in the spliced row the token before each text token stands."""
@@ -98,11 +113,12 @@ class VLM(nnx.Module):
         new_tokens: int,
     ) -> tuple[Float[Array, "B W"], list[KV], Int[Array, "B"]]:
         """Scores of the first new token, caches with room for `new_tokens` more, row lengths."""
-        visual = self.see(batch)
-        x = self.splice(self.llm.embed(batch["ids"]), visual, batch["image_at"])
-        hidden, caches = self.llm.prefill(x, slots=x.shape[1] + new_tokens)
-        length = batch["length"] + visual.count
-        return self.llm.logits(rows(hidden, length[:, None] - 1))[:, 0], caches, length
+        x, count, past = self.lay(batch)
+        slots = x.shape[1] + new_tokens + (0 if past is None else past.hidden.shape[1])
+        hidden, caches = self.llm.prefill(x, slots=slots, past=past)
+        length = batch["length"] + count
+        last = read(hidden, past, length[:, None] - 1)
+        return self.llm.logits(last)[:, 0], caches, length
 
     def decode(
         self,
@@ -115,7 +131,29 @@ class VLM(nnx.Module):
         return self.llm.logits(hidden)[:, 0], caches
 
 
-def rows(x: Float[Array, "B X D"], index: Int[Array, "B Y"]) -> Float[Array, "B Y D"]:
+def feature(hidden: Float[Array, "B U D"], length: Int[Array, "B"]) -> Float[Array, "B D"]:
+    """What a compressor reads of a question: the hidden state of its last token, no gradient.
+
+    As published for QueCC, whose question has a pass of its own: live weights, no gradient. The
+    same holds where the question is part of the prompt; its keys and values do get a gradient.
+    """
+    return lax.stop_gradient(rows(hidden, length[:, None] - 1)[:, 0])
+
+
+def read(
+    hidden: Float[Array, "B X D"], past: Past | None, index: Int[Array, "B Y"]
+) -> Float[Array, "B Y D"]:
+    """Hidden states at these places of the spliced rows, of which `past` has the first ones."""
+    if past is not None:
+        first, length = past.hidden.shape[1], past.length[:, None]
+        hidden = jnp.concatenate([past.hidden, hidden], axis=1)
+        # What a row does not hold may lie anywhere.
+        behind = jnp.minimum(index - length + first, hidden.shape[1] - 1)
+        index = jnp.where(index < length, index, behind)
+    return rows(hidden, index)
+
+
+def rows(x: Shaped[Array, "B X *D"], index: Int[Array, "B Y"]) -> Shaped[Array, "B Y *D"]:
     """x[b, index[b, y]], row by row, so that nothing leaves the shard of its batch row."""
     return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(x, index)
 

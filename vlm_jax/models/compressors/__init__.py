@@ -36,12 +36,14 @@ def build(
     heads: int,
     query: str,
     rngs: nnx.Rngs,
+    **options: str,
 ) -> nnx.Module:
     """The compressor that `kind` names, with fresh weights on the current mesh.
 
     It maps `levels` feature levels of `width` channels on a `side` x `side` patch grid, patches
-    window-major in its `window`, to `tokens` visual tokens of `llm_width`. ValueError with the
-    choices: an unknown kind, a token count that the method cannot give, heads that do not divide.
+    window-major in its `window`, to `tokens` visual tokens of `llm_width`. Each method takes those
+    `options` that it has. ValueError with the choices: an unknown kind, a token count that the
+    method cannot give, heads that do not divide.
     """
     if kind not in COMPRESSORS:
         raise ValueError(f"compressor.kind={kind!r}: choose one of {sorted(COMPRESSORS)}")
@@ -54,4 +56,5 @@ def build(
         heads=heads,
         query=query,
         rngs=rngs,
+        **{name: options[name] for name in COMPRESSORS[kind].options if name in options},
     )

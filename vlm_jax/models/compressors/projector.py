@@ -4,9 +4,11 @@
 B batch  V visual tokens (or patches)  E width in  F width between  D width out
 """
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from vlm_jax import mesh
 from vlm_jax.models.layers import Initializer, Linear, gelu
 
 
@@ -36,9 +38,23 @@ class MLP(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x: Float[Array, "B V E"]) -> Float[Array, "B V D"]:
-        return self.down(self.hidden(x))
+    def __call__(
+        self, x: Float[Array, "B V E"], shared: Float[Array, "B E"] | None = None
+    ) -> Float[Array, "B V D"]:
+        """Of x, or of x + `shared`: one vector per row, added at all its positions."""
+        return self.down(self.hidden(x, shared))
 
-    def hidden(self, x: Float[Array, "B V E"]) -> Float[Array, "B V F"]:
-        """What the last layer reads."""
-        return gelu(self.up(x))
+    def hidden(
+        self, x: Float[Array, "B V E"], shared: Float[Array, "B E"] | None = None
+    ) -> Float[Array, "B V F"]:
+        """What the last layer reads.
+
+        The sum with `shared` is not formed: W (x + s) + b = W x + b + W s, where W s is one product
+        per row, and s's gradient is summed over the positions before it goes through W, not after.
+        """
+        y = self.up(x)
+        if shared is not None:
+            kernel = self.up.kernel[...].astype(x.dtype)
+            once = jnp.einsum("BE,EF->BF", shared, kernel, out_sharding=mesh.spec("batch", "mlp"))
+            y += once[:, None]
+        return gelu(y)

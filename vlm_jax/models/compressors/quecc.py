@@ -23,7 +23,8 @@ from vlm_jax.models.layers import LayerNorm, Linear, uniform, weight
 from vlm_jax.models.vit import window_order
 
 EPS = 1e-6  # of every LayerNorm here, as published
-QUERIES = ("none", "separate")
+QUERIES = ("none", "separate", "prefix")  # where the feature of the question comes from
+DOWNSAMPLES = ("conv", "pool")  # what makes one query out of a window
 
 
 class QueCC(Compressor):
@@ -31,9 +32,13 @@ class QueCC(Compressor):
 
     The question's feature (last token, after the LLM's final norm) is projected and added to every
     patch of the last level; an MLP, a norm and a strided depthwise convolution make one query per
-    window; keys and values come from all levels. `query="none"` leaves the question out and has no
-    weights for it. `kernel` and `stride` of the convolution are the window's side unless given; the
-    attention's windows tile the grid whatever they are.
+    window; keys and values come from all levels. `query` says who gives the feature: "separate", a
+    pass of the LLM over the question alone (published); "prefix", the LLM's own pass over the text
+    before the image; "none" leaves the question out and has no weights for it.
+
+    `kernel` and `stride` of the convolution are the window's side unless given; the attention's
+    windows tile the grid whatever they are. `downsample="pool"` takes the mean of each window in
+    the convolution's place, without weights: not published, it shows what the convolution is worth.
 
     Source: `mm_projector` type quecc of locuslab/llava-token-compression at bdedebdf.
 
@@ -50,6 +55,8 @@ class QueCC(Compressor):
         6
     """
 
+    options = ("downsample",)
+
     def __init__(
         self,
         *,
@@ -61,17 +68,27 @@ class QueCC(Compressor):
         heads: int,
         query: str,
         rngs: nnx.Rngs,
+        downsample: str = "conv",
         kernel: int | None = None,
         stride: int | None = None,
     ):
         check_tokens("quecc", tokens, side, self.supported(side))
         if query not in QUERIES:
             raise ValueError(f"compressor.query={query!r}: choose one of {list(QUERIES)}")
+        if downsample not in DOWNSAMPLES:
+            raise ValueError(
+                f"compressor.downsample={downsample!r}: choose one of {list(DOWNSAMPLES)}"
+            )
+        if downsample == "pool" and (kernel or stride):
+            raise ValueError(
+                f"quecc: kernel={kernel} and stride={stride} are the convolution's, and "
+                "downsample='pool' has none: leave both out, or choose downsample='conv'"
+            )
         self.tokens, self.side, self.width = tokens, side, width
         self.window = window_side(tokens, side)
         self.kernel, self.stride = kernel or self.window, stride or self.window
         check_convolution(side, self.kernel, self.stride, tokens)
-        self.reads_question = query != "none"
+        self.reads_question, self.reads_prefix = query != "none", query == "prefix"
         self.text = (
             Linear(
                 "BD,DE->BE",
@@ -87,9 +104,10 @@ class QueCC(Compressor):
         self.query = MLP(width, width, width, rngs=rngs)
         self.query_norm = LayerNorm(width, eps=EPS, rngs=rngs)
         # torch's default for a depthwise convolution: U(+-1/kernel), one row of taps per offset.
-        bound = uniform(1 / self.kernel)
-        self.taps = weight(rngs, (self.kernel**2, width), ("none", "none"), bound)
-        self.taps_bias = weight(rngs, (width,), ("none",), bound)
+        init, taps = uniform(1 / self.kernel), (self.kernel**2, width)
+        conv = downsample == "conv"
+        self.taps = weight(rngs, taps, ("none", "none"), init) if conv else None
+        self.taps_bias = weight(rngs, (width,), ("none",), init) if conv else None
         self.key = MLP(levels * width, width, width, rngs=rngs)
         self.key_norm = LayerNorm(width, eps=EPS, rngs=rngs)
         self.value = MLP(levels * width, width, width, rngs=rngs)
@@ -117,6 +135,7 @@ class QueCC(Compressor):
         question: Float[Array, "B D"] | None = None,
     ) -> Float[Array, "B V E"]:
         """The visual tokens before the projector, from the query's feature and the keys' levels."""
+        text = None
         if self.reads_question:
             if question is None:
                 raise ValueError(
@@ -124,13 +143,17 @@ class QueCC(Compressor):
                     "or build with query='none'"
                 )
             text = self.text_norm(self.text(question.astype(feature.dtype)))
-            feature = feature + text[:, None]
-        query = self.downsample(self.query_norm(self.query(feature)))
+        query = self.downsample(self.query_norm(self.query(feature, text)))
         keys = self.key_norm(self.key(levels))
         return self.attention(query, keys, self.value_norm(self.value(levels)))
 
     def downsample(self, x: Float[Array, "B P E"]) -> Float[Array, "B V E"]:
-        """The strided depthwise convolution, as a weighted sum over the patches under each."""
+        """The strided depthwise convolution, as a weighted sum over the patches under each.
+
+        Without taps, the mean of each window.
+        """
+        if self.taps is None:
+            return windows(x, self.tokens).mean(2)
         if self.kernel == self.stride == self.window:
             under = windows(x, self.tokens)
         else:
