@@ -6,8 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 
 from vlm_jax import mesh
+from vlm_jax.kernels import tiles, window_attention
 from vlm_jax.models.compressors.window import WindowAttention, absorbing_pays
 
 NEAR = 1e-5  # absolute, on outputs and gradients of order one, in float32
@@ -84,3 +88,126 @@ def test_the_choice_shows_in_the_compiled_program(tokens, absorbed, mesh1):
     projections = 2 * 2 * 2 * 16 * 32**2  # two of them for two images of 16 patches
     rest = 2 * 2 * 2 * tokens * 32**2
     assert (counted > rest + projections) == (not absorbed)
+
+
+# --- The kernels, interpreted ---------------------------------------------------------------------
+
+# Reading outside an array raises, and what nobody wrote is nan.
+STRICT = pltpu.InterpretParams(out_of_bounds_reads="raise", uninitialized_memory="nan")
+SIZES = st.fixed_dictionaries(dict(
+    batch=st.integers(1, 2), windows=st.integers(1, 12), keys=st.integers(1, 24),
+    heads=st.integers(1, 3), size=st.sampled_from([4, 8]), seed=st.integers(0, 99),
+))  # fmt: skip
+FEW = dict(
+    deadline=None, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate)
+)  # fmt: skip
+
+
+def three(batch, windows, keys, heads, size, seed, *, absorbed, dtype="f4"):
+    """Queries, keys, values and the gradient of the result, on the mesh; attention by its form."""
+    query = (batch, windows, heads, size)
+    patches = (batch, windows, keys, size) if absorbed else (batch, windows, keys, heads, size)
+    shapes = [query, patches, patches, query]
+    arrays = [drawn(*shape, seed=seed + i, dtype=dtype) for i, shape in enumerate(shapes)]
+    row, patch = ("batch", "len", "heads"), ("batch", "len", "len", "none" if absorbed else "heads")
+    arrays = [
+        jax.device_put(x, mesh.spec(*dims))
+        for x, dims in zip(arrays, (row, patch, patch, row), strict=True)
+    ]
+    scale = size**-0.5
+
+    def attend(form):
+        if absorbed:
+            return lambda *x: window_attention.absorbed_attention(*x, scale=scale, form=form)
+        return lambda *x: window_attention.window_attention(*x, form=form)
+
+    return arrays, attend
+
+
+def result_and_gradients(attend, query, keys, values, towards):
+    def run(towards, *inputs):
+        out, back = jax.vjp(attend, *inputs)
+        return out, *back(towards)
+
+    return [np.asarray(x, np.float32) for x in jax.jit(run)(towards, query, keys, values)]
+
+
+@pytest.mark.parametrize("absorbed", [False, True])
+@settings(max_examples=4, **FEW)
+@given(of=SIZES)
+def test_a_kernel_equals_the_direct_form(absorbed, mesh1, of):
+    with jax.set_mesh(mesh1):
+        arrays, attend = three(**of, absorbed=absorbed)
+        direct = result_and_gradients(attend("xla"), *arrays)
+        with pltpu.force_tpu_interpret_mode(STRICT):
+            kernel = result_and_gradients(attend("pallas"), *arrays)
+    for ours, exact in zip(kernel, direct, strict=True):
+        np.testing.assert_allclose(ours, exact, atol=NEAR)
+
+
+@pytest.mark.parametrize("absorbed", [False, True])
+@settings(max_examples=4, **FEW)
+@given(of=SIZES)
+def test_a_kernel_in_bfloat16_is_two_units_from_float32(absorbed, mesh1, of):
+    with jax.set_mesh(mesh1):
+        arrays, attend = three(**of, absorbed=absorbed, dtype="bfloat16")
+        exact = result_and_gradients(attend("xla"), *(x.astype("f4") for x in arrays))
+        with pltpu.force_tpu_interpret_mode(STRICT):
+            kernel = result_and_gradients(attend("pallas"), *arrays)
+    for ours, reference in zip(kernel, exact, strict=True):
+        unit = 2**-8 * np.abs(reference).max()  # of the last place of the largest number
+        assert np.abs(ours - reference).max() <= 2 * unit
+
+
+@pytest.mark.parametrize("absorbed", [False, True])
+def test_eight_devices_attend_to_their_own_images_and_heads(absorbed, mesh1, mesh8):
+    found = []
+    for on in (mesh1, mesh8):
+        with jax.set_mesh(on), pltpu.force_tpu_interpret_mode(STRICT):
+            arrays, attend = three(8, 4, 4, 4, 8, seed=0, absorbed=absorbed)
+            found.append(result_and_gradients(attend("pallas"), *arrays))
+            program = jax.jit(attend("pallas")).lower(*arrays[:3]).compile().as_text()
+            for collective in ("all-gather", "all-to-all", "collective-permute"):
+                assert collective not in program
+    for one, eight in zip(*found, strict=True):
+        np.testing.assert_allclose(eight, one, atol=1e-6)
+
+
+def test_a_large_block_is_cut_by_windows_then_by_heads():
+    """At the published width: what each grid step holds fits, and starts where a tile does."""
+    for windows in (1, 4, 9, 16, 36, 64, 144):
+        keys = 576 // windows
+        for itemsize in (2, 4):
+            row = 1024 * itemsize
+            for window_bytes in (row * (2 + 2 * keys), row * (3 * 8 + 4 * keys)):
+                block = tiles.windows_per_block(windows, keys, window_bytes)
+                assert windows % block == 0
+                assert block == windows or block * keys % 16 == 0
+                assert 2 * block * window_bytes <= tiles.BLOCKS or windows == 1
+        groups = tiles.groups(windows, keys)
+        assert [i for first, last in groups for i in range(first, last)] == list(range(windows))
+        assert all(first * keys % 16 == 0 for first, _ in groups)
+
+
+# --- Which form runs ------------------------------------------------------------------------------
+
+
+def test_without_a_tpu_xla_attends(mesh1):
+    assert [window_attention.form(kernels) for kernels in ("auto", "xla")] == ["xla", "xla"]
+    with jax.set_mesh(mesh1):
+        assert window_attention.form("auto") == "xla"
+
+
+def test_on_a_tpu_the_kernels_attend(monkeypatch):
+    monkeypatch.setattr(window_attention, "platform", lambda: "tpu")
+    chosen = {kernels: window_attention.form(kernels) for kernels in ("auto", "pallas", "xla")}
+    assert chosen == {"auto": "pallas", "pallas": "pallas", "xla": "xla"}
+
+
+@pytest.mark.parametrize("kernels, said", [
+    ("triton", r"kernels='triton'.*'auto', 'pallas', 'xla'"),
+    ("pallas", r"'pallas' needs a TPU.*'cpu'.*'auto' or 'xla'"),
+])  # fmt: skip
+def test_a_form_that_cannot_run_is_refused_with_the_choices(kernels, said, mesh1):
+    with jax.set_mesh(mesh1), pytest.raises(ValueError, match=said):
+        window_attention.form(kernels)

@@ -8,13 +8,48 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vlm_jax import mesh
+from vlm_jax.kernels import absorbed_tpu, window_tpu
+
+FORMS = ("pallas", "xla")
+
+
+def form(kernels: str) -> str:
+    """The form that `config.kernels` means where the current mesh is: "pallas" or "xla".
+
+    The one place of this choice: "auto" is the Pallas kernels on a TPU, XLA on everything else.
+    ValueError with the choices for anything unknown, and for Pallas where there is no TPU.
+    """
+    if kernels not in ("auto", *FORMS):
+        raise ValueError(f"kernels={kernels!r}: choose one of {['auto', *FORMS]}")
+    here = platform()
+    if kernels == "pallas" and here != "tpu":
+        raise ValueError(
+            f"kernels='pallas' needs a TPU and the devices are of platform {here!r}: "
+            "choose 'auto' or 'xla'"
+        )
+    return kernels if kernels != "auto" else "pallas" if here == "tpu" else "xla"
+
+
+def platform() -> str:
+    """Of the current mesh's devices, which a compiler may only know by name; else of jax's own."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
 
 def window_attention(
     query: Float[Array, "B V N H"],
     keys: Float[Array, "B V S N H"],
     values: Float[Array, "B V S N H"],
+    *,
+    form: str,
 ) -> Float[Array, "B V N H"]:
     """Softmax attention inside every window, scores scaled by 1/sqrt(H) and softmax in float32."""
+    if form == "pallas":
+        patches = ("batch", "len", "len", "heads", "head")
+        return _sharded(window_tpu.attend, ("batch", "len", "heads", "head"), patches)(
+            query, keys, values
+        )
     scores = jnp.einsum("BVNH,BVSNH->BVNS", query, keys, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5).astype(values.dtype)
     return jnp.einsum("BVNS,BVSNH->BVNH", weights, values)
@@ -26,8 +61,22 @@ def absorbed_attention(
     values: Float[Array, "B V S E"],
     *,
     scale: float,
+    form: str,
 ) -> Float[Array, "B V N E"]:
     """`window_attention` with keys and values that all heads share, scores times `scale`."""
+    if form == "pallas":
+        patches = ("batch", "len", "len", "feature")
+        return _sharded(
+            lambda *x: absorbed_tpu.attend(*x, scale), ("batch", "len", "heads", "feature"), patches
+        )(query, keys, values)
     scores = jnp.einsum("BVNE,BVSE->BVNS", query, keys, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * scale).astype(values.dtype)
     return jnp.einsum("BVNS,BVSE->BVNE", weights, values)
+
+
+def _sharded(attend, queries: tuple[str, ...], patches: tuple[str, ...]):
+    """`attend` on each device's own images and heads: the compiler cannot cut a kernel itself."""
+    queries, patches = mesh.spec(*queries), mesh.spec(*patches)
+    return jax.shard_map(
+        attend, in_specs=(queries, patches, patches), out_specs=queries, check_vma=False
+    )

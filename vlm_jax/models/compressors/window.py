@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vlm_jax import mesh
-from vlm_jax.kernels.window_attention import absorbed_attention, window_attention
+from vlm_jax.kernels import window_attention
 from vlm_jax.models.layers import Initializer, Linear, uniform
 
 
@@ -61,6 +61,7 @@ class WindowAttention(nnx.Module):
         tokens: int,
         patches: int,
         rngs: nnx.Rngs,
+        kernels: str = "auto",
         out_init: Initializer | None = None,
     ):
         if heads < 1 or width % heads:
@@ -69,6 +70,7 @@ class WindowAttention(nnx.Module):
                 f"choose one of {[n for n in range(1, width + 1) if width % n == 0]}"
             )
         size = width // heads
+        self.form = window_attention.form(kernels)
         self.absorbed = absorbing_pays(tokens, patches, width, heads)
         # Xavier over the stacked [3 width, width] matrix of the three in-projections.
         inward = dict(
@@ -108,7 +110,8 @@ class WindowAttention(nnx.Module):
         """Each head's mean of the projected values, weighted by its query and projected keys."""
         tokens = query.shape[1]
         keys = windows(self.key(keys), tokens)
-        return window_attention(query, keys, windows(self.value(values), tokens))
+        values = windows(self.value(values), tokens)
+        return window_attention.window_attention(query, keys, values, form=self.form)
 
     def attend_absorbed(
         self,
@@ -124,8 +127,12 @@ class WindowAttention(nnx.Module):
             self.key.kernel[...].astype(dtype),
             out_sharding=mesh.spec("batch", "len", "heads", "feature"),
         )
-        context = absorbed_attention(
-            query, windows(keys, tokens), windows(values, tokens), scale=size**-0.5
+        context = window_attention.absorbed_attention(
+            query,
+            windows(keys, tokens),
+            windows(values, tokens),
+            scale=size**-0.5,
+            form=self.form,
         )
         out = jnp.einsum(
             "BVNE,ENH->BVNH",

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Windowed cross-attention on a TPU whose heads ask unprojected keys and values at full width.
+
+B batch  V windows  S keys of one window  N heads  E width
+"""
+
+import functools
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from vlm_jax.kernels import tiles
+
+COLUMNS = 256  # channels that the gradient holds in registers at a time
+
+
+def forward(
+    query: Float[Array, "B V N E"],
+    keys: Float[Array, "B V S E"],
+    values: Float[Array, "B V S E"],
+    *,
+    scale: float,
+) -> Float[Array, "B V N E"]:
+    """Attention of N queries per window."""
+    kernel = functools.partial(_forward, scale=scale)
+    return _call(kernel, "absorbed_attention", (query,), (keys, values), 1, 0, 4)[0]
+
+
+def backward(
+    query: Float[Array, "B V N E"],
+    keys: Float[Array, "B V S E"],
+    values: Float[Array, "B V S E"],
+    gradient: Float[Array, "B V N E"],
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B V N E"], Float[Array, "B V S E"], Float[Array, "B V S E"]]:
+    """Gradients of queries, keys and values from that of the result; weights are recomputed."""
+    kernel = functools.partial(_backward, scale=scale)
+    rows, patches = (query, gradient), (keys, values)
+    return _call(kernel, "absorbed_attention_gradient", rows, patches, 1, 2, 10)
+
+
+def _call(kernel, name, rows, patches, rows_out, patches_out, flops_per_score):
+    """`kernel` on blocks of [windows N E] and [windows S E]; results shaped like its inputs."""
+    batch, windows, heads, width = rows[0].shape
+    keys, dtype = patches[0].shape[2], rows[0].dtype
+    n_rows, n_patches = len(rows) + rows_out, len(patches) + patches_out
+    window_bytes = width * (n_rows * heads + n_patches * keys) * dtype.itemsize
+    block = tiles.windows_per_block(windows, keys, window_bytes)
+    # One window of 576 keys in float32 leaves no room for the next image's.
+    buffers = pl.Buffered(2 if 2 * block * window_bytes <= tiles.BLOCKS else 1)
+    block_of = functools.partial(
+        pl.BlockSpec, index_map=lambda b, w: (b, w, 0, 0), pipeline_mode=buffers
+    )
+    row, patch = block_of((1, 1, block * heads, width)), block_of((1, 1, block * keys, width))
+    row_shape = (batch, windows // block, block * heads, width)
+    patch_shape = (batch, windows // block, block * keys, width)
+    call = pl.pallas_call(
+        functools.partial(kernel, windows=block, keys=keys, heads=heads),
+        grid=(batch, windows // block),
+        in_specs=[row] * len(rows) + [patch] * len(patches),
+        out_specs=[row] * rows_out + [patch] * patches_out,
+        out_shape=[jax.ShapeDtypeStruct(row_shape, dtype)] * rows_out
+        + [jax.ShapeDtypeStruct(patch_shape, dtype)] * patches_out,
+        name=name,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 2),
+        cost_estimate=pl.CostEstimate(
+            flops=flops_per_score * batch * windows * keys * heads * width,
+            transcendentals=batch * windows * keys * heads,
+            bytes_accessed=batch * windows * window_bytes,
+        ),
+    )
+    out = call(*(x.reshape(row_shape) for x in rows), *(x.reshape(patch_shape) for x in patches))
+    given = [rows[0].shape] * rows_out + [patches[0].shape] * patches_out
+    return tuple(x.reshape(shape) for x, shape in zip(out, given, strict=True))
+
+
+def _parts(windows: int, keys: int, heads: int):
+    """Slices of the rows and the keys of each product, and its mask."""
+    for first, last in tiles.groups(windows, keys):
+        mask = tiles.same_window(last - first, heads, keys) if last - first > 1 else None
+        yield slice(first * heads, last * heads), slice(first * keys, last * keys), mask
+
+
+def _forward(q_ref, k_ref, v_ref, o_ref, *, windows, keys, heads, scale):
+    for row, key, mask in _parts(windows, keys, heads):
+        scores = tiles.product(q_ref[0, 0, row], k_ref[0, 0, key], (1, 1))
+        weights = tiles.softmax(scores * scale, mask)
+        v = v_ref[0, 0, key]
+        o_ref[0, 0, row] = tiles.product(weights.astype(v.dtype), v, (1, 0)).astype(v.dtype)
+
+
+def _backward(q_ref, g_ref, k_ref, v_ref, dq_ref, dk_ref, dv_ref, *, windows, keys, heads, scale):
+    width = q_ref.shape[-1]
+    parts = [slice(i, min(i + COLUMNS, width)) for i in range(0, width, COLUMNS)]
+    for row, key, mask in _parts(windows, keys, heads):
+        scores, towards = (
+            sum(tiles.product(x[0, 0, row, part], y[0, 0, key, part], (1, 1)) for part in parts)
+            for x, y in ((q_ref, k_ref), (g_ref, v_ref))
+        )
+        weights = tiles.softmax(scores * scale, mask)
+        mean = (weights * towards).sum(1, keepdims=True)
+        scores = (weights * (towards - mean) * scale).astype(k_ref.dtype)
+        weights = weights.astype(v_ref.dtype)
+        for part in parts:
+            q, g, k = q_ref[0, 0, row, part], g_ref[0, 0, row, part], k_ref[0, 0, key, part]
+            dq_ref[0, 0, row, part] = tiles.product(scores, k, (1, 0)).astype(k.dtype)
+            dk_ref[0, 0, key, part] = tiles.product(scores, q, (0, 0)).astype(k.dtype)
+            dv_ref[0, 0, key, part] = tiles.product(weights, g, (0, 0)).astype(k.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attend(
+    query: Float[Array, "B V N E"],
+    keys: Float[Array, "B V S E"],
+    values: Float[Array, "B V S E"],
+    scale: float,
+) -> Float[Array, "B V N E"]:
+    """`forward` with `backward` as its gradient."""
+    return forward(query, keys, values, scale=scale)
+
+
+attend.defvjp(
+    lambda query, keys, values, scale: (
+        forward(query, keys, values, scale=scale),
+        (query, keys, values),
+    ),
+    lambda scale, inputs, gradient: backward(*inputs, gradient, scale=scale),
+)
