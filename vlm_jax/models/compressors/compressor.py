@@ -29,7 +29,9 @@ class Compressor(nnx.Module):
     prefixes: tuple[int, ...] = ()  # a step of the second stage shows so many first tokens of it
     scales: tuple[int, ...] = ()  # a step of the second stage shows each of these V
     window = 1  # patches come window by window, windows of this side; 1 is raster order
+    options: tuple[str, ...] = ()  # fields of config.compressor that this method alone has
     reads_question = False  # the question's feature is an input
+    reads_prefix = False  # it comes from the LLM's own pass over the text before the image
     reads_keys = False  # the levels come with what ViT's `keys=True` adds, in float32
     shrink = 1  # the encoder sees the image this many times smaller on each side
     adaptive = False  # how many of its slots an image fills depends on the image
