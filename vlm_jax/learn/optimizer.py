@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.nnx import filterlib
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
@@ -37,7 +38,7 @@ class Metrics(NamedTuple):
 
 
 # MQT's position table: published training moves it in the first stage and leaves it then.
-ALIGNED = nnx.PathIn(("compressor", "position"))
+ALIGNED = filterlib.PathIn(("compressor", "position"))
 # Part of the module tree that a stage trains; everything else is frozen.
 TRAINED = {
     "encoder": nnx.Everything(),
