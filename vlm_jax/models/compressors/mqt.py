@@ -19,6 +19,7 @@ from vlm_jax.models.layers import (
     Initializer,
     LayerNorm,
     Linear,
+    matrix,
     normal,
     standardise,
     uniform,
@@ -198,9 +199,16 @@ def mix(
     heads, tokens, patches = scores.shape
     scores, kernel = scores.astype(values.dtype), kernel.astype(values.dtype)
     if mixing_first_pays(tokens, patches, values.shape[-1], heads):
+        # The scores are repeated for every image, so that each has a product of its own: for one of
+        # all images XLA's CPU backend transposes the patches, which takes longer than the product.
+        repeated = jnp.broadcast_to(
+            scores.transpose(1, 0, 2),
+            (len(values), tokens, heads, patches),
+            out_sharding=mesh.spec("batch", "len", "heads", "len"),
+        )
         mixed = jnp.einsum(
-            "NVP,BPE->BVNE",
-            scores,
+            "BVNP,BPE->BVNE",
+            repeated,
             values,
             out_sharding=mesh.spec("batch", "len", "heads", "feature"),
         )
@@ -266,12 +274,15 @@ class FoldedMQT(Matryoshka):
         del question
         values = standardise(levels[..., -self.width :], EPS).astype(levels.dtype)
         mixed = mix(self.scores[...][:, : self.tokens], values, self.value[...])
+        # As one product of two matrices: see layers.Linear.
         out = jnp.einsum(
-            "BVNH,NHD->BVD",
-            mixed,
-            self.out[...].astype(mixed.dtype),
-            out_sharding=mesh.spec("batch", "len", "feature"),
+            "RI,IO->RO",
+            matrix(mixed, 2),
+            matrix(self.out[...].astype(mixed.dtype), 2),
+            out_sharding=mesh.spec("batch", "feature"),
         )
+        whole = mesh.spec("batch", "len", "feature")
+        out = jnp.reshape(out, (len(values), self.tokens, out.shape[1]), out_sharding=whole)
         return out + self.bias[...].astype(out.dtype)
 
 
