@@ -155,7 +155,7 @@ class ViT(nnx.Module):
         self.levels, self.remat_policy, self.dtype = tuple(levels), remat_policy, dtype
         self.depth, self.final_norm = depth, final_norm
         self.first = int(class_token)  # rows before those of the patches
-        self.dropped = int(class_token and not keep_class)  # of them, those that no level keeps
+        self.kept = int(keep_class)  # of them, those that the levels keep
         std = width**-0.5
         self.patch = Linear(
             "BPC,CE->BPE",
@@ -219,7 +219,7 @@ class ViT(nnx.Module):
         for start, stop in itertools.pairwise((0, *self.levels)):
             blocks = jax.tree.map(lambda w, a=start, b=stop: w[a:b], self.blocks)
             x, _ = lax.scan(step, x, blocks)
-            kept.append(x[:, self.dropped :])
+            kept.append(x[:, self.first - self.kept :])
         if self.final_norm:
             kept[-1] = self.post_norm(kept[-1])
         if not keys:
@@ -232,9 +232,14 @@ class ViT(nnx.Module):
         kept = [y.astype(jnp.float32) for y in kept]
         return jnp.concatenate([*kept, found[:, 1:], seen], axis=-1)
 
+    def order(self, window: int, shrink: int = 1) -> np.ndarray:
+        """Which row of a level in raster order each row of it in window-major order is, int [P]."""
+        order = window_order(self.side // self.check_shrink(shrink), window)
+        return np.concatenate([np.arange(self.kept), self.kept + order])
+
     def check_keys(self) -> None:
         """Raises unless there is a block behind the last level, and a class token to ask it."""
-        if not self.dropped:
+        if self.kept or not self.first:
             raise ValueError(
                 "PruMerge asks the class token which patches matter: it needs an encoder with "
                 "vit.class_token=True and vit.keep_class=False, such as CLIP"

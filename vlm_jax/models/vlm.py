@@ -18,7 +18,7 @@ from vlm_jax.models import compressors
 from vlm_jax.models.compressors.compressor import Visual
 from vlm_jax.models.layers import RUN_ONCE
 from vlm_jax.models.llm import KV, LLM, Past
-from vlm_jax.models.vit import ViT, window_order
+from vlm_jax.models.vit import ViT
 
 Batch = Mapping[str, Array]
 
@@ -49,7 +49,7 @@ class VLM(nnx.Module):
     def see(self, batch: Batch, question: Float[Array, "B D"] | None) -> Visual:
         """The visual tokens of each row's image, and how many: none in a row without one."""
         if "levels" in batch:
-            order = window_order(self.vit.side // self.compressor.shrink, self.compressor.window)
+            order = self.vit.order(self.compressor.window, self.compressor.shrink)
             dtype = "float32" if self.compressor.reads_keys else self.llm.dtype
             levels = batch["levels"][:, order].astype(dtype)
         else:
@@ -162,9 +162,14 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> VLM:
     """The model that a configuration describes, with fresh float32 parameters."""
     shared = dict(rngs=rngs, remat_policy=config.remat, dtype=config.compute_dtype)
     vit = ViT(**config.vit.to_dict(), **shared)
+    if vit.kept and config.compressor.kind != "none":
+        raise ValueError(
+            f"compressor.kind={config.compressor.kind!r} reads patches alone: vit.keep_class=True "
+            "is for compressor.kind='none'"
+        )
     compressor = compressors.build(
         config.compressor.kind,
-        tokens=config.compressor.tokens,
+        tokens=config.compressor.tokens - vit.kept,
         side=vit.side,
         width=config.vit.width,
         levels=len(config.vit.levels),
