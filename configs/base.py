@@ -72,6 +72,7 @@ def get_config() -> ConfigDict:
         "bfloat16"  # activations and matmuls; parameters, norms, softmax, loss: float32
     )
     c.remat = "full"  # what the backward pass recomputes: none, dots, full
+    c.kernels = "auto"  # windowed attention by "pallas" (TPU alone) or "xla"; "auto" by the devices
 
     # Data.
     c.data = ConfigDict()

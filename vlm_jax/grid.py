@@ -31,6 +31,7 @@ from vlm_jax.data import sources
 from vlm_jax.data.processor import MEAN_COLOUR, Processor
 from vlm_jax.evals import tasks
 from vlm_jax.evaluate import predict, write_predictions
+from vlm_jax.kernels import window_attention
 from vlm_jax.learn.workdir import claim, provenance, write_json
 from vlm_jax.models import vlm
 from vlm_jax.models.vit import ViT
@@ -314,7 +315,7 @@ def run_grid(config: ConfigDict, folder: Path, command: str) -> dict:
     """All cells that have no row yet, then the law and the report; what the report says of
     itself."""
     cells = cells_of(config)
-    facts = provenance()
+    facts = provenance(window_attention.form(config.kernels))
     phase = Phases(folder / "run.json", dict(command=command, config=cli.digest(config), **facts))
     training.check(config)
     for cell in cells:

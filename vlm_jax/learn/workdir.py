@@ -86,8 +86,8 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(fresh, path)
 
 
-def provenance() -> dict[str, Any]:
-    """Commit, package versions and machine that a result was made with."""
+def provenance(kernels: str) -> dict[str, Any]:
+    """Commit, package versions, machine and form of the kernels that a result was made with."""
     root = Path(__file__).resolve().parents[2]
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
@@ -103,5 +103,5 @@ def provenance() -> dict[str, Any]:
             **{name: metadata.version(name) for name in PACKAGES},
         },
         machine=f"{jax.device_count()} x {device.device_kind} ({platform.machine()}, "
-        f"{os.cpu_count()} CPU cores)",
+        f"{os.cpu_count()} CPU cores), {kernels} kernels",
     )

@@ -177,6 +177,7 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> VLM:
         heads=config.compressor.heads,
         query=config.compressor.query,
         downsample=config.compressor.downsample,
+        kernels=config.kernels,
         rngs=rngs,
     )
     if compressor.reads_keys:

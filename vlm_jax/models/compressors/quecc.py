@@ -55,7 +55,7 @@ class QueCC(Compressor):
         6
     """
 
-    options = ("downsample",)
+    options = ("downsample", "kernels")
 
     def __init__(
         self,
@@ -69,6 +69,7 @@ class QueCC(Compressor):
         query: str,
         rngs: nnx.Rngs,
         downsample: str = "conv",
+        kernels: str = "auto",
         kernel: int | None = None,
         stride: int | None = None,
     ):
@@ -112,7 +113,9 @@ class QueCC(Compressor):
         self.key_norm = LayerNorm(width, eps=EPS, rngs=rngs)
         self.value = MLP(levels * width, width, width, rngs=rngs)
         self.value_norm = LayerNorm(width, eps=EPS, rngs=rngs)
-        self.attention = WindowAttention(width, heads, tokens=tokens, patches=side**2, rngs=rngs)
+        self.attention = WindowAttention(
+            width, heads, tokens=tokens, patches=side**2, kernels=kernels, rngs=rngs
+        )
         self.projector = MLP(width, llm_width, llm_width, rngs=rngs)
 
     @staticmethod

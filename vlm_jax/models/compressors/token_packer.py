@@ -38,6 +38,8 @@ class TokenPacker(Compressor):
         6
     """
 
+    options = ("kernels",)
+
     def __init__(
         self,
         *,
@@ -49,6 +51,7 @@ class TokenPacker(Compressor):
         heads: int,
         rngs: nnx.Rngs,
         query: str = "none",
+        kernels: str = "auto",
     ):
         del query
         check_tokens("token_packer", tokens, side, self.supported(side))
@@ -70,7 +73,7 @@ class TokenPacker(Compressor):
         self.value = MLP(levels * width, width, width, init=init, rngs=rngs)
         self.value_norm = LayerNorm(width, eps=EPS, rngs=rngs)
         self.attention = WindowAttention(
-            width, heads, tokens=tokens, patches=side**2, out_init=init, rngs=rngs
+            width, heads, tokens=tokens, patches=side**2, kernels=kernels, out_init=init, rngs=rngs
         )
         self.projector = MLP(width, llm_width, llm_width, init=init, rngs=rngs)
 
