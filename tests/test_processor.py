@@ -3,6 +3,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -14,9 +16,12 @@ from vlm_jax.data.synthetic import Synthetic
 SYSTEM = TEMPLATES["vicuna_v1"].start
 
 
-def configured(**fields):
+def configured(query=None, **fields):
+    """The base configuration with these data fields; with a query, of QueCC, which reads it."""
     config = base.get_config()
     config.data.text_length, config.data.question_length = 160, 12
+    if query:
+        config.compressor.update(dict(kind="quecc", query=query))
     with config.unlocked():
         config.data.update(fields)
     return config
@@ -189,15 +194,121 @@ def test_plain_keeps_only_the_image_and_the_caption(sentencepiece):
     assert row["question_length"] == 1
 
 
-def test_the_question_is_the_first_turn_of_several(sentencepiece):
-    processor = Processor(sentencepiece, configured())
-    one = processor.text(Example("x", 0, TURNS[:1], "f", "t"))
-    two = processor.text(Example("x", 0, TURNS, "f", "t"))
-    assert np.array_equal(one["question"], two["question"])
-    none = processor.text(Example("x", None, TURNS, "f", "t"))
-    assert list(none["question"][1 : none["question_length"]]) == sentencepiece.encode(
-        "image", add_special_tokens=False
+LINES = (("what is it?\nthe A\nis it red?", "a red 7"),)
+# What the LLM reads for QueCC, beside the begin-of-sequence token: the published text of each row,
+# with the two published faults mended (a cut row lost a character, ChatML showed the answer).
+ASKED = {
+    "the whole of a question of several lines": ("vicuna_v1", 0, LINES, LINES[0][0]),
+    "only the first of several questions": ("vicuna_v1", 0, TURNS, TURNS[0][0]),
+    "a stand-in where there is no image": ("vicuna_v1", None, TURNS, "image"),
+    "nothing of a plain row": ("plain", 0, TURNS[:1], ""),
+    "nothing but the question of a bare row": ("bare", 0, TURNS[:1], TURNS[0][0]),
+}
+
+
+@pytest.mark.parametrize("answer", [True, False])
+@pytest.mark.parametrize("template, image, turns, asked", ASKED.values(), ids=ASKED.keys())
+def test_a_pass_of_its_own_reads(sentencepiece, template, image, turns, asked, answer):
+    fields = dict(template=template, text_length=400, question_length=60)
+    processor = Processor(sentencepiece, configured("separate", **fields))
+    row = processor.text(Example("x", image, turns, "f", "t"), answer=answer)
+    expected = sentencepiece.encode(asked, add_special_tokens=False) if asked else []
+    found = row["question"][: row["question_length"]]
+    assert list(found) == [sentencepiece.bos_token_id, *expected]
+
+
+@given(
+    template=st.sampled_from(["question_first", "vicuna_question_first"]),
+    turns=st.lists(
+        st.tuples(st.text("ab ?", max_size=90), st.text("cd", max_size=90)), min_size=1, max_size=3
+    ),
+    has_image=st.booleans(),
+    question_length=st.integers(1, 250),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_prefix_is_the_text_before_the_image(
+    sentencepiece, template, turns, has_image, question_length
+):
+    fields = dict(template=template, question_length=question_length, text_length=300)
+    processor = Processor(sentencepiece, configured("prefix", **fields))
+    example = Example("x", 0 if has_image else None, tuple(turns), "f", "t")
+    row = processor.text(example)
+    at, length, read = row["image_at"], row["length"], row["question_length"]
+    # What the two passes have room for, and what they read: the row itself.
+    assert read == (at if has_image else min(length, question_length)) <= question_length
+    assert length - read <= 300 - question_length
+    assert np.array_equal(row["question"][:read], row["ids"][:read])
+    assert not row["loss_mask"][:read].any() or not has_image
+    # A row that is not cut is the row that any other compressor reads.
+    whole = Processor(sentencepiece, configured(**fields)).text(example)
+    if not row["cut"]:
+        assert all(
+            np.array_equal(row[name], whole[name]) for name in ("ids", "loss_mask", "length")
+        )
+        assert row["image_at"] == whole["image_at"]
+    elif has_image:
+        assert at == question_length or length - at == 300 - question_length
+
+
+@pytest.mark.parametrize("query", ["separate", "prefix"])
+def test_a_question_beyond_the_limit_is_cut_and_counted_or_refused(small, query):
+    fields = dict(template="question_first", text_length=40, question_length=12)
+    processor = Processor(small, configured(query, **fields))
+    asked = ("0123456789", "1"), ("01234567890", "1"), ("012345678901", "1")
+    rows = [processor.text(Example("long", 0, (turn,), "f", "t")) for turn in asked]
+    assert [bool(row["cut"]) for row in rows] == [False, False, True]
+    assert [int(row["question_length"]) for row in rows] == [11, 12, 12]
+    assert small.decode(rows[2]["question"][1:]) == asked[1][0]
+    assert small.decode(rows[2]["ids"][rows[2]["loss_mask"]][:1]) == "1"
+    with pytest.raises(ValueError, match="example long: .*13.*data.question_length"):
+        processor.text(Example("long", 0, asked[2:], "f", "t"), answer=False)
+    # Nobody reads the question of a row without an image, nor where the compressor has no use.
+    assert not processor.text(Example("x", None, asked[2:], "f", "t"))["cut"]
+    none = Processor(small, configured("none", **fields))
+    assert not none.text(Example("x", 0, asked[2:], "f", "t"))["cut"]
+    assert none.text(Example("x", 0, asked[2:], "f", "t"), answer=False)["length"] == 13
+
+
+def test_what_follows_the_image_of_a_prefix_has_its_own_room(small):
+    fields = dict(template="question_first", text_length=16, question_length=12)
+    processor = Processor(small, configured("prefix", **fields))
+    rows = [
+        processor.text(Example("x", 0, (("7?", answer),), "f", "t")) for answer in ("KOB", "KOBA")
+    ]
+    assert [bool(row["cut"]) for row in rows] == [False, True]
+    assert [int(row["length"] - row["image_at"]) for row in rows] == [4, 4]
+    turns = (("7?", "KOBA"), ("8?", "KOBA"))
+    with pytest.raises(
+        ValueError, match="3 tokens before the image and 7 behind it.*leave 12 and 4"
+    ):
+        processor.text(Example("x", 0, turns, "f", "t"), answer=False)
+
+
+@pytest.mark.parametrize("query, template", [("separate", "plain"), ("prefix", "question_first")])
+def test_an_empty_question_is_the_first_token_or_refused(sentencepiece, query, template):
+    config = configured(query, template=template)
+    example = Example("silent", 0, (("", "the red A"),), "f", "t")
+    row = Processor(sentencepiece, config).text(example)
+    assert list(row["question"][: row["question_length"]]) == [sentencepiece.bos_token_id]
+    mute = PreTrainedTokenizerFast(
+        tokenizer_object=sentencepiece.backend_tokenizer, eos_token="</s>", unk_token="<unk>"
     )
+    with pytest.raises(ValueError, match="example silent: .*reads the question, which is empty"):
+        Processor(mute, config).text(example)
+    assert Processor(mute, configured("none", template=template)).text(example)["length"] > 0
+
+
+def test_a_prefix_needs_a_question_before_the_image_and_room_behind(small):
+    for template in ("bare", "vicuna_v1", "plain"):
+        words = f"data.template='{template}' has none there: choose one of question_first, vicuna_q"
+        with pytest.raises(ValueError, match=words):
+            Processor(small, configured("prefix", template=template))
+    with pytest.raises(ValueError, match="question_length=160 of data.text_length=160"):
+        Processor(small, configured("prefix", template="question_first", question_length=160))
+    # Other compressors have no question, whatever the field says.
+    other = configured(template="bare")
+    other.compressor.query = "prefix"
+    assert Processor(small, other).query == "none"
 
 
 def test_long_rows_are_cut_and_long_prompts_refused(small):
