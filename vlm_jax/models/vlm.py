@@ -5,7 +5,8 @@ B batch  P patches  Z = levels x E  V visual tokens  T text tokens  X = T + V  D
 W vocabulary  I image side in pixels
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -185,9 +186,12 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> VLM:
     return VLM(vit, compressor, LLM(**config.llm.to_dict(), **shared))
 
 
-def create(config: ConfigDict, *, seed: int) -> VLM:
-    """`build` on the current mesh in one compiled call, every parameter born in its shard."""
-    return jax.jit(lambda: build(config, nnx.Rngs(seed)), compiler_options=RUN_ONCE)()
+def create(config: ConfigDict, *, seed: int, of: Callable[[VLM], Any] = lambda model: model) -> Any:
+    """`build` on the current mesh in one compiled call, every parameter born in its shard.
+
+    `of` may take a part of the model: no more than that is computed.
+    """
+    return jax.jit(lambda: of(build(config, nnx.Rngs(seed))), compiler_options=RUN_ONCE)()
 
 
 def shapes(config: ConfigDict) -> VLM:
