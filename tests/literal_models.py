@@ -2,6 +2,7 @@
 """Literal transformers: one image or one row of tokens at a time, raster order, float64, loops."""
 
 import literal_compressors
+import literal_prumerge
 import numpy as np
 
 from vlm_jax.models import pretrained
@@ -48,8 +49,12 @@ def attention(query, keys, values, *, causal):
     return scores / scores.sum(-1, keepdims=True) @ values
 
 
-def vit(weights, pixels, c):
-    """CLIP's tower on one image [I I 3]: the levels of each patch in raster order [P Z]."""
+def vit(weights, pixels, c, keys=False):
+    """CLIP's tower on one image [I I 3]: the levels of each patch in raster order [P Z].
+
+    `keys` adds the key of each patch in the block behind the last level and, of the attention of
+    all tokens to all there, that of the class token to the patch.
+    """
     size, side = c.vit.patch_size, c.vit.image_size // c.vit.patch_size
     cut = [pixels[r * size : (r + 1) * size, k * size : (k + 1) * size].reshape(-1)
            for r in range(side) for k in range(side)]  # fmt: skip
@@ -67,7 +72,14 @@ def vit(weights, pixels, c):
         y = affine(w, "up", layer_norm(w, "norm2", x, c.vit.norm_eps))
         x = x + affine(w, "down", y / (1 + np.exp(-1.702 * y)))
         outputs.append(x[1:])
-    return np.concatenate([outputs[level - 1] for level in c.vit.levels], axis=1)
+    outputs = [outputs[level - 1] for level in c.vit.levels]
+    if keys:
+        w = block(weights, max(c.vit.levels))
+        y = layer_norm(w, "norm1", x, c.vit.norm_eps)
+        query, key = affine(w, "attention.query", y), affine(w, "attention.key", y)
+        seen = attention(query, key, np.eye(len(y)), causal=False)
+        outputs += [key[1:], seen[:1, 1:].T]
+    return np.concatenate(outputs, axis=1)
 
 
 def turned(x, theta):
@@ -111,7 +123,8 @@ def vlm(model, row, c):
     text = weights["embedding"][row["ids"][: row["length"]]]
     at, before = int(row["image_at"]), 0
     if at < len(row["ids"]):
-        levels = row["levels"] if "levels" in row else vit(of(model.vit), row["pixels"], c)
+        keys = model.compressor.reads_keys
+        levels = row["levels"] if "levels" in row else vit(of(model.vit), row["pixels"], c, keys)
         question = row["question"][: row["question_length"]]
         question = llm(weights, weights["embedding"][question], c)[-1]
         visual = compress(model.compressor, levels.astype(np.float64), question, c)
@@ -129,6 +142,10 @@ def compress(module, levels, question, c):
         case "quecc":
             return literal_compressors.quecc(tensors, levels, question, kernel=module.kernel,
                                              stride=module.stride, **shared)  # fmt: skip
+        case "prumerge" | "prumerge_plus":
+            merged = literal_prumerge.of_levels(levels, c.compressor.kind, c.compressor.tokens,
+                                                c.vit.width)  # fmt: skip
+            return literal_compressors.mlp(tensors, "0", "2", merged)
         case "token_packer":
             return literal_compressors.token_packer(tensors, levels, tokens=c.compressor.tokens,
                                                     **shared)  # fmt: skip

@@ -9,7 +9,7 @@ import tiny
 from flax import nnx
 
 from configs import sizes
-from vlm_jax.models.vit import ViT, patchify, window_order
+from vlm_jax.models.vit import ViT, middles, patchify, window_order
 from vlm_jax.models.vlm import parameters
 from vlm_jax.scaling import cost
 
@@ -85,6 +85,73 @@ def test_blocks_behind_the_last_level_do_not_count(c, vit, pixels, raster, mesh1
         np.testing.assert_array_equal(jax.jit(lambda v, x: v(x))(broken, pixels), raster)
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_keys_are_those_of_the_whole_next_block(devices, request, c, vit, pixels, mesh1):
+    # There all tokens attend to all; here only the class token's query is computed.
+    mesh = request.getfixturevalue(f"mesh{devices}")
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda v, x: v(x, keys=True))(rough(c, mesh), tiny.placed(pixels))
+    found = np.asarray(found)
+    theirs = [literal_models.vit(literal_models.of(vit), x, c, keys=True) for x in pixels[:2]]
+    np.testing.assert_allclose(found[:2], theirs, atol=2e-5)
+    share = found[..., -1].sum(1)
+    assert (share < 1).all() and np.ptp(share) > 0  # the class token attends to itself, too
+
+
+def test_of_the_next_block_only_keys_and_queries_count(c, vit, pixels, mesh1):
+    def used(path):
+        path = jax.tree_util.keystr(path)
+        return "blocks" not in path or any(n in path for n in ("norm1", "key", "query"))
+
+    level = max(c.vit.levels)
+    broken = jax.tree_util.tree_map_with_path(
+        lambda path, w: w if used(path) else w.at[level:].set(np.nan), vit
+    )
+    with jax.set_mesh(mesh1):
+        encode = jax.jit(lambda v, x: v(x, keys=True))
+        np.testing.assert_array_equal(encode(broken, pixels), encode(vit, pixels))
+
+
+def test_keys_are_float32_when_the_rest_is_bfloat16(c, vit, pixels, mesh1):
+    low = nnx.merge(*nnx.split(vit))
+    low.dtype = "bfloat16"
+    with jax.set_mesh(mesh1):
+        exact, rounded = (jax.jit(lambda v, x: v(x, keys=True))(v, pixels) for v in (vit, low))
+    assert rounded.dtype == "float32"
+    error = np.abs(np.asarray(exact) - rounded)
+    assert 1e-4 < error.mean() < 0.05 * np.asarray(exact).std()
+
+
+def test_a_shrunk_image_is_one_that_was_always_small(c, vit, pixels, mesh1):
+    weights, times = literal_models.of(vit), 2
+    side = c.vit.image_size // c.vit.patch_size
+    table = weights["position"]
+    small = interpolated(table[1:].reshape(side, side, -1), side // times)
+    weights["position"] = np.concatenate([table[:1], small.reshape(-1, table.shape[1])])
+    image = pixels[0].reshape(c.vit.image_size // times, times, -1, times, 3).mean((1, 3))
+    sizes = tiny.config(vit=dict(image_size=c.vit.image_size // times))
+    with jax.set_mesh(mesh1):
+        ours = jax.jit(lambda v, x: v(x, shrink=times))(vit, pixels[:1])
+    np.testing.assert_allclose(ours[0], literal_models.vit(weights, image, sizes), atol=2e-5)
+
+
+def interpolated(grid, side):
+    """The textbook bilinear interpolation of a square grid, half-pixel centres, no antialias."""
+    along = np.zeros((side, len(grid)))
+    for i in range(side):
+        place = (i + 0.5) * len(grid) / side - 0.5
+        along[i, int(place)] += 1 - place % 1
+        along[i, min(int(place) + 1, len(grid) - 1)] += place % 1
+    return np.einsum("ar,bc,rce->abe", along, along, grid)
+
+
+@pytest.mark.parametrize("side, times", [(6, 1), (6, 2), (6, 3), (6, 6), (12, 4), (15, 5)])
+def test_the_middles_of_squares_are_bilinear_interpolation(side, times):
+    grid = np.random.default_rng(side).normal(size=(side, side, 3)).astype("f4")
+    ours = middles(jax.numpy.asarray(grid.reshape(-1, 3)), side, times)
+    np.testing.assert_allclose(ours, interpolated(grid, side // times).reshape(-1, 3), atol=1e-6)
+
+
 def test_parameters_of_the_published_tower(mesh1):
     name = "clip-vit-large-patch14-336"
     of = sizes.VIT[name] | dict(levels=(12, 16, 22, 23))
@@ -103,6 +170,21 @@ def test_parameters_of_the_published_tower(mesh1):
 def test_impossible_sizes_are_refused_with_the_way_out(change, words, c, mesh1):
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match=words):
         jax.eval_shape(lambda: ViT(**c.vit.to_dict() | change, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("asked, change, words", [
+    (dict(keys=True), dict(levels=(1, 3)), "behind the last level.*raise vit.depth to 4, or let"),
+    (dict(keys=True), dict(class_token=False), "PruMerge asks the class token.*such as CLIP"),
+    (dict(shrink=3), {}, r"4x4 patches cannot be shrunk 3 times: choose one of \[1, 2, 4\]"),
+    (dict(shrink=0), {}, r"cannot be shrunk 0 times: choose one of \[1, 2, 4\]"),
+])  # fmt: skip
+def test_what_an_encoder_cannot_give_is_refused_with_the_way_out(
+    asked, change, words, c, pixels, mesh1
+):
+    with jax.set_mesh(mesh1), pytest.raises(ValueError, match=words):
+        jax.eval_shape(
+            lambda x: ViT(**c.vit.to_dict() | change, rngs=nnx.Rngs(0))(x, **asked), pixels
+        )
 
 
 def test_windows_that_do_not_tile_are_refused():

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,17 +28,17 @@ from ml_collections import ConfigDict
 from vlm_jax import cli, mesh, report
 from vlm_jax import train as training
 from vlm_jax.data import sources
-from vlm_jax.data.processor import MEAN_COLOUR, Processor
+from vlm_jax.data.processor import Processor
 from vlm_jax.evals import tasks
 from vlm_jax.evaluate import predict, write_predictions
-from vlm_jax.kernels import window_attention
+from vlm_jax.features import Features, Sight, batches_of, blind_of, features_of
 from vlm_jax.learn.workdir import claim, provenance, write_json
 from vlm_jax.models import vlm
+from vlm_jax.models.compressors.compressor import Compressor
 from vlm_jax.models.vit import ViT
 from vlm_jax.scaling import cost, records
 from vlm_jax.train import Inputs
 
-ENCODE_BATCH = 64
 # A small model reaches about this share of the machine's matrix-product speed (dry runs only).
 SMALL_MODEL_EFFICIENCY = 0.15
 
@@ -59,11 +59,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Shared:
-    """What all cells share: splits with their features, and the features of the blind image."""
+    """What all cells share: splits, the encoder, and what it gives for their images."""
 
     train: Inputs
     test: Inputs
-    blind: np.ndarray  # [1, P, Z]
+    features: dict[Sight, Features]
     encoder: ViT
 
 
@@ -190,32 +190,17 @@ class Phases:
         write_json(self.path, self.facts)
 
 
-def features_of(
-    encoder: ViT, source: sources.Source, processor: Processor, path: Path
-) -> np.ndarray:
-    """Encoder levels of every image, float32 [images, P, Z] in raster order, kept in a file."""
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        fresh = path.with_suffix(".tmp")
-        encode = jax.jit(lambda vit, pixels: vit(pixels))
-        placed = mesh.sharding(jax.sharding.get_mesh(), "batch")
-        table = None
-        for start in range(0, len(source.images), ENCODE_BATCH):
-            # The last batch is filled up, so that one compiled function serves all.
-            index = np.minimum(np.arange(start, start + ENCODE_BATCH), len(source.images) - 1)
-            pixels = np.stack([processor.pixels(source.images[int(i)]) for i in index])
-            levels = np.asarray(encode(encoder, jax.device_put(pixels, placed)), np.float32)
-            if table is None:
-                shape = (len(source.images), *levels.shape[1:])
-                table = np.lib.format.open_memmap(fresh, "w+", np.float32, shape)
-            stop = min(start + ENCODE_BATCH, len(table))
-            table[start:stop] = levels[: stop - start]
-        table.flush()
-        fresh.rename(path)
-    return np.load(path, mmap_mode="r")
+def sights_of(cells: Sequence[Cell]) -> list[Sight]:
+    """How the images are encoded for these cells, each way once."""
+    # It depends on the compressor alone: cells of one LLM and seed have them all.
+    distinct = [c for c in cells if (c.llm, c.seed) == (cells[0].llm, cells[0].seed)]
+    found = [Sight.of(vlm.shapes(cell.config).compressor) for cell in distinct]
+    return list(dict.fromkeys(found))
 
 
-def prepare(config: ConfigDict, folder: Path, phase: Phases) -> Shared:
+def prepare(
+    config: ConfigDict, folder: Path, phase: Phases, sights: Sequence[Sight] = (Sight(),)
+) -> Shared:
     """Data, encoder and features, made once and found again by a restart."""
     with phase("data"):
         train, test = (
@@ -229,32 +214,27 @@ def prepare(config: ConfigDict, folder: Path, phase: Phases) -> Shared:
     with phase("encoder"):
         encoder = training.pretrain_encoder(config, folder, Inputs(train, processor))
     with phase("features"):
-        cached = [
-            Inputs(
-                source,
-                processor,
-                features_of(encoder, source, processor, folder / f"features/{source.split}.npy"),
+        made = {
+            sight: Features(
+                *(
+                    features_of(encoder, source, processor, sight, folder / "features")
+                    for source in (train, test)
+                ),
+                blind_of(encoder, processor, sight),
             )
-            for source in (train, test)
-        ]
-        grey = np.broadcast_to(np.array(MEAN_COLOUR, np.uint8), (8, 8, 3))
-        pixels = np.broadcast_to(
-            processor.pixels(grey), (ENCODE_BATCH, *[config.vit.image_size] * 2, 3)
-        )
-        placed = mesh.sharding(jax.sharding.get_mesh(), "batch")
-        blind = np.asarray(jax.jit(lambda v, x: v(x))(encoder, jax.device_put(pixels, placed)))[:1]
-    return Shared(*cached, blind, encoder)
+            for sight in sights
+        }
+    return Shared(Inputs(train, processor), Inputs(test, processor), made, encoder)
 
 
 def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.Row:
     """Trains and evaluates one cell; its row."""
     config = cell.config
-    inputs, test = shared.train, shared.test
-    if cell.blind:
-        inputs, test = (
-            Inputs(i.source, i.processor, np.broadcast_to(shared.blind, i.features.shape))
-            for i in (inputs, test)
-        )
+    found = shared.features[Sight.of(vlm.shapes(config).compressor)]
+    inputs, test = (
+        replace(i, features=np.broadcast_to(found.blind, seen.shape) if cell.blind else seen)
+        for i, seen in ((shared.train, found.train), (shared.test, found.test))
+    )
     folder.mkdir(parents=True, exist_ok=True)
     then = time.monotonic()
     model = training.train(config, folder, inputs, encoder=shared.encoder, seed=cell.seed)
@@ -277,7 +257,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         compressor=config.compressor.kind,
         query=config.compressor.query if model.compressor.reads_question else "none",
         blind=cell.blind,
-        V=config.compressor.tokens,
+        V=tokens_read(model.compressor, test.features),
         Q=Q,
         G=G,
         seed=cell.seed,
@@ -301,6 +281,15 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     )
 
 
+def tokens_read(compressor: Compressor, features: np.ndarray) -> int | float:
+    """V: visual tokens of an image, their mean over these features where an image chooses."""
+    if not compressor.adaptive:
+        return compressor.tokens
+    count = jax.jit(lambda module, levels: module(levels).count)
+    means = [count(compressor, part) for part in batches_of(features)]
+    return float(np.concatenate(means)[: len(features)].mean())
+
+
 def request_lengths(test: Inputs, sample: int = 500) -> tuple[float, float]:
     """Mean prompt and answer tokens of the evaluation split (an even sample of it)."""
     picked = np.linspace(0, len(test.source) - 1, min(sample, len(test.source))).astype(int)
@@ -315,12 +304,12 @@ def run_grid(config: ConfigDict, folder: Path, command: str) -> dict:
     """All cells that have no row yet, then the law and the report; what the report says of
     itself."""
     cells = cells_of(config)
-    facts = provenance(window_attention.form(config.kernels))
+    facts = provenance()
     phase = Phases(folder / "run.json", dict(command=command, config=cli.digest(config), **facts))
     training.check(config)
     for cell in cells:
         describe(cell)  # an impossible cell is found before the first is trained
-    shared = prepare(config, folder, phase)
+    shared = prepare(config, folder, phase, sights_of(cells))
     rows = []
     for number, cell in enumerate(cells, 1):
         home = folder / "cells" / cell.name
