@@ -32,6 +32,7 @@ from vlm_jax.data.processor import Processor
 from vlm_jax.evals import tasks
 from vlm_jax.evaluate import predict, write_predictions
 from vlm_jax.features import Features, Sight, batches_of, blind_of, features_of
+from vlm_jax.kernels import window_attention
 from vlm_jax.learn.workdir import claim, provenance, write_json
 from vlm_jax.models import vlm
 from vlm_jax.models.compressors.compressor import Compressor
@@ -304,7 +305,7 @@ def run_grid(config: ConfigDict, folder: Path, command: str) -> dict:
     """All cells that have no row yet, then the law and the report; what the report says of
     itself."""
     cells = cells_of(config)
-    facts = provenance()
+    facts = provenance(window_attention.form(config.kernels))
     phase = Phases(folder / "run.json", dict(command=command, config=cli.digest(config), **facts))
     training.check(config)
     for cell in cells:
