@@ -19,8 +19,8 @@ from vlm_jax.models.layers import (
     Initializer,
     LayerNorm,
     Linear,
-    matrix,
     normal,
+    project,
     standardise,
     uniform,
     weight,
@@ -274,15 +274,7 @@ class FoldedMQT(Matryoshka):
         del question
         values = standardise(levels[..., -self.width :], EPS).astype(levels.dtype)
         mixed = mix(self.scores[...][:, : self.tokens], values, self.value[...])
-        # As one product of two matrices: see layers.Linear.
-        out = jnp.einsum(
-            "RI,IO->RO",
-            matrix(mixed, 2),
-            matrix(self.out[...].astype(mixed.dtype), 2),
-            out_sharding=mesh.spec("batch", "feature"),
-        )
-        whole = mesh.spec("batch", "len", "feature")
-        out = jnp.reshape(out, (len(values), self.tokens, out.shape[1]), out_sharding=whole)
+        out = project(mixed, self.out[...], 2, ("batch", "len", "feature"))
         return out + self.bias[...].astype(out.dtype)
 
 
