@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_jax import mesh
-from vlm_jax.models import pretrained
+from vlm_jax import evaluate, mesh
+from vlm_jax.data import loader, sources
+from vlm_jax.learn import objective, optimizer
+from vlm_jax.models import pretrained, vlm
 from vlm_jax.models.compressors import m3 as m3s
 from vlm_jax.models.compressors import mqt as mqts
 from vlm_jax.models.compressors.m3 import M3
@@ -295,3 +298,145 @@ def test_only_the_last_level_is_read(method, mesh1):
         x = levels()
         more = jnp.concatenate([levels(seed=5), levels(seed=6), x], axis=2)
         np.testing.assert_array_equal(one(x), three(more))
+
+
+# --- The whole model: prefixes as data, all scales at once, requests of any size ------------------
+
+
+def model_of(kind, tokens, **changes):
+    c = tiny.config(compressor=dict(kind=kind, tokens=tokens, heads=2), **changes)
+    return c, tiny.roughened(vlm.create(c, seed=0), scale=0.2)
+
+
+def test_a_limit_on_all_queries_is_the_model_of_so_many(mesh1):
+    with jax.set_mesh(mesh1):
+        c, model = model_of("mqt", 16)
+        batch = tiny.batch(c)
+        run = jax.jit(lambda m, b: m.logits(b))
+        real = np.arange(batch["ids"].shape[1]) < batch["length"][:, None]
+        for tokens in (1, 3, 16):
+            limit = np.full(len(real), tokens, np.int32)
+            ours = np.asarray(run(model, tiny.placed(batch | dict(limit=limit))))
+            theirs = np.asarray(run(model.at(tokens), tiny.placed(batch)))
+            np.testing.assert_allclose(ours[real], theirs[real], atol=2e-5)
+        # One program for every limit; one for each model of its own.
+        assert run._cache_size() == 1 + 3
+        # Each row of a batch may be shown another number.
+        limit = np.arange(8, dtype=np.int32) + 1
+        mixed = np.asarray(run(model, tiny.placed(batch | dict(limit=limit))))
+        row = np.asarray(run(model.at(4), tiny.placed(batch)))[3]
+        np.testing.assert_allclose(mixed[3][real[3]], row[real[3]], atol=2e-5)
+
+
+def test_every_scale_is_the_mean_of_each_from_one_pass(mesh1, monkeypatch):
+    def each(model, batch):
+        sums = [objective.next_token(model.at(n), batch) for n in model.compressor.scales]
+        return jax.tree.map(lambda *parts: sum(parts) / len(parts), *sums)
+
+    with jax.set_mesh(mesh1):
+        c, model = model_of("m3", 1)
+        assert model.compressor.scales == (1, 4, 16)
+        batch = tiny.placed(tiny.batch(c, levels=False))
+        found, passes = [], []
+        encode = vlm.VLM.encode
+        monkeypatch.setattr(vlm.VLM, "encode", lambda *x: passes.append(0) or encode(*x))
+        for run in (objective.every_scale, each):
+            graph, parts, rest = nnx.split(model, optimizer.TRAINED["finetune"], ...)
+
+            def loss(parts, rest, graph=graph, run=run):
+                sums = run(nnx.merge(graph, parts, rest), batch)
+                return sums.nll / 100, sums
+
+            gradients, sums = jax.jit(jax.grad(loss, has_aux=True))(parts, rest)
+            found.append((sums, gradients))
+        assert len(passes) == 1 + 3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *found)
+
+
+@pytest.mark.parametrize("kind", ["mqt", "m3"])
+def test_requests_of_any_size_from_one_model_compile_once_for_each_bucket(kind, mesh1):
+    with jax.set_mesh(mesh1):
+        c, model = model_of(kind, 16)
+        made = tiny.batch(c)
+        batch = tiny.placed({k: v for k, v in made.items() if k != "loss_mask"})
+        answer = evaluate.Answerer(model, eos_id=-1, max_new_tokens=2)
+        asked = model.compressor.supported(4)
+        found = {tokens: answer(batch, tokens) for tokens in asked}
+        buckets = model.compressor.buckets
+        assert len(asked) == {"mqt": 16, "m3": 3}[kind]
+        assert answer.first._cache_size() == answer.following._cache_size() == len(buckets) == 3
+        for tokens in asked[:: len(asked) // 3]:
+            alone = evaluate.Answerer(model.at(tokens), eos_id=-1, max_new_tokens=2)
+            np.testing.assert_array_equal(found[tokens], alone(batch))
+        with pytest.raises(ValueError, match="cannot make 17 visual tokens"):
+            answer(batch, 17)
+
+
+def test_a_model_of_one_size_is_not_asked_for_another(mesh1):
+    with jax.set_mesh(mesh1):
+        c, model = model_of("token_packer", 4)
+        with pytest.raises(ValueError, match="TokenPacker was trained for 4 visual tokens, not 9"):
+            evaluate.Answerer(model, eos_id=-1, max_new_tokens=2)(tiny.batch(c), 9)
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def batches(trained, mesh8):
+    """Training batches of 8 rows, and how to draw prefixes for them."""
+    from vlm_jax.data.processor import Processor, load_tokenizer
+
+    c = tiny.get_config()
+    source = sources.open_source(c, "train")
+    processor = Processor(load_tokenizer(trained / "tokenizer"), c)
+
+    def draw(mesh, **options):
+        plain = loader.Batches(source, processor, batch=8, seed=3, mesh=mesh)
+        return loader.RandomPrefixes(plain, (2, 4, 6, 8), seed=3, **options)
+
+    return draw
+
+
+def test_what_a_step_shows_depends_on_its_position_alone(batches, mesh1, mesh8):
+    first = batches(mesh1)
+    seen = [next(first) for _ in range(6)]
+    limits = np.stack([np.asarray(b["limit"]) for b in seen])
+    assert limits.dtype == np.int32 and (limits == limits[:, :1]).all()
+    again = batches(mesh8)
+    again.position = 4
+    for k in (4, 5):
+        batch = next(again)
+        assert again.position == k + 1
+        np.testing.assert_array_equal(batch["limit"], limits[k])
+        np.testing.assert_array_equal(batch["ids"], seen[k]["ids"])
+        assert batch["limit"].sharding == batch["length"].sharding
+
+
+def test_every_prefix_is_drawn_alike_one_for_each_micro_batch(batches):
+    drawn = batches(None, accumulate=4)
+    limits = np.stack([drawn.limit(k) for k in range(500)])
+    np.testing.assert_array_equal(limits[:, :4], limits[:, 4:])
+    numbers, counts = np.unique(limits[:, :4], return_counts=True)
+    assert list(numbers) == [2, 4, 6, 8] and (abs(counts - 500) < 80).all()
+    assert len({tuple(row) for row in limits[:, :4]}) > 100
+    # Micro-batches are cut as the step cuts them.
+    with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
+        cut = optimizer.micro_batches({"limit": jnp.array(limits[0])}, 4)["limit"]
+    assert (np.asarray(cut) == limits[0, :4, None]).all()
+
+
+@pytest.mark.parametrize("stage", ["align", "finetune"])
+def test_positions_move_in_the_first_stage_alone_and_steps_compile_once(stage, batches, mesh1):
+    with jax.set_mesh(mesh1):
+        c, model = model_of("mqt", 16)
+        tx = optimizer.optimizer(c[stage])
+        graph, state = optimizer.start(model, stage, tx)
+        before = np.array(model.compressor.position[...]), np.array(model.compressor.query[...])
+        step, data = optimizer.make_step(graph, tx, objective.next_token), batches(mesh1)
+        for _ in range(3):
+            state, metrics = step(state, next(data))
+        assert np.isfinite(metrics.loss) and step.compiled._cache_size() == 1
+        after = optimizer.finish(graph, state).compressor
+        assert (np.asarray(after.position[...]) != before[0]).any() == (stage == "align")
+        assert (np.asarray(after.query[...]) != before[1]).any()

@@ -4,7 +4,8 @@
     vlm-jax evaluate --config=configs/demo.py --workdir=runs/one
 
 reads the finetuned checkpoint of `vlm-jax train` with the same configuration and writes
-predictions.jsonl and scores.json beside it.
+predictions.jsonl and scores.json beside it. A model that serves any number of visual tokens (mqt,
+m3) answers at another one too, --config.compressor.tokens=V: predictions-vV.jsonl, scores-vV.json.
 """
 
 import json
@@ -28,6 +29,7 @@ from vlm_jax.learn import optimizer
 from vlm_jax.learn.checkpoint import Checkpoints
 from vlm_jax.learn.workdir import claim, write_json
 from vlm_jax.models import vlm
+from vlm_jax.models.layers import RUN_ONCE
 from vlm_jax.models.vlm import VLM
 
 
@@ -36,6 +38,9 @@ class Answerer:
     donated."""
 
     def __init__(self, model: VLM, *, eos_id: int, max_new_tokens: int):
+        if model.compressor.buckets:
+            fold = jax.jit(lambda compressor: compressor.fold(), compiler_options=RUN_ONCE)
+            model = VLM(model.vit, fold(model.compressor), model.llm)
         self.model, self.eos_id, self.max_new_tokens = model, eos_id, max_new_tokens
 
         def first(model, batch):
@@ -48,13 +53,21 @@ class Answerer:
 
         self.first, self.following = jax.jit(first), jax.jit(following, donate_argnums=(2, 3))
 
-    def __call__(self, batch: loader.Batch) -> np.ndarray:
-        """Token ids int32 [B, n], n at most max_new_tokens; ends early when every row has ended."""
-        ids, caches, position = self.first(self.model, batch)
+    def __call__(self, batch: loader.Batch, tokens: int | None = None) -> np.ndarray:
+        """Token ids int32 [B, n], n at most max_new_tokens; ends early when every row has ended.
+
+        `tokens` asks a model that serves any number of visual tokens for so many, in the slots of
+        the smallest bucket that holds them: no more programs are compiled than there are buckets.
+        """
+        model = self.model
+        if tokens is not None:
+            model = model.at(model.compressor.slots(tokens) if model.compressor.buckets else tokens)
+            batch = {**batch, "limit": jnp.full_like(batch["length"], tokens)}
+        ids, caches, position = self.first(model, batch)
         found = [np.asarray(ids)]
         ended = found[0] == self.eos_id
         while len(found) < self.max_new_tokens and not ended.all():
-            ids, caches, position = self.following(self.model, ids, caches, position)
+            ids, caches, position = self.following(model, ids, caches, position)
             found.append(np.asarray(ids))
             ended |= found[-1] == self.eos_id
         return np.stack(found, axis=1)
@@ -100,6 +113,8 @@ def predict(
     `clock` notes what answering each batch took, loading and decoding of text apart.
     """
     tokenizer = processor.tokenizer
+    if model.compressor.buckets:  # trained for any V
+        model = model.at(config.compressor.tokens)
     answer = Answerer(model, eos_id=processor.eos_id, max_new_tokens=config.evaluate.max_new_tokens)
     batches = loader.evaluation_batches(
         source,
@@ -169,8 +184,11 @@ def main(argv: list[str] | None = None) -> int:
             model = optimizer.finish(graph, restored[0])
             records = list(predict(config, model, source, Processor(tokenizer, config)))
             scores = tasks.score(source.protocol, records)
-            write_predictions(folder / "predictions.jsonl", records)
-            write_json(folder / "scores.json", scores)
+            begun = json.loads((folder / "config.json").read_text())["compressor"]["tokens"]
+            asked = config.compressor.tokens
+            name = "" if asked == begun else f"-v{asked}"
+            write_predictions(folder / f"predictions{name}.jsonl", records)
+            write_json(folder / f"scores{name}.json", scores)
             print(json.dumps(scores, indent=1, sort_keys=True))
         return 0
 

@@ -25,7 +25,13 @@ from vlm_jax.data import loader, patches, processor, sources
 from vlm_jax.learn import optimizer
 from vlm_jax.learn.checkpoint import Checkpoints
 from vlm_jax.learn.log import Log
-from vlm_jax.learn.objective import Sums, next_token, patch_class, patch_reader
+from vlm_jax.learn.objective import (
+    Sums,
+    every_scale,
+    next_token,
+    patch_class,
+    patch_reader,
+)
 from vlm_jax.learn.workdir import claim
 from vlm_jax.models import layers, vlm
 from vlm_jax.models.vit import ViT
@@ -137,11 +143,17 @@ def train(
     encoder: ViT | None = None,
     seed: int | None = None,
 ) -> VLM:
-    """A model through both stages, its checkpoints in `folder`; `seed` defaults to the config's."""
+    """A model through both stages, its checkpoints in `folder`; `seed` defaults to the config's.
+
+    Where one model serves any V it is trained alike whatever `compressor.tokens` says: by as many
+    tokens as it can give in align, as its method is published in finetune.
+    """
     seed = config.seed if seed is None else seed
     model = vlm.create(config, seed=seed)
     if encoder is not None:
         model = VLM(encoder, model.compressor, model.llm)
+    if model.compressor.buckets:
+        model = model.at(model.compressor.buckets[-1])
     for name in ("align", "finetune"):
         if config[name].steps == 0:
             continue
@@ -155,7 +167,17 @@ def train(
             mesh=jax.sharding.get_mesh(),
             workers=config.data.workers,
         )
-        model = run_stage(name, model, batches, config, folder, next_token)
+        objective = next_token
+        if name == "finetune" and model.compressor.prefixes:
+            batches = loader.RandomPrefixes(
+                batches,
+                model.compressor.prefixes,
+                seed=seed,
+                accumulate=config.finetune.accumulate,
+            )
+        if name == "finetune" and model.compressor.scales:
+            objective = every_scale
+        model = run_stage(name, model, batches, config, folder, objective)
     return model
 
 
@@ -197,9 +219,12 @@ def main(argv: list[str] | None = None) -> int:
             )
             encoder = pretrain_encoder(config, folder, inputs) if config.encoder.steps else None
             model = train(config, folder, inputs, encoder=encoder)
+            tokens = f"{config.compressor.tokens}"
+            if model.compressor.buckets:
+                tokens = f"up to {model.compressor.tokens}"
             print(
                 f"llm {vlm.parameters(model.llm):,} parameters, compressor "
-                f"{vlm.parameters(model.compressor):,}, {config.compressor.tokens} visual tokens: "
+                f"{vlm.parameters(model.compressor):,}, {tokens} visual tokens: "
                 f"checkpoints in {folder}",
                 file=sys.stderr,
             )

@@ -45,6 +45,16 @@ def next_token(model: VLM, batch: Batch) -> Sums:
     return score(model.logits(batch), batch["ids"], batch["loss_mask"])
 
 
+def every_scale(model: VLM, batch: Batch) -> Sums:
+    """`next_token` at each of the compressor's `scales`: the mean of their sums, as M3 is trained.
+
+    The encoder, where it runs, and the compressor's layers are passed through once for all of them.
+    """
+    seen = model.compressor.every_scale(model.levels(batch))
+    sums = [next_token(model, {**batch, "visual": tokens}) for tokens in seen]
+    return jax.tree.map(lambda *parts: sum(parts) / len(parts), *sums)
+
+
 class PatchReader(nnx.Module):
     """An encoder under a linear classifier of what each patch shows."""
 

@@ -35,10 +35,22 @@ class VLM(nnx.Module):
     For a compressor that reads the text before the image, `question` is that text, at most U tokens
     in the first `question_length` of `ids`, and at most T - U follow the image. A row without an
     image may be cut anywhere so.
+
+    Where one model serves any number of visual tokens a batch may also hold `limit` [B], how many
+    of them the LLM reads at most, and `visual` [B V D], made already, in place of the image.
     """
 
     def __init__(self, vit: ViT, compressor: nnx.Module, llm: LLM):
         self.vit, self.compressor, self.llm = vit, compressor, llm
+
+    def at(self, tokens: int) -> "VLM":
+        """The same weights giving `tokens` visual tokens; ValueError where they cannot."""
+        if not self.compressor.buckets:
+            raise ValueError(
+                f"this {type(self.compressor).__name__} was trained for {self.compressor.tokens} "
+                f"visual tokens, not {tokens}: train another, or a matryoshka method"
+            )
+        return VLM(self.vit, self.compressor.at(tokens), self.llm)
 
     def encode(self, pixels: Float[Array, "B I I 3"]) -> Float[Array, "B P Z"]:
         """Encoder levels as the compressor reads them; the encoder is frozen."""
@@ -47,16 +59,23 @@ class VLM(nnx.Module):
             self.vit(pixels, window=reader.window, shrink=reader.shrink, keys=reader.reads_keys)
         )
 
+    def levels(self, batch: Batch) -> Float[Array, "B P Z"]:
+        """What the compressor reads of each row's image, in its patch order and type."""
+        if "levels" not in batch:
+            return self.encode(batch["pixels"])
+        order = self.vit.order(self.compressor.window, self.compressor.shrink)
+        dtype = "float32" if self.compressor.reads_keys else self.llm.dtype
+        return batch["levels"][:, order].astype(dtype)
+
     def see(self, batch: Batch, question: Float[Array, "B D"] | None) -> Visual:
         """The visual tokens of each row's image, and how many: none in a row without one."""
-        if "levels" in batch:
-            order = self.vit.order(self.compressor.window, self.compressor.shrink)
-            dtype = "float32" if self.compressor.reads_keys else self.llm.dtype
-            levels = batch["levels"][:, order].astype(dtype)
+        if "visual" in batch:
+            made = batch["visual"]
         else:
-            levels = self.encode(batch["pixels"])
-        made = self.compressor(levels, question)
+            made = self.compressor(self.levels(batch), question)
         tokens, count = made if self.compressor.adaptive else (made, made.shape[1])
+        if "limit" in batch:
+            count = jnp.minimum(count, batch["limit"])
         with_image = batch["image_at"] < batch["ids"].shape[1]
         return Visual(tokens.astype(self.llm.dtype), count * with_image)
 
