@@ -24,6 +24,7 @@ ARROWS = {
     "kernels": {"mesh"},
     "models": {"kernels", "mesh"},
     "learn": {"models", "mesh"},
+    "weights": {"models", "mesh"},
     "data": {"mesh"},
     "evals": set(),
     "scaling": set(),

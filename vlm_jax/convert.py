@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published weights to a model folder of this package, and back to a folder of transformers.
+
+    vlm-jax convert --from=llava-1.5-7b-hf --to=DIR [--dtype=bfloat16]
+    vlm-jax convert --from=llava-v1.5-7b --vision=clip-vit-large-patch14-336 --to=DIR
+    vlm-jax convert --vision=DIR --llm=DIR --compressor=quecc --tokens=36 --levels=12,16,22,23 \\
+        --to=DIR
+    vlm-jax convert --from=DIR --to-hf --to=DIR
+
+--from is a published LLaVA, a model folder, or (with --to-hf or without) the --workdir of a
+finished `vlm-jax train`. Tensors pass through one at a time, whatever the size of the model.
+docs/weights.md says what can be read and what is written.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from vlm_jax import cli, mesh
+from vlm_jax.learn import optimizer
+from vlm_jax.learn.checkpoint import Checkpoints
+from vlm_jax.models import vlm
+from vlm_jax.models.compressors import COMPRESSORS
+from vlm_jax.weights import folder, hf, names, sources
+from vlm_jax.weights.files import read_json
+
+
+def flags() -> argparse.ArgumentParser:
+    """The flags of the verb."""
+    parser = argparse.ArgumentParser(
+        prog="vlm-jax convert", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--from", dest="source", type=Path, help="a model: published, converted, or trained here")
+    add("--to", required=True, type=Path, help="the folder to make")
+    add("--to-hf", action="store_true", help="make a llava-hf folder where that can hold the model")
+    add("--dtype", help="float32, bfloat16 or float16 (default: as it is stored)")
+    add("--vision", type=Path, help="folder of a CLIP or SigLIP tower")
+    add("--llm", type=Path, help="folder of a Llama, Vicuna, Qwen1.5, Qwen2, Qwen2.5 or Qwen3")
+    add("--compressor", choices=sorted(COMPRESSORS), help="method of a new model (default: none)")
+    add("--tokens", type=int, help="visual tokens that it hands to the LLM")
+    add("--levels", help="blocks of the tower that it reads (default: the last but one)")
+    add("--heads", type=int, default=8, help="of its attention")
+    add("--query", default="separate", help="quecc: who reads the question (default: separate)")
+    add("--projector", type=Path, help="weights of stage 1 for it (default: fresh ones)")
+    add("--seed", type=int, default=0, help="of fresh weights")
+    add("--tokenizer", type=Path, help="folder of the tokenizer (default: that of the LLM)")
+    add("--add-image-token", action="store_true", help="with --to-hf, if the tokenizer has none")
+    add("--allow-missing", default="", metavar="PATTERNS", help="tensors that stay fresh")
+    add("--allow-surplus", default="", metavar="PATTERNS", help="tensors that are left out")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Converts; 0, or 2 after saying on stderr what was wrong."""
+    cli.keep_freed_memory()
+    options = flags().parse_args(argv)
+
+    def body() -> int:
+        with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
+            print(json.dumps(run(options)))
+        return 0
+
+    return cli.report_errors("convert", body)
+
+
+def run(options: argparse.Namespace) -> dict:
+    """Converts as the flags say; returns what was made."""
+    dtype = folder.kind_of(options.dtype) if options.dtype else None
+    model = gather(options)
+    if options.tokenizer:
+        model.tokenizer = options.tokenizer
+    patterns = {
+        name: [p for p in getattr(options, name).split(",") if p]
+        for name in ("allow_missing", "allow_surplus")
+    }
+    missing, surplus = model.check(**patterns)
+    if missing:
+        model.tensors |= folder.fresh(model.config(), missing, seed=options.seed)
+    model.notes |= {
+        name: list(of) for name, of in (("fresh", missing), ("left_out", surplus)) if of
+    }
+    reason = hf.inexpressible(model) if options.to_hf else None
+    room(options.to, sum(x.dtype.itemsize * math.prod(x.shape) for x in model.tensors.values()))
+    if options.to_hf and reason is None:
+        hf.write(model, options.to, dtype=dtype, add_image_token=options.add_image_token)
+    else:
+        folder.write(model, options.to, dtype=dtype)
+    if reason:
+        print(f"{options.to} is a model folder, not a llava-hf one: {reason}", file=sys.stderr)
+    for kind, of in (("fresh", missing), ("left out", surplus)):
+        if of:
+            print(f"{len(of)} tensors {kind}: {names.shown(of)}", file=sys.stderr)
+    return dict(
+        to=str(options.to),
+        layout="llava-hf" if options.to_hf and reason is None else folder.MODEL_TYPE,
+        tensors=len(model.tensors),
+        parameters=sum(math.prod(x.shape) for x in model.tensors.values()),
+        compressor=model.compressor["kind"],
+        visual_tokens=model.compressor["tokens"],
+    )
+
+
+def gather(options: argparse.Namespace) -> folder.Model:
+    """The model that the flags name, its tensors unread."""
+    compressor = None
+    if options.compressor or options.projector:
+        fields = dict(kind=options.compressor or "none", heads=options.heads, query=options.query)
+        if options.tokens:
+            fields["tokens"] = options.tokens
+        elif fields["kind"] != "none":
+            raise ValueError(f"--compressor={fields['kind']} needs --tokens=V")
+        compressor = sources.Compressor(
+            fields, sources.numbers(options.levels), options.projector, options.seed
+        )
+    if options.source is None:
+        if not (options.vision and options.llm):
+            raise ValueError("give --from=DIR, or --vision=DIR and --llm=DIR")
+        fresh = compressor or sources.Compressor(dict(kind="none"), sources.numbers(options.levels))
+        return sources.assembled(options.vision, options.llm, fresh)
+    if options.llm:
+        raise ValueError("--from=DIR is a whole model: leave --llm out")
+    if not options.source.is_dir():
+        raise FileNotFoundError(f"there is no folder --from={options.source}")
+    if (options.source / "finetune").is_dir():
+        return trained(options.source)
+    return sources.llava(options.source, vision=options.vision, compressor=compressor)
+
+
+def trained(workdir: Path) -> folder.Model:
+    """The model of a finished `vlm-jax train`."""
+    fields = read_json(workdir / "config.json")
+    config = ConfigDict(fields)
+    config.vit.levels = tuple(config.vit.levels)
+    model = vlm.create(config, seed=config.seed)
+    graph, like = optimizer.start(model, "finetune", optimizer.optimizer(config.finetune))
+    restored = Checkpoints(workdir / "finetune").restore(like)
+    steps = int(restored[0].step) if restored else 0
+    if steps != config.finetune.steps:
+        raise ValueError(
+            f"{workdir}/finetune holds {steps} of {config.finetune.steps} steps: repeat the "
+            "`vlm-jax train` command to finish it"
+        )
+    return sources.of_run(workdir, config, optimizer.finish(graph, restored[0]))
+
+
+def room(target: Path, size: int) -> None:
+    """OSError unless the disk of `target` has `size` bytes left, before anything is written."""
+    parent = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
+    if (free := shutil.disk_usage(parent).free) < size:
+        raise OSError(
+            f"{target} needs about {size / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left: "
+            "make room, or choose another disk"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model folder: published tensors under one naming, a configuration and a tokenizer beside them.
+
+docs/weights.md has the layout. A folder appears whole or not at all.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlm_jax.models import vlm
+from vlm_jax.models.pretrained import Table
+from vlm_jax.models.vlm import VLM
+from vlm_jax.weights import names
+from vlm_jax.weights.files import read_json, read_tensors
+from vlm_jax.weights.stored import DTYPES, NAMES, WEIGHTS, Pending, Stored, write_safetensors
+
+M = TypeVar("M")
+MODEL_TYPE, FORMAT = "vlm_jax", 1
+SECTIONS = ("vit", "llm", "compressor")
+
+# What a tokenizer consists of; a folder has some of them.
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+@dataclass
+class Model:
+    """A model that is not in memory: its configuration, and where each of its tensors lies.
+
+    vit, llm, compressor: sections of a configuration. facts: what generation needs to know besides
+    (`image`: mean, std and fit; `image_token`, `max_length`, `template`). tensors: under the names
+    of `names.py`. tokenizer: the folder that has its files.
+    """
+
+    vit: dict[str, Any]
+    llm: dict[str, Any]
+    compressor: dict[str, Any]
+    facts: dict[str, Any]
+    tensors: dict[str, Stored | np.ndarray]
+    tokenizer: Path | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> ConfigDict:
+        """The part of a configuration that makes the model."""
+        sections = {name: getattr(self, name) for name in SECTIONS}
+        return ConfigDict(sections | dict(remat="none", compute_dtype="float32", kernels="xla"))
+
+    def check(self, **allowed) -> tuple[list[str], list[str]]:
+        """Missing and surplus tensors as allowed; ValueError where the tensors make no such model.
+
+        Surplus tensors are dropped, and so are those that nothing reads.
+        """
+        wanted = names.shapes(vlm.shapes(self.config()))
+        if self.llm["tied_embeddings"]:
+            # Some files repeat the embedding under the output layer's name.
+            self.tensors.pop("llm.lm_head.weight", None)
+        found = {name: tensor.shape for name, tensor in self.tensors.items()}
+        missing, surplus = names.fit(wanted, found, **allowed)
+        self.tensors = {name: x for name, x in self.tensors.items() if name in wanted}
+        for name, tensor in self.tensors.items():
+            if NAMES.get(tensor.dtype) not in WEIGHTS:
+                raise ValueError(
+                    f"{name} has dtype {tensor.dtype}, as quantised weights have: supported are "
+                    f"{', '.join(WEIGHTS)}; get the weights as they were before quantisation"
+                )
+        return missing, surplus
+
+
+def read(folder: str | Path) -> Model:
+    """A model folder, headers alone.
+
+    Raises:
+      FileNotFoundError: where there is none.
+      ValueError: for a folder of another format.
+    """
+    folder = Path(folder)
+    fields = read_json(folder / "config.json")
+    if fields.get("model_type") != MODEL_TYPE or fields.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder} is no model folder of format {FORMAT}: its config.json says model_type="
+            f"{fields.get('model_type')!r}, format={fields.get('format')!r}; make one with "
+            f"vlm-jax convert --from={folder} --to=DIR"
+        )
+    vit = fields["vit"] | dict(levels=tuple(fields["vit"]["levels"]))
+    tokenizer = folder / "tokenizer"
+    return Model(
+        vit,
+        fields["llm"],
+        fields["compressor"],
+        fields["facts"],
+        read_tensors(folder),
+        tokenizer if tokenizer.is_dir() else None,
+        fields.get("notes", {}),
+    )
+
+
+def write(model: Model, target: Path, *, dtype: str | None = None) -> None:
+    """Makes the model folder `target`; numbers are cast to `dtype`, or stay as they are."""
+    with appearing(target) as fresh:
+        write_safetensors(fresh, pending(model.tensors, dtype))
+        if model.tokenizer and has_tokenizer(model.tokenizer):
+            copy_tokenizer(model.tokenizer, fresh / "tokenizer")
+        sections = {name: getattr(model, name) for name in (*SECTIONS, "facts", "notes")}
+        text = json.dumps(dict(model_type=MODEL_TYPE, format=FORMAT, **sections), indent=1)
+        (fresh / "config.json").write_text(text + "\n")
+
+
+def pending(tensors: dict[str, Stored | np.ndarray], dtype: str | None) -> list[Pending]:
+    """The tensors as they will be written."""
+    return [
+        Pending(
+            name,
+            np.dtype(dtype) if dtype else tensor.dtype,
+            tensor.shape,
+            tensor.pieces if isinstance(tensor, Stored) else lambda tensor=tensor: [tensor],
+        )
+        for name, tensor in tensors.items()
+    ]
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the files of a tokenizer that are there."""
+    target.mkdir(exist_ok=True)
+    for name in TOKENIZER:
+        if (source / name).is_file():
+            shutil.copy(source / name, target / name)
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a folder of weights has the words of a tokenizer too."""
+    return any(
+        (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    )
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` only if the body ends well; otherwise it goes.
+
+    Raises:
+      ValueError: where `target` holds something already.
+      OSError: where it cannot be written, with what to do.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"--to={target} is there already: choose another, or remove it")
+    fresh = target.with_name(target.name + ".tmp")
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        yield fresh
+        for path in (p for p in fresh.rglob("*") if p.is_file()):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if target.exists():
+            target.rmdir()
+        fresh.rename(target)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "no space left" if full else error.strerror or str(error)
+        way = "make room, or choose another disk" if full else "choose another folder"
+        if error.filename and not Path(error.filename).is_relative_to(fresh):
+            raise
+        raise OSError(
+            f"{target} could not be written ({reason}): {way}; nothing was left behind"
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def load(folder: str | Path, *, dtype: str | None = None) -> VLM:
+    """The model of a folder on the current mesh, every tensor read straight into its shards.
+
+    Parameters are float32, or `dtype`. The host holds one tensor at a time.
+    """
+    model = read(folder)
+    model.check()
+    shapes = vlm.shapes(model.config())
+    return place(shapes, names.model_table(shapes), model.tensors, dtype=dtype)
+
+
+def place(shapes: M, table: Table, tensors: dict[str, Stored], *, dtype: str | None = None) -> M:
+    """The module that `shapes` describes, on the current mesh, filled from `tensors` one by one.
+
+    `table` says where each tensor belongs; together they are all parameters.
+    """
+    mesh = jax.sharding.get_mesh()
+    ours = names.parameters(shapes)
+    filled: dict[str, jax.Array] = {}
+    for name, row in table.items():
+        keys = [".".join(path) for path in row.paths]
+        stack = row.layer is not None
+        parts = row.split(tensors[name].read(), [ours[key].shape[stack:] for key in keys])
+        for key, part in zip(keys, parts, strict=True):
+            like = ours[key]
+            kind = np.dtype(dtype or like.dtype)
+            spec = jax.sharding.PartitionSpec(*tuple(like.sharding.spec)[stack:])
+            sharding = jax.sharding.NamedSharding(mesh, spec)
+            array = jax.make_array_from_callback(part.shape, sharding, part.__getitem__)
+            if not stack:
+                filled[key] = _cast(array, kind)
+                continue
+            if key not in filled:
+                whole = jax.sharding.NamedSharding(mesh, like.sharding.spec)
+                filled[key] = jax.numpy.zeros(like.shape, kind, device=whole)
+            filled[key] = _put(filled[key], array, row.layer)
+            filled[key].block_until_ready()  # or the tensors read since would pile up
+    return jax.tree.unflatten(jax.tree.structure(shapes), [filled[key] for key in ours])
+
+
+@jax.jit(static_argnums=1)
+def _cast(array: jax.Array, dtype: np.dtype) -> jax.Array:
+    return array.astype(dtype)
+
+
+@jax.jit(donate_argnums=0)
+def _put(stack: jax.Array, layer: jax.Array, index: int | jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(stack, layer.astype(stack.dtype)[None], index, 0)
+
+
+def fresh(config: ConfigDict, wanted: list[str], *, seed: int) -> dict[str, np.ndarray]:
+    """Published tensors of a new model; of the others no number is computed."""
+    shapes = vlm.shapes(config)
+    table = names.model_table(shapes)
+    keys = {".".join(path) for name in wanted for path in table[name].paths}
+
+    def of(model: VLM) -> dict[str, jax.Array]:
+        return {key: x for key, x in names.parameters(model).items() if key in keys}
+
+    ours = vlm.create(config, seed=seed, of=of)
+    return _published({name: table[name] for name in wanted}, ours)
+
+
+def tensors_of(model: VLM) -> dict[str, np.ndarray]:
+    """The published tensors of a model in memory, under their names."""
+    return _published(names.model_table(model), names.parameters(model))
+
+
+def _published(table: Table, ours: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    found = {}
+    for name, row in table.items():
+        parts = [ours[".".join(path)] for path in row.paths]
+        if row.layer is not None:
+            parts = [part[row.layer] for part in parts]
+        found[name] = row.join([np.asarray(part) for part in parts])
+    return found
+
+
+def kind_of(name: str) -> str:
+    """A dtype that weights may be written in, by the name that JAX users give it."""
+    known = {str(DTYPES[kind]): str(DTYPES[kind]) for kind in WEIGHTS[:3]}
+    if name not in known:
+        raise ValueError(f"--dtype={name}: choose one of {', '.join(known)}")
+    return known[name]

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model as the folder that transformers' LlavaForConditionalGeneration loads."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.weights import architectures
+from vlm_jax.weights.folder import Model, appearing, copy_tokenizer, has_tokenizer, pending
+from vlm_jax.weights.stored import Stored, write_safetensors
+
+IMAGE = "<image>"
+PREFIXES = {
+    "vit.": "vision_tower.vision_model.",
+    "compressor.0.": "multi_modal_projector.linear_1.",
+    "compressor.2.": "multi_modal_projector.linear_2.",
+    "llm.lm_head.": "language_model.lm_head.",
+    "llm.": "language_model.model.",
+}
+PRECISION = {4: "float32", 2: "bfloat16"}
+
+
+def inexpressible(model: Model) -> str | None:
+    """Why transformers has no class for this model; None where it has one."""
+    if (kind := model.compressor["kind"]) != "none":
+        return f"transformers knows no compressor {kind!r}"
+    try:
+        architectures.hf_vision(model.vit)
+        architectures.hf_text(model.llm, length=1)
+    except ValueError as error:
+        return str(error)
+    if model.vit["final_norm"]:
+        return "its LLaVA never applies the norm behind a tower's last block"
+    return None
+
+
+def published(name: str) -> str:
+    """The published name of a tensor."""
+    prefix = next(p for p in PREFIXES if name.startswith(p))
+    return PREFIXES[prefix] + name.removeprefix(prefix)
+
+
+def write(
+    model: Model, target: Path, *, dtype: str | None = None, add_image_token: bool = False
+) -> None:
+    """Makes a llava-hf folder: configuration, weights, and tokenizer and processor if there is one.
+
+    Raises:
+      ValueError: where transformers has no class for the model, or its tokenizer no image token.
+    """
+    if reason := inexpressible(model):
+        raise ValueError(f"this is no llava-hf model: {reason}")
+    with appearing(target) as fresh:
+        token = model.facts.get("image_token")
+        if model.tokenizer and has_tokenizer(model.tokenizer):
+            copy_tokenizer(model.tokenizer, fresh)
+            token = image_token(fresh, add=add_image_token)
+            processor(model, fresh)
+        token = model.llm["vocab"] if token is None else token
+        tensors, vocab = dict(model.tensors), model.llm["vocab"]
+        if token >= vocab:
+            # transformers looks the placeholder up before it puts the image there.
+            vocab = 64 * math.ceil((token + 1) / 64)
+            grow(tensors, vocab)
+        llm = model.llm | dict(vocab=vocab)
+        config = configuration(model, llm, token)
+        tensors = {published(name): tensor for name, tensor in tensors.items()}
+        kinds = {np.dtype(dtype) if dtype else tensor.dtype for tensor in tensors.values()}
+        config["dtype"] = str(max(kinds, key=lambda kind: kind.itemsize))
+        (fresh / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        write_safetensors(fresh, pending(tensors, dtype))
+
+
+def configuration(model: Model, llm: dict[str, Any], token: int) -> dict[str, Any]:
+    """The config.json of a LlavaForConditionalGeneration."""
+    vit, length = model.vit, model.facts.get("max_length") or 4096
+    return dict(
+        architectures=["LlavaForConditionalGeneration"],
+        model_type="llava",
+        image_token_index=token,
+        image_seq_length=model.compressor["tokens"],
+        multimodal_projector_bias=True,
+        projector_hidden_act="gelu",
+        tie_word_embeddings=llm["tied_embeddings"],
+        text_config=architectures.hf_text(llm, length=length),
+        vision_config=architectures.hf_vision(vit),
+        vision_feature_layer=vit["levels"][-1] - vit["depth"] - 1,
+        vision_feature_select_strategy=strategy(vit),
+    )
+
+
+def strategy(vit: dict[str, Any]) -> str:
+    """Whether all tokens of the tower are read, or all but the first."""
+    return "default" if vit["class_token"] and not vit["keep_class"] else "full"
+
+
+def image_token(folder: Path, *, add: bool) -> int:
+    """The id of the image token in a folder's tokenizer, which gets one if it may be added."""
+    # Deferred: transformers takes seconds to import.
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"its tokenizer cannot be loaded by transformers: {error}") from None
+    token = tokenizer.get_vocab().get(IMAGE)
+    if token is None and not add:
+        raise ValueError(
+            f"the tokenizer has no image token {IMAGE}, which a llava-hf folder needs: repeat with "
+            "--add-image-token to give it one"
+        )
+    if token is None:
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+        tokenizer.save_pretrained(folder)
+        token = tokenizer.get_vocab()[IMAGE]
+    return token
+
+
+def processor(model: Model, folder: Path) -> None:
+    """Writes how images and prompts are prepared."""
+    size, facts = model.vit["image_size"], model.facts["image"]
+    kind = "SiglipImageProcessor" if not model.vit["class_token"] else "CLIPImageProcessor"
+    images = dict(
+        image_processor_type="LlavaImageProcessor" if facts["fit"] == "pad" else kind,
+        do_resize=True,
+        do_rescale=True,
+        do_normalize=True,
+        rescale_factor=1 / 255,
+        resample=3,  # bicubic
+        image_mean=facts["mean"],
+        image_std=facts["std"],
+    )
+    if model.vit["class_token"]:
+        edges = dict(height=size, width=size)
+        images |= dict(do_center_crop=True, crop_size=edges, size={"shortest_edge": size})
+        images |= {"do_pad": True} if facts["fit"] == "pad" else {}
+    else:
+        images |= dict(size=dict(height=size, width=size))
+    whole = dict(
+        processor_class="LlavaProcessor",
+        image_token=IMAGE,
+        patch_size=model.vit["patch_size"],
+        num_additional_image_tokens=int(model.vit["class_token"]),
+        vision_feature_select_strategy=strategy(model.vit),
+    )
+    for name, content in (("preprocessor_config", images), ("processor_config", whole)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def grow(tensors: dict[str, Stored | np.ndarray], vocab: int) -> None:
+    """Adds rows to the embedding and the output layer: their mean, which no argmax prefers."""
+    for name in ("llm.embed_tokens.weight", "llm.lm_head.weight"):
+        if (old := tensors.get(name)) is not None:
+            rows = old.read() if isinstance(old, Stored) else old
+            mean = rows.astype(np.float32).mean(0, keepdims=True).astype(rows.dtype)
+            more = np.repeat(mean, vocab - len(rows), axis=0)
+            tensors[name] = np.concatenate([rows, more])

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One name for each published tensor, whatever prefix a layout gives it, and its parameter of ours.
+
+`vit.` + the name inside CLIPVisionModel or SiglipVisionModel, `llm.` + the name inside LlamaModel,
+Qwen2Model or Qwen3Model (and `llm.lm_head.weight`), `compressor.` + the name inside `mm_projector`.
+"""
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+
+from vlm_jax.models import pretrained
+from vlm_jax.models.llm import LLM
+from vlm_jax.models.pretrained import Table, Tensor, linear, norm
+from vlm_jax.models.vit import ViT
+from vlm_jax.models.vlm import VLM
+
+T = TypeVar("T")
+PARTS = ("vit.", "llm.", "compressor.")
+
+# The prefixes of the layouts that are read; the first that fits is taken.
+PREFIXES = (
+    # haotian-liu/LLaVA and those who built on it: the tower inside, and files of stage 1.
+    (r"model\.vision_tower\.vision_tower\.(vision_model\.)?", "vit."),
+    (r"(base_model\.model\.)?(model\.)?(mm_projector|query_abstractor)\.", "compressor."),
+    # transformers' LlavaForConditionalGeneration: as published, and as its class names them.
+    (r"(model\.)?vision_tower\.(vision_model\.)?", "vit."),
+    (r"(model\.)?multi_modal_projector\.linear_1\.", "compressor.0."),
+    (r"(model\.)?multi_modal_projector\.linear_2\.", "compressor.2."),
+    (r"(language_model\.)?lm_head\.", "llm.lm_head."),
+    (r"language_model\.model\.|model\.language_model\.|language_model\.", "llm."),
+    # A tower, or a language model, alone.
+    (r"vision_model\.", "vit."),
+    (r"(?=(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)", "vit."),
+    (r"model\.", "llm."),
+)
+
+# What published files hold and nothing here reads, so that its absence or presence means nothing.
+UNREAD = (
+    "vit.head.*",  # SigLIP's pooling
+    "vit.embeddings.position_ids",
+    "llm.*.rotary_emb.inv_freq",
+    "text_model.*",  # the other half of CLIP and SigLIP
+    "text_projection.*",
+    "visual_projection.*",
+    "logit_scale",
+    "logit_bias",
+)
+
+
+def canonical(name: str) -> str:
+    """The one name of a published tensor; its own where no layout is known."""
+    if name.startswith(PARTS):
+        return name
+    for prefix, part in PREFIXES:
+        if found := re.match(prefix, name):
+            return part + name[found.end() :]
+    return name
+
+
+def renamed(tensors: Mapping[str, T]) -> dict[str, T]:
+    """The tensors under their one name; ValueError where two have the same."""
+    found: dict[str, T] = {}
+    for name, tensor in tensors.items():
+        if (one := canonical(name)) in found:
+            raise ValueError(f"two tensors mean {one}: the second is {name}")
+        found[one] = tensor
+    return found
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name fits one of the patterns (`*` is anything)."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def vit_table(vit: ViT) -> Table:
+    """The tensors of CLIPVisionModel and SiglipVisionModel, without the latter's pooling head."""
+    table = {
+        "embeddings.patch_embedding.weight": Tensor((("patch", "kernel"),), patches=True),
+        "embeddings.position_embedding.weight": Tensor((("position",),), ours=True),
+        **norm("post_layernorm", "post_norm"),
+    }
+    if vit.patch.bias is not None:
+        table["embeddings.patch_embedding.bias"] = Tensor((("patch", "bias"),))
+    if vit.class_token is not None:
+        table["embeddings.class_embedding"] = Tensor((("class_token",),))
+    if vit.pre_norm is not None:
+        table |= norm("pre_layrnorm", "pre_norm")  # published with this spelling
+    for k in range(vit.depth):
+        block = {
+            **linear("self_attn.q_proj", "attention", "query", outputs=2),
+            **linear("self_attn.k_proj", "attention", "key", outputs=2),
+            **linear("self_attn.v_proj", "attention", "value", outputs=2),
+            **linear("self_attn.out_proj", "attention", "out"),
+            **norm("layer_norm1", "norm1"),
+            **norm("layer_norm2", "norm2"),
+            **linear("mlp.fc1", "up"),
+            **linear("mlp.fc2", "down"),
+        }
+        table |= stacked(f"encoder.layers.{k}.", k, block)
+    return table
+
+
+def llm_table(llm: LLM) -> Table:
+    """The tensors of LlamaModel, Qwen2Model and Qwen3Model, and the output layer if it is one."""
+    attention = llm.blocks.attention
+    biased = attention.query.bias is not None
+    table = {
+        "embed_tokens.weight": Tensor((("embedding",),), ours=True),
+        "norm.weight": Tensor((("norm", "scale"),)),
+    }
+    if llm.head is not None:
+        table["lm_head.weight"] = Tensor((("head",),), ours=True)
+    for k in range(jax.tree.leaves(llm.blocks)[0].shape[0]):
+        block = {
+            "input_layernorm.weight": Tensor((("norm1", "scale"),)),
+            "post_attention_layernorm.weight": Tensor((("norm2", "scale"),)),
+            **linear("self_attn.q_proj", "attention", "query", bias=biased, outputs=2),
+            **linear("self_attn.k_proj", "attention", "key", bias=biased, outputs=2),
+            **linear("self_attn.v_proj", "attention", "value", bias=biased, outputs=2),
+            **linear("self_attn.o_proj", "attention", "out", bias=False),
+            **linear("mlp.gate_proj", "gate", bias=False),
+            **linear("mlp.up_proj", "up", bias=False),
+            **linear("mlp.down_proj", "down", bias=False),
+        }
+        if attention.query_norm is not None:
+            block["self_attn.q_norm.weight"] = Tensor((("attention", "query_norm", "scale"),))
+            block["self_attn.k_norm.weight"] = Tensor((("attention", "key_norm", "scale"),))
+        table |= stacked(f"layers.{k}.", k, block)
+    return table
+
+
+def stacked(prefix: str, layer: int, block: Table) -> Table:
+    """The table of one block, as layer `layer` of a stack called `blocks`."""
+    return {
+        prefix + name: Tensor(
+            tuple(("blocks", *path) for path in row.paths), outputs=row.outputs, layer=layer
+        )
+        for name, row in block.items()
+    }
+
+
+def model_table(model: VLM) -> Table:
+    """Every published tensor of a whole model, under its one name; `model` may be abstract."""
+    parts = {
+        "vit": vit_table(model.vit),
+        "llm": llm_table(model.llm),
+        "compressor": pretrained.table(model.compressor),
+    }
+    return {
+        f"{part}.{name}": Tensor(
+            tuple((part, *path) for path in row.paths),
+            **{field: getattr(row, field) for field in ("outputs", "square", "patches", "ours")},
+            layer=row.layer,
+        )
+        for part, table in parts.items()
+        for name, row in table.items()
+    }
+
+
+def parameters(model: Any) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
+    """The arrays of a module, or their descriptions, under dotted names."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(model)
+    return {dotted(path): leaf for path, leaf in flat}
+
+
+def dotted(path: Sequence) -> str:
+    """A path inside a model as `llm.blocks.up.kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def shapes(model: VLM) -> dict[str, tuple[int, ...]]:
+    """The published shape of every tensor of a model, which may be abstract."""
+    ours = parameters(model)
+    found = {}
+    for name, row in model_table(model).items():
+        of = [ours[".".join(path)].shape for path in row.paths]
+        found[name] = row.shape([shape[1:] for shape in of] if row.layer is not None else of)
+    return found
+
+
+def fit(
+    wanted: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    *,
+    allow_missing: Sequence[str] = (),
+    allow_surplus: Sequence[str] = (),
+) -> tuple[list[str], list[str]]:
+    """The missing and the surplus names that are allowed; everything else is one ValueError.
+
+    A shape that differs is never allowed.
+    """
+    missing = [name for name in wanted if name not in found]
+    surplus = [name for name in found if name not in wanted and not matches(name, UNREAD)]
+    bad = {
+        "missing": [name for name in missing if not matches(name, allow_missing)],
+        "surplus": [name for name in surplus if not matches(name, allow_surplus)],
+        "of another shape": [
+            f"{name} {found[name]} instead of {wanted[name]}"
+            for name in wanted
+            if name in found and found[name] != wanted[name]
+        ],
+    }
+    if any(bad.values()):
+        said = "; ".join(f"{len(of)} {kind}: {shown(of)}" for kind, of in bad.items() if of)
+        raise ValueError(
+            f"the tensors do not make this model: {said}. Names that may be absent or ignored are "
+            "given as --allow-missing=PATTERN,... and --allow-surplus=PATTERN,..."
+        )
+    return missing, surplus
+
+
+def shown(names: Sequence[str], most: int = 12) -> str:
+    """A list for a message."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" * (len(names) > most))
