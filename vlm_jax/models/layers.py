@@ -72,7 +72,7 @@ class Linear(nnx.Module):
             raise ValueError(f"{equation}: not of the form ...I,IO->...O")
         fan_in = math.prod(shape[: self.read])
         bound = uniform(1 / math.sqrt(fan_in))
-        self.dims, self.out = dims, out
+        self.out = out
         self.kernel = weight(rngs, shape, dims, init or bound)
         # A bias is small: it is sharded like the activation that it is added to.
         self.bias = (
@@ -82,25 +82,30 @@ class Linear(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        # As one product of two matrices: with the leading dimensions kept apart, XLA's CPU backend
-        # transposes the larger factor of every weight gradient, element by element.
-        kernel = self.kernel[...].astype(x.dtype)
-        lead, kept = x.shape[: -self.read], kernel.shape[self.read :]
-        y = jnp.einsum(
-            "RI,IO->RO",
-            matrix(x, len(lead)),
-            matrix(kernel, self.read),
-            out_sharding=mesh.spec(self.out[0], self.out[len(lead)]),
-        )
-        y = jnp.reshape(y, lead + kept, out_sharding=mesh.spec(*self.out))
+        y = project(x, self.kernel[...], self.read, self.out)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-def matrix(x: Float[Array, "..."], rows: int) -> Float[Array, "R C"]:
-    """The first `rows` dimensions merged, and the others, each sharded like its first."""
-    spec = jax.typeof(x).sharding.spec
-    shape = math.prod(x.shape[:rows]), math.prod(x.shape[rows:])
-    return jnp.reshape(x, shape, out_sharding=jax.P(spec[0], spec[rows]))
+def project(
+    x: Float[Array, "..."], kernel: Float[Array, "..."], read: int, out: tuple[str, ...]
+) -> Float[Array, "..."]:
+    """Contracts the last `read` dimensions of x with the kernel's first; `out` names the result's.
+
+    Leading dimensions are merged meanwhile: kept apart, XLA's CPU backend transposes the larger
+    factor of every weight gradient, element by element. TPU programs are the same either way.
+    """
+    lead, given = x.shape[: x.ndim - read], x.shape[x.ndim - read :]
+    place = jax.typeof(x).sharding.spec
+    rows = jnp.reshape(
+        x, (math.prod(lead), *given), out_sharding=jax.P(place[0], *place[len(lead) :])
+    )
+    y = jnp.tensordot(
+        rows,
+        kernel.astype(x.dtype),
+        axes=read,
+        out_sharding=mesh.spec(out[0], *out[len(lead) :]),
+    )
+    return jnp.reshape(y, lead + y.shape[1:], out_sharding=mesh.spec(*out))
 
 
 class LayerNorm(nnx.Module):
