@@ -60,9 +60,8 @@ class Row:
 
     @property
     def method(self) -> str:
-        """The compressor with what tells its models apart: "quecc, query separate"."""
-        query = "" if self.query in ("", "none") else f"query {self.query}"
-        return ", ".join(word for word in (self.compressor, self.variant, query) if word)
+        """What compresses the tokens, see `method_of`."""
+        return method_of(self.compressor, self.query, self.variant)
 
     def to_json(self) -> str:
         """The row as one line of JSON, keys sorted, without a newline. Raises ValueError on NaN."""
@@ -90,6 +89,12 @@ class Row:
 
 
 LATER = ("variant", "timing")
+
+
+def method_of(compressor: str, query: str, variant: str = "") -> str:
+    """A compressor with what tells its models apart: "quecc, pool, query separate"."""
+    asked = "" if query in ("", "none") else f"query {query}"
+    return ", ".join(word for word in (compressor, variant, asked) if word)
 
 
 def families_of(tasks: dict) -> dict:
