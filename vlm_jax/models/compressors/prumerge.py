@@ -203,9 +203,7 @@ class PruMergePlus(PruMerge):
         if not self.adaptive:
             grid = evenly(self.patches, self.kept)
             first = jnp.concatenate([ranked[: self.kept], jnp.array(grid)])
-            # As published, as many of the first that are not selected are lost as were twice.
-            rest = jnp.argsort(place.at[first].set(-1))[len(first) :]
-            return jnp.concatenate([first, rest]), jnp.int32(len(first))
+            return behind(first, self.patches), jnp.int32(len(first))
         kept = outliers(attention)
         rank = jnp.argsort(ranked)
         step = jnp.maximum(self.patches // jnp.maximum(kept, 1) // 3, 1)
@@ -220,6 +218,15 @@ def evenly(patches: int, count: int) -> range:
     """About `count` patches at equal distances, the last patch never among them, as published."""
     step = patches // count
     return range(step // 2, patches - 1, step)
+
+
+def behind(first: Int[Array, " S"], patches: int) -> Int[Array, " P"]:
+    """The selected patches and behind them the others, ascending, `patches` in all.
+
+    As published, for each patch that is selected twice the lowest of the others is left out.
+    """
+    others = jnp.argsort(jnp.arange(patches).at[first].set(-1))[len(first) :]
+    return jnp.concatenate([first, others])
 
 
 def most_outliers(patches: int) -> int:
