@@ -15,6 +15,7 @@ from vlm_jax.data.processor import MEAN_COLOUR, Processor, load_tokenizer
 from vlm_jax.evals import tasks
 from vlm_jax.models import vlm
 from vlm_jax.scaling import cost, records
+from vlm_jax.train import Inputs
 
 # Three cells: two token counts and the blind one, which is the smallest that has every part.
 SMALL = ("--config=tests/tiny.py", "--config.finetune.steps=3", "--config.align.steps=2",
@@ -163,12 +164,38 @@ def test_a_row_says_what_its_model_is_and_cost(unbroken, mesh1):
         assert (row.Q, row.G) == (pytest.approx(Q), pytest.approx(G)) and row.query == "none"
         assert row.flops == pytest.approx(vars(cost.request_flops(vit, compressor, llm, Q=Q, G=G)))
         assert row.blind == ("blind" in name) and row.train["steps"] == 5
+        assert row.timing["batch"] == c.evaluate.batch and row.timing["seconds_per_example"] > 0
         assert row.train["examples"] == 5 * 8 and row.data_hash == test.data_hash
         predictions = [
             json.loads(x) for x in (folder / "cells" / name / "predictions.jsonl").open()
         ]
         assert row.tasks == tasks.score("embedded", predictions)
         assert row.families == records.families_of(row.tasks)
+
+
+def test_request_lengths_are_those_of_prompts_answers_and_what_is_asked(unbroken):
+    folder, _ = unbroken
+    c = tiny.config()
+    test = sources.open_source(c, "test")
+    inputs = Inputs(test, Processor(load_tokenizer(folder / "tokenizer"), c))
+    made = [inputs.processor.text(test[i], answer=False) for i in range(len(test))]
+    for prefix, field in ((False, "question_length"), (True, "image_at")):
+        Q, G, question = grid.request_lengths(inputs, prefix=prefix)
+        assert Q == pytest.approx(np.mean([m["length"] for m in made])) and G >= 1
+        assert question == pytest.approx(np.mean([m[field] for m in made])) and question <= Q
+
+
+@pytest.mark.parametrize(
+    "fields, method",
+    [
+        (dict(kind="pool"), "pool"),
+        (dict(kind="quecc", query="separate"), "quecc, query separate"),
+        (dict(kind="quecc", query="none", downsample="pool"), "quecc, pool"),
+    ],
+)
+def test_a_method_is_named_by_what_tells_its_models_apart(fields, method):
+    c = tiny.config(compressor=fields)
+    assert records.method_of(**grid.method_of(c)) == method
 
 
 # --- What the cells share -------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from vlm_jax import train as training
 from vlm_jax.data import sources
 from vlm_jax.data.processor import Processor
 from vlm_jax.evals import tasks
-from vlm_jax.evaluate import predict, write_predictions
+from vlm_jax.evaluate import Clock, predict, write_predictions
 from vlm_jax.features import Features, Sight, batches_of, blind_of, features_of
 from vlm_jax.kernels import window_attention
 from vlm_jax.learn.workdir import claim, provenance, write_json
@@ -241,12 +241,16 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     model = training.train(config, folder, inputs, encoder=shared.encoder, seed=cell.seed)
     train_seconds = time.monotonic() - then
     then = time.monotonic()
-    found = list(predict(config, model, test.source, test.processor, features=test.features))
+    clock = Clock()
+    found = list(
+        predict(config, model, test.source, test.processor, features=test.features, clock=clock)
+    )
     seconds = time.monotonic() - then
     write_predictions(folder / "predictions.jsonl", found)
     protocol = test.source.protocol
     scores = tasks.score(protocol, found)
-    Q, G = request_lengths(test)
+    method = method_of(config)
+    Q, G, question = request_lengths(test, prefix=method["query"] == "prefix")
     steps = config.align.steps + config.finetune.steps
     vit, compressor, llm = sizes(config)
     return records.Row(
@@ -255,8 +259,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         llm_parameters=vlm.parameters(model.llm),
         vit_parameters=vlm.parameters(model.vit),
         compressor_parameters=vlm.parameters(model.compressor),
-        compressor=config.compressor.kind,
-        query=config.compressor.query if model.compressor.reads_question else "none",
+        **method,
         blind=cell.blind,
         V=tokens_read(model.compressor, test.features),
         Q=Q,
@@ -264,7 +267,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         seed=cell.seed,
         tasks=scores,
         families=records.families_of(scores),
-        flops=vars(cost.request_flops(vit, compressor, llm, Q=Q, G=G)),
+        flops=vars(cost.request_flops(vit, compressor, llm, Q=Q, G=G, question=question)),
         train=dict(
             steps=steps,
             examples=sum(config[s].steps * config[s].batch for s in ("align", "finetune")),
@@ -272,6 +275,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
             seconds=round(train_seconds, 2),
         ),
         evaluate_seconds=round(seconds, 2),
+        timing=clock.timing(),
         protocol=protocol,
         prompt=config.data.template,
         parser=tasks.PROTOCOLS[protocol][1],
@@ -291,14 +295,34 @@ def tokens_read(compressor: Compressor, features: np.ndarray) -> int | float:
     return float(np.concatenate(means)[: len(features)].mean())
 
 
-def request_lengths(test: Inputs, sample: int = 500) -> tuple[float, float]:
-    """Mean prompt and answer tokens of the evaluation split (an even sample of it)."""
+def method_of(config: ConfigDict) -> dict[str, str]:
+    """What a row says of its compressor: kind, how it reads the question, what is not its default.
+
+    The variant is how QueCC makes its queries, where that is not the published way.
+    """
+    made = cost.Compressor.of(config.compressor)
+    pooled = made.kind == "quecc" and made.downsample != "conv"
+    return dict(
+        compressor=made.kind,
+        query=made.query if made.reads_question else "none",
+        variant=made.downsample if pooled else "",
+    )
+
+
+def request_lengths(
+    test: Inputs, *, prefix: bool = False, sample: int = 500
+) -> tuple[float, float, float]:
+    """Mean tokens of prompts, answers and questions of the evaluation split (an even sample of it).
+
+    The question is what a question-reading compressor reads, or with `prefix` all text before the
+    image.
+    """
     picked = np.linspace(0, len(test.source) - 1, min(sample, len(test.source))).astype(int)
-    prompts = [
-        int(test.processor.text(test.source[int(i)], answer=False)["length"]) for i in picked
-    ]
+    prompts = [test.processor.text(test.source[int(i)], answer=False) for i in picked]
     wholes = [int(test.processor.text(test.source[int(i)])["length"]) for i in picked]
-    return float(np.mean(prompts)), float(np.mean(wholes) - np.mean(prompts))
+    prompt = np.mean([int(made["length"]) for made in prompts])
+    question = np.mean([int(made["image_at" if prefix else "question_length"]) for made in prompts])
+    return float(prompt), float(np.mean(wholes) - prompt), float(question)
 
 
 def run_grid(config: ConfigDict, folder: Path, command: str) -> dict:
@@ -306,7 +330,10 @@ def run_grid(config: ConfigDict, folder: Path, command: str) -> dict:
     itself."""
     cells = cells_of(config)
     facts = provenance(window_attention.form(config.kernels))
-    phase = Phases(folder / "run.json", dict(command=command, config=cli.digest(config), **facts))
+    # The law is fitted to the grid's own method, where others are run beside it.
+    method = records.method_of(**method_of(cells[0].config))
+    described = dict(command=command, config=cli.digest(config), method=method)
+    phase = Phases(folder / "run.json", described | facts)
     training.check(config)
     for cell in cells:
         describe(cell)  # an impossible cell is found before the first is trained
