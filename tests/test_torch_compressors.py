@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PyTorch compressors of the benchmark compute what ours compute, from the same weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vlm_jax.models import compressors
+from vlm_jax.models.vit import class_attention, window_order
+
+pytestmark = pytest.mark.torch
+SIZES = dict(side=6, width=32, levels=2, llm_width=48, heads=4)
+CASES = [
+    ("none", 36, {}),
+    ("pool", 4, {}),
+    ("quecc", 9, {"query": "separate"}),
+    ("quecc", 4, {"query": "none"}),
+    ("token_packer", 9, {}),
+    ("token_packer", 4, {}),
+    ("mqt", 3, {}),
+    ("mqt", 30, {}),
+    ("mqt", 9, {"queries": 16}),
+    ("m3", 9, {}),
+    ("m3", 1, {}),
+    ("prumerge", 1, {}),
+    ("prumerge", 8, {}),
+]
+
+
+def drawn(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind, tokens, more", CASES, ids=str)
+def test_the_peer_is_the_same_function(kind, tokens, more, mesh1):
+    import torch
+
+    from benchmarks.peers import torch_compressors
+
+    sizes = dict(SIZES, tokens=tokens, query="none") | more
+    with jax.set_mesh(mesh1):
+        module = compressors.COMPRESSORS[kind](**sizes, rngs=nnx.Rngs(1))
+        # Norms start at one and zero, many biases at zero: what is drawn tells them apart.
+        module = jax.tree.map(lambda w: w + 0.1 * drawn(w.size, *w.shape), module)
+        peer = torch_compressors.load(module, sizes)
+        assert sum(x.numel() for x in peer.parameters()) == sum(
+            x.size for x in jax.tree.leaves(module)
+        )
+        patches, width = sizes["side"] ** 2, sizes["width"]
+        if module.reads_keys:
+            levels = drawn(0, 2, patches, 2 * width)
+            queries, keys = (drawn(i, 2, patches + 1, width) for i in (1, 2))
+            attention = class_attention(jnp.array(queries[:, 0]), jnp.array(keys))
+            ours = module(jnp.concatenate([levels, keys[:, 1:], attention[..., None]], -1))
+            given = (levels[..., width:], queries, keys)
+        else:
+            levels, question = drawn(0, 2, patches, 2 * width), drawn(1, 2, sizes["llm_width"])
+            order = window_order(sizes["side"], module.window)
+            ours = module(jnp.array(levels)[:, order], jnp.array(question))
+            given = (levels, question)
+        with torch.no_grad():
+            theirs = peer(*(torch.tensor(x) for x in given))
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        assert np.abs(np.asarray(ours)).max() > 0.1
