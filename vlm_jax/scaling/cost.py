@@ -10,9 +10,11 @@ Here V and Q are visual and text tokens, G generated tokens, P patches, S keys.
 """
 
 import dataclasses
+import math
 
 from vlm_jax.scaling.parameters import (
     LLM,
+    MQT_QUERIES,
     PRUMERGE_NEIGHBOURS,
     Compressor,
     Number,
@@ -26,6 +28,11 @@ from vlm_jax.scaling.parameters import compressor_parameters as compressor_param
 from vlm_jax.scaling.parameters import llm_parameters as llm_parameters
 from vlm_jax.scaling.parameters import tilings as tilings
 from vlm_jax.scaling.parameters import vit_parameters as vit_parameters
+
+# How a compressor is computed: as its published code does; as it is built here, trained, and equal
+# in exact arithmetic; and as it is built for inference, layers without anything between multiplied
+# together and what no image enters computed beforehand (only MQT differs).
+FORMS = ("published", "built", "folded")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +86,7 @@ class Products:
         return self.fixed + 2 * self.reading + 3 * (self.other + self.constant / batch)
 
 
-def _window_attention(compressor: Compressor, vit: ViT, published: bool) -> Number:
+def _window_attention(compressor: Compressor, vit: ViT, form: str) -> Number:
     """FLOPs of one query per window: its projections, those of keys and values, scores and sums.
 
     Here keys and values are not projected where the query can absorb it for less: each head then
@@ -88,34 +95,42 @@ def _window_attention(compressor: Compressor, vit: ViT, published: bool) -> Numb
     V, P, width = compressor.tokens, vit.patches, vit.width
     projected = 4 * P * width**2 + 4 * P * width
     absorbed = 4 * V * width**2 + 4 * P * width * compressor.heads
-    return 4 * V * width**2 + (projected if published else min(projected, absorbed))
+    return 4 * V * width**2 + (projected if form == "published" else min(projected, absorbed))
 
 
-def _mqt(compressor: Compressor, vit: ViT, llm: LLM, published: bool) -> Products:
+def _mqt(compressor: Compressor, vit: ViT, llm: LLM, form: str) -> Products:
     """MQT's keys hold no image: the weights of its attention are the same for every image.
 
     Here they are computed once for a batch, and for few queries the patches are averaged before the
     value projection and not after it.
     """
     V, P, width = compressor.tokens, vit.patches, vit.width
+    side, grid = math.isqrt(P), math.isqrt(min(MQT_QUERIES, P))
     keys = 2 * P * width**2 + 2 * V * width**2 + 2 * V * P * width
     values = 2 * P * width**2 + 2 * V * P * width
-    out = 2 * V * width**2 + 2 * V * width * llm.width
-    if published:
-        return Products(other=keys + values + out)
+    out, last = 2 * V * width**2, 2 * V * width * llm.width
+    if form == "published":
+        return Products(other=keys + values + out + last)
     averaged = 2 * compressor.heads * V * P * width + 2 * V * width**2
-    return Products(other=min(values, averaged) + out, constant=keys)
+    of_image = min(values, averaged) + last
+    if form == "folded":
+        return Products(other=of_image)
+    resampled = 2 * width * side * grid * (grid + side)  # the position table, as dense products
+    return Products(other=of_image + out, constant=keys + resampled)
 
 
 def compressor_products(
-    compressor: Compressor, vit: ViT, llm: LLM, *, published: bool = False
+    compressor: Compressor, vit: ViT, llm: LLM, *, form: str = "built"
 ) -> Products:
     """FLOPs of the compressor for one image, projection into the LLM included.
 
-    As it is built here; or as `published`, where every key and value is projected, M3 pools what
-    its whole MLP made, MQT attends anew for every image and PruMerge scores every pair of tokens.
-    PruMerge's scores belong to the compressor here, though the encoder computes them.
+    `form` is one of FORMS. As published, every key and value is projected, M3 pools what its whole
+    MLP made, MQT attends anew for every image and PruMerge scores every pair of tokens. PruMerge's
+    scores belong to the compressor here, though the encoder computes them.
     """
+    if form not in FORMS:
+        raise ValueError(f"form {form!r} of a compressor: choose one of {FORMS}")
+    published = form == "published"
     V, P, width = visual_tokens(compressor, vit), vit.patches, vit.width
     square = 2 * width**2  # one token through a width -> width product
     up, down = 2 * width * llm.width, 2 * llm.width**2  # one token into the LLM's width
@@ -123,19 +138,23 @@ def compressor_products(
     write = 2 * P * square  # their second layer
     match compressor.kind:
         case "quecc":
-            attend = _window_attention(compressor, vit, published)
-            other = write + attend + V * (up + down) + P * square
+            first = P * square  # of the query
+            other = write + P * square + V * (up + down) + _window_attention(compressor, vit, form)
             if compressor.downsample == "conv":
                 other += 2 * P * width
-            # The first layer of the query reads features and, added to them, the question's.
-            if compressor.reads_question:
-                return Products(reading=read + 2 * llm.width * width, other=other + P * square)
-            return Products(reading=read + P * square, other=other)
+            if not compressor.reads_question:
+                return Products(reading=read + first, other=other)
+            read += 2 * llm.width * width
+            # Published, the question is added to every patch before the query's first layer; here
+            # it goes through that layer by itself.
+            if published:
+                return Products(reading=read, other=other + first)
+            return Products(reading=read + first, other=other + square)
         case "token_packer":
-            attend = _window_attention(compressor, vit, published)
+            attend = _window_attention(compressor, vit, form)
             return Products(reading=read + V * square, other=write + attend + V * (up + down))
         case "mqt":
-            return _mqt(compressor, vit, llm, published)
+            return _mqt(compressor, vit, llm, form)
         case "m3":
             return Products(reading=P * up, other=(P if published else V) * down)
         case "prumerge" | "prumerge_plus":
@@ -151,14 +170,13 @@ def compressor_products(
 
 
 def compressor_flops(
-    compressor: Compressor, vit: ViT, llm: LLM, *, batch: Number = 1, published: bool = False
+    compressor: Compressor, vit: ViT, llm: LLM, *, batch: Number = 1, form: str = "built"
 ) -> Number:
     """FLOPs of the compressor for one image of `batch`, projection into the LLM included.
 
-    As it is built here, or as `published`: see `compressor_products`. An infinite batch leaves out
-    what does not depend on the image.
+    `form` as in `compressor_products`. An infinite batch leaves out what no image enters.
     """
-    return compressor_products(compressor, vit, llm, published=published).forward(batch)
+    return compressor_products(compressor, vit, llm, form=form).forward(batch)
 
 
 def _attention(llm: LLM, queries: Number, keys: Number) -> Number:
@@ -192,8 +210,7 @@ def request_flops(
     G: Number,
     question: Number | None = None,
     cached_text: bool = False,
-    batch: Number = 1,
-    published: bool = False,
+    form: str = "folded",
 ) -> Flops:
     """FLOPs of answering one question of Q text tokens about one image with G generated tokens.
 
@@ -201,23 +218,25 @@ def request_flops(
         vit, compressor, llm: the sizes.
         Q: text tokens of the whole prompt.
         G: generated tokens, the closing one included.
-        question: tokens that the separate question pass reads (QueCC with query "separate"); Q
-            when None. Published QueCC also computes vocabulary scores there, which nothing reads:
-            not counted.
+        question: tokens that QueCC reads as the question, Q when None: those of its separate pass
+            (published QueCC also computes vocabulary scores there, which nothing reads: not
+            counted), or with query "prefix" those before the image, which prefill reads in a pass
+            of their own that the rest goes on from.
         cached_text: keys and values of the text are kept from an earlier request, so prefill
             computes the V visual tokens only, and no question pass runs.
-        batch: requests computed at a time; one image's share of what all of them share.
-        published: the compressor's published form (see `compressor_products`).
+        form: of the compressor (see `compressor_products`).
     """
     V = visual_tokens(compressor, vit)
-    separate = compressor.kind == "quecc" and compressor.query == "separate" and not cached_text
-    asked = (Q if question is None else question) if separate else 0
-    new, cached = (V, Q) if cached_text else (Q + V, 0)
+    asked = Q if question is None else question
+    separate = compressor.reads_question and compressor.query == "separate" and not cached_text
+    prefix = compressor.reads_question and compressor.query == "prefix" and not cached_text
+    first = asked if prefix else 0
+    new, cached = (V, Q) if cached_text else (Q + V - first, first)
     return Flops(
         encoder=encoder_flops(vit, compressor),
-        compressor=compressor_flops(compressor, vit, llm, batch=batch, published=published),
-        question=llm_flops(llm, asked, logits=0),
-        prefill=llm_flops(llm, new, cached=cached),
+        compressor=compressor_flops(compressor, vit, llm, form=form),
+        question=llm_flops(llm, asked if separate else 0, logits=0),
+        prefill=llm_flops(llm, first, logits=0) + llm_flops(llm, new, cached=cached),
         decode=decode_flops(llm, context=Q + V, G=G),
     )
 
@@ -242,7 +261,7 @@ def train_step_flops(
     question: Number = 0,
     recompute: bool = False,
     batch: Number = 1,
-    published: bool = False,
+    form: str = "built",
 ) -> Number:
     """FLOPs of one example in one optimizer step, forward and backward.
 
@@ -256,19 +275,29 @@ def train_step_flops(
         tokens: length of the LLM's rows, text and visual tokens and padding together.
         stage: what is trained.
         logits: positions whose vocabulary scores are computed; all `tokens` when None.
-        question: tokens of the separate question pass (no gradient goes through it).
+        question: tokens that QueCC reads as the question: of a separate pass (no gradient goes
+            through it), or of the first part of the rows with query "prefix". Other compressors
+            read none.
         recompute: the backward pass recomputes the LLM's blocks (config.remat "full").
         batch: examples of the step; one's share of what all of them share.
-        published: the compressor's published form (see `compressor_products`).
+        form: of the compressor (see `compressor_products`).
     """
     if stage not in ("align", "finetune"):
         raise ValueError(f"stage {stage!r} is not trained: choose align or finetune")
     linear = 2 * tokens * llm.depth * block_weights(llm)
-    attention = _attention(llm, tokens, tokens)
+    separate = compressor.reads_question and compressor.query == "separate"
+    prefix = compressor.reads_question and compressor.query == "prefix"
+    first = question if prefix else 0
+    attention = _attention(llm, first, first) + _attention(llm, tokens - first, tokens)
     head = 2 * (tokens if logits is None else logits) * llm.vocab * llm.width
     weights = linear + head if stage == "finetune" else 0
     again = linear + attention if recompute else 0
     language = 2 * (linear + head) + 3 * attention + weights + again
-    products = compressor_products(compressor, vit, llm, published=published)
+    products = compressor_products(compressor, vit, llm, form=form)
     encoder = 0 if vit_cached else encoder_flops(vit, compressor)
-    return encoder + products.training(batch) + language + llm_flops(llm, question, logits=0)
+    return (
+        encoder
+        + products.training(batch)
+        + language
+        + llm_flops(llm, question * separate, logits=0)
+    )
