@@ -194,7 +194,8 @@ def test_a_stage_changes_its_parts_and_no_other(stage, parts, models, finetuned,
         for name, x in before.items()
         if name.split(".")[0] in parts and (x == after[name]).all()
     ]
-    assert not still
+    # The attention's key bias shifts all scores of a window alike: its gradient is nought exactly.
+    assert still == ["compressor.attention.key.bias"]
 
 
 def test_the_encoder_stage_trains_all_of_its_reader(mesh1):
