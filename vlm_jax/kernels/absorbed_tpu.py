@@ -7,6 +7,7 @@ B batch  V windows  S keys of one window  N heads  E width
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
@@ -51,12 +52,15 @@ def _call(kernel, name, rows, patches, rows_out, patches_out, flops_per_score):
     block = tiles.windows_per_block(windows, keys, window_bytes)
     # One window of 576 keys in float32 leaves no room for the next image's.
     buffers = pl.Buffered(2 if 2 * block * window_bytes <= tiles.BLOCKS else 1)
-    block_of = functools.partial(
-        pl.BlockSpec, index_map=lambda b, w: (b, w, 0, 0), pipeline_mode=buffers
-    )
-    row, patch = block_of((1, 1, block * heads, width)), block_of((1, 1, block * keys, width))
-    row_shape = (batch, windows // block, block * heads, width)
+    # Head by head, as the product that makes the queries lays them out.
+    row_shape = (heads, batch, windows // block, block, width)
     patch_shape = (batch, windows // block, block * keys, width)
+    row = pl.BlockSpec(
+        (heads, 1, 1, block, width), lambda b, w: (0, b, w, 0, 0), pipeline_mode=buffers
+    )
+    patch = pl.BlockSpec(
+        (1, 1, block * keys, width), lambda b, w: (b, w, 0, 0), pipeline_mode=buffers
+    )
     call = pl.pallas_call(
         functools.partial(kernel, windows=block, keys=keys, heads=heads),
         grid=(batch, windows // block),
@@ -72,32 +76,51 @@ def _call(kernel, name, rows, patches, rows_out, patches_out, flops_per_score):
             bytes_accessed=batch * windows * window_bytes,
         ),
     )
-    out = call(*(x.reshape(row_shape) for x in rows), *(x.reshape(patch_shape) for x in patches))
-    given = [rows[0].shape] * rows_out + [patches[0].shape] * patches_out
-    return tuple(x.reshape(shape) for x, shape in zip(out, given, strict=True))
+    out = call(
+        *(jnp.moveaxis(x, 2, 0).reshape(row_shape) for x in rows),
+        *(x.reshape(patch_shape) for x in patches),
+    )
+    by_head = (heads, batch, windows, width)
+    return (
+        *(jnp.moveaxis(x.reshape(by_head), 0, 2) for x in out[:rows_out]),
+        *(x.reshape(patches[0].shape) for x in out[rows_out:]),
+    )
 
 
 def _parts(windows: int, keys: int, heads: int):
-    """Slices of the rows and the keys of each product, and its mask."""
-    for first, last in tiles.groups(windows, keys):
+    """First and last + 1 of the windows of each product, its keys, and its mask."""
+    for first, last in tiles.groups(windows, keys, multiple=8):
         mask = tiles.same_window(last - first, heads, keys) if last - first > 1 else None
-        yield slice(first * heads, last * heads), slice(first * keys, last * keys), mask
+        yield slice(first, last), slice(first * keys, last * keys), mask
+
+
+def _rows(ref, windows: slice, columns: slice = slice(None)) -> Float[Array, "R E"]:
+    """The queries of some windows, head after head."""
+    x = ref[:, 0, 0, windows, columns]
+    return x.reshape(-1, x.shape[-1])
+
+
+def _store(ref, windows: slice, columns: slice, rows: Float[Array, "R E"]) -> None:
+    """Writes what `_rows` would read."""
+    ref[:, 0, 0, windows, columns] = rows.reshape(ref.shape[0], -1, rows.shape[-1]).astype(
+        ref.dtype
+    )
 
 
 def _forward(q_ref, k_ref, v_ref, o_ref, *, windows, keys, heads, scale):
-    for row, key, mask in _parts(windows, keys, heads):
-        scores = tiles.product(q_ref[0, 0, row], k_ref[0, 0, key], (1, 1))
+    for some, key, mask in _parts(windows, keys, heads):
+        scores = tiles.product(_rows(q_ref, some), k_ref[0, 0, key], (1, 1))
         weights = tiles.softmax(scores * scale, mask)
         v = v_ref[0, 0, key]
-        o_ref[0, 0, row] = tiles.product(weights.astype(v.dtype), v, (1, 0)).astype(v.dtype)
+        _store(o_ref, some, slice(None), tiles.product(weights.astype(v.dtype), v, (1, 0)))
 
 
 def _backward(q_ref, g_ref, k_ref, v_ref, dq_ref, dk_ref, dv_ref, *, windows, keys, heads, scale):
     width = q_ref.shape[-1]
     parts = [slice(i, min(i + COLUMNS, width)) for i in range(0, width, COLUMNS)]
-    for row, key, mask in _parts(windows, keys, heads):
+    for some, key, mask in _parts(windows, keys, heads):
         scores, towards = (
-            sum(tiles.product(x[0, 0, row, part], y[0, 0, key, part], (1, 1)) for part in parts)
+            sum(tiles.product(_rows(x, some, part), y[0, 0, key, part], (1, 1)) for part in parts)
             for x, y in ((q_ref, k_ref), (g_ref, v_ref))
         )
         weights = tiles.softmax(scores * scale, mask)
@@ -105,8 +128,8 @@ def _backward(q_ref, g_ref, k_ref, v_ref, dq_ref, dk_ref, dv_ref, *, windows, ke
         scores = (weights * (towards - mean) * scale).astype(k_ref.dtype)
         weights = weights.astype(v_ref.dtype)
         for part in parts:
-            q, g, k = q_ref[0, 0, row, part], g_ref[0, 0, row, part], k_ref[0, 0, key, part]
-            dq_ref[0, 0, row, part] = tiles.product(scores, k, (1, 0)).astype(k.dtype)
+            q, g, k = _rows(q_ref, some, part), _rows(g_ref, some, part), k_ref[0, 0, key, part]
+            _store(dq_ref, some, part, tiles.product(scores, k, (1, 0)))
             dk_ref[0, 0, key, part] = tiles.product(scores, q, (0, 0)).astype(k.dtype)
             dv_ref[0, 0, key, part] = tiles.product(weights, g, (0, 0)).astype(k.dtype)
 

@@ -2,7 +2,7 @@
 """How windows are cut for a TPU: which part of an image one grid step holds, and how many windows
 share one product on the matrix unit.
 
-V windows  S keys of one window  R query rows, window-major, `heads` per window  C keys
+V windows  S keys of one window  R query rows of a product  C keys of a product
 """
 
 import math
@@ -32,20 +32,21 @@ def windows_per_block(windows: int, keys: int, window_bytes: int) -> int:
     return max((n for n in whole if 2 * n * window_bytes <= BLOCKS), default=whole[0])
 
 
-def groups(windows: int, keys: int) -> list[tuple[int, int]]:
+def groups(windows: int, keys: int, multiple: int = 1) -> list[tuple[int, int]]:
     """First and last + 1 of the windows that share a product.
 
-    A group's keys fill the lanes of the matrix unit, and begin at a multiple of ROWS. A score of a
-    query with another window's key is computed and masked: as few as that allows.
+    A group's keys fill the lanes of the matrix unit, and begin at a multiple of ROWS; its windows
+    begin at a `multiple`. A score of a query with another window's key is computed and masked: as
+    few as that allows.
     """
-    step = ROWS // math.gcd(ROWS, keys)
+    step = math.lcm(multiple, ROWS // math.gcd(ROWS, keys))
     size = step * math.ceil(LANES / (step * keys))
     return [(first, min(first + size, windows)) for first in range(0, windows, size)]
 
 
 def same_window(windows: int, heads: int, keys: int) -> Bool[Array, "R C"]:
-    """Which query row and which key of a group belong to one window."""
-    row = lax.div(lax.broadcasted_iota(jnp.int32, (windows * heads, 1), 0), jnp.int32(heads))
+    """Which query row (head after head) and which key of a group belong to one window."""
+    row = lax.rem(lax.broadcasted_iota(jnp.int32, (heads * windows, 1), 0), jnp.int32(windows))
     column = lax.div(lax.broadcasted_iota(jnp.int32, (1, windows * keys), 1), jnp.int32(keys))
     return row == column
 
