@@ -59,13 +59,15 @@ def get_config() -> ConfigDict:
     # Visual-token compressor: vlm_jax/models/compressors COMPRESSORS names the kinds.
     c.compressor = ConfigDict()
     c.compressor.kind = "token_packer"
-    # V, visual tokens handed to the LLM; 0: as many as each image needs (prumerge, prumerge_plus)
+    # V, visual tokens handed to the LLM; 0: as many as each image needs (prumerge, prumerge_plus).
+    # mqt and m3 are trained for any V: there it is the V of requests alone.
     c.compressor.tokens = 36
-    c.compressor.heads = 8  # of the windowed cross-attention
+    c.compressor.heads = 8  # of the cross-attention, as published for windows; mqt has 16
     # quecc: where the question's feature comes from. "separate": an LLM pass over it alone (as
     # published); "prefix": the LLM's own pass over the text before the image, read once; "none".
     c.compressor.query = "separate"
     c.compressor.downsample = "conv"  # quecc: a window's query by "conv" (published) or "pool"
+    c.compressor.scales = ()  # m3: every V that training shows; (): 1, 9, 36, 144, 576 of 24 x 24
 
     # Numbers.
     c.compute_dtype = (

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One set of weights, any number of visual tokens: cheaper forms, training, requests, the grid."""
 
+import dataclasses
+import json
 import math
 
 import jax
@@ -11,8 +13,9 @@ import tiny
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_grid import AFTER_FIRST_ROW, ONE_SIZE
 
-from vlm_jax import evaluate, mesh
+from vlm_jax import evaluate, grid, mesh
 from vlm_jax.data import loader, sources
 from vlm_jax.learn import objective, optimizer
 from vlm_jax.models import pretrained, vlm
@@ -20,6 +23,7 @@ from vlm_jax.models.compressors import m3 as m3s
 from vlm_jax.models.compressors import mqt as mqts
 from vlm_jax.models.compressors.m3 import M3
 from vlm_jax.models.compressors.mqt import MQT
+from vlm_jax.scaling import cost, records
 
 SIZES = dict(side=6, width=16, llm_width=24)
 
@@ -440,3 +444,81 @@ def test_positions_move_in_the_first_stage_alone_and_steps_compile_once(stage, b
         after = optimizer.finish(graph, state).compressor
         assert (np.asarray(after.position[...]) != before[0]).any() == (stage == "align")
         assert (np.asarray(after.query[...]) != before[1]).any()
+
+
+# --- From the command line: one training, a row or an evaluation for every V ----------------------
+
+SHORT = ("--config=tests/tiny.py", "--config.finetune.steps=3", "--config.align.steps=2",
+         "--config.encoder.steps=2", "--config.compressor.kind=mqt")  # fmt: skip
+GRID = (*SHORT, "--config.grid.tokens=(1, 9)", "--config.grid.baselines=(('m3', 4), ('m3', 16))",
+        "--config.compressor.scales=(1, 4, 16)")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory, cache):
+    """The rows of a grid that was killed behind its first one, by name, and its folder."""
+    folder = tmp_path_factory.mktemp("grid") / "run"
+    for before in (ONE_SIZE + AFTER_FIRST_ROW, ONE_SIZE):
+        done = tiny.run("grid", *GRID, f"--workdir={folder}", cache=cache, before=before)
+        assert done.returncode == (-9 if "kill" in before else 0), done.stderr
+    return folder, {row.cell: row for row in records.read(folder / "rows.jsonl")}
+
+
+def test_a_grid_trains_once_for_all_rows_of_a_matryoshka_method(rows):
+    folder, found = rows
+    names = ["only-v1-mqt-s0", "only-v9-mqt-s0", "only-v4-m3-s0", "only-v16-m3-s0"]
+    assert sorted(found) == sorted(names)
+    for name, row in found.items():
+        assert row.trained_with == name.replace(f"-v{row.V}-", "-")
+        assert not (folder / "cells" / name / "finetune").exists()
+        assert (folder / "cells" / row.trained_with / "finetune" / "3").is_dir()
+        assert len((folder / "cells" / name / "predictions.jsonl").read_text().splitlines()) > 10
+    for one, other in (names[:2], names[2:]):
+        assert found[one].train == found[other].train
+        assert found[one].compressor_parameters == found[other].compressor_parameters
+        # What a request costs is of its own V.
+        assert found[one].flops["prefill"] < found[other].flops["prefill"]
+    assert found[names[0]].train["flops"] != found[names[2]].train["flops"]
+
+
+def test_what_training_costs_is_what_is_run(mesh1):
+    def steps(kind, tokens, **fields):
+        c = tiny.config(compressor=dict(kind=kind, tokens=tokens, **fields))
+        with jax.set_mesh(mesh1):
+            return c, grid.train_flops(c, vlm.shapes(c).compressor)
+
+    # MQT: all queries in every step. M3: every patch at first, then the sum of its scales, which
+    # read the features once.
+    assert steps("mqt", 1)[1] == steps("mqt", 16)[1]
+    c, total = steps("m3", 1)
+    assert total == steps("m3", 4)[1]
+    vit, compressor, llm = grid.sizes(c)
+
+    def of(stage, tokens):
+        made = dataclasses.replace(compressor, tokens=tokens)
+        return cost.train_step_flops(
+            True, made, llm, vit=vit, stage=stage, tokens=c.data.text_length + tokens,
+            logits=c.data.text_length, batch=8)  # fmt: skip
+
+    reading = 2 * 2 * vit.patches * vit.width * llm.width
+    finetune = sum(of("finetune", n) for n in (1, 4, 16)) - 2 * reading
+    assert total == 8 * (c.align.steps * of("align", 16) + c.finetune.steps * finetune)
+
+
+def test_one_checkpoint_is_evaluated_at_several_v(rows, tmp_path, cache, capsys):
+    del rows  # first: it fills the cache
+    folder = tmp_path / "run"
+    command = [*SHORT, f"--workdir={folder}"]
+    done = tiny.run("train", *command, "--config.compressor.tokens=16", cache=cache)
+    assert done.returncode == 0 and "up to 16 visual tokens" in done.stderr, done.stderr
+    for tokens, name in ((16, ""), (1, "-v1")):
+        assert evaluate.main([*command, f"--config.compressor.tokens={tokens}"]) == 0
+        scores = json.loads(capsys.readouterr().out)
+        assert json.loads((folder / f"scores{name}.json").read_text()) == scores
+        assert (folder / f"predictions{name}.jsonl").exists()
+    for change, said in (
+        ("compressor.tokens=17", "choose any of 1 to 16"),
+        ("compressor.kind=m3", "compressor.kind was 'mqt', is 'm3'"),
+    ):
+        assert evaluate.main([*command, f"--config.{change}"]) == 2
+        assert said in capsys.readouterr().err

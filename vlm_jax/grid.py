@@ -35,6 +35,7 @@ from vlm_jax.features import Features, Sight, batches_of, blind_of, features_of
 from vlm_jax.kernels import window_attention
 from vlm_jax.learn.workdir import claim, provenance, write_json
 from vlm_jax.models import vlm
+from vlm_jax.models.compressors import serves_any_tokens
 from vlm_jax.models.compressors.compressor import Compressor
 from vlm_jax.models.vit import ViT
 from vlm_jax.scaling import cost, records
@@ -46,12 +47,22 @@ SMALL_MODEL_EFFICIENCY = 0.15
 
 @dataclass(frozen=True)
 class Cell:
-    """One model of the grid: its name, its whole configuration, its LLM's name and seed."""
+    """One row of the grid: its name, its whole configuration, its LLM's name and seed.
+
+    Cells that differ in V alone share one model where the compressor serves any V: `model` names
+    it, or the cell where it is the only one.
+    """
 
     name: str
     config: ConfigDict
     llm: str
     seed: int
+    model: str
+
+    @property
+    def shares(self) -> bool:
+        """Whether other cells may have the same model."""
+        return self.model != self.name
 
     @property
     def blind(self) -> bool:
@@ -101,7 +112,9 @@ def cell_of(config: ConfigDict, llm: str, kind: str, tokens: int, seed: int) -> 
     c.data.blind = kind == "blind"
     c.compressor.kind = config.compressor.kind if kind == "blind" else kind
     c.compressor.tokens = tokens
-    return Cell(f"{llm}-v{tokens}-{kind}-s{seed}", c, llm, seed)
+    name = f"{llm}-v{tokens}-{kind}-s{seed}"
+    shares = serves_any_tokens(c.compressor.kind)
+    return Cell(name, c, llm, seed, name.replace(f"-v{tokens}-", "-", 1) if shares else name)
 
 
 def describe(cell: Cell) -> tuple[int, dict[str, int], float]:
@@ -109,7 +122,7 @@ def describe(cell: Cell) -> tuple[int, dict[str, int], float]:
     config = cell.config
     shapes = vlm.shapes(config)
     parts = {name: vlm.parameters(getattr(shapes, name)) for name in ("vit", "compressor", "llm")}
-    return parts["llm"], parts, train_flops(config)
+    return parts["llm"], parts, train_flops(config, shapes.compressor)
 
 
 def sizes(config: ConfigDict) -> tuple[cost.ViT, cost.Compressor, cost.LLM]:
@@ -117,38 +130,48 @@ def sizes(config: ConfigDict) -> tuple[cost.ViT, cost.Compressor, cost.LLM]:
     return cost.ViT.of(config.vit), cost.Compressor.of(config.compressor), cost.LLM.of(config.llm)
 
 
-def train_flops(config: ConfigDict) -> float:
-    """FLOPs of both stages on cached features."""
+def train_flops(config: ConfigDict, module: Compressor) -> float:
+    """FLOPs of both stages on cached features; `module` is the compressor, or its shapes."""
     vit, compressor, llm = sizes(config)
     reads = compressor.kind == "quecc" and compressor.query == "separate"
-    return float(
-        sum(
-            config[stage].steps
-            * config[stage].batch
-            * cost.train_step_flops(
+    total = 0.0
+    for stage in ("align", "finetune"):
+        shown = [compressor.tokens]  # V of each pass of the LLM over an example
+        if module.buckets:
+            shown = [module.buckets[-1]]
+        if stage == "finetune" and module.scales:
+            shown = module.scales
+        made = [replace(compressor, tokens=tokens) for tokens in shown]
+        example = sum(
+            cost.train_step_flops(
                 True,
-                compressor,
+                each,
                 llm,
                 vit=vit,
                 stage=stage,
-                tokens=config.data.text_length + compressor.tokens,
+                tokens=config.data.text_length + each.tokens,
                 logits=config.data.text_length,
                 question=config.data.question_length * reads,
                 recompute=config.remat == "full",
+                batch=config[stage].batch // config[stage].accumulate,
             )
-            for stage in ("align", "finetune")
+            for each in made
         )
-    )
+        # What reads the features does so once for all of them.
+        again = 2 * cost.compressor_products(made[0], vit, llm).reading * (len(made) - 1)
+        total += config[stage].steps * config[stage].batch * (example - again)
+    return float(total)
 
 
 def dry_run(config: ConfigDict, cells: Sequence[Cell]) -> None:
     """Prints the cells with parameters, FLOPs and an estimated time, and writes nothing."""
     rate = matmul_flops_per_second() * SMALL_MODEL_EFFICIENCY
     print(f"{'cell':36} {'LLM':>12} {'compressor':>11} {'V':>4} {'train GFLOP':>12} {'est. s':>7}")
-    total = 0.0
+    total, models = 0.0, set()
     for cell in cells:
         n, parts, flops = describe(cell)
-        total += flops / rate
+        total += flops / rate * (cell.model not in models)
+        models.add(cell.model)
         print(
             f"{cell.name:36} {n:12,} {parts['compressor']:11,} {cell.config.compressor.tokens:4} "
             f"{flops / 1e9:12,.0f} {flops / rate:7.0f}"
@@ -237,9 +260,14 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         for i, seen in ((shared.train, found.train), (shared.test, found.test))
     )
     folder.mkdir(parents=True, exist_ok=True)
+    home = folder.parent / cell.model
     then = time.monotonic()
-    model = training.train(config, folder, inputs, encoder=shared.encoder, seed=cell.seed)
+    model = training.train(config, home, inputs, encoder=shared.encoder, seed=cell.seed)
     train_seconds = time.monotonic() - then
+    if cell.shares:
+        model = model.at(config.compressor.tokens)
+        # The first cell trains; the others find the model, and say what it took.
+        train_seconds = once(home / "trained.json", train_seconds)
     then = time.monotonic()
     clock = Clock()
     found = list(
@@ -271,11 +299,12 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         train=dict(
             steps=steps,
             examples=sum(config[s].steps * config[s].batch for s in ("align", "finetune")),
-            flops=train_flops(config),
+            flops=train_flops(config, model.compressor),
             seconds=round(train_seconds, 2),
         ),
         evaluate_seconds=round(seconds, 2),
         timing=clock.timing(),
+        trained_with=cell.model if cell.shares else "",
         protocol=protocol,
         prompt=config.data.template,
         parser=tasks.PROTOCOLS[protocol][1],
@@ -284,6 +313,13 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         **facts,
     )
+
+
+def once(path: Path, seconds: float) -> float:
+    """What the file holds; it is written with `seconds` where it is not there."""
+    if not path.exists():
+        write_json(path, {"seconds": seconds})
+    return json.loads(path.read_text())["seconds"]
 
 
 def tokens_read(compressor: Compressor, features: np.ndarray) -> int | float:

@@ -14,8 +14,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vlm_jax.models.compressors import COMPRESSORS
-from vlm_jax.models.compressors.matryoshka import Matryoshka
+from vlm_jax.models.compressors import serves_any_tokens
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
@@ -52,8 +51,7 @@ def same_config(path: Path, config: ConfigDict) -> None:
     now = flat(config.to_dict())
     if path.exists():
         then = flat(json.loads(path.read_text()))
-        method = COMPRESSORS.get(now.get("compressor.kind"))
-        free = {"compressor.tokens"} if method and issubclass(method, Matryoshka) else set()
+        free = {"compressor.tokens"} if serves_any_tokens(now.get("compressor.kind")) else set()
         names = (now.keys() | then.keys()) - free
         if changed := sorted(k for k in names if now.get(k) != then.get(k)):
             shown = "; ".join(f"{k} was {then.get(k)!r}, is {now.get(k)!r}" for k in changed[:4])

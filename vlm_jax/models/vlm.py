@@ -197,6 +197,7 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> VLM:
         heads=config.compressor.heads,
         query=config.compressor.query,
         downsample=config.compressor.downsample,
+        scales=config.compressor.scales,
         kernels=config.kernels,
         rngs=rngs,
     )

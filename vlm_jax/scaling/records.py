@@ -57,6 +57,7 @@ class Row:
     # batch, seconds_per_example once everything is compiled, and new_tokens per batch (the closing
     # one included), which the longest answer decides; empty where only one batch was run.
     timing: dict = field(default_factory=dict)
+    trained_with: str = ""  # names the one trained model that rows of several V share; else empty
 
     @property
     def method(self) -> str:
@@ -88,7 +89,7 @@ class Row:
         return cls(**fields)
 
 
-LATER = ("variant", "timing")
+LATER = ("variant", "timing", "trained_with")
 
 
 def method_of(compressor: str, query: str, variant: str = "") -> str:

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of visual-token compressors: from the patches of an image to V tokens of LLM width."""
 
+from typing import Any
+
 from flax import nnx
 
 from vlm_jax.models.compressors.downsample import Downsample
 from vlm_jax.models.compressors.m3 import M3
+from vlm_jax.models.compressors.matryoshka import Matryoshka
 from vlm_jax.models.compressors.mqt import MQT
 from vlm_jax.models.compressors.none import Projector
 from vlm_jax.models.compressors.pool import AveragePool
@@ -25,6 +28,12 @@ COMPRESSORS: dict[str, type[nnx.Module]] = {
 }
 
 
+def serves_any_tokens(kind: str) -> bool:
+    """Whether one model of this kind serves several V: `compressor.tokens` then is of requests, not
+    of training."""
+    return issubclass(COMPRESSORS.get(kind, nnx.Module), Matryoshka)
+
+
 def build(
     kind: str,
     *,
@@ -36,7 +45,7 @@ def build(
     heads: int,
     query: str,
     rngs: nnx.Rngs,
-    **options: str,
+    **options: Any,
 ) -> nnx.Module:
     """The compressor that `kind` names, with fresh weights on the current mesh.
 

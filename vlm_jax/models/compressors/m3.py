@@ -41,6 +41,8 @@ class M3(Matryoshka):
         ((2, 9, 64), (2, 36, 64))
     """
 
+    options = ("scales",)
+
     def __init__(
         self,
         *,
