@@ -135,5 +135,7 @@ def get_config() -> ConfigDict:
     c.grid.llms = ConfigDict()  # name -> the llm fields that differ from c.llm
     c.grid.tokens = (1, 4, 16, 36)
     c.grid.seeds = (0,)
-    c.grid.baselines = ()  # further cells: dicts of kind ("blind" or a compressor) and tokens
+    # Further cells: kind ("blind" or a compressor), tokens, and a dict of further fields of
+    # `compressor` if any, such as ("quecc", 4, {"query": "prefix"}).
+    c.grid.baselines = ()
     return c

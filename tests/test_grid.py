@@ -260,6 +260,28 @@ def test_cells_are_every_size_and_count_then_the_baselines_for_each_seed():
     assert cli.digest(cells[0].config) == cli.digest(cells[8].config) != cli.digest(cells[1].config)
 
 
+def test_a_baseline_may_change_other_fields_of_the_compressor():
+    baselines = (("quecc", 4, dict(query="none", downsample="pool")), ("blind", 1))
+    c = tiny.config(grid=dict(tokens=(1,), baselines=baselines), compressor=dict(query="prefix"))
+    _, cell, blind = (cell for cell in grid.cells_of(c) if cell.llm == "small")
+    assert cell.name == "small-v4-quecc-none-pool-s0"
+    of = cell.config.compressor
+    assert (of.kind, of.tokens, of.query, of.downsample) == ("quecc", 4, "none", "pool")
+    assert blind.config.compressor.query == c.compressor.query == "prefix"
+    c.grid.baselines = (("quecc", 4, dict(qery="none")),)
+    with pytest.raises(ValueError, match=r"no \['qery'\] in compressor \[.*'query'"):
+        grid.cells_of(c)
+
+
+def test_a_cell_that_has_no_question_to_read_is_found_before_any_is_trained(mesh1):
+    # The template of tests/tiny.py puts the image first.
+    c = tiny.config(grid=dict(baselines=(("quecc", 4, dict(query="prefix")),)))
+    with jax.set_mesh(mesh1):
+        *_, cell = grid.cells_of(c)
+        with pytest.raises(ValueError, match="data.template='bare' has none there"):
+            grid.describe(cell)
+
+
 def test_no_sizes_are_refused_with_the_way_out():
     from configs import base
 

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every cell of a scaling run: train, evaluate, one row; then the law and the report.
 
-    vlm-jax grid --config=configs/demo.py --workdir=runs/demo [--dry-run]
-    [--config.grid.seeds="(0,1)"]
+    vlm-jax grid --config=configs/demo.py --workdir=runs/demo [--config.grid.seeds="(0,1)"]
 
-A cell is an LLM size x a number of visual tokens x a seed, or one of the baselines. All cells
-share one
-frozen encoder, pretrained first, and its cached features. Repeating the command goes on where it
-stopped.
+A cell is an LLM size x a number of visual tokens x a seed, or one of the baselines. All cells share
+one frozen encoder, pretrained first, and its cached features. Repeating the command goes on where
+it stopped.
 """
 
 import json
@@ -28,14 +26,13 @@ from ml_collections import ConfigDict
 from vlm_jax import cli, mesh, report
 from vlm_jax import train as training
 from vlm_jax.data import sources
-from vlm_jax.data.processor import Processor
+from vlm_jax.data.processor import Processor, query_of
 from vlm_jax.evals import tasks
 from vlm_jax.evaluate import Clock, predict, write_predictions
 from vlm_jax.features import Features, Sight, batches_of, blind_of, features_of
 from vlm_jax.kernels import window_attention
 from vlm_jax.learn.workdir import claim, provenance, write_json
 from vlm_jax.models import vlm
-from vlm_jax.models.compressors import serves_any_tokens
 from vlm_jax.models.compressors.compressor import Compressor
 from vlm_jax.models.vit import ViT
 from vlm_jax.scaling import cost, records
@@ -47,22 +44,12 @@ SMALL_MODEL_EFFICIENCY = 0.15
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the grid: its name, its whole configuration, its LLM's name and seed.
-
-    Cells that differ in V alone share one model where the compressor serves any V: `model` names
-    it, or the cell where it is the only one.
-    """
+    """One model of the grid: its name, its whole configuration, its LLM's name and seed."""
 
     name: str
     config: ConfigDict
     llm: str
     seed: int
-    model: str
-
-    @property
-    def shares(self) -> bool:
-        """Whether other cells may have the same model."""
-        return self.model != self.name
 
     @property
     def blind(self) -> bool:
@@ -84,11 +71,10 @@ def cells_of(config: ConfigDict) -> list[Cell]:
     if not config.grid.llms:
         raise ValueError("grid.llms is empty: name at least one LLM size, as configs/demo.py does")
     kinds = [(config.compressor.kind, tokens) for tokens in config.grid.tokens]
-    kinds += [tuple(pair) for pair in config.grid.baselines]
     return [
-        cell_of(config, llm, kind, int(tokens), int(seed))
+        cell_of(config, llm, kind, int(tokens), int(seed), **dict(*fields))
         for seed in config.grid.seeds
-        for kind, tokens in kinds
+        for kind, tokens, *fields in [*kinds, *config.grid.baselines]
         for llm in by_size(config)
     ]
 
@@ -103,8 +89,11 @@ def by_size(config: ConfigDict) -> list[str]:
     return sorted(config.grid.llms, key=parameters)
 
 
-def cell_of(config: ConfigDict, llm: str, kind: str, tokens: int, seed: int) -> Cell:
-    """One cell; `kind` is a compressor, or "blind" for the grid's own without the image."""
+def cell_of(
+    config: ConfigDict, llm: str, kind: str, tokens: int, seed: int, **compressor: str | int
+) -> Cell:
+    """One cell; `kind` is a compressor, or "blind" for the grid's own without the image.
+    What else of `compressor` differs from the grid's is part of the cell's name."""
     c = config.copy_and_resolve_references()
     with c.unlocked():
         del c.grid
@@ -112,17 +101,20 @@ def cell_of(config: ConfigDict, llm: str, kind: str, tokens: int, seed: int) -> 
     c.data.blind = kind == "blind"
     c.compressor.kind = config.compressor.kind if kind == "blind" else kind
     c.compressor.tokens = tokens
-    name = f"{llm}-v{tokens}-{kind}-s{seed}"
-    shares = serves_any_tokens(c.compressor.kind)
-    return Cell(name, c, llm, seed, name.replace(f"-v{tokens}-", "-", 1) if shares else name)
+    if unknown := sorted(compressor.keys() - c.compressor.keys()):
+        raise ValueError(f"grid.baselines: no {unknown} in compressor {sorted(c.compressor)}")
+    c.compressor.update(compressor)
+    method = "-".join([kind, *map(str, compressor.values())])
+    return Cell(f"{llm}-v{tokens}-{method}-s{seed}", c, llm, seed)
 
 
 def describe(cell: Cell) -> tuple[int, dict[str, int], float]:
     """LLM parameters, parameters by part, and training FLOPs of one cell; nothing is allocated."""
     config = cell.config
+    query_of(config)  # raises for a template that leaves nothing to be read
     shapes = vlm.shapes(config)
     parts = {name: vlm.parameters(getattr(shapes, name)) for name in ("vit", "compressor", "llm")}
-    return parts["llm"], parts, train_flops(config, shapes.compressor)
+    return parts["llm"], parts, train_flops(config)
 
 
 def sizes(config: ConfigDict) -> tuple[cost.ViT, cost.Compressor, cost.LLM]:
@@ -130,55 +122,44 @@ def sizes(config: ConfigDict) -> tuple[cost.ViT, cost.Compressor, cost.LLM]:
     return cost.ViT.of(config.vit), cost.Compressor.of(config.compressor), cost.LLM.of(config.llm)
 
 
-def train_flops(config: ConfigDict, module: Compressor) -> float:
-    """FLOPs of both stages on cached features; `module` is the compressor, or its shapes."""
+def train_flops(config: ConfigDict) -> float:
+    """FLOPs of both stages on cached features."""
     vit, compressor, llm = sizes(config)
     reads = compressor.kind == "quecc" and compressor.query == "separate"
-    total = 0.0
-    for stage in ("align", "finetune"):
-        shown = [compressor.tokens]  # V of each pass of the LLM over an example
-        if module.buckets:
-            shown = [module.buckets[-1]]
-        if stage == "finetune" and module.scales:
-            shown = module.scales
-        made = [replace(compressor, tokens=tokens) for tokens in shown]
-        example = sum(
-            cost.train_step_flops(
+    return float(
+        sum(
+            config[stage].steps
+            * config[stage].batch
+            * cost.train_step_flops(
                 True,
-                each,
+                compressor,
                 llm,
                 vit=vit,
                 stage=stage,
-                tokens=config.data.text_length + each.tokens,
+                tokens=config.data.text_length + compressor.tokens,
                 logits=config.data.text_length,
                 question=config.data.question_length * reads,
                 recompute=config.remat == "full",
-                batch=config[stage].batch // config[stage].accumulate,
             )
-            for each in made
+            for stage in ("align", "finetune")
         )
-        # What reads the features does so once for all of them.
-        again = 2 * cost.compressor_products(made[0], vit, llm).reading * (len(made) - 1)
-        total += config[stage].steps * config[stage].batch * (example - again)
-    return float(total)
+    )
 
 
 def dry_run(config: ConfigDict, cells: Sequence[Cell]) -> None:
     """Prints the cells with parameters, FLOPs and an estimated time, and writes nothing."""
     rate = matmul_flops_per_second() * SMALL_MODEL_EFFICIENCY
     print(f"{'cell':36} {'LLM':>12} {'compressor':>11} {'V':>4} {'train GFLOP':>12} {'est. s':>7}")
-    total, models = 0.0, set()
+    total = 0.0
     for cell in cells:
         n, parts, flops = describe(cell)
-        total += flops / rate * (cell.model not in models)
-        models.add(cell.model)
+        total += flops / rate
         print(
             f"{cell.name:36} {n:12,} {parts['compressor']:11,} {cell.config.compressor.tokens:4} "
             f"{flops / 1e9:12,.0f} {flops / rate:7.0f}"
         )
     print(
-        f"{len(cells)} cells, about {total / 60:.0f} minutes of training at "
-        f"{rate / 1e9:.0f} GFLOP/s "
+        f"{len(cells)} cells, about {total / 60:.0f} min of training at {rate / 1e9:.0f} GFLOP/s "
         f"({SMALL_MODEL_EFFICIENCY:.0%} of what a matrix product reaches here now)"
     )
 
@@ -208,9 +189,8 @@ class Phases:
     def __call__(self, name: str) -> Iterator[None]:
         then = time.monotonic()
         yield
-        spent = time.monotonic() - then
         phases = self.facts["phases"]
-        phases[name] = round(phases.get(name, 0.0) + spent, 1)
+        phases[name] = round(phases.get(name, 0.0) + time.monotonic() - then, 1)
         write_json(self.path, self.facts)
 
 
@@ -233,8 +213,7 @@ def prepare(
         for source in (train, test):
             print(f"data: {json.dumps(source.describe())}", file=sys.stderr)
         processor = Processor(training.tokenizer_of(config, folder, train), config)
-        majority = sources.majority(train, test)
-        write_json(folder / "baselines.json", {"majority": majority})
+        write_json(folder / "baselines.json", {"majority": sources.majority(train, test)})
     with phase("encoder"):
         encoder = training.pretrain_encoder(config, folder, Inputs(train, processor))
     with phase("features"):
@@ -256,18 +235,17 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     config = cell.config
     found = shared.features[Sight.of(vlm.shapes(config).compressor)]
     inputs, test = (
-        replace(i, features=np.broadcast_to(found.blind, seen.shape) if cell.blind else seen)
+        replace(
+            i,
+            processor=i.processor.reading_as(config),
+            features=np.broadcast_to(found.blind, seen.shape) if cell.blind else seen,
+        )
         for i, seen in ((shared.train, found.train), (shared.test, found.test))
     )
     folder.mkdir(parents=True, exist_ok=True)
-    home = folder.parent / cell.model
     then = time.monotonic()
-    model = training.train(config, home, inputs, encoder=shared.encoder, seed=cell.seed)
+    model = training.train(config, folder, inputs, encoder=shared.encoder, seed=cell.seed)
     train_seconds = time.monotonic() - then
-    if cell.shares:
-        model = model.at(config.compressor.tokens)
-        # The first cell trains; the others find the model, and say what it took.
-        train_seconds = once(home / "trained.json", train_seconds)
     then = time.monotonic()
     clock = Clock()
     found = list(
@@ -299,12 +277,11 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         train=dict(
             steps=steps,
             examples=sum(config[s].steps * config[s].batch for s in ("align", "finetune")),
-            flops=train_flops(config, model.compressor),
+            flops=train_flops(config),
             seconds=round(train_seconds, 2),
         ),
         evaluate_seconds=round(seconds, 2),
         timing=clock.timing(),
-        trained_with=cell.model if cell.shares else "",
         protocol=protocol,
         prompt=config.data.template,
         parser=tasks.PROTOCOLS[protocol][1],
@@ -313,13 +290,6 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         **facts,
     )
-
-
-def once(path: Path, seconds: float) -> float:
-    """What the file holds; it is written with `seconds` where it is not there."""
-    if not path.exists():
-        write_json(path, {"seconds": seconds})
-    return json.loads(path.read_text())["seconds"]
 
 
 def tokens_read(compressor: Compressor, features: np.ndarray) -> int | float:
@@ -362,8 +332,7 @@ def request_lengths(
 
 
 def run_grid(config: ConfigDict, folder: Path, command: str) -> dict:
-    """All cells that have no row yet, then the law and the report; what the report says of
-    itself."""
+    """All cells that have no row yet, then the law and the report; what the report says of it."""
     cells = cells_of(config)
     facts = provenance(window_attention.form(config.kernels))
     # The law is fitted to the grid's own method, where others are run beside it.

@@ -99,6 +99,7 @@ def run_stage(
 def check(config: ConfigDict) -> None:
     """Raises for a configuration that no later step could serve."""
     layers.remat(config.remat)
+    processor.query_of(config)
     for name in ("encoder", "align", "finetune"):
         stage = config[name]
         if stage.batch % stage.accumulate:

@@ -4,6 +4,7 @@
 Shapes: T text tokens, Tq question tokens, S pixels of the encoder's side.
 """
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -117,12 +118,12 @@ def _splitter() -> pre_tokenizers.PreTokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast:
-    """A small tokenizer that loses nothing: a token per lower-case word of `texts`, else
-    characters.
+    """A small tokenizer that loses nothing: a token per word of `texts`, else characters.
 
-    Digits, capitals and words outside the vocabulary are spelled in characters; only a character
-    that `texts` never shows (other than ASCII letters and digits) becomes <unk>. The same texts in
-    any order give the same ids. decode(encode(text)) == text for text without a space at its start.
+    Words are of lower-case letters. Digits, capitals and words outside the vocabulary are spelled
+    in characters; only a character that `texts` never shows (other than ASCII letters and digits)
+    becomes <unk>. The same texts in any order give the same ids. decode(encode(text)) == text for
+    text without a space at its start.
 
     Args:
       texts: all questions and answers of the training split.
@@ -130,10 +131,8 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast
     Raises:
       ValueError: where `vocab` does not even hold the characters.
     """
-    words, characters = (
-        Counter(),
-        set("▁0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"),
-    )
+    words = Counter()
+    characters = set("▁0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
     for text, times in Counter(texts).items():
         text = re.sub("^(?=[a-z])", "▁", text.replace(" ", "▁"))
         characters.update(text)
@@ -212,11 +211,8 @@ class Processor:
             raise ValueError(f"data.image_fit={data.image_fit!r}: choose pad or crop")
         self.tokenizer = tokenizer
         self.text_length, self.question_length = data.text_length, data.question_length
-        self.image_size, self.image_fit, self.blind = (
-            config.vit.image_size,
-            data.image_fit,
-            data.blind,
-        )
+        self.image_size, self.image_fit = config.vit.image_size, data.image_fit
+        self.blind = data.blind
         if self.template.eos and tokenizer.eos_token is None:
             raise ValueError(
                 f"template {data.template!r} closes answers with an end-of-sequence token, and the "
@@ -227,6 +223,12 @@ class Processor:
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else tokenizer.unk_token_id or 0
         self._known: dict[str, tuple[list[int], list[int]]] = {}
+
+    def reading_as(self, config: Any) -> "Processor":
+        """This processor for a model of the same data whose compressor reads as `config` says."""
+        other = copy.copy(self)
+        other.query = query_of(config)
+        return other
 
     def _encode(self, text: str) -> tuple[list[int], list[int]]:
         """The ids of a text, and at which of its characters each token begins."""
@@ -389,6 +391,5 @@ def normalise(image: np.ndarray) -> np.ndarray:
     return (_UNIT[image] - CLIP_MEAN) / CLIP_STD
 
 
-_UNIT = (np.arange(256) * (1 / 255)).astype(
-    np.float32
-)  # rescaled in float64, then rounded, as published
+# Rescaled in float64, then rounded, as published.
+_UNIT = (np.arange(256) * (1 / 255)).astype(np.float32)
