@@ -70,32 +70,30 @@ def get_config() -> ConfigDict:
     c.compressor.scales = ()  # m3: every V that training shows; (): 1, 9, 36, 144, 576 of 24 x 24
 
     # Numbers.
-    c.compute_dtype = (
-        "bfloat16"  # activations and matmuls; parameters, norms, softmax, loss: float32
-    )
+    # Of activations and matmuls; parameters, norms, softmax and loss are float32.
+    c.compute_dtype = "bfloat16"
     c.remat = "full"  # what the backward pass recomputes: none, dots, full
     c.kernels = "auto"  # windowed attention by "pallas" (TPU alone) or "xla"; "auto" by the devices
 
     # Data.
     c.data = ConfigDict()
     c.data.source = "llava"  # vlm_jax/data/sources.py SOURCES names the kinds
-    c.data.path = (
-        ""  # llava: the JSON file; nlvr: the folder that holds train and evaluation splits
-    )
+    # llava: the JSON file; nlvr: the folder that holds train and evaluation splits.
+    c.data.path = ""
     c.data.images = ""  # llava: the folder that image paths are relative to
-    c.data.tokenizer = (
-        ""  # a folder that transformers can load; "" trains a word-level one on the source
-    )
+    # A folder that transformers can load; "" trains a word-level one on the source.
+    c.data.tokenizer = ""
     c.data.template = "vicuna_v1"  # vlm_jax/data/processor.py TEMPLATES names the kinds
     c.data.image_fit = "pad"  # how an image becomes square: pad, crop
     c.data.text_length = 512  # T, text tokens per row; longer rows are cut
-    c.data.question_length = 64  # tokens of the question given to a question-reading compressor
+    # Tokens of the question that a compressor reads; with compressor.query "prefix" of all text
+    # before the image, and text_length - question_length tokens may follow it.
+    c.data.question_length = 64
     c.data.on_bad_example = "fail"  # or "skip": counted and reported
     c.data.text_only = False  # accept rows without an image
     c.data.blind = False  # replace every image by the mean image: the blind baseline
     c.data.workers = 0  # grain worker processes; 0 reads in this process
-    # What the embedded benchmark makes (source "synthetic"); scenes are never shared between
-    # splits.
+    # What the embedded benchmark makes (source "synthetic"); splits never share a scene.
     c.data.train_images = 12000
     c.data.val_images = 500
     c.data.test_images = 1500

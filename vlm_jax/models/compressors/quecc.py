@@ -147,6 +147,9 @@ class QueCC(Compressor):
                 )
             text = self.text_norm(self.text(question.astype(feature.dtype)))
         query = self.downsample(self.query_norm(self.query(feature, text)))
+        # Keys and values read the same levels, yet their first layers stay two products: joined at
+        # use, their kernels are copied first. Compiled for a v5e at width 1024, that takes 1.07 (64
+        # images) to 3.3 times (one image) the cycles, with the backward pass 1.2 to 2.9 times.
         keys = self.key_norm(self.key(levels))
         return self.attention(query, keys, self.value_norm(self.value(levels)))
 
