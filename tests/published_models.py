@@ -35,7 +35,7 @@ LLMS = {
     "llama3": ("llama", dict(rope_parameters=LLAMA3)),
     "qwen2": ("qwen2", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
     "qwen2_tied": ("qwen2", dict(tie_word_embeddings=True, num_key_value_heads=1)),
-    "qwen3": ("qwen3", dict(head_dim=16, rms_norm_eps=1e-6)),
+    "qwen3": ("qwen3", dict(head_dim=16, rms_norm_eps=1e-6, vocab_size=68)),
 }  # fmt: skip
 LLAVAS = {
     "clip_llama": ("clip", "llama", {}),
@@ -119,3 +119,135 @@ def batch(config, *, rows=3, seed=0):
 def read_index(folder):
     """The file of each tensor of a sharded checkpoint."""
     return json.loads((Path(folder) / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+# Frozen for machines without torch: LLaVA, precision of its file, and largest shard.
+FROZEN = {
+    "clip_llama": ("float32", "5GB"),
+    "clip_full": ("bfloat16", "5GB"),
+    "siglip_llama3": ("float16", "20KB"),
+}
+
+
+def logits(model, inputs, pixels):
+    """The logits of transformers [B X W] for a spliced batch."""
+    import torch
+
+    with torch.no_grad():
+        return model(
+            input_ids=torch.tensor(inputs["input_ids"]),
+            attention_mask=torch.tensor(inputs["attention_mask"]),
+            pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2)),
+        ).logits.numpy()
+
+
+def difference(found, expected, batch, visual):
+    """The largest difference of the scores of every text token but the first of each row."""
+    worst = 0.0
+    for row, (length, at) in enumerate(zip(batch["length"], batch["image_at"], strict=True)):
+        for text in range(length):
+            place = text + visual * (text >= at)
+            if place:
+                gap = found[row, text] - expected[row, place - 1]
+                worst = max(worst, float(np.abs(gap).max()))
+    return worst
+
+
+def save(model, path, *, dtype="float32", **options):
+    """Writes a model in a precision; it computes on in float32, with the rounded weights.
+
+    What is compared is then how weights are read, not how products are rounded.
+    """
+    import copy
+
+    import torch
+
+    kind = getattr(torch, dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(kind).float()
+    copy.deepcopy(model).to(kind).save_pretrained(path, **options)
+
+
+def freeze(path):
+    """Writes the frozen cases: python tests/published_models.py tests/published_weights"""
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    for name, (dtype, shard) in FROZEN.items():
+        model = random_model(LlavaForConditionalGeneration, llava(name))
+        save(model, path / name, dtype=dtype, max_shard_size=shard)
+        (path / name / "generation_config.json").unlink()
+        batch_, inputs, _ = batch(model.config)
+        found = logits(model, inputs, batch_["pixels"])
+        np.savez_compressed(path / name / "logits.npz", logits=found.astype("f4"))
+    projector = model.model.multi_modal_projector
+    torch.save(
+        {
+            f"model.mm_projector.{2 * k}.{part}": getattr(layer, part).detach().half()
+            for k, layer in enumerate((projector.linear_1, projector.linear_2))
+            for part in ("weight", "bias")
+        },
+        path / "mm_projector.bin",
+    )
+
+
+# --- every tensor of the published architectures -------------------------------------------------
+
+CLIP_L = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+              num_attention_heads=16, image_size=336, patch_size=14)  # fmt: skip
+SO400M = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
+              num_attention_heads=16, image_size=384, patch_size=14)  # fmt: skip
+SIGLIP_B = dict(image_size=224, patch_size=16)
+
+
+def text(vocab, width, mlp, depth, heads, kv_heads, **more):
+    return dict(vocab_size=vocab, hidden_size=width, intermediate_size=mlp, num_hidden_layers=depth,
+                num_attention_heads=heads, num_key_value_heads=kv_heads, **more)  # fmt: skip
+
+
+TIED = dict(tie_word_embeddings=True)
+# Sizes as in the config.json of each published model.
+PUBLISHED_TOWERS = {
+    "openai/clip-vit-large-patch14-336": ("clip_vision_model", CLIP_L),
+    "google/siglip-so400m-patch14-384": ("siglip_vision_model", SO400M),
+    "google/siglip-base-patch16-224": ("siglip_vision_model", SIGLIP_B),
+}
+PUBLISHED_LLMS = {
+    "lmsys/vicuna-7b-v1.5": ("llama", text(32000, 4096, 11008, 32, 32, 32)),
+    "lmsys/vicuna-13b-v1.5": ("llama", text(32000, 5120, 13824, 40, 40, 40)),
+    "meta-llama/Llama-3.1-8B": ("llama", text(128256, 4096, 14336, 32, 32, 8)),
+    "meta-llama/Llama-3.2-1B": ("llama", text(128256, 2048, 8192, 16, 32, 8, head_dim=64, **TIED)),
+    "Qwen/Qwen1.5-0.5B": ("qwen2", text(151936, 1024, 2816, 24, 16, 16, **TIED)),
+    "Qwen/Qwen1.5-1.8B": ("qwen2", text(151936, 2048, 5504, 24, 16, 16)),
+    "Qwen/Qwen1.5-4B": ("qwen2", text(151936, 2560, 6912, 40, 20, 20)),
+    "Qwen/Qwen1.5-7B": ("qwen2", text(151936, 4096, 11008, 32, 32, 32)),
+    "Qwen/Qwen1.5-14B": ("qwen2", text(152064, 5120, 13696, 40, 40, 40)),
+    "Qwen/Qwen2-0.5B": ("qwen2", text(151936, 896, 4864, 24, 14, 2, **TIED)),
+    "Qwen/Qwen2-7B": ("qwen2", text(152064, 3584, 18944, 28, 28, 4)),
+    "Qwen/Qwen2.5-1.5B": ("qwen2", text(151936, 1536, 8960, 28, 12, 2, **TIED)),
+    "Qwen/Qwen2.5-14B": ("qwen2", text(152064, 5120, 13824, 48, 40, 8)),
+    "Qwen/Qwen3-0.6B": ("qwen3", text(151936, 1024, 3072, 28, 16, 8, head_dim=128, **TIED)),
+    "Qwen/Qwen3-4B": ("qwen3", text(151936, 2560, 9728, 36, 32, 8, head_dim=128, **TIED)),
+    "Qwen/Qwen3-8B": ("qwen3", text(151936, 4096, 12288, 36, 32, 8, head_dim=128)),
+}
+PUBLISHED_LLAVAS = {
+    "llava-hf/llava-1.5-7b-hf": dict(
+        vision_config=CLIP_L | dict(model_type="clip_vision_model"),
+        text_config=text(32064, 4096, 11008, 32, 32, 32) | dict(model_type="llama"),
+    ),
+}
+
+
+def meta(cls, config):
+    """The published names and shapes of an architecture; no number is made."""
+    import torch
+
+    with torch.device("meta"):
+        model = cls(config)
+    return {name: tuple(x.shape) for name, x in model.state_dict().items()}
+
+
+if __name__ == "__main__":
+    import sys
+
+    freeze(Path(sys.argv[1]))

@@ -9,8 +9,10 @@ import tiny
 from flax import nnx
 
 from vlm_jax import convert
+from vlm_jax.models import vlm
+from vlm_jax.models.llm import LLM
 from vlm_jax.models.vit import ViT
-from vlm_jax.weights import folder, names, sources
+from vlm_jax.weights import architectures, folder, names, sources
 
 pytestmark = pytest.mark.torch
 
@@ -19,15 +21,11 @@ GATE = 1e-4  # absolute, float32, on logits of order one
 
 def saved(name, path, **options):
     """A random LLaVA in a folder, and the model."""
-    import torch
     from transformers import LlavaForConditionalGeneration
 
     model = published.random_model(LlavaForConditionalGeneration, published.llava(name))
-    dtype = options.pop("dtype", None)
-    if dtype:
-        model = model.to(getattr(torch, dtype))
-    model.save_pretrained(path, **options)
-    return model.float()
+    published.save(model, path, **options)
+    return model
 
 
 def run(*argv):
@@ -42,44 +40,20 @@ def ours(path, batch, mesh):
         return np.asarray(jax.jit(lambda m, b: m.logits(b))(model, tiny.placed(batch)))
 
 
-def theirs(model, inputs, pixels):
-    """The logits of transformers [B X W] for a spliced batch."""
-    import torch
-
-    with torch.no_grad():
-        return model(
-            input_ids=torch.tensor(inputs["input_ids"]),
-            attention_mask=torch.tensor(inputs["attention_mask"]),
-            pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2)),
-        ).logits.numpy()
-
-
-def difference(found, expected, batch, visual):
-    """The largest difference of the scores of every text token but the first of each row."""
-    worst = 0.0
-    for row, (length, at) in enumerate(zip(batch["length"], batch["image_at"], strict=True)):
-        for text in range(length):
-            place = text + visual * (text >= at)
-            if place:
-                gap = found[row, text] - expected[row, place - 1]
-                worst = max(worst, float(np.abs(gap).max()))
-    return worst
-
-
 @pytest.mark.parametrize("name", published.LLAVAS)
 def test_a_llava_gives_the_same_logits_and_goes_back(name, tmp_path, mesh1):
     from transformers import LlavaForConditionalGeneration
 
     model = saved(name, tmp_path / "hf")
     batch, inputs, visual = published.batch(model.config)
-    expected = theirs(model, inputs, batch["pixels"])
+    expected = published.logits(model, inputs, batch["pixels"])
     assert expected.std() > 0.3
     run("--from", tmp_path / "hf", "--to", tmp_path / "ours")
     found = ours(tmp_path / "ours", batch, mesh1)
-    assert difference(found, expected, batch, visual) < GATE
+    assert published.difference(found, expected, batch, visual) < GATE
     run("--from", tmp_path / "ours", "--to-hf", "--to", tmp_path / "back")
     back = LlavaForConditionalGeneration.from_pretrained(tmp_path / "back").eval()
-    assert np.abs(theirs(back, inputs, batch["pixels"]) - expected).max() < 1e-5
+    assert np.abs(published.logits(back, inputs, batch["pixels"]) - expected).max() < 1e-5
 
 
 def tower_levels(path, config, pixels, mesh, **changes):
@@ -161,9 +135,11 @@ def test_half_precision_and_shards_are_read_as_they_are(dtype, tmp_path, mesh1, 
     model = saved("clip_llama", tmp_path / "hf", dtype=dtype, max_shard_size="20KB")
     assert len(set(published.read_index(tmp_path / "hf").values())) > 2
     batch, inputs, visual = published.batch(model.config)
-    expected = theirs(model, inputs, batch["pixels"])  # in float32, from the rounded weights
+    # In float32, of the rounded weights.
+    expected = published.logits(model, inputs, batch["pixels"])
     run("--from", tmp_path / "hf", "--to", tmp_path / "ours")
-    assert difference(ours(tmp_path / "ours", batch, mesh1), expected, batch, visual) < GATE
+    found = ours(tmp_path / "ours", batch, mesh1)
+    assert published.difference(found, expected, batch, visual) < GATE
 
 
 def test_both_names_of_the_parts_are_read(tmp_path, mesh1):
@@ -181,7 +157,8 @@ def test_both_names_of_the_parts_are_read(tmp_path, mesh1):
     batch, inputs, visual = published.batch(model.config)
     run("--from", tmp_path / "hf", "--to", tmp_path / "ours")
     found = ours(tmp_path / "ours", batch, mesh1)
-    assert difference(found, theirs(model, inputs, batch["pixels"]), batch, visual) < GATE
+    expected = published.logits(model, inputs, batch["pixels"])
+    assert published.difference(found, expected, batch, visual) < GATE
 
 
 def test_a_llava_in_its_first_layout_and_a_projector_of_stage_1(tmp_path, mesh1):
@@ -212,10 +189,70 @@ def test_a_llava_in_its_first_layout_and_a_projector_of_stage_1(tmp_path, mesh1)
     torch.save(projector, tmp_path / "mm_projector.bin")
     model.model.vision_tower.save_pretrained(tmp_path / "tower")
     batch, inputs, visual = published.batch(model.config)
-    expected = theirs(model, inputs, batch["pixels"])
+    expected = published.logits(model, inputs, batch["pixels"])
     run("--from", tmp_path / "first", "--vision", tmp_path / "tower", "--to", tmp_path / "a")
     assert json.loads((tmp_path / "a/config.json").read_text())["facts"]["image"]["fit"] == "pad"
     run("--vision", tmp_path / "tower", "--llm", tmp_path / "vicuna", "--to", tmp_path / "b",
         "--projector", tmp_path / "mm_projector.bin")  # fmt: skip
     for path in ("a", "b"):
-        assert difference(ours(tmp_path / path, batch, mesh1), expected, batch, visual) < GATE
+        found = ours(tmp_path / path, batch, mesh1)
+        assert published.difference(found, expected, batch, visual) < GATE
+
+
+def covered(found, table, shapes, tied=False):
+    """Asserts that our key table is exactly the published tensors, shapes included."""
+    found = names.renamed(found)
+    if tied:
+        del found["llm.lm_head.weight"]
+    read = {n: shape for n, shape in found.items() if not names.matches(n, names.UNREAD)}
+    assert set(read) == set(table)
+    ours = names.parameters(shapes)
+    for name, row in table.items():
+        of = [ours[".".join(path)].shape for path in row.paths]
+        assert read[name] == row.shape([s[1:] for s in of] if row.layer is not None else of), name
+
+
+@pytest.mark.parametrize("name", published.PUBLISHED_TOWERS)
+def test_the_table_of_a_published_tower_is_every_tensor_of_it(name, mesh1):
+    from transformers import CLIPModel, CLIPVisionModel, SiglipModel, SiglipVisionModel
+
+    kind, fields = published.PUBLISHED_TOWERS[name]
+    clip = kind == "clip_vision_model"
+    vit = architectures.vit_section(fields, kind) | dict(levels=(1,))
+    with jax.set_mesh(mesh1):
+        shapes = jax.eval_shape(lambda: ViT(**vit, rngs=nnx.Rngs(0)))
+    table = {f"vit.{key}": row for key, row in names.vit_table(shapes).items()}
+    config = published.config_of(kind, fields)
+    covered(published.meta(CLIPVisionModel if clip else SiglipVisionModel, config), table, shapes)
+    # As the file of the whole CLIP or SigLIP, which is what is published.
+    whole = published.config_of(kind.split("_")[0], dict(vision_config=fields))
+    covered(published.meta(CLIPModel if clip else SiglipModel, whole), table, shapes)
+
+
+@pytest.mark.parametrize("name", published.PUBLISHED_LLMS)
+def test_the_table_of_a_published_llm_is_every_tensor_of_it(name, mesh1):
+    from transformers import AutoModelForCausalLM
+
+    kind, fields = published.PUBLISHED_LLMS[name]
+    llm = architectures.llm_section(fields | dict(model_type=kind))
+    with jax.set_mesh(mesh1):
+        shapes = jax.eval_shape(lambda: LLM(**llm, rngs=nnx.Rngs(0)))
+    table = {f"llm.{key}": row for key, row in names.llm_table(shapes).items()}
+    config = published.config_of(kind, fields)
+    found = published.meta(AutoModelForCausalLM.from_config, config)
+    covered(found, table, shapes, tied=llm["tied_embeddings"])
+
+
+@pytest.mark.parametrize("name", published.PUBLISHED_LLAVAS)
+def test_the_table_of_a_published_llava_is_every_tensor_of_it(name, mesh1):
+    from transformers import LlavaForConditionalGeneration
+
+    config = published.config_of("llava", published.PUBLISHED_LLAVAS[name])
+    described = architectures.describe(config.to_dict())
+    rows = folder.PLAIN | dict(tokens=576)
+    model = folder.Model(described.vit, described.llm, rows, {}, {})
+    with jax.set_mesh(mesh1):
+        shapes = vlm.shapes(model.config())
+    covered(
+        published.meta(LlavaForConditionalGeneration, config), names.model_table(shapes), shapes
+    )

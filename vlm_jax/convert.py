@@ -137,8 +137,8 @@ def gather(options: argparse.Namespace) -> folder.Model:
 def trained(workdir: Path) -> folder.Model:
     """The model of a finished `vlm-jax train`."""
     fields = read_json(workdir / "config.json")
+    fields["vit"]["levels"] = tuple(fields["vit"]["levels"])  # JSON has lists alone
     config = ConfigDict(fields)
-    config.vit.levels = tuple(config.vit.levels)
     model = vlm.create(config, seed=config.seed)
     graph, like = optimizer.start(model, "finetune", optimizer.optimizer(config.finetune))
     restored = Checkpoints(workdir / "finetune").restore(like)

@@ -53,12 +53,13 @@ def read(folder: Path) -> Published:
     """
     fields = read_json(folder / "config.json")
     try:
-        return _read(fields)
+        return describe(fields)
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from None
 
 
-def _read(fields: dict) -> Published:
+def describe(fields: dict) -> Published:
+    """The description that a config.json gives."""
     kind = fields.get("model_type")
     if "mm_hidden_size" in fields or "mm_vision_tower" in fields:
         return _llava15(fields)
@@ -205,8 +206,10 @@ def defaults(kind: str, fields: dict) -> Any:
     logger.setLevel(logging.ERROR)
     try:
         return CONFIG_MAPPING[kind](**{k: v for k, v in fields.items() if k != "model_type"})
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"transformers cannot make a {kind} of it ({error})") from None
+    # Its validators raise errors of several libraries.
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"transformers cannot make a {kind} of it ({said})") from None
     finally:
         logger.setLevel(level)
 

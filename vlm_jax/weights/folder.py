@@ -28,6 +28,8 @@ from vlm_jax.weights.stored import DTYPES, NAMES, WEIGHTS, Pending, Stored, writ
 M = TypeVar("M")
 MODEL_TYPE, FORMAT = "vlm_jax", 1
 SECTIONS = ("vit", "llm", "compressor")
+# What the compressor of a published LLaVA has, and a folder that was made before a field was born.
+PLAIN = dict(kind="none", heads=1, query="none", downsample="conv", scales=())
 
 # What a tokenizer consists of; a folder has some of them.
 TOKENIZER = (
@@ -63,8 +65,11 @@ class Model:
 
     def config(self) -> ConfigDict:
         """The part of a configuration that makes the model."""
-        sections = {name: getattr(self, name) for name in SECTIONS}
-        return ConfigDict(sections | dict(remat="none", compute_dtype="float32", kernels="xla"))
+        made = dict(vit=self.vit, llm=self.llm, compressor=PLAIN | self.compressor)
+        # JSON has lists alone.
+        for section in made.values():
+            section |= {k: tuple(v) for k, v in section.items() if isinstance(v, list)}
+        return ConfigDict(made | dict(remat="none", compute_dtype="float32", kernels="xla"))
 
     def check(self, **allowed) -> tuple[list[str], list[str]]:
         """Missing and surplus tensors as allowed; ValueError where the tensors make no such model.

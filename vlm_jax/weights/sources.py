@@ -60,7 +60,7 @@ def llava(path: Path, *, vision: Path | None, compressor: Compressor | None) -> 
     model = Model(
         vit,
         described.llm,
-        dict(kind="none", tokens=rows, heads=1, query="none", downsample="conv"),
+        folder.PLAIN | dict(tokens=rows),
         facts(path, vision or path, vit, described),
         tensors,
         path,
@@ -97,7 +97,7 @@ def assembled(vision: Path, llm: Path, compressor: Compressor) -> Model:
         raise ValueError(f"--llm={llm} holds a {described.kind}, not a language model alone")
     tensors |= names.renamed(read_tensors(llm))
     rows = (vit["image_size"] // vit["patch_size"]) ** 2
-    none = dict(kind="none", tokens=rows, heads=1, query="none", downsample="conv")
+    none = folder.PLAIN | dict(tokens=rows)
     made = Model(vit, described.llm, none, facts(llm, vision, vit, described), tensors, llm)
     return with_compressor(made, compressor)
 
