@@ -5,6 +5,7 @@ B batch  P patches, window-major  V visual tokens  W patches under one convoluti
 Z = levels x E  E vit width  D llm width
 """
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
@@ -166,7 +167,16 @@ class QueCC(Compressor):
             index = fields(self.side, self.window, self.kernel, self.stride)
             under = x.at[:, index].get(out_sharding=mesh.spec("batch", "len", "len", "feature"))
         taps, bias = self.taps[...].astype(x.dtype), self.taps_bias[...].astype(x.dtype)
-        return (under * taps).sum(2) + bias
+        weighted = under * taps
+        # A product with ones sums over the patches: a sum would be fused with the product behind it
+        # by XLA's CPU backend, and computed anew for every tile of that.
+        query = jnp.einsum(
+            "BVW,BVWE->BVE",
+            jnp.ones_like(weighted[..., 0]),
+            weighted,
+            out_sharding=mesh.spec("batch", "len", "feature"),
+        )
+        return query + bias
 
 
 def check_convolution(side: int, kernel: int, stride: int, tokens: int) -> None:
