@@ -13,6 +13,7 @@ import tiny
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_numbers import numbers
 
 from vlm_jax.evaluate import Answerer
 from vlm_jax.learn import optimizer
@@ -66,17 +67,6 @@ def test_adaptive_images_equal_the_literal_loop(kind, side, mesh1):
 
     check()
     assert 1 in seen and len(seen) > 3
-
-
-def numbers(n, t):
-    """Deterministic numbers in (-1, 1): splitmix64 of i + t 2^32."""
-    with np.errstate(over="ignore"):
-        z = np.arange(1, n + 1, dtype=np.uint64) + np.uint64(t << 32)
-        z *= np.uint64(0x9E3779B97F4A7C15)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
-        z ^= z >> np.uint64(31)
-    return (z >> np.uint64(11)) * (2 / 2**53) - 1
 
 
 # What the published code gave in float64: the seed of the inputs, outliers, tokens, mean, the first
