@@ -69,6 +69,10 @@ def get_config() -> ConfigDict:
     c.compressor.downsample = "conv"  # quecc: a window's query by "conv" (published) or "pool"
     c.compressor.scales = ()  # m3: every V that training shows; (): 1, 9, 36, 144, 576 of 24 x 24
 
+    # A folder of `vlm-jax convert`: its encoder, LLM and tokenizer replace the fields above, its
+    # weights are the first. "" starts from random weights.
+    c.start_from = ""
+
     # Numbers.
     # Of activations and matmuls; parameters, norms, softmax and loss are float32.
     c.compute_dtype = "bfloat16"

@@ -31,6 +31,7 @@ from vlm_jax.learn.workdir import claim, write_json
 from vlm_jax.models import vlm
 from vlm_jax.models.layers import RUN_ONCE
 from vlm_jax.models.vlm import VLM
+from vlm_jax.weights import start
 
 
 class Answerer:
@@ -154,7 +155,7 @@ def write_predictions(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, flags = cli.parse(
+    given, flags = cli.parse(
         "evaluate",
         __doc__,
         argv,
@@ -164,6 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
 
     def body() -> int:
+        config = start.adopt(given)
         folder = Path(flags.workdir).absolute()
         if not (folder / "finetune").is_dir():
             raise FileNotFoundError(

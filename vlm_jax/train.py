@@ -36,6 +36,7 @@ from vlm_jax.learn.workdir import claim
 from vlm_jax.models import layers, vlm
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM
+from vlm_jax.weights import start as weights_start
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,8 @@ def train(
     tokens as it can give in align, as its method is published in finetune.
     """
     seed = config.seed if seed is None else seed
-    model = vlm.create(config, seed=seed)
+    start = weights_start.load if config.start_from else vlm.create
+    model = start(config, seed=seed)
     if encoder is not None:
         model = VLM(encoder, model.compressor, model.llm)
     if model.compressor.buckets:
@@ -209,29 +211,31 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
 
     def body() -> int:
-        folder = Path(flags.workdir).absolute()
-        with jax.set_mesh(mesh.make(**config.mesh)), claim(folder, config):
-            check(config)
-            vlm.shapes(config)  # an impossible model is found before the encoder is trained
-            source = sources.open_source(config, "train")
-            print(f"data: {source.describe()}", file=sys.stderr)
-            inputs = Inputs(
-                source, processor.Processor(tokenizer_of(config, folder, source), config)
-            )
-            encoder = pretrain_encoder(config, folder, inputs) if config.encoder.steps else None
-            model = train(config, folder, inputs, encoder=encoder)
-            tokens = f"{config.compressor.tokens}"
-            if model.compressor.buckets:
-                tokens = f"up to {model.compressor.tokens}"
-            print(
-                f"llm {vlm.parameters(model.llm):,} parameters, compressor "
-                f"{vlm.parameters(model.compressor):,}, {tokens} visual tokens: "
-                f"checkpoints in {folder}",
-                file=sys.stderr,
-            )
-        return 0
+        return run(weights_start.adopt(config), Path(flags.workdir).absolute())
 
     return cli.report_errors("train", body)
+
+
+def run(config: ConfigDict, folder: Path) -> int:
+    """Trains as the configuration says, in `folder`."""
+    with jax.set_mesh(mesh.make(**config.mesh)), claim(folder, config):
+        check(config)
+        vlm.shapes(config)  # an impossible model is found before the encoder is trained
+        source = sources.open_source(config, "train")
+        print(f"data: {source.describe()}", file=sys.stderr)
+        inputs = Inputs(source, processor.Processor(tokenizer_of(config, folder, source), config))
+        encoder = pretrain_encoder(config, folder, inputs) if config.encoder.steps else None
+        model = train(config, folder, inputs, encoder=encoder)
+        tokens = f"{config.compressor.tokens}"
+        if model.compressor.buckets:
+            tokens = f"up to {model.compressor.tokens}"
+        print(
+            f"llm {vlm.parameters(model.llm):,} parameters, compressor "
+            f"{vlm.parameters(model.compressor):,}, {tokens} visual tokens: "
+            f"checkpoints in {folder}",
+            file=sys.stderr,
+        )
+    return 0
 
 
 if __name__ == "__main__":

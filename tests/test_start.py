@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training starts from the weights of a model folder, and refuses one that it would misread."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from vlm_jax import convert
+from vlm_jax.weights import folder, start
+
+FROZEN = Path(__file__).parent / "published_weights"
+
+
+@pytest.fixture(scope="module")
+def made(trained, tmp_path_factory):
+    """The model folder of a finished run."""
+    path = tmp_path_factory.mktemp("made") / "folder"
+    assert convert.main(["--from", str(trained), "--to", str(path)]) == 0
+    return path
+
+
+def test_a_run_that_learns_nothing_ends_with_the_weights_it_started_from(made, tmp_path, cache):
+    flags = {"start_from": made, "align.steps": 0, "finetune.steps": 2,
+             "finetune.learning_rate": 0.0, "encoder.steps": 0, "llm.depth": 1}  # fmt: skip
+    done = tiny.run("train", "--config=tests/tiny.py", f"--workdir={tmp_path}/run",
+                    *[f"--config.{name}={value}" for name, value in flags.items()],
+                    cache=cache)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert convert.main(["--from", f"{tmp_path}/run", "--to", f"{tmp_path}/again"]) == 0
+    before, after = folder.read(made).tensors, folder.read(tmp_path / "again").tensors
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(tensor.read(), after[name].read(), err_msg=name)
+    told = json.loads((tmp_path / "run/config.json").read_text())
+    assert told["llm"]["depth"] == 2 and told["data"]["tokenizer"] == str(made / "tokenizer")
+
+
+def test_a_folder_without_compression_gets_a_fresh_compressor(tmp_path, mesh1):
+    path = tmp_path / "llava"
+    assert convert.main(["--from", str(FROZEN / "clip_llama"), "--to", str(path)]) == 0
+    c = tiny.config(start_from=str(path), compressor=dict(tokens=1))
+    adopted = start.adopt(c)
+    assert c.llm.width == 16 and adopted.llm.width == 24 and adopted.vit.levels == (1, 2)
+    with jax.set_mesh(mesh1):
+        model = start.load(adopted, seed=0)
+    assert model.compressor.tokens == 1 and model.llm.embedding.shape == (67, 24)
+    tensors = folder.read(path).tensors
+    np.testing.assert_array_equal(
+        model.llm.embedding[...], tensors["llm.embed_tokens.weight"].read()
+    )
+
+
+def test_a_trained_compressor_must_be_the_one_that_is_configured(made):
+    c = tiny.config(start_from=str(made), compressor=dict(tokens=1))
+    with pytest.raises(ValueError, match="'tokens': 4.*the configuration says {'tokens': 1}"):
+        start.adopt(c)
+
+
+def test_images_that_would_be_prepared_wrongly_are_refused(made, tmp_path):
+    path = shutil.copytree(made, tmp_path / "copy")
+    config = json.loads((path / "config.json").read_text())
+    config["facts"]["image"]["mean"] = [0.5, 0.5, 0.5]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"mean \[0.5, 0.5, 0.5\].*as CLIP's alone"):
+        start.adopt(tiny.config(start_from=str(path)))
+
+
+def test_a_grid_does_not_start_from_a_folder(made, mesh1):
+    c = start.adopt(tiny.config(start_from=str(made)))
+    c.llm.depth = 1
+    with jax.set_mesh(mesh1), pytest.raises(ValueError, match="differs in depth.*grid"):
+        start.load(c, seed=0)
+
+
+def test_what_is_no_model_folder_is_refused_with_the_way_to_one(tmp_path):
+    with pytest.raises(ValueError, match="is no model folder.*vlm-jax convert --from="):
+        start.adopt(tiny.config(start_from=str(FROZEN / "clip_llama")))
+    with pytest.raises(FileNotFoundError, match="is no checkpoint"):
+        start.adopt(tiny.config(start_from=str(tmp_path)))

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training that starts from a model folder: its sizes, its weights, its tokenizer."""
+
+import sys
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vlm_jax.models import vlm
+from vlm_jax.models.vlm import VLM
+from vlm_jax.weights import folder, names
+from vlm_jax.weights.sources import CLIP_MEAN, CLIP_STD
+
+
+def adopt(config: ConfigDict) -> ConfigDict:
+    """The configuration with encoder, LLM and tokenizer of the folder `config.start_from`, if any.
+
+    A folder without compression (kind none) may get any compressor: a fresh one, which reads
+    `config.vit.levels`. Any other folder has a trained one, and the configuration must name it.
+
+    Raises:
+      ValueError: for another compressor, and images that are not prepared as CLIP's.
+    """
+    if not config.start_from:
+        return config
+    model = folder.read(config.start_from)
+    image = model.facts["image"]
+    if (tuple(image["mean"]), tuple(image["std"])) != (CLIP_MEAN, CLIP_STD):
+        raise ValueError(
+            f"start_from={config.start_from}: its encoder wants images with mean {image['mean']} "
+            f"and deviation {image['std']}, and training prepares them as CLIP's alone"
+        )
+    config = config.copy_and_resolve_references()
+    vit, compressor = model.vit, folder.PLAIN | model.compressor
+    if replaced(config, model):
+        vit = vit | dict(levels=config.vit.levels, keep_class=False, final_norm=False)
+    elif changed := [k for k, v in compressor.items() if not same(config.compressor[k], v)]:
+        asked = {k: config.compressor[k] for k in changed}
+        raise ValueError(
+            f"start_from={config.start_from} has the compressor {compressor}, the configuration "
+            f"says {asked}: give the same, or start from a model without compression"
+        )
+    config.vit.update(vit)
+    config.llm.update(model.llm)
+    if not config.data.tokenizer and model.tokenizer:
+        config.data.tokenizer = str(model.tokenizer)
+    return config
+
+
+def replaced(config: ConfigDict, model: folder.Model) -> bool:
+    """Whether the compressor is a fresh one in place of none."""
+    return model.compressor["kind"] == "none" != config.compressor.kind
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Whether two values of a configuration are equal, as JSON would give them back."""
+    sequences = isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple))
+    return list(ours) == list(theirs) if sequences else ours == theirs
+
+
+def load(config: ConfigDict, *, seed: int) -> VLM:
+    """The model that an adopted configuration starts from, on the current mesh, in float32.
+
+    ValueError for a configuration that has other sizes, as the cells of a grid do.
+    """
+    model = folder.read(config.start_from)
+    if other := [k for k, v in model.llm.items() if config.llm[k] != v]:
+        raise ValueError(
+            f"start_from={config.start_from} has an LLM that differs in {', '.join(other)}: only "
+            "`vlm-jax train` starts from a folder, a grid makes its own sizes"
+        )
+    model.check()
+    shapes = vlm.shapes(config)
+    if not replaced(config, model):
+        return folder.place(shapes, names.model_table(shapes), model.tensors)
+    print(
+        f"start: encoder and LLM of {config.start_from}, a fresh {config.compressor.kind}",
+        file=sys.stderr,
+    )
+    tables = {"vit": names.vit_table(shapes.vit), "llm": names.llm_table(shapes.llm)}
+    parts = {
+        part: folder.place(
+            getattr(shapes, part),
+            {f"{part}.{name}": row for name, row in table.items()},
+            model.tensors,
+        )
+        for part, table in tables.items()
+    }
+    fresh = vlm.create(config, seed=seed, of=lambda model: model.compressor)
+    return VLM(parts["vit"], fresh, parts["llm"])
