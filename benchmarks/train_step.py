@@ -48,7 +48,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def middle(config) -> str:
     """The demo's middle cell: the LLM of middle size, 4 visual tokens."""
-    from vlm_jax.grid import by_size
+    from vlm_jax.cells import by_size
 
     llms = by_size(config)
     return f"{llms[len(llms) // 2]}-v4-{config.compressor.kind}-s{config.grid.seeds[0]}"

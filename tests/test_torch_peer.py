@@ -8,7 +8,7 @@ from flax import nnx
 
 from benchmarks.train_step import random_batch
 from configs import demo
-from vlm_jax import grid, mesh
+from vlm_jax import cells, mesh
 from vlm_jax.learn import objective, optimizer
 from vlm_jax.models import vlm
 
@@ -19,7 +19,7 @@ CELLS = [(LLMS[0], 1), (LLMS[-1], 36)]
 
 def cell(llm: str, tokens: int):
     """One cell with few rows: the mesh of the tests, a batch of 4."""
-    config = grid.cell_of(demo.get_config(), llm, "token_packer", tokens, 0).config
+    config = cells.cell_of(demo.get_config(), llm, "token_packer", tokens, 0).config
     config.finetune.batch = 4
     return config
 

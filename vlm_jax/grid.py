@@ -19,14 +19,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax import cli, mesh, report
 from vlm_jax import train as training
+from vlm_jax.cells import Cell, cells_of, describe, dry_run, sizes, train_flops
 from vlm_jax.data import sources
-from vlm_jax.data.processor import Processor, query_of
+from vlm_jax.data.processor import Processor
 from vlm_jax.evals import tasks
 from vlm_jax.evaluate import Clock, predict, write_predictions
 from vlm_jax.features import Features, Sight, batches_of, blind_of, features_of
@@ -38,23 +38,6 @@ from vlm_jax.models.vit import ViT
 from vlm_jax.scaling import cost, records
 from vlm_jax.train import Inputs
 
-# A small model reaches about this share of the machine's matrix-product speed (dry runs only).
-SMALL_MODEL_EFFICIENCY = 0.15
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One model of the grid: its name, its whole configuration, its LLM's name and seed."""
-
-    name: str
-    config: ConfigDict
-    llm: str
-    seed: int
-
-    @property
-    def blind(self) -> bool:
-        return self.config.data.blind
-
 
 @dataclass(frozen=True)
 class Shared:
@@ -64,117 +47,6 @@ class Shared:
     test: Inputs
     features: dict[Sight, Features]
     encoder: ViT
-
-
-def cells_of(config: ConfigDict) -> list[Cell]:
-    """The cells that a configuration describes: the grid proper, then the baselines, per seed."""
-    if not config.grid.llms:
-        raise ValueError("grid.llms is empty: name at least one LLM size, as configs/demo.py does")
-    kinds = [(config.compressor.kind, tokens) for tokens in config.grid.tokens]
-    return [
-        cell_of(config, llm, kind, int(tokens), int(seed), **dict(*fields))
-        for seed in config.grid.seeds
-        for kind, tokens, *fields in [*kinds, *config.grid.baselines]
-        for llm in by_size(config)
-    ]
-
-
-def by_size(config: ConfigDict) -> list[str]:
-    """The grid's LLMs, smallest first (a ConfigDict sorts its names instead)."""
-
-    def parameters(name: str) -> int:
-        fields = config.llm.to_dict() | config.grid.llms[name].to_dict()
-        return cost.llm_parameters(cost.LLM.of(fields))
-
-    return sorted(config.grid.llms, key=parameters)
-
-
-def cell_of(
-    config: ConfigDict, llm: str, kind: str, tokens: int, seed: int, **compressor: str | int
-) -> Cell:
-    """One cell; `kind` is a compressor, or "blind" for the grid's own without the image.
-    What else of `compressor` differs from the grid's is part of the cell's name."""
-    c = config.copy_and_resolve_references()
-    with c.unlocked():
-        del c.grid
-    c.llm.update(config.grid.llms[llm].to_dict())
-    c.data.blind = kind == "blind"
-    c.compressor.kind = config.compressor.kind if kind == "blind" else kind
-    c.compressor.tokens = tokens
-    if unknown := sorted(compressor.keys() - c.compressor.keys()):
-        raise ValueError(f"grid.baselines: no {unknown} in compressor {sorted(c.compressor)}")
-    c.compressor.update(compressor)
-    method = "-".join([kind, *map(str, compressor.values())])
-    return Cell(f"{llm}-v{tokens}-{method}-s{seed}", c, llm, seed)
-
-
-def describe(cell: Cell) -> tuple[int, dict[str, int], float]:
-    """LLM parameters, parameters by part, and training FLOPs of one cell; nothing is allocated."""
-    config = cell.config
-    query_of(config)  # raises for a template that leaves nothing to be read
-    shapes = vlm.shapes(config)
-    parts = {name: vlm.parameters(getattr(shapes, name)) for name in ("vit", "compressor", "llm")}
-    return parts["llm"], parts, train_flops(config)
-
-
-def sizes(config: ConfigDict) -> tuple[cost.ViT, cost.Compressor, cost.LLM]:
-    """The model as the cost model knows it."""
-    return cost.ViT.of(config.vit), cost.Compressor.of(config.compressor), cost.LLM.of(config.llm)
-
-
-def train_flops(config: ConfigDict) -> float:
-    """FLOPs of both stages on cached features."""
-    vit, compressor, llm = sizes(config)
-    reads = compressor.kind == "quecc" and compressor.query == "separate"
-    return float(
-        sum(
-            config[stage].steps
-            * config[stage].batch
-            * cost.train_step_flops(
-                True,
-                compressor,
-                llm,
-                vit=vit,
-                stage=stage,
-                tokens=config.data.text_length + compressor.tokens,
-                logits=config.data.text_length,
-                question=config.data.question_length * reads,
-                recompute=config.remat == "full",
-            )
-            for stage in ("align", "finetune")
-        )
-    )
-
-
-def dry_run(config: ConfigDict, cells: Sequence[Cell]) -> None:
-    """Prints the cells with parameters, FLOPs and an estimated time, and writes nothing."""
-    rate = matmul_flops_per_second() * SMALL_MODEL_EFFICIENCY
-    print(f"{'cell':36} {'LLM':>12} {'compressor':>11} {'V':>4} {'train GFLOP':>12} {'est. s':>7}")
-    total = 0.0
-    for cell in cells:
-        n, parts, flops = describe(cell)
-        total += flops / rate
-        print(
-            f"{cell.name:36} {n:12,} {parts['compressor']:11,} {cell.config.compressor.tokens:4} "
-            f"{flops / 1e9:12,.0f} {flops / rate:7.0f}"
-        )
-    print(
-        f"{len(cells)} cells, about {total / 60:.0f} min of training at {rate / 1e9:.0f} GFLOP/s "
-        f"({SMALL_MODEL_EFFICIENCY:.0%} of what a matrix product reaches here now)"
-    )
-
-
-def matmul_flops_per_second(size: int = 768) -> float:
-    """What one float32 matrix product reaches on this machine; best of five."""
-    x = jnp.ones((size, size))
-    product = jax.jit(lambda x: x @ x)
-    product(x).block_until_ready()
-    times = []
-    for _ in range(5):
-        then = time.perf_counter()
-        product(x).block_until_ready()
-        times.append(time.perf_counter() - then)
-    return 2 * size**3 / min(times)
 
 
 class Phases:
@@ -243,9 +115,14 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         for i, seen in ((shared.train, found.train), (shared.test, found.test))
     )
     folder.mkdir(parents=True, exist_ok=True)
+    home = folder.parent / cell.model
     then = time.monotonic()
-    model = training.train(config, folder, inputs, encoder=shared.encoder, seed=cell.seed)
+    model = training.train(config, home, inputs, encoder=shared.encoder, seed=cell.seed)
     train_seconds = time.monotonic() - then
+    if cell.shares:
+        model = model.at(config.compressor.tokens)
+        # The first cell trains; the others find the model, and say what it took.
+        train_seconds = once(home / "trained.json", train_seconds)
     then = time.monotonic()
     clock = Clock()
     found = list(
@@ -277,11 +154,12 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         train=dict(
             steps=steps,
             examples=sum(config[s].steps * config[s].batch for s in ("align", "finetune")),
-            flops=train_flops(config),
+            flops=train_flops(config, model.compressor),
             seconds=round(train_seconds, 2),
         ),
         evaluate_seconds=round(seconds, 2),
         timing=clock.timing(),
+        trained_with=cell.model if cell.shares else "",
         protocol=protocol,
         prompt=config.data.template,
         parser=tasks.PROTOCOLS[protocol][1],
@@ -290,6 +168,13 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         **facts,
     )
+
+
+def once(path: Path, seconds: float) -> float:
+    """What the file holds; it is written with `seconds` where it is not there."""
+    if not path.exists():
+        write_json(path, {"seconds": seconds})
+    return json.loads(path.read_text())["seconds"]
 
 
 def tokens_read(compressor: Compressor, features: np.ndarray) -> int | float:

@@ -4,6 +4,8 @@
 V visual tokens
 """
 
+from abc import abstractmethod
+
 import jax
 
 from vlm_jax.models.compressors.compressor import Compressor
@@ -16,9 +18,9 @@ class Matryoshka(Compressor):
     therefore run in the slots of a bucket, and say as data how many of them count.
     """
 
+    @abstractmethod
     def check(self, tokens: int) -> None:
         """Raises ValueError, with the numbers that would do, for one that it cannot give."""
-        raise NotImplementedError
 
     def at(self, tokens: int) -> "Matryoshka":
         """The same weights giving `tokens` visual tokens.
