@@ -13,6 +13,10 @@ import tiny
 from flax import nnx
 
 from vlm_jax import mesh
+from vlm_jax import train as training
+from vlm_jax.data import sources
+from vlm_jax.data.processor import Processor
+from vlm_jax.evaluate import predict
 from vlm_jax.learn.objective import score
 from vlm_jax.models import compressors, pretrained, vlm
 from vlm_jax.models.compressors.projector import MLP
@@ -148,6 +152,25 @@ def test_the_prompt_costs_no_second_reading(mesh1):
     assert flops["separate"] - flops["none"] > 0.97 * (again + projected) > 0.2 * flops["none"]
     # Tokens before the image do not ask those behind it: a little less attention.
     assert 0.97 * flops["none"] < flops["prefix"] < 1.005 * (flops["none"] + projected)
+
+
+def test_a_model_with_a_prefix_trains_and_answers(tmp_path, mesh8, caplog):
+    c = tiny.config(
+        compressor=dict(kind="quecc", tokens=4, query="prefix"),
+        data=dict(template="question_first", question_length=24, text_length=30),
+        align=dict(steps=0),
+        finetune=dict(steps=2),
+        llm=dict(depth=1),
+    )
+    train, test = (sources.open_source(c, split) for split in ("train", "test"))
+    with jax.set_mesh(mesh8):
+        processor = Processor(training.tokenizer_of(c, tmp_path, train), c)
+        model = training.train(c, tmp_path, training.Inputs(train, processor))
+        found = list(predict(c, model, test, processor))
+    assert len(found) == len(test) and {f["answer"] for f in found} > {"yes", "no"}
+    # Captions are longer than what this configuration leaves behind the image.
+    assert "data.question_length=24 allow, and lost their end" in caplog.text
+    assert all(np.isfinite(loss) for _, loss, _ in tiny.losses(tmp_path / "finetune"))
 
 
 # --- What reads the question ----------------------------------------------------------------------

@@ -160,7 +160,7 @@ def train(
     for name in ("align", "finetune"):
         if config[name].steps == 0:
             continue
-        batches = loader.Batches(
+        batches = rows = loader.Batches(
             inputs.source,
             inputs.processor,
             batch=config[name].batch,
@@ -181,6 +181,12 @@ def train(
         if name == "finetune" and model.compressor.scales:
             objective = every_scale
         model = run_stage(name, model, batches, config, folder, objective)
+        if rows.cut:
+            log.warning(
+                f"{name}: {rows.cut} rows were longer than data.text_length="
+                f"{config.data.text_length} and data.question_length="
+                f"{config.data.question_length} allow, and lost their end"
+            )
     return model
 
 
