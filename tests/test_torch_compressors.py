@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The PyTorch compressors of the benchmark compute what ours compute, from the same weights."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks.compressors import arguments
 from vlm_jax.models import compressors
 from vlm_jax.models.vit import class_attention, window_order
 
 pytestmark = pytest.mark.torch
+HOME = Path(__file__).parent.parent
 SIZES = dict(side=6, width=32, levels=2, llm_width=48, heads=4)
 CASES = [
     ("none", 36, {}),
@@ -64,3 +71,29 @@ def test_the_peer_is_the_same_function(kind, tokens, more, mesh1):
             theirs = peer(*(torch.tensor(x) for x in given))
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
         assert np.abs(np.asarray(ours)).max() > 0.1
+
+
+def test_the_benchmark_runs_and_counts_what_is_derived(tmp_path):
+    """At toy sizes norms and activations are a good part of what the compiler counts."""
+    out = tmp_path / "found.json"
+    command = [sys.executable, "benchmarks/compressors.py", "--quick", "--rounds=1", f"--out={out}"]
+    done = subprocess.run([*command, "--tokens=1,4,5"], capture_output=True, text=True, cwd=HOME)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert {(row["method"], row["V"]) for row in rows} == {("none", 144)} | {
+        (kind, V)
+        for kind in ("pool", "quecc", "token_packer", "m3", "mqt", "prumerge")
+        for V in (1, 4, 5)
+        if V != 5 or kind in ("mqt", "prumerge")
+    }
+    for row in rows:
+        gflop = row["gflop"]
+        # PruMerge's loop adds its neighbours without a product.
+        assert gflop["by_torch"] == pytest.approx(gflop["published"], rel=0.05), row
+        assert gflop["folded"] < gflop["by_xla"] < 1.2 * gflop["folded"] + 0.001, row
+
+
+def test_the_benchmark_refuses_a_method_that_it_has_not(capsys):
+    with pytest.raises(SystemExit):
+        arguments(["--methods=quecc,perceiver"])
+    assert "no method ['perceiver']: choose of" in capsys.readouterr().err
