@@ -48,9 +48,9 @@ frame.srcdoc = PAGE;
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The text of a made run's page."""
+    """The text of a made run's page, several methods beside the grid's own."""
     folder = tmp_path_factory.mktemp("browser")
-    records.write(folder / "rows.jsonl", made_rows.rows())
+    records.write(folder / "rows.jsonl", made_rows.rows(methods=made_rows.METHODS))
     report.write(folder)
     return (folder / "report/index.html").read_text()
 
@@ -97,8 +97,10 @@ def test_a_head_sorts_up_then_down_and_says_so(chromium, page, tmp_path):
     assert (found["first"], found["second"]) == ("ascending", "descending")
 
 
-def test_dark_ink_turns_light_where_dark_is_preferred(chromium, page, tmp_path):
+@pytest.mark.parametrize("width", [360, 1280])
+def test_dark_ink_turns_light_where_dark_is_preferred(chromium, page, tmp_path, width):
     flags = ["--blink-settings=preferredColorScheme=0"]
-    light = probe(chromium, page, tmp_path, width=1280)["ink"]
-    dark = probe(chromium, page, tmp_path, width=1280, flags=flags)["ink"]
-    assert light == "rgb(27, 29, 33)" and dark == "rgb(232, 234, 238)"
+    light = probe(chromium, page, tmp_path, width=width)
+    dark = probe(chromium, page, tmp_path, width=width, flags=flags)
+    assert light["ink"] == "rgb(27, 29, 33)" and dark["ink"] == "rgb(232, 234, 238)"
+    assert dark["overflow"] == 0 and dark["wide"] == []

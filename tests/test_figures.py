@@ -292,6 +292,27 @@ def test_curves_differ_in_more_than_colour_and_words_are_large_enough(reasoning,
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
+def test_no_curve_joins_cells_whose_measured_cost_falls_with_V(reasoning, tmp_path):
+    points, fitted = reasoning
+    spent = np.arange(1.0, len(points) + 1)
+    spent[points.N == 7.0] = spent[points.N == 7.0][::-1]  # noise turned the order round
+    figure = cost_figures.error_against_cost(
+        points, fitted, spent, tmp_path, family="x", name="f", x="s", title="t", words="w."
+    )
+    curves = {row["series"] for row in read(figure) if row["kind"] == "line"}
+    assert curves == {"law 0.5B", "law 1.8B", "law 4B"}
+    assert len(column(read(figure), "x", series="7B", kind="point")) == 7
+
+
+def test_a_word_above_a_mark_gives_way_to_another_mark(tmp_path):
+    canvas = canvases.Canvas(x="x", y="y", title="t")
+    canvas.points("marks", [0.0, 1.0, 1.0], [0.5, 0.0, 0.03])
+    canvas.write_above("free", 0.0, 0.5)
+    canvas.write_above("covering", 1.0, 0.0)
+    canvas.save(tmp_path, "f", caption="", alt="")
+    assert [t.get_text() for t in canvas.axes.texts] == ["free"]
+
+
 def test_equal_rows_give_equal_bytes(reasoning, tmp_path):
     points, fitted = reasoning
     for folder in ("a", "b"):

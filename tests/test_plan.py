@@ -2,6 +2,7 @@
 """The verb prints one JSON object, says what it assumed, and turns wrong flags into one line."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -167,7 +168,16 @@ def test_measured_rows_replace_the_roofline(run, tmp_path):
     slow = run("reasoning", "--ms=1e9", measured, *flags)[1]
     ideal = run("reasoning", "--ms=1e9", *flags)[1]
     assert slow["cost"]["amount"] > 1000 * ideal["cost"]["amount"]
-    assert len(ideal["warnings"]) == len(slow["warnings"]) + 1
+    assert any("no times of single batches" in w for w in slow["warnings"])
+    assert any("give --efficiency or --measured" in w for w in ideal["warnings"])
+    timed = [
+        dataclasses.replace(row, machine="1 x cpu (x86_64)")
+        for row in made_rows.rows(sizes=(2_000_000,), timing=True)
+    ]
+    records.write(tmp_path / "timed.jsonl", timed)
+    wrong = run("reasoning", "--ms=1e9", f"--measured={tmp_path / 'timed.jsonl'}", *flags)[1]
+    assert not any("single batches" in w for w in wrong["warnings"])
+    assert any("on 1 x cpu (x86_64), not on v5e" in w for w in wrong["warnings"])
     status, _, err = run("reasoning", "--ms=1e-2", measured, *flags)
     assert status == 2 and "nothing meets the budget: the cheapest is N=6.448e-06 billion" in err
 

@@ -256,12 +256,13 @@ def test_a_long_table_holds_families_and_stderr(tmp_path):
 @pytest.mark.parametrize(
     "text,message",
     [
-        ("N,V,error\n.5,1,.3\n.5,4,31\n", "mixes fractions and percent: 1 values in 0..1"),
-        ("N,V,error\n.5,1,.3\n.5,4,-.1\n", "runs from -0.1 to 0.3"),
-        ("N,V,error\n.5,1,.3\n.5,4,1.2\n", "mixes fractions and percent"),
-        ("N,V,accuracy\n.5,1,30\n.5,4,131\n", "runs from 30 to 131"),
+        ("N,V,error\n.5,1,.3\n.5,4,31\n", "0.3 in line 2 and 31 in line 3.*percent are mixed"),
+        ("N,V,error\n.5,1,.3\n.5,4,-.1\n", ":3: error is -0.1: give fractions"),
+        ("N,V,error\n.5,1,.3\n.5,4,1.2\n", "1.2 in line 3.*cannot exceed 1"),
+        ("N,V,accuracy\n.5,1,30\n.5,4,131\n", ":3: accuracy is 131: give fractions"),
         ("N,V,error\n.5,1,nan\n", ":2: error is nan"),
-        ("N,V,error\n.5,1,\n", ":2: error is '', a number was expected"),
+        ("N,V,error,stderr\n.5,1,.3,-.1\n", ":2: stderr is -0.1: it cannot be negative"),
+        ("N,V,error\n.5,1,\n", ":2: error is empty, a number was expected: write one"),
         ("N,V,error\n.5,one,.3\n", ":2: V is 'one'"),
         ("N,V,error\n0,1,.3\n", "LLM parameters in billions must be positive"),
         ("N,V,error\n1,0,.3\n", "visual tokens must be positive"),
@@ -272,7 +273,7 @@ def test_a_long_table_holds_families_and_stderr(tmp_path):
         ("N,V,error\n.5,1,.3\n.5,4,.2\n.5,1,.31\n", ":4: N=0.5, V=1 was already in line 2 .* 0.31"),
         ("N,V,error\n7e9,1,.3\n", "pass --n-unit=parameters"),
         ("N,V,error\n25000,1,.3\n", "pass --n-unit=parameters"),
-        ("N,V,error\n", "no rows"),
+        ("N,V,error\n", "no rows: it needs column names"),
     ],
 )  # fmt: skip
 def test_bad_tables_are_refused_with_the_line_and_the_way_out(tmp_path, text, message):
@@ -292,10 +293,15 @@ def test_unknown_files_are_refused(tmp_path):
         records.load_points(table(tmp_path, "a.txt", "N V"))
     with pytest.raises(ValueError, match="not JSON"):
         records.load_points(table(tmp_path, "a.json", "{"))
+    with pytest.raises(ValueError, match="a.jsonl:2: not JSON"):
+        records.load_points(table(tmp_path, "a.jsonl", '{"N": 1, "V": 1, "error": 0.3}\nhello\n'))
+    (tmp_path / "utf16.csv").write_bytes("N,V,error".encode("utf-16"))
+    with pytest.raises(ValueError, match="utf16.csv: not text in UTF-8"):
+        records.load_points(tmp_path / "utf16.csv")
     with pytest.raises(FileNotFoundError):
         records.load_points(tmp_path / "none.csv")
-    with pytest.raises(ValueError, match="billions or parameters, got 'millions'"):
-        records.load_points(table(tmp_path, "a.csv", "N,V,error\n1,1,.3\n"), n_unit="millions")
+    with pytest.raises(ValueError, match="billions, millions, parameters, got 'thousands'"):
+        records.load_points(table(tmp_path, "a.csv", "N,V,error\n1,1,.3\n"), n_unit="thousands")
 
 
 def lmms_eval(accuracy, **more):

@@ -210,9 +210,10 @@ def token_choices(args: argparse.Namespace, kinds: Sequence[str], vit: cost.ViT 
     return {kind: V for kind, V in found.items() if V}
 
 
-def search_of(args: argparse.Namespace) -> tuple[planner.Search, dict[float, str]]:
-    """The search that the flags describe, and the names of LLMs by N. ValueError for clashing
-    flags.
+def search_of(args: argparse.Namespace) -> tuple[planner.Search, dict[float, str], list[str]]:
+    """The search that the flags describe, the names of LLMs by N, and warnings.
+
+    Raises ValueError for flags that clash.
     """
     unit, limit = next(
         (u, x)
@@ -243,7 +244,7 @@ def search_of(args: argparse.Namespace) -> tuple[planner.Search, dict[float, str
     config = described.load(Path(args.config), "get_config")() if args.config else None
     law = read_laws(args.law, args.mix)
     kinds = args.compressors.split(",") if args.compressors else None
-    limits = [(unit, float(limit))]
+    limits, doubts = [(unit, float(limit))], []
     if args.cost == "paper":
         if args.chip or args.efficiency or args.measured:
             raise ValueError(
@@ -269,6 +270,7 @@ def search_of(args: argparse.Namespace) -> tuple[planner.Search, dict[float, str
             raise ValueError("--dollars-per-million needs --price-per-hour, the price of one chip")
         if chip is not None and unit != "hbm":
             limits.append(("hbm", chip.hbm_bytes))
+        efficiency, doubts = efficiency_of(args, chip)
         spent = planner.FullCost(
             work,
             dict(family.values()),
@@ -276,7 +278,7 @@ def search_of(args: argparse.Namespace) -> tuple[planner.Search, dict[float, str
             query=base.compressor.query,
             heads=base.compressor.heads,
             chip=chip,
-            efficiency=efficiency_of(args, chip),
+            efficiency=efficiency,
             dollars_per_hour=(args.price_per_hour or 0.0) * args.chips,
         )
         kinds = kinds or [base.compressor.kind]
@@ -285,21 +287,39 @@ def search_of(args: argparse.Namespace) -> tuple[planner.Search, dict[float, str
     search = planner.Search(
         law, spent, planner.Budget(tuple(limits)), llms, token_choices(args, kinds, vit)
     )
-    return search, {N: name for name, (N, _) in family.items()}
+    return search, {N: name for name, (N, _) in family.items()}, doubts
 
 
-def efficiency_of(args: argparse.Namespace, chip: chips.Chip | None) -> dict[str, float] | None:
-    """The reached fraction of the roofline by phase, given or fitted to measured rows."""
+def efficiency_of(
+    args: argparse.Namespace, chip: chips.Chip | None
+) -> tuple[dict[str, float] | None, list[str]]:
+    """The reached fraction of the roofline by phase, given or fitted to measured rows; warnings."""
     if args.measured:
         if chip is None or args.efficiency:
             raise ValueError("--measured needs --chip, and replaces --efficiency")
-        return roofline.calibrate_rows(records.read(args.measured), chip)
+        rows = records.read(args.measured)
+        return roofline.calibrate_rows(rows, chip), doubts_of(rows, args.chip)
     if not args.efficiency:
-        return None
+        return None, []
     if ":" not in args.efficiency:
-        return dict.fromkeys(roofline.PHASES, number(args.efficiency, "--efficiency"))
-    pairs = (item.split(":", 1) for item in args.efficiency.split(","))
-    return {phase: number(value, "--efficiency") for phase, value in pairs}
+        return dict.fromkeys(roofline.PHASES, number(args.efficiency, "--efficiency")), []
+    pairs = [item.split(":", 1) for item in args.efficiency.split(",")]
+    if bad := [":".join(pair) for pair in pairs if len(pair) < 2]:
+        raise ValueError(f"--efficiency: {', '.join(bad)} is not phase:fraction")
+    return {phase: number(value, "--efficiency") for phase, value in pairs}, []
+
+
+def doubts_of(rows: Sequence[records.Row], chip: str) -> list[str]:
+    """What is doubtful about times of this chip that are fitted to these rows."""
+    found = []
+    machines = sorted({row.machine for row in rows if ("cpu" in row.machine) != (chip == "cpu")})
+    if machines:
+        found.append(f"the rows of --measured were evaluated on {', '.join(machines)}, "
+                     f"not on {chip}: their efficiency says nothing of it")  # fmt: skip
+    if not any(row.timing for row in rows):
+        found.append("the rows of --measured have no times of single batches: "
+                     "loading and compiling count against the chip")  # fmt: skip
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -307,8 +327,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     def body() -> int:
-        search, names = search_of(args)
+        search, names, doubts = search_of(args)
         answer = answers.plan(search, names)
+        answer["warnings"] += doubts
         if args.out:
             from vlm_jax.reports import plan_figure  # draws, and so needs matplotlib
 

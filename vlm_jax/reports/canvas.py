@@ -127,7 +127,7 @@ class Canvas:
         width: int | float = COLUMN_INCHES,
     ):
         self.matplotlib = require_matplotlib()
-        self.title, self.rows, self.labels, self.extras = title, [], [], []
+        self.title, self.rows, self.labels, self.extras, self.marks = title, [], [], [], []
         with self.matplotlib.rc_context(STYLE):
             self.figure = self.matplotlib.figure.Figure((width, height), layout="constrained")
             self.matplotlib.backends.backend_agg.FigureCanvasAgg(
@@ -203,6 +203,7 @@ class Canvas:
             facecolors="none" if hollow else [colour],
             edgecolors=[colour if hollow else "white"],
         )
+        self.marks += zip(x, y, strict=True)
         low, high = (np.where(known, y + sign * stderr, None) for sign in (-1, 1))
         self.note(series, "point", x, y=y, low=low, high=high, **extra)
 
@@ -235,7 +236,7 @@ class Canvas:
     def write_above(
         self, text: str, x: int | float, y: int | float, *, colour="0.25", size=6.8, gap=1.5
     ) -> None:
-        """A word above a mark, left out where it would cover a word that is already there."""
+        """A word above a mark, left out where it would cover another mark or an earlier word."""
         self.extras.append(
             self._annotate(text, x, y, colour, size, xytext=(0, gap), ha="center", va="bottom")
         )
@@ -281,23 +282,28 @@ class Canvas:
 
     def legend(self, columns: int = 2) -> None:
         """A legend below the axes, where it covers nothing, for the marks that were named."""
-        handles, names = self.axes.get_legend_handles_labels()
-        if handles:
+        named = {}
+        for handle, name in zip(*self.axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(name, []).append(handle)  # a line and its marks are one entry
+        if named:
             self.figure.legend(
-                handles,
-                names,
+                [handles[0] if len(handles) == 1 else tuple(handles) for handles in named.values()],
+                list(named),
                 loc="outside lower center",
                 ncols=columns,
                 fontsize=7,
                 frameon=False,
-                handlelength=1.5,
+                handlelength=2.2,
                 columnspacing=1.0,
                 labelspacing=0.25,
                 borderpad=0.1,
             )
 
     def _settle_words(self) -> None:
-        """Moves words on the right up until none covers another; drops words above that do."""
+        """Moves words on the right up until none covers another; drops words above that do.
+
+        Words above that cover a mark are dropped as well.
+        """
         self.figure.draw_without_rendering()
         self.figure.set_layout_engine("none")  # the layout stands; saving twice need not redo it
         renderer = self.figure.canvas.get_renderer()
@@ -317,9 +323,13 @@ class Canvas:
             x, y = word.xyann
             word.xyann = (x, y + (bottom - box.y0) * points_per_pixel)
             placed.append(box.translated(0, bottom - box.y0))
+        marks = self.axes.transData.transform(self.marks) if self.marks else []
         for word in self.extras:
             box = word.get_window_extent(renderer)
-            if any(box.overlaps(other) for other in placed):
+            wide = box.padded(2.5 / points_per_pixel)
+            own = self.axes.transData.transform(word.xy)
+            hidden = [m for m in marks if wide.contains(*m) and np.abs(m - own).max() > 1]
+            if hidden or any(box.overlaps(other) for other in placed):
                 word.remove()
             else:
                 placed.append(box)

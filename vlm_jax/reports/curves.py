@@ -11,14 +11,18 @@ ERROR = "error (1 − mean score)"
 
 
 def size_curves(canvas, cells, cost, law) -> None:
-    """Points, and the law's curve and band, for every size; `cost` (one per cell) is the x axis."""
+    """Points, and the law's curve and band, for every size; `cost` (one per cell) is the x axis.
+
+    Where a measured cost falls as V grows, no curve joins the points.
+    """
     colours = size_colours(len(cells.sizes))
     for i, (n, colour) in enumerate(zip(cells.sizes, colours, strict=True)):
         mine = cells.of_size(n)
         x = np.asarray(cost)[cells.N == n][np.argsort(cells.V[cells.N == n])]
         text = parameters_text(n)
         end = (x[-1], mine.error[-1])
-        if law is not None and len(x) > 1:
+        rising = len(x) > 1 and (np.diff(x) >= 0).all()
+        if law is not None and rising:
             tokens = np.geomspace(mine.V[0], mine.V[-1], 40)
             # Between cells the cost is a straight line in V: exact for FLOPs but for the square
             # of attention.
@@ -36,7 +40,7 @@ def size_curves(canvas, cells, cost, law) -> None:
                 )
             canvas.line(f"law {text}", at, curve, colour=colour, N_billions=n, V=tokens, Q=q)
             end = (at[-1], curve[-1])
-        elif len(x) > 1:
+        elif rising:
             canvas.line(
                 f"measured {text}",
                 x,

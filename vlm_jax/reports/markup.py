@@ -47,13 +47,16 @@ th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align
   white-space: nowrap; }
 th[scope=row], td.words, th.words { text-align: left; }
 td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 10rem; }
-thead th { background: var(--shade); vertical-align: bottom; font-weight: 600; }
+thead th { background: var(--shade); vertical-align: bottom; font-weight: 600;
+  white-space: normal; }
 thead button { font: inherit; color: inherit; background: none; border: 0; padding: .15rem 0;
   cursor: pointer; text-align: inherit; min-height: 1.5rem; }
-thead button::after { content: " \\2195"; color: var(--soft); }
-th[aria-sort=ascending] button::after { content: " \\2191"; }
-th[aria-sort=descending] button::after { content: " \\2193"; }
+thead button::after { content: "\\a0\\2195"; color: var(--soft); }
+th[aria-sort=ascending] button::after { content: "\\a0\\2191"; }
+th[aria-sort=descending] button::after { content: "\\a0\\2193"; }
 @media (min-width: 60rem) { th[scope=row] { position: sticky; left: 0; background: var(--paper); } }
+@media (max-width: 40rem) { th[scope=row] { white-space: normal; overflow-wrap: anywhere;
+  min-width: 8.5rem; } }
 td.open { color: var(--soft); }
 pre { background: var(--shade); padding: .8rem; overflow-x: auto; border-radius: 6px;
   font-size: .88rem; }

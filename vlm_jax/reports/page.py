@@ -11,6 +11,7 @@ from vlm_jax.reports.canvas import Figure, seconds_text
 from vlm_jax.reports.markup import Cell, numeral, words
 from vlm_jax.reports.run import Run
 
+MOST_VALUES = 5  # of one fact, before they are counted instead of listed
 QUESTION = "For a given inference budget, which language model and how many visual tokens?"
 # Figures that a reader wants first; the others of a family are folded away.
 FIRST = ("_scores", "_methods", "_flops_measured_q", "_optimal_v", "_total_flops")
@@ -237,7 +238,10 @@ def _made(rows: Sequence, run_facts: Mapping) -> str:
         ("prompt", "prompt"),
         ("answer parser", "parser"),
     ):
-        facts += [(title, *found) for found in _distinct(getattr(row, field) for row in rows)]
+        found = _distinct(getattr(row, field) for row in rows)
+        if len(found) > MOST_VALUES:  # every cell has a configuration of its own
+            found = [(f"{len(found)} different ones, in rows.jsonl", len(rows))]
+        facts += [(title, *value) for value in found]
     for library in sorted({library for row in rows for library in row.versions}):
         counted = _distinct(row.versions.get(library, "not recorded") for row in rows)
         facts += [(f"version of {library}", *found) for found in counted]

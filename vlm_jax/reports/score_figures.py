@@ -94,10 +94,9 @@ def methods(run: Run, family: str, out_dir, *, name: str) -> list[Figure]:
         # Methods share their V: moved apart a little, so that no bar hides another.
         x = V * 1.04 ** (i - (len(shown) - 1) / 2)
         common = {"colour": colour, "N_billions": size / 1e9, "V": V}
-        canvas.line(method, x, score, dash=DASHES[i // 7 % 4], **common)
-        canvas.points(
-            method, x, score, stderr=stderr, marker=MARKERS[i % len(MARKERS)], name=method, **common
-        )
+        canvas.line(method, x, score, dash=DASHES[i // 7 % 4], name=method, **common)
+        marker = {"marker": MARKERS[i % len(MARKERS)], "area": 34.0, "name": method}
+        canvas.points(method, x, score, stderr=stderr, **marker, **common)
     blind = [row.families[family] for row in run.blind
              if row.llm_parameters == size and family in row.families]  # fmt: skip
     if blind:

@@ -29,10 +29,7 @@ def margin_cell(row, family: str, blind: Mapping) -> Cell:
 
 
 def methods(run: Run) -> str:
-    """Score by method and V: a line each, a column for each family and LLM, their mean beside them.
-
-    The mean over LLMs is left out of lines that lack one of them.
-    """
+    """Score by method and V: a line each; means over LLMs first, then each family and LLM."""
     llms = list(dict.fromkeys(r.llm for r in sorted(run.rows, key=lambda r: r.llm_parameters)))
     grouped = {}
     for row in run.rows:
@@ -41,42 +38,45 @@ def methods(run: Run) -> str:
         grouped.setdefault(place, {}).setdefault(row.llm, []).append(row)
     if not grouped:
         return "<p>No cell is finished.</p>"
-    titles = ["method", "V"]
-    for family in run.families:
-        titles += [f"{family}, {llm}" for llm in llms]
-        titles += [f"{family}, mean"] * (len(llms) > 1)
-    titles += ["question pass, FLOPs", "request, FLOPs", "seeds"]
+    several = len(llms) > 1
+    titles = ["method", "V"] + [f"{family}, mean" for family in run.families if several]
+    titles += ["question pass, FLOPs", "request, FLOPs"]
+    titles += [f"{family}, {llm}" for family in run.families for llm in llms] + ["seeds"]
     order = {"blind": 2, run.method: 0}
     lines = []
     for (method, V), by_llm in sorted(
         grouped.items(), key=lambda item: (order.get(item[0][0], 1), item[0][0], item[0][1] or 0)
     ):
+        found = {
+            (family, llm): mean_over_seeds([row.families[family] for row in rows])
+            for family in run.families
+            for llm, rows in by_llm.items()
+            if all(family in row.families for row in rows)
+        }
         line = [words(method), numeral(V, V and f"{V:.4g}")]
-        for family in run.families:
-            found = {
-                llm: mean_over_seeds([row.families[family] for row in rows])
-                for llm, rows in by_llm.items()
-                if all(family in row.families for row in rows)
-            }
-            line += [mean_cell(found.get(llm)) for llm in llms]
-            if len(llms) > 1:
-                scores = np.array([found[llm] for llm in llms if llm in found]).reshape(-1, 2)
-                spread = np.sqrt((scores[:, 1] ** 2).sum()) / len(llms)
-                complete = len(scores) == len(llms)
-                line.append(mean_cell((scores[:, 0].mean(), spread) if complete else None))
+        for family in run.families if several else ():
+            scores = [found.get((family, llm)) for llm in llms]
+            line.append(mean_cell(None if None in scores else mean_of(scores)))
         largest = [row for row in by_llm.get(llms[-1], ()) if method != "blind"]
         for total in (lambda row: row.flops["question"], lambda row: sum(row.flops.values())):
             line.append(amount(np.mean([total(row) for row in largest]) if largest else None))
-        seeds = sorted({len(rows) for rows in by_llm.values()})
-        lines.append(
-            [*line, numeral(seeds[-1], " to ".join(map(str, sorted({seeds[0], seeds[-1]}))))]
-        )
+        line += [mean_cell(found.get((family, llm))) for family in run.families for llm in llms]
+        counts = sorted({len(rows) for rows in by_llm.values()})
+        seeds = " to ".join(dict.fromkeys((str(counts[0]), str(counts[-1]))))
+        lines.append([*line, numeral(counts[-1], seeds)])
     caption = (
         "Score of each method at each V. Fractions ± one standard error, of the test questions and "
-        f"of the seeds where there are several; FLOPs are of one request at {llms[-1]}. The law is "
-        f"fitted to the lines of {run.method or 'no method yet'} alone."
+        "of the seeds where there are several; a mean is over all LLMs, and missing where one is; "
+        f"FLOPs are of one request at {llms[-1]}. The law is fitted to the lines of "
+        f"{run.method or 'no method yet'} alone."
     )
     return markup.table(caption, titles, lines)
+
+
+def mean_of(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Mean of (score, standard error) pairs, as if they were independent."""
+    values, errors = np.array(scores).T
+    return float(values.mean()), float(np.sqrt((errors**2).sum()) / len(errors))
 
 
 def mean_cell(score: tuple[float, float] | None) -> Cell:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from vlm_jax.scaling.points import Cell
 
-N_UNITS = {"billions": 1.0, "parameters": 1e-9}
-LARGEST_N_BILLIONS = 1e4  # ten trillion parameters: beyond it N was surely given in parameters
+N_UNITS = {"billions": 1.0, "millions": 1e-3, "parameters": 1e-9}
+LARGEST_N_BILLIONS = 3e3  # three trillion parameters: beyond it N was given in another unit
 SCORES = ("error", "accuracy", "results")
 
 # lmms-eval task -> (names of its primary metric, newest first, and its maximum), where a task
@@ -43,24 +43,26 @@ LMMS_EVAL = {
 def read(path, *, n_unit: str | None = None, text_tokens: float = 0.0) -> list[Cell]:
     """The cells of a foreign table; repeated identical lines count once.
 
-    `n_unit` is "billions" or "parameters"; None means billions and refuses numbers that cannot be.
+    `n_unit` is one of N_UNITS; None means billions and refuses numbers that cannot be.
     `text_tokens` is the Q of tables without that column. Raises ValueError, naming the file and the
     line, for a missing column, a value that is no number, percent mixed with fractions, an error
     outside 0..1, and a cell that occurs twice with different values.
     """
     path = Path(path)
     if n_unit is not None and n_unit not in N_UNITS:
-        raise ValueError(f"N is counted in {' or '.join(N_UNITS)}, got {n_unit!r}")
+        raise ValueError(f"N is counted in {', '.join(N_UNITS)}, got {n_unit!r}")
     lines = _lines(path)
     if not lines:
-        raise ValueError(f"{path}: no rows")
+        raise ValueError(f"{path}: no rows: it needs column names and a line for each cell")
     given = _score_column(path, lines)
     long = [  # one line per cell and family: place, family, score, stderr
         (where, line, *score)
         for where, line in lines
         for score in _scores(path, where, line, given)
     ]
-    unit = 1.0 if given == "results" else _unit(path, [score for _, _, _, score, _ in long], given)
+    unit = 1.0
+    if given != "results":
+        unit = _unit(path, [(where, score) for where, _, _, score, _ in long], given)
     found, cells = {}, {}
     for where, line, family, score, stderr in long:
         N = _size(_number(path, where, line, "N"), n_unit, f"{path}:{where}")
@@ -94,24 +96,30 @@ def read(path, *, n_unit: str | None = None, text_tokens: float = 0.0) -> list[C
 
 def _lines(path):
     """(line number, fields) of each row of the file."""
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{path}: not text in UTF-8 ({problem}): save it as such") from None
     if path.suffix == ".csv":
         reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
         return [(reader.line_num, {k: v for k, v in row.items() if k}) for row in reader]
+    place = ""
     try:
         if path.suffix == ".json":
             loaded = json.loads(text)
             rows = list(enumerate(loaded if isinstance(loaded, list) else [loaded], 1))
         elif path.suffix in (".jsonl", ".ndjson"):
-            rows = [
-                (i, json.loads(line)) for i, line in enumerate(text.splitlines(), 1) if line.strip()
-            ]
+            rows = []
+            for i, line in enumerate(text.splitlines(), 1):
+                place = f":{i}"
+                if line.strip():
+                    rows.append((i, json.loads(line)))
         else:
             raise ValueError(
                 f"{path}: unknown kind of table {path.suffix!r}: give .csv, .jsonl or .json"
             )
     except json.JSONDecodeError as problem:
-        raise ValueError(f"{path}: not JSON: {problem}") from None
+        raise ValueError(f"{path}{place}: not JSON: {problem}") from None
     if bad := [i for i, row in rows if not isinstance(row, dict)]:
         raise ValueError(f"{path}:{bad[0]}: a row is an object with N, V and error or accuracy")
     return rows
@@ -143,11 +151,14 @@ def _score_column(path, lines):
 def _scores(path, where, line, given):
     """(family, score, stderr) of one line; several for an lmms-eval file."""
     if given != "results":
-        stderr = (
-            _number(path, where, line, "stderr")
-            if line.get("stderr") not in (None, "")
-            else math.nan
-        )
+        stderr = math.nan
+        if line.get("stderr") not in (None, ""):
+            stderr = _number(path, where, line, "stderr")
+            if stderr < 0:
+                raise ValueError(
+                    f"{path}:{where}: stderr is {stderr:g}: it cannot be negative; leave it empty "
+                    "where it is unknown"
+                )
         return [(str(line.get("family") or "all"), _number(path, where, line, given), stderr)]
     results = line.get("results")
     if isinstance(results, str):
@@ -195,7 +206,11 @@ def _number(path, where, line, name):
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{path}:{where}: {name} is {value!r}, a number was expected") from None
+        found = "empty" if value in (None, "") else repr(value)
+        raise ValueError(
+            f"{path}:{where}: {name} is {found}, a number was expected: write one, or leave the "
+            "line out"
+        ) from None
     if not math.isfinite(number):
         raise ValueError(
             f"{path}:{where}: {name} is {value}: leave the line out, or measure it again"
@@ -205,28 +220,28 @@ def _number(path, where, line, name):
 
 def _unit(path, scores, given):
     """What to multiply the column with to get fractions: 1, or 0.01 where every score is plainly a
-    percentage."""
-    low, high = min(scores), max(scores)
-    if low < 0 or high > 100:
+    percentage; `scores` are (line, score)."""
+    for where, score in scores:
+        if not 0 <= score <= 100:
+            raise ValueError(
+                f"{path}:{where}: {given} is {score:g}: give fractions (0..1) or percent (0..100)"
+            )
+    small = [(where, score) for where, score in scores if 0 < score <= 1]
+    large = [(where, score) for where, score in scores if score > 1]
+    if small and large:
         raise ValueError(
-            f"{path}: {given} runs from {low:g} to {high:g}: give fractions (0..1) or percent "
-            "(0..100)"
+            f"{path}: {given} is {small[0][1]:g} in line {small[0][0]} and {large[0][1]:g} in line "
+            f"{large[0][0]}, {len(small)} values in 0..1 and {len(large)} above 1: {given} cannot "
+            "exceed 1, or fractions and percent are mixed; write all of them as fractions"
         )
-    if high <= 1:
-        return 1.0
-    small = [s for s in scores if 0 < s <= 1]
-    if small:
-        raise ValueError(
-            f"{path}: {given} mixes fractions and percent: {len(small)} values in 0..1 (such as "
-            f"{small[0]:g}) and others up to {high:g}; write all of them as fractions"
-        )
-    return 0.01
+    return 0.01 if large else 1.0
 
 
 def _size(N, n_unit, where):
     if n_unit is None and N >= LARGEST_N_BILLIONS:
         raise ValueError(
             f"{where}: N = {N:g} billion parameters is more than any LLM has: if N counts "
-            f"parameters pass --n-unit=parameters, if it is right pass --n-unit=billions"
+            "parameters pass --n-unit=parameters, if millions of them --n-unit=millions, if it is "
+            "right --n-unit=billions"
         )
     return N * N_UNITS[n_unit or "billions"]
