@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax.kernels import tiles
 
-COLUMNS = 256  # channels that the gradient holds in registers at a time
+COLUMNS = 256  # channels of one product: more than fit into the registers would be spilled
 
 
 def forward(
@@ -94,7 +94,7 @@ def _parts(windows: int, keys: int, heads: int):
         yield slice(first, last), slice(first * keys, last * keys), mask
 
 
-def _rows(ref, windows: slice, columns: slice = slice(None)) -> Float[Array, "R E"]:
+def _rows(ref, windows: slice, columns: slice) -> Float[Array, "R E"]:
     """The queries of some windows, head after head."""
     x = ref[:, 0, 0, windows, columns]
     return x.reshape(-1, x.shape[-1])
@@ -107,27 +107,35 @@ def _store(ref, windows: slice, columns: slice, rows: Float[Array, "R E"]) -> No
     )
 
 
+def _columns(width: int) -> list[slice]:
+    """The channels, as many at a time as the registers hold."""
+    return [slice(i, min(i + COLUMNS, width)) for i in range(0, width, COLUMNS)]
+
+
+def _scores(q_ref, k_ref, windows: slice, keys: slice) -> Float[Array, "R C"]:
+    """Products of all queries and keys of some windows."""
+    return sum(
+        tiles.product(_rows(q_ref, windows, part), k_ref[0, 0, keys, part], (1, 1))
+        for part in _columns(q_ref.shape[-1])
+    )
+
+
 def _forward(q_ref, k_ref, v_ref, o_ref, *, windows, keys, heads, scale):
     for some, key, mask in _parts(windows, keys, heads):
-        scores = tiles.product(_rows(q_ref, some), k_ref[0, 0, key], (1, 1))
-        weights = tiles.softmax(scores * scale, mask)
-        v = v_ref[0, 0, key]
-        _store(o_ref, some, slice(None), tiles.product(weights.astype(v.dtype), v, (1, 0)))
+        weights = tiles.softmax(_scores(q_ref, k_ref, some, key) * scale, mask)
+        weights = weights.astype(v_ref.dtype)
+        for part in _columns(v_ref.shape[-1]):
+            _store(o_ref, some, part, tiles.product(weights, v_ref[0, 0, key, part], (1, 0)))
 
 
 def _backward(q_ref, g_ref, k_ref, v_ref, dq_ref, dk_ref, dv_ref, *, windows, keys, heads, scale):
-    width = q_ref.shape[-1]
-    parts = [slice(i, min(i + COLUMNS, width)) for i in range(0, width, COLUMNS)]
     for some, key, mask in _parts(windows, keys, heads):
-        scores, towards = (
-            sum(tiles.product(_rows(x, some, part), y[0, 0, key, part], (1, 1)) for part in parts)
-            for x, y in ((q_ref, k_ref), (g_ref, v_ref))
-        )
-        weights = tiles.softmax(scores * scale, mask)
+        weights = tiles.softmax(_scores(q_ref, k_ref, some, key) * scale, mask)
+        towards = _scores(g_ref, v_ref, some, key)
         mean = (weights * towards).sum(1, keepdims=True)
         scores = (weights * (towards - mean) * scale).astype(k_ref.dtype)
         weights = weights.astype(v_ref.dtype)
-        for part in parts:
+        for part in _columns(q_ref.shape[-1]):
             q, g, k = _rows(q_ref, some, part), _rows(g_ref, some, part), k_ref[0, 0, key, part]
             _store(dq_ref, some, part, tiles.product(scores, k, (1, 0)))
             dk_ref[0, 0, key, part] = tiles.product(scores, q, (0, 0)).astype(k.dtype)
