@@ -71,7 +71,7 @@ class WindowAttention(nnx.Module):
             )
         size = width // heads
         self.form = window_attention.form(kernels)
-        self.absorbed = absorbing_pays(tokens, patches, width, heads)
+        self.absorbed = absorbing_pays(tokens, patches, width, heads, self.form)
         # Xavier over the stacked [3 width, width] matrix of the three in-projections.
         inward = dict(
             dims=("embed", "heads", "head"),
@@ -143,14 +143,19 @@ class WindowAttention(nnx.Module):
         return out + self.value.bias[...].astype(dtype)
 
 
-def absorbing_pays(tokens: int, patches: int, width: int, heads: int) -> bool:
-    """Whether absorbing the key and value projections saves multiplications; on a tie it does not.
+def absorbing_pays(tokens: int, patches: int, width: int, heads: int, form: str) -> bool:
+    """Whether to absorb the key and value projections: the one place of this choice.
 
-    The one place of this choice. Projected, every patch costs 2 width^2 for its key and value and
-    2 width for its scores and sums; absorbed, every query costs 2 width^2 and every patch
-    2 width heads, as each head asks at full width. Of 576 patches at width 1024 with 8 heads
-    absorbing pays below 573 tokens: only windows of a single patch are projected.
+    Where it saves multiplications; on a tie it does not. Projected, every patch costs 2 width^2 for
+    its key and value and 2 width for its scores and sums; absorbed, every query costs 2 width^2 and
+    every patch 2 width heads, as each head asks at full width. Of 576 patches at width 1024 with 8
+    heads absorbing pays below 573 tokens: only windows of a single patch are projected.
+
+    A TPU waits for memory before it waits for products (docs/kernels.md). What is written between
+    the products and a kernel is width numbers per key and value, or per head of a query and its
+    result: with the Pallas kernels absorbing has to be less there too, which is below 72 tokens.
     """
     projected = 2 * patches * width * (width + 1)
     absorbed = 2 * tokens * width**2 + 2 * patches * width * heads
-    return absorbed < projected
+    fewer_bytes = form != "pallas" or tokens * heads < patches
+    return absorbed < projected and fewer_bytes
