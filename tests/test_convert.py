@@ -321,3 +321,39 @@ def test_a_conversion_killed_half_way_can_be_repeated_and_is_never_overwritten(t
 ])  # fmt: skip
 def test_flags_that_do_not_go_together_are_refused(flags, words, capsys):
     assert words in refused(capsys, *flags)
+
+
+@pytest.mark.parametrize("name, kind, fit, visual", [
+    ("clip_llama", "CLIPImageProcessor", "crop", 9),
+    ("clip_llama", "LlavaImageProcessor", "pad", 9),
+    ("clip_full", "CLIPImageProcessor", "crop", 10),
+    ("siglip_llama3", "SiglipImageProcessor", "stretch", 9),
+])  # fmt: skip
+def test_transformers_prepares_an_exported_model_as_its_configuration_says(
+    name, kind, fit, visual, tmp_path
+):
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    path = Path(shutil.copytree(FROZEN / name, tmp_path / "copy"))
+    with_tokenizer(path, ["<image>"])
+    (path / "preprocessor_config.json").write_text(json.dumps(
+        dict(do_pad=fit == "pad") | dict(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
+        if fit != "stretch" else {}))  # fmt: skip
+    assert run("--from", path, "--to", tmp_path / "a") == 0
+    facts = folder.read(tmp_path / "a").facts["image"]
+    assert facts["fit"] == fit and facts["mean"] == (
+        [0.5] * 3 if fit == "stretch" else [0.1, 0.2, 0.3]
+    )
+    assert run("--from", tmp_path / "a", "--to-hf", "--to", tmp_path / "b") == 0
+    said = json.loads((tmp_path / "b/preprocessor_config.json").read_text())
+    assert said["image_processor_type"] == kind and said["image_mean"] == facts["mean"]
+    made = AutoProcessor.from_pretrained(tmp_path / "b", backend="pil")
+    image = Image.fromarray(np.full((40, 60, 3), 255, "u1"))
+    out = made(images=image, text="<image>a b", return_tensors="np")
+    token = made.tokenizer.convert_tokens_to_ids("<image>")
+    assert (out["input_ids"] == token).sum() == visual
+    size = folder.read(tmp_path / "a").vit["image_size"]
+    assert out["pixel_values"].shape == (1, 3, size, size)
+    centre = (1 - np.array(facts["mean"])) / np.array(facts["std"])
+    np.testing.assert_allclose(out["pixel_values"][0, :, size // 2, size // 2], centre, atol=1e-5)

@@ -91,6 +91,7 @@ def test_parameters_of_the_published_models(name, mesh1):
 @pytest.mark.parametrize("change, words", [
     (dict(kv_heads=3), r"llm.kv_heads=3 does not divide llm.heads=4.*\[1, 2, 4\]"),
     (dict(head_size=5), "llm.head_size=5 is odd"),
+    (dict(rope_kind="yarn"), "rope_kind='yarn': choose one of .*'linear', 'llama3'"),
 ])  # fmt: skip
 def test_impossible_sizes_are_refused_with_the_way_out(change, words, mesh1):
     c = tiny.config(llm=change)

@@ -166,6 +166,9 @@ def test_parameters_of_the_published_tower(mesh1):
     (dict(levels=(2, 1)), "ascending block numbers from 1 to 3"),
     (dict(levels=(1, 4)), "ascending block numbers from 1 to 3"),
     (dict(levels=()), "ascending block numbers from 1 to 3"),
+    (dict(activation="relu"), r"choose one of \['gelu', 'gelu_tanh', 'quick_gelu'\]"),
+    (dict(class_token=False, keep_class=True), "there is none to keep"),
+    (dict(final_norm=True), "ends before block 3"),
 ])  # fmt: skip
 def test_impossible_sizes_are_refused_with_the_way_out(change, words, c, mesh1):
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match=words):
