@@ -70,8 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(options) -> dict:
-    """The fit that the flags describe; returns what law.json holds, without draws, and the files
-    made."""
+    """The fit that the flags describe: what law.json holds, without draws, and the files made."""
     if options.bootstrap < 0:
         raise ValueError(f"--bootstrap must be 0 or more draws, got {options.bootstrap}")
     if options.chip not in chips.CHIPS:

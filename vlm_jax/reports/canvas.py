@@ -65,14 +65,8 @@ def parameters_text(billions: int | float) -> str:
 
 def amount_text(value: int | float) -> str:
     """A count with a metric prefix and three digits: 1.23e9 is "1.23 G"."""
-    for factor, prefix in (
-        (1e18, "E"),
-        (1e15, "P"),
-        (1e12, "T"),
-        (1e9, "G"),
-        (1e6, "M"),
-        (1e3, "k"),
-    ):
+    for power, prefix in zip((18, 15, 12, 9, 6, 3), "EPTGMk", strict=True):
+        factor = 10.0**power
         if abs(value) >= factor * 0.9995:
             return f"{value / factor:.3g} {prefix}"
     return f"{value:.3g} "
@@ -130,9 +124,8 @@ class Canvas:
         self.title, self.rows, self.labels, self.extras, self.marks = title, [], [], [], []
         with self.matplotlib.rc_context(STYLE):
             self.figure = self.matplotlib.figure.Figure((width, height), layout="constrained")
-            self.matplotlib.backends.backend_agg.FigureCanvasAgg(
-                self.figure
-            )  # measures words before saving
+            # Words are measured before saving.
+            self.matplotlib.backends.backend_agg.FigureCanvasAgg(self.figure)
             self.axes = self.figure.add_subplot()
             self.axes.set(xlabel=x, ylabel=y, title=title)
             self.axes.grid(True, axis="y", color="0.9", linewidth=0.5)

@@ -58,7 +58,11 @@ CHIPS = {
         _bf16("v5p", 459, 2765, 95, _TPU + "v5p"),
         _bf16("v6e", 918, 1638, 32, _TPU + "v6e"),
         _bf16("v7", 2307, 7380, 192, _TPU + "tpu7x (Ironwood; two JAX devices per chip)"),
-        # 1979 TFLOP/s on the pages is with sparsity: half of it without. Memory there is decimal.
+        # 1979 TFLOP/s on NVIDIA's data sheets is with sparsity: half of it without. The sheets
+        # themselves were not at hand: the numbers are those that several pages quote from them
+        # (bandwidth of the HBM3 and HBM3e SXM boards), and the 141 GB also NVIDIA's own MLPerf
+        # submission (mlcommons/inference_results_v4.1, closed/NVIDIA/systems). GB are taken as
+        # 1e9 bytes, the cautious reading.
         _bf16("h100", 989.4, 3350, 80e9 / GIB, _NVIDIA + "h100 (SXM)"),
         _bf16("h200", 989.4, 4800, 141e9 / GIB, _NVIDIA + "h200 (SXM)"),
     )

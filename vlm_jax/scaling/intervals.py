@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intervals that keep their word on a dozen points: profile likelihood for parameters, bootstrap
-draws for bands.
+"""Intervals that keep their word on a dozen points: profile likelihood, and draws for bands.
 
 The profile of a parameter is the least loss with that parameter held; its interval is where the
 profile stays below loss (1 + t^2 / dof), t being Student's at dof = points - parameters (Bates and
@@ -40,9 +39,8 @@ def profile(design, y, weight, best, *, level=0.95, huber=None, held=None):
     def height(loss):
         return np.sqrt(np.maximum(loss - floor, 0.0) / max(limit - floor, 1e-300)) - 1.0
 
-    inside = np.tile(
-        best, (count, 1)
-    )  # the last solution below the limit, a warm start for the next
+    # The last solution below the limit is a warm start for the next.
+    inside = np.tile(best, (count, 1))
     at, above = best[which], np.full(count, -1.0)
     step = 0.5 * t * _spread(design, y, weight, best)[which]
     far, far_height = np.full(count, np.nan), np.full(count, np.nan)
@@ -92,8 +90,7 @@ def _held(design, y, weight, inside, fixed, which, problems, at, huber, height):
 
 
 def _tangent(design, weight, best):
-    """The law's derivative at each point, float64[P, n], in units of the noise; 0 where D is at
-    0."""
+    """The law's derivative at each point, float64[P, n], in units of the noise; 0 for a D of 0."""
     columns = jacobian(design, best[None])[0][0] * np.sqrt(weight)
     if best[design.shape[0]] <= FLOOR[0]:
         columns[design.shape[0]] = 0.0

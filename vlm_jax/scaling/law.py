@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fitted law predicts the error of (N, V) with a band and says which parameters the points
-determine.
+"""A fitted law predicts the error of (N, V), with a band, and says what the points determine.
 
 N LLM parameters in billions   V visual tokens   Q text tokens   P parameters   n points
 """
@@ -56,11 +55,10 @@ class Law:
         return predict(design, to_vector(self.form, self.params)[None])[0].reshape(shape)
 
     def band(self, N, V, Q=0, *, level: float = 0.95, measured: bool = False):
-        """(low, high) between which the law lies at `level`; `measured` adds the scatter of one new
-        cell.
+        """(low, high) between which the law lies at `level`.
 
-        Quantiles of the bootstrap draws, shaped as N, V and Q broadcast. Raises ValueError for a
-        law without draws.
+        `measured` adds the scatter of one new cell. Quantiles of the bootstrap draws, shaped as N,
+        V and Q broadcast. Raises ValueError for a law without draws.
         """
         if self.samples is None:
             raise ValueError("this law carries no bootstrap draws: fit it with bootstrap=1000")
@@ -93,8 +91,7 @@ class Law:
 
     @classmethod
     def from_dict(cls, fields: dict) -> "Law":
-        """The law in parsed JSON; fields that are not a law's own are ignored. Raises
-        ValueError."""
+        """The law in parsed JSON; other fields are ignored. Raises ValueError."""
         form = fields.get("form")
         if form not in FORMS:
             raise ValueError(f"not a law: form is {form!r}, allowed are {', '.join(FORMS)}")
@@ -144,8 +141,7 @@ def _logarithmic(form, vectors):
 
 
 def _linear(form, vectors):
-    """Solver vectors [m, P] with coefficients instead of their logarithms; at the search bound they
-    are 0."""
+    """Solver vectors [m, P] with coefficients for their logarithms; 0 at the search bound."""
     terms = len(FORMS[form].coefficients)
     vectors = np.array(vectors, dtype=np.float64)
     logs = vectors[:, :terms]

@@ -76,8 +76,7 @@ class Points:
 
 @dataclass(frozen=True)
 class Cell:
-    """One trained model's place in the grid and its scores: family -> (error, stderr),
-    fractions."""
+    """A trained model's place in the grid and its scores: family -> (error, stderr), fractions."""
 
     N: float
     V: float

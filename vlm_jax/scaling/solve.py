@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Least squares of many data sets, weightings or fixed parameters at once: one bounded
-Levenberg-Marquardt.
+"""Least squares of many data sets, weights or fixed parameters at once, by one bounded solver.
+
+The solver is a Levenberg-Marquardt.
 
 A parameter vector is [log coefficients, D, exponents]: logarithms keep coefficients positive and
 make A and its exponents a straight valley; D stays linear so that its bound 0 can be reached
@@ -117,8 +118,7 @@ def solve(design, y, weight, start, *, fixed=None, huber=None, iterations=300):
 
 
 def starts(design, y, weight, count, rng) -> np.ndarray:
-    """float64[count, P]: exponents drawn over their plausible range, the rest by non-negative least
-    squares."""
+    """float64[count, P]: exponents drawn from a plausible range, the rest by non-negative fits."""
     terms, exponents, _ = design.shape
     signs = np.where(rng.random((count, exponents)) < 0.85, 1.0, -1.0)
     drawn = signs * np.exp(rng.uniform(np.log(0.003), np.log(2.0), (count, exponents)))
