@@ -70,8 +70,7 @@ class Row:
 
     @classmethod
     def from_json(cls, line: str) -> "Row":
-        """The row that `to_json` wrote. Raises ValueError naming fields that are missing or
-        unknown."""
+        """The row that `to_json` wrote; ValueError names fields that are missing or unknown."""
         fields = json.loads(line)
         if not isinstance(fields, dict):
             raise ValueError(f"a row is a JSON object, got {type(fields).__name__}")
@@ -99,8 +98,7 @@ def method_of(compressor: str, query: str, variant: str = "") -> str:
 
 
 def families_of(tasks: dict) -> dict:
-    """Family -> score, stderr, n: the unweighted mean over the family's tasks, which count as
-    independent."""
+    """Family -> score, stderr, n: the unweighted mean over its tasks, taken as independent."""
     grouped = {}
     for task in tasks.values():
         grouped.setdefault(task["family"], []).append(task)
