@@ -247,8 +247,9 @@ def _made(rows: Sequence, run_facts: Mapping) -> str:
         facts += [(f"version of {library}", *found) for found in counted]
     if run_facts.get("config"):
         facts.append(("configuration", str(run_facts["config"]), None))
-    spent = sum(row.train.get("seconds") or 0 for row in rows)
-    facts.append(("training of all cells", seconds_text(spent), None))
+    # Rows of several V may share a model: its training counts once.
+    spent = {row.trained_with or row.cell: row.train.get("seconds") or 0 for row in rows}
+    facts.append(("training of all cells", seconds_text(sum(spent.values())), None))
     for phase, seconds in (run_facts.get("phases") or {}).items():
         facts.append((f"wall time: {phase}", seconds_text(float(seconds)), None))
     lines = [[words(title), words(value), numeral(n, n and str(n))] for title, value, n in facts]
