@@ -131,6 +131,13 @@ def test_every_budget_buys_something_within_it(run):
         assert answer["cost"]["amount"] <= answer["budget"]["limit"] * (1 + 1e-9)
 
 
+def test_without_matplotlib_the_answer_comes_without_its_figure(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    flags = ["--flops=1e12", "--text-tokens=50", f"--out={tmp_path}"]
+    status, answer, err = run("reasoning", *flags)
+    assert status == 0 and answer["figures"] == [] and "figures need matplotlib: pip install" in err
+
+
 def test_a_law_written_by_hand_works_and_says_what_it_lacks(run, laws):
     (laws / "hand.json").write_text(
         '{"form": "multiplicative", "A": 0.6, "alpha": 0.08, "beta": 0.02, "D": 0}'

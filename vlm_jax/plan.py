@@ -322,6 +322,17 @@ def doubts_of(rows: Sequence[records.Row], chip: str) -> list[str]:
     return found
 
 
+def draw(search: planner.Search, out: str) -> list[str]:
+    """The paths of the plan's figure; none, said on stderr, where matplotlib is missing."""
+    from vlm_jax.reports import plan_figure
+
+    try:
+        return [str(path) for path in plan_figure.draw(search, out).paths]
+    except ModuleNotFoundError as missing:
+        print(f"no figure: {missing}", file=sys.stderr)
+        return []
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the verb; 0, or 2 after a message about what the user can mend."""
     args = parser().parse_args(argv)
@@ -331,10 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         answer = answers.plan(search, names)
         answer["warnings"] += doubts
         if args.out:
-            from vlm_jax.reports import plan_figure  # draws, and so needs matplotlib
-
-            figure = plan_figure.draw(search, args.out)
-            answer["figures"] = [str(path) for path in figure.paths]
+            answer["figures"] = draw(search, args.out)
         words = answers.in_words(answer)
         if sys.stdout.isatty() and not args.json:
             print(words)
