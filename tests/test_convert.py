@@ -124,10 +124,15 @@ def test_a_projector_of_stage_1_is_read_from_its_pickle_without_torch(tmp_path):
         )
 
 
-@pytest.mark.parametrize("kind", ["quecc", "token_packer", "pool"])
-def test_a_new_compressor_is_born_and_its_model_keeps_our_layout(kind, tmp_path, mesh1, capsys):
-    made = ["--from", FROZEN / "clip_llama", f"--compressor={kind}", "--tokens=9", "--levels=1,3",
-            "--heads=2"]  # fmt: skip
+@pytest.mark.parametrize("kind, tokens, levels", [
+    ("quecc", 9, (1, 3)), ("token_packer", 9, (1, 3)), ("pool", 9, (1, 3)), ("mqt", 9, (2,)),
+    ("prumerge", 3, (2,)),
+])  # fmt: skip
+def test_a_new_compressor_is_born_and_its_model_keeps_our_layout(
+    kind, tokens, levels, tmp_path, mesh1, capsys
+):
+    made = ["--from", FROZEN / "clip_llama", f"--compressor={kind}", f"--tokens={tokens}",
+            f"--levels={','.join(map(str, levels))}", "--heads=2"]  # fmt: skip
     assert run(*made, "--to", tmp_path / "a") == 0 and run(*made, "--to", tmp_path / "b") == 0
     assert run("--from", tmp_path / "a", "--to-hf", "--to", tmp_path / "c") == 0
     assert f"transformers knows no compressor '{kind}'" in capsys.readouterr().err
@@ -136,7 +141,7 @@ def test_a_new_compressor_is_born_and_its_model_keeps_our_layout(kind, tmp_path,
     assert all(np.array_equal(one[name], two[name]) for name in one)  # of the same seed
     with jax.set_mesh(mesh1):
         model = folder.load(tmp_path / "c")
-    assert model.compressor.tokens == 9 and model.vit.levels == (1, 3)
+    assert model.compressor.tokens == tokens and model.vit.levels == levels
 
 
 def test_a_run_of_train_becomes_a_model_folder_with_its_tokenizer(trained, tmp_path, mesh1):

@@ -9,10 +9,13 @@ from flax import nnx
 from vlm_jax.models import compressors, pretrained
 from vlm_jax.models.compressors import COMPRESSORS
 
+# Where four is no number of visual tokens that a method can give.
+TOKENS = {"none": 64, "prumerge_plus": 5}
+
 
 def abstract(kind="quecc", *, tokens=4, query="separate"):
     return jax.eval_shape(lambda: compressors.build(
-        kind, tokens=64 if kind == "none" else tokens, side=8, width=16, levels=2, llm_width=24,
+        kind, tokens=TOKENS.get(kind, tokens), side=8, width=16, levels=2, llm_width=24,
         heads=4, query=query, rngs=nnx.Rngs(0)))  # fmt: skip
 
 

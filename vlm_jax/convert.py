@@ -45,7 +45,7 @@ def flags() -> argparse.ArgumentParser:
     add("--vision", type=Path, help="folder of a CLIP or SigLIP tower")
     add("--llm", type=Path, help="folder of a Llama, Vicuna, Qwen1.5, Qwen2, Qwen2.5 or Qwen3")
     add("--compressor", choices=sorted(COMPRESSORS), help="method of a new model (default: none)")
-    add("--tokens", type=int, help="visual tokens that it hands to the LLM")
+    add("--tokens", type=int, help="visual tokens that it hands to the LLM (0: as many as needed)")
     add("--levels", help="blocks of the tower that it reads (default: the last but one)")
     add("--heads", type=int, default=8, help="of its attention")
     add("--query", default="separate", help="quecc: who reads the question (default: separate)")
@@ -113,7 +113,7 @@ def gather(options: argparse.Namespace) -> folder.Model:
     compressor = None
     if options.compressor or options.projector:
         fields = dict(kind=options.compressor or "none", heads=options.heads, query=options.query)
-        if options.tokens:
+        if options.tokens is not None:
             fields["tokens"] = options.tokens
         elif fields["kind"] != "none":
             raise ValueError(f"--compressor={fields['kind']} needs --tokens=V")
