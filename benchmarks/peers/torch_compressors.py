@@ -185,14 +185,17 @@ class PruMerge(LLaVA):
     """
 
     def forward(self, features: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-        batch, patches, width = features.shape
-        scores = (queries @ keys.transpose(1, 2) * width**-0.5).softmax(-1)[:, 0, 1:]
+        return super().forward(self.merged(features, queries, keys))
+
+    def merged(self, features: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        """The tokens before the MLP."""
+        scores = (queries @ keys.transpose(1, 2) * self.width**-0.5).softmax(-1)[:, 0, 1:]
         kept = scores.topk(self.tokens - 1).indices
         merged = [
             merge(x, F.normalize(k[1:], dim=-1), score, index)
             for x, k, score, index in zip(features, keys, scores, kept, strict=True)
         ]
-        return super().forward(torch.stack(merged))
+        return torch.stack(merged)
 
 
 def merge(x: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Tensor:
@@ -206,7 +209,7 @@ def merge(x: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Tensor:
         others, other_keys, other_scores = (
             torch.cat([y[:i], y[i + 1 :]]) for y in (x, keys, scores)
         )
-        near = (other_keys @ keys[i]).topk(MERGED).indices
+        near = (other_keys @ keys[i, :, None])[:, 0].topk(MERGED).indices
         made[i] = x[i] + (others[near] * other_scores[near, None]).sum(0)
     made[-1] = (x[len(kept) :] * scores[len(kept) :, None]).sum(0)
     return made
