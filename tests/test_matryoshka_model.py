@@ -159,6 +159,24 @@ def test_positions_move_in_the_first_stage_alone_and_steps_compile_once(stage, b
         assert (np.asarray(after.query[...]) != before[1]).any()
 
 
+@pytest.mark.parametrize("kind", ["mqt", "m3"])
+def test_a_step_on_eight_devices_in_micro_batches_is_one_on_one(kind, mesh1, mesh8):
+    run = {"mqt": objective.next_token, "m3": objective.every_scale}[kind]
+    found = []
+    for meshes, accumulate in ((mesh1, 1), (mesh8, 2)):
+        with jax.set_mesh(meshes):
+            c, model = model_of(kind, 16)
+            tx = optimizer.optimizer(c.finetune)
+            graph, state = optimizer.start(model, "finetune", tx)
+            batch = tiny.batch(c, rows=16)
+            if kind == "mqt":
+                batch["limit"] = np.resize(np.array([2, 14], np.int32), 16)
+            step = optimizer.make_step(graph, tx, run, accumulate=accumulate)
+            found.append(step(state, tiny.placed(batch))[1])
+    np.testing.assert_allclose(found[1].loss, found[0].loss, rtol=1e-5)
+    np.testing.assert_allclose(found[1].gradient_norm, found[0].gradient_norm, rtol=1e-4)
+
+
 # --- From the command line: one training, a row or an evaluation for every V ----------------------
 
 SHORT = ("--config=tests/tiny.py", "--config.finetune.steps=3", "--config.align.steps=2",
