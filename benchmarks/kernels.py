@@ -23,7 +23,7 @@ from pathlib import Path
 
 BATCH, PATCHES, WIDTH, HEADS = 64, 576, 1024, 8
 TOKENS = (1, 4, 16, 36, 144)
-KERNELS = ("window_attention", "window_attention_gradient",
+KERNELS = ("window_attention", "window_attention_gradient", "unprojected_attention",
            "absorbed_attention", "absorbed_attention_gradient")  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 # What a process must say before libtpu is loaded where there is no TPU.
@@ -73,13 +73,14 @@ def single(chip: str):
 def programs(tokens: int, batch: int = BATCH, dtype: str = "bfloat16") -> dict:
     """Name -> function and shapes of its arguments.
 
-    `window_attention` and `absorbed_attention` are the kernels alone, with `_gradient` both
-    passes; `xla` and `literal` compute the same as the first. `projected_*` and `absorbed_*` go
-    from unprojected queries, keys and values to the result of the output projection.
+    Those named as in KERNELS are the kernels alone; `xla` and `literal` compute the same as the
+    first. The others go from unprojected queries, keys and values through the output projection:
+    `projected_*` project them, `absorbed_*` do not, `absorbed_steps` as a training step does it.
     """
     import jax
     import jax.numpy as jnp
 
+    from vlm_jax.kernels import unprojected_tpu
     from vlm_jax.kernels.window_attention import absorbed_attention, window_attention
 
     per, size, side = PATCHES // tokens, WIDTH // HEADS, math.isqrt(PATCHES // tokens)
@@ -118,12 +119,22 @@ def programs(tokens: int, batch: int = BATCH, dtype: str = "bfloat16") -> dict:
 
         return run
 
+    def unprojected(query, keys, values, w_k, w_v):
+        keys, values = windows(keys), windows(values)
+        return unprojected_tpu.attend(heads(query), keys, values, w_k, w_v).reshape(image)
+
     def whole_absorbed(form):
         def run(x, keys, values, w_q, w_k, w_v, w_o):
-            by_head = (WIDTH, HEADS, size)
-            query = jnp.einsum("BVNH,ENH->NBVE", heads(x @ w_q), w_k.reshape(by_head))
-            context = absorbed(query, keys, values, form)
-            out = jnp.einsum("NBVE,ENH->BVNH", context, w_v.reshape(by_head))
+            w_k, w_v = (w.reshape(WIDTH, HEADS, size) for w in (w_k, w_v))
+            query, keys, values = heads(x @ w_q), windows(keys), windows(values)
+            if form == "xla":
+                query = jnp.einsum("BVNH,ENH->BVNE", query, w_k)
+                out = absorbed_attention(query, keys, values, scale=size**-0.5, form=form)
+                out = jnp.einsum("BVNE,ENH->BVNH", out, w_v)
+            else:
+                weights = w_k.transpose(1, 2, 0), w_v.transpose(1, 0, 2)
+                f = unprojected_tpu.attend if form == "pallas" else unprojected_tpu.in_steps
+                out = f(query, keys, values, *weights)
             return out.reshape(image) @ w_o
 
         return run
@@ -138,9 +149,14 @@ def programs(tokens: int, batch: int = BATCH, dtype: str = "bfloat16") -> dict:
         "literal": (lambda *x: core(*x, form="xla", cut=windows_of_raster), core_in),
         "absorbed_attention": (absorbed, wide_in),
         "absorbed_attention_gradient": (gradient(absorbed), (wide, *wide_in)),
+        "unprojected_attention": (
+            unprojected,
+            (*core_in, (HEADS, size, WIDTH), (HEADS, WIDTH, size)),
+        ),
         "projected_literal": (projected("xla", windows_of_raster), whole_in),
         "projected_kernel": (projected("pallas"), whole_in),
         "absorbed_xla": (whole_absorbed("xla"), whole_in),
+        "absorbed_steps": (whole_absorbed("steps"), whole_in),
         "absorbed_kernel": (whole_absorbed("pallas"), whole_in),
     }
     return {name: (f, [(shape, dtype) for shape in shapes]) for name, (f, shapes) in found.items()}
@@ -211,12 +227,15 @@ def block_bytes(jaxpr) -> dict[str, tuple[int, int]]:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             mapping = equation.params["grid_mapping"]
-            steps, moved = math.prod(mapping.grid), 0
+            steps, moved, kept = math.prod(mapping.grid), 0, 0
             for block in mapping.block_mappings:
                 *outer, rows, lanes = (n.block_size for n in block.block_shape)
                 rows = math.ceil(rows / 8) * 8 if rows > 4 else 2 ** math.ceil(math.log2(rows))
-                moved += math.prod((*outer, rows, lanes)) * block.array_aval.dtype.itemsize
-            found[equation.params["name"]] = (steps * moved, steps)
+                size = math.prod((*outer, rows, lanes)) * block.array_aval.dtype.itemsize
+                # A block that is the whole array is copied once, not at every step.
+                whole = size >= block.array_aval.size * block.array_aval.dtype.itemsize
+                moved, kept = moved + size * (not whole), kept + size * whole
+            found[equation.params["name"]] = (steps * moved + kept, steps)
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
                 inner = getattr(inner, "jaxpr", inner)
@@ -260,11 +279,10 @@ def measure(chip: str, tokens: int, names: list[str], dump: str | None) -> dict:
 
 def floor(tokens: int, kernel: str) -> int:
     """Bytes that a kernel cannot avoid: every operand and result once."""
-    queries, passes = (
-        (HEADS if "absorbed" in kernel else 1),
-        (3, 4) if "gradient" in kernel else (2, 2),
-    )
-    return 2 * BATCH * WIDTH * (passes[0] * queries * tokens + passes[1] * PATCHES)
+    rows = tokens * (HEADS if "absorbed" in kernel else 1)
+    of_rows, of_patches = (3, 4) if "gradient" in kernel else (2, 2)
+    weights = 2 * WIDTH * WIDTH if "unprojected" in kernel else 0
+    return 2 * (BATCH * WIDTH * (of_rows * rows + of_patches * PATCHES) + weights)
 
 
 def row(chip: str, tokens: int) -> dict:
@@ -300,7 +318,8 @@ def derived(chip: str, tokens: int, facts: dict) -> dict:
         )
     for name, inner in (
         ("projected_kernel", "window_attention"),
-        ("absorbed_kernel", "absorbed_attention"),
+        ("absorbed_steps", "absorbed_attention"),
+        ("absorbed_kernel", "unprojected_attention"),
     ):
         # What the compiler keeps in VMEM between two operations costs the kernel no DMA.
         moving = facts[name]["kernel_bytes"] / of.bandwidth * of.clock
@@ -338,15 +357,16 @@ def main() -> None:
 def line(found: dict) -> str:
     """One row for people."""
     p = found["programs"]
-    core, fused = p["window_attention"], p["absorbed_attention"]
-    ratio = p["projected_kernel"]["cycles"] / p["absorbed_kernel"]["cycles"]
-    return (
-        f"{found['chip']:6} V={found['tokens']:<4} "
-        f"core: bytes/floor {core['block_bytes'] / core['floor_bytes']:.2f}, "
-        f"bundles/DMA {core['bundle_cycles'] / core['dma_cycles']:.2f}, spills {core['spills']}; "
-        f"absorbed: bundles/DMA {fused['bundle_cycles'] / fused['dma_cycles']:.2f}, "
-        f"spills {fused['spills']}; cycles projected/absorbed {ratio:.2f}"
-    )
+    said = [f"{found['chip']:6} V={found['tokens']:<4}"]
+    for name in ("window_attention", "unprojected_attention"):
+        kernel = p[name]
+        said.append(
+            f"{name}: bytes/floor {kernel['block_bytes'] / kernel['floor_bytes']:.2f}, "
+            f"bundles/DMA {kernel['bundle_cycles'] / kernel['dma_cycles']:.2f}, "
+            f"spills {kernel['spills']};"
+        )
+    cycles = [p[f"{name}_kernel"]["cycles"] for name in ("projected", "absorbed")]
+    return " ".join(said) + f" cycles projected/absorbed {cycles[0] / cycles[1]:.2f}"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax import mesh
-from vlm_jax.kernels import absorbed_tpu, window_tpu
+from vlm_jax.kernels import absorbed_tpu, unprojected_tpu, window_tpu
 
 FORMS = ("pallas", "xla")
 
@@ -72,6 +72,50 @@ def absorbed_attention(
     scores = jnp.einsum("BVNE,BVSE->BVNS", query, keys, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * scale).astype(values.dtype)
     return jnp.einsum("BVNS,BVSE->BVNE", weights, values)
+
+
+def unprojected_attention(
+    query: Float[Array, "B V N H"],
+    keys: Float[Array, "B V S E"],
+    values: Float[Array, "B V S E"],
+    key_kernel: Float[Array, "E N H"],
+    value_kernel: Float[Array, "E N H"],
+    *,
+    form: str,
+) -> Float[Array, "B V N H"]:
+    """`window_attention` to keys and values that are still to be projected, without projecting one.
+
+    Each head asks the patches with W_k q and projects what it got, W_v (sum of weighted patches).
+    """
+    if form == "pallas":
+        patches = mesh.spec("batch", "len", "len", "feature")
+        queries = mesh.spec("batch", "len", "heads", "head")
+        weights = mesh.spec("heads", "none", "none")
+        return jax.shard_map(
+            unprojected_tpu.attend,
+            in_specs=(queries, patches, patches, weights, weights),
+            out_specs=queries,
+            check_vma=False,
+        )(
+            query,
+            keys,
+            values,
+            jax.sharding.reshard(key_kernel.transpose(1, 2, 0), weights),
+            jax.sharding.reshard(value_kernel.transpose(1, 0, 2), weights),
+        )
+    asked = jnp.einsum(
+        "BVNH,ENH->BVNE",
+        query,
+        key_kernel,
+        out_sharding=mesh.spec("batch", "len", "heads", "feature"),
+    )
+    got = absorbed_attention(asked, keys, values, scale=query.shape[-1] ** -0.5, form=form)
+    return jnp.einsum(
+        "BVNE,ENH->BVNH",
+        got,
+        value_kernel,
+        out_sharding=mesh.spec("batch", "len", "heads", "head"),
+    )
 
 
 def _sharded(attend, queries: tuple[str, ...], patches: tuple[str, ...]):

@@ -7,11 +7,9 @@ E vit width  N heads  H head size
 
 import math
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vlm_jax import mesh
 from vlm_jax.kernels import window_attention
 from vlm_jax.models.layers import Initializer, Linear, uniform
 
@@ -71,7 +69,7 @@ class WindowAttention(nnx.Module):
             )
         size = width // heads
         self.form = window_attention.form(kernels)
-        self.absorbed = absorbing_pays(tokens, patches, width, heads, self.form)
+        self.absorbed = absorbing_pays(tokens, patches, width, heads)
         # Xavier over the stacked [3 width, width] matrix of the three in-projections.
         inward = dict(
             dims=("embed", "heads", "head"),
@@ -120,42 +118,26 @@ class WindowAttention(nnx.Module):
         values: Float[Array, "B P E"],
     ) -> Float[Array, "B V N H"]:
         """The same without projecting a key or a value."""
-        tokens, size, dtype = query.shape[1], query.shape[-1], query.dtype
-        query = jnp.einsum(
-            "BVNH,ENH->BVNE",
-            query,
-            self.key.kernel[...].astype(dtype),
-            out_sharding=mesh.spec("batch", "len", "heads", "feature"),
-        )
-        context = window_attention.absorbed_attention(
+        tokens, dtype = query.shape[1], query.dtype
+        out = window_attention.unprojected_attention(
             query,
             windows(keys, tokens),
             windows(values, tokens),
-            scale=size**-0.5,
-            form=self.form,
-        )
-        out = jnp.einsum(
-            "BVNE,ENH->BVNH",
-            context,
+            self.key.kernel[...].astype(dtype),
             self.value.kernel[...].astype(dtype),
-            out_sharding=mesh.spec("batch", "len", "heads", "head"),
+            form=self.form,
         )
         return out + self.value.bias[...].astype(dtype)
 
 
-def absorbing_pays(tokens: int, patches: int, width: int, heads: int, form: str) -> bool:
-    """Whether to absorb the key and value projections: the one place of this choice.
+def absorbing_pays(tokens: int, patches: int, width: int, heads: int) -> bool:
+    """Whether absorbing the key and value projections saves multiplications; on a tie it does not.
 
-    Where it saves multiplications; on a tie it does not. Projected, every patch costs 2 width^2 for
-    its key and value and 2 width for its scores and sums; absorbed, every query costs 2 width^2 and
-    every patch 2 width heads, as each head asks at full width. Of 576 patches at width 1024 with 8
-    heads absorbing pays below 573 tokens: only windows of a single patch are projected.
-
-    A TPU waits for memory before it waits for products (docs/kernels.md). What is written between
-    the products and a kernel is width numbers per key and value, or per head of a query and its
-    result: with the Pallas kernels absorbing has to be less there too, which is below 72 tokens.
+    The one place of this choice. Projected, every patch costs 2 width^2 for its key and value and
+    2 width for its scores and sums; absorbed, every query costs 2 width^2 and every patch
+    2 width heads, as each head asks at full width. Of 576 patches at width 1024 with 8 heads
+    absorbing pays below 573 tokens: only windows of a single patch are projected.
     """
     projected = 2 * patches * width * (width + 1)
     absorbed = 2 * tokens * width**2 + 2 * patches * width * heads
-    fewer_bytes = form != "pallas" or tokens * heads < patches
-    return absorbed < projected and fewer_bytes
+    return absorbed < projected
