@@ -264,6 +264,7 @@ def test_a_source_that_does_not_know_its_patches_makes_no_encoder(setting, tmp_p
 
         def __init__(self, source):
             self.name, self.split, self.data_hash = "llava", "train", ""
+            self.protocol = "embedded"
             self.images, self.describe = source.images, source.describe
 
         def __len__(self):

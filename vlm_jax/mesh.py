@@ -72,3 +72,9 @@ def check_split(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], dims: tuple[s
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts the batch is cut."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def platform() -> str:
+    """What the current mesh is made of: "cpu", "gpu" or "tpu", also one that only compiles."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax import mesh
 from vlm_jax.kernels import absorbed_tpu, unprojected_tpu, window_tpu
+from vlm_jax.mesh import platform
 
 FORMS = ("pallas", "xla")
 
@@ -29,12 +30,6 @@ def form(kernels: str) -> str:
             "choose 'auto' or 'xla'"
         )
     return kernels if kernels != "auto" else "pallas" if here == "tpu" else "xla"
-
-
-def platform() -> str:
-    """Of the current mesh's devices, which a compiler may only know by name; else of jax's own."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def window_attention(

@@ -101,6 +101,11 @@ def finish(graph: nnx.GraphDef, state: State) -> nnx.Module:
     return nnx.merge(graph, state.trained, state.frozen)
 
 
+# Compiler options of a training step by platform. XLA's newer loop emitters make the many small
+# loops of a small model's step 1.2 times as slow on a CPU (benchmarks/train_step.py).
+STEP_OPTIONS = {"cpu": {"xla_cpu_use_fusion_emitters": False}}
+
+
 def make_step(
     graph: nnx.GraphDef,
     tx: optax.GradientTransformation,
@@ -119,7 +124,9 @@ def make_step(
         sums = objective(nnx.merge(graph, trained, frozen), batch)
         return (sums.nll + z_loss * sums.log_z_squared) / total, sums
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    options = STEP_OPTIONS.get(mesh.platform())
+
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
     def update(changed, frozen, batch: Batch):
         step, trained, opt = changed
         tokens = batch["loss_mask"].sum()

@@ -184,7 +184,7 @@ class Block(nnx.Module):
 
 
 class LLM(nnx.Module):
-    """Llama (arXiv 2307.09288, 2407.21783), Qwen1.5 to 2.5 (biases on q, k, v), Qwen3 (their norms).
+    """Llama (arXiv 2307.09288, 2407.21783), Qwen1.5 to 2.5 (q, k, v biased), Qwen3 (q, k normed).
 
     Hidden states are those after the final norm: what the output layer reads.
     """
