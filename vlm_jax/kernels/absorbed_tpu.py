@@ -89,7 +89,7 @@ def _call(kernel, name, rows, patches, rows_out, patches_out, flops_per_score):
 
 def _parts(windows: int, keys: int, heads: int):
     """First and last + 1 of the windows of each product, its keys, and its mask."""
-    for first, last in tiles.groups(windows, keys, multiple=8):
+    for first, last in tiles.groups(windows, keys, heads=heads, multiple=8):
         mask = tiles.same_window(last - first, heads, keys) if last - first > 1 else None
         yield slice(first, last), slice(first * keys, last * keys), mask
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool
 LANES = 128
 ROWS = 16  # sublanes of a packed bfloat16 tile: slices of rows start at its multiples
 BLOCKS = 10 * 2**20  # bytes of blocks, doubly buffered, out of the 16 MiB that every chip grants
+SCORES = 16 * 1024  # float32 scores in a quarter of the registers
 MASKED = -1e30  # the score of a key of another window; finite, or a difference of two would be nan
 
 
@@ -32,15 +33,20 @@ def windows_per_block(windows: int, keys: int, window_bytes: int) -> int:
     return max((n for n in whole if 2 * n * window_bytes <= BLOCKS), default=whole[0])
 
 
-def groups(windows: int, keys: int, multiple: int = 1) -> list[tuple[int, int]]:
-    """First and last + 1 of the windows that share a product.
+def groups(
+    windows: int, keys: int, *, heads: int = 1, lanes: int = LANES, multiple: int = 1
+) -> list[tuple[int, int]]:
+    """First and last + 1 of the windows that share a product, of `heads` query rows per window.
 
-    A group's keys fill the lanes of the matrix unit, and begin at a multiple of ROWS; its windows
-    begin at a `multiple`. A score of a query with another window's key is computed and masked: as
-    few as that allows.
+    A score of a query with another window's key is computed and masked. That is wasted, and so are
+    the lanes of the matrix unit that a group does not fill: a group has at least `lanes` keys, or
+    it is all windows where their scores stay in the registers. Its keys begin at a multiple of
+    ROWS, its windows at a `multiple`.
     """
     step = math.lcm(multiple, ROWS // math.gcd(ROWS, keys))
-    size = step * math.ceil(LANES / (step * keys))
+    size = step * math.ceil(lanes / (step * keys))
+    if heads * windows * windows * keys <= SCORES:
+        size = windows
     return [(first, min(first + size, windows)) for first in range(0, windows, size)]
 
 

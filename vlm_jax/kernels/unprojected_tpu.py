@@ -73,7 +73,7 @@ def _forward(q_ref, k_ref, v_ref, wk_ref, wv_ref, o_ref, asked, got, *, per, siz
     lanes = [slice(h * size, (h + 1) * size) for h in range(heads)]
     for h in range(heads):
         asked[h] = tiles.product(q_ref[0, :, lanes[h]], wk_ref[h], (1, 0)).astype(asked.dtype)
-    for first, last in tiles.groups(windows, per, multiple=8):
+    for first, last in tiles.groups(windows, per, heads=heads, multiple=8):
         mask = tiles.same_window(last - first, heads, per) if last - first > 1 else None
         some, keys = slice(first, last), slice(first * per, last * per)
         rows = asked[:, some].reshape(-1, width)

@@ -76,7 +76,7 @@ def _call(kernel, name, rows, patches, rows_out, patches_out, flops_per_key):
 
 def _parts(windows: int, keys: int, heads: int, size: int):
     """Slices of the rows, the keys and the lanes of each product, and its mask."""
-    for first, last in tiles.groups(windows, keys):
+    for first, last in tiles.groups(windows, keys, lanes=2 * tiles.LANES):
         mask = tiles.same_window(last - first, 1, keys) if last - first > 1 else None
         for head in range(heads):
             lanes = slice(head * size, (head + 1) * size)
