@@ -3,8 +3,8 @@
 
     vlm-jax grid --config=configs/grid_nlvr.py --workdir=runs/nlvr --config.data.path=DIR
 
-DIR holds the dev and public test splits of lil-lab/nlvr. Trained on test (989 sentences x 6 orders
-of the boxes), evaluated on dev (988), as the two are all that is at hand; about 20 minutes on 2 CPU
+DIR holds the dev and public test splits of lil-lab/nlvr. Trained on test (990 sentences x 6 orders
+of the boxes), evaluated on dev (989), as the two are all that is at hand; about 20 minutes on 2 CPU
 cores.
 """
 
