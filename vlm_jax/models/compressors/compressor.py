@@ -9,6 +9,8 @@ from typing import NamedTuple
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from vlm_jax.models.compressors.window import tilings
+
 
 class Visual(NamedTuple):
     """What each row's image became: V slots, of which the LLM reads the first `count`."""
@@ -35,3 +37,8 @@ class Compressor(nnx.Module):
     reads_keys = False  # the levels come with what ViT's `keys=True` adds, in float32
     shrink = 1  # the encoder sees the image this many times smaller on each side
     adaptive = False  # how many of its slots an image fills depends on the image
+
+    @staticmethod
+    def supported(side: int) -> list[int]:
+        """Ascending numbers of visual tokens on a `side` x `side` patch grid: what tiles it."""
+        return tilings(side)

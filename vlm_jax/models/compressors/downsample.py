@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax.models.compressors.compressor import Compressor
 from vlm_jax.models.compressors.projector import MLP
-from vlm_jax.models.compressors.window import check_tokens, tilings, window_side
+from vlm_jax.models.compressors.window import check_tokens, window_side
 
 
 class Downsample(Compressor):
@@ -49,11 +49,6 @@ class Downsample(Compressor):
         check_tokens("downsample", tokens, side, self.supported(side))
         self.tokens, self.width, self.shrink = tokens, width, window_side(tokens, side)
         self.projector = MLP(width, llm_width, llm_width, rngs=rngs)
-
-    @staticmethod
-    def supported(side: int) -> list[int]:
-        """Ascending numbers of visual tokens on a `side` x `side` patch grid."""
-        return tilings(side)
 
     def __call__(
         self,

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from vlm_jax import mesh
 from vlm_jax.models.compressors.matryoshka import Matryoshka
 from vlm_jax.models.compressors.projector import MLP
-from vlm_jax.models.compressors.window import check_tokens, tilings
+from vlm_jax.models.compressors.window import check_tokens
 
 
 class M3(Matryoshka):
@@ -63,11 +63,6 @@ class M3(Matryoshka):
         for shown in (tokens, *self.scales):
             self.check(shown)
         self.projector = MLP(width, llm_width, llm_width, rngs=rngs)
-
-    @staticmethod
-    def supported(side: int) -> list[int]:
-        """Ascending numbers of visual tokens on a `side` x `side` patch grid."""
-        return tilings(side)
 
     @staticmethod
     def nested(side: int) -> tuple[int, ...]:

@@ -16,7 +16,6 @@ from vlm_jax.models.compressors.projector import MLP
 from vlm_jax.models.compressors.window import (
     WindowAttention,
     check_tokens,
-    tilings,
     window_side,
     windows,
 )
@@ -118,11 +117,6 @@ class QueCC(Compressor):
             width, heads, tokens=tokens, patches=side**2, kernels=kernels, rngs=rngs
         )
         self.projector = MLP(width, llm_width, llm_width, rngs=rngs)
-
-    @staticmethod
-    def supported(side: int) -> list[int]:
-        """Ascending numbers of visual tokens on a `side` x `side` patch grid."""
-        return tilings(side)
 
     def __call__(
         self,

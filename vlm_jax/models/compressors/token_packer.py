@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax.models.compressors.compressor import Compressor
 from vlm_jax.models.compressors.projector import MLP
-from vlm_jax.models.compressors.window import WindowAttention, check_tokens, tilings, window_side
+from vlm_jax.models.compressors.window import WindowAttention, check_tokens, window_side
 from vlm_jax.models.layers import LayerNorm, Linear, normal
 
 EPS = 1e-6  # of every LayerNorm here, as published
@@ -76,11 +76,6 @@ class TokenPacker(Compressor):
             width, heads, tokens=tokens, patches=side**2, kernels=kernels, out_init=init, rngs=rngs
         )
         self.projector = MLP(width, llm_width, llm_width, init=init, rngs=rngs)
-
-    @staticmethod
-    def supported(side: int) -> list[int]:
-        """Ascending numbers of visual tokens on a `side` x `side` patch grid."""
-        return tilings(side)
 
     def __call__(
         self,
