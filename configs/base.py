@@ -69,6 +69,13 @@ def get_config() -> ConfigDict:
     c.compressor.downsample = "conv"  # quecc: a window's query by "conv" (published) or "pool"
     c.compressor.scales = ()  # m3: every V that training shows; (): 1, 9, 36, 144, 576 of 24 x 24
 
+    # LoRA (arXiv 2106.09685): finetune trains low-rank updates of the LLM's linear layers instead of
+    # its weights, and merges them in at the end. The compressor is trained as ever. No dropout.
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # r; 0: no adapters
+    c.lora.alpha = 16.0  # an update is alpha / r A B
+    c.lora.targets = ()  # vlm_jax/models/lora.py TARGETS names the layers; (): all seven
+
     # A folder of `vlm-jax convert`: its encoder, LLM and tokenizer replace the fields above, its
     # weights are the first. "" starts from random weights.
     c.start_from = ""
@@ -110,6 +117,7 @@ def get_config() -> ConfigDict:
         stage.batch = 128  # examples per optimizer step, all devices together
         stage.accumulate = 1  # micro-batches per optimizer step; must divide batch
         stage.learning_rate = rate  # peak
+        stage.compressor_rate = 1.0  # that of the compressor, as a multiple of learning_rate
         stage.warmup = 0.03  # fraction of steps
         stage.weight_decay = 0.0
         stage.beta1 = 0.9

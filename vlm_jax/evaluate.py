@@ -25,10 +25,7 @@ from vlm_jax import cli, mesh
 from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor, load_tokenizer
 from vlm_jax.evals import tasks
-from vlm_jax.learn import optimizer
-from vlm_jax.learn.checkpoint import Checkpoints
-from vlm_jax.learn.workdir import claim, write_json
-from vlm_jax.models import vlm
+from vlm_jax.learn.workdir import claim, finished, write_json
 from vlm_jax.models.layers import RUN_ONCE
 from vlm_jax.models.vlm import VLM
 from vlm_jax.weights import start
@@ -174,16 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         with jax.set_mesh(mesh.make(**config.mesh)), claim(folder, config):
             tokenizer = load_tokenizer(config.data.tokenizer or folder / "tokenizer")
             source = sources.open_source(config, config.evaluate.split)
-            model = vlm.create(config, seed=config.seed)
-            graph, like = optimizer.start(model, "finetune", optimizer.optimizer(config.finetune))
-            restored = Checkpoints(folder / "finetune").restore(like)
-            steps = int(restored[0].step) if restored else 0
-            if steps != config.finetune.steps:
-                raise ValueError(
-                    f"{folder}/finetune holds {steps} of {config.finetune.steps} steps: "
-                    "repeat the `vlm-jax train` command to finish it"
-                )
-            model = optimizer.finish(graph, restored[0])
+            model = finished(folder, config)
             records = list(predict(config, model, source, Processor(tokenizer, config)))
             scores = tasks.score(source.protocol, records)
             begun = json.loads((folder / "config.json").read_text())["compressor"]["tokens"]

@@ -33,7 +33,7 @@ from vlm_jax.learn.objective import (
     patch_reader,
 )
 from vlm_jax.learn.workdir import claim
-from vlm_jax.models import layers, vlm
+from vlm_jax.models import layers, lora, vlm
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM
 from vlm_jax.weights import start as weights_start
@@ -64,7 +64,10 @@ def run_stage(
     tx = optimizer.optimizer(stage)
     graph, state = optimizer.start(model, name, tx)
     checkpoints = Checkpoints(folder / name, keep=config.checkpoint.keep)
-    if restored := checkpoints.restore(state):
+    # Of a stage without adapters the notes are what they were before there were any.
+    adapters = lora.described(model) if name == "finetune" else None
+    described = {"stage": name} | ({"lora": adapters} if adapters else {})
+    if restored := checkpoints.restore(state, lora=adapters):
         state, notes = restored
         batches.position = notes["position"]
     first = int(state.step)
@@ -91,7 +94,7 @@ def run_stage(
                 # Never save what has not been seen to be finite.
                 progress(*waiting, checkpoints.newest)
                 waiting = None
-                checkpoints.save(state, {"position": batches.position, "stage": name})
+                checkpoints.save(state, {"position": batches.position} | described)
         progress.close()
     checkpoints.close()
     return optimizer.finish(graph, state)
@@ -100,6 +103,11 @@ def run_stage(
 def check(config: ConfigDict) -> None:
     """Raises for a configuration that no later step could serve."""
     layers.remat(config.remat)
+    lora.check(config.lora)
+    if config.lora.rank and not config.finetune.steps:
+        raise ValueError(
+            f"lora.rank={config.lora.rank}, but finetune.steps=0: adapters are trained in finetune"
+        )
     processor.query_of(config)
     for name in ("encoder", "align", "finetune"):
         stage = config[name]
@@ -147,6 +155,7 @@ def train(
 ) -> VLM:
     """A model through both stages, its checkpoints in `folder`; `seed` defaults to the config's.
 
+    Adapters, where finetune trains them, are merged into the LLM in the end.
     Where one model serves any V it is trained alike whatever `compressor.tokens` says: by as many
     tokens as it can give in align, as its method is published in finetune.
     """
@@ -160,6 +169,8 @@ def train(
     for name in ("align", "finetune"):
         if config[name].steps == 0:
             continue
+        if name == "finetune":
+            model = lora.adapt(model, config.lora, seed=seed)
         batches = rows = loader.Batches(
             inputs.source,
             inputs.processor,
@@ -187,7 +198,7 @@ def train(
                 f"{config.data.text_length} and data.question_length="
                 f"{config.data.question_length} allow, and lost their end"
             )
-    return model
+    return lora.merge(model)
 
 
 def tokenizer_of(config: ConfigDict, folder: Path, source: sources.Source) -> Any:

@@ -23,6 +23,10 @@ from vlm_jax.learn.optimizer import State
 log = logging.getLogger(__name__)
 
 
+class OtherAdapters(ValueError):
+    """A checkpoint whose model has other adapters: whole, and of no use here."""
+
+
 class Checkpoints:
     """The numbered checkpoints of one stage in one folder, the newest `keep` of them."""
 
@@ -85,18 +89,23 @@ class Checkpoints:
             self.manager.reload()
         self.unusable = []
 
-    def restore(self, like: State) -> tuple[State, dict[str, Any]] | None:
+    def restore(
+        self, like: State, *, lora: dict[str, Any] | None = None
+    ) -> tuple[State, dict[str, Any]] | None:
         """The newest whole checkpoint with its notes, laid out like `like`; None if there is none.
 
         A damaged step is reported and the one before it is taken; if steps exist and none is whole,
-        RuntimeError: starting over silently would throw work away.
+        RuntimeError: starting over silently would throw work away. ValueError for a checkpoint of
+        a model with other adapters than `lora` describes.
         """
         numbered = {int(p.name): p for p in self.folder.iterdir() if p.name.isdigit()}
         steps = sorted((n for n, p in numbered.items() if any(p.iterdir())), reverse=True)
         self.unusable = [n for n in numbered if n not in steps]
         for step in steps:
             try:
-                return self.read(step, like)
+                return self.read(step, like, lora)
+            except OtherAdapters:
+                raise
             # Orbax raises bare Exceptions, KeyErrors and ValueErrors for one and the same cause.
             except Exception as error:
                 log.warning(
@@ -113,18 +122,22 @@ class Checkpoints:
             )
         return None
 
-    def read(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
+    def read(
+        self, step: int, like: State, lora: dict[str, Any] | None
+    ) -> tuple[State, dict[str, Any]]:
         """Step `step`, each array compared with its checksum."""
+        args = ocp.args.Composite(notes=ocp.args.JsonRestore())
+        notes = self.manager.restore(step, args=args)["notes"]
+        if (theirs := notes.get("lora")) != lora:
+            raise OtherAdapters(
+                f"checkpoint {self.folder}/{step} was written with {said(theirs)}, and the "
+                f"configuration says {said(lora)}: give the same, or choose another folder"
+            )
         wanted = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), named(like)
         )
-        found = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(wanted), notes=ocp.args.JsonRestore()
-            ),
-        )
-        arrays, notes = found["state"], found["notes"]
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+        arrays = self.manager.restore(step, args=args)["state"]
         sums = notes.pop("crc32")
         if bad := [n for n, x in arrays.items() if sums[n] is not None and checksum(x) != sums[n]]:
             raise ValueError(f"checksum differs for {', '.join(bad[:3])}")
@@ -143,6 +156,13 @@ class Checkpoints:
         """Waits for a write under way; OSError if it failed."""
         self.wait()
         self.manager.close()
+
+
+def said(lora: dict[str, Any] | None) -> str:
+    """The adapters of a model, for a message."""
+    if lora is None:
+        return "no LoRA"
+    return f"LoRA of rank {lora['rank']}, alpha {lora['alpha']:g} on {', '.join(lora['targets'])}"
 
 
 def first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax import mesh
 from vlm_jax.learn.objective import Sums
+from vlm_jax.models import lora
 from vlm_jax.models.vlm import Batch
 
 
@@ -47,12 +48,15 @@ TRAINED = {
         nnx.Any(nnx.PathContains("compressor"), nnx.PathContains("llm")), nnx.Not(ALIGNED)
     ),
 }
+# The same of finetune where the LLM has adapters: they are trained in place of its weights.
+ADAPTERS = nnx.All(nnx.Any(nnx.LoRAParam, nnx.PathContains("compressor")), nnx.Not(ALIGNED))
 
 
 MATRICES = (
     "kernel",
     "embedding",
     "head",
+    "lora",
 )  # parts of their names; `head` alone may also hold a bias
 
 
@@ -83,7 +87,16 @@ def optimizer(stage: ConfigDict) -> optax.GradientTransformation:
         mask=decays,
     )
     clip = [optax.clip_by_global_norm(stage.clip_norm)] if stage.clip_norm > 0 else []
-    return optax.chain(*clip, adamw)
+    # An update is proportional to its rate: another rate is a multiple of the update.
+    rate = optax.stateless(functools.partial(scale_compressor, stage.compressor_rate))
+    return optax.chain(*clip, adamw, *([rate] if stage.compressor_rate != 1 else []))
+
+
+def scale_compressor(factor: float, updates: nnx.State, _: nnx.State) -> nnx.State:
+    """The updates, those of the compressor times `factor`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x * factor if "compressor" in jax.tree_util.keystr(path) else x, updates
+    )
 
 
 def start(
@@ -92,7 +105,8 @@ def start(
     tx: optax.GradientTransformation,
 ) -> tuple[nnx.GraphDef, State]:
     """The model cut into its structure and a fresh training state."""
-    graph, trained, frozen = nnx.split(model, TRAINED[stage], ...)
+    adapted = stage == "finetune" and lora.adapted(model)
+    graph, trained, frozen = nnx.split(model, ADAPTERS if adapted else TRAINED[stage], ...)
     return graph, State(jnp.zeros((), jnp.int32), trained, frozen, jax.jit(tx.init)(trained))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's folder: one process group at a time, one configuration for its life, and what made it."""
+"""A run's folder: one process group at a time, one configuration for its life, what came of it."""
 
 import fcntl
 import json
@@ -14,7 +14,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from vlm_jax.learn import optimizer
+from vlm_jax.learn.checkpoint import Checkpoints
+from vlm_jax.models import lora, vlm
 from vlm_jax.models.compressors import serves_any_tokens
+from vlm_jax.models.vlm import VLM
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
@@ -61,6 +65,26 @@ def same_config(path: Path, config: ConfigDict) -> None:
             )
     else:
         write_json(path, config.to_dict())
+
+
+def finished(workdir: Path, config: ConfigDict, *, merge: bool = True) -> VLM:
+    """The model that `vlm-jax train` left in `workdir`, on the current mesh.
+
+    Adapters are merged into its LLM unless `merge` is off. ValueError where training has not come
+    to its end.
+    """
+    model = lora.adapt(vlm.create(config, seed=config.seed), config.lora, seed=config.seed)
+    adapters = lora.described(model)
+    graph, like = optimizer.start(model, "finetune", optimizer.optimizer(config.finetune))
+    restored = Checkpoints(workdir / "finetune").restore(like, lora=adapters)
+    steps = int(restored[0].step) if restored else 0
+    if steps != config.finetune.steps:
+        raise ValueError(
+            f"{workdir}/finetune holds {steps} of {config.finetune.steps} steps: repeat the "
+            "`vlm-jax train` command to finish it"
+        )
+    model = optimizer.finish(graph, restored[0])
+    return lora.merge(model) if merge else model
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
