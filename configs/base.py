@@ -69,8 +69,8 @@ def get_config() -> ConfigDict:
     c.compressor.downsample = "conv"  # quecc: a window's query by "conv" (published) or "pool"
     c.compressor.scales = ()  # m3: every V that training shows; (): 1, 9, 36, 144, 576 of 24 x 24
 
-    # LoRA (arXiv 2106.09685): finetune trains low-rank updates of the LLM's linear layers instead of
-    # its weights, and merges them in at the end. The compressor is trained as ever. No dropout.
+    # LoRA (arXiv 2106.09685): finetune trains low-rank updates of the LLM's linear layers in place
+    # of its weights; the compressor is trained as ever. There is no dropout.
     c.lora = ConfigDict()
     c.lora.rank = 0  # r; 0: no adapters
     c.lora.alpha = 16.0  # an update is alpha / r A B

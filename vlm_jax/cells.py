@@ -125,6 +125,7 @@ def train_flops(config: ConfigDict, module: Compressor) -> float:
                 logits=config.data.text_length,
                 question=config.data.question_length,
                 recompute=config.remat == "full",
+                adapters=cost.lora_parameters(llm, config.lora.rank, config.lora.targets),
                 batch=config[stage].batch // config[stage].accumulate,
             )
             for each in made

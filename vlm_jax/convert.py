@@ -6,10 +6,13 @@
     vlm-jax convert --vision=DIR --llm=DIR --compressor=quecc --tokens=36 --levels=12,16,22,23 \\
         --to=DIR
     vlm-jax convert --from=DIR --to-hf --to=DIR
+    vlm-jax convert --from=WORKDIR --to-peft --to=DIR
+    vlm-jax convert --from=llava-1.5-7b-hf --adapter-from=PEFT_DIR --to=DIR
 
 --from is a published LLaVA, a model folder, or (with --to-hf or without) the --workdir of a
-finished `vlm-jax train`. Tensors pass through one at a time, whatever the size of the model.
-docs/weights.md says what can be read and what is written.
+finished `vlm-jax train`, whose LoRA adapters are merged unless --to-peft asks for them alone.
+Tensors pass through one at a time, whatever the size of the model. docs/weights.md says what can be
+read and what is written.
 """
 
 import argparse
@@ -23,11 +26,9 @@ import jax
 from ml_collections import ConfigDict
 
 from vlm_jax import cli, mesh
-from vlm_jax.learn import optimizer
-from vlm_jax.learn.checkpoint import Checkpoints
-from vlm_jax.models import vlm
+from vlm_jax.learn.workdir import finished
 from vlm_jax.models.compressors import COMPRESSORS
-from vlm_jax.weights import folder, hf, names, sources
+from vlm_jax.weights import adapters, folder, hf, names, sources
 from vlm_jax.weights.files import read_json
 
 
@@ -41,6 +42,8 @@ def flags() -> argparse.ArgumentParser:
     add("--from", dest="source", type=Path, help="a model: published, converted, or trained here")
     add("--to", required=True, type=Path, help="the folder to make")
     add("--to-hf", action="store_true", help="make a llava-hf folder where that can hold the model")
+    add("--to-peft", action="store_true", help="make a PEFT folder of a run's LoRA adapters")
+    add("--adapter-from", type=Path, help="folder of a published LoRA adapter to merge")
     add("--dtype", help="float32, bfloat16 or float16 (default: as it is stored)")
     add("--vision", type=Path, help="folder of a CLIP or SigLIP tower")
     add("--llm", type=Path, help="folder of a Llama, Vicuna, Qwen1.5, Qwen2, Qwen2.5 or Qwen3")
@@ -74,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> dict:
     """Converts as the flags say; returns what was made."""
     dtype = folder.kind_of(options.dtype) if options.dtype else None
+    if options.to_peft:
+        return export_adapter(options, dtype)
     model = gather(options)
     if options.tokenizer:
         model.tokenizer = options.tokenizer
@@ -81,6 +86,9 @@ def run(options: argparse.Namespace) -> dict:
         name: [p for p in getattr(options, name).split(",") if p]
         for name in ("allow_missing", "allow_surplus")
     }
+    apart = [[], []]
+    if options.adapter_from:
+        apart = adapters.merge(model, options.adapter_from, **patterns)
     missing, surplus = model.check(**patterns)
     if missing:
         model.tensors |= folder.fresh(model.config(), missing, seed=options.seed)
@@ -95,7 +103,11 @@ def run(options: argparse.Namespace) -> dict:
         folder.write(model, options.to, dtype=dtype)
     if reason:
         print(f"{options.to} is a model folder, not a llava-hf one: {reason}", file=sys.stderr)
-    for kind, of in (("fresh", missing), ("left out", surplus)):
+    for kind, of in (
+        ("fresh", missing),
+        ("left out", surplus + apart[1]),
+        ("of the adapter absent", apart[0]),
+    ):
         if of:
             print(f"{len(of)} tensors {kind}: {names.shown(of)}", file=sys.stderr)
     return dict(
@@ -135,20 +147,32 @@ def gather(options: argparse.Namespace) -> folder.Model:
 
 
 def trained(workdir: Path) -> folder.Model:
-    """The model of a finished `vlm-jax train`."""
+    """The model of a finished `vlm-jax train`, adapters merged into its LLM."""
+    config = config_of(workdir)
+    return sources.of_run(workdir, config, finished(workdir, config))
+
+
+def config_of(workdir: Path) -> ConfigDict:
+    """The configuration that a run was made with."""
     fields = read_json(workdir / "config.json")
     fields["vit"]["levels"] = tuple(fields["vit"]["levels"])  # JSON has lists alone
-    config = ConfigDict(fields)
-    model = vlm.create(config, seed=config.seed)
-    graph, like = optimizer.start(model, "finetune", optimizer.optimizer(config.finetune))
-    restored = Checkpoints(workdir / "finetune").restore(like)
-    steps = int(restored[0].step) if restored else 0
-    if steps != config.finetune.steps:
+    return ConfigDict(fields)
+
+
+def export_adapter(options: argparse.Namespace, dtype: str | None) -> dict:
+    """Makes a PEFT folder of the adapters that a run has trained; returns what was made."""
+    if options.to_hf or options.adapter_from:
+        raise ValueError("--to-peft goes with neither --to-hf nor --adapter-from")
+    workdir = options.source
+    if workdir is None or not (workdir / "finetune").is_dir():
         raise ValueError(
-            f"{workdir}/finetune holds {steps} of {config.finetune.steps} steps: repeat the "
-            "`vlm-jax train` command to finish it"
+            f"--to-peft needs --from=WORKDIR, the folder of a `vlm-jax train` with "
+            f"config.lora.rank, and got {workdir}"
         )
-    return sources.of_run(workdir, config, optimizer.finish(graph, restored[0]))
+    config = config_of(workdir)
+    model = finished(workdir, config, merge=False)
+    about = sources.described_run(workdir, config)
+    return dict(to=str(options.to)) | adapters.write(model, about, options.to, dtype=dtype)
 
 
 def room(target: Path, size: int) -> None:

@@ -156,6 +156,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
             examples=sum(config[s].steps * config[s].batch for s in ("align", "finetune")),
             flops=train_flops(config, model.compressor),
             seconds=round(train_seconds, 2),
+            **({"lora": config.lora.to_dict()} if config.lora.rank else {}),
         ),
         evaluate_seconds=round(seconds, 2),
         timing=clock.timing(),

@@ -246,8 +246,9 @@ def run(config: ConfigDict, folder: Path) -> int:
         tokens = f"{config.compressor.tokens}"
         if model.compressor.buckets:
             tokens = f"up to {model.compressor.tokens}"
+        merged = f" (LoRA of rank {config.lora.rank} merged in)" if config.lora.rank else ""
         print(
-            f"llm {vlm.parameters(model.llm):,} parameters, compressor "
+            f"llm {vlm.parameters(model.llm):,} parameters{merged}, compressor "
             f"{vlm.parameters(model.compressor):,}, {tokens} visual tokens: "
             f"checkpoints in {folder}",
             file=sys.stderr,

@@ -92,7 +92,7 @@ def optimizer(stage: ConfigDict) -> optax.GradientTransformation:
     return optax.chain(*clip, adamw, *([rate] if stage.compressor_rate != 1 else []))
 
 
-def scale_compressor(factor: float, updates: nnx.State, _: nnx.State) -> nnx.State:
+def scale_compressor(factor: float, updates: optax.Updates, _: optax.Params) -> optax.Updates:
     """The updates, those of the compressor times `factor`."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x * factor if "compressor" in jax.tree_util.keystr(path) else x, updates

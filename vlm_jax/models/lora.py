@@ -43,19 +43,9 @@ class Adapted(nnx.Module):
     def __init__(self, base: Linear, *, rank: int, alpha: float, rngs: nnx.Rngs):
         self.base, self.rank, self.alpha = base, rank, alpha
         kernel = base.kernel[...]
-        place, cut = jax.typeof(kernel).sharding.spec, 1 + base.read
-        bound = math.prod(kernel.shape[1:cut]) ** -0.5
-
-        @jax.jit(compiler_options=RUN_ONCE)
-        def draw(key):
-            a = jax.random.uniform(key, (*kernel.shape[:cut], rank), minval=-bound, maxval=bound)
-            b = jnp.zeros((kernel.shape[0], rank, *kernel.shape[cut:]))
-            return (
-                jax.sharding.reshard(a, jax.P(*place[:cut], None)),
-                jax.sharding.reshard(b, jax.P(place[0], None, *place[cut:])),
-            )
-
-        self.lora_a, self.lora_b = map(nnx.LoRAParam, draw(rngs.params()))
+        place = jax.typeof(kernel).sharding.spec
+        halves = _draw(rngs.params(), kernel.shape, place, cut=1 + base.read, rank=rank)
+        self.lora_a, self.lora_b = map(nnx.LoRAParam, halves)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         base, kept = self.base, self.lora_b[...].ndim - 1
@@ -72,6 +62,18 @@ class Adapted(nnx.Module):
             scale=self.alpha / self.rank,
         )
         return changed(self.base, ("kernel",), nnx.Param(kernel))
+
+
+@jax.jit(static_argnums=(1, 2), static_argnames=("cut", "rank"), compiler_options=RUN_ONCE)
+def _draw(key, shape, place, *, cut: int, rank: int):
+    """A and B beside a kernel of `shape` at `place`, whose first `cut` dimensions are A's."""
+    bound = math.prod(shape[1:cut]) ** -0.5
+    a = jax.random.uniform(key, (*shape[:cut], rank), minval=-bound, maxval=bound)
+    b = jnp.zeros((shape[0], rank, *shape[cut:]))
+    return (
+        jax.sharding.reshard(a, jax.P(*place[:cut], None)),
+        jax.sharding.reshard(b, jax.P(place[0], None, *place[cut:])),
+    )
 
 
 @jax.jit(donate_argnums=0, static_argnames="scale")
@@ -108,9 +110,10 @@ def adapt(model: VLM, section: ConfigDict, *, seed: int) -> VLM:
     """
     # A stream of its own: with the seed's first keys A would repeat what the weights were drawn by.
     rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
+    size = dict(rank=section.rank, alpha=float(section.alpha))
     for target in check(section):
-        adapted = Adapted(at(model, target), rank=section.rank, alpha=float(section.alpha), rngs=rngs)
-        model = changed(model, ("llm", "blocks", *TARGETS[target]), adapted)
+        layer = Adapted(at(model, target), rngs=rngs, **size)
+        model = changed(model, ("llm", "blocks", *TARGETS[target]), layer)
     return model
 
 

@@ -26,6 +26,7 @@ from vlm_jax.scaling.parameters import (
 # Sizes and parameters are part of what a caller of this file asks for.
 from vlm_jax.scaling.parameters import compressor_parameters as compressor_parameters
 from vlm_jax.scaling.parameters import llm_parameters as llm_parameters
+from vlm_jax.scaling.parameters import lora_parameters as lora_parameters
 from vlm_jax.scaling.parameters import tilings as tilings
 from vlm_jax.scaling.parameters import vit_parameters as vit_parameters
 
@@ -262,6 +263,7 @@ def train_step_flops(
     recompute: bool = False,
     batch: Number = 1,
     form: str = "built",
+    adapters: Number = 0,
 ) -> Number:
     """FLOPs of one example in one optimizer step, forward and backward.
 
@@ -281,6 +283,8 @@ def train_step_flops(
         recompute: the backward pass recomputes the LLM's blocks (config.remat "full").
         batch: examples of the step; one's share of what all of them share.
         form: of the compressor (see `compressor_products`).
+        adapters: parameters of LoRA adapters, which finetune trains in place of the LLM's weights
+            (`lora_parameters`); 0 where there are none.
     """
     if stage not in ("align", "finetune"):
         raise ValueError(f"stage {stage!r} is not trained: choose align or finetune")
@@ -290,7 +294,9 @@ def train_step_flops(
     first = question if prefix else 0
     attention = _attention(llm, first, first) + _attention(llm, tokens - first, tokens)
     head = 2 * (tokens if logits is None else logits) * llm.vocab * llm.width
-    weights = linear + head if stage == "finetune" else 0
+    low = 2 * tokens * adapters * (stage == "finetune")
+    weights = linear + head if stage == "finetune" and not adapters else low
+    linear += low
     again = linear + attention if recompute else 0
     language = 2 * (linear + head) + 3 * attention + weights + again
     products = compressor_products(compressor, vit, llm, form=form)
@@ -300,4 +306,5 @@ def train_step_flops(
         + products.training(batch)
         + language
         + llm_flops(llm, question * separate, logits=0)
+        + low / tokens * question * separate
     )

@@ -6,6 +6,7 @@ V is visual tokens, P patches. Formulas, and how they are held to the built mode
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any
 
 Number = int | float  # plans may ask for 12.1 visual tokens, and mean lengths are not integers
@@ -141,6 +142,22 @@ def llm_parameters(llm: LLM) -> int:
     biases = (llm.heads + 2 * llm.kv_heads) * llm.head_size if llm.qkv_bias else 0
     blocks = llm.depth * (block_weights(llm) + biases + 2 * llm.width)
     return blocks + llm.width + llm.vocab * llm.width * (1 if llm.tied_embeddings else 2)
+
+
+def lora_parameters(llm: LLM, rank: int, targets: Collection[str] = ()) -> int:
+    """Parameters of LoRA adapters of `rank` on these layers of every block, on all where none is
+    named; names as in config.lora."""
+    heads, kv_heads = llm.heads * llm.head_size, llm.kv_heads * llm.head_size
+    sides = {
+        "q_proj": llm.width + heads,
+        "k_proj": llm.width + kv_heads,
+        "v_proj": llm.width + kv_heads,
+        "o_proj": heads + llm.width,
+        "gate_proj": llm.width + llm.mlp,
+        "up_proj": llm.width + llm.mlp,
+        "down_proj": llm.mlp + llm.width,
+    }
+    return llm.depth * rank * sum(sides[name] for name in targets or sides)
 
 
 def vit_parameters(vit: ViT) -> int:

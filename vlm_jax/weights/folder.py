@@ -253,15 +253,16 @@ def fresh(config: ConfigDict, wanted: list[str], *, seed: int) -> dict[str, np.n
         return {key: x for key, x in names.parameters(model).items() if key in keys}
 
     ours = vlm.create(config, seed=seed, of=of)
-    return _published({name: table[name] for name in wanted}, ours)
+    return published({name: table[name] for name in wanted}, ours)
 
 
 def tensors_of(model: VLM) -> dict[str, np.ndarray]:
     """The published tensors of a model in memory, under their names."""
-    return _published(names.model_table(model), names.parameters(model))
+    return published(names.model_table(model), names.parameters(model))
 
 
-def _published(table: Table, ours: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+def published(table: Table, ours: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    """The tensors of a table, from the arrays of a model under dotted names."""
     found = {}
     for name, row in table.items():
         parts = [ours[".".join(path)] for path in row.paths]

@@ -171,6 +171,13 @@ def numbers(text: str | None) -> tuple[int, ...] | None:
 
 def of_run(path: Path, config: ConfigDict, model: vlm.VLM) -> Model:
     """A model that `vlm-jax train` made, from its configuration and its weights in memory."""
+    about = described_run(path, config)
+    about.tensors = folder.tensors_of(model)
+    return about
+
+
+def described_run(path: Path, config: ConfigDict) -> Model:
+    """What a run's configuration says of its model; no tensor is in it."""
     vit = config.vit.to_dict()
     return Model(
         vit,
@@ -182,6 +189,6 @@ def of_run(path: Path, config: ConfigDict, model: vlm.VLM) -> Model:
             max_length=config.data.text_length + config.compressor.tokens,
             template=config.data.template,
         ),
-        folder.tensors_of(model),
+        {},
         Path(config.data.tokenizer) if config.data.tokenizer else path / "tokenizer",
     )

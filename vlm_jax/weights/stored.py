@@ -159,10 +159,11 @@ def write_safetensors(folder: Path, tensors: list[Pending], *, shard: int = 5 * 
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     for name, of in zip(names, shards, strict=True):
-        _write_shard(folder / name, of)
+        write_file(folder / name, of)
 
 
-def _write_shard(path: Path, tensors: list[Pending]) -> None:
+def write_file(path: Path, tensors: list[Pending]) -> None:
+    """Writes one safetensors file."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     # Names in order, as the format's own writer has them within one dtype.
     tensors = sorted(tensors, key=lambda t: t.name)
