@@ -4,6 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& command -v $$p && break; done)
 TORCH = torch==2.13.0
+PEFT = peft==0.21.2
 ENV = .venv/installed
 RUN = .venv/bin/python -m
 # The targets are sized for a CPU, and with libtpu installed jax would look for a TPU first.
@@ -16,7 +17,7 @@ help:
 	@echo "make demo        train, evaluate and fit a grid of small models; leaves runs/demo/report/index.html"
 	@echo "make demo-full   the larger grid: hours, can be stopped and continued"
 	@echo "make test-tpu    what the TPU compiler says; needs no TPU (installs libtpu)"
-	@echo "make test-torch  comparisons with PyTorch (installs $(TORCH))"
+	@echo "make test-torch  comparisons with PyTorch (installs $(TORCH), $(PEFT))"
 	@echo "make bench       training steps and compressors against PyTorch (installs $(TORCH))"
 	@echo "make lint        ruff"
 	@echo "make venv        .venv with every extra that runs on a CPU; the targets above call it"
@@ -44,11 +45,15 @@ test-tpu: $(ENV)
 	$(RUN) pip install --quiet --disable-pip-version-check -e '.[aot]'
 	$(call marked_tests,tpu_compiler)
 
-test-torch: $(ENV) .venv/torch
+test-torch: $(ENV) .venv/torch .venv/peft
 	$(call marked_tests,torch)
 
 .venv/torch: $(ENV)
 	$(RUN) pip install --quiet --disable-pip-version-check '$(TORCH)'
+	@touch $@
+
+.venv/peft: .venv/torch
+	$(RUN) pip install --quiet --disable-pip-version-check '$(TORCH)' '$(PEFT)'
 	@touch $@
 
 # Checks of the report in Chromium (Debian: chromium) and the long coverage study of the intervals.

@@ -168,6 +168,53 @@ def save(model, path, *, dtype="float32", **options):
     copy.deepcopy(model).to(kind).save_pretrained(path, **options)
 
 
+# Adapters that PEFT writes beside clip_llama: the fields of their LoraConfig.
+EVERY = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+ADAPTERS = {
+    "whole": dict(r=3, lora_alpha=6, target_modules=EVERY,
+                  modules_to_save=["multi_modal_projector"]),
+    "some": dict(r=2, lora_alpha=5, target_modules=r".*language_model.*\.(q_proj|v_proj)"),
+    # Of the tower too, of unlike ranks, and scaled by the root of them.
+    "uneven": dict(r=4, lora_alpha=3, target_modules=["q_proj", "fc1", "down_proj", "lm_head"],
+                   rank_pattern={"down_proj": 2}, use_rslora=True),
+}  # fmt: skip
+
+
+def random_llava(path, name="clip_llama"):
+    """A random LLaVA in a folder, and the model."""
+    from transformers import LlavaForConditionalGeneration
+
+    model = random_model(LlavaForConditionalGeneration, llava(name))
+    save(model, path)
+    return model
+
+
+def save_adapter(model, name, path):
+    """PEFT's model around `model` with a random adapter, written to a folder."""
+    import peft
+    import torch
+
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**ADAPTERS[name])).eval()
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    adapted.save_pretrained(path)
+    (path / "README.md").unlink()
+    return adapted
+
+
+def freeze_adapter(path):
+    """Writes an adapter of PEFT beside the frozen clip_llama, and the logits of the two."""
+    from transformers import LlavaForConditionalGeneration
+
+    model = random_model(LlavaForConditionalGeneration, llava("clip_llama"))
+    adapted = save_adapter(model, "whole", path)
+    ours, inputs, _ = batch(model.config)
+    found = logits(adapted, inputs, ours["pixels"])
+    np.savez_compressed(path / "logits.npz", logits=found.astype("f4"))
+
+
 def freeze(path):
     """Writes the frozen cases: python tests/published_models.py tests/published_weights"""
     import torch
@@ -180,6 +227,7 @@ def freeze(path):
         batch_, inputs, _ = batch(model.config)
         found = logits(model, inputs, batch_["pixels"])
         np.savez_compressed(path / name / "logits.npz", logits=found.astype("f4"))
+    freeze_adapter(path / "clip_llama_adapter")
     projector = model.model.multi_modal_projector
     torch.save(
         {

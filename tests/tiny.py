@@ -127,6 +127,25 @@ def roughened(model, seed=0, scale=0.3):
     )
 
 
+def adapted(model, *, rank=2, alpha=6.0, targets=(), scale=0.1):
+    """`model` with adapters of which neither half is zero, and noise on its compressor: a model
+    that LoRA has trained. Its encoder and its LLM are shared with `model`."""
+    from ml_collections import ConfigDict
+
+    from vlm_jax.models import lora
+    from vlm_jax.models.vlm import VLM
+
+    section = ConfigDict(dict(rank=rank, alpha=alpha, targets=targets))
+    model = lora.adapt(model, section, seed=0)
+    for target in lora.adapted(model):
+        layer = lora.at(model, target)
+        for half in ("lora_a", "lora_b"):
+            rough = roughened(getattr(layer, half), seed=len(target), scale=scale)
+            layer = lora.changed(layer, (half,), rough)
+        model = lora.changed(model, ("llm", "blocks", *lora.TARGETS[target]), layer)
+    return VLM(model.vit, roughened(model.compressor, scale=scale), model.llm)
+
+
 def run(*argv, cache, before="", timeout=240):
     """`vlm-jax ARGV` in a process of its own with one device, after the statements `before`.
 

@@ -170,6 +170,8 @@ def export_adapter(options: argparse.Namespace, dtype: str | None) -> dict:
             f"config.lora.rank, and got {workdir}"
         )
     config = config_of(workdir)
+    if not config.lora.rank:
+        raise ValueError(f"{workdir} has no adapters to export: it was trained with lora.rank=0")
     model = finished(workdir, config, merge=False)
     about = sources.described_run(workdir, config)
     return dict(to=str(options.to)) | adapters.write(model, about, options.to, dtype=dtype)

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vlm_jax.models.layers import RUN_ONCE, Linear, project
+from vlm_jax.models.layers import Linear, project
 from vlm_jax.models.vlm import VLM
 
 M = TypeVar("M", bound=nnx.Module)
@@ -64,7 +64,7 @@ class Adapted(nnx.Module):
         return changed(self.base, ("kernel",), nnx.Param(kernel))
 
 
-@jax.jit(static_argnums=(1, 2), static_argnames=("cut", "rank"), compiler_options=RUN_ONCE)
+@jax.jit(static_argnums=(1, 2), static_argnames=("cut", "rank"))
 def _draw(key, shape, place, *, cut: int, rank: int):
     """A and B beside a kernel of `shape` at `place`, whose first `cut` dimensions are A's."""
     bound = math.prod(shape[1:cut]) ** -0.5

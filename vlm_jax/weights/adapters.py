@@ -81,7 +81,7 @@ def write(model: VLM, about: Model, target: Path, *, dtype: str | None = None) -
     the compressor lies beside it. ValueError for a model without adapters.
     """
     if (described := lora.described(model)) is None:
-        raise ValueError("the model has no adapters: it was trained with lora.rank=0")
+        raise ValueError("the model has no adapters")
     whole = hf.inexpressible(about) is None
     prefixes = LLAVA if whole else LANGUAGE
     adapters = folder.published(table(model), names.parameters(model))
@@ -229,7 +229,8 @@ def read(path: Path) -> dict[str, Stored]:
             raise FileNotFoundError(f"{path} is no adapter: it has no {files[0].name}")
         for file in there[:1]:
             found |= READERS[file.suffix](file)
-    return {name.removeprefix(PEFT): tensor for name, tensor in found.items()}
+    # A layer that is adapted and saved whole besides is a part of its adapter there.
+    return {n.removeprefix(PEFT).replace(".base_layer.", "."): x for n, x in found.items()}
 
 
 def expected(settings: dict[str, Any], stored: Mapping[str, Stored], bases: set[str]) -> set[str]:
