@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ from vlm_jax.evaluate import Clock, predict, write_predictions
 from vlm_jax.features import Features, Sight, batches_of, blind_of, features_of
 from vlm_jax.kernels import window_attention
 from vlm_jax.learn.workdir import claim, provenance, write_json
-from vlm_jax.models import vlm
+from vlm_jax.models import lora, vlm
 from vlm_jax.models.compressors.compressor import Compressor
 from vlm_jax.models.vit import ViT
 from vlm_jax.scaling import cost, records
@@ -156,7 +157,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
             examples=sum(config[s].steps * config[s].batch for s in ("align", "finetune")),
             flops=train_flops(config, model.compressor),
             seconds=round(train_seconds, 2),
-            **({"lora": config.lora.to_dict()} if config.lora.rank else {}),
+            **({"lora": adapters_of(config)} if config.lora.rank else {}),
         ),
         evaluate_seconds=round(seconds, 2),
         timing=clock.timing(),
@@ -169,6 +170,11 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         **facts,
     )
+
+
+def adapters_of(config: ConfigDict) -> dict[str, Any]:
+    """What a row says of the adapters that its model was trained by."""
+    return config.lora.to_dict() | dict(targets=lora.check(config.lora))
 
 
 def once(path: Path, seconds: float) -> float:

@@ -41,7 +41,7 @@ class Row:
     tasks: dict  # task -> family, metric, score, stderr, n
     families: dict  # family -> score, stderr, n
     flops: dict  # FLOP_PARTS -> FLOPs of one request
-    train: dict  # steps, examples, flops, seconds; lora, where adapters were trained in place of N
+    train: dict  # steps, examples, flops, seconds; lora where adapters were trained
     evaluate_seconds: float
     protocol: str
     prompt: str

@@ -186,7 +186,7 @@ def merge(model: Model, path: Path, **allowed) -> tuple[list[str], list[str]]:
     try:
         missing, surplus = names.fit(wanted, {n: x.shape for n, x in low.items()}, **allowed)
     except ValueError as error:
-        raise ValueError(f"{path} is no adapter of this model: {error}") from None
+        raise ValueError(f"adapter {path}: {error}") from None
     model.tensors |= {name: tensor for name, tensor in found.items() if name not in low}
     for module in sorted(modules):
         halves = [low.get(f"{module}.lora_{part}.weight") for part in "AB"]
