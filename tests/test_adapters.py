@@ -177,6 +177,25 @@ def test_missing_and_surplus_tensors_of_an_adapter_are_listed_unless_allowed(
         )
 
 
+def test_layers_that_cannot_be_adapted_are_surplus(copy, tmp_path, capsys):
+    tied = Path(shutil.copytree(BASE, tmp_path / "tied"))
+    config = json.loads((tied / "config.json").read_text()) | dict(tie_word_embeddings=True)
+    (tied / "config.json").write_text(json.dumps(config))
+    tensors = load_file(copy / TENSORS)
+    stem = "base_model.model."
+    added = [f"{stem}lm_head.lora_A.weight", f"{stem}lm_head.lora_B.weight",
+             f"{stem}model.language_model.embed_tokens.lora_embedding_A",
+             f"{stem}model.vision_tower.embeddings.patch_embedding.lora_A.weight"]  # fmt: skip
+    shapes = [(3, 24), (67, 3), (3, 67), (3, 3, 8, 8)]
+    save_file(tensors | {n: np.zeros(s, "f4") for n, s in zip(added, shapes, strict=True)},
+              copy / TENSORS)  # fmt: skip
+    said = refused(capsys, "--from", tied, "--adapter-from", copy, "--to", tmp_path / "a")
+    surplus = said.split("surplus: ")[1].split(". Names")[0].split(", ")
+    assert set(surplus) == {"llm.lm_head.lora_A.weight", "llm.lm_head.lora_B.weight",
+                            "llm.embed_tokens.lora_embedding_A",
+                            "vit.embeddings.patch_embedding.lora_A.weight"}  # fmt: skip
+
+
 @pytest.mark.parametrize("changes, words", [
     (dict(peft_type="IA3"), "an adapter of kind 'IA3'; supported is LORA"),
     (dict(use_dora=True), "use_dora=True is not supported: merge the adapter with PEFT"),

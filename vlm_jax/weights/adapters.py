@@ -173,7 +173,9 @@ def merge(model: Model, path: Path, **allowed) -> tuple[list[str], list[str]]:
     low = {name: tensor for name, tensor in found.items() if ".lora_" in name}
     if not low:
         raise ValueError(f"{path} holds no LoRA tensors, only {names.shown(list(found))}")
-    bases = {name.removesuffix(".weight") for name in model.tensors if name.endswith(".weight")}
+    bases = {n.removesuffix(".weight") for n, x in model.tensors.items() if len(x.shape) == 2}
+    if model.llm["tied_embeddings"]:
+        bases -= {"llm.lm_head"}  # it is the embedding, which such an adapter leaves alone
     modules = {name.rpartition(".lora_")[0] for name in low} & bases
     modules |= expected(settings, stored, bases)
     wanted = {}
