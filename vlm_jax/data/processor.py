@@ -219,6 +219,7 @@ class Processor:
                 "tokenizer has none: set its eos_token, or choose data.template=plain"
             )
         self.eos_id = tokenizer.eos_token_id
+        self.stop_ids = (tokenizer.eos_token_id,)
         self.bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else tokenizer.unk_token_id or 0

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 from ml_collections import ConfigDict
 
+from vlm_jax import mesh
 from vlm_jax.models import compressors
 from vlm_jax.models.compressors.compressor import Visual
 from vlm_jax.models.layers import RUN_ONCE
@@ -131,12 +132,20 @@ class VLM(nnx.Module):
         batch: Batch,
         *,
         new_tokens: int,
+        begun: Past | None = None,
     ) -> tuple[Float[Array, "B W"], list[KV], Int[Array, "B"]]:
-        """Scores of the first new token, caches with room for `new_tokens` more, row lengths."""
+        """Scores of the first new token, caches with room for `new_tokens` more, row lengths.
+
+        `begun` is a pass over tokens that stand before those of the batch, the same in every row
+        [1 S D]; not for a compressor that reads the prompt from its first token.
+        """
         x, count, past = self.lay(batch)
+        length = batch["length"] + count
+        if begun is not None:
+            past = repeated(begun, x.shape[0])
+            length += past.length
         slots = x.shape[1] + new_tokens + (0 if past is None else past.hidden.shape[1])
         hidden, caches = self.llm.prefill(x, slots=slots, past=past)
-        length = batch["length"] + count
         last = read(hidden, past, length[:, None] - 1)
         return self.llm.logits(last)[:, 0], caches, length
 
@@ -171,6 +180,22 @@ def read(
         behind = jnp.minimum(index - length + first, hidden.shape[1] - 1)
         index = jnp.where(index < length, index, behind)
     return rows(hidden, index)
+
+
+def repeated(past: Past, batch: int) -> Past:
+    """One row's past as that of every row of a batch."""
+
+    def many(x, at, *dims):
+        shape = (*x.shape[:at], batch, *x.shape[at + 1 :])
+        return jnp.broadcast_to(x, shape, out_sharding=mesh.spec(*dims))
+
+    kv = ("layers", "batch", "len", "kv_heads", "head")
+    return Past(
+        many(past.hidden, 0, "batch", "len", "feature"),
+        many(past.keys, 1, *kv),
+        many(past.values, 1, *kv),
+        many(past.length, 0, "batch"),
+    )
 
 
 def rows(x: Shaped[Array, "B X *D"], index: Int[Array, "B Y"]) -> Shaped[Array, "B Y *D"]:
