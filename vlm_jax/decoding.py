@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from vlm_jax import mesh
+from vlm_jax.models.cache import KV, Past
 from vlm_jax.models.layers import RUN_ONCE
-from vlm_jax.models.llm import LLM, Past
+from vlm_jax.models.llm import LLM
 from vlm_jax.models.vlm import VLM, Batch
 
 SMALLEST = 16  # tokens of the smallest bucket
@@ -119,7 +120,7 @@ class Decoder:
         one = Past(made.hidden[:1], made.keys[:, :1], made.values[:, :1], made.length[:1])
         return jax.device_put(jax.device_get(one), mesh.sharding(now))
 
-    def stream(
+    def start(
         self,
         batch: Batch,
         *,
@@ -127,34 +128,53 @@ class Decoder:
         tokens: int | None = None,
         begun: Past | None = None,
         sampling: Sampling | None = None,
-    ) -> Iterator[np.ndarray]:
-        """Token ids int32 [B] of every row, step after step, until all have ended.
+    ) -> "Started":
+        """Reads a batch, and chooses the first token of every row.
 
         `tokens` asks a model that serves any number of visual tokens for so many, in the slots of
         the smallest bucket that holds them: no more programs are compiled than there are buckets.
-        `begun` is what `begin` gave, `new_tokens` the most steps.
+        `begun` is what `begin` gave, `new_tokens` the most that will be asked for.
         """
         model = self.model
         if tokens is not None:
             model = model.at(model.compressor.slots(tokens) if model.compressor.buckets else tokens)
             batch = {**batch, "limit": jnp.full_like(batch["length"], tokens)}
-        ids, *state = self.first(model, batch, begun, sampling, new_tokens=bucket(new_tokens))
-        found = np.asarray(ids)
-        ended = np.isin(found, self.stop_ids)
-        yield found
-        for step in range(1, new_tokens):
+        ids, caches, length = self.first(
+            model, batch, begun, sampling, new_tokens=bucket(new_tokens)
+        )
+        return Started(ids, caches, length, sampling)
+
+    def stream(self, started: "Started", new_tokens: int) -> Iterator[np.ndarray]:
+        """Token ids int32 [B] of every row, step after step, until all rows have ended.
+
+        Uses up the caches of `started`. At most `new_tokens` steps, no more than it was told of.
+        """
+        ids, caches, place, sampling = started
+        ended = np.zeros(len(ids), bool)
+        for step in range(new_tokens):
+            now = ids
+            # One step ahead, so that the device does not wait for the host to look; but the first
+            # token is waited for.
+            if 0 < step < new_tokens - 1:
+                ids, caches, place = self.following(self.model, ids, caches, place, sampling)
+            found = np.asarray(now)
+            yield found
+            ended |= np.isin(found, self.stop_ids)
             if ended.all():
                 return
-            if step == 1:
-                ids, *state = self.following(model, ids, *state, sampling)
-            now = ids
-            # One step ahead, so that the device does not wait for the host to look.
-            if step + 1 < new_tokens:
-                ids, *state = self.following(model, ids, *state, sampling)
-            found = np.asarray(now)
-            ended |= np.isin(found, self.stop_ids)
-            yield found
+            if step == 0 and new_tokens > 1:
+                ids, caches, place = self.following(self.model, ids, caches, place, sampling)
 
     def __call__(self, batch: Batch, tokens: int | None = None, *, new_tokens: int) -> np.ndarray:
         """Greedy token ids int32 [B, n], n at most `new_tokens`."""
-        return np.stack(list(self.stream(batch, new_tokens=new_tokens, tokens=tokens)), axis=1)
+        started = self.start(batch, new_tokens=new_tokens, tokens=tokens)
+        return np.stack(list(self.stream(started, new_tokens)), axis=1)
+
+
+class Started(NamedTuple):
+    """A batch that was read: its rows' first new tokens, and what the next ones come from."""
+
+    ids: Int[Array, "B"]
+    caches: list[KV]
+    length: Int[Array, "B"]  # tokens read, visual ones and `begun` included
+    sampling: Sampling | None

@@ -170,7 +170,9 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) ->
 
 def layer(blocks: Any, index: int) -> Any:
     """Entry `index` of what is stacked over layers (a block, keys and values), or of a list."""
-    return blocks[index] if isinstance(blocks, nnx.List) else jax.tree.map(lambda w: w[index], blocks)
+    return (
+        blocks[index] if isinstance(blocks, nnx.List) else jax.tree.map(lambda w: w[index], blocks)
+    )
 
 
 def unstacked(blocks: nnx.Module, depth: int, *, consume: bool) -> Sequence[nnx.Module]:

@@ -5,8 +5,6 @@ B batch  T tokens  S keys  L layers  D llm width  F mlp width
 N heads  K kv heads  G = N/K  H head size  W vocabulary
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import mesh
+from vlm_jax.models.cache import KV, Past, positions_of, write
 from vlm_jax.models.layers import (
     Linear,
     RMSNorm,
@@ -27,25 +26,6 @@ from vlm_jax.models.layers import (
 from vlm_jax.models.rope import Rope, rotate
 
 HIDDEN = ("batch", "len", "feature")
-
-
-class KV(NamedTuple):
-    """Keys and values of one layer, already rotated, one slot per position."""
-
-    keys: Float[Array, "B S K H"]
-    values: Float[Array, "B S K H"]
-
-
-class Past(NamedTuple):
-    """The first `length` tokens of each row, read by a pass that another goes on from.
-
-    What stands behind `length` is padding. Keys and values are stacked over the layers.
-    """
-
-    hidden: Float[Array, "B S D"]
-    keys: Float[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"]
-    length: Int[Array, "B"]
 
 
 class Attention(nnx.Module):
@@ -317,7 +297,9 @@ class LLM(nnx.Module):
         hidden, made = self.run(x, past, lambda f: f, keep=True)
         if not isinstance(made, list):
             made = [layer(made, i) for i in range(self.depth)]
-        first = made if past is None else [KV(*kv) for kv in zip(past.keys, past.values, strict=True)]
+        first = (
+            made if past is None else [KV(*kv) for kv in zip(past.keys, past.values, strict=True)]
+        )
         room = [(0, 0), (0, slots - first[0].keys.shape[1]), (0, 0), (0, 0)]
         caches = [KV(*(jnp.pad(a, room) for a in kv)) for kv in first]
         if past is not None:
@@ -386,21 +368,3 @@ class LLM(nnx.Module):
             out_sharding=mesh.spec("batch", "len", "vocab"),
             preferred_element_type=jnp.float32,
         )
-
-
-def positions_of(batch: int, length: int) -> Int[Array, "B T"]:
-    """0, 1, ... length - 1 in every row, sharded like a batch."""
-    return jnp.broadcast_to(
-        jnp.arange(length, dtype=jnp.int32), (batch, length), out_sharding=mesh.spec("batch", "len")
-    )
-
-
-def write(
-    cache: Float[Array, "B S K H"],
-    new: Float[Array, "B T K H"],
-    at: Int[Array, "B"],
-) -> Float[Array, "B S K H"]:
-    """The cache with `new` written from each row's own position on."""
-    # vmap keeps the write inside the shard that holds the row: no collective.
-    put = jax.vmap(lambda row, x, i: lax.dynamic_update_slice_in_dim(row, x, i, 0))
-    return put(cache, new.astype(cache.dtype), at)

@@ -15,11 +15,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 from ml_collections import ConfigDict
 
-from vlm_jax import mesh
 from vlm_jax.models import compressors
+from vlm_jax.models.cache import KV, Past, repeated
 from vlm_jax.models.compressors.compressor import Visual
 from vlm_jax.models.layers import RUN_ONCE
-from vlm_jax.models.llm import KV, LLM, Past
+from vlm_jax.models.llm import LLM
 from vlm_jax.models.vit import ViT
 
 Batch = Mapping[str, Array]
@@ -180,22 +180,6 @@ def read(
         behind = jnp.minimum(index - length + first, hidden.shape[1] - 1)
         index = jnp.where(index < length, index, behind)
     return rows(hidden, index)
-
-
-def repeated(past: Past, batch: int) -> Past:
-    """One row's past as that of every row of a batch."""
-
-    def many(x, at, *dims):
-        shape = (*x.shape[:at], batch, *x.shape[at + 1 :])
-        return jnp.broadcast_to(x, shape, out_sharding=mesh.spec(*dims))
-
-    kv = ("layers", "batch", "len", "kv_heads", "head")
-    return Past(
-        many(past.hidden, 0, "batch", "len", "feature"),
-        many(past.keys, 1, *kv),
-        many(past.values, 1, *kv),
-        many(past.length, 0, "batch"),
-    )
 
 
 def rows(x: Shaped[Array, "B X *D"], index: Int[Array, "B Y"]) -> Shaped[Array, "B Y *D"]:
