@@ -194,19 +194,20 @@ def test_a_prompt_without_an_image_is_answered_and_sees_none(one, images):
     ],
 )
 def test_every_way_of_compressing_answers(kind, fields, asked, trained, tmp_path, images, mesh1):
-    data = dict(template="question_first", question_length=16) if "prefix" in fields.values() else {}
+    data = (
+        dict(template="question_first", question_length=16) if "prefix" in fields.values() else {}
+    )
     path = made(
         tmp_path / "m", trained, compressor=dict(kind=kind, tokens=max(asked), **fields), data=data
     )
     model = serving.VLM.from_checkpoint(path, mesh=mesh1)
     for tokens in asked:
-        one, two = model.generate(
-            images[:2], PROMPTS[:2], max_new_tokens=3, visual_tokens=tokens
-        )
+        one, two = model.generate(images[:2], PROMPTS[:2], max_new_tokens=3, visual_tokens=tokens)
         assert one.visual_tokens == two.visual_tokens == tokens
-        assert two.ids == model.generate(
-            images[1], PROMPTS[1], max_new_tokens=3, visual_tokens=tokens
-        )[0].ids
+        assert (
+            two.ids
+            == model.generate(images[1], PROMPTS[1], max_new_tokens=3, visual_tokens=tokens)[0].ids
+        )
     with pytest.raises(ValueError, match="5 visual tokens|visual tokens, not 5|17"):
         model.generate(images[0], "a", visual_tokens=17 if kind == "mqt" else 5)
 

@@ -116,9 +116,10 @@ class Decoder:
         # As many rows as the mesh cuts a batch into; they are all the same.
         now = jax.sharding.get_mesh()
         rows = np.tile(np.array(ids, np.int32), (mesh.batch_shards(now), 1))
-        made = jax.jit(start)(self.model.llm, jax.device_put(rows, mesh.sharding(now, "batch")))
+        placed = jax.device_put(rows, mesh.sharding(now, "batch"))
+        made = jax.device_get(jax.jit(start)(self.model.llm, placed))
         one = Past(made.hidden[:1], made.keys[:, :1], made.values[:, :1], made.length[:1])
-        return jax.device_put(jax.device_get(one), mesh.sharding(now))
+        return jax.device_put(one, mesh.sharding(now))
 
     def start(
         self,

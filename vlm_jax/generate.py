@@ -16,6 +16,7 @@ and `tokens_per_second`, or `id` and `error`; it is there as soon as its batch i
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -120,7 +121,7 @@ def numbers(answer: Answer) -> str:
     )
 
 
-def chat(model: VLM, options: argparse.Namespace, lines: TextIO) -> int:
+def chat(model: VLM, options: argparse.Namespace, lines: io.TextIOBase) -> int:
     """Answers line after line until there are none; a conversation that is full says so."""
     turns: list[str] = []
     prompt = "> " if lines.isatty() else ""
