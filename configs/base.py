@@ -94,8 +94,11 @@ def get_config() -> ConfigDict:
     c.data.images = ""  # llava: the folder that image paths are relative to
     # A folder that transformers can load; "" trains a word-level one on the source.
     c.data.tokenizer = ""
-    c.data.template = "vicuna_v1"  # vlm_jax/data/processor.py TEMPLATES names the kinds
-    c.data.image_fit = "pad"  # how an image becomes square: pad, crop
+    c.data.template = "vicuna_v1"  # vlm_jax/data/templates.py TEMPLATES names the kinds
+    c.data.image_fit = "pad"  # how an image becomes square: pad, crop, stretch
+    c.data.image_mean = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue; CLIP's
+    c.data.image_std = (0.26862954, 0.26130258, 0.27577711)
+    c.data.image_resample = "bicubic"  # or "bilinear"
     c.data.text_length = 512  # T, text tokens per row; longer rows are cut
     # Tokens of the question that a compressor reads; with compressor.query "prefix" of all text
     # before the image, and text_length - question_length tokens may follow it.

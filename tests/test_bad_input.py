@@ -11,8 +11,9 @@ from PIL import Image
 from configs import base
 from vlm_jax.data.example import BadExample
 from vlm_jax.data.loader import Batches, evaluation_batches
-from vlm_jax.data.processor import Processor, train_tokenizer
+from vlm_jax.data.processor import Processor
 from vlm_jax.data.sources import open_source
+from vlm_jax.data.word_tokenizer import train_tokenizer
 
 
 def row(k, **changed):

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from vlm_jax import convert
 from vlm_jax.data import processor
+from vlm_jax.data.word_tokenizer import train_tokenizer
 from vlm_jax.models import vlm
 from vlm_jax.weights import folder, names
 
@@ -161,7 +162,7 @@ def test_a_run_of_train_becomes_a_model_folder_with_its_tokenizer(trained, tmp_p
 
 def with_tokenizer(path, extra=()):
     """A small tokenizer beside the weights of a folder."""
-    tokenizer = processor.train_tokenizer(["a b"], 80)
+    tokenizer = train_tokenizer(["a b"], 80)
     tokenizer.add_special_tokens({"additional_special_tokens": list(extra)})
     tokenizer.save_pretrained(path)
     return tokenizer

@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding
 
 from configs import base, sizes
 from vlm_jax import mesh
+from vlm_jax.models.cache import KV
 from vlm_jax.models.compressors.token_packer import TokenPacker
-from vlm_jax.models.llm import KV, LLM
+from vlm_jax.models.llm import LLM
 from vlm_jax.models.vit import ViT
 from vlm_jax.scaling import cost
 

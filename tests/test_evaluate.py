@@ -12,6 +12,7 @@ import tiny
 from vlm_jax import evaluate
 from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor, load_tokenizer
+from vlm_jax.decoding import Decoder
 from vlm_jax.evals import tasks
 from vlm_jax.models import vlm
 
@@ -58,9 +59,9 @@ def greedy(setting, batch, mesh1):
 def test_answers_are_the_greedy_choices_of_full_passes(setting, batch, greedy, mesh1):
     assert len({tuple(row) for row in greedy}) > 2
     with jax.set_mesh(mesh1):
-        answer = evaluate.Answerer(setting[3], eos_id=-1, max_new_tokens=NEW)
+        answer = Decoder(setting[3], stop_ids=(-1,))
         for _ in range(2):
-            np.testing.assert_array_equal(answer(batch), greedy)
+            np.testing.assert_array_equal(answer(batch, new_tokens=NEW), greedy)
     assert answer.first._cache_size() == answer.following._cache_size() == 1
 
 
@@ -69,7 +70,7 @@ def test_decoding_stops_when_every_row_has_ended(setting, batch, greedy, mesh1):
     with jax.set_mesh(mesh1):
         eos = int(greedy[0, 0])
         ends = [list(row).index(eos) if eos in row else NEW for row in greedy]
-        found = evaluate.Answerer(setting[3], eos_id=eos, max_new_tokens=NEW)(batch)
+        found = Decoder(setting[3], stop_ids=(eos,))(batch, new_tokens=NEW)
     assert found.shape == (8, min(NEW, max(ends) + 1))
     np.testing.assert_array_equal(found, greedy[:, : found.shape[1]])
 
@@ -115,7 +116,7 @@ def test_answers_end_before_the_end_token(setting, mesh1, monkeypatch):
     c, source, processor, model = setting
     word, eos = processor.tokenizer.encode("7", add_special_tokens=False)[-1], processor.eos_id
     fixed = np.tile(np.array([word, eos, word, word], np.int32), (c.evaluate.batch, 1))
-    monkeypatch.setattr(evaluate.Answerer, "__call__", lambda self, batch: fixed)
+    monkeypatch.setattr(Decoder, "__call__", lambda self, batch, new_tokens: fixed)
     with jax.set_mesh(mesh1):
         records = list(evaluate.predict(c, model, source, processor))
     assert {r["prediction"] for r in records} == {"7"}

@@ -11,7 +11,7 @@ import tiny
 
 from vlm_jax import cli, grid
 from vlm_jax.data import loader, sources
-from vlm_jax.data.processor import MEAN_COLOUR, Processor, load_tokenizer
+from vlm_jax.data.processor import Processor, load_tokenizer
 from vlm_jax.evals import tasks
 from vlm_jax.models import vlm
 from vlm_jax.scaling import cost, records
@@ -223,7 +223,7 @@ def test_cached_features_are_the_encoders_levels_of_every_image(shared, mesh1):
                 levels = encode(found.encoder, tiny.placed(pixels[None]))
                 np.testing.assert_allclose(features[i], levels[0], atol=1e-5)
         # The blind image is the mean colour: nearly zero once normalised, and the same for all.
-        grey = np.broadcast_to(np.array(MEAN_COLOUR, np.uint8), (32, 32, 3))
+        grey = np.full((32, 32, 3), (122, 116, 104), np.uint8)
         levels = encode(found.encoder, tiny.placed(found.train.processor.pixels(grey)[None]))
         np.testing.assert_allclose(kept.blind, levels, atol=1e-5)
 

@@ -11,8 +11,9 @@ from configs import base
 from vlm_jax import mesh as meshes
 from vlm_jax.data import loader
 from vlm_jax.data.loader import Batches, evaluation_batches
-from vlm_jax.data.processor import Processor, train_tokenizer
+from vlm_jax.data.processor import Processor
 from vlm_jax.data.synthetic import Synthetic
+from vlm_jax.data.word_tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

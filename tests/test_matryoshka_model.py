@@ -15,6 +15,7 @@ from test_grid import AFTER_FIRST_ROW, ONE_SIZE
 from vlm_jax import evaluate, grid, mesh
 from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor, load_tokenizer
+from vlm_jax.decoding import Decoder
 from vlm_jax.learn import objective, optimizer
 from vlm_jax.models import vlm
 from vlm_jax.scaling import cost, records
@@ -78,24 +79,24 @@ def test_requests_of_any_size_from_one_model_compile_once_for_each_bucket(kind, 
         c, model = model_of(kind, 16)
         made = tiny.batch(c)
         batch = tiny.placed({k: v for k, v in made.items() if k != "loss_mask"})
-        answer = evaluate.Answerer(model, eos_id=-1, max_new_tokens=2)
+        answer = Decoder(model, stop_ids=())
         asked = model.compressor.supported(4)
-        found = {tokens: answer(batch, tokens) for tokens in asked}
+        found = {tokens: answer(batch, tokens, new_tokens=2) for tokens in asked}
         buckets = model.compressor.buckets
         assert len(asked) == {"mqt": 16, "m3": 3}[kind]
         assert answer.first._cache_size() == answer.following._cache_size() == len(buckets) == 3
         for tokens in asked[:: len(asked) // 3]:
-            alone = evaluate.Answerer(model.at(tokens), eos_id=-1, max_new_tokens=2)
-            np.testing.assert_array_equal(found[tokens], alone(batch))
+            alone = Decoder(model.at(tokens), stop_ids=())
+            np.testing.assert_array_equal(found[tokens], alone(batch, new_tokens=2))
         with pytest.raises(ValueError, match="cannot make 17 visual tokens"):
-            answer(batch, 17)
+            answer(batch, 17, new_tokens=2)
 
 
 def test_a_model_of_one_size_is_not_asked_for_another(mesh1):
     with jax.set_mesh(mesh1):
         c, model = model_of("token_packer", 4)
         with pytest.raises(ValueError, match="TokenPacker was trained for 4 visual tokens, not 9"):
-            evaluate.Answerer(model, eos_id=-1, max_new_tokens=2)(tiny.batch(c), 9)
+            Decoder(model, stop_ids=())(tiny.batch(c), 9, new_tokens=2)
 
 
 # --- Training -------------------------------------------------------------------------------------

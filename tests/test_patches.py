@@ -7,7 +7,8 @@ import pytest
 import tiny
 
 from vlm_jax.data import patches, sources
-from vlm_jax.data.processor import Processor, train_tokenizer
+from vlm_jax.data.processor import Processor
+from vlm_jax.data.word_tokenizer import train_tokenizer
 
 SIDE = 4
 

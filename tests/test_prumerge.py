@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_numbers import numbers
 
-from vlm_jax.evaluate import Answerer
+from vlm_jax.decoding import Decoder
 from vlm_jax.learn import optimizer
 from vlm_jax.learn.objective import next_token
 from vlm_jax.models import vlm
@@ -259,8 +259,8 @@ def test_it_learns_and_answers(devices, case, request):
             state, metrics = step(state, placed)
             losses.append(float(metrics.loss))
         trained: VLM = optimizer.finish(graph, state)
-        answers = Answerer(trained, eos_id=-1, max_new_tokens=3)(
-            {k: v for k, v in placed.items() if k != "loss_mask"}
+        answers = Decoder(trained, stop_ids=())(
+            {k: v for k, v in placed.items() if k != "loss_mask"}, new_tokens=3
         )
     assert losses[-1] < 0.8 * losses[0] and answers.shape == (8, 3)
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, trained.vit), before)

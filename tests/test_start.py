@@ -61,13 +61,18 @@ def test_a_trained_compressor_must_be_the_one_that_is_configured(made):
         start.adopt(c)
 
 
-def test_images_that_would_be_prepared_wrongly_are_refused(made, tmp_path):
+def test_images_are_prepared_as_the_folder_says(made, tmp_path):
     path = shutil.copytree(made, tmp_path / "copy")
     config = json.loads((path / "config.json").read_text())
-    config["facts"]["image"]["mean"] = [0.5, 0.5, 0.5]
+    half = dict(mean=[0.5] * 3, std=[0.25] * 3, fit="stretch", resample="bilinear")
+    config["facts"]["image"] = half
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"mean \[0.5, 0.5, 0.5\].*as CLIP's alone"):
-        start.adopt(tiny.config(start_from=str(path)))
+    data = start.adopt(tiny.config(start_from=str(path))).data
+    assert (data.image_mean, data.image_std) == ((0.5,) * 3, (0.25,) * 3)
+    assert (data.image_fit, data.image_resample) == ("stretch", "bilinear")
+    # How an image becomes square is the recipe's choice where the tower wants none stretched.
+    chosen = tiny.config(start_from=str(made), data=dict(image_fit="crop"))
+    assert start.adopt(chosen).data.image_fit == "crop"
 
 
 def test_a_grid_does_not_start_from_a_folder(made, mesh1):

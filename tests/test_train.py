@@ -14,7 +14,8 @@ import tiny
 from vlm_jax import mesh as meshes
 from vlm_jax import train
 from vlm_jax.data import loader, sources
-from vlm_jax.data.processor import Processor, train_tokenizer
+from vlm_jax.data.processor import Processor
+from vlm_jax.data.word_tokenizer import train_tokenizer
 from vlm_jax.learn import objective, optimizer
 from vlm_jax.learn.checkpoint import Checkpoints, named
 from vlm_jax.learn.log import Diverged

@@ -23,8 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from vlm_jax.report import main as run
         case "convert":
             from vlm_jax.convert import main as run
+        case "generate":
+            from vlm_jax.generate import main as run
         case _:
-            known = "train, evaluate, grid, fit, plan, report, convert"
+            known = "train, evaluate, grid, fit, plan, report, convert, generate"
             text = f"usage: vlm-jax VERB [--flag=value ...]\nverbs: {known} (each has --help)"
             if verb in ("--help", "-h", "help"):
                 print(text)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vlm_jax.data.processor import query_of
+from vlm_jax.data.templates import query_of
 from vlm_jax.models import vlm
 from vlm_jax.models.compressors import serves_any_tokens
 from vlm_jax.models.compressors.compressor import Compressor

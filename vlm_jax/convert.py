@@ -20,6 +20,7 @@ import json
 import math
 import shutil
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import jax
@@ -67,11 +68,16 @@ def main(argv: list[str] | None = None) -> int:
     options = flags().parse_args(argv)
 
     def body() -> int:
-        with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
+        with one_device():
             print(json.dumps(run(options)))
         return 0
 
     return cli.report_errors("convert", body)
+
+
+def one_device() -> AbstractContextManager:
+    """The mesh on which weights pass through."""
+    return jax.set_mesh(mesh.make(devices=jax.devices()[:1]))
 
 
 def run(options: argparse.Namespace) -> dict:

@@ -17,58 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax import cli, mesh
 from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor, load_tokenizer
+from vlm_jax.decoding import Decoder
 from vlm_jax.evals import tasks
 from vlm_jax.learn.workdir import claim, finished, write_json
-from vlm_jax.models.layers import RUN_ONCE
 from vlm_jax.models.vlm import VLM
 from vlm_jax.weights import start
-
-
-class Answerer:
-    """Greedy decoding of one model over batches of one shape: two compiled functions, caches
-    donated."""
-
-    def __init__(self, model: VLM, *, eos_id: int, max_new_tokens: int):
-        if model.compressor.buckets:
-            fold = jax.jit(lambda compressor: compressor.fold(), compiler_options=RUN_ONCE)
-            model = VLM(model.vit, fold(model.compressor), model.llm)
-        self.model, self.eos_id, self.max_new_tokens = model, eos_id, max_new_tokens
-
-        def first(model, batch):
-            logits, caches, length = model.prefill(batch, new_tokens=max_new_tokens)
-            return jnp.argmax(logits, -1).astype(jnp.int32), caches, length
-
-        def following(model, ids, caches, position):
-            logits, caches = model.decode(ids, caches, position)
-            return jnp.argmax(logits, -1).astype(jnp.int32), caches, position + 1
-
-        self.first, self.following = jax.jit(first), jax.jit(following, donate_argnums=(2, 3))
-
-    def __call__(self, batch: loader.Batch, tokens: int | None = None) -> np.ndarray:
-        """Token ids int32 [B, n], n at most max_new_tokens; ends early when every row has ended.
-
-        `tokens` asks a model that serves any number of visual tokens for so many, in the slots of
-        the smallest bucket that holds them: no more programs are compiled than there are buckets.
-        """
-        model = self.model
-        if tokens is not None:
-            model = model.at(model.compressor.slots(tokens) if model.compressor.buckets else tokens)
-            batch = {**batch, "limit": jnp.full_like(batch["length"], tokens)}
-        ids, caches, position = self.first(model, batch)
-        found = [np.asarray(ids)]
-        ended = found[0] == self.eos_id
-        while len(found) < self.max_new_tokens and not ended.all():
-            ids, caches, position = self.following(model, ids, caches, position)
-            found.append(np.asarray(ids))
-            ended |= found[-1] == self.eos_id
-        return np.stack(found, axis=1)
 
 
 class Clock:
@@ -113,7 +72,7 @@ def predict(
     tokenizer = processor.tokenizer
     if model.compressor.buckets:  # trained for any V
         model = model.at(config.compressor.tokens)
-    answer = Answerer(model, eos_id=processor.eos_id, max_new_tokens=config.evaluate.max_new_tokens)
+    answer = Decoder(model, stop_ids=processor.stop_ids)
     batches = loader.evaluation_batches(
         source,
         processor,
@@ -125,14 +84,14 @@ def predict(
     for batch in batches:
         valid, index = np.asarray(batch.pop("valid")), np.asarray(batch.pop("index"))
         then = time.perf_counter()
-        answers = answer(batch)
+        answers = answer(batch, new_tokens=config.evaluate.max_new_tokens)
         if clock is not None:
             clock.note(time.perf_counter() - then, answers.shape)
         for i, ids, counts in zip(index, answers, valid, strict=True):
             if not counts:
                 continue
             example = source[int(i)]
-            ended = np.flatnonzero(ids == processor.eos_id)
+            ended = np.flatnonzero(np.isin(ids, processor.stop_ids))
             text = tokenizer.decode(ids[: ended[0]] if ended.size else ids).strip()
             yield dict(
                 id=example.id,

@@ -10,7 +10,7 @@ import numpy as np
 
 from vlm_jax import mesh
 from vlm_jax.data import sources
-from vlm_jax.data.processor import MEAN_COLOUR, Processor
+from vlm_jax.data.processor import Processor
 from vlm_jax.models.compressors.compressor import Compressor
 from vlm_jax.models.vit import ViT
 
@@ -66,7 +66,7 @@ def features_of(
 
 def blind_of(encoder: ViT, processor: Processor, sight: Sight) -> np.ndarray:
     """Encoder outputs of an image of the mean colour, [1, P, Y]."""
-    grey = processor.pixels(np.broadcast_to(np.array(MEAN_COLOUR, np.uint8), (8, 8, 3)))
+    grey = processor.images.normalise(processor.images.blank())
     return encode(encoder, np.broadcast_to(grey, (BATCH, *grey.shape)), sight)[:1]
 
 

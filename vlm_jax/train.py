@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax import cli, mesh
-from vlm_jax.data import loader, patches, processor, sources
+from vlm_jax.data import loader, patches, processor, sources, templates, word_tokenizer
 from vlm_jax.learn import optimizer
 from vlm_jax.learn.checkpoint import Checkpoints
 from vlm_jax.learn.log import Log
@@ -108,7 +108,7 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"lora.rank={config.lora.rank}, but finetune.steps=0: adapters are trained in finetune"
         )
-    processor.query_of(config)
+    templates.query_of(config)
     for name in ("encoder", "align", "finetune"):
         stage = config[name]
         if stage.batch % stage.accumulate:
@@ -209,7 +209,7 @@ def tokenizer_of(config: ConfigDict, folder: Path, source: sources.Source) -> An
         tokenizer = processor.load_tokenizer(folder / "tokenizer")
     else:
         texts = (text for i in range(len(source)) for turn in source[i].turns for text in turn)
-        tokenizer = processor.train_tokenizer(texts, config.llm.vocab)
+        tokenizer = word_tokenizer.train_tokenizer(texts, config.llm.vocab)
         # Whole or not at all: a killed run must not leave half a tokenizer behind.
         tokenizer.save_pretrained(folder / "tokenizer.tmp")
         (folder / "tokenizer.tmp").rename(folder / "tokenizer")

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from vlm_jax import mesh as meshes
 from vlm_jax.data.example import BadExample, Source
-from vlm_jax.data.processor import Processor, normalise
+from vlm_jax.data.processor import Processor
 
 TABLE_BYTES = 1 << 28  # sources whose ids fit into this are tokenised once, at the start
 EPOCHS = (
@@ -85,7 +85,7 @@ class _Rows:
         """The image of an example, uint8 [S, S, 3]; black where it has none."""
         image = self._image_of(index)
         if image < 0:
-            return np.zeros((self.processor.image_size,) * 2 + (3,), np.uint8)
+            return np.zeros((self.processor.images.size,) * 2 + (3,), np.uint8)
         return self.processor.square(self.source.images[image])
 
     def _readable(self, index: int, replace: bool) -> tuple[int, np.ndarray | None]:
@@ -112,8 +112,10 @@ class _Rows:
         if self.features is None:
             found = [self._readable(int(i), replace) for i in indices]
             indices = np.array([i for i, _ in found], np.int64)
-            blank = np.zeros((self.processor.image_size,) * 2 + (3,), np.uint8)
-            pixels = normalise(np.stack([blank if p is None else p for _, p in found]))
+            blank = np.zeros((self.processor.images.size,) * 2 + (3,), np.uint8)
+            pixels = self.processor.images.normalise(
+                np.stack([blank if p is None else p for _, p in found])
+            )
             missing = np.array([p is None for _, p in found])
             empty = np.array([self._image_of(int(i)) < 0 for i in indices]) | missing
             pixels[empty] = 0  # as LLaVA: zeros after normalisation

@@ -5,166 +5,18 @@ Shapes: T text tokens, Tq question tokens, S pixels of the encoder's side.
 """
 
 import copy
-import re
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from vlm_jax.data.example import IMAGE_MARK, Example
+from vlm_jax.data.images import Preparation
+from vlm_jax.data.templates import OwnTemplate, query_of, template_of
 
-# openai/clip-vit-large-patch14-336/preprocessor_config.json
-CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-MEAN_COLOUR = (122, 116, 104)  # CLIP_MEAN of 255, cut to whole numbers: the padding of LLaVA-1.5
-
-SPECIALS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 KNOWN_TEXTS = 50_000  # tokenised texts that are remembered
 NO_IMAGE_QUESTION = "image"  # what a question-reading compressor reads for a row without an image
-
-
-@dataclass(frozen=True)
-class Template:
-    """How turns become text.
-
-    start: opens the row. user, answer: one turn, with {image}, {question} and {answer}; only
-    `answer` is supervised. eos: whether the end-of-sequence token closes each answer. image: what
-    stands for the image in the first turn, IMAGE_MARK included. joined: tokenise all text between
-    images as one string, as published models were trained, instead of each part on its own.
-    """
-
-    start: str
-    user: str
-    answer: str
-    eos: bool
-    image: str
-    joined: bool
-
-
-# vicuna_v1 and plain: llava/conversation.py and llava/train/train.py in haotian-liu/LLaVA.
-TEMPLATES = {
-    "vicuna_v1": Template(
-        start="A chat between a curious user and an artificial intelligence assistant. The "
-        "assistant gives helpful, detailed, and polite answers to the user's questions. ",
-        user="USER: {image}{question} ASSISTANT:",
-        answer=" {answer}",
-        eos=True,
-        image="<image>\n",
-        joined=True,
-    ),
-    "plain": Template("", "{image}", "{answer}\n", eos=False, image="<image>", joined=True),
-    "bare": Template("", "{image}{question}", "{answer}", eos=True, image="<image>", joined=False),
-    # The visual tokens are read in the light of the question, at a fixed distance from the answer.
-    "question_first": Template(
-        "", "{question}{image}", "{answer}", eos=True, image="<image>", joined=False
-    ),
-    # The same order in Vicuna's words; no published model was trained so.
-    "vicuna_question_first": Template(
-        start="A chat between a curious user and an artificial intelligence assistant. The "
-        "assistant gives helpful, detailed, and polite answers to the user's questions. ",
-        user="USER: {question}{image} ASSISTANT:",
-        answer=" {answer}",
-        eos=True,
-        image="\n<image>",
-        joined=True,
-    ),
-}
-
-
-def template_of(config: Any) -> Template:
-    """The template that `config.data.template` names. ValueError for an unknown one."""
-    if config.data.template not in TEMPLATES:
-        raise ValueError(
-            f"data.template={config.data.template!r}: choose one of {', '.join(TEMPLATES)}"
-        )
-    return TEMPLATES[config.data.template]
-
-
-def query_of(config: Any) -> str:
-    """Who reads the question for the compressor: "none", "separate" or "prefix" (QueCC alone).
-
-    Raises:
-      ValueError: for "prefix" with a template whose question does not stand before the image, or
-        with lengths that leave no room behind it.
-    """
-    query = config.compressor.query if config.compressor.kind == "quecc" else "none"
-    if query == "prefix":
-        before, mark, _ = template_of(config).user.partition("{image}")
-        if not mark or "{question}" not in before:
-            good = [name for name, t in TEMPLATES.items() if "{question}{image}" in t.user]
-            raise ValueError(
-                "compressor.query='prefix' reads the question that stands before the image, and "
-                f"data.template={config.data.template!r} has none there: choose one of "
-                f"{', '.join(good)}, or compressor.query='separate'"
-            )
-        if config.data.question_length >= config.data.text_length:
-            raise ValueError(
-                f"compressor.query='prefix' keeps data.question_length="
-                f"{config.data.question_length} of data.text_length={config.data.text_length} "
-                "tokens for the text before the image: raise data.text_length by what follows the "
-                "image, the answer and its end included"
-            )
-    return query
-
-
-def _splitter() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Split(Regex("▁?[a-z]+|."), "isolated")
-
-
-def train_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast:
-    """A small tokenizer that loses nothing: a token per word of `texts`, else characters.
-
-    Words are of lower-case letters. Digits, capitals and words outside the vocabulary are spelled
-    in characters; only a character that `texts` never shows (other than ASCII letters and digits)
-    becomes <unk>. The same texts in any order give the same ids. decode(encode(text)) == text for
-    text without a space at its start.
-
-    Args:
-      texts: all questions and answers of the training split.
-      vocab: most tokens; the most frequent words are kept.
-    Raises:
-      ValueError: where `vocab` does not even hold the characters.
-    """
-    words = Counter()
-    characters = set("▁0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
-    for text, times in Counter(texts).items():
-        text = re.sub("^(?=[a-z])", "▁", text.replace(" ", "▁"))
-        characters.update(text)
-        for word in re.findall("▁[a-z]+", text):
-            words[word] += times
-    fixed = [*SPECIALS.values(), *sorted(characters)]
-    if vocab < len(fixed):
-        raise ValueError(
-            f"a vocabulary of {vocab} does not hold the {len(fixed)} special tokens and "
-            f"characters of the texts: raise llm.vocab to {len(fixed) + len(words)} for all words"
-        )
-    ranked = sorted(words, key=lambda w: (-words[w], w))[: vocab - len(fixed)]
-    ids = {token: k for k, token in enumerate(fixed + ranked)}
-    # Greedy longest match: a known word is one token, an unknown one falls apart into characters.
-    tokenizer = Tokenizer(
-        models.WordPiece(
-            ids,
-            unk_token=SPECIALS["unk_token"],
-            continuing_subword_prefix="",
-            max_input_chars_per_word=200,
-        )
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Replace(" ", "▁"), normalizers.Replace(Regex("^(?=[a-z])"), "▁")]
-    )
-    tokenizer.pre_tokenizer = _splitter()
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIALS
-    )
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -193,6 +45,15 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
+class Tokens(NamedTuple):
+    """A row, not yet cut or padded."""
+
+    ids: list[int]
+    mask: list[bool]  # which ids are supervised
+    image_at: int | None  # before which id the visual tokens belong
+    question: list[int]  # what a question-reading compressor reads
+
+
 class Processor:
     """Prepares examples for one model: its tokenizer, template, lengths and encoder size.
 
@@ -207,11 +68,10 @@ class Processor:
     def __init__(self, tokenizer: Any, config: Any):
         data = config.data
         self.template, self.query = template_of(config), query_of(config)
-        if data.image_fit not in ("pad", "crop"):
-            raise ValueError(f"data.image_fit={data.image_fit!r}: choose pad or crop")
         self.tokenizer = tokenizer
+        self._known: dict[str, tuple[list[int], list[int]]] = {}
         self.text_length, self.question_length = data.text_length, data.question_length
-        self.image_size, self.image_fit = config.vit.image_size, data.image_fit
+        self.images = Preparation.of(config)
         self.blind = data.blind
         if self.template.eos and tokenizer.eos_token is None:
             raise ValueError(
@@ -219,10 +79,13 @@ class Processor:
                 "tokenizer has none: set its eos_token, or choose data.template=plain"
             )
         self.eos_id = tokenizer.eos_token_id
+        self.stop_ids = self._stop_ids(data.template)
+        # Where the tokenizer knows the mark as a token, its own template is tokenised with it.
+        own = isinstance(self.template, OwnTemplate) and IMAGE_MARK in tokenizer.get_vocab()
+        self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK) if own else None
         self.bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else tokenizer.unk_token_id or 0
-        self._known: dict[str, tuple[list[int], list[int]]] = {}
 
     def reading_as(self, config: Any) -> "Processor":
         """This processor for a model of the same data whose compressor reads as `config` says."""
@@ -240,18 +103,6 @@ class Processor:
                 self._known[text] = known
         return known
 
-    def _parts(self, example: Example, answer: bool) -> list[tuple[str, bool]]:
-        """The row as text parts, each with whether it is supervised."""
-        template, parts = self.template, [(self.template.start, False)]
-        eos = self.tokenizer.eos_token if template.eos else ""
-        for k, (question, reply) in enumerate(example.turns):
-            mark = template.image if k == 0 and example.image is not None else ""
-            parts.append((template.user.format(image=mark, question=question), False))
-            if answer or k < len(example.turns) - 1:
-                parts.append((template.answer.format(answer=reply), True))
-                parts.append((eos, True))
-        return [(text, supervised) for text, supervised in parts if text]
-
     def _tokens(self, parts: list[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
         """Ids and supervision of parts without an image mark."""
         ids, mask = [], []
@@ -267,6 +118,45 @@ class Processor:
         owners = np.searchsorted(ends, starts, side="right")
         supervised = [flag for _, flag in parts]
         return list(found), [supervised[min(k, len(parts) - 1)] for k in owners]
+
+    def _stop_ids(self, name: str) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        closing = self.template.closing(self.tokenizer)
+        ids = self._encode(closing)[0] if closing else []
+        if self.template.end and len(ids) != 1:
+            raise ValueError(
+                f"template {name!r} closes answers with {closing}, which is no token of this "
+                "tokenizer: choose another data.template, or a tokenizer that has it"
+            )
+        return tuple(dict.fromkeys([*ids[-1:], *([] if self.eos_id is None else [self.eos_id])]))
+
+    def tokens(self, example: Example, *, answer: bool) -> Tokens:
+        """The example as ids of any length; without `answer` up to where its last answer starts."""
+        parts = self.template.parts(example, self.tokenizer, answer=answer)
+        ids, mask, image_at = list(self.bos), [False] * len(self.bos), None
+        if example.image is not None and self.image_id is not None:
+            # As transformers does: all at once, the mark a token among the others.
+            self._append(ids, mask, parts)
+            image_at = ids.index(self.image_id)
+            del ids[image_at], mask[image_at]
+        else:
+            for k, (text, supervised) in enumerate(parts):
+                if IMAGE_MARK in text and example.image is not None:
+                    before, _, after = text.partition(IMAGE_MARK)
+                    self._append(ids, mask, [*parts[:k], (before, supervised)])
+                    image_at, parts = len(ids), [(after, supervised), *parts[k + 1 :]]
+                    break
+            self._append(ids, mask, parts)
+        question = ids[:image_at] if self.query == "prefix" else self._question(example)
+        return Tokens(ids, mask, image_at, question)
+
+    def constant_prefix(self) -> list[int]:
+        """The ids that every row with an image begins with, whatever is asked."""
+        one, other = (
+            self.tokens(Example("", 0, ((text, ""),), "", ""), answer=False) for text in "ab"
+        )
+        shared = min(one.image_at, other.image_at)
+        return one.ids[:shared] if one.ids[:shared] == other.ids[:shared] else []
 
     def text(self, example: Example, *, answer: bool = True) -> dict[str, np.ndarray]:
         """The example as ids; with answer=False the prompt up to where the last answer starts.
@@ -285,11 +175,12 @@ class Processor:
           ValueError: for a prompt or question that does not fit (a training row is cut), an image
             place that does not, or a question of no token at all where one is read.
         """
-        ids, mask, image_at = self._row(example, answer)
-        has_image, first = example.image is not None, self.question_length
+        ids, mask, image_at, question = self.tokens(example, answer=answer)
+        has_image, first = image_at is not None, self.question_length
+        image_at = image_at if has_image else self.text_length
         if self.query == "prefix" and has_image:
             room = self.text_length - first
-            fits, question = image_at <= first and len(ids) - image_at <= room, ids[:image_at]
+            fits = image_at <= first and len(ids) - image_at <= room
             problem = (
                 f"its prompt has {image_at} tokens before the image and {len(ids) - image_at} "
                 f"behind it; data.question_length={first} and data.text_length={self.text_length} "
@@ -300,7 +191,6 @@ class Processor:
         else:
             fits = len(ids) <= self.text_length
             problem = f"its prompt has {len(ids)} tokens, data.text_length is {self.text_length}"
-            question = ids if self.query == "prefix" else self._question(example)
             if self.query == "separate" and has_image and len(question) > first:
                 fits = False
                 problem += f", its question {len(question)}, data.question_length is {first}"
@@ -323,21 +213,6 @@ class Processor:
             "cut": np.bool_(not fits),
         }
 
-    def _row(self, example: Example, answer: bool) -> tuple[list[int], list[bool], int]:
-        """Ids and supervision of the whole row, and before which id the image belongs (or T)."""
-        parts = self._parts(example, answer)
-        ids, mask, image_at = list(self.bos), [False] * len(self.bos), self.text_length
-        for k, (text, supervised) in enumerate(parts):
-            if IMAGE_MARK in text and example.image is not None:
-                before, _, after = text.partition(IMAGE_MARK)
-                head = [*parts[:k], (before, supervised)]
-                parts = [(after, supervised), *parts[k + 1 :]]
-                self._append(ids, mask, head)
-                image_at = len(ids)
-                break
-        self._append(ids, mask, parts)
-        return ids, mask, image_at
-
     def _question(self, example: Example) -> list[int]:
         """The ids of the question for a pass of its own, as published for QueCC."""
         # As published, the plain template drops the instruction and so leaves nothing to be read.
@@ -359,37 +234,9 @@ class Processor:
         return row
 
     def square(self, image: np.ndarray) -> np.ndarray:
-        """The image made square and resized by PIL's bicubic, as published; uint8 [S, S, 3]."""
-        size = self.image_size
-        height, width = image.shape[:2]
-        if self.blind:
-            return np.full((size, size, 3), MEAN_COLOUR, np.uint8)
-        if height == width == size:
-            return image
-        picture = Image.fromarray(image)
-        if self.image_fit == "pad":
-            side = max(height, width)
-            if height != width:
-                canvas = Image.new("RGB", (side, side), MEAN_COLOUR)
-                canvas.paste(picture, ((side - width) // 2, (side - height) // 2))
-                picture = canvas
-            return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
-        # The short side to `size`, the long one cut after it.
-        short, long = min(height, width), int(size * max(height, width) / min(height, width))
-        wide, high = (size, long) if width == short else (long, size)
-        left, top = (wide - size) // 2, (high - size) // 2
-        picture = picture.resize((wide, high), Image.Resampling.BICUBIC)
-        return np.asarray(picture.crop((left, top, left + size, top + size)))
+        """An RGB image uint8 [H, W, 3] as a square, uint8 [S, S, 3]; of nothing where blind."""
+        return self.images.blank() if self.blind else self.images.square(image)
 
     def pixels(self, image: np.ndarray) -> np.ndarray:
         """An RGB image uint8 [H, W, 3] as the encoder sees it: float32 [S, S, 3], normalised."""
-        return normalise(self.square(image))
-
-
-def normalise(image: np.ndarray) -> np.ndarray:
-    """uint8 [..., 3] to float32 of the same shape: CLIP's mean and deviation."""
-    return (_UNIT[image] - CLIP_MEAN) / CLIP_STD
-
-
-# Rescaled in float64, then rounded, as published.
-_UNIT = (np.arange(256) * (1 / 255)).astype(np.float32)
+        return self.images.normalise(self.square(image))

@@ -6,7 +6,8 @@ E vit width  D llm width  F mlp width  N heads  K kv heads  G = N/K  H head size
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -167,9 +168,24 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) ->
     return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), depth))
 
 
-def layer(blocks: nnx.Module, index: int) -> nnx.Module:
-    """Block `index` of a stack."""
-    return jax.tree.map(lambda w: w[index], blocks)
+def layer(blocks: Any, index: int) -> Any:
+    """Entry `index` of what is stacked over layers (a block, keys and values), or of a list."""
+    return (
+        blocks[index] if isinstance(blocks, nnx.List) else jax.tree.map(lambda w: w[index], blocks)
+    )
+
+
+def unstacked(blocks: nnx.Module, depth: int, *, consume: bool) -> Sequence[nnx.Module]:
+    """The blocks of a stack one by one; with `consume` the stack's memory is freed on the way."""
+    leaves, tree = jax.tree.flatten(blocks)
+    layers = [[] for _ in range(depth)]
+    for leaf in leaves:
+        for index in range(depth):
+            layers[index].append(leaf[index])
+        if consume:
+            jax.block_until_ready([found[-1] for found in layers])
+            leaf.delete()
+    return nnx.List([jax.tree.unflatten(tree, found) for found in layers])
 
 
 # What the backward pass recomputes: nothing, everything but matmul results, everything.

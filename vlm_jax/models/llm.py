@@ -5,8 +5,6 @@ B batch  T tokens  S keys  L layers  D llm width  F mlp width
 N heads  K kv heads  G = N/K  H head size  W vocabulary
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,29 +12,20 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import mesh
-from vlm_jax.models.layers import Linear, RMSNorm, layer, normal, remat, stack, weight
+from vlm_jax.models.cache import KV, Past, positions_of, write
+from vlm_jax.models.layers import (
+    Linear,
+    RMSNorm,
+    layer,
+    normal,
+    remat,
+    stack,
+    unstacked,
+    weight,
+)
 from vlm_jax.models.rope import Rope, rotate
 
 HIDDEN = ("batch", "len", "feature")
-
-
-class KV(NamedTuple):
-    """Keys and values of one layer, already rotated, one slot per position."""
-
-    keys: Float[Array, "B S K H"]
-    values: Float[Array, "B S K H"]
-
-
-class Past(NamedTuple):
-    """The first `length` tokens of each row, read by a pass that another goes on from.
-
-    What stands behind `length` is padding. Keys and values are stacked over the layers.
-    """
-
-    hidden: Float[Array, "B S D"]
-    keys: Float[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"]
-    length: Int[Array, "B"]
 
 
 class Attention(nnx.Module):
@@ -258,7 +247,19 @@ class LLM(nnx.Module):
     @property
     def depth(self) -> int:
         """Number of blocks."""
+        if isinstance(self.blocks, nnx.List):
+            return len(self.blocks)
         return self.blocks.norm1.scale[...].shape[0]
+
+    def unrolled(self, *, consume: bool = False) -> "LLM":
+        """The same model with the weights of each layer apart, for generation.
+
+        A layer cut out of the stack is a copy of its weights in every step of decoding. With
+        `consume` this model is used up: its layers are freed one weight at a time on the way.
+        """
+        other = jax.tree.map(lambda x: x, self)
+        other.blocks = unstacked(self.blocks, self.depth, consume=consume)
+        return other
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The embedding of each token, in the compute type."""
@@ -278,6 +279,8 @@ class LLM(nnx.Module):
         Both passes together are one causal pass over the rows, in values and in gradients.
         """
         hidden, kv = self.run(x, None, remat(self.remat_policy), keep=True)
+        if isinstance(kv, list):
+            kv = jax.tree.map(lambda *layers: jnp.stack(layers), *kv)
         return Past(hidden, kv.keys, kv.values, length)
 
     def prefill(
@@ -291,19 +294,27 @@ class LLM(nnx.Module):
 
         The cache of a row begins with its `past`, whose padding is written over: no holes.
         """
-        hidden, stacked = self.run(x, past, lambda f: f, keep=True)
-        first = stacked if past is None else KV(past.keys, past.values)
-        room = [(0, 0), (0, slots - first.keys.shape[2]), (0, 0), (0, 0)]
-        caches = [KV(*(jnp.pad(a[i], room) for a in first)) for i in range(self.depth)]
+        hidden, made = self.run(x, past, lambda f: f, keep=True)
+        if not isinstance(made, list):
+            made = [layer(made, i) for i in range(self.depth)]
+        first = (
+            made if past is None else [KV(*kv) for kv in zip(past.keys, past.values, strict=True)]
+        )
+        room = [(0, 0), (0, slots - first[0].keys.shape[1]), (0, 0), (0, 0)]
+        caches = [KV(*(jnp.pad(a, room) for a in kv)) for kv in first]
         if past is not None:
             caches = [
-                KV(*(write(old, new[i], past.length) for old, new in zip(kv, stacked, strict=True)))
-                for i, kv in enumerate(caches)
+                KV(*(write(old, new, past.length) for old, new in zip(*both, strict=True)))
+                for both in zip(caches, made, strict=True)
             ]
         return hidden, caches
 
     def run(self, x, past, rematerialise, *, keep: bool):
-        """Every block in turn by a scan over the stacked weights; their keys and values if kept."""
+        """Every block in turn, and their keys and values if kept.
+
+        By a scan over stacked weights, which gives stacked keys and values; a list of blocks is
+        unrolled and gives a list.
+        """
         batch, length = x.shape[:2]
         positions = positions_of(batch, length)
         mask = positions[:, :, None] >= positions[:, None, :]
@@ -320,7 +331,13 @@ class LLM(nnx.Module):
             x, kv = block(x, positions, mask, before)
             return x, kv if keep else None
 
-        x, kvs = lax.scan(rematerialise(step), x, (self.blocks, before))
+        if isinstance(self.blocks, nnx.List):
+            kvs = []
+            for i, block in enumerate(self.blocks):
+                x, kv = step(x, (block, before and layer(before, i)))
+                kvs.append(kv)
+        else:
+            x, kvs = lax.scan(rematerialise(step), x, (self.blocks, before))
         return self.norm(x), kvs
 
     def decode(
@@ -351,21 +368,3 @@ class LLM(nnx.Module):
             out_sharding=mesh.spec("batch", "len", "vocab"),
             preferred_element_type=jnp.float32,
         )
-
-
-def positions_of(batch: int, length: int) -> Int[Array, "B T"]:
-    """0, 1, ... length - 1 in every row, sharded like a batch."""
-    return jnp.broadcast_to(
-        jnp.arange(length, dtype=jnp.int32), (batch, length), out_sharding=mesh.spec("batch", "len")
-    )
-
-
-def write(
-    cache: Float[Array, "B S K H"],
-    new: Float[Array, "B T K H"],
-    at: Int[Array, "B"],
-) -> Float[Array, "B S K H"]:
-    """The cache with `new` written from each row's own position on."""
-    # vmap keeps the write inside the shard that holds the row: no collective.
-    put = jax.vmap(lambda row, x, i: lax.dynamic_update_slice_in_dim(row, x, i, 0))
-    return put(cache, new.astype(cache.dtype), at)

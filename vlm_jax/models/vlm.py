@@ -16,9 +16,10 @@ from jaxtyping import Array, Float, Int, Shaped
 from ml_collections import ConfigDict
 
 from vlm_jax.models import compressors
+from vlm_jax.models.cache import KV, Past, repeated
 from vlm_jax.models.compressors.compressor import Visual
 from vlm_jax.models.layers import RUN_ONCE
-from vlm_jax.models.llm import KV, LLM, Past
+from vlm_jax.models.llm import LLM
 from vlm_jax.models.vit import ViT
 
 Batch = Mapping[str, Array]
@@ -131,12 +132,20 @@ class VLM(nnx.Module):
         batch: Batch,
         *,
         new_tokens: int,
+        begun: Past | None = None,
     ) -> tuple[Float[Array, "B W"], list[KV], Int[Array, "B"]]:
-        """Scores of the first new token, caches with room for `new_tokens` more, row lengths."""
+        """Scores of the first new token, caches with room for `new_tokens` more, row lengths.
+
+        `begun` is a pass over tokens that stand before those of the batch, the same in every row
+        [1 S D]; not for a compressor that reads the prompt from its first token.
+        """
         x, count, past = self.lay(batch)
+        length = batch["length"] + count
+        if begun is not None:
+            past = repeated(begun, x.shape[0])
+            length += past.length
         slots = x.shape[1] + new_tokens + (0 if past is None else past.hidden.shape[1])
         hidden, caches = self.llm.prefill(x, slots=slots, past=past)
-        length = batch["length"] + count
         last = read(hidden, past, length[:, None] - 1)
         return self.llm.logits(last)[:, 0], caches, length
 

@@ -204,7 +204,9 @@ def load(folder: str | Path, *, dtype: str | None = None) -> VLM:
     return place(shapes, names.model_table(shapes), model.tensors, dtype=dtype)
 
 
-def place(shapes: M, table: Table, tensors: dict[str, Stored], *, dtype: str | None = None) -> M:
+def place(
+    shapes: M, table: Table, tensors: dict[str, Stored | np.ndarray], *, dtype: str | None = None
+) -> M:
     """The module that `shapes` describes, on the current mesh, filled from `tensors` one by one.
 
     `table` says where each tensor belongs; together they are all parameters.
@@ -215,7 +217,9 @@ def place(shapes: M, table: Table, tensors: dict[str, Stored], *, dtype: str | N
     for name, row in table.items():
         keys = [".".join(path) for path in row.paths]
         stack = row.layer is not None
-        parts = row.split(tensors[name].read(), [ours[key].shape[stack:] for key in keys])
+        tensor = tensors[name]
+        numbers = tensor.read() if isinstance(tensor, Stored) else tensor
+        parts = row.split(numbers, [ours[key].shape[stack:] for key in keys])
         for key, part in zip(keys, parts, strict=True):
             like = ours[key]
             kind = np.dtype(dtype or like.dtype)

@@ -19,6 +19,7 @@ Section = dict[str, Any]
 # openai/clip-vit-large-patch14-336 and google/siglip-so400m-patch14-384, preprocessor_config.json
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIGLIP = (0.5, 0.5, 0.5)
+RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as preprocessor_config.json has them
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,23 @@ def facts(path: Path, vision: Path, vit: Section, described: architectures.Publi
             mean=list(images.get("image_mean", CLIP_MEAN if clip else SIGLIP)),
             std=list(images.get("image_std", CLIP_STD if clip else SIGLIP)),
             fit=fit,
+            resample=RESAMPLE.get(images.get("resample", 3), "bicubic"),
         ),
         image_token=described.image_token,
+        template=template(path, described, text.get("model_type", "")),
         max_length=text.get("max_position_embeddings", 4096),
     )
+
+
+def template(path: Path, described: architectures.Published, llm: str) -> str:
+    """How a conversation is written for this model: a name of data.template."""
+    own = any((path / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
+    if not own and (path / "tokenizer_config.json").is_file():
+        own = bool(read_json(path / "tokenizer_config.json").get("chat_template"))
+    if described.kind == "llava-1.5" or not own:
+        return "chatml" if "qwen" in llm else "vicuna_v1"
+    # Qwen's own template is chatml, the system text apart, which changed between its versions.
+    return "chatml" if described.kind == "llm" and "qwen" in llm else "checkpoint"
 
 
 def numbers(text: str | None) -> tuple[int, ...] | None:
@@ -184,7 +198,12 @@ def described_run(path: Path, config: ConfigDict) -> Model:
         config.llm.to_dict(),
         config.compressor.to_dict(),
         dict(
-            image=dict(mean=list(CLIP_MEAN), std=list(CLIP_STD), fit=config.data.image_fit),
+            image=dict(
+                mean=list(config.data.image_mean),
+                std=list(config.data.image_std),
+                fit=config.data.image_fit,
+                resample=config.data.image_resample,
+            ),
             image_token=None,
             max_length=config.data.text_length + config.compressor.tokens,
             template=config.data.template,

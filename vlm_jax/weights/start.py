@@ -9,27 +9,21 @@ from ml_collections import ConfigDict
 from vlm_jax.models import vlm
 from vlm_jax.models.vlm import VLM
 from vlm_jax.weights import folder, names
-from vlm_jax.weights.sources import CLIP_MEAN, CLIP_STD
 
 
 def adopt(config: ConfigDict) -> ConfigDict:
-    """The configuration with encoder, LLM and tokenizer of the folder `config.start_from`, if any.
+    """The configuration with encoder, LLM and tokenizer of the folder `config.start_from`, if any,
+    and with how that encoder's images are prepared.
 
     A folder without compression (kind none) may get any compressor: a fresh one, which reads
     `config.vit.levels`. Any other folder has a trained one, and the configuration must name it.
 
     Raises:
-      ValueError: for another compressor, and images that are not prepared as CLIP's.
+      ValueError: for another compressor.
     """
     if not config.start_from:
         return config
     model = folder.read(config.start_from)
-    image = model.facts["image"]
-    if (tuple(image["mean"]), tuple(image["std"])) != (CLIP_MEAN, CLIP_STD):
-        raise ValueError(
-            f"start_from={config.start_from}: its encoder wants images with mean {image['mean']} "
-            f"and deviation {image['std']}, and training prepares them as CLIP's alone"
-        )
     config = config.copy_and_resolve_references()
     vit, compressor = model.vit, folder.PLAIN | model.compressor
     if replaced(config, model):
@@ -39,6 +33,16 @@ def adopt(config: ConfigDict) -> ConfigDict:
         raise ValueError(
             f"start_from={config.start_from} has the compressor {compressor}, the configuration "
             f"says {asked}: give the same, or start from a model without compression"
+        )
+    image = model.facts["image"]
+    config.data.update(
+        image_mean=tuple(image["mean"]),
+        image_std=tuple(image["std"]),
+        image_resample=image.get("resample", "bicubic"),
+    )
+    if image["fit"] == "stretch":
+        config.data.image_fit = (
+            "stretch"  # pad or crop are the recipe's choice, this is the tower's
         )
     config.vit.update(vit)
     config.llm.update(model.llm)

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint that answers: the same text in any company, few programs, every wrong word named."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+import vlm_jax
+from vlm_jax import generate, mesh, serving
+from vlm_jax.decoding import Sampling, bucket, choose
+from vlm_jax.models import vlm
+from vlm_jax.weights import folder, sources
+
+PROMPTS = ["what is this?", "how many red circles are there?", "is there a star?", "b", "read it."]
+NEW = 6
+
+
+def made(path, trained, **changes):
+    """A model folder whose answers differ from prompt to prompt and image to image."""
+    c = tiny.config(**changes)
+    with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
+        model = tiny.roughened(vlm.create(c, seed=0), scale=0.4)
+        stored = sources.of_run(trained, c, model)
+        stored.facts["max_length"] = 128
+        folder.write(stored, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(trained, tmp_path_factory):
+    return made(tmp_path_factory.mktemp("generate") / "model", trained)
+
+
+@pytest.fixture(scope="module")
+def one(checkpoint, mesh1):
+    return vlm_jax.VLM.from_checkpoint(checkpoint, mesh=mesh1)
+
+
+@pytest.fixture(scope="module")
+def images():
+    draw = np.random.default_rng(0)
+    shapes = [(32, 32), (20, 50), (64, 40), (32, 32), (9, 9)]
+    return [draw.integers(0, 256, (*s, 3)).astype(np.uint8) for s in shapes]
+
+
+@pytest.fixture(scope="module")
+def alone(one, images):
+    """Each prompt answered by itself."""
+    return [one.generate(i, p, max_new_tokens=NEW)[0] for i, p in zip(images, PROMPTS, strict=True)]
+
+
+def test_a_request_gets_the_same_tokens_alone_in_company_and_on_eight_devices(
+    one, checkpoint, images, alone, mesh8
+):
+    together = one.generate(images, PROMPTS, max_new_tokens=NEW)
+    many = serving.VLM.from_checkpoint(checkpoint, mesh=mesh8)
+    spread = many.generate(images, PROMPTS, max_new_tokens=NEW)
+    assert len({tuple(a.ids) for a in alone}) > 2
+    for a, b, c in zip(alone, together, spread, strict=True):
+        assert a.ids == b.ids == c.ids and a.text == b.text == c.text
+        assert a.visual_tokens == b.visual_tokens == c.visual_tokens == 4
+        assert (a.batch, b.batch) == (1, 5)
+
+
+def test_the_tokens_are_those_of_whole_passes(one, checkpoint, images, alone, mesh1):
+    """By the model as it was trained: no cache, no beginning read before, layers in a scan."""
+    with jax.set_mesh(mesh1):
+        model = folder.load(checkpoint)
+        logits = jax.jit(lambda m, b: m.logits(b))
+        for image, prompt, answer in zip(images[:2], PROMPTS[:2], alone[:2], strict=True):
+            request = one.request(image, prompt)
+            ids = list(request.ids)
+            for token in answer.ids:
+                row = np.zeros((1, 32), np.int32)
+                row[0, : len(ids)] = ids
+                batch = dict(
+                    ids=row, pixels=request.pixels[None], image_at=np.array([request.image_at])
+                )
+                scores = np.asarray(logits(model, tiny.placed(batch)))[0, len(ids)]
+                assert scores.argmax() == token
+                ids.append(token)
+
+
+def test_the_beginning_that_all_prompts_share_is_read_once_and_changes_nothing(one, images):
+    """vicuna_v1 has 35 tokens before every image; a template without any has the first token."""
+    assert one.prefix == [one.processor.tokenizer.bos_token_id] and one.begun is not None
+    request = one.request(images[0], PROMPTS[0])
+    found = []
+    for begins in (True, False):
+        with jax.set_mesh(one.mesh):
+            batch = one._batch([request], skip=len(one.prefix) if begins else 0)
+            batch = jax.device_put(batch, mesh.sharding(one.mesh, "batch"))
+            begun = one.begun if begins else None
+            scores, _, length = jax.jit(
+                lambda m, b, begun: m.prefill(b, new_tokens=1, begun=begun)
+            )(one.decoder.model, batch, begun)
+        found.append(np.asarray(scores))
+        assert int(length[0]) == len(request.ids) + 4
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_programs_are_compiled_once_for_a_bucket_and_not_for_a_prompt(one, images):
+    before = one.decoder.first._cache_size(), one.decoder.following._cache_size()
+    for prompt in ("a", "is it?", "what colour is it?"):
+        one.generate(images[1], prompt, max_new_tokens=NEW)
+    assert (one.decoder.first._cache_size(), one.decoder.following._cache_size()) == before
+    one.generate(images[1], "is it red? " * 8, max_new_tokens=NEW)
+    assert one.decoder.first._cache_size() == before[0] + 1
+
+
+def test_buckets_hold_their_length_and_waste_at_most_a_third():
+    sizes = {bucket(n) for n in range(1, 3000)}
+    assert sorted(sizes)[:6] == [16, 32, 48, 64, 96, 128] and len(sizes) < 18
+    for n in range(17, 3000):
+        assert n <= bucket(n) and (bucket(n) - n) / bucket(n) <= 0.5
+
+
+def test_a_draw_depends_on_its_seed_and_not_on_its_company(one, images):
+    how = dict(max_new_tokens=NEW, temperature=1.0, top_p=0.9)
+    together = one.generate(images, PROMPTS, seed=3, **how)
+    for k in (0, 4):
+        assert one.generate(images[k], PROMPTS[k], seed=3, **how)[0].ids == together[k].ids
+    others = [one.generate(images[0], PROMPTS[0], seed=s, **how)[0].ids for s in range(4)]
+    assert len({tuple(ids) for ids in others}) > 1
+
+
+def test_top_p_keeps_the_likeliest_that_have_the_mass(mesh1):
+    probabilities = np.array([0.5, 0.3, 0.15, 0.05])
+    with jax.set_mesh(mesh1):
+        rows = 400
+        logits = tiny.placed(np.tile(np.log(probabilities), (rows, 1)).astype(np.float32))
+        place = tiny.placed(np.arange(rows, dtype=np.int32))
+
+        def drawn(temperature, top_p):
+            full = (np.full(rows, x, np.float32) for x in (temperature, top_p))
+            sampling = tiny.placed(Sampling(*full, np.zeros(rows, np.uint32)))
+            return np.bincount(np.asarray(choose(logits, sampling, place)), minlength=4) / rows
+
+        np.testing.assert_allclose(drawn(1.0, 1.0), probabilities, atol=0.08)
+        np.testing.assert_allclose(drawn(1.0, 0.75), [0.625, 0.375, 0, 0], atol=0.08)
+        assert drawn(1.0, 0.4)[0] == drawn(0.0, 1.0)[0] == drawn(0.01, 1.0)[0] == 1
+        # Half the temperature squares the odds.
+        np.testing.assert_allclose(drawn(0.5, 0.75)[:2], [25 / 34, 9 / 34], atol=0.08)
+
+
+def test_a_row_ends_at_a_stop_token_and_a_batch_when_all_rows_have(one, images, alone):
+    ends = alone[0].ids[0]
+    decoder = one.decoder
+    before = decoder.stop_ids, one.processor.stop_ids
+    try:
+        decoder.stop_ids, one.processor.stop_ids = np.array([ends]), (ends,)
+        answer = one.generate(images[0], PROMPTS[0], max_new_tokens=NEW)[0]
+        assert answer.ids == [ends] and answer.stopped and answer.text == ""
+        decoder.stop_ids, one.processor.stop_ids = np.array([], int), ()
+        answer = one.generate(images[0], PROMPTS[0], max_new_tokens=NEW)[0]
+        assert len(answer.ids) == NEW and not answer.stopped
+    finally:
+        decoder.stop_ids, one.processor.stop_ids = before
+
+
+def test_pieces_are_the_text_and_no_half_character():
+    class Bytes:
+        def decode(self, ids, skip_special_tokens):
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    ids, text = list("naïve 日本".encode()), serving.Text(Bytes())
+    pieces = []
+    for k, token in enumerate(ids):
+        text.ids.append(token)
+        pieces.append(text.piece(whole=k == len(ids) - 1, stop=False))
+    assert "".join(pieces) == "naïve 日本" and "\ufffd" not in "".join(pieces)
+
+
+def test_a_prompt_without_an_image_is_answered_and_sees_none(one, images):
+    plain = one.generate(None, PROMPTS[0], max_new_tokens=NEW)[0]
+    assert plain.visual_tokens == 0
+    mixed = one.generate([images[0], None], [PROMPTS[0]] * 2, max_new_tokens=NEW)
+    assert mixed[1].ids == plain.ids and mixed[0].visual_tokens == 4
+
+
+@pytest.mark.parametrize(
+    "kind, fields, asked",
+    [
+        ("mqt", {}, (1, 7, 16)),
+        ("m3", dict(scales=(1, 4, 16)), (1, 4, 16)),
+        ("quecc", dict(query="separate"), (4,)),
+        ("quecc", dict(query="prefix"), (4,)),
+        ("none", {}, (16,)),
+    ],
+)
+def test_every_way_of_compressing_answers(kind, fields, asked, trained, tmp_path, images, mesh1):
+    data = (
+        dict(template="question_first", question_length=16) if "prefix" in fields.values() else {}
+    )
+    path = made(
+        tmp_path / "m", trained, compressor=dict(kind=kind, tokens=max(asked), **fields), data=data
+    )
+    model = serving.VLM.from_checkpoint(path, mesh=mesh1)
+    for tokens in asked:
+        one, two = model.generate(images[:2], PROMPTS[:2], max_new_tokens=3, visual_tokens=tokens)
+        assert one.visual_tokens == two.visual_tokens == tokens
+        assert (
+            two.ids
+            == model.generate(images[1], PROMPTS[1], max_new_tokens=3, visual_tokens=tokens)[0].ids
+        )
+    with pytest.raises(ValueError, match="5 visual tokens|visual tokens, not 5|17"):
+        model.generate(images[0], "a", visual_tokens=17 if kind == "mqt" else 5)
+
+
+# --- The verb ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photo(images, tmp_path):
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    return tmp_path / "a.png"
+
+
+def test_the_verb_prints_the_answer_and_what_it_took(checkpoint, photo, alone, capsys):
+    argv = [f"--checkpoint={checkpoint}", f"--image={photo}", f"--prompt={PROMPTS[0]}"]
+    for more in ([], ["--stream"]):
+        assert generate.main([*argv, f"--max-new-tokens={NEW}", *more]) == 0
+        out, err = capsys.readouterr()
+        assert out.strip() == alone[0].text.strip()
+        assert "4 visual tokens" in err and "first token after" in err and "tokens/s" in err
+
+
+def test_a_finished_training_answers_as_its_folder_does(trained, photo, capsys):
+    argv = [f"--image={photo}", f"--prompt={PROMPTS[0]}", f"--max-new-tokens={NEW}"]
+    assert generate.main([f"--checkpoint={trained}", *argv]) == 0
+    assert "4 visual tokens" in capsys.readouterr().err
+
+
+def test_a_chat_remembers_its_turns(one, photo, monkeypatch, capsys, checkpoint):
+    monkeypatch.setattr("sys.stdin", io.StringIO("what is this?\n\nis there a star?\n"))
+    argv = [f"--checkpoint={checkpoint}", f"--image={photo}", "--chat", f"--max-new-tokens={NEW}"]
+    assert generate.main(argv) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == one.generate(photo, "what is this?", max_new_tokens=NEW)[0].text
+    talk = ["what is this?", first, "is there a star?"]
+    assert second == one.generate(photo, [talk], max_new_tokens=NEW)[0].text
+
+
+def test_a_file_of_requests_keeps_what_is_finished(checkpoint, photo, tmp_path, alone, capsys):
+    lines = [
+        dict(id="good", image="a.png", prompt=PROMPTS[0]),
+        dict(id="gone", image="b.png", prompt="a"),
+        dict(promt="a"),
+        dict(prompt="b"),
+    ]
+    file, out = tmp_path / "r.jsonl", tmp_path / "o.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n{broken\n")
+    argv = [f"--checkpoint={checkpoint}", f"--requests={file}", f"--out={out}"]
+    assert generate.main([*argv, f"--max-new-tokens={NEW}"]) == 2
+    found = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert found["good"]["text"] == alone[0].text and found["good"]["visual_tokens"] == 4
+    assert "there is no image" in found["gone"]["error"]
+    assert "a `prompt`" in found[3]["error"] and "text" in found[4]
+    assert "line 5" in found[5]["error"] and "3 requests" in capsys.readouterr().err
+
+
+def test_what_cannot_be_answered_says_why(one, images, tmp_path):
+    image = images[0]
+
+    def refused(words, *args, **how):
+        with pytest.raises((ValueError, OSError), match=words):
+            one.generate(*args, **how)
+
+    refused("2 times <image> in the prompt and 1 image", image, "<image> and <image>")
+    refused("1 times <image> in the prompt and 0 image", None, "<image> what?")
+    refused("conversation of 2 texts", image, [["a", "b"]])
+    refused("2 images and 1 prompts", [image, image], "a")
+    refused("max_new_tokens=0: at least 1", image, "a", max_new_tokens=0)
+    refused("top_p=0", image, "a", top_p=0.0, temperature=1.0)
+    refused("temperature=-1", image, "a", temperature=-1.0)
+    refused("this model was made for 128: shorten", image, "a star " * 100)
+    refused("trained for 4 visual tokens, not 9", image, "a", visual_tokens=9)
+    refused("uint8", image.astype(np.float32), "a")
+    refused("there is no image", tmp_path / "none.jpg", "a")
+    (tmp_path / "a.jpg").write_bytes(b"%PDF-1.4 not an image")
+    refused("a.jpg cannot be decoded", tmp_path / "a.jpg", "a")
+    Image.fromarray(image).save(tmp_path / "c.jpg")
+    (tmp_path / "d.jpg").write_bytes((tmp_path / "c.jpg").read_bytes()[:-200])
+    refused("d.jpg cannot be decoded", tmp_path / "d.jpg", "a")
+    Image.new("RGB", (1, 400)).save(tmp_path / "thin.png")
+    refused("1 x 400 pixels", tmp_path / "thin.png", "a")
+    Image.new("RGB", (20_000, 300), (9, 99, 200)).save(tmp_path / "wide.png")
+    assert one.generate(tmp_path / "wide.png", "a", max_new_tokens=1)[0].visual_tokens == 4
+    Image.new("RGB", (1, 5)).save(tmp_path / "small.png")
+    assert one.generate(tmp_path / "small.png", "a", max_new_tokens=1)[0].visual_tokens == 4
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--checkpoint=/nowhere/at/all", "--prompt=a"], "no folder --checkpoint=/nowhere"),
+        (["--checkpoint=tests", "--prompt=a"], "config.json"),
+        (["--checkpoint=tests/published_weights/clip_llama", "--prompt=a"], "vlm-jax convert"),
+        (["--checkpoint=tests"], "one of --prompt"),
+        (["--checkpoint=tests", "--requests=no.jsonl"], "no file --requests=no.jsonl"),
+    ],
+)
+def test_a_wrong_command_names_the_way_out(argv, words, capsys):
+    assert generate.main(argv) == 2
+    err = capsys.readouterr().err
+    assert words in err and "Traceback" not in err
+
+
+def test_a_folder_without_a_tokenizer_says_how_to_get_one(checkpoint):
+    stored = folder.read(checkpoint)
+    stored.tokenizer = None
+    with pytest.raises(ValueError, match="no tokenizer: convert it again with --tokenizer"):
+        serving.processor_of(stored)
+    assert isinstance(serving.processor_of(folder.read(checkpoint)).stop_ids, tuple)

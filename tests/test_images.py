@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pixels equal those of transformers' processors, and the published numbers."""
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+
+from vlm_jax.data.images import CLIP_MEAN, Preparation
+from vlm_jax.data.llava import read_image
+from vlm_jax.data.processor import Processor
+from vlm_jax.data.word_tokenizer import train_tokenizer
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def drawn(width, height, mode="RGB"):
+    draw = np.random.default_rng(width * 1000 + height)
+    image = Image.fromarray(draw.integers(0, 256, (height, width, 3)).astype(np.uint8))
+    if mode == "RGBA":
+        image.putalpha(Image.fromarray(draw.integers(0, 256, (height, width)).astype(np.uint8)))
+        return image
+    return image.convert(mode)
+
+
+def published(mean=CLIP_MEAN):
+    """The image of the published vectors: 50 x 30, R = 5x, G = 7y, B = 3(x + y), modulo 256."""
+    y, x = np.mgrid[:30, :50]
+    return np.stack([5 * x % 256, 7 * y % 256, 3 * (x + y) % 256], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "CMYK"])
+@pytest.mark.parametrize("size", [(40, 40), (90, 30), (30, 71), (336, 336), (1, 60)])
+def test_pixels_are_those_of_transformers(size, mode, tmp_path):
+    picture = drawn(*size, mode)
+    name = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    picture.save(name)
+    image = read_image(str(name), "x")
+    kind = dict(return_tensors="np", do_convert_rgb=True)
+    with Image.open(name) as opened:
+        # As published, what is transparent is dropped; transformers 5 lays it on white.
+        opened = opened.convert("RGB") if mode == "RGBA" else opened
+        clip = CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size=48)(opened, **kind)
+        siglip = SiglipImageProcessorPil(size=dict(height=48, width=48))(opened, **kind)
+    ours = Preparation(48, "crop")
+    np.testing.assert_array_equal(
+        ours.normalise(ours.square(image)), clip["pixel_values"][0].transpose(1, 2, 0)
+    )
+    ours = Preparation(48, "stretch", HALF, HALF)
+    np.testing.assert_array_equal(
+        ours.normalise(ours.square(image)), siglip["pixel_values"][0].transpose(1, 2, 0)
+    )
+
+
+def test_padding_is_the_published_one():
+    made = Preparation(336, "pad")
+    square = made.square(published())
+    assert made.colour == (122, 116, 104)
+    assert tuple(square[0, 0]) == (122, 116, 104) and tuple(square[70, 5]) == (2, 1, 1)
+    assert tuple(square[168, 168]) == (123, 102, 118)
+    pixels = made.normalise(square)
+    assert pixels.dtype == np.float32
+    np.testing.assert_allclose(pixels[168, 168], [0.003344, -0.221305, 0.197748], atol=1e-6)
+    np.testing.assert_allclose(pixels[0, 0], [-0.011255, -0.011196, -0.001333], atol=1e-6)
+    np.testing.assert_allclose(
+        pixels.mean((0, 1), dtype=np.float64), [-0.006777, -0.140670, 0.109675], atol=2e-6
+    )
+
+
+def test_cropping_is_the_published_one():
+    made = Preparation(336, "crop")
+    square = made.square(published())
+    assert tuple(square[0, 0]) == (48, 0, 29) and tuple(square[168, 168]) == (123, 102, 118)
+    means = made.normalise(square).mean((0, 1), dtype=np.float64)
+    np.testing.assert_allclose(means, [-0.003955, -0.228649, 0.183516], atol=2e-6)
+
+
+def test_the_orientation_in_exif_is_not_applied(tmp_path):
+    picture = drawn(40, 20)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    picture.save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(read_image(str(tmp_path / "a.png"), "x"), np.asarray(picture))
+
+
+def test_a_processor_prepares_as_the_configuration_says():
+    fields = dict(image_mean=HALF, image_std=(0.5, 0.25, 0.5), image_fit="stretch")
+    c = tiny.config(data=fields)
+    words = train_tokenizer(["a"], 100)
+    made, image = Processor(words, c), published()
+    expected = Preparation(32, "stretch", HALF, (0.5, 0.25, 0.5))
+    np.testing.assert_array_equal(made.pixels(image), expected.normalise(expected.square(image)))
+    blind = Processor(words, tiny.config(data=fields | dict(blind=True))).pixels(image)
+    np.testing.assert_allclose(blind, np.zeros((32, 32, 3)), atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "field, value, words",
+    [
+        ("image_fit", "tile", "'tile': choose one of pad, crop, stretch"),
+        ("image_resample", "area", "'area': choose one of bicubic, bilinear"),
+        ("image_std", (0.5, 0.0, 0.5), "deviations above 0"),
+    ],
+)
+def test_a_wrong_preparation_is_named(field, value, words):
+    with pytest.raises(ValueError, match=words):
+        Preparation.of(tiny.config(data={field: value}))

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations as text and ids: ChatML, and the chat templates that checkpoints bring along."""
+
+import numpy as np
+import pytest
+import tiny
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from vlm_jax.data.example import Example
+from vlm_jax.data.processor import Processor
+
+TURNS = (("what is it?", "a red cat"), ("is it big?", "no"))
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+# The shape of Qwen's own template, and of llava-hf's for Vicuna.
+QWEN = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAVA = (
+    "{% for m in messages %}{{ m.role.upper() + ': ' }}"
+    "{% for c in m.content if c.type == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for c in m.content if c.type == 'text' %}{{ c.text + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def tokenizer(*, template=None, bos=None, specials=("<|im_start|>", "<|im_end|>"), image=False):
+    """A byte-level tokenizer as Qwen's: no merges, special tokens that are one id each."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\s?\w+|\s|[^\w\s]+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    added = [*specials, "<|endoftext|>", *([bos] if bos else []), *(["<image>"] if image else [])]
+    backend.add_special_tokens([AddedToken(t, special=True) for t in added])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        bos_token=bos,
+    )
+    made.chat_template = template
+    return made
+
+
+def processor(tokenizer, template, **changes):
+    data = dict(template=template, text_length=400, question_length=40) | changes.pop("data", {})
+    return Processor(tokenizer, tiny.config(data=data, **changes))
+
+
+def supervised(made, words):
+    """The text that the loss looks at."""
+    row = made.text(Example("x", 0, TURNS, "f", "t"))
+    return words.decode(row["ids"][row["loss_mask"]])
+
+
+def test_chatml_is_qwens_text_and_supervises_answers_and_their_ends():
+    words = tokenizer()
+    made = processor(words, "chatml")
+    row = made.text(Example("x", 0, TURNS, "f", "t"))
+    ids, at = row["ids"][: row["length"]], int(row["image_at"])
+    text = (
+        SYSTEM + "<|im_start|>user\n{}\nwhat is it?<|im_end|>\n<|im_start|>assistant\n"
+        "a red cat<|im_end|>\n<|im_start|>user\nis it big?<|im_end|>\n<|im_start|>assistant\n"
+        "no<|im_end|>\n"
+    )
+    before, after = text.split("{}")
+    assert words.decode(ids[:at]) == before and words.decode(ids[at:]) == after
+    assert supervised(made, words) == "a red cat<|im_end|>no<|im_end|>"
+    assert [words.decode(i) for i in made.stop_ids] == ["<|im_end|>", "<|endoftext|>"]
+    assert words.decode(made.constant_prefix()) == SYSTEM + "<|im_start|>user\n"
+
+
+def test_chatml_equals_the_template_of_the_checkpoint():
+    words = tokenizer(template=QWEN)
+    example = Example("x", 0, TURNS, "f", "t")
+    for answer in (True, False):
+        own = processor(words, "checkpoint").tokens(example, answer=answer)
+        assert processor(words, "chatml").tokens(example, answer=answer) == own
+    roles = ("user", "assistant")
+    talk = [{"role": r, "content": t} for qa in TURNS for r, t in zip(roles, qa, strict=True)]
+    plain = processor(words, "checkpoint").tokens(Example("x", None, TURNS, "f", "t"), answer=True)
+    assert plain.ids == words.apply_chat_template(talk, tokenize=True, return_dict=False)
+
+
+def test_answers_never_reach_the_question():
+    fields = dict(compressor=dict(kind="quecc", query="separate"))
+    made = processor(tokenizer(), "chatml", **fields)
+    row = made.tokens(Example("x", 0, TURNS, "f", "t"), answer=True)
+    assert made.tokenizer.decode(row.question) == "what is it?"
+
+
+def test_a_checkpoints_template_with_contents_places_the_image_and_drops_a_second_bos():
+    words = tokenizer(template="{{ bos_token }}" + LLAVA, bos="<s>", image=True)
+    made = processor(words, "checkpoint")
+    prompt = made.tokens(Example("x", 0, TURNS, "f", "t"), answer=False)
+    assert prompt.ids[0] == words.bos_token_id and prompt.ids.count(words.bos_token_id) == 1
+    assert words.decode(prompt.ids[: prompt.image_at]) == "<s>USER: "
+    rest = "\nwhat is it? ASSISTANT: a red cat USER: is it big? ASSISTANT:"
+    assert words.decode(prompt.ids[prompt.image_at :]) == rest
+    # As transformers tokenises the same text, image token included.
+    contents = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}
+    ]
+    whole = words.apply_chat_template(
+        contents, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    one = made.tokens(Example("x", 0, TURNS[:1], "f", "t"), answer=False)
+    image = words.convert_tokens_to_ids("<image>")
+    assert [*one.ids[: one.image_at], image, *one.ids[one.image_at :]] == whole
+    assert supervised(made, words) == " a red cat no"
+
+
+def test_what_a_template_needs_and_lacks_is_named():
+    with pytest.raises(ValueError, match="tokenizer has none: choose one of vicuna_v1"):
+        processor(tokenizer(), "checkpoint").text(Example("x", 0, TURNS, "f", "t"))
+    with pytest.raises(ValueError, match=r"'chatml' closes answers with <\|im_end\|>.*no token"):
+        processor(tokenizer(specials=()), "chatml")
+    silent = tokenizer(template="{{ messages[0].content }}".replace("content", "role"))
+    with pytest.raises(ValueError, match="does not say where the image stands"):
+        processor(silent, "checkpoint").text(Example("x", 0, TURNS, "f", "t"))
+    changing = "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="earlier turns in another way"):
+        processor(tokenizer(template=changing), "checkpoint").text(Example("x", 0, TURNS, "f", "t"))
+
+
+def test_a_plain_row_is_begin_image_caption_and_line_break():
+    words = tokenizer(bos="<s>")
+    row = processor(words, "plain").tokens(Example("x", 0, (("ignored", "a cat"),), "f", "t"),
+                                           answer=True)  # fmt: skip
+    assert row.ids == [words.bos_token_id, *words.encode("a cat\n")] and row.image_at == 1
+    np.testing.assert_array_equal(row.mask, [False] + [True] * 6)

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint, images and prompts to text.
+
+    vlm-jax generate --checkpoint=DIR --image=A.jpg --prompt="What is this?"
+    vlm-jax generate --checkpoint=DIR --image=A.jpg --chat
+    vlm-jax generate --checkpoint=DIR --requests=FILE.jsonl --out=ANSWERS.jsonl
+
+--checkpoint is a folder that `vlm-jax convert` made, or the --workdir of a finished
+`vlm-jax train`. The answer goes to stdout; visual tokens, time to the first token and tokens per
+second to stderr.
+
+A line of --requests has `prompt` (a text, or a conversation [question, answer, ..., question]) and
+may have `image` (a path, beside the file) and `id`. A line of --out has `id` (else the number of
+the line), `text`, `stopped`, `prompt_tokens`, `visual_tokens`, `new_tokens`, `first_token_seconds`
+and `tokens_per_second`, or `id` and `error`; it is there as soon as its batch is answered.
+"""
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from vlm_jax import cli, convert
+from vlm_jax.serving import VLM, Answer
+
+__all__ = ["VLM", "main"]
+
+
+def flags() -> argparse.ArgumentParser:
+    """The flags of the verb."""
+    parser = argparse.ArgumentParser(
+        prog="vlm-jax generate", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=Path, help="a model folder, or a finished training")
+    add("--image", help="an image file; without, the prompt is about none")
+    add("--prompt", help="the question")
+    add("--chat", action="store_true", help="ask in turn; earlier turns are remembered")
+    add("--requests", type=Path, help="a JSONL file of many")
+    add("--out", type=Path, help="with --requests: the answers (default: stdout)")
+    add("--visual-tokens", type=int, help="V, where the compressor serves any")
+    add("--max-new-tokens", type=int, default=256, help="most tokens of an answer (default: 256)")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
+    add("--top-p", type=float, default=1.0, help="of the probability mass (default: 1)")
+    add("--seed", type=int, default=0, help="of the draws (default: 0)")
+    add("--stream", action="store_true", help="print the answer as it comes")
+    add("--batch", type=int, default=8, help="requests read together (default: 8)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations "
+        "(default: as stored)")  # fmt: skip
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Answers; 0, or 2 after saying on stderr what was wrong."""
+    cli.keep_freed_memory()
+    options = flags().parse_args(argv)
+
+    def body() -> int:
+        modes = [options.prompt is not None, options.chat, options.requests is not None]
+        if sum(modes) != 1:
+            raise ValueError("give one of --prompt=TEXT, --chat and --requests=FILE.jsonl")
+        if options.requests is not None and not options.requests.is_file():
+            raise FileNotFoundError(f"there is no file --requests={options.requests}")
+        model = load(options.checkpoint, options.dtype)
+        if options.chat:
+            return chat(model, options, sys.stdin)
+        if options.requests:
+            return many(model, options)
+        say(model, options, [options.prompt])
+        return 0
+
+    return cli.report_errors("generate", body)
+
+
+def load(path: Path, dtype: str | None) -> VLM:
+    """The model of a folder, converted or trained."""
+    if (path / "finetune").is_dir():
+        with convert.one_device():
+            stored = convert.trained(path)
+        return VLM.of(stored, dtype=dtype)
+    return VLM.from_checkpoint(path, dtype=dtype)
+
+
+def how(options: argparse.Namespace) -> dict[str, Any]:
+    """What `VLM.answer` is told of the flags."""
+    return dict(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        visual_tokens=options.visual_tokens,
+        batch=options.batch,
+    )
+
+
+def say(model: VLM, options: argparse.Namespace, turns: Sequence[str]) -> str:
+    """Answers a conversation on stdout, with the numbers on stderr; the answer."""
+
+    def show(index: int, piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    (answer,) = model.generate(
+        options.image, [list(turns)], told=show if options.stream else None, **how(options)
+    )
+    print("" if options.stream else answer.text, flush=True)
+    print(numbers(answer), file=sys.stderr)
+    return answer.text
+
+
+def numbers(answer: Answer) -> str:
+    """What an answer took, in one line."""
+    return (
+        f"{answer.visual_tokens} visual tokens, {answer.prompt_tokens} of the prompt, "
+        f"{len(answer.ids)} new; first token after {answer.first_token_seconds:.3f} s, then "
+        f"{answer.tokens_per_second:.1f} tokens/s"
+    )
+
+
+def chat(model: VLM, options: argparse.Namespace, lines: io.TextIOBase) -> int:
+    """Answers line after line until there are none; a conversation that is full says so."""
+    turns: list[str] = []
+    prompt = "> " if lines.isatty() else ""
+    while True:
+        print(prompt, end="", file=sys.stderr, flush=True)
+        if not (line := lines.readline()):
+            return 0
+        if line.strip():
+            try:
+                turns += [line.strip(), say(model, options, [*turns, line.strip()])]
+            except ValueError as error:
+                if not turns:
+                    raise
+                print(f"not answered: {error}", file=sys.stderr)
+
+
+def many(model: VLM, options: argparse.Namespace) -> int:
+    """Answers a file of requests, batch by batch; 2 if one could not be answered."""
+    bad = 0
+    with opened(options.out) as out:
+        waiting: list[tuple[Any, Any]] = []
+
+        def answer() -> None:
+            found = model.answer([request for _, request in waiting], **how(options))
+            for (name, _), said in zip(waiting, found, strict=True):
+                fields = dict(
+                    text=said.text,
+                    stopped=said.stopped,
+                    prompt_tokens=said.prompt_tokens,
+                    visual_tokens=said.visual_tokens,
+                    new_tokens=len(said.ids),
+                    first_token_seconds=round(said.first_token_seconds, 4),
+                    tokens_per_second=round(said.tokens_per_second, 2),
+                )
+                out.write(json.dumps({"id": name} | fields, ensure_ascii=False) + "\n")
+            out.flush()
+            waiting.clear()
+
+        for name, row, where in rows(options.requests):
+            try:
+                if isinstance(row, ValueError):
+                    raise row
+                image = row.get("image")
+                request = model.request(None if image is None else where / image, row["prompt"])
+                model.check(request, new_tokens=options.max_new_tokens,
+                            visual_tokens=options.visual_tokens)  # fmt: skip
+            except (ValueError, OSError) as error:
+                bad += 1
+                out.write(json.dumps({"id": name, "error": str(error)}) + "\n")
+                continue
+            waiting.append((name, request))
+            if len(waiting) == options.batch:
+                answer()
+        if waiting:
+            answer()
+    if bad:
+        print(f"{bad} requests were not answered: their lines say why", file=sys.stderr)
+    return 2 if bad else 0
+
+
+def rows(path: Path) -> Iterator[tuple[Any, dict | ValueError, Path]]:
+    """Name and fields of every line, or what is wrong with it."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict) or "prompt" not in row:
+                    raise ValueError("a request is an object with a `prompt`")
+                if unknown := sorted(row.keys() - {"id", "image", "prompt"}):
+                    raise ValueError(f"no {unknown} in a request: id, image and prompt")
+            except ValueError as error:
+                yield number, ValueError(f"{path}, line {number}: {error}"), path.parent
+                continue
+            yield row.get("id", number), row, path.parent
+
+
+@contextmanager
+def opened(path: Path | None) -> Iterator[TextIO]:
+    """The file to write, or stdout."""
+    if path is None:
+        yield sys.stdout
+        return
+    with path.open("w", encoding="utf-8") as out:
+        yield out
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a request is made of, and how its answer becomes text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vlm_jax.data.llava import read_image
+
+Picture = str | Path | Image.Image | np.ndarray | None
+Prompt = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt as tokens, and its image as pixels float32 [I, I, 3] if it has one."""
+
+    ids: list[int]
+    image_at: int | None
+    question: list[int]
+    pixels: np.ndarray | None
+
+
+class Text:
+    """The tokens of an answer, and their text as it becomes certain."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.shown = tokenizer, [], ""
+
+    def read(self, *, stop: bool) -> str:
+        """All text; with `stop` the last token ended it and is no part of it."""
+        ids = self.ids[:-1] if stop else self.ids
+        return self.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+
+    def piece(self, *, whole: bool, stop: bool) -> str:
+        """What was not shown yet. The bytes of a character come in several tokens: it waits for
+        the last, unless the text is whole."""
+        text = self.read(stop=stop)
+        if not whole and text.endswith("\ufffd"):
+            return ""
+        new, self.shown = text[len(self.shown) :], text
+        return new
+
+
+def padded(rows: Sequence[list[int]], length: int, pad: int) -> np.ndarray:
+    """Rows of tokens as int32 [B, length]."""
+    return np.array([[*row, *[pad] * (length - len(row))] for row in rows], np.int32)
+
+
+def bucket_of_rows(rows: int, shards: int) -> int:
+    """The smallest power of two times the shards of a batch that holds so many rows."""
+    size = shards
+    while size < rows:
+        size *= 2
+    return size
+
+
+def picture(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+    """An image as uint8 [H, W, 3], RGB. ValueError for what is none."""
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(
+                f"an array image is uint8 [H, W, 3], not {image.dtype}{list(image.shape)}"
+            )
+        return image
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    if not Path(image).is_file():
+        raise FileNotFoundError(f"there is no image {image}")
+    return read_image(str(image), "the prompt")

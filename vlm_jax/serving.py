@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint that answers: images and prompts in, text out, in batches of few shapes.
+
+    from vlm_jax import VLM
+
+    model = VLM.from_checkpoint("models/llava")
+    answer = model.generate("cat.jpg", "What is this?", max_new_tokens=64)[0]
+    answer.text, answer.visual_tokens, answer.first_token_seconds
+
+docs/generation.md says what is compiled when, and what was measured.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vlm_jax import mesh as meshes
+from vlm_jax.data.example import IMAGE_MARK, Example
+from vlm_jax.data.processor import Processor, load_tokenizer
+from vlm_jax.decoding import Decoder, Sampling, bucket
+from vlm_jax.models import vlm
+from vlm_jax.models.compressors.compressor import Visual
+from vlm_jax.requests import (
+    Picture,
+    Prompt,
+    Request,
+    Text,
+    bucket_of_rows,
+    padded,
+    picture,
+)
+from vlm_jax.weights import folder, names
+from vlm_jax.weights.files import read_json
+from vlm_jax.weights.stored import NAMES
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to one request, and what that took.
+
+    `ids` end with the token that ended the answer, where one did (`stopped`). `first_token_seconds`
+    is from pixels and ids to the first token of the batch; `tokens_per_second` are this answer's
+    own, behind its first. A shape that was not compiled before is compiled in these times.
+    """
+
+    text: str
+    ids: list[int]
+    stopped: bool
+    prompt_tokens: int
+    visual_tokens: int
+    first_token_seconds: float
+    tokens_per_second: float
+    batch: int
+
+
+class VLM:
+    """A model with its processor, on a mesh.
+
+    Args:
+      model: used up.
+      processor: what makes its tokens and pixels.
+      max_length: most tokens of a row: prompt, visual tokens and answer together.
+      mesh: of the devices; batches are cut over its data and fsdp axes.
+    """
+
+    def __init__(self, model: vlm.VLM, processor: Processor, *, max_length: int, mesh: Mesh):
+        self.processor, self.max_length, self.mesh = processor, max_length, mesh
+        self.compressor, self.width = model.compressor, model.llm.embedding[...].shape[1]
+        with jax.set_mesh(mesh):
+            self.decoder = Decoder(model, stop_ids=processor.stop_ids, consume=True)
+            # What every prompt begins with is read once, unless the compressor wants to read it.
+            self.prefix = [] if model.compressor.reads_prefix else processor.constant_prefix()
+            self.begun = self.decoder.begin(self.prefix)
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None
+    ) -> "VLM":
+        """The model of a folder that `vlm-jax convert` made.
+
+        Args:
+          dtype: of weights and activations, float32 or bfloat16; as stored unless given.
+          mesh: all devices side by side unless given.
+        Raises:
+          FileNotFoundError, ValueError: for a folder that is none, with the way to make one.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise FileNotFoundError(f"there is no folder --checkpoint={path}")
+        stored = folder.read(path)
+        return cls.of(stored, dtype=dtype, mesh=mesh)
+
+    @classmethod
+    def of(
+        cls, stored: folder.Model, *, dtype: str | None = None, mesh: Mesh | None = None
+    ) -> "VLM":
+        """The model of `weights.folder`, its tensors read once, straight into their shards."""
+        kind = NAMES[stored.tensors["llm.embed_tokens.weight"].dtype]
+        dtype = dtype or ("float32" if kind == "F32" else "bfloat16")
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
+        config = stored.config()
+        with config.unlocked():
+            config.compute_dtype, config.kernels = dtype, "auto"
+        mesh = mesh or meshes.make()
+        with jax.set_mesh(mesh):
+            stored.check()
+            shapes = vlm.shapes(config)
+            model = folder.place(shapes, names.model_table(shapes), stored.tensors, dtype=dtype)
+        return cls(model, processor_of(stored), max_length=stored.facts["max_length"], mesh=mesh)
+
+    def generate(
+        self, images: Picture | Sequence[Picture], prompts: Prompt | Sequence[Prompt], **how
+    ) -> list["Answer"]:
+        """Answers, one for each prompt, in order.
+
+        Args:
+          images: a path, a PIL image, uint8 [H, W, 3] or None for each prompt; one for all if it
+            is no list.
+          prompts: a question, or a conversation as a list [question, answer, ..., question]. The
+            image belongs to the first question, whose template places it.
+          how: as `answer` has it.
+        Raises:
+          ValueError: for what cannot be answered, before anything is.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        images = list(images) if isinstance(images, (list, tuple)) else [images] * len(prompts)
+        if len(images) != len(prompts):
+            raise ValueError(
+                f"{len(images)} images and {len(prompts)} prompts: give one image (or None) for "
+                "each prompt, or a single one for all"
+            )
+        return self.answer(
+            [self.request(*pair) for pair in zip(images, prompts, strict=True)], **how
+        )
+
+    def request(self, image: Picture, prompt: Prompt) -> Request:
+        """One image and prompt made ready. ValueError for what the model cannot read."""
+        turns = [prompt] if isinstance(prompt, str) else list(prompt)
+        if len(turns) % 2 == 0:
+            raise ValueError(
+                f"a conversation of {len(turns)} texts: give questions and answers in turn, "
+                "ending with a question"
+            )
+        marks = [text.count(IMAGE_MARK) for text in turns]
+        if sum(marks[1:]) or marks[0] > 1 or marks[0] > (image is not None):
+            raise ValueError(
+                f"{sum(marks)} times {IMAGE_MARK} in the prompt and {int(image is not None)} "
+                "image: one image belongs to a conversation, in its first question; the mark may "
+                "be left out"
+            )
+        texts = [text.replace(IMAGE_MARK, "").strip() for text in turns]
+        pairs = tuple(zip(texts[::2], [*texts[1::2], ""], strict=True))
+        example = Example("prompt", None if image is None else 0, pairs, family="", task="")
+        made = self.processor.tokens(example, answer=False)
+        pixels = None if image is None else self.processor.pixels(picture(image))
+        return Request(made.ids, made.image_at, made.question, pixels)
+
+    def answer(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        visual_tokens: int | None = None,
+        batch: int = 8,
+        told: Callable[[int, str], None] | None = None,
+    ) -> list[Answer]:
+        """Answers to requests, in order.
+
+        Args:
+          max_new_tokens: most tokens of an answer.
+          temperature: 0 takes the likeliest token; top_p: of the probability mass, when drawing.
+          seed: of each request's draws: the same request gets the same answer in any company.
+          visual_tokens: V, where the compressor serves any; as the checkpoint has it unless given.
+          batch: most requests that are read together.
+          told: called with a request's number and the next piece of its text, as it comes.
+        Raises:
+          ValueError: for what cannot be answered, before anything is.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1")
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError(
+                f"temperature={temperature}, top_p={top_p}: temperature is 0 (the likeliest) or "
+                "more, top_p above 0 and at most 1"
+            )
+        if visual_tokens is not None and visual_tokens != self.compressor.tokens:
+            self.decoder.model.at(visual_tokens)
+        for request in requests:
+            self.check(request, new_tokens=max_new_tokens, visual_tokens=visual_tokens)
+        # What a batch shares: how it begins, and whether it has images. Each is a program.
+        kinds = [(self.begins(r), r.pixels is not None) for r in requests]
+        answers: dict[int, Answer] = {}
+        for kind in sorted(set(kinds)):
+            found = [i for i in range(len(requests)) if kinds[i] == kind]
+            for first in range(0, len(found), batch):
+                some = found[first : first + batch]
+                said = self._together(
+                    [requests[i] for i in some],
+                    begins=kind[0],
+                    drawn=(temperature, top_p, seed),
+                    new_tokens=max_new_tokens,
+                    visual_tokens=visual_tokens,
+                    told=(lambda k, text, some=some: told(some[k], text)) if told else None,
+                )
+                answers |= zip(some, said, strict=True)
+        return [answers[i] for i in range(len(requests))]
+
+    def check(self, request: Request, *, new_tokens: int, visual_tokens: int | None) -> None:
+        """Raises ValueError for a request that does not fit into the model."""
+        V = 0
+        if request.pixels is not None:
+            V = self.compressor.tokens if visual_tokens is None else visual_tokens
+        if (total := len(request.ids) + V + new_tokens) > self.max_length:
+            raise ValueError(
+                f"{len(request.ids)} tokens of prompt, {V} of the image and up to {new_tokens} of "
+                f"the answer are {total}; this model was made for {self.max_length}: shorten the "
+                "prompt, or lower max_new_tokens"
+            )
+
+    def asked(self, visual_tokens: int | None) -> int | None:
+        """The V that the compressor is told: none where it gives but one."""
+        if not self.compressor.buckets:
+            return None
+        return self.compressor.tokens if visual_tokens is None else visual_tokens
+
+    def begins(self, request: Request) -> bool:
+        """Whether a request begins with what was read already."""
+        length = len(self.prefix)
+        at = len(request.ids) if request.image_at is None else request.image_at
+        return 0 < length <= at and request.ids[:length] == self.prefix
+
+    def _together(
+        self, requests, *, begins, drawn, new_tokens, visual_tokens, told
+    ) -> list[Answer]:
+        """The answers of one batch."""
+        tokenizer, stop_ids = self.processor.tokenizer, self.processor.stop_ids
+        with jax.set_mesh(self.mesh):
+            then = time.perf_counter()
+            made = self._batch(requests, skip=len(self.prefix) if begins else 0)
+            rows = len(made["ids"])
+            temperature, top_p, seed = drawn
+            sampling = Sampling(
+                np.full(rows, temperature, np.float32),
+                np.full(rows, top_p, np.float32),
+                np.full(rows, seed, np.uint32),
+            )
+            started = self.decoder.start(
+                jax.device_put(made, meshes.sharding(self.mesh, "batch")),
+                new_tokens=new_tokens,
+                tokens=self.asked(visual_tokens) if requests[0].pixels is not None else None,
+                begun=self.begun if begins else None,
+                sampling=jax.device_put(sampling, meshes.sharding(self.mesh, "batch"))
+                if temperature
+                else None,
+            )
+            length = np.asarray(started.length)
+            texts = [Text(tokenizer) for _ in requests]
+            ended: dict[int, float] = {}  # when each row did
+            for step, ids in enumerate(self.decoder.stream(started, new_tokens)):
+                now = time.perf_counter()
+                first = now - then if step == 0 else first
+                for k, text in enumerate(texts):
+                    if k in ended:
+                        continue
+                    text.ids.append(int(ids[k]))
+                    stopped = text.ids[-1] in stop_ids
+                    if stopped or step == new_tokens - 1:
+                        ended[k] = now
+                    if told and (piece := text.piece(whole=k in ended, stop=stopped)):
+                        told(k, piece)
+        answers = []
+        for k, (request, text) in enumerate(zip(requests, texts, strict=True)):
+            stopped = text.ids[-1] in stop_ids
+            seconds = ended[k] - then - first
+            answers.append(
+                Answer(
+                    text=text.read(stop=stopped),
+                    ids=text.ids,
+                    stopped=stopped,
+                    prompt_tokens=len(request.ids),
+                    visual_tokens=int(length[k]) - len(request.ids),
+                    first_token_seconds=first,
+                    tokens_per_second=(len(text.ids) - 1) / seconds if seconds > 0 else 0.0,
+                    batch=len(requests),
+                )
+            )
+        return answers
+
+    def _batch(self, requests: Sequence[Request], *, skip: int) -> dict[str, np.ndarray]:
+        """Requests in a batch of a bucket's shape, without their first `skip` tokens.
+
+        It is filled up with its first row.
+        """
+        shards = meshes.batch_shards(self.mesh)
+        rows = [*requests, *[requests[0]] * (bucket_of_rows(len(requests), shards) - len(requests))]
+        ids = [r.ids[skip:] for r in rows]
+        length = np.array([len(x) for x in ids], np.int32)
+        at = [
+            len(x) if r.image_at is None else r.image_at - skip
+            for r, x in zip(rows, ids, strict=True)
+        ]
+        made = {"length": length}
+        if self.compressor.reads_prefix:
+            # The text before the image, and room for the longest that follows it.
+            asked = [x[:k] for x, k in zip(ids, at, strict=True)]
+            room = bucket(max(map(len, asked)))
+            text = room + bucket(max(len(x) - k for x, k in zip(ids, at, strict=True)))
+        else:
+            asked = [r.question for r in rows]
+            room, text = bucket(max(map(len, asked))), bucket(int(max(length)))
+        if self.compressor.reads_question or self.compressor.reads_prefix:
+            made["question"] = padded(asked, room, self.processor.pad_id)
+            made["question_length"] = np.array([max(len(x), 1) for x in asked], np.int32)
+        made["ids"] = padded(ids, text, self.processor.pad_id)
+        if rows[0].pixels is None:
+            made["image_at"] = np.full(len(rows), text, np.int32)
+            # No image, no encoder: one visual token that no row reads.
+            visual = np.zeros((len(rows), 1, self.width), np.float32)
+            none = np.zeros(len(rows), np.int32)
+            made["visual"] = Visual(visual, none) if self.compressor.adaptive else visual
+        else:
+            made["image_at"] = np.array(at, np.int32)
+            made["pixels"] = np.stack([r.pixels for r in rows])
+        return made
+
+
+def processor_of(stored: folder.Model) -> Processor:
+    """What makes the tokens and pixels of a model folder. ValueError where it has no tokenizer."""
+    if stored.tokenizer is None:
+        raise ValueError(
+            "this model folder has no tokenizer: convert it again with --tokenizer=DIR"
+        )
+    facts, length = stored.facts, stored.facts["max_length"]
+    image = facts["image"]
+    data = dict(
+        template=facts.get("template", "vicuna_v1"),
+        text_length=length,
+        question_length=length // 2,
+        image_fit=image["fit"],
+        image_mean=tuple(image["mean"]),
+        image_std=tuple(image["std"]),
+        image_resample=image.get("resample", "bicubic"),
+        blind=False,
+    )
+    config = ConfigDict(dict(data=data, vit=stored.vit, compressor=stored.compressor))
+    processor = Processor(load_tokenizer(stored.tokenizer), config)
+    path = stored.tokenizer / "generation_config.json"
+    if path.is_file():
+        more = read_json(path).get("eos_token_id")
+        more = more if isinstance(more, list) else [] if more is None else [more]
+        processor.stop_ids = tuple(dict.fromkeys([*processor.stop_ids, *more]))
+    return processor
