@@ -34,7 +34,7 @@ def get_config():
         dict(
             source="synthetic",
             train_images=20000,
-            template="question_first",
+            template="bare",
             text_length=28,
             question_length=26,
         )
@@ -50,7 +50,7 @@ def get_config():
     c.evaluate.update(dict(batch=128, max_new_tokens=8))
 
     with c.unlocked():
-        c.grid.llms = {"6k": llm(16, 1), "20k": llm(32, 1), "60k": llm(48, 2)}
+        c.grid.llms = {"10k": llm(16, 2), "30k": llm(32, 2), "110k": llm(64, 2)}
     c.grid.tokens = (1, 4, 9, 36)
     c.grid.baselines = (("blind", 1), ("pool", 1))
     return c

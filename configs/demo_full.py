@@ -17,10 +17,10 @@ def get_config():
     c.finetune.steps = 6000
     with c.unlocked():
         c.grid.llms = {
-            "6k": demo.llm(16, 1),
-            "20k": demo.llm(32, 1),
+            "10k": demo.llm(16, 2),
+            "30k": demo.llm(32, 2),
             "60k": demo.llm(48, 2),
-            "200k": demo.llm(64, 4),
+            "110k": demo.llm(64, 2),
         }
     c.grid.tokens = (1, 4, 9, 16, 36, 144)
     c.grid.seeds = (0, 1)

@@ -18,6 +18,8 @@ def get_config():
     # keeps is as good as drawn by lot, and its rows show what it costs.
     c.vit.depth = 3
     c.compressor.update(dict(kind="quecc", query="separate", downsample="conv", scales=(1, 9, 36)))
+    # A prefix that holds the question needs it before the image; so all cells have it there.
+    c.data.template = "question_first"
     # As many tokens as the longest question, and as the longest answer with its end behind it:
     # a prefix has room for each, and all cells read rows of one length.
     c.data.update(dict(question_length=24, text_length=24 + 19))
@@ -25,7 +27,7 @@ def get_config():
     variants = (dict(query="prefix"), dict(query="none"), dict(downsample="pool"))
     others = ("token_packer", "pool", "downsample", "mqt")
     with c.unlocked():
-        c.grid.llms = {"20k": demo.llm(32, 1)}
+        c.grid.llms = {"30k": demo.llm(32, 2)}
         c.grid.baselines = (
             ("blind", 1),
             *(("quecc", tokens, fields) for fields in variants for tokens in TOKENS),

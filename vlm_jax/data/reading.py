@@ -38,6 +38,7 @@ LABELS = (2, 2, 3)  # labels of a page, drawn from these
 HEIGHT = (11, 14)  # font size in pixels
 WRITTEN_HEIGHT = (9, 12)  # pixels of a scanned digit
 ADVANCE = PATCH  # pixels from glyph to glyph
+INDENT = 1  # patches by which the left edge of a line varies
 HELD_OUT = 3  # strings of this length or more are never shared between splits
 FILLER_RATE = 0.05  # questions that open with words that say nothing
 
@@ -223,12 +224,12 @@ def draw_page(rng: random.Random, split: str) -> Page:
         )
         # In patches: room for the shape to the left, or for the margin of a card.
         first = 2 if kind >= 0 else 1 if card >= 0 else 0
-        last = SIDE // PATCH - len(text) - (card >= 0)
-        rows = range(k * band // PATCH, (k + 1) * band // PATCH)
+        last = min(first + INDENT, SIDE // PATCH - len(text) - (card >= 0))
+        row = (2 * k + 1) * band // (2 * PATCH)  # the middle of the line's share of the page
         lines.append(
             line._replace(
                 x=PATCH * rng.randint(first, last) + rng.randint(-1, 1) * (first > 0),
-                y=PATCH * rng.choice(rows) + PATCH // 2 + rng.randint(-1, 1),
+                y=PATCH * row + PATCH // 2 + rng.randint(-1, 1),
             )
         )
     return Page(background, tuple(lines))
