@@ -13,7 +13,8 @@ from flax import nnx
 
 from vlm_jax import convert, train
 from vlm_jax.data import sources
-from vlm_jax.data.processor import Processor, train_tokenizer
+from vlm_jax.data.processor import Processor
+from vlm_jax.data.word_tokenizer import train_tokenizer
 from vlm_jax.learn import optimizer, workdir
 from vlm_jax.learn.checkpoint import Checkpoints
 from vlm_jax.learn.log import Log
