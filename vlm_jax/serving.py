@@ -85,7 +85,8 @@ class VLM:
         """The model of a folder that `vlm-jax convert` made.
 
         Args:
-          dtype: of weights and activations, float32 or bfloat16; as stored unless given.
+          dtype: of weights and activations, float32 or bfloat16. As stored unless given, but
+            float32 on a CPU, where that is faster and the weights are the same numbers.
           mesh: all devices side by side unless given.
         Raises:
           FileNotFoundError, ValueError: for a folder that is none, with the way to make one.
@@ -102,13 +103,15 @@ class VLM:
     ) -> "VLM":
         """The model of `weights.folder`, its tensors read once, straight into their shards."""
         kind = NAMES[stored.tensors["llm.embed_tokens.weight"].dtype]
-        dtype = dtype or ("float32" if kind == "F32" else "bfloat16")
+        mesh = mesh or meshes.make()
+        # XLA's CPU backend has no product of bfloat16: it casts both factors in every call.
+        wide = kind == "F32" or mesh.devices.flat[0].platform == "cpu"
+        dtype = dtype or ("float32" if wide else "bfloat16")
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
         config = stored.config()
         with config.unlocked():
             config.compute_dtype, config.kernels = dtype, "auto"
-        mesh = mesh or meshes.make()
         with jax.set_mesh(mesh):
             stored.check()
             shapes = vlm.shapes(config)
