@@ -91,7 +91,7 @@ def test_two_passes_are_one_in_values_and_gradients(devices, remat, request):
         scale = max(1.0, float(jnp.abs(y).max()))
         np.testing.assert_allclose(x / scale, y / scale, atol=2e-5, err_msg=str(path))
     # The image has a say, and the question in what the image shows.
-    for part in (by_ours.compressor.text, by_ours.compressor.value.up):
+    for part in (by_ours.compressor.text, by_ours.compressor.keys_values.up):
         assert float(jnp.abs(part.kernel[...]).max()) > 1e-3
 
 

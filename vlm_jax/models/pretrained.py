@@ -7,7 +7,7 @@ into heads, so every conversion is one transpose and reshapes.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -36,7 +36,8 @@ class Tensor:
     `outputs` counts the trailing dimensions of our kernels that are outputs; 0 is for vectors.
     `square` is for a depthwise convolution, published as [E 1 K K] and kept as taps [K^2 E];
     `patches` for one that cuts an image, published as [E 3 K K] and kept as [K^2 x 3, E]; `ours`
-    for a tensor that is published in our own layout. `layer` is the place in a stack of blocks.
+    for a tensor that is published in our own layout. `layer` is its place in what is stacked in
+    ours along `axis`: the blocks of a model, or kernels that share their input.
     """
 
     paths: tuple[Path, ...]
@@ -45,6 +46,17 @@ class Tensor:
     patches: bool = False
     ours: bool = False
     layer: int | None = None
+    axis: int = 0
+
+    def one(self, shape: Sequence) -> tuple:
+        """The shape (or the axes' names) of one of what is stacked, where it is."""
+        return tuple(x for i, x in enumerate(shape) if self.layer is None or i != self.axis)
+
+    def taken(self, ours: np.ndarray | jax.Array) -> np.ndarray:
+        """The part of an array of ours that the tensor holds."""
+        if self.layer is None:
+            return np.asarray(ours)
+        return np.asarray(ours[(slice(None),) * self.axis + (self.layer,)])
 
     def split(self, published: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
         """Our arrays, from the published one."""
@@ -116,6 +128,16 @@ def mlp(first: str, second: str, *path: str) -> Table:
     return linear(first, *path, "up") | linear(second, *path, "down")
 
 
+def joined_mlp(first: str, second: str, part: str) -> Table:
+    """The tensors of the keys' or the values' MLP, whose first layers are one parameter of ours."""
+    up, layer = ("keys_values", "up"), ("key", "value").index(part)
+    return {
+        f"{first}.weight": Tensor(((*up, "kernel"),), outputs=1, layer=layer, axis=1),
+        f"{first}.bias": Tensor(((*up, "bias"),), layer=layer),
+        **linear(second, "keys_values", part),
+    }
+
+
 LLAVA = mlp("0", "2", "projector")
 
 
@@ -137,9 +159,9 @@ def quecc(module: QueCC) -> Table:
         "0.q_downsample.bias": Tensor((("taps_bias",),)),
     }
     text = linear("0.text_projection.0", "text") | norm("0.text_projection.1", "text_norm")
-    paths = {}
-    for letter, part in (("q", "query"), ("k", "key"), ("v", "value")):
-        paths |= mlp(f"0.{letter}_proj.0", f"0.{letter}_proj.2", part)
+    paths = mlp("0.q_proj.0", "0.q_proj.2", "query") | norm("0.q_proj.3", "query_norm")
+    for letter, part in (("k", "key"), ("v", "value")):
+        paths |= joined_mlp(f"0.{letter}_proj.0", f"0.{letter}_proj.2", part)
         paths |= norm(f"0.{letter}_proj.3", f"{part}_norm")
     return (
         attention("0.clip_attn", "attention")
@@ -154,8 +176,8 @@ def token_packer(module: TokenPacker) -> Table:
     """TokenPacker is the whole `mm_projector`, its MLP included."""
     return (
         linear("q_proj_1", "query", bias=False)
-        | mlp("k_proj_1.0", "k_proj_1.2", "key")
-        | mlp("v_proj_1.0", "v_proj_1.2", "value")
+        | joined_mlp("k_proj_1.0", "k_proj_1.2", "key")
+        | joined_mlp("v_proj_1.0", "v_proj_1.2", "value")
         | norm("ln_q_1", "query_norm")
         | norm("ln_k_1", "key_norm")
         | norm("ln_v_1", "value_norm")
@@ -194,7 +216,7 @@ def shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
     """The published tensors that `module` takes; it may be abstract (from `jax.eval_shape`)."""
     ours = dict(nnx.to_flat_state(nnx.state(module)))
     return {
-        name: row.shape([ours[path].shape for path in row.paths])
+        name: row.shape([row.one(ours[path].shape) for path in row.paths])
         for name, row in table(module).items()
     }
 
@@ -219,12 +241,18 @@ def load(module: nnx.Module, published: Mapping[str, np.ndarray]) -> nnx.Module:
             f"these tensors do not make this {type(module).__name__}: " + "; ".join(complaints)
         )
     definition, state = nnx.split(module)
-    ours = dict(nnx.to_flat_state(state))
+    ours, stacked = dict(nnx.to_flat_state(state)), {}
     for name, row in table(module).items():
         olds = [ours[path] for path in row.paths]
-        parts = row.split(np.asarray(published[name]), [old.shape for old in olds])
+        parts = row.split(np.asarray(published[name]), [row.one(old.shape) for old in olds])
         for path, old, part in zip(row.paths, olds, parts, strict=True):
-            ours[path] = old.replace(jax.device_put(part.astype(old.dtype), old.sharding.spec))
+            part = part.astype(old.dtype)
+            if row.layer is not None:
+                stacked.setdefault(path, {})[row.layer] = part
+                if len(stacked[path]) < old.shape[row.axis]:
+                    continue
+                part = np.stack([x for _, x in sorted(stacked[path].items())], row.axis)
+            ours[path] = old.replace(jax.device_put(part, old.sharding.spec))
     return nnx.merge(definition, nnx.from_flat_state(ours))
 
 
@@ -232,6 +260,6 @@ def export(module: nnx.Module) -> dict[str, np.ndarray]:
     """The published tensors of `module`, in the order of the published module."""
     ours = dict(nnx.to_flat_state(nnx.state(module)))
     return {
-        name: row.join([np.asarray(ours[path][...]) for path in row.paths])
+        name: row.join([row.taken(ours[path][...]) for path in row.paths])
         for name, row in table(module).items()
     }

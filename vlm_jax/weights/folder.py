@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -219,11 +220,11 @@ def place(
         stack = row.layer is not None
         tensor = tensors[name]
         numbers = tensor.read() if isinstance(tensor, Stored) else tensor
-        parts = row.split(numbers, [ours[key].shape[stack:] for key in keys])
+        parts = row.split(numbers, [row.one(ours[key].shape) for key in keys])
         for key, part in zip(keys, parts, strict=True):
             like = ours[key]
             kind = np.dtype(dtype or like.dtype)
-            spec = jax.sharding.PartitionSpec(*tuple(like.sharding.spec)[stack:])
+            spec = jax.sharding.PartitionSpec(*row.one(tuple(like.sharding.spec)))
             sharding = jax.sharding.NamedSharding(mesh, spec)
             array = jax.make_array_from_callback(part.shape, sharding, part.__getitem__)
             if not stack:
@@ -231,8 +232,8 @@ def place(
                 continue
             if key not in filled:
                 whole = jax.sharding.NamedSharding(mesh, like.sharding.spec)
-                filled[key] = jax.numpy.zeros(like.shape, kind, device=whole)
-            filled[key] = _put(filled[key], array, row.layer)
+                filled[key] = jnp.zeros(like.shape, kind, device=whole)
+            filled[key] = _put(filled[key], array, row.layer, row.axis)
             filled[key].block_until_ready()  # or the tensors read since would pile up
     return jax.tree.unflatten(jax.tree.structure(shapes), [filled[key] for key in ours])
 
@@ -242,9 +243,10 @@ def _cast(array: jax.Array, dtype: np.dtype) -> jax.Array:
     return array.astype(dtype)
 
 
-@jax.jit(donate_argnums=0)
-def _put(stack: jax.Array, layer: jax.Array, index: int | jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(stack, layer.astype(stack.dtype)[None], index, 0)
+@jax.jit(donate_argnums=0, static_argnums=3)
+def _put(stack: jax.Array, layer: jax.Array, index: int | jax.Array, axis: int) -> jax.Array:
+    layer = jnp.expand_dims(layer.astype(stack.dtype), axis)
+    return jax.lax.dynamic_update_slice_in_dim(stack, layer, index, axis)
 
 
 def fresh(config: ConfigDict, wanted: list[str], *, seed: int) -> dict[str, np.ndarray]:
@@ -269,10 +271,7 @@ def published(table: Table, ours: dict[str, jax.Array]) -> dict[str, np.ndarray]
     """The tensors of a table, from the arrays of a model under dotted names."""
     found = {}
     for name, row in table.items():
-        parts = [ours[".".join(path)] for path in row.paths]
-        if row.layer is not None:
-            parts = [part[row.layer] for part in parts]
-        found[name] = row.join([np.asarray(part) for part in parts])
+        found[name] = row.join([row.taken(ours[".".join(path)]) for path in row.paths])
     return found
 
 

@@ -8,6 +8,7 @@ Qwen2Model or Qwen3Model (and `llm.lm_head.weight`), `compressor.` + the name in
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
@@ -151,11 +152,7 @@ def model_table(model: VLM) -> Table:
         "compressor": pretrained.table(model.compressor),
     }
     return {
-        f"{part}.{name}": Tensor(
-            tuple((part, *path) for path in row.paths),
-            **{field: getattr(row, field) for field in ("outputs", "square", "patches", "ours")},
-            layer=row.layer,
-        )
+        f"{part}.{name}": replace(row, paths=tuple((part, *path) for path in row.paths))
         for part, table in parts.items()
         for name, row in table.items()
     }
@@ -178,7 +175,7 @@ def shapes(model: VLM) -> dict[str, tuple[int, ...]]:
     found = {}
     for name, row in model_table(model).items():
         of = [ours[".".join(path)].shape for path in row.paths]
-        found[name] = row.shape([shape[1:] for shape in of] if row.layer is not None else of)
+        found[name] = row.shape([row.one(shape) for shape in of])
     return found
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two-layer MLP with exact GELU of every published projector.
+"""The two-layer MLP with exact GELU of every published projector, and two of them on one input.
 
-B batch  V visual tokens (or patches)  E width in  F width between  D width out
+B batch  V visual tokens (or patches)  E width in  F width between  D width out  Y key or value
 """
 
 import jax.numpy as jnp
@@ -58,3 +58,40 @@ class MLP(nnx.Module):
             once = jnp.einsum("BE,EF->BF", shared, kernel, out_sharding=mesh.spec("batch", "mlp"))
             y += once[:, None]
         return gelu(y)
+
+
+class KeysAndValues(nnx.Module):
+    """Two MLPs of one input, as published for keys and values; their first layers are one product.
+
+    The input, the widest tensor of a compressor, is read once. The two kernels are one parameter,
+    because joined at use they would be copied first.
+    """
+
+    def __init__(self, width: int, out: int, *, rngs: nnx.Rngs, init: Initializer | None = None):
+        self.up = Linear(
+            "BVE,EYF->BVYF",
+            (width, 2, out),
+            dims=("embed", "none", "mlp"),
+            out=("batch", "len", "none", "mlp"),
+            init=init,
+            rngs=rngs,
+        )
+        self.key, self.value = (
+            Linear(
+                "BVF,FD->BVD",
+                (out, out),
+                dims=("mlp", "embed"),
+                out=("batch", "len", "feature"),
+                init=init,
+                rngs=rngs,
+            )
+            for _ in range(2)
+        )
+
+    def __call__(
+        self, x: Float[Array, "B V E"]
+    ) -> tuple[Float[Array, "B V D"], Float[Array, "B V D"]]:
+        """Keys and values, before their norms."""
+        y = self.up(x)
+        # Cut before the GELU, whose loops then write what the second layers read.
+        return self.key(gelu(y[:, :, 0])), self.value(gelu(y[:, :, 1]))

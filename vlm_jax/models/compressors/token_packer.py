@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vlm_jax.models.compressors.compressor import Compressor
-from vlm_jax.models.compressors.projector import MLP
+from vlm_jax.models.compressors.projector import MLP, KeysAndValues
 from vlm_jax.models.compressors.window import WindowAttention, check_tokens, window_side
 from vlm_jax.models.layers import LayerNorm, Linear, normal
 
@@ -68,9 +68,8 @@ class TokenPacker(Compressor):
             rngs=rngs,
         )
         self.query_norm = LayerNorm(width, eps=EPS, rngs=rngs)
-        self.key = MLP(levels * width, width, width, init=init, rngs=rngs)
+        self.keys_values = KeysAndValues(levels * width, width, init=init, rngs=rngs)
         self.key_norm = LayerNorm(width, eps=EPS, rngs=rngs)
-        self.value = MLP(levels * width, width, width, init=init, rngs=rngs)
         self.value_norm = LayerNorm(width, eps=EPS, rngs=rngs)
         self.attention = WindowAttention(
             width, heads, tokens=tokens, patches=side**2, kernels=kernels, out_init=init, rngs=rngs
@@ -93,8 +92,8 @@ class TokenPacker(Compressor):
     ) -> Float[Array, "B V E"]:
         """The visual tokens before the projector, from the query's feature and the keys' levels."""
         query = self.query_norm(self.query(self.downsample(feature)))
-        keys = self.key_norm(self.key(levels))
-        return self.attention(query, keys, self.value_norm(self.value(levels)))
+        keys, values = self.keys_values(levels)
+        return self.attention(query, self.key_norm(keys), self.value_norm(values))
 
     def downsample(self, x: Float[Array, "B P E"]) -> Float[Array, "B V E"]:
         """Bilinear interpolation without antialias: the centre of each window, in float32.
