@@ -12,22 +12,17 @@ counts the products of the peer.
 """
 
 import argparse
-import json
 import math
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
-HOME = Path(__file__).parent.parent
-sys.path.insert(0, str(HOME))  # benchmarks/ and configs/ are folders of files, not installed
+# benchmarks/ and configs/ are folders of files, not installed
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.train_step import cpu_model  # noqa: E402
+from benchmarks import facts  # noqa: E402
 
 # How many times faster than the peer each is expected to be, and at which V; none where both do
 # the same work. PruMerge is the same MLP on both sides, which is most of the time from some tokens
@@ -241,10 +236,7 @@ def supported(method: str, tokens: list[int], side: int) -> list[int]:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    cores = os.cpu_count()
-    # Before jax starts its thread pool, whose size is the number of cores that it may use.
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    facts.use_threads(args.threads)
     from vlm_jax import cli
 
     cli.keep_freed_memory()
@@ -256,19 +248,11 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     sizes = QUICK if args.quick else SIZES
-    results = dict(
-        question="milliseconds of a forward pass of each compressor, float32, and its FLOPs",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=dict(
-            cpu=cpu_model(),
-            cores=cores,
-            threads=args.threads,
-            load_average=[round(x, 2) for x in os.getloadavg()],
-        ),
-        versions=dict(
-            python=platform.python_version(),
-            **{n: version(n) for n in ("jax", "flax", "numpy", "torch")},
-        ),
+    results = facts.of_run(
+        "milliseconds of a forward pass of each compressor, float32, and its FLOPs",
+        threads=args.threads,
+        packages=("jax", "flax", "numpy", "torch"),
+    ) | dict(
         rounds=args.rounds,
         sizes=sizes,
         rows=[],
@@ -292,10 +276,7 @@ def main(argv: list[str] | None = None) -> int:
                     f"{row['speedup']:5.2f}x  {goal}",
                     flush=True,
                 )
-    today = f"{datetime.now(UTC):%Y-%m-%d}"
-    out = Path(args.out or HOME / "benchmarks/results" / f"{today}-compressors.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    facts.write(results, "compressors", args.out)
     return 0
 
 

@@ -20,7 +20,7 @@ def cpu_model() -> str:
     return names[0] if names else platform.machine()
 
 
-def two_threads(threads: int) -> None:
+def use_threads(threads: int) -> None:
     """XLA and PyTorch on so many cores; before jax starts its pool, which has one thread a core."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     os.environ["JAX_PLATFORMS"] = "cpu"

@@ -220,7 +220,7 @@ def measure(sides: dict[str, Callable], rounds: int) -> dict[str, dict[str, floa
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    facts.two_threads(args.threads)
+    facts.use_threads(args.threads)
     from vlm_jax import cli
 
     cli.keep_freed_memory()

@@ -10,20 +10,17 @@ two PyTorch forms.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import SupportsFloat
 
-HOME = Path(__file__).parent.parent
-sys.path.insert(0, str(HOME))  # benchmarks/ and configs/ are folders of files, not installed
+# benchmarks/ and configs/ are folders of files, not installed
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import facts  # noqa: E402
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -155,23 +152,9 @@ def measure(config, *, rounds: int, steps: int) -> dict:
     )
 
 
-def cpu_model() -> str:
-    """The processor's own name for itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine()
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    cores = os.cpu_count()
-    # Before jax starts its thread pool, whose size is the number of cores that it may use.
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    facts.use_threads(args.threads)
     from vlm_jax import cli
 
     if args.malloc == "keep":
@@ -188,19 +171,11 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(names) - cells.keys():
         print(f"train_step: no cell {sorted(unknown)}: choose of {sorted(cells)}", file=sys.stderr)
         return 2
-    results = dict(
-        question="seconds of one training step, forward, backward, clipping and AdamW, float32",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=dict(
-            cpu=cpu_model(),
-            cores=cores,
-            threads=args.threads,
-            load_average=[round(x, 2) for x in os.getloadavg()],
-        ),
-        versions=dict(
-            python=platform.python_version(),
-            **{n: version(n) for n in ("jax", "flax", "optax", "numpy", "torch")},
-        ),
+    results = facts.of_run(
+        "seconds of one training step, forward, backward, clipping and AdamW, float32",
+        threads=args.threads,
+        packages=("jax", "flax", "optax", "numpy", "torch"),
+    ) | dict(
         malloc=args.malloc,
         rounds=args.rounds,
         steps_per_round=args.steps,
@@ -222,10 +197,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{name:28} vlm_jax is {found['speedup']:.2f}x the faster peer ({found['peer']})",
                 flush=True,
             )
-    today = f"{datetime.now(UTC):%Y-%m-%d}"
-    out = Path(args.out or HOME / "benchmarks/results" / f"{today}-train-step.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    facts.write(results, "train-step", args.out)
     return 0
 
 

@@ -52,13 +52,15 @@ def test_a_score_of_two_rotated_tokens_depends_on_their_distance_alone(mesh1):
     q, k = (jnp.asarray(draw.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
 
     def score(i, j):
-        at = [jnp.full((1, 1), p, jnp.int32) for p in (i, j)]
-        return float((rotate(q, at[0], Rope(1e4)) * rotate(k, at[1], Rope(1e4))).sum())
+        turns = [Rope(1e4).turns(jnp.full((1, 1), p, jnp.int32), 4) for p in (i, j)]
+        return float((rotate(q, turns[0]) * rotate(k, turns[1])).sum())
 
     with jax.set_mesh(mesh1):
         assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
         assert abs(score(7, 3) - score(8, 3)) > 1e-2
-        np.testing.assert_array_equal(rotate(q, jnp.zeros((1, 1), jnp.int32), Rope(1e4)), q)
+        np.testing.assert_array_equal(
+            rotate(q, Rope(1e4).turns(jnp.zeros((1, 1), jnp.int32), 4)), q
+        )
 
 
 def test_a_cache_gives_every_row_what_a_whole_pass_gives(mesh1):

@@ -23,7 +23,7 @@ from vlm_jax.models.layers import (
     unstacked,
     weight,
 )
-from vlm_jax.models.rope import Rope, rotate
+from vlm_jax.models.rope import Rope, Turns, rotate
 
 HIDDEN = ("batch", "len", "feature")
 
@@ -38,7 +38,6 @@ class Attention(nnx.Module):
         heads: int,
         kv_heads: int,
         head_size: int,
-        rope: Rope,
         qkv_bias: bool,
         qk_norm: bool,
         norm_eps: float,
@@ -46,7 +45,6 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         std = normal(width**-0.5)
-        self.rope = rope
         q = dict(dims=("embed", "heads", "head"), out=("batch", "len", "heads", "head"))
         kv = dict(dims=("embed", "kv_heads", "head"), out=("batch", "len", "kv_heads", "head"))
         self.query = Linear(
@@ -73,14 +71,13 @@ class Attention(nnx.Module):
     def project(
         self,
         x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
+        turns: Turns,
     ) -> tuple[Float[Array, "B T N H"], KV]:
         """Rotated queries, and the keys and values of the same tokens."""
         query, key = self.query(x), self.key(x)
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        key = rotate(key, positions, self.rope)
-        return rotate(query, positions, self.rope), KV(key, self.value(x))
+        return rotate(query, turns), KV(rotate(key, turns), self.value(x))
 
     def attend(
         self,
@@ -142,13 +139,13 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
+        turns: Turns,
         mask: Bool[Array, "B T S"],
         past: KV | None = None,
     ) -> tuple[Float[Array, "B T D"], KV]:
         """The tokens' keys and values beside the result; they see those of `past`, which come
         first in the mask, and their own."""
-        query, kv = self.attention.project(self.norm1(x), positions)
+        query, kv = self.attention.project(self.norm1(x), turns)
         seen = kv
         if past is not None:
             seen = KV(*(jnp.concatenate(both, axis=1) for both in zip(past, kv, strict=True)))
@@ -158,11 +155,12 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B 1 D"],
         position: Int[Array, "B"],
+        turns: Turns,
         kv: KV,
         mask: Bool[Array, "B 1 S"],
     ) -> tuple[Float[Array, "B 1 D"], KV]:
         """One more token per row, written into the cache at that row's position."""
-        query, new = self.attention.project(self.norm1(x), position[:, None])
+        query, new = self.attention.project(self.norm1(x), turns)
         kv = KV(*(write(old, fresh, position) for old, fresh in zip(kv, new, strict=True)))
         return self.feed(x + self.attention.attend(query, kv, mask)), kv
 
@@ -210,7 +208,8 @@ class LLM(nnx.Module):
         if head_size % 2:
             raise ValueError(f"llm.head_size={head_size} is odd: rotary positions need pairs")
         self.remat_policy, self.dtype = remat_policy, dtype
-        rope = Rope(
+        self.head_size = head_size
+        self.rope = Rope(
             rope_theta,
             rope_kind,
             rope_factor,
@@ -227,7 +226,6 @@ class LLM(nnx.Module):
                 heads=heads,
                 kv_heads=kv_heads,
                 head_size=head_size,
-                rope=rope,
                 qkv_bias=qkv_bias,
                 qk_norm=qk_norm,
                 norm_eps=norm_eps,
@@ -318,17 +316,18 @@ class LLM(nnx.Module):
         batch, length = x.shape[:2]
         positions = positions_of(batch, length)
         mask = positions[:, :, None] >= positions[:, None, :]
-        before = None
+        before, turned = None, jnp.arange(length)[None]
         if past is not None:
             read = positions_of(batch, past.keys.shape[2]) < past.length[:, None]
             read = jnp.broadcast_to(read[:, None], (batch, length, read.shape[1]))
             mask = jnp.concatenate([read, mask], axis=2)
-            positions += past.length[:, None]
+            turned = positions + past.length[:, None]
             before = KV(past.keys, past.values)
+        turns = self.rope.turns(turned, self.head_size // 2)
 
         def step(x, layer):
             block, before = layer
-            x, kv = block(x, positions, mask, before)
+            x, kv = block(x, turns, mask, before)
             return x, kv if keep else None
 
         if isinstance(self.blocks, nnx.List):
@@ -352,9 +351,10 @@ class LLM(nnx.Module):
         """
         slots = caches[0].keys.shape[1]
         mask = (positions_of(x.shape[0], slots) <= position[:, None])[:, None]
+        turns = self.rope.turns(position[:, None], self.head_size // 2)
         grown = []
         for i, kv in enumerate(caches):
-            x, kv = layer(self.blocks, i).extend(x, position, kv, mask)
+            x, kv = layer(self.blocks, i).extend(x, position, turns, kv, mask)
             grown.append(kv)
         return self.norm(x), grown
 

@@ -7,9 +7,17 @@ B batch  T tokens  N heads  H head size
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+
+class Turns(NamedTuple):
+    """Cosine and sine of every angle, computed once for all layers; one row may serve all."""
+
+    cos: Float[Array, "#B T 1 half"]
+    sin: Float[Array, "#B T 1 half"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,11 @@ class Rope:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"llm.rope_kind={self.kind!r}: choose one of {sorted(KINDS)}")
+
+    def turns(self, positions: Int[Array, "B T"], half: int) -> "Turns":
+        """How far the `half` pairs of a head are turned at these positions."""
+        angle = positions[:, :, None, None].astype(jnp.float32) * self.rates(half)
+        return Turns(jnp.cos(angle), jnp.sin(angle))
 
     def rates(self, half: int) -> Float[Array, "half"]:
         """Radians per position of the `half` pairs of a head."""
@@ -52,13 +65,8 @@ KINDS: dict[str, Callable[[Array, Rope], Array]] = {
 }
 
 
-def rotate(
-    x: Float[Array, "B T N H"],
-    positions: Int[Array, "B T"],
-    rope: Rope,
-) -> Float[Array, "B T N H"]:
+def rotate(x: Float[Array, "B T N H"], turns: Turns) -> Float[Array, "B T N H"]:
     """Rotary position embedding in the half-split form of the published Llama and Qwen weights."""
-    angle = positions[:, :, None, None].astype(jnp.float32) * rope.rates(x.shape[-1] // 2)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = turns
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
