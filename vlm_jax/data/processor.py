@@ -133,7 +133,10 @@ class Processor:
     def tokens(self, example: Example, *, answer: bool) -> Tokens:
         """The example as ids of any length; without `answer` up to where its last answer starts."""
         parts = self.template.parts(example, self.tokenizer, answer=answer)
-        ids, mask, image_at = list(self.bos), [False] * len(self.bos), None
+        ids, image_at = list(self.bos), None
+        if ids and self.template.begins_itself(self.tokenizer, parts):
+            ids = []
+        mask = [False] * len(ids)
         if example.image is not None and self.image_id is not None:
             # As transformers does: all at once, the mark a token among the others.
             self._append(ids, mask, parts)
