@@ -5,6 +5,7 @@ Shapes: T text tokens, Tq question tokens, S pixels of the encoder's side.
 """
 
 import copy
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,16 @@ def load_tokenizer(path: str | Path) -> Any:
             f"the tokenizer in {path} has no fast form (tokenizer.json), which is needed to tell "
             "which tokens belong to an answer: save it once with transformers' fast class"
         )
+    # Where older processors of transformers keep the template; its tokenizers do not look there.
+    older = Path(path) / "chat_template.json"
+    if older.is_file() and not (Path(path) / "chat_template.jinja").is_file():
+        try:
+            tokenizer.chat_template = json.loads(older.read_text("utf-8"))["chat_template"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{older} holds no chat template: {{"chat_template": TEXT}} was expected; mend it, '
+                "or remove it for the tokenizer's own"
+            ) from error
     return tokenizer
 
 
