@@ -271,17 +271,27 @@ PUBLISHED_LLMS = {
     "Qwen/Qwen1.5-7B": ("qwen2", text(151936, 4096, 11008, 32, 32, 32)),
     "Qwen/Qwen1.5-14B": ("qwen2", text(152064, 5120, 13696, 40, 40, 40)),
     "Qwen/Qwen2-0.5B": ("qwen2", text(151936, 896, 4864, 24, 14, 2, **TIED)),
+    "Qwen/Qwen2-1.5B": ("qwen2", text(151936, 1536, 8960, 28, 12, 2, **TIED)),
     "Qwen/Qwen2-7B": ("qwen2", text(152064, 3584, 18944, 28, 28, 4)),
+    "Qwen/Qwen2.5-0.5B": ("qwen2", text(151936, 896, 4864, 24, 14, 2, **TIED)),
     "Qwen/Qwen2.5-1.5B": ("qwen2", text(151936, 1536, 8960, 28, 12, 2, **TIED)),
+    "Qwen/Qwen2.5-3B": ("qwen2", text(151936, 2048, 11008, 36, 16, 2, **TIED)),
+    "Qwen/Qwen2.5-7B": ("qwen2", text(152064, 3584, 18944, 28, 28, 4)),
     "Qwen/Qwen2.5-14B": ("qwen2", text(152064, 5120, 13824, 48, 40, 8)),
     "Qwen/Qwen3-0.6B": ("qwen3", text(151936, 1024, 3072, 28, 16, 8, head_dim=128, **TIED)),
+    "Qwen/Qwen3-1.7B": ("qwen3", text(151936, 2048, 6144, 28, 16, 8, head_dim=128, **TIED)),
     "Qwen/Qwen3-4B": ("qwen3", text(151936, 2560, 9728, 36, 32, 8, head_dim=128, **TIED)),
     "Qwen/Qwen3-8B": ("qwen3", text(151936, 4096, 12288, 36, 32, 8, head_dim=128)),
+    "Qwen/Qwen3-14B": ("qwen3", text(151936, 5120, 17408, 40, 40, 8, head_dim=128)),
 }
 PUBLISHED_LLAVAS = {
     "llava-hf/llava-1.5-7b-hf": dict(
         vision_config=CLIP_L | dict(model_type="clip_vision_model"),
         text_config=text(32064, 4096, 11008, 32, 32, 32) | dict(model_type="llama"),
+    ),
+    "llava-hf/llava-1.5-13b-hf": dict(
+        vision_config=CLIP_L | dict(model_type="clip_vision_model"),
+        text_config=text(32064, 5120, 13824, 40, 40, 40) | dict(model_type="llama"),
     ),
 }
 

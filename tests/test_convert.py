@@ -15,8 +15,9 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from vlm_jax import convert
+from vlm_jax import convert, serving
 from vlm_jax.data import processor
+from vlm_jax.data.example import Example
 from vlm_jax.data.word_tokenizer import train_tokenizer
 from vlm_jax.models import vlm
 from vlm_jax.weights import folder, names
@@ -198,6 +199,26 @@ def test_the_tokenizer_of_a_llava_hf_folder_names_its_image_token(copy, tmp_path
     assert config.image_token_index == tokenizer.convert_tokens_to_ids("<image>")
 
 
+def test_a_chat_template_beside_the_tokenizer_is_used_as_transformers_does(copy, tmp_path):
+    """chat_template.json of a processor, as llava-hf publishes it: tokenizers do not read that."""
+    with_tokenizer(copy, ["<image>"])
+    path = copy / "chat_template.json"
+    text = (
+        "{% for m in messages %}{% for c in m.content %}"
+        "{{ '<image>' if c.type == 'image' else c.text }}{% endfor %}{% endfor %}"
+    )
+    path.write_text(json.dumps({"chat_template": text}))
+    assert run("--from", copy, "--to", tmp_path / "a") == 0
+    stored = folder.read(tmp_path / "a")
+    assert stored.facts["template"] == "checkpoint"
+    made = serving.processor_of(stored)
+    row = made.tokens(Example("x", 0, (("a b", ""),), "f", "t"), answer=False)
+    assert made.tokenizer.decode(row.ids[row.image_at :]) == "a b"
+    (tmp_path / "a/tokenizer/chat_template.json").write_text("[]")
+    with pytest.raises(ValueError, match="chat_template.json holds no chat template"):
+        serving.processor_of(stored)
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -270,6 +291,10 @@ def test_folders_that_are_no_whole_checkpoint_are_refused(copy, tmp_path, capsys
     (sharded / "model-00002-of-00003.safetensors").unlink()
     said = refused(capsys, "--from", sharded, *to)
     assert "is not whole" in said and "model-00002-of-00003.safetensors" in said
+    whole = (FROZEN / "siglip_llama3/model-00002-of-00003.safetensors").read_bytes()
+    (sharded / "model-00002-of-00003.safetensors").write_bytes(whole[:-1])
+    assert "model-00002-of-00003.safetensors" in refused(capsys, "--from", sharded, *to)
+    assert not (tmp_path / "a").exists()
     (copy / "config.json").write_text("{")
     assert "is not JSON" in refused(capsys, "--from", copy, *to)
 
@@ -305,6 +330,12 @@ def test_a_full_disk_leaves_nothing_that_looks_like_a_model(tmp_path, capsys, mo
     said = refused(capsys, "--from", FROZEN / "clip_llama", "--to", tmp_path / "a")
     assert "no space left" in said and "make room" in said
     assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert run("--from", FROZEN / "clip_llama", "--to", tmp_path / "model") == 0
+    monkeypatch.setattr(os, "fsync", full)
+    back = ("--from", tmp_path / "model", "--to-hf", "--to", tmp_path / "a")
+    assert "no space left" in refused(capsys, *back)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
     few = SimpleNamespace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: few)
     assert "needs about" in refused(capsys, "--from", FROZEN / "clip_llama", "--to", tmp_path / "a")

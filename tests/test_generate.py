@@ -289,6 +289,8 @@ def test_what_cannot_be_answered_says_why(one, images, tmp_path):
     refused("d.jpg cannot be decoded", tmp_path / "d.jpg", "a")
     Image.new("RGB", (1, 400)).save(tmp_path / "thin.png")
     refused("1 x 400 pixels", tmp_path / "thin.png", "a")
+    refused("20000 x 1 pixels", np.zeros((1, 20_000, 3), np.uint8), "a")
+    refused("20000 x 1 pixels", Image.new("L", (20_000, 1)), "a")
     Image.new("RGB", (20_000, 300), (9, 99, 200)).save(tmp_path / "wide.png")
     assert one.generate(tmp_path / "wide.png", "a", max_new_tokens=1)[0].visual_tokens == 4
     Image.new("RGB", (1, 5)).save(tmp_path / "small.png")

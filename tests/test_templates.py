@@ -4,8 +4,9 @@
 import numpy as np
 import pytest
 import tiny
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from PIL import Image
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from vlm_jax.data.example import Example
 from vlm_jax.data.processor import Processor
@@ -116,6 +117,87 @@ def test_a_checkpoints_template_with_contents_places_the_image_and_drops_a_secon
     image = words.convert_tokens_to_ids("<image>")
     assert [*one.ids[: one.image_at], image, *one.ids[one.image_at :]] == whole
     assert supervised(made, words) == " a red cat no"
+
+
+@pytest.mark.parametrize("adds, writes", [(True, False), (True, True), (False, False)])
+def test_a_llava_processor_makes_the_same_ids(adds, writes):
+    """Whoever puts the first token there: the tokenizer, the template, both or nobody."""
+    text = "{{ bos_token }}" * writes + LLAVA
+    words = tokenizer(template=text, bos="<s>", image=True)
+    if adds:
+        words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", words.bos_token_id)]
+        )
+    theirs = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size=48), words, patch_size=16,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=text,
+    )  # fmt: skip
+    picture = Image.new("RGB", (60, 40), "red")
+    talk = []
+    for question, reply in TURNS:
+        talk.append({"role": "user", "content": [{"type": "text", "text": question}]})
+        talk.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
+    talk[0]["content"].insert(0, {"type": "image", "image": picture})
+    kinds = dict(tokenize=True, return_dict=True, return_tensors="np")
+    for answer, messages in ((True, talk), (False, talk[:-1])):
+        whole = theirs.apply_chat_template(messages, add_generation_prompt=not answer, **kinds)
+        row = processor(words, "checkpoint").tokens(Example("x", 0, TURNS, "f", "t"), answer=answer)
+        image = [words.convert_tokens_to_ids("<image>")] * 9
+        spliced = [*row.ids[: row.image_at], *image, *row.ids[row.image_at :]]
+        assert spliced == list(whole["input_ids"][0])
+        assert spliced.count(words.bos_token_id) == int(adds or writes)
+
+
+# Ids of the toy below that are those of Llama: its special tokens and its bytes come first.
+BEGIN, END, LINE = 1, 2, 13
+
+
+def llama(prefix):
+    """Like Llama's: pairs merged within words, what is unknown in bytes, "▁" before a text.
+
+    "always" puts that before the text behind a special token too (`legacy` in published files).
+    """
+    merges = ["U S", "E R", "US ER", "▁ USER", "A S", "▁ AS", "c a", "ca t", "▁ cat", "▁ a"]
+    letters = list("▁USERAcat:SIN?")
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    pieces += list(dict.fromkeys([*letters, *(m.replace(" ", "") for m in merges)]))
+    backend = Tokenizer(
+        models.BPE(
+            {piece: k for k, piece in enumerate(pieces)},
+            [tuple(m.split(" ")) for m in merges],
+            unk_token="<unk>", byte_fallback=True, fuse_unk=True,
+        )
+    )  # fmt: skip
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    return made, {piece: k for k, piece in enumerate(pieces)}
+
+
+@pytest.mark.parametrize("prefix, second", [("first", ["USER"]), ("always", ["▁USER"])])
+def test_vicuna_ids_are_the_ones_that_llama_gives(prefix, second):
+    words, ids = llama(prefix)
+    turns = (("cat?", "a cat\u00e9"), ("cat", "a"))
+    made = processor(words, "vicuna_v1")
+    row = made.tokens(Example("x", 0, turns, "f", "t"), answer=True)
+    # What stands before the image ends with "▁" alone; what follows begins with one, its own.
+    assert row.ids[0] == BEGIN and row.ids[row.image_at - 3 : row.image_at] == [
+        ids["▁USER"], ids[":"], ids["▁"]]  # fmt: skip
+    after = row.ids[row.image_at :]
+    assert after[:2] == [ids["▁"], LINE] and after[2:4] == [ids["cat"], ids["?"]]
+    # Supervised from the token with the space to the end; the last letter is two bytes.
+    said = [ids["▁a"], ids["▁cat"], 3 + 0xC3, 3 + 0xA9, END, ids["▁a"], END]
+    assert [i for i, kept in zip(row.ids, row.mask, strict=True) if kept] == said
+    behind = row.ids.index(END) + 1
+    assert row.ids[behind : behind + len(second)] == [ids[piece] for piece in second]
+    plain = processor(words, "plain").tokens(
+        Example("x", 0, (("cat?", "a cat"),), "f", "t"), answer=True
+    )
+    assert plain.ids == [BEGIN, ids["▁a"], ids["▁cat"], LINE] and plain.image_at == 1
+    assert plain.mask == [False, True, True, True]
 
 
 def test_what_a_template_needs_and_lacks_is_named():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlm_jax.data.llava import read_image
+from vlm_jax.data.llava import MOST_ELONGATED, read_image
 
 Picture = str | Path | Image.Image | np.ndarray | None
 Prompt = str | Sequence[str]
@@ -59,15 +59,21 @@ def bucket_of_rows(rows: int, shards: int) -> int:
 
 
 def picture(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-    """An image as uint8 [H, W, 3], RGB. ValueError for what is none."""
+    """An image as uint8 [H, W, 3], RGB. ValueError for what is none, or no more than a line."""
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGB"))
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
                 f"an array image is uint8 [H, W, 3], not {image.dtype}{list(image.shape)}"
             )
+        height, width = image.shape[:2]
+        if max(height, width) > MOST_ELONGATED * min(height, width):
+            raise ValueError(
+                f"an image of {width} x {height} pixels is more than {MOST_ELONGATED} times as "
+                "long as wide: cut it into pieces that show something"
+            )
         return image
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
     if not Path(image).is_file():
         raise FileNotFoundError(f"there is no image {image}")
     return read_image(str(image), "the prompt")

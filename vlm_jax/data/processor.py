@@ -5,6 +5,7 @@ Shapes: T text tokens, Tq question tokens, S pixels of the encoder's side.
 """
 
 import copy
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,16 @@ def load_tokenizer(path: str | Path) -> Any:
             f"the tokenizer in {path} has no fast form (tokenizer.json), which is needed to tell "
             "which tokens belong to an answer: save it once with transformers' fast class"
         )
+    # Where older processors of transformers keep the template; its tokenizers do not look there.
+    older = Path(path) / "chat_template.json"
+    if older.is_file() and not (Path(path) / "chat_template.jinja").is_file():
+        try:
+            tokenizer.chat_template = json.loads(older.read_text("utf-8"))["chat_template"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{older} holds no chat template: {{"chat_template": TEXT}} was expected; mend it, '
+                "or remove it for the tokenizer's own"
+            ) from error
     return tokenizer
 
 
@@ -133,7 +144,10 @@ class Processor:
     def tokens(self, example: Example, *, answer: bool) -> Tokens:
         """The example as ids of any length; without `answer` up to where its last answer starts."""
         parts = self.template.parts(example, self.tokenizer, answer=answer)
-        ids, mask, image_at = list(self.bos), [False] * len(self.bos), None
+        ids, image_at = list(self.bos), None
+        if ids and self.template.begins_itself(self.tokenizer, parts):
+            ids = []
+        mask = [False] * len(ids)
         if example.image is not None and self.image_id is not None:
             # As transformers does: all at once, the mark a token among the others.
             self._append(ids, mask, parts)

@@ -36,6 +36,10 @@ class Template:
         """The text of the token that ends an answer; "" where none does."""
         return self.end or (tokenizer.eos_token if self.eos else "")
 
+    def begins_itself(self, tokenizer: Any, parts: list[Part]) -> bool:
+        """Whether no begin-of-sequence token is to be put before a row, though there is one."""
+        return False
+
     def parts(self, example: Example, tokenizer: Any, *, answer: bool) -> list[Part]:
         """The whole row; without `answer` up to where the last answer starts."""
         parts, last = [(self.start, False)], len(example.turns) - 1
@@ -79,10 +83,15 @@ class OwnTemplate(Template):
                 seen = self.render(tokenizer, example, k, answered=True)
                 said = seen[len(asked) :]
                 parts += [(said.rstrip(), True), (said[len(said.rstrip()) :], False)]
-        # The row's first token is added where the row is tokenised.
-        opening = tokenizer.bos_token or ""
-        parts[0] = (parts[0][0].removeprefix(opening), False)
         return [part for part in parts if part[0]]
+
+    def begins_itself(self, tokenizer: Any, parts: list[Part]) -> bool:
+        """As in transformers: a first token that the template writes is tokenised with the rest,
+        and added only for a tokenizer that adds it to any text."""
+        opening = tokenizer.bos_token
+        return parts[0][0].startswith(opening) or opening not in tokenizer.tokenize(
+            "", add_special_tokens=True
+        )
 
     def render(self, tokenizer: Any, example: Example, k: int, *, answered: bool) -> str:
         """The first k turns and question k, and its answer or what invites it."""
