@@ -212,6 +212,18 @@ def test_every_way_of_compressing_answers(kind, fields, asked, trained, tmp_path
         model.generate(images[0], "a", visual_tokens=17 if kind == "mqt" else 5)
 
 
+def test_images_that_choose_their_tokens_do_so_in_any_company(trained, tmp_path, images, mesh1):
+    changes = dict(compressor=dict(kind="prumerge", tokens=0), vit=dict(depth=4))
+    model = serving.VLM.from_checkpoint(made(tmp_path / "m", trained, **changes), mesh=mesh1)
+    together = model.generate(images, PROMPTS, max_new_tokens=3)
+    assert len({a.visual_tokens for a in together}) > 1
+    for k in (0, 1):
+        alone = model.generate(images[k], PROMPTS[k], max_new_tokens=3)[0]
+        assert (alone.ids, alone.visual_tokens) == (together[k].ids, together[k].visual_tokens)
+    with pytest.raises(ValueError, match="as many visual tokens as each image needs, not 4"):
+        model.generate(images[0], "a", visual_tokens=4)
+
+
 # --- The verb ---------------------------------------------------------------------------------
 
 
@@ -252,16 +264,20 @@ def test_a_file_of_requests_keeps_what_is_finished(checkpoint, photo, tmp_path, 
         dict(id="gone", image="b.png", prompt="a"),
         dict(promt="a"),
         dict(prompt="b"),
+        dict(prompt=5),
+        dict(prompt="a", image=5),
     ]
     file, out = tmp_path / "r.jsonl", tmp_path / "o.jsonl"
-    file.write_text("\n".join(map(json.dumps, lines)) + "\n{broken\n")
+    file.write_bytes("\n".join(map(json.dumps, lines)).encode() + b"\n{broken\n\xff\xfe\n")
     argv = [f"--checkpoint={checkpoint}", f"--requests={file}", f"--out={out}"]
     assert generate.main([*argv, f"--max-new-tokens={NEW}"]) == 2
     found = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert found["good"]["text"] == alone[0].text and found["good"]["visual_tokens"] == 4
     assert "there is no image" in found["gone"]["error"]
     assert "a `prompt`" in found[3]["error"] and "text" in found[4]
-    assert "line 5" in found[5]["error"] and "3 requests" in capsys.readouterr().err
+    assert "list of texts" in found[5]["error"] and "a path" in found[6]["error"]
+    assert "line 7" in found[7]["error"] and "line 8" in found[8]["error"]
+    assert "6 requests" in capsys.readouterr().err
 
 
 def test_what_cannot_be_answered_says_why(one, images, tmp_path):
@@ -278,6 +294,9 @@ def test_what_cannot_be_answered_says_why(one, images, tmp_path):
     refused("max_new_tokens=0: at least 1", image, "a", max_new_tokens=0)
     refused("top_p=0", image, "a", top_p=0.0, temperature=1.0)
     refused("temperature=-1", image, "a", temperature=-1.0)
+    refused("temperature=nan", image, "a", temperature=float("nan"))
+    refused("seed=-1", image, "a", seed=-1)
+    refused("batch=0", image, "a", batch=0)
     refused("this model was made for 128: shorten", image, "a star " * 100)
     refused("trained for 4 visual tokens, not 9", image, "a", visual_tokens=9)
     refused("uint8", image.astype(np.float32), "a")
@@ -305,6 +324,8 @@ def test_what_cannot_be_answered_says_why(one, images, tmp_path):
         (["--checkpoint=tests/published_weights/clip_llama", "--prompt=a"], "vlm-jax convert"),
         (["--checkpoint=tests"], "one of --prompt"),
         (["--checkpoint=tests", "--requests=no.jsonl"], "no file --requests=no.jsonl"),
+        (["--checkpoint=tests", "--requests=a", "--image=b"], "a line of those has its own"),
+        (["--checkpoint=tests", "--prompt=a", "--out=b"], "--out goes with --requests"),
     ],
 )
 def test_a_wrong_command_names_the_way_out(argv, words, capsys):

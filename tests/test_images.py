@@ -106,3 +106,25 @@ def test_a_processor_prepares_as_the_configuration_says():
 def test_a_wrong_preparation_is_named(field, value, words):
     with pytest.raises(ValueError, match=words):
         Preparation.of(tiny.config(data={field: value}))
+
+
+@pytest.mark.parametrize("shape", [(300, 701), (513, 40), (257, 256), (1, 60)])
+def test_padding_some_rows_at_a_time_is_resizing_the_whole_square(shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+    made, side = Preparation(48, "pad"), max(shape)
+    whole = np.full((side, side, 3), made.colour, np.uint8)
+    top, left = ((side - x) // 2 for x in shape)
+    whole[top : top + shape[0], left : left + shape[1]] = image
+    resized = Image.fromarray(whole).resize((48, 48), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(made.square(image), np.asarray(resized))
+
+
+def test_an_image_of_twenty_thousand_pixels_needs_no_square_of_them():
+    image, largest = np.zeros((300, 20_000, 3), np.uint8), []
+    new = Image.new
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Image, "new", lambda mode, of, *a: largest.append(of[0] * of[1]) or new(mode, of, *a)
+        )
+        assert Preparation(336, "pad").square(image).shape == (336, 336, 3)
+    assert max(largest) < 10_000_000

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from vlm_jax import cli, convert
+from vlm_jax import cli
 from vlm_jax.serving import VLM, Answer
 
 __all__ = ["VLM", "main"]
@@ -64,9 +64,13 @@ def main(argv: list[str] | None = None) -> int:
         modes = [options.prompt is not None, options.chat, options.requests is not None]
         if sum(modes) != 1:
             raise ValueError("give one of --prompt=TEXT, --chat and --requests=FILE.jsonl")
+        if options.requests is not None and options.image:
+            raise ValueError("--image goes without --requests: a line of those has its own")
+        if options.out and options.requests is None:
+            raise ValueError("--out goes with --requests: other answers go to stdout")
         if options.requests is not None and not options.requests.is_file():
             raise FileNotFoundError(f"there is no file --requests={options.requests}")
-        model = load(options.checkpoint, options.dtype)
+        model = VLM.from_checkpoint(options.checkpoint, dtype=options.dtype)
         if options.chat:
             return chat(model, options, sys.stdin)
         if options.requests:
@@ -75,15 +79,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     return cli.report_errors("generate", body)
-
-
-def load(path: Path, dtype: str | None) -> VLM:
-    """The model of a folder, converted or trained."""
-    if (path / "finetune").is_dir():
-        with convert.one_device():
-            stored = convert.trained(path)
-        return VLM.of(stored, dtype=dtype)
-    return VLM.from_checkpoint(path, dtype=dtype)
 
 
 def how(options: argparse.Namespace) -> dict[str, Any]:
@@ -127,7 +122,11 @@ def chat(model: VLM, options: argparse.Namespace, lines: io.TextIOBase) -> int:
     prompt = "> " if lines.isatty() else ""
     while True:
         print(prompt, end="", file=sys.stderr, flush=True)
-        if not (line := lines.readline()):
+        try:
+            line = lines.readline()
+        except KeyboardInterrupt:  # as a person ends a chat
+            return 0
+        if not line:
             return 0
         if line.strip():
             try:
@@ -165,7 +164,9 @@ def many(model: VLM, options: argparse.Namespace) -> int:
                 if isinstance(row, ValueError):
                     raise row
                 image = row.get("image")
-                request = model.request(None if image is None else where / image, row["prompt"])
+                if isinstance(image, str):
+                    image = where / image
+                request = model.request(image, row["prompt"])
                 model.check(request, new_tokens=options.max_new_tokens,
                             visual_tokens=options.visual_tokens)  # fmt: skip
             except (ValueError, OSError) as error:
@@ -184,7 +185,7 @@ def many(model: VLM, options: argparse.Namespace) -> int:
 
 def rows(path: Path) -> Iterator[tuple[Any, dict | ValueError, Path]]:
     """Name and fields of every line, or what is wrong with it."""
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:  # a line that is no text is one bad request
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

@@ -4,10 +4,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from vlm_jax.data.example import IMAGE_MARK
 from vlm_jax.data.llava import MOST_ELONGATED, read_image
 
 Picture = str | Path | Image.Image | np.ndarray | None
@@ -58,8 +60,42 @@ def bucket_of_rows(rows: int, shards: int) -> int:
     return size
 
 
-def picture(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-    """An image as uint8 [H, W, 3], RGB. ValueError for what is none, or no more than a line."""
+def conversation(prompt: Any, *, image: bool) -> tuple[tuple[str, str], ...]:
+    """The turns of a Prompt as (question, answer), the last answer empty; image marks taken out.
+
+    Raises:
+      ValueError: for what is no text or ends with no question, and for image marks that do not
+        belong to the one image, or to none.
+    """
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(x, str) for x in texts):
+        raise ValueError(
+            f"a prompt is a text, or a list of texts [question, answer, ..., question], not "
+            f"{prompt!r:.80}"
+        )
+    if len(texts) % 2 == 0:
+        raise ValueError(
+            f"a conversation of {len(texts)} texts: give questions and answers in turn, "
+            "ending with a question"
+        )
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a prompt holds half a character: {error}") from error
+    marks = [text.count(IMAGE_MARK) for text in texts]
+    if sum(marks[1:]) or marks[0] > 1 or marks[0] > image:
+        raise ValueError(
+            f"{sum(marks)} times {IMAGE_MARK} in the prompt and {int(image)} "
+            "image: one image belongs to a conversation, in its first question; the mark may "
+            "be left out"
+        )
+    texts = [text.replace(IMAGE_MARK, "").strip() for text in texts]
+    return tuple(zip(texts[::2], [*texts[1::2], ""], strict=True))
+
+
+def picture(image: Any) -> np.ndarray:
+    """A Picture as uint8 [H, W, 3], RGB. ValueError or OSError for what is none."""
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGB"))
     if isinstance(image, np.ndarray):
@@ -70,10 +106,14 @@ def picture(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
         height, width = image.shape[:2]
         if max(height, width) > MOST_ELONGATED * min(height, width):
             raise ValueError(
-                f"an image of {width} x {height} pixels is more than {MOST_ELONGATED} times as "
-                "long as wide: cut it into pieces that show something"
+                f"an image of {width} x {height} pixels is empty, or more than {MOST_ELONGATED} "
+                "times as long as wide: cut it"
             )
         return image
+    if not isinstance(image, (str, Path)):
+        raise ValueError(
+            f"an image is a path, a PIL image or an array uint8 [H, W, 3], not {image!r:.80}"
+        )
     if not Path(image).is_file():
         raise FileNotFoundError(f"there is no image {image}")
     return read_image(str(image), "the prompt")

@@ -14,14 +14,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vlm_jax import convert
 from vlm_jax import mesh as meshes
-from vlm_jax.data.example import IMAGE_MARK, Example
+from vlm_jax.data.example import Example
 from vlm_jax.data.processor import Processor, load_tokenizer
 from vlm_jax.decoding import Decoder, Sampling, bucket
 from vlm_jax.models import vlm
@@ -32,6 +34,7 @@ from vlm_jax.requests import (
     Request,
     Text,
     bucket_of_rows,
+    conversation,
     padded,
     picture,
 )
@@ -82,7 +85,7 @@ class VLM:
     def from_checkpoint(
         cls, path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None
     ) -> "VLM":
-        """The model of a folder that `vlm-jax convert` made.
+        """The model of a folder that `vlm-jax convert` made, or of a finished `vlm-jax train`.
 
         Args:
           dtype: of weights and activations, float32 or bfloat16. As stored unless given, but
@@ -94,7 +97,11 @@ class VLM:
         path = Path(path)
         if not path.is_dir():
             raise FileNotFoundError(f"there is no folder --checkpoint={path}")
-        stored = folder.read(path)
+        if (path / "finetune").is_dir():
+            with convert.one_device():
+                stored = convert.trained(path)
+        else:
+            stored = folder.read(path)
         return cls.of(stored, dtype=dtype, mesh=mesh)
 
     @classmethod
@@ -143,25 +150,15 @@ class VLM:
             [self.request(*pair) for pair in zip(images, prompts, strict=True)], **how
         )
 
-    def request(self, image: Picture, prompt: Prompt) -> Request:
-        """One image and prompt made ready. ValueError for what the model cannot read."""
-        turns = [prompt] if isinstance(prompt, str) else list(prompt)
-        if len(turns) % 2 == 0:
-            raise ValueError(
-                f"a conversation of {len(turns)} texts: give questions and answers in turn, "
-                "ending with a question"
-            )
-        marks = [text.count(IMAGE_MARK) for text in turns]
-        if sum(marks[1:]) or marks[0] > 1 or marks[0] > (image is not None):
-            raise ValueError(
-                f"{sum(marks)} times {IMAGE_MARK} in the prompt and {int(image is not None)} "
-                "image: one image belongs to a conversation, in its first question; the mark may "
-                "be left out"
-            )
-        texts = [text.replace(IMAGE_MARK, "").strip() for text in turns]
-        pairs = tuple(zip(texts[::2], [*texts[1::2], ""], strict=True))
+    def request(self, image: Any, prompt: Any) -> Request:
+        """One Picture and Prompt made ready. ValueError or OSError for what is none of them."""
+        pairs = conversation(prompt, image=image is not None)
         example = Example("prompt", None if image is None else 0, pairs, family="", task="")
         made = self.processor.tokens(example, answer=False)
+        if self.processor.query != "none" and image is not None and not made.question:
+            raise ValueError(
+                "this model's compressor reads the question, and there is none: ask something"
+            )
         pixels = None if image is None else self.processor.pixels(picture(image))
         return Request(made.ids, made.image_at, made.question, pixels)
 
@@ -191,12 +188,15 @@ class VLM:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1")
-        if temperature < 0 or not 0 < top_p <= 1:
+        if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
             raise ValueError(
                 f"temperature={temperature}, top_p={top_p}: temperature is 0 (the likeliest) or "
                 "more, top_p above 0 and at most 1"
             )
-        if visual_tokens is not None and visual_tokens != self.compressor.tokens:
+        if not (0 <= seed < 2**32 and batch >= 1):
+            raise ValueError(f"seed={seed}, batch={batch}: seed is 0 to 2^32 - 1, batch at least 1")
+        one = self.compressor.tokens if not self.compressor.adaptive else None
+        if visual_tokens not in (None, one):
             self.decoder.model.at(visual_tokens)
         for request in requests:
             self.check(request, new_tokens=max_new_tokens, visual_tokens=visual_tokens)

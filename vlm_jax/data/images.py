@@ -14,6 +14,7 @@ from PIL import Image
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FITS = ("pad", "crop", "stretch")
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+STRIP = 256  # rows of a padded image that are resized together
 # Rescaled in float64, then rounded, as published.
 UNIT = (np.arange(256) * (1 / 255)).astype(np.float32)
 
@@ -71,10 +72,7 @@ class Preparation:
             return image
         picture, how = Image.fromarray(image), FILTERS[self.resample]
         if self.fit == "pad" and height != width:
-            side = max(height, width)
-            canvas = Image.new("RGB", (side, side), self.colour)
-            canvas.paste(picture, ((side - width) // 2, (side - height) // 2))
-            picture = canvas
+            return self._padded(picture)
         if self.fit != "crop":
             return np.asarray(picture.resize((size, size), how))
         # The short side to `size`, the long one cut after it.
@@ -83,6 +81,22 @@ class Preparation:
         left, top = (wide - size) // 2, (high - size) // 2
         picture = picture.resize((wide, high), how)
         return np.asarray(picture.crop((left, top, left + size, top + size)))
+
+    def _padded(self, picture: Image.Image) -> np.ndarray:
+        """The picture in the middle of a square of the mean colour, resized, uint8 [S, S, 3].
+
+        Rows first, then columns, as PIL resizes the whole square, but some rows at a time: the
+        square of an image 20,000 pixels wide would be 1.2 GB.
+        """
+        size, how, side = self.size, FILTERS[self.resample], max(picture.size)
+        left, top = ((side - x) // 2 for x in picture.size)
+        narrow = Image.new("RGB", (size, side), self.colour)
+        for first in range(0, picture.height, STRIP):
+            high = min(STRIP, picture.height - first)
+            strip = Image.new("RGB", (side, high), self.colour)
+            strip.paste(picture.crop((0, first, picture.width, first + high)), (left, 0))
+            narrow.paste(strip.resize((size, high), how), (0, top + first))
+        return np.asarray(narrow.resize((size, size), how))
 
     def normalise(self, image: np.ndarray) -> np.ndarray:
         """uint8 [..., 3] to float32 of the same shape: the mean to 0, the deviation to 1."""

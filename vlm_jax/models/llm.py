@@ -16,6 +16,7 @@ from vlm_jax.models.cache import KV, Past, positions_of, write
 from vlm_jax.models.layers import (
     Linear,
     RMSNorm,
+    emulates,
     layer,
     normal,
     remat,
@@ -361,10 +362,13 @@ class LLM(nnx.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
         """Float32 scores of the next token."""
         table = self.embedding if self.head is None else self.head
-        return jnp.einsum(
+        if alone := emulates(hidden.dtype) and hidden.shape[:2] == (1, 1):
+            hidden = jnp.concatenate([hidden, hidden], axis=1)
+        scores = jnp.einsum(
             "BTD,WD->BTW",
             hidden,
             table[...].astype(hidden.dtype),
             out_sharding=mesh.spec("batch", "len", "vocab"),
             preferred_element_type=jnp.float32,
         )
+        return scores[:, :1] if alone else scores

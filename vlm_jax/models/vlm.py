@@ -47,9 +47,11 @@ class VLM(nnx.Module):
     def at(self, tokens: int) -> "VLM":
         """The same weights giving `tokens` visual tokens; ValueError where they cannot."""
         if not self.compressor.buckets:
+            made = "as many" if self.compressor.adaptive else self.compressor.tokens
+            needs = " as each image needs" if self.compressor.adaptive else ""
             raise ValueError(
-                f"this {type(self.compressor).__name__} was trained for {self.compressor.tokens} "
-                f"visual tokens, not {tokens}: train another, or a matryoshka method"
+                f"this {type(self.compressor).__name__} was trained for {made} visual tokens{needs}"
+                f", not {tokens}: train another, or a matryoshka method"
             )
         return VLM(self.vit, self.compressor.at(tokens), self.llm)
 

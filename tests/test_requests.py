@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is no prompt and no image is named before a model sees it; rows go into few shapes."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_jax.data.llava import MOST_ELONGATED
+from vlm_jax.requests import bucket_of_rows, conversation, padded, picture
+
+
+def test_a_conversation_is_its_turns_with_the_last_one_open():
+    assert conversation("a?", image=False) == (("a?", ""),)
+    assert conversation(["a?", "b", " c? "], image=True) == (("a?", "b"), ("c?", ""))
+    assert conversation("<image>\na?", image=True) == (("a?", ""),)
+
+
+@pytest.mark.parametrize("prompt, image, words", [
+    (5, True, "list of texts.*not 5"),
+    (None, True, "list of texts.*not None"),
+    ({"a": "b"}, True, "list of texts"),
+    (["a", 1, "b"], True, "list of texts"),
+    ([], True, "0 texts"),
+    (["a", "b"], True, "2 texts: give questions and answers in turn"),
+    ("<image> <image>", True, "2 times <image> in the prompt and 1 image"),
+    ("<image>", False, "1 times <image> in the prompt and 0 image"),
+    (["a", "b", "<image>"], True, "in its first question"),
+    ("\ud800", True, "half a character"),
+])  # fmt: skip
+def test_what_is_no_prompt_says_what_is_one(prompt, image, words):
+    with pytest.raises(ValueError, match=words):
+        conversation(prompt, image=image)
+
+
+@pytest.mark.parametrize("image, words", [
+    (5, "path, a PIL image or an array"),
+    (np.zeros((0, 5, 3), np.uint8), "5 x 0 pixels"),
+    (np.zeros((1, MOST_ELONGATED + 1, 3), np.uint8), "times as long as wide"),
+    (Image.new("L", (1, MOST_ELONGATED + 1)), "times as long as wide"),
+    (np.zeros((4, 4), np.uint8), "uint8.*not uint8.4, 4"),
+    (np.zeros((4, 4, 3)), "not float64"),
+])  # fmt: skip
+def test_what_is_no_image_says_what_is_one(image, words):
+    with pytest.raises(ValueError, match=words):
+        picture(image)
+
+
+def test_a_file_a_picture_and_an_array_are_the_same_image(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for image in (pixels, Image.fromarray(pixels), tmp_path / "a.png", str(tmp_path / "a.png")):
+        np.testing.assert_array_equal(picture(image), pixels)
+    assert picture(Image.new("L", (3, 2))).shape == (2, 3, 3)
+
+
+def test_an_image_too_large_to_decode_is_refused_unread(tmp_path, monkeypatch):
+    Image.new("L", (40, 40)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 40 // 2 - 1)
+    with pytest.raises(ValueError, match="decompression bomb"):
+        picture(tmp_path / "a.png")
+
+
+def test_rows_are_padded_on_the_right_and_batches_by_powers_of_two():
+    np.testing.assert_array_equal(padded([[1, 2], [3]], 3, 9), [[1, 2, 9], [3, 9, 9]])
+    assert [bucket_of_rows(n, 1) for n in (1, 2, 3, 5, 8)] == [1, 2, 4, 8, 8]
+    assert [bucket_of_rows(n, 4) for n in (1, 4, 5, 9)] == [4, 4, 8, 16]
