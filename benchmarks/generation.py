@@ -241,8 +241,7 @@ def main(argv: list[str] | None = None) -> int:
         theirs = peer(sizes, dtype)
         with tempfile.TemporaryDirectory() as folder:
             theirs.save_pretrained(folder)
-            # As `from_checkpoint` does on a CPU: bfloat16 weights compute in float32.
-            model = ours(Path(folder), "float32", scales)
+            model = ours(Path(folder), dtype, scales)
         for rows in map(int, args.batches.split(",")):
             made = requests(sizes, rows)
             image_token = sizes["llm"]["vocab"] - 1
@@ -252,7 +251,6 @@ def main(argv: list[str] | None = None) -> int:
             same = sides["transformers"]()[2] == sides[f"vlm_jax, V={max(scales)}"]()[2]
             row = dict(
                 dtype=dtype,
-                ours_computes_in="float32",
                 batch=rows,
                 tokens_that_agree=float(same.mean()),
                 sides=measure(sides, args.rounds),

@@ -60,3 +60,17 @@ def test_no_step_is_run_behind_the_end_of_all_rows(case, mesh1, monkeypatch):
         decoder = Decoder(model, stop_ids=first[:, 0].tolist())
         monkeypatch.setattr(decoder, "following", None)
         np.testing.assert_array_equal(decoder(batch, new_tokens=9), first)
+
+
+def test_one_row_of_bfloat16_is_decoded_as_two_are(case, mesh1):
+    """A single row is multiplied twice on a CPU: its scores must be those it has in company."""
+    model, _, batch = case
+    with jax.set_mesh(mesh1):
+        narrow = jax.tree.map(lambda w: w.astype("bfloat16"), model.llm)
+        narrow.dtype = "bfloat16"
+        hidden = narrow.embed(batch["ids"][:, :1])
+        two = np.asarray(jax.jit(lambda m, x: m.logits(m(x)))(narrow, hidden))
+        for row in range(2):
+            one = jax.jit(lambda m, x: m.logits(m(x)))(narrow, hidden[row : row + 1])
+            assert one.shape == (1, 1, two.shape[2])
+            np.testing.assert_allclose(np.asarray(one)[0], two[row], atol=0.05 * two.std())

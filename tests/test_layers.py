@@ -80,6 +80,25 @@ def test_a_linear_is_its_einsum_with_the_published_initialisation():
     assert linear.bias[...].shape == (4, 8)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_product_of_bfloat16_is_that_of_float32_rounded_once(rows):
+    linear = layers.Linear(
+        "BTD,DF->BTF", (64, 32), dims=("embed", "mlp"), out=("batch", "len", "mlp"), bias=False,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), linear)
+    x = draw(1, rows, 64).astype(jnp.bfloat16)
+    exact = np.asarray(x, "f4")[0] @ np.asarray(narrow.kernel[...], "f4")
+    y = jax.jit(lambda m, x: m(x))(narrow, x)
+    assert y.dtype == jnp.bfloat16 and y.shape == (1, rows, 32)
+    np.testing.assert_allclose(np.asarray(y, "f4")[0], exact, rtol=2**-8, atol=2**-12)
+    gradient = jax.jit(jax.grad(lambda m, x: m(x).astype(jnp.float32).sum()))(narrow, x)
+    wanted = np.asarray(x, "f4")[0].sum(0)[:, None] * np.ones(32)
+    np.testing.assert_allclose(
+        np.asarray(gradient.kernel[...], "f4"), wanted, rtol=2**-7, atol=2**-7
+    )
+
+
 def test_a_weight_is_born_where_its_dimensions_say(mesh8):
     with jax.set_mesh(mesh8):
         linear = layers.Linear(

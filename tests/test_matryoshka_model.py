@@ -96,7 +96,7 @@ def test_a_model_of_one_size_is_not_asked_for_another(mesh1):
     with jax.set_mesh(mesh1):
         c, model = model_of("token_packer", 4)
         with pytest.raises(ValueError, match="TokenPacker was trained for 4 visual tokens, not 9"):
-            Decoder(model, stop_ids=())(tiny.batch(c), 9, new_tokens=2)
+            Decoder(model, stop_ids=())(tiny.placed(tiny.batch(c)), 9, new_tokens=2)
 
 
 # --- Training -------------------------------------------------------------------------------------

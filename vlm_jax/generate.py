@@ -51,7 +51,7 @@ def flags() -> argparse.ArgumentParser:
     add("--stream", action="store_true", help="print the answer as it comes")
     add("--batch", type=int, default=8, help="requests read together (default: 8)")
     add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations "
-        "(default: as stored, float32 on a CPU)")  # fmt: skip
+        "(default: as stored)")  # fmt: skip
     return parser
 
 

@@ -88,8 +88,7 @@ class VLM:
         """The model of a folder that `vlm-jax convert` made, or of a finished `vlm-jax train`.
 
         Args:
-          dtype: of weights and activations, float32 or bfloat16. As stored unless given, but
-            float32 on a CPU, where that is faster and the weights are the same numbers.
+          dtype: of weights and activations, float32 or bfloat16; as stored unless given.
           mesh: all devices side by side unless given.
         Raises:
           FileNotFoundError, ValueError: for a folder that is none, with the way to make one.
@@ -111,9 +110,7 @@ class VLM:
         """The model of `weights.folder`, its tensors read once, straight into their shards."""
         kind = NAMES[stored.tensors["llm.embed_tokens.weight"].dtype]
         mesh = mesh or meshes.make()
-        # XLA's CPU backend has no product of bfloat16: it casts both factors in every call.
-        wide = kind == "F32" or mesh.devices.flat[0].platform == "cpu"
-        dtype = dtype or ("float32" if wide else "bfloat16")
+        dtype = dtype or ("float32" if kind == "F32" else "bfloat16")
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
         config = stored.config()
