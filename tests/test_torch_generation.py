@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of generation runs, both sides say the same, and its numbers have their places."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+pytestmark = pytest.mark.torch
+
+
+def test_the_benchmark_of_generation_runs_at_tiny_sizes(tmp_path):
+    out = tmp_path / "result.json"
+    argv = ["--quick", "--rounds=1", "--dtypes=float32", "--batches=1,2", f"--out={out}"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/generation.py", *argv],
+        cwd=tiny.ROOT,
+        env=os.environ | {"PYTHONPATH": str(tiny.ROOT), "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(out.read_text())
+    assert [row["batch"] for row in result["rows"]] == [1, 2]
+    for row in result["rows"]:
+        assert row["tokens_that_agree"] == 1.0
+        assert set(row["sides"]) == {"transformers", *(f"vlm_jax, V={V}" for V in (1, 9, 36))}
+        assert all(of["tokens_per_second"] > 0 for of in row["sides"].values())
+        assert {"encoder", "question pass", "compressor, V=1"} <= row["parts_ms"].keys()
