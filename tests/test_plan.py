@@ -155,9 +155,9 @@ def test_own_configurations_bring_their_sizes(run):
         "--cost=full",
         DEMO,
         "--text-tokens=12",
-        "--llms=6k,20k,60k",
+        "--llms=10k,30k,110k",
     )
-    assert answer["llm"] in ("6k", "20k", "60k") and answer["V"] in (1, 4, 9, 36)
+    assert answer["llm"] in ("10k", "30k", "110k") and answer["V"] in (1, 4, 9, 36)
     assert answer["cost"]["llm_parameters"] == pytest.approx(answer["N"] * 1e9)
 
 
@@ -166,7 +166,7 @@ def test_measured_rows_replace_the_roofline(run, tmp_path):
     records.write(tmp_path / "rows.jsonl", made_rows.rows())
     flags = [
         DEMO,
-        "--llms=6k",
+        "--llms=10k",
         "--tokens=4",
         "--chip=v5e",
         "--text-tokens=12",
