@@ -186,7 +186,7 @@ def test_measured_rows_replace_the_roofline(run, tmp_path):
     assert not any("single batches" in w for w in wrong["warnings"])
     assert any("on 1 x cpu (x86_64), not on v5e" in w for w in wrong["warnings"])
     status, _, err = run("reasoning", "--ms=1e-2", measured, *flags)
-    assert status == 2 and "nothing meets the budget: the cheapest is N=6.448e-06 billion" in err
+    assert status == 2 and "nothing meets the budget: the cheapest is N=9.808e-06 billion" in err
 
 
 def test_the_figure_shows_the_choice_and_its_numbers(run, tmp_path):
