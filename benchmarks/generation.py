@@ -270,7 +270,6 @@ def main(argv: list[str] | None = None) -> int:
             print(
                 f"{'':15} parts, ms: {row['parts_ms']}; same tokens {same.mean():.1%}", flush=True
             )
-    facts.write(results, "generation", args.out)
     return 0
 
 

@@ -43,7 +43,7 @@ def get_config():
     c.encoder.update(dict(steps=1500, batch=32, learning_rate=3e-3, clip_norm=1.0))
     c.align.update(dict(steps=50, batch=64, learning_rate=2e-3, clip_norm=1.0))
     c.finetune.update(
-        dict(steps=2000, batch=64, learning_rate=4e-3, clip_norm=1.0, warmup=0.05, beta2=0.98)
+        dict(steps=1600, batch=64, learning_rate=4e-3, clip_norm=1.0, warmup=0.05, beta2=0.98)
     )
     c.checkpoint.update(dict(every=500, keep=1))
     c.log.every = 100
