@@ -18,7 +18,7 @@ help:
 	@echo "make demo-full   the larger grid: hours, can be stopped and continued"
 	@echo "make test-tpu    what the TPU compiler says; needs no TPU (installs libtpu)"
 	@echo "make test-torch  comparisons with PyTorch (installs $(TORCH), $(PEFT))"
-	@echo "make bench       training steps and compressors against PyTorch (installs $(TORCH))"
+	@echo "make bench       training steps, compressors and generation against PyTorch (installs $(TORCH))"
 	@echo "make lint        ruff"
 	@echo "make venv        .venv with every extra that runs on a CPU; the targets above call it"
 	@echo "make clean       removes .venv and caches, never runs/"
@@ -75,6 +75,7 @@ lint: $(ENV)
 bench: $(ENV) .venv/torch
 	.venv/bin/python benchmarks/train_step.py
 	.venv/bin/python benchmarks/compressors.py
+	.venv/bin/python benchmarks/generation.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -117,7 +117,7 @@ def test_buckets_hold_their_length_and_waste_at_most_a_third():
     sizes = {bucket(n) for n in range(1, 3000)}
     assert sorted(sizes)[:6] == [16, 32, 48, 64, 96, 128] and len(sizes) < 18
     for n in range(17, 3000):
-        assert n <= bucket(n) and (bucket(n) - n) / bucket(n) <= 0.5
+        assert n <= bucket(n) and (bucket(n) - n) / bucket(n) < (1 / 2 if n <= 32 else 1 / 3)
 
 
 def test_a_draw_depends_on_its_seed_and_not_on_its_company(one, images):

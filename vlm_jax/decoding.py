@@ -39,7 +39,8 @@ class Sampling(NamedTuple):
 def bucket(length: int, smallest: int = SMALLEST) -> int:
     """The smallest of smallest, 2 smallest, 3, 4, 6, 8, 12, 16 ... that holds `length`.
 
-    Powers of two and one size between each, so that no more than a third of a bucket is padding.
+    Powers of two and one size between each: of a bucket beyond the second no more than a third is
+    padding, of the second less than half.
     """
     size = smallest
     while size < length:

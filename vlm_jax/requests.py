@@ -116,4 +116,4 @@ def picture(image: Any) -> np.ndarray:
         )
     if not Path(image).is_file():
         raise FileNotFoundError(f"there is no image {image}")
-    return read_image(str(image), "the prompt")
+    return read_image(str(image), "the prompt", "give another image")

@@ -136,14 +136,15 @@ class _Folder:
         )
 
 
-def read_image(path: str, owner: str) -> np.ndarray:
+def read_image(
+    path: str, owner: str, way_out: str = "replace the file, or set data.on_bad_example=skip"
+) -> np.ndarray:
     """An image as RGB uint8 [H, W, 3], decoded by its content whatever its name; first frame of
     several.
 
     Raises:
       BadExample: where it cannot be decoded whole, naming the row that `owner` describes.
     """
-    way_out = "replace the file, or set data.on_bad_example=skip"
     try:
         with Image.open(path) as image:
             width, height = image.size
