@@ -33,6 +33,7 @@ setup(
         *JAX_AND_FLAX,
         "absl-py>=2.5",
         "grain>=0.2.18",
+        "jinja2>=3.1",  # for the chat templates of checkpoints; transformers does not ask for it
         "jaxtyping>=0.3.11",
         "ml_collections>=1.1",
         "numpy>=2.1",
@@ -57,6 +58,12 @@ setup(
         "demo": ["scikit-learn>=1.9", "matplotlib>=3.11"],
         "tensorboard": ["tensorboardX>=2.6.5"],
         "tfds": ["tensorflow-datasets>=4.9.10"],
-        "test": ["beartype>=0.23", "hypothesis>=6.170", "pytest>=9.2", "ruff>=0.17"],
+        "test": [
+            "beartype>=0.23",
+            "hypothesis>=6.170",
+            "pytest>=9.2",
+            "pytest-xdist>=3.8",
+            "ruff>=0.17",
+        ],
     },
 )

@@ -11,7 +11,6 @@ from vlm_jax import mesh
 from vlm_jax.models.compressors.window import WindowAttention
 
 pytestmark = pytest.mark.tpu_compiler
-pytest.importorskip("libtpu", reason="the compiler is libtpu's: pip install -e '.[aot]'")
 
 KINDS = ["window_attention", "absorbed_attention", "unprojected_attention"]
 
