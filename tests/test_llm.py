@@ -10,6 +10,7 @@ import tiny
 from flax import nnx
 
 from configs import sizes
+from vlm_jax.models import llm as llms
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.rope import Rope, rotate
 from vlm_jax.models.vlm import parameters
@@ -61,6 +62,26 @@ def test_a_score_of_two_rotated_tokens_depends_on_their_distance_alone(mesh1):
         np.testing.assert_array_equal(
             rotate(q, Rope(1e4).turns(jnp.zeros((1, 1), jnp.int32), 4)), q
         )
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_queries_that_attend_some_at_a_time_give_what_all_at_once_give(queries, mesh1, monkeypatch):
+    # Behind a past too, whose padding no query may see.
+    c = tiny.config(llm=QWEN)
+    llm, ids = rough(c, mesh1), ids_of(c, rows=2, length=14)
+
+    def loss(llm, first, rest):
+        past = llm.start(llm.embed(first), jnp.array([3, 5], jnp.int32))
+        return jnp.square(llm.logits(llm(llm.embed(rest), past))).mean()
+
+    found = []
+    with jax.set_mesh(mesh1):
+        for at_a_time in (llms.QUERIES, queries):
+            monkeypatch.setattr(llms, "QUERIES", at_a_time)
+            f = jax.jit(lambda *given: jax.value_and_grad(loss)(*given))
+            found.append(f(llm, tiny.placed(ids[:, :5]), tiny.placed(ids[:, 5:])))
+    for whole, parts in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-6)
 
 
 def test_a_cache_gives_every_row_what_a_whole_pass_gives(mesh1):

@@ -27,6 +27,8 @@ from vlm_jax.models.layers import (
 from vlm_jax.models.rope import Rope, Turns, rotate
 
 HIDDEN = ("batch", "len", "feature")
+# How many queries attend at a time: the keys behind the last of them are not multiplied.
+QUERIES = 128
 
 
 class Attention(nnx.Module):
@@ -86,29 +88,48 @@ class Attention(nnx.Module):
         kv: KV,
         mask: Bool[Array, "B T S"],
     ) -> Float[Array, "B T D"]:
-        """Each query over the keys that its mask admits."""
-        batch, length, heads, size = query.shape
-        # Said, because the sharding of a single kv head would be guessed onto its group of queries.
-        groups = jnp.reshape(
-            query,
-            (batch, length, kv.keys.shape[2], -1, size),
-            out_sharding=mesh.spec("batch", "len", "kv_heads", "none", "head"),
-        )
-        scores = jnp.einsum(
-            "BTKGH,BSKH->BKGTS", groups, kv.keys, preferred_element_type=jnp.float32
-        )
-        scores = jnp.where(mask[:, None, None], scores * size**-0.5, -jnp.inf)
-        # The softmax divides after the mixing: its backward pass then sums over H instead of S.
-        weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
-        mixed = jnp.einsum(
-            "BKGTS,BSKH->BTKGH",
-            weights.astype(query.dtype),
-            kv.values,
-            preferred_element_type=jnp.float32,
-        )
-        mixed /= jnp.einsum("BKGTS->BTKG", weights)[..., None]
-        mixed = mixed.astype(query.dtype)
-        return self.out(mixed.reshape(batch, length, heads, size))
+        """Each query over the keys that its mask admits.
+
+        Of several queries none sees what comes after it: the last keys are their own, in order.
+        """
+        length, slots = mask.shape[1:]
+        mixed = []
+        for first in range(0, length, QUERIES):
+            last = min(first + QUERIES, length)
+            seen = slots - length + last
+            mixed.append(
+                mix(
+                    query[:, first:last],
+                    KV(kv.keys[:, :seen], kv.values[:, :seen]),
+                    mask[:, first:last, :seen],
+                )
+            )
+        return self.out(jnp.concatenate(mixed, axis=1))
+
+
+def mix(
+    query: Float[Array, "B T N H"], kv: KV, mask: Bool[Array, "B T S"]
+) -> Float[Array, "B T N H"]:
+    """The values that each query admits, weighed by the softmax of their keys' scores."""
+    batch, length, heads, size = query.shape
+    # Said, because the sharding of a single kv head would be guessed onto its group of queries.
+    groups = jnp.reshape(
+        query,
+        (batch, length, kv.keys.shape[2], -1, size),
+        out_sharding=mesh.spec("batch", "len", "kv_heads", "none", "head"),
+    )
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", groups, kv.keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores * size**-0.5, -jnp.inf)
+    # The softmax divides after the mixing: its backward pass then sums over H instead of S.
+    weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
+    mixed = jnp.einsum(
+        "BKGTS,BSKH->BTKGH",
+        weights.astype(query.dtype),
+        kv.values,
+        preferred_element_type=jnp.float32,
+    )
+    mixed /= jnp.einsum("BKGTS->BTKG", weights)[..., None]
+    return mixed.astype(query.dtype).reshape(batch, length, heads, size)
 
 
 class Block(nnx.Module):

@@ -2,9 +2,10 @@
 """FLOPs of a vision language model, from its sizes alone.
 
 2 FLOPs per multiply-add; matrix products and attention only (norms, activations, softmax, pooling
-are under 1 % at every published size). Prefill attention is counted as it runs: the full S x S
-score matrix under a mask, nothing halved. `roofline.py` turns these counts into bytes and time on a
-chip. Formulas, and how they are held to the compiler's count: docs/cost.md.
+are under 1 % at every published size). Prefill attention is counted as the full S x S score matrix
+under a mask, the most that runs: behind every 128 queries the program leaves the hidden keys out.
+`roofline.py` turns these counts into bytes and time on a chip. Formulas, and how they are held to
+the compiler's count: docs/cost.md.
 
 Here V and Q are visual and text tokens, G generated tokens, P patches, S keys.
 """
