@@ -180,11 +180,11 @@ ADAPTERS = {
 }  # fmt: skip
 
 
-def random_llava(path, name="clip_llama"):
+def random_llava(path, name="clip_llama", seed=0):
     """A random LLaVA in a folder, and the model."""
     from transformers import LlavaForConditionalGeneration
 
-    model = random_model(LlavaForConditionalGeneration, llava(name))
+    model = random_model(LlavaForConditionalGeneration, llava(name), seed)
     save(model, path)
     return model
 
@@ -263,26 +263,36 @@ PUBLISHED_TOWERS = {
 PUBLISHED_LLMS = {
     "lmsys/vicuna-7b-v1.5": ("llama", text(32000, 4096, 11008, 32, 32, 32)),
     "lmsys/vicuna-13b-v1.5": ("llama", text(32000, 5120, 13824, 40, 40, 40)),
+    "meta-llama/Llama-2-70b-hf": ("llama", text(32000, 8192, 28672, 80, 64, 8)),
+    "meta-llama/Llama-3.1-70B": ("llama", text(128256, 8192, 28672, 80, 64, 8)),
     "meta-llama/Llama-3.1-8B": ("llama", text(128256, 4096, 14336, 32, 32, 8)),
     "meta-llama/Llama-3.2-1B": ("llama", text(128256, 2048, 8192, 16, 32, 8, head_dim=64, **TIED)),
+    "meta-llama/Llama-3.2-3B": ("llama", text(128256, 3072, 8192, 28, 24, 8, head_dim=128, **TIED)),
     "Qwen/Qwen1.5-0.5B": ("qwen2", text(151936, 1024, 2816, 24, 16, 16, **TIED)),
     "Qwen/Qwen1.5-1.8B": ("qwen2", text(151936, 2048, 5504, 24, 16, 16)),
     "Qwen/Qwen1.5-4B": ("qwen2", text(151936, 2560, 6912, 40, 20, 20)),
     "Qwen/Qwen1.5-7B": ("qwen2", text(151936, 4096, 11008, 32, 32, 32)),
     "Qwen/Qwen1.5-14B": ("qwen2", text(152064, 5120, 13696, 40, 40, 40)),
+    "Qwen/Qwen1.5-32B": ("qwen2", text(152064, 5120, 27392, 64, 40, 8)),
+    "Qwen/Qwen1.5-72B": ("qwen2", text(152064, 8192, 24576, 80, 64, 64)),
+    "Qwen/Qwen1.5-110B": ("qwen2", text(152064, 8192, 49152, 80, 64, 8)),
     "Qwen/Qwen2-0.5B": ("qwen2", text(151936, 896, 4864, 24, 14, 2, **TIED)),
     "Qwen/Qwen2-1.5B": ("qwen2", text(151936, 1536, 8960, 28, 12, 2, **TIED)),
     "Qwen/Qwen2-7B": ("qwen2", text(152064, 3584, 18944, 28, 28, 4)),
+    "Qwen/Qwen2-72B": ("qwen2", text(152064, 8192, 29568, 80, 64, 8)),
     "Qwen/Qwen2.5-0.5B": ("qwen2", text(151936, 896, 4864, 24, 14, 2, **TIED)),
     "Qwen/Qwen2.5-1.5B": ("qwen2", text(151936, 1536, 8960, 28, 12, 2, **TIED)),
     "Qwen/Qwen2.5-3B": ("qwen2", text(151936, 2048, 11008, 36, 16, 2, **TIED)),
     "Qwen/Qwen2.5-7B": ("qwen2", text(152064, 3584, 18944, 28, 28, 4)),
     "Qwen/Qwen2.5-14B": ("qwen2", text(152064, 5120, 13824, 48, 40, 8)),
+    "Qwen/Qwen2.5-32B": ("qwen2", text(152064, 5120, 27648, 64, 40, 8)),
+    "Qwen/Qwen2.5-72B": ("qwen2", text(152064, 8192, 29568, 80, 64, 8)),
     "Qwen/Qwen3-0.6B": ("qwen3", text(151936, 1024, 3072, 28, 16, 8, head_dim=128, **TIED)),
     "Qwen/Qwen3-1.7B": ("qwen3", text(151936, 2048, 6144, 28, 16, 8, head_dim=128, **TIED)),
     "Qwen/Qwen3-4B": ("qwen3", text(151936, 2560, 9728, 36, 32, 8, head_dim=128, **TIED)),
     "Qwen/Qwen3-8B": ("qwen3", text(151936, 4096, 12288, 36, 32, 8, head_dim=128)),
     "Qwen/Qwen3-14B": ("qwen3", text(151936, 5120, 17408, 40, 40, 8, head_dim=128)),
+    "Qwen/Qwen3-32B": ("qwen3", text(151936, 5120, 25600, 64, 64, 8, head_dim=128)),
 }
 PUBLISHED_LLAVAS = {
     "llava-hf/llava-1.5-7b-hf": dict(

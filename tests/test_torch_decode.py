@@ -14,6 +14,8 @@ from vlm_jax.weights import folder
 pytestmark = pytest.mark.torch
 
 STEPS = 64
+# Draws whose likeliest tokens lead by 1e-3 at every step, and whose rows say several things.
+SEEDS = {"clip_llama": 6, "clip_qwen2": 7, "clip_full": 0, "siglip_llama3": 0, "siglip_last": 4}
 
 
 def moved_left(rows, mask):
@@ -37,9 +39,9 @@ def greedy(model, inputs, pixels):
     return found[:, ids.shape[1] :].numpy()
 
 
-@pytest.mark.parametrize("name", ["clip_llama"])
+@pytest.mark.parametrize("name", published.LLAVAS)
 def test_greedy_tokens_of_a_batch_are_those_of_transformers(name, tmp_path, mesh1):
-    model = published.random_llava(tmp_path / "hf", name)
+    model = published.random_llava(tmp_path / "hf", name, SEEDS[name])
     batch, inputs, visual = published.batch(model.config)
     mask = inputs["attention_mask"]
     # Padding on the left is no part of a row: transformers itself scores every token alike.
