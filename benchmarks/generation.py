@@ -11,6 +11,7 @@ which the sides take turns.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import tempfile
@@ -173,7 +174,7 @@ def our_sides(model, made, V: int):
 
 
 def parts(model, made, scales: tuple[int, ...], rounds: int) -> dict[str, float]:
-    """Milliseconds of encoder, compressor and question pass by themselves."""
+    """Milliseconds of each part by itself: what is read once, and one step of decoding."""
     import jax
     import numpy as np
 
@@ -187,9 +188,10 @@ def parts(model, made, scales: tuple[int, ...], rounds: int) -> dict[str, float]
         levels = encode(inner, pixels).astype(inner.llm.dtype)
         ask = jax.jit(lambda m, x: m.llm(m.llm.embed(x)))
         see = jax.jit(lambda m, x: m.compressor(x, None))
-        at = {V: inner.at(V) for V in scales}
         jobs = {"encoder": lambda: encode(inner, pixels), "question pass": lambda: ask(inner, ids)}
-        jobs |= {f"compressor, V={V}": lambda V=V: see(at[V], levels) for V in scales}
+        for V in scales:
+            jobs[f"compressor, V={V}"] = lambda m=inner.at(V): see(m, levels)
+            jobs |= language(inner, V, len(made), where)
         found = {}
         for name, job in jobs.items():
             jax.block_until_ready(job())
@@ -200,6 +202,36 @@ def parts(model, made, scales: tuple[int, ...], rounds: int) -> dict[str, float]
                 times.append(1e3 * (time.perf_counter() - then))
             found[name] = round(statistics.median(times), 2)
     return found
+
+
+def language(model, V: int, rows: int, where) -> dict[str, Callable]:
+    """What the LLM does for a prompt with V visual tokens: prefill, and one more token."""
+    import jax
+    import numpy as np
+
+    draw, read = np.random.default_rng(0), V + PROMPT
+    width, dtype = model.llm.embedding.shape[1], model.llm.dtype
+
+    def drawn(length: int):
+        x = draw.normal(size=(rows, length, width))
+        return jax.device_put(jax.numpy.asarray(x, dtype), where)
+
+    prompt, token = drawn(read), drawn(1)
+    place = jax.device_put(np.full(rows, read, np.int32), where)
+    prefill = jax.jit(lambda m, x: m.llm.prefill(x, slots=read + NEW))
+    caches = prefill(model, prompt)[1]
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def decode(m, x, caches, at):
+        hidden, caches = m.llm.decode(x, caches, at)
+        return m.llm.logits(hidden), caches
+
+    def step():
+        nonlocal caches  # donated, as generation does
+        scores, caches = decode(model, token, caches, place)
+        return scores
+
+    return {f"prefill, V={V}": lambda: prefill(model, prompt), f"decode, V={V}": step}
 
 
 def measure(sides: dict[str, Callable], rounds: int) -> dict[str, dict[str, float]]:
@@ -270,6 +302,7 @@ def main(argv: list[str] | None = None) -> int:
             print(
                 f"{'':15} parts, ms: {row['parts_ms']}; same tokens {same.mean():.1%}", flush=True
             )
+            facts.write(results, "generation", args.out)  # rows take minutes: none is lost
     return 0
 
 
