@@ -26,9 +26,14 @@ from vlm_jax.scaling import cost
 GATE = 1e-4  # absolute, on activations of order one, in float32
 
 
-def literal(module, levels, question, *, width, heads):
-    """What the literal compressor with the weights of `module` makes of one image."""
-    tensors = {k: v.astype(np.float64) for k, v in pretrained.export(module).items()}
+def exact(tensors):
+    """Published names and weights in float64."""
+    return {k: np.asarray(v, np.float64) for k, v in tensors.items()}
+
+
+def literal(module, levels, question, *, width, heads, tensors=None):
+    """What the literal compressor with `tensors`, or the weights of `module`, makes of one image."""
+    tensors = tensors or exact(pretrained.export(module))
     if isinstance(module, QueCC):
         question = question if module.reads_question else None
         return literal_compressors.quecc(tensors, levels, question, width=width, heads=heads,
@@ -134,6 +139,48 @@ def test_window_major_equals_the_literal_raster_form(of, mesh1):
     with jax.set_mesh(mesh1):
         module = roughened(jax.eval_shape(lambda: compressors.build(**of, rngs=nnx.Rngs(0))))
         assert difference(module, of, *inputs(of)) < 1e-5
+
+
+@pytest.mark.parametrize("of", [
+    sizes("none", side=4), sizes("pool", side=6), sizes("quecc", side=6, tokens=9),
+    sizes("quecc", side=4, tokens=16), sizes("token_packer", side=6, tokens=9),
+    sizes("token_packer", side=4, tokens=16), sizes("downsample", side=6), sizes("m3", side=6),
+    sizes("mqt", side=6, tokens=5), sizes("mqt", side=4, tokens=16), sizes("prumerge", side=6),
+    sizes("prumerge_plus", side=6),
+], ids=lambda of: f"{of['kind']}-{of['tokens']}-of-{of['side']}x{of['side']}")  # fmt: skip
+def test_gradients_are_the_slopes_of_the_literal_raster_form(of, mesh1):
+    # Of every weight and of what the encoder gives, along a random direction in each.
+    levels, question = inputs(of, batch=1)
+    draw = np.random.default_rng(3)
+    with jax.set_mesh(mesh1):
+        module = roughened(jax.eval_shape(lambda: compressors.build(**of, rngs=nnx.Rngs(0))))
+        towards = draw.normal(size=apply(module, of, levels, question).shape)
+
+        def loss(module, levels, question):
+            return (module(levels, question) * placed(towards, "batch")).sum()
+
+        gradients, *of_inputs = apply(
+            module, of, levels, question, run=jax.grad(loss, argnums=(0, 1))
+        )
+        gradients = exact(pretrained.export(gradients))
+    order = window_order(math.isqrt(levels.shape[1]), module.window)
+    gradients["levels"] = np.zeros(levels[0].shape)
+    gradients["levels"][order] = of_inputs[0][0]
+    at = exact(pretrained.export(module) | {"levels": levels[0]})
+
+    def value(tensors):
+        x = tensors.pop("levels")
+        sizes = {k: of[k] for k in ("width", "heads")}
+        made = literal(module, x, question[0].astype("f8"), tensors=tensors, **sizes)
+        return (made * towards).sum()
+
+    step, scale = 1e-6, np.linalg.norm(gradients["levels"])
+    for name, gradient in gradients.items():
+        along = draw.normal(size=gradient.shape)
+        along /= np.linalg.norm(along)
+        ends = [value(at | {name: at[name] + sign * step * along}) for sign in (1, -1)]
+        slope = (ends[0] - ends[1]) / (2 * step)
+        assert abs(slope - (gradient * along).sum()) < 1e-5 * max(scale, 1), name
 
 
 @pytest.mark.parametrize("kernel, stride, tokens", [(3, 4, 36), (9, 4, 16), (5, 5, 16), (1, 6, 16)])

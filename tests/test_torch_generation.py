@@ -30,5 +30,7 @@ def test_the_benchmark_of_generation_runs_at_tiny_sizes(tmp_path):
         assert row["tokens_that_agree"] == 1.0
         assert set(row["sides"]) == {"transformers", *(f"vlm_jax, V={V}" for V in (1, 9, 36))}
         assert all(of["tokens_per_second"] > 0 for of in row["sides"].values())
-        of_v = [f"{part}, V={V}" for V in (1, 9, 36) for part in ("compressor", "prefill", "decode")]
+        of_v = [
+            f"{part}, V={V}" for V in (1, 9, 36) for part in ("compressor", "prefill", "decode")
+        ]
         assert row["parts_ms"].keys() == {"encoder", "question pass", *of_v}

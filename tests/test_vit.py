@@ -2,6 +2,7 @@
 """The encoder against CLIP's equations written out, in any patch order, on one device and eight."""
 
 import jax
+import jax.numpy as jnp
 import literal_models
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import tiny
 from flax import nnx
 
 from configs import sizes
-from vlm_jax.models.vit import ViT, middles, patchify, window_order
+from vlm_jax.models.vit import ViT, class_attention, middles, patchify, window_order
 from vlm_jax.models.vlm import parameters
 from vlm_jax.scaling import cost
 
@@ -96,6 +97,25 @@ def test_keys_are_those_of_the_whole_next_block(devices, request, c, vit, pixels
     np.testing.assert_allclose(found[:2], theirs, atol=2e-5)
     share = found[..., -1].sum(1)
     assert (share < 1).all() and np.ptp(share) > 0  # the class token attends to itself, too
+
+
+def test_the_class_token_s_scores_are_its_row_of_all_scores_in_values_and_gradients():
+    draw = np.random.default_rng(0)
+    queries, keys = (draw.normal(size=(2, 10, 16)).astype("f4") for _ in range(2))
+    towards = draw.normal(size=(2, 9)).astype("f4")
+
+    def whole(queries, keys):
+        scores = jnp.einsum("BQE,BSE->BQS", queries, keys) / 16**0.5
+        return jax.nn.softmax(scores)[:, 0, 1:]
+
+    def found(f):
+        grads = jax.grad(lambda *x: (f(*x) * towards).sum(), argnums=(0, 1))(queries, keys)
+        return f(queries, keys), *grads
+
+    for one, other in zip(
+        found(lambda q, k: class_attention(q[:, 0], k)), found(whole), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 def test_of_the_next_block_only_keys_and_queries_count(c, vit, pixels, mesh1):
