@@ -190,7 +190,7 @@ def parts(model, made, scales: tuple[int, ...], rounds: int) -> dict[str, float]
         see = jax.jit(lambda m, x: m.compressor(x, None))
         jobs = {"encoder": lambda: encode(inner, pixels), "question pass": lambda: ask(inner, ids)}
         for V in scales:
-            jobs[f"compressor, V={V}"] = lambda m=inner.at(V): see(m, levels)
+            jobs[f"compressor, V={V}"] = functools.partial(see, inner.at(V), levels)
             jobs |= language(inner, V, len(made), where)
         found = {}
         for name, job in jobs.items():

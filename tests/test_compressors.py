@@ -32,7 +32,7 @@ def exact(tensors):
 
 
 def literal(module, levels, question, *, width, heads, tensors=None):
-    """What the literal compressor with `tensors`, or the weights of `module`, makes of one image."""
+    """What the literal compressor with the weights of `module`, or others, makes of one image."""
     tensors = tensors or exact(pretrained.export(module))
     if isinstance(module, QueCC):
         question = question if module.reads_question else None

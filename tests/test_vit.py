@@ -101,7 +101,7 @@ def test_keys_are_those_of_the_whole_next_block(devices, request, c, vit, pixels
 
 def test_the_class_token_s_scores_are_its_row_of_all_scores_in_values_and_gradients():
     draw = np.random.default_rng(0)
-    queries, keys = (draw.normal(size=(2, 10, 16)).astype("f4") for _ in range(2))
+    queries, keys = (jnp.asarray(draw.normal(size=(2, 10, 16)), "f4") for _ in range(2))
     towards = draw.normal(size=(2, 9)).astype("f4")
 
     def whole(queries, keys):
