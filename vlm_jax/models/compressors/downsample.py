@@ -4,22 +4,19 @@
 B batch  V visual tokens  Z = levels x E  E vit width  D llm width
 """
 
-from flax import nnx
 from jaxtyping import Array, Float
 
-from vlm_jax.models.compressors.compressor import Compressor
-from vlm_jax.models.compressors.projector import MLP
-from vlm_jax.models.compressors.window import check_tokens, window_side
+from vlm_jax.models.compressors.last_level import LastLevel
+from vlm_jax.models.compressors.window import window_side
 
 
-class Downsample(Compressor):
+class Downsample(LastLevel):
     """The image is shrunk to V patches before it is encoded; then a two-layer MLP.
 
     The baseline that beats many compressors (arXiv 2510.07143), and the only one whose encoder
     costs less with fewer tokens. `shrink` tells the encoder what to do (`ViT`): each pixel becomes
     the mean of a square, and the position table is interpolated to the smaller grid. The encoder
-    is the one that was trained on whole images. `levels`, `heads` and `query` are accepted so that
-    every compressor is built alike; this one has no use for them.
+    is the one that was trained on whole images.
 
         >>> import jax, jax.numpy as jnp
         >>> from flax import nnx
@@ -33,22 +30,11 @@ class Downsample(Compressor):
         (4, (2, 9, 64))
     """
 
-    def __init__(
-        self,
-        *,
-        tokens: int,
-        side: int,
-        width: int,
-        llm_width: int,
-        rngs: nnx.Rngs,
-        levels: int = 1,
-        heads: int = 1,
-        query: str = "none",
-    ):
-        del levels, heads, query
-        check_tokens("downsample", tokens, side, self.supported(side))
-        self.tokens, self.width, self.shrink = tokens, width, window_side(tokens, side)
-        self.projector = MLP(width, llm_width, llm_width, rngs=rngs)
+    kind = "downsample"
+
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.shrink = window_side(self.tokens, self.side)
 
     def __call__(
         self,
@@ -63,4 +49,4 @@ class Downsample(Compressor):
                 f"compressor.tokens={self.tokens} reads those of an image that was shrunk to as "
                 f"many: encode with ViT's shrink={self.shrink}"
             )
-        return self.projector(levels[..., -self.width :])
+        return self.projector(self.last(levels))

@@ -8,23 +8,20 @@ import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
 from vlm_jax import mesh
+from vlm_jax.models.compressors.last_level import LastLevel
 from vlm_jax.models.compressors.matryoshka import Matryoshka
-from vlm_jax.models.compressors.projector import MLP
 from vlm_jax.models.compressors.window import check_tokens
 
 
-class M3(Matryoshka):
+class M3(LastLevel, Matryoshka):
     """LLaVA-1.5's projector, its outputs averaged over windows of patches (arXiv 2405.17430).
 
     Averages are taken before the projector's last layer, which is linear: the same numbers from V
     rows instead of all patches. No weight is new: a finished LLaVA-1.5 is an M3 to be trained on.
-    `levels`, `heads` and `query` are accepted so that every compressor is built alike: only the
-    last level is read, the question is not. `scales` are the numbers of tokens that training
-    shows, all at every step; none are `nested`.
+    `scales` are the numbers of tokens that training shows, all at every step; none are `nested`.
 
     Source: mu-cai/matryoshka-mm at ec30cd37. There other numbers of tokens are given too, by
     cutting the image or as another number; here they are refused.
@@ -41,28 +38,14 @@ class M3(Matryoshka):
         ((2, 9, 64), (2, 36, 64))
     """
 
-    options = ("scales",)
+    kind, options = "m3", ("scales",)
 
-    def __init__(
-        self,
-        *,
-        tokens: int,
-        side: int,
-        width: int,
-        llm_width: int,
-        rngs: nnx.Rngs,
-        levels: int = 1,
-        heads: int = 1,
-        query: str = "none",
-        scales: Sequence[int] = (),
-    ):
-        del levels, heads, query
-        self.side, self.width = side, width
-        self.buckets = tuple(self.supported(side))
-        self.tokens, self.scales = tokens, tuple(scales) or self.nested(side)
-        for shown in (tokens, *self.scales):
+    def __init__(self, *, scales: Sequence[int] = (), **sizes):
+        super().__init__(**sizes)
+        self.buckets = tuple(self.supported(self.side))
+        self.scales = tuple(scales) or self.nested(self.side)
+        for shown in self.scales:
             self.check(shown)
-        self.projector = MLP(width, llm_width, llm_width, rngs=rngs)
 
     @staticmethod
     def nested(side: int) -> tuple[int, ...]:
@@ -79,7 +62,7 @@ class M3(Matryoshka):
 
     def check(self, tokens: int) -> None:
         """Raises ValueError, with the numbers that would do, for one that it cannot give."""
-        check_tokens("m3", tokens, self.side, self.supported(self.side))
+        check_tokens(self.kind, tokens, self.side, self.supported(self.side))
 
     def __call__(
         self,
@@ -92,7 +75,7 @@ class M3(Matryoshka):
 
     def hidden(self, levels: Float[Array, "B P Z"]) -> Float[Array, "B P F"]:
         """What is averaged: every patch of the last level before the projector's last layer."""
-        return self.projector.hidden(levels[..., -self.width :])
+        return self.projector.hidden(self.last(levels))
 
     def every_scale(self, levels: Float[Array, "B P Z"]) -> list[Float[Array, "B V D"]]:
         """The visual tokens of each of `scales`: one pass through each layer for all of them."""

@@ -4,48 +4,27 @@
 B batch  P patches  V visual tokens  Z = levels x E  E vit width  D llm width
 """
 
-from flax import nnx
 from jaxtyping import Array, Float
 
-from vlm_jax.models.compressors.compressor import Compressor
-from vlm_jax.models.compressors.projector import MLP
-from vlm_jax.models.compressors.window import check_tokens
+from vlm_jax.models.compressors.last_level import LastLevel
 
 
-class Projector(Compressor):
+class Projector(LastLevel):
     """All patches of the last level, in raster order, through a two-layer MLP (arXiv 2310.03744).
 
-    `levels`, `heads` and `query` are accepted so that every compressor is built alike; this one has
-    no use for them.
-
-        >>> import jax, jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from vlm_jax import mesh
-        >>> from vlm_jax.models.compressors.none import Projector
-        >>> Projector.supported(side=12)
-        [144]
-        >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
-        ...     keep = Projector(tokens=144, side=12, width=32, llm_width=64, rngs=nnx.Rngs(0))
-        ...     keep(jnp.ones((2, 144, 32))).shape
-        (2, 144, 64)
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from vlm_jax import mesh
+    >>> from vlm_jax.models.compressors.none import Projector
+    >>> Projector.supported(side=12)
+    [144]
+    >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
+    ...     keep = Projector(tokens=144, side=12, width=32, llm_width=64, rngs=nnx.Rngs(0))
+    ...     keep(jnp.ones((2, 144, 32))).shape
+    (2, 144, 64)
     """
 
-    def __init__(
-        self,
-        *,
-        tokens: int,
-        side: int,
-        width: int,
-        llm_width: int,
-        rngs: nnx.Rngs,
-        levels: int = 1,
-        heads: int = 1,
-        query: str = "none",
-    ):
-        del levels, heads, query
-        check_tokens("none", tokens, side, self.supported(side))
-        self.tokens, self.width = tokens, width
-        self.projector = MLP(width, llm_width, llm_width, rngs=rngs)
+    kind = "none"
 
     @staticmethod
     def supported(side: int) -> list[int]:
@@ -59,4 +38,4 @@ class Projector(Compressor):
     ) -> Float[Array, "B V D"]:
         """One visual token per patch; the question is not read."""
         del question
-        return self.projector(levels[..., -self.width :])
+        return self.projector(self.last(levels))

@@ -4,48 +4,32 @@
 B batch  P patches, window-major  V visual tokens  Z = levels x E  E vit width  D llm width
 """
 
-from flax import nnx
 from jaxtyping import Array, Float
 
-from vlm_jax.models.compressors.compressor import Compressor
-from vlm_jax.models.compressors.projector import MLP
-from vlm_jax.models.compressors.window import check_tokens, window_side, windows
+from vlm_jax.models.compressors.last_level import LastLevel
+from vlm_jax.models.compressors.window import window_side, windows
 
 
-class AveragePool(Compressor):
+class AveragePool(LastLevel):
     """The mean of each window of the last level, then a two-layer MLP.
 
-    `levels`, `heads` and `query` are accepted so that every compressor is built alike; this one has
-    no use for them.
-
-        >>> import jax, jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from vlm_jax import mesh
-        >>> from vlm_jax.models.compressors.pool import AveragePool
-        >>> AveragePool.supported(side=12)
-        [1, 4, 9, 16, 36, 144]
-        >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
-        ...     pool = AveragePool(tokens=9, side=12, width=32, llm_width=64, rngs=nnx.Rngs(0))
-        ...     pool(jnp.ones((2, 144, 32))).shape
-        (2, 9, 64)
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from vlm_jax import mesh
+    >>> from vlm_jax.models.compressors.pool import AveragePool
+    >>> AveragePool.supported(side=12)
+    [1, 4, 9, 16, 36, 144]
+    >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
+    ...     pool = AveragePool(tokens=9, side=12, width=32, llm_width=64, rngs=nnx.Rngs(0))
+    ...     pool(jnp.ones((2, 144, 32))).shape
+    (2, 9, 64)
     """
 
-    def __init__(
-        self,
-        *,
-        tokens: int,
-        side: int,
-        width: int,
-        llm_width: int,
-        rngs: nnx.Rngs,
-        levels: int = 1,
-        heads: int = 1,
-        query: str = "none",
-    ):
-        del levels, heads, query
-        check_tokens("pool", tokens, side, self.supported(side))
-        self.tokens, self.width, self.window = tokens, width, window_side(tokens, side)
-        self.projector = MLP(width, llm_width, llm_width, rngs=rngs)
+    kind = "pool"
+
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.window = window_side(self.tokens, self.side)
 
     def __call__(
         self,
@@ -54,4 +38,4 @@ class AveragePool(Compressor):
     ) -> Float[Array, "B V D"]:
         """One visual token per window, windows in raster order; the question is not read."""
         del question
-        return self.projector(windows(levels[..., -self.width :], self.tokens).mean(2))
+        return self.projector(windows(self.last(levels), self.tokens).mean(2))
