@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from vlm_jax import mesh
-from vlm_jax.models.cache import KV, Past
+from vlm_jax.models.cache import KV, Cache, Past
 from vlm_jax.models.layers import RUN_ONCE
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.vlm import VLM, Batch
@@ -177,6 +177,6 @@ class Started(NamedTuple):
     """A batch that was read: its rows' first new tokens, and what the next ones come from."""
 
     ids: Int[Array, "B"]
-    caches: list[KV]
+    caches: list[KV | Cache]
     length: Int[Array, "B"]  # tokens read, visual ones and `begun` included
     sampling: Sampling | None

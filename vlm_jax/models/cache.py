@@ -12,13 +12,34 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from vlm_jax import mesh
+from vlm_jax.models.layers import emulates
 
 
 class KV(NamedTuple):
-    """Keys and values of one layer, already rotated, one slot per position."""
+    """Keys and values of one layer, token by token, as they are computed; keys are rotated."""
 
     keys: Float[Array, "B S K H"]
     values: Float[Array, "B S K H"]
+
+    @property
+    def slots(self) -> int:
+        """Positions of a row."""
+        return self.keys.shape[1]
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer as they are read, the slots of a head side by side.
+
+    In the other order XLA's CPU backend transposes all of them in every step of decoding.
+    """
+
+    keys: Float[Array, "B K S H"]
+    values: Float[Array, "B K S H"]
+
+    @property
+    def slots(self) -> int:
+        """Positions of a row."""
+        return self.keys.shape[2]
 
 
 class Past(NamedTuple):
@@ -56,12 +77,26 @@ def positions_of(batch: int, length: int) -> Int[Array, "B T"]:
     )
 
 
-def write(
-    cache: Float[Array, "B S K H"],
-    new: Float[Array, "B T K H"],
-    at: Int[Array, "B"],
-) -> Float[Array, "B S K H"]:
+def kept(kv: KV, slots: int) -> KV | Cache:
+    """A cache with room for `slots` positions that begins with these.
+
+    A single row stays as it is: without its first dimension, which XLA's CPU backend drops, a cache
+    by heads is copied when it is written. Where products of bfloat16 are made by casts, a cache
+    is float32: cast once, not in every step.
+    """
+    room = [(0, 0), (0, slots - kv.slots), (0, 0), (0, 0)]
+    padded = KV(*(jnp.pad(x, room) for x in kv))
+    if len(kv.keys) == 1:
+        return padded
+    dtype = jnp.float32 if emulates(kv.keys.dtype) else kv.keys.dtype
+    return Cache(*(x.astype(dtype).transpose(0, 2, 1, 3) for x in padded))
+
+
+def write(cache: KV | Cache, new: KV, at: Int[Array, "B"]) -> KV | Cache:
     """The cache with `new` written from each row's own position on."""
+    if by_head := isinstance(cache, Cache):
+        new = Cache(*(x.transpose(0, 2, 1, 3) for x in new))
     # vmap keeps the write inside the shard that holds the row: no collective.
-    put = jax.vmap(lambda row, x, i: lax.dynamic_update_slice_in_dim(row, x, i, 0))
-    return put(cache, new.astype(cache.dtype), at)
+    put = jax.vmap(lambda row, x, i: lax.dynamic_update_slice_in_dim(row, x, i, int(by_head)))
+    pairs = zip(cache, new, strict=True)
+    return type(cache)(*(put(old, x.astype(old.dtype), at) for old, x in pairs))

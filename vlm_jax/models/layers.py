@@ -164,13 +164,19 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """CLIP's activation, x sigmoid(1.702 x)."""
-    return x * jax.nn.sigmoid(1.702 * x)
+    """CLIP's activation, x sigmoid(1.702 x), in float32."""
+    y = x.astype(jnp.float32)
+    return (y * jax.nn.sigmoid(1.702 * y)).astype(x.dtype)
 
 
 def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """SigLIP's activation: GELU through a hyperbolic tangent."""
-    return jax.nn.gelu(x, approximate=True)
+    """SigLIP's activation: GELU through a hyperbolic tangent, in float32."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+def swiglu(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Llama's gated activation, silu(gate) up, in float32 and rounded once."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
 # Of an encoder's MLP, under the names of configs/base.py.

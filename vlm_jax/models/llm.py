@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import mesh
-from vlm_jax.models.cache import KV, Past, positions_of, write
+from vlm_jax.models.cache import KV, Cache, Past, kept, positions_of, write
 from vlm_jax.models.layers import (
     Linear,
     RMSNorm,
@@ -21,6 +21,7 @@ from vlm_jax.models.layers import (
     normal,
     remat,
     stack,
+    swiglu,
     unstacked,
     weight,
 )
@@ -85,7 +86,7 @@ class Attention(nnx.Module):
     def attend(
         self,
         query: Float[Array, "B T N H"],
-        kv: KV,
+        seen: KV,
         mask: Bool[Array, "B T S"],
     ) -> Float[Array, "B T D"]:
         """Each query over the keys that its mask admits.
@@ -96,36 +97,39 @@ class Attention(nnx.Module):
         mixed = []
         for first in range(0, length, QUERIES):
             last = min(first + QUERIES, length)
-            seen = slots - length + last
+            end = slots - length + last
             mixed.append(
                 mix(
                     query[:, first:last],
-                    KV(kv.keys[:, :seen], kv.values[:, :seen]),
-                    mask[:, first:last, :seen],
+                    KV(seen.keys[:, :end], seen.values[:, :end]),
+                    mask[:, first:last, :end],
                 )
             )
         return self.out(jnp.concatenate(mixed, axis=1))
 
 
 def mix(
-    query: Float[Array, "B T N H"], kv: KV, mask: Bool[Array, "B T S"]
+    query: Float[Array, "B T N H"], seen: KV | Cache, mask: Bool[Array, "B T S"]
 ) -> Float[Array, "B T N H"]:
     """The values that each query admits, weighed by the softmax of their keys' scores."""
     batch, length, heads, size = query.shape
+    order = "BKSH" if isinstance(seen, Cache) else "BSKH"
     # Said, because the sharding of a single kv head would be guessed onto its group of queries.
     groups = jnp.reshape(
         query,
-        (batch, length, kv.keys.shape[2], -1, size),
+        (batch, length, seen.keys.shape[order.index("K")], -1, size),
         out_sharding=mesh.spec("batch", "len", "kv_heads", "none", "head"),
     )
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", groups, kv.keys, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        f"BTKGH,{order}->BKGTS", groups, seen.keys, preferred_element_type=jnp.float32
+    )
     scores = jnp.where(mask[:, None, None], scores * size**-0.5, -jnp.inf)
     # The softmax divides after the mixing: its backward pass then sums over H instead of S.
     weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
     mixed = jnp.einsum(
-        "BKGTS,BSKH->BTKGH",
+        f"BKGTS,{order}->BTKGH",
         weights.astype(query.dtype),
-        kv.values,
+        seen.values,
         preferred_element_type=jnp.float32,
     )
     mixed /= jnp.einsum("BKGTS->BTKG", weights)[..., None]
@@ -178,18 +182,18 @@ class Block(nnx.Module):
         x: Float[Array, "B 1 D"],
         position: Int[Array, "B"],
         turns: Turns,
-        kv: KV,
+        cache: KV | Cache,
         mask: Bool[Array, "B 1 S"],
-    ) -> tuple[Float[Array, "B 1 D"], KV]:
+    ) -> tuple[Float[Array, "B 1 D"], KV | Cache]:
         """One more token per row, written into the cache at that row's position."""
         query, new = self.attention.project(self.norm1(x), turns)
-        kv = KV(*(write(old, fresh, position) for old, fresh in zip(kv, new, strict=True)))
-        return self.feed(x + self.attention.attend(query, kv, mask)), kv
+        cache = write(cache, new, position)
+        return self.feed(x + self.attention.out(mix(query, cache, mask))), cache
 
     def feed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The SwiGLU half of the block."""
         y = self.norm2(x)
-        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+        return x + self.down(swiglu(self.gate(y), self.up(y)))
 
 
 class LLM(nnx.Module):
@@ -309,7 +313,7 @@ class LLM(nnx.Module):
         *,
         slots: int,
         past: Past | None = None,
-    ) -> tuple[Float[Array, "B T D"], list[KV]]:
+    ) -> tuple[Float[Array, "B T D"], list[KV | Cache]]:
         """Hidden states, and one cache per layer with room for `slots` positions.
 
         The cache of a row begins with its `past`, whose padding is written over: no holes.
@@ -317,16 +321,10 @@ class LLM(nnx.Module):
         hidden, made = self.run(x, past, lambda f: f, keep=True)
         if not isinstance(made, list):
             made = [layer(made, i) for i in range(self.depth)]
-        first = (
-            made if past is None else [KV(*kv) for kv in zip(past.keys, past.values, strict=True)]
-        )
-        room = [(0, 0), (0, slots - first[0].keys.shape[1]), (0, 0), (0, 0)]
-        caches = [KV(*(jnp.pad(a, room) for a in kv)) for kv in first]
-        if past is not None:
-            caches = [
-                KV(*(write(old, new, past.length) for old, new in zip(*both, strict=True)))
-                for both in zip(caches, made, strict=True)
-            ]
+        if past is None:
+            return hidden, [kept(kv, slots) for kv in made]
+        caches = [kept(KV(*kv), slots) for kv in zip(past.keys, past.values, strict=True)]
+        caches = [write(*both, past.length) for both in zip(caches, made, strict=True)]
         return hidden, caches
 
     def run(self, x, past, rematerialise, *, keep: bool):
@@ -364,20 +362,20 @@ class LLM(nnx.Module):
     def decode(
         self,
         x: Float[Array, "B 1 D"],
-        caches: list[KV],
+        caches: list[KV | Cache],
         position: Int[Array, "B"],
-    ) -> tuple[Float[Array, "B 1 D"], list[KV]]:
+    ) -> tuple[Float[Array, "B 1 D"], list[KV | Cache]]:
         """Hidden state of one more token per row, placed at `position`; slots behind it are unseen.
 
         Layers are unrolled: a cache that travels through a scan is copied at every step.
         """
-        slots = caches[0].keys.shape[1]
-        mask = (positions_of(x.shape[0], slots) <= position[:, None])[:, None]
+        slots = positions_of(x.shape[0], caches[0].slots)
+        mask = (slots <= position[:, None])[:, None]
         turns = self.rope.turns(position[:, None], self.head_size // 2)
         grown = []
-        for i, kv in enumerate(caches):
-            x, kv = layer(self.blocks, i).extend(x, position, turns, kv, mask)
-            grown.append(kv)
+        for i, cache in enumerate(caches):
+            x, cache = layer(self.blocks, i).extend(x, position, turns, cache, mask)
+            grown.append(cache)
         return self.norm(x), grown
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from ml_collections import ConfigDict
 
 from vlm_jax.models import compressors
-from vlm_jax.models.cache import KV, Past, repeated
+from vlm_jax.models.cache import KV, Cache, Past, repeated
 from vlm_jax.models.compressors.compressor import Visual
 from vlm_jax.models.layers import RUN_ONCE
 from vlm_jax.models.llm import LLM
@@ -135,7 +135,7 @@ class VLM(nnx.Module):
         *,
         new_tokens: int,
         begun: Past | None = None,
-    ) -> tuple[Float[Array, "B W"], list[KV], Int[Array, "B"]]:
+    ) -> tuple[Float[Array, "B W"], list[KV | Cache], Int[Array, "B"]]:
         """Scores of the first new token, caches with room for `new_tokens` more, row lengths.
 
         `begun` is a pass over tokens that stand before those of the batch, the same in every row
@@ -154,9 +154,9 @@ class VLM(nnx.Module):
     def decode(
         self,
         ids: Int[Array, "B"],
-        caches: list[KV],
+        caches: list[KV | Cache],
         position: Int[Array, "B"],
-    ) -> tuple[Float[Array, "B W"], list[KV]]:
+    ) -> tuple[Float[Array, "B W"], list[KV | Cache]]:
         """Scores of the token after `ids`, which stand at `position`."""
         hidden, caches = self.llm.decode(self.llm.embed(ids[:, None]), caches, position)
         return self.llm.logits(hidden)[:, 0], caches
