@@ -103,7 +103,7 @@ def methods(run: Run, family: str, out_dir, *, name: str) -> list[Figure]:
         score, _ = mean_over_seeds(blind)
         _level(canvas, "blind", min(tokens), max(tokens), score, colour="0.4", name="blind")
     # An adaptive method has a mean V between the marks.
-    _token_axis(canvas, sorted({row.V for row in run.main}))
+    _token_axis(canvas, sorted(v for v in tokens if v.is_integer()))
     caption = (
         f"Mean score on {family} with the LLM of {text} parameters: one curve per method, bars of "
         "one standard error, points of equal V moved apart a little. The table of methods has the "
