@@ -172,9 +172,8 @@ def test_gradients_are_the_slopes_of_the_literal_raster_form(of, mesh1):
     at = exact(pretrained.export(module) | {"levels": levels[0]})
 
     def value(tensors):
-        x = tensors.pop("levels")
-        sizes = {k: of[k] for k in ("width", "heads")}
-        made = literal(module, x, question[0].astype("f8"), tensors=tensors, **sizes)
+        made = literal(module, tensors.pop("levels"), question[0].astype("f8"),
+                       width=of["width"], heads=of["heads"], tensors=tensors)  # fmt: skip
         return (made * towards).sum()
 
     step, scale = 1e-6, np.linalg.norm(gradients["levels"])
