@@ -2,7 +2,10 @@
 """The demo: 3 LLM sizes x 4 visual-token counts on the embedded benchmark, on 2 CPU cores in
 minutes.
 
-vlm-jax grid --config=configs/demo.py --workdir=runs/demo
+    vlm-jax grid --config=configs/demo.py --workdir=runs/demo
+    vlm-jax train --config=configs/demo.py --workdir=runs/one
+
+The second command trains one model, of the size in the middle.
 """
 
 from configs import base
@@ -28,6 +31,7 @@ def get_config():
         dict(image_size=72, patch_size=12, depth=2, width=64, mlp=256, heads=4, levels=(2,))
     )
     c.llm.update(dict(vocab=192, head_size=16, tied_embeddings=True))
+    c.llm.update(llm(32, 2))  # of `train`; a grid has sizes of its own
     c.compressor.update(dict(kind="token_packer", tokens=4, heads=4))
 
     c.data.update(

@@ -16,7 +16,7 @@ def get_config():
     # Three boxes of 100 x 100 pixels on a square of 200 x 200; 12 x 12 patches, six to a box's
     # side.
     c.vit.update(dict(image_size=192, patch_size=16))
-    c.llm.vocab = 192
+    c.llm.update(demo.llm(32, 1))
     with c.unlocked():
         c.grid.llms = {"6k": demo.llm(16, 1), "20k": demo.llm(32, 1), "60k": demo.llm(48, 2)}
     c.data.update(dict(source="nlvr", path="data/nlvr", template="question_first"))

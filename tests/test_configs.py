@@ -54,6 +54,29 @@ def test_every_cell_of_a_configuration_can_be_built(name, mesh1):
             assert grid.describe(cell)[0] > 0
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_model_of_a_grid_outside_its_cells_is_one_of_its_sizes(name, mesh1):
+    """`train` with a grid's configuration makes a model that the machine of the grid can hold."""
+    c = load(name)
+    if not c.grid.llms:
+        return
+    sizes = [c.llm.to_dict() | fields.to_dict() for fields in c.grid.llms.values()]
+    assert c.llm.to_dict() in sizes
+    with jax.set_mesh(mesh1):
+        assert vlm.parameters(vlm.shapes(c).llm) < 1e6
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_cell_says_all_of_its_llm(name):
+    """The size of `train` moves no cell: each names every field in which sizes differ."""
+    c, other = load(name), load(name)
+    other.llm.update(sizes.LLM["vicuna-1.5-7b"] | {
+        k: c.llm[k] for k in ("vocab", "head_size", "tied_embeddings")})  # fmt: skip
+    if c.grid.llms:
+        assert [cli.digest(a.config) for a in grid.cells_of(c)] == [
+            cli.digest(b.config) for b in grid.cells_of(other)]  # fmt: skip
+
+
 def test_the_demo_spans_what_it_must(mesh1):
     # At least 3 sizes over a factor of 10, at least 4 token counts, one of them 1.
     c = load("demo")
