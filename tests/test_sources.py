@@ -187,6 +187,44 @@ def test_missing_or_broken_nlvr_files_are_named(tmp_path):
         open_source(configured("nlvr", path=str(tmp_path)), "train")
 
 
+def test_nlvr_rows_of_one_identifier_are_all_there(nlvr_folder, tmp_path, caplog):
+    (tmp_path / "dev").mkdir()
+    line = (nlvr_folder / "dev" / "dev.json").read_text()
+    (tmp_path / "dev" / "dev.json").write_text(line + line.replace("has a", "has no") + line)
+    source = open_source(configured("nlvr", path=str(tmp_path)), "val")
+    kept = [source[i] for i in range(0, 18, 6)]
+    assert [e.id for e in kept] == ["12-3-0", "12-3#2-0", "12-3#3-0"]
+    assert [e.given for e in kept] == ["", "12-3-0", "12-3-0"]
+    assert {e.cluster for e in kept} == {"12"} and "2 rows have the identifier" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(sentence="half \ud800"),
+        dict(identifier=12),
+        dict(label="maybe"),
+        dict(structured_rep=[[], []]),
+        dict(structured_rep=[[{"type": "star"}], [], []]),
+    ],
+)
+def test_an_nlvr_row_that_is_none_is_refused_by_its_line(changed, nlvr_folder, tmp_path):
+    (tmp_path / "dev").mkdir()
+    line = (nlvr_folder / "dev" / "dev.json").read_text()
+    (tmp_path / "dev" / "dev.json").write_text(line + json.dumps(json.loads(line) | changed))
+    with pytest.raises(ValueError, match="dev.json, line 2: "):
+        open_source(configured("nlvr", path=str(tmp_path)), "val")
+
+
+def test_a_split_without_examples_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="val split of data.source='synthetic'.*data.val_images"):
+        open_source(configured("synthetic", val_images=0), "val")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "dev.json").touch()
+    with pytest.raises(ValueError, match="dev.json is empty"):
+        open_source(configured("nlvr", path=str(tmp_path)), "val")
+
+
 def test_an_unknown_source_is_named():
     with pytest.raises(ValueError, match="'imagenet'.*" + ", ".join(SOURCES)):
         open_source(configured("imagenet"), "train")

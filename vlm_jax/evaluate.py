@@ -65,7 +65,8 @@ def predict(
     features: np.ndarray | None = None,
     clock: Clock | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One record per example: id, task, family, cluster, prediction, answer.
+    """One record per example: id, task, family, cluster, prediction, answer; given_id where the
+    data set repeats an id.
 
     `clock` notes what answering each batch took, loading and decoding of text apart.
     """
@@ -100,6 +101,7 @@ def predict(
                 cluster=example.cluster,
                 prediction=text,
                 answer=example.turns[-1][1],
+                **({"given_id": example.given} if example.given else {}),
             )
 
 

@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from vlm_jax.data.skips import Skips
+
 IMAGE_MARK = "<image>"  # where the LLaVA format puts the image into a question
 
 
@@ -26,6 +28,7 @@ class Example:
       task: the task inside the family, scored on its own.
       cluster: what examples that err together share, for standard errors; the image
         unless given, a row's own id where there is none.
+      given: the id in the data set, where `id` is one of our own because that came before.
     """
 
     id: str
@@ -34,6 +37,7 @@ class Example:
     family: str
     task: str
     cluster: str = field(default="", repr=False)  # hashes of older data sets stay as they are
+    given: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         if not self.cluster:
@@ -47,7 +51,8 @@ class Source(Protocol):
 
     `images[i]` is uint8 [H, W, 3], RGB, and may raise BadExample when the file cannot be read.
     `data_hash` is a sha256 over what defines the data, `protocol` how its predictions are scored
-    (evals/tasks.py). `describe()` gives counts for the log.
+    (evals/tasks.py). `left_out` counts the rows that are no examples because they are bad.
+    `describe()` gives counts for the log, `notes()` sentences about what is not as it was given.
     Sources that know what an image shows also have `patch_labels(i, side)`, int32 [side * side] in
     raster order, and `patch_classes`, one more than the largest label.
     """
@@ -57,6 +62,7 @@ class Source(Protocol):
     images: Any
     data_hash: str
     protocol: str
+    left_out: Skips
 
     def __len__(self) -> int: ...
 
@@ -64,12 +70,18 @@ class Source(Protocol):
 
     def describe(self) -> dict[str, Any]: ...
 
+    def notes(self) -> list[str]: ...
+
 
 class Images(Sequence):
-    """Images made or read one at a time, when asked for."""
+    """Images made or read one at a time, when asked for; `names` are their paths if any."""
 
-    def __init__(self, read, count: int):
-        self._read, self._count = read, count
+    def __init__(self, read, count: int, names: Sequence[str] | None = None):
+        self._read, self._count, self._names = read, count, names
+
+    def name(self, index: int) -> str:
+        """What to call an image."""
+        return f"image {index}" if self._names is None else self._names[index]
 
     def __len__(self) -> int:
         return self._count

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LLaVA conversation format: a JSON list of rows with `id`, `image` and `conversations`.
+"""The LLaVA conversation format: rows with `id`, `image` and `conversations`, JSON or JSON lines.
 
 Everything the JSON and the folder listings show is checked when the source opens; what only
 decoding shows is found when an image is read. A bad row fails or, on request, is left out and
@@ -7,56 +7,20 @@ counted.
 """
 
 import hashlib
-import json
 import os
-from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vlm_jax.data.example import IMAGE_MARK, BadExample, Example, Images
+from vlm_jax.data.paths import SUFFIXES, Folder, spelled
+from vlm_jax.data.rows import Fault, check_keys, check_text, own_ids, read_rows
+from vlm_jax.data.skips import Skip, Skips
 
-# Images that were renamed or are in truth of another kind (OCR-VQA: GIF named .jpg) are found by
-# these.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
 MOST_ELONGATED = (
     100  # a longer image shows nothing, and would fill memory where the short side is resized
 )
-
-
-class _Fault(Exception):
-    """Why a row is bad: a word to count it under, and what came and what was allowed."""
-
-    def __init__(self, kind: str, message: str):
-        super().__init__(message)
-        self.kind = kind
-
-
-def read_rows(path: Path) -> tuple[list, str]:
-    """The rows of a LLaVA JSON file and the sha256 of its bytes.
-
-    Raises:
-      FileNotFoundError: where there is no such file.
-      ValueError: where it is no JSON, cut short, or not a list.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}: set data.path to a LLaVA JSON file")
-    data = path.read_bytes()
-    try:
-        rows = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not JSON, or cut short ({len(data)} bytes): {error}; download it again, "
-            "or give a JSON list of rows with id, image and conversations"
-        ) from error
-    if not isinstance(rows, list):
-        raise ValueError(
-            f"{path} holds a JSON {type(rows).__name__} at the top, not a list of rows with id, "
-            "image and conversations"
-        )
-    return rows, hashlib.sha256(data).hexdigest()
 
 
 def turns_of(row: dict, has_image: bool) -> tuple[tuple[str, str], ...]:
@@ -68,9 +32,12 @@ def turns_of(row: dict, has_image: bool) -> tuple[tuple[str, str], ...]:
     if not isinstance(said, list) or not all(
         isinstance(s, dict) and isinstance(s.get("value"), str) for s in said
     ):
-        raise _Fault(
+        raise Fault(
             "conversations", "`conversations` is not a list of {from, value} with text values"
         )
+    for k, turn in enumerate(said):
+        check_keys(f"turn {k + 1}", turn)
+        check_text(f"turn {k + 1}", turn["value"])
     if said and said[0].get("from") == "gpt":
         said = said[1:]
     if (
@@ -78,26 +45,24 @@ def turns_of(row: dict, has_image: bool) -> tuple[tuple[str, str], ...]:
         or len(said) % 2
         or any(s.get("from") != ("human", "gpt")[k % 2] for k, s in enumerate(said))
     ):
-        raise _Fault(
+        raise Fault(
             "conversations",
-            f"the turns are {[s.get('from') for s in said]}, not human and gpt in turn, "
+            f"the turns are {[s.get('from') for s in said]!r:.80}, not human and gpt in turn, "
             "ending with gpt",
         )
     for k, turn in enumerate(said):
         marks = turn["value"].count(IMAGE_MARK)
         if marks and k:
-            raise _Fault(
+            raise Fault(
                 "image_mark",
                 f"{IMAGE_MARK} in turn {k + 1} ({turn['from']}): it belongs in the first question",
             )
         if marks > 1:
-            raise _Fault(
-                "image_mark", f"{marks} times {IMAGE_MARK}: one image per row is supported"
-            )
+            raise Fault("image_mark", f"{marks} times {IMAGE_MARK}: one image per row is supported")
         if k % 2 and not turn["value"].strip():
-            raise _Fault("empty_answer", f"turn {k + 1} is an empty answer: nothing to learn from")
+            raise Fault("empty_answer", f"turn {k + 1} is an empty answer: nothing to learn from")
     if has_image != (IMAGE_MARK in said[0]["value"]):
-        raise _Fault(
+        raise Fault(
             "image_mark",
             f"an image but no {IMAGE_MARK} in the first question"
             if has_image
@@ -105,35 +70,6 @@ def turns_of(row: dict, has_image: bool) -> tuple[tuple[str, str], ...]:
         )
     texts = [s["value"].replace(IMAGE_MARK, "").strip() for s in said]
     return tuple(zip(texts[::2], texts[1::2], strict=True))
-
-
-class _Folder:
-    """Finds images below a folder; each directory is listed once, however many images it holds."""
-
-    def __init__(self, root: Path):
-        self.root, self._listed, self.renamed = root, {}, 0
-
-    def find(self, name: str) -> str:
-        """The path of an image, under another suffix where the file is not there as named."""
-        folder, base = os.path.split(os.path.join(self.root, name))
-        if folder not in self._listed:
-            try:
-                self._listed[folder] = set(os.listdir(folder))
-            except OSError:
-                self._listed[folder] = set()
-        names = self._listed[folder]
-        if base in names:
-            return os.path.join(folder, base)
-        stem = os.path.splitext(base)[0]
-        for suffix in SUFFIXES:
-            if (other := stem + suffix) in names or (other := stem + suffix.upper()) in names:
-                self.renamed += 1
-                return os.path.join(folder, other)
-        raise _Fault(
-            "missing_image",
-            f"no image {os.path.join(folder, base)}, nor with another suffix "
-            f"({', '.join(SUFFIXES)}): check data.images={str(self.root)!r}",
-        )
 
 
 def read_image(
@@ -159,10 +95,10 @@ def read_image(
 
 
 class Llava:
-    """Rows of a LLaVA JSON file.
+    """Rows of a LLaVA file, a JSON list or JSON lines.
 
     Args:
-      path: the JSON file; "{split}" in it stands for the split. Without, there is only "train".
+      path: the file; "{split}" in it stands for the split. Without, there is only "train".
       split: train, val or test.
       images: the folder that image paths are relative to.
       text_only: accept rows without an image.
@@ -185,24 +121,29 @@ class Llava:
                 "training data; set data.path to something like data/{split}.json"
             )
         self.split = split
-        self.path = Path(path.replace("{split}", split))
-        rows, file_hash = read_rows(self.path)
-        self.faults: Counter[str] = Counter()
-        self._folder = _Folder(Path(images))
+        self.path = spelled(path.replace("{split}", split))
+        found = read_rows(self.path)
+        self.left_out = Skips()
+        self._text_only = text_only
+        self._folder = Folder(images)
         self._examples: list[Example] = []
         self._paths: dict[str, int] = {}
         self._owners: list[str] = []
-        taken: set[str] = set()
-        first = None
+        rows = found.rows
+        ids = own_ids([row.get("id") if isinstance(row, dict) else None for row in rows])
+        self.repeated_ids, self.missing_ids = ids.repeated, ids.missing
         for number, row in enumerate(rows):
-            given = row.get("id") if isinstance(row, dict) else None
-            name = "" if given is None else str(given)
+            owner = f"{self.path}, {found.place(number)} (id {ids.shown(number)!r:.80})"
             try:
-                self._add(row, name, taken, text_only)
-            except _Fault as fault:
-                self.faults[fault.kind] += 1
-                first = first or f"{self.path}, row {number} (id {name!r}): {fault}"
-        bad = self.faults.total()
+                self._add(row, ids.own[number], ids.given[number], owner)
+            except (Fault, RecursionError) as fault:  # RecursionError: deep JSON in an odd place
+                kind = fault.kind if isinstance(fault, Fault) else "json"
+                image = row.get("image") if isinstance(row, dict) else None
+                image = image if isinstance(image, str) else ""
+                skip_of = Skip(ids.own[number], image, f"{owner}: {fault}")
+                self.left_out.add(number, kind, skip_of)
+        bad = len(self.left_out)
+        first = next((str(skip) for skip in self.left_out.first.values()), "")
         if first and not skip:
             more = f" ({bad - 1} more bad rows)" if bad > 1 else ""
             raise BadExample(
@@ -215,37 +156,46 @@ class Llava:
                 + (f"; the first bad one: {first}" if first else "")
             )
         paths = list(self._paths)
-        owners = self._owners
-        self.images = Images(_Reader(paths, owners), len(paths))
+        self.images = Images(_Reader(paths, self._owners), len(paths), paths)
         self.data_hash = hashlib.sha256(
-            f"{file_hash} {text_only} {dict(self.faults)}".encode()
+            f"{found.sha256} {text_only} {dict(self.left_out.kinds)}".encode()
         ).hexdigest()
 
-    def _add(self, row: Any, name: str, taken: set[str], text_only: bool) -> None:
+    def _add(self, row: Any, name: str, given: str, owner: str) -> None:
+        if isinstance(row, Fault):
+            raise row
         if not isinstance(row, dict):
-            raise _Fault(
+            raise Fault(
                 "row", f"a {type(row).__name__}, not an object with id, image and conversations"
             )
-        if not name:
-            raise _Fault("id", "no id")
-        if name in taken:
-            raise _Fault("duplicate_id", "this id came before: ids must be unique")
+        check_keys("the row", row)
+        check_text("`id`", name)
         image = row.get("image")
         if image is not None and not isinstance(image, str):
-            raise _Fault("image", f"`image` is {image!r}, not one path")
-        if not image and not text_only:
-            raise _Fault(
+            raise Fault("image", f"`image` is {image!r:.80}, not one path")
+        if not image and not self._text_only:
+            raise Fault(
                 "no_image", "no `image`: set data.text_only=True to accept rows of text alone"
             )
         turns = turns_of(row, bool(image))
         index = None
         if image:
-            path = self._folder.find(image)
-            index = self._paths.setdefault(path, len(self._paths))
+            check_text("`image`", image)
+            index = self._paths.setdefault(self._found(image), len(self._paths))
             if index == len(self._owners):
                 self._owners.append(f"{self.path}, id {name!r}")
-        taken.add(name)
-        self._examples.append(Example(name, index, turns, "llava", "llava"))
+        self._examples.append(Example(name, index, turns, "llava", "llava", given=given))
+
+    def _found(self, name: str) -> str:
+        """The path of an image, under another suffix where the file is not there as named."""
+        path = self._folder.find(name, suffixes=SUFFIXES)
+        if path is None:
+            raise Fault(
+                "missing_image",
+                f"no image {os.path.join(self._folder.root, name)}, nor with another suffix "
+                f"({', '.join(SUFFIXES)}): check data.images={self._folder.root!r}",
+            )
+        return path
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -254,17 +204,41 @@ class Llava:
         return self._examples[index]
 
     def describe(self) -> dict[str, Any]:
-        """Counts of rows, images, rows left out by reason, and images under another suffix."""
+        """Counts of rows, images, rows left out by reason, and of what is not as it was given."""
+        changed = {
+            "repeated_ids": self.repeated_ids,
+            "missing_ids": self.missing_ids,
+            "respelled_images": self._folder.respelled,
+        }
         return {
             "source": self.name,
             "split": self.split,
             "path": str(self.path),
             "examples": len(self),
             "images": len(self.images),
-            "left_out": dict(sorted(self.faults.items())),
+            "left_out": dict(sorted(self.left_out.kinds.items())),
             "renamed_images": self._folder.renamed,
+            **{name: count for name, count in changed.items() if count},
             "data_hash": self.data_hash,
         }
+
+    def notes(self) -> list[str]:
+        """What a user should know of how the file was read, in sentences."""
+        said = []
+        if count := self.repeated_ids:
+            said.append(
+                f"{self.path}: {count} rows have the id of an earlier row; they are read as ID#2, "
+                "ID#3, ..., and none is dropped"
+            )
+        if count := self.missing_ids:
+            said.append(
+                f"{self.path}: {count} rows have no id (a text or a number); they are called #ROW, "
+                "counted from 0"
+            )
+        if self.left_out:
+            rows = len(self) + len(self.left_out)
+            said.append(f"{self.path}: {self.left_out.told(rows, 'rows are left out')}")
+        return said
 
 
 class _Reader:

@@ -19,7 +19,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from vlm_jax.data.example import BadExample, Example, Images
+from vlm_jax.data.rows import Fault, check_text, own_ids
 from vlm_jax.data.scenes import covering
+from vlm_jax.data.skips import Skips
 
 FILES = {"train": "test", "val": "dev", "test": "dev"}  # our split -> the split of the data set
 ORDERS = tuple(itertools.permutations(range(3)))  # image K shows boxes ORDERS[K] of structured_rep
@@ -130,24 +132,31 @@ class Nlvr:
         names: list[str] = []
         self._boxes: list[list[list[dict]]] = []
         self._examples: list[Example] = []
+        rows = []
         for number, line in enumerate(data.splitlines(), 1):
             try:
-                row = json.loads(line)
-                sentence, label, identifier = row["sentence"], row["label"], row["identifier"]
-                folder, boxes = row["directory"], row["structured_rep"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                rows.append(_checked(json.loads(line)))
+            except (ValueError, KeyError, TypeError, RecursionError, Fault) as error:
                 raise ValueError(
-                    f"{Path(path) / kept / kept}.json, line {number}: {error!r}: expected an "
+                    f"{Path(path) / kept / kept}.json, line {number}: {error!r:.120}: expected an "
                     "object with sentence, label, identifier, directory and structured_rep"
                 ) from error
+        if not rows:
+            raise ValueError(f"{Path(path) / kept / kept}.json is empty: unpack the data again")
+        ids = own_ids([identifier for _, _, identifier, _, _ in rows])
+        self.repeated_ids, self.left_out = ids.repeated, Skips()
+        for own, (sentence, label, identifier, folder, boxes) in zip(ids.own, rows, strict=True):
             self._boxes.append(boxes)
             for order in range(len(ORDERS)):
-                turns, name = ((sentence, label),), f"{identifier}-{order}"
+                turns, name = ((sentence, label),), f"{own}-{order}"
                 # The drawings of one sentence, in all their orders, are no independent samples.
                 sentence_id = identifier.split("-")[0]
-                self._examples.append(Example(name, len(names), turns, "nlvr", "nlvr", sentence_id))
+                given = f"{identifier}-{order}" if own != identifier else ""
+                self._examples.append(
+                    Example(name, len(names), turns, "nlvr", "nlvr", sentence_id, given)
+                )
                 names.append(f"images/{folder}/{kept}-{identifier}-{order}.png")
-        self.images = Images(_Reader(files, names), len(names))
+        self.images = Images(_Reader(files, names), len(names), names)
         self.data_hash = hashlib.sha256(data).hexdigest()
 
     def __len__(self) -> int:
@@ -184,6 +193,15 @@ class Nlvr:
             owners.paste(box, (round(corner[0] * scale), round(corner[1] * scale)))
         return np.array(classes, np.int32)[covering(np.asarray(owners), side)]
 
+    def notes(self) -> list[str]:
+        """What a user should know of how the file was read, in sentences."""
+        if not self.repeated_ids:
+            return []
+        return [
+            f"NLVR {FILES[self.split]}: {self.repeated_ids} rows have the identifier of an earlier "
+            "row; they are read as IDENTIFIER#2, ..., and none is dropped"
+        ]
+
     def describe(self) -> dict[str, Any]:
         """Counts of examples, images and labels, and which file of the data set this is."""
         labels = Counter(e.turns[0][1] for e in self._examples)
@@ -194,8 +212,31 @@ class Nlvr:
             "examples": len(self),
             "images": len(self.images),
             "labels": dict(sorted(labels.items())),
+            **({"repeated_ids": self.repeated_ids} if self.repeated_ids else {}),
             "data_hash": self.data_hash,
         }
+
+
+def _checked(row: Any) -> tuple[str, str, str, str, list[list[dict]]]:
+    """Sentence, label, identifier, directory and boxes of a row.
+
+    Raises:
+      KeyError, TypeError, ValueError, Fault: where one is missing or is not what NLVR has there.
+    """
+    texts = [row[name] for name in ("sentence", "label", "identifier", "directory")]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("sentence, label, identifier and directory are texts")
+    for text in texts:
+        check_text("the row", text)
+    if texts[1] not in ("true", "false"):
+        raise ValueError(f"the label is {texts[1]!r:.40}, not true or false")
+    boxes = row["structured_rep"]
+    if not isinstance(boxes, list) or len(boxes) != len(BOX_LEFT):
+        raise TypeError("structured_rep is not a list of three boxes")
+    for shape in (shape for box in boxes for shape in box):
+        KINDS.index(shape["type"]), COLOURS.index(shape["color"]), SIZES.index(shape["size"])
+        shape["x_loc"] + shape["y_loc"] + 0.0  # numbers
+    return *texts, boxes
 
 
 def _draw(

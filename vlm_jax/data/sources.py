@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where examples come from: one table of sources, opened by a configuration and a split."""
 
+import logging
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -9,6 +10,8 @@ from vlm_jax.data.llava import Llava
 from vlm_jax.data.nlvr import Nlvr
 from vlm_jax.data.synthetic import Synthetic
 from vlm_jax.data.synthetic import majority as majority_by_wording
+
+log = logging.getLogger(__name__)
 
 __all__ = ["SOURCES", "BadExample", "Example", "Source", "majority", "open_source"]
 
@@ -40,15 +43,25 @@ SOURCES = {"llava": _llava, "synthetic": _synthetic, "nlvr": _nlvr}
 def open_source(config: Any, split: str) -> Source:
     """The split ("train", "val" or "test") of the source that config.data names.
 
+    What is not as it was given is a warning: rows left out, ids of our own.
+
     Raises:
-      ValueError: for an unknown source, split or data.on_bad_example.
+      ValueError: for an unknown source, split or data.on_bad_example, or a split without examples.
       FileNotFoundError, BadExample: for data that is missing or bad, saying which.
     """
     if config.data.source not in SOURCES:
         raise ValueError(f"data.source={config.data.source!r}: choose one of {', '.join(SOURCES)}")
     if config.data.on_bad_example not in ("fail", "skip"):
         raise ValueError(f"data.on_bad_example={config.data.on_bad_example!r}: choose fail or skip")
-    return SOURCES[config.data.source](config, split)
+    source = SOURCES[config.data.source](config, split)
+    if not len(source):
+        raise ValueError(
+            f"the {split} split of data.source={source.name!r} has no examples"
+            + (f": set data.{split}_images above 0" if source.name == "synthetic" else "")
+        )
+    for note in source.notes():
+        log.warning(note)
+    return source
 
 
 def majority(train: Source, test: Source) -> dict[str, float]:

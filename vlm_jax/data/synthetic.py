@@ -17,6 +17,7 @@ import numpy as np
 
 from vlm_jax.data import naming, questions, reading, scenes
 from vlm_jax.data.example import Example, Images
+from vlm_jax.data.skips import Skips
 
 SPLITS = ("train", "val", "test")
 TEXT_SHARE = 0.6  # images of the text family
@@ -94,6 +95,7 @@ class Synthetic:
         if images < 0:
             raise ValueError(f"{images} images: give data.{split}_images a number from 0 upwards")
         self.split, self.seed = split, seed
+        self.left_out = Skips()  # nothing is read, and nothing can be bad
         self.specs: list[scenes.Scene | reading.Page] = []
         self.questions: list[questions.Question] = []
         self._examples: list[Example] = []
@@ -161,6 +163,10 @@ class Synthetic:
         """What each patch of image `index` shows, int32 [side * side] in raster order."""
         spec = self.specs[index]
         return (reading if isinstance(spec, reading.Page) else scenes).patch_labels(spec, side)
+
+    def notes(self) -> list[str]:
+        """Nothing: what is made is as it should be."""
+        return []
 
     def describe(self) -> dict:
         """Numbers of images and of examples per task, for the log."""
