@@ -3,6 +3,7 @@
 
 import io
 import json
+import re
 
 import jax
 import numpy as np
@@ -278,6 +279,35 @@ def test_a_file_of_requests_keeps_what_is_finished(checkpoint, photo, tmp_path, 
     assert "list of texts" in found[5]["error"] and "a path" in found[6]["error"]
     assert "line 7" in found[7]["error"] and "line 8" in found[8]["error"]
     assert "6 requests" in capsys.readouterr().err
+
+
+def test_an_unset_limit_is_what_fits(one, images, checkpoint, photo, tmp_path, capsys):
+    """By flag, file and Python; a limit that was set and does not fit is refused with numbers."""
+    short, long = (one.request(images[0], "star " * n) for n in (1, 90))
+    assert [one.room(r) for r in (short, long)] == [128 - 4 - len(r.ids) for r in (short, long)]
+    assert one.room(short, new_tokens=2) == 2
+    kept, one.max_length = one.max_length, 4000
+    try:
+        assert one.room(short) == 256  # and no more
+    finally:
+        one.max_length = kept
+    before = one.decoder.stop_ids, one.processor.stop_ids
+    try:  # nothing ends a row: each is as long as it may be, in company too
+        one.decoder.stop_ids, one.processor.stop_ids = np.array([], int), ()
+        answers = one.answer([short, long])
+        assert [len(a.ids) for a in answers] == [one.room(short), one.room(long)]
+        assert answers[1].ids == one.answer([long])[0].ids
+    finally:
+        one.decoder.stop_ids, one.processor.stop_ids = before
+    argv = [f"--checkpoint={checkpoint}", f"--image={photo}"]
+    assert generate.main([*argv, "--prompt=what is this?"]) == 0
+    (tmp_path / "r.jsonl").write_text(json.dumps(dict(image="a.png", prompt="star " * 90)))
+    assert generate.main([argv[0], f"--requests={tmp_path}/r.jsonl"]) == 0
+    capsys.readouterr()
+    assert generate.main([*argv, "--prompt=a", "--max-new-tokens=256"]) == 2
+    assert re.search(r"4 of the image and up to 256 .*made for 128", capsys.readouterr().err)
+    with pytest.raises(ValueError, match="at least 1 of the answer are .*made for 128: shorten"):
+        one.room(one.request(images[0], "star " * 200))
 
 
 def test_what_cannot_be_answered_says_why(one, images, tmp_path):

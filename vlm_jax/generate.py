@@ -44,7 +44,11 @@ def flags() -> argparse.ArgumentParser:
     add("--requests", type=Path, help="a JSONL file of many")
     add("--out", type=Path, help="with --requests: the answers (default: stdout)")
     add("--visual-tokens", type=int, help="V, where the compressor serves any")
-    add("--max-new-tokens", type=int, default=256, help="most tokens of an answer (default: 256)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        help="most tokens of an answer (default: what the model's length leaves, 256 at most)",
+    )
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
     add("--top-p", type=float, default=1.0, help="of the probability mass (default: 1)")
     add("--seed", type=int, default=0, help="of the draws (default: 0)")
@@ -167,8 +171,8 @@ def many(model: VLM, options: argparse.Namespace) -> int:
                 if isinstance(image, str):
                     image = where / image
                 request = model.request(image, row["prompt"])
-                model.check(request, new_tokens=options.max_new_tokens,
-                            visual_tokens=options.visual_tokens)  # fmt: skip
+                model.room(request, new_tokens=options.max_new_tokens,
+                           visual_tokens=options.visual_tokens)  # fmt: skip
             except (ValueError, OSError) as error:
                 bad += 1
                 out.write(json.dumps({"id": name, "error": str(error)}) + "\n")

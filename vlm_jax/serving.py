@@ -43,6 +43,9 @@ from vlm_jax.weights.files import read_json
 from vlm_jax.weights.stored import NAMES
 
 
+MOST_NEW_TOKENS = 256  # of an answer to whose length nobody set a limit, where they fit
+
+
 @dataclass(frozen=True)
 class Answer:
     """What the model said to one request, and what that took.
@@ -163,7 +166,7 @@ class VLM:
         self,
         requests: Sequence[Request],
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -174,7 +177,8 @@ class VLM:
         """Answers to requests, in order.
 
         Args:
-          max_new_tokens: most tokens of an answer.
+          max_new_tokens: most tokens of an answer; unless given, what each request leaves of the
+            model's length, 256 at most.
           temperature: 0 takes the likeliest token; top_p: of the probability mass, when drawing.
           seed: of each request's draws: the same request gets the same answer in any company.
           visual_tokens: V, where the compressor serves any; as the checkpoint has it unless given.
@@ -183,7 +187,7 @@ class VLM:
         Raises:
           ValueError: for what cannot be answered, before anything is.
         """
-        if max_new_tokens < 1:
+        if max_new_tokens is not None and max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1")
         if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
             raise ValueError(
@@ -195,8 +199,10 @@ class VLM:
         one = self.compressor.tokens if not self.compressor.adaptive else None
         if visual_tokens not in (None, one):
             self.decoder.model.at(visual_tokens)
-        for request in requests:
-            self.check(request, new_tokens=max_new_tokens, visual_tokens=visual_tokens)
+        room = [
+            self.room(request, new_tokens=max_new_tokens, visual_tokens=visual_tokens)
+            for request in requests
+        ]
         # What a batch shares: how it begins, and whether it has images. Each is a program.
         kinds = [(self.begins(r), r.pixels is not None) for r in requests]
         answers: dict[int, Answer] = {}
@@ -208,24 +214,35 @@ class VLM:
                     [requests[i] for i in some],
                     begins=kind[0],
                     drawn=(temperature, top_p, seed),
-                    new_tokens=max_new_tokens,
+                    room=[room[i] for i in some],
                     visual_tokens=visual_tokens,
                     told=(lambda k, text, some=some: told(some[k], text)) if told else None,
                 )
                 answers |= zip(some, said, strict=True)
         return [answers[i] for i in range(len(requests))]
 
-    def check(self, request: Request, *, new_tokens: int, visual_tokens: int | None) -> None:
-        """Raises ValueError for a request that does not fit into the model."""
+    def room(
+        self, request: Request, *, new_tokens: int | None = None, visual_tokens: int | None = None
+    ) -> int:
+        """How many new tokens an answer may have: `new_tokens`, or what fits, 256 at most.
+
+        Raises:
+          ValueError: for a request that does not fit into the model, with the numbers.
+        """
         V = 0
         if request.pixels is not None:
             V = self.compressor.tokens if visual_tokens is None else visual_tokens
-        if (total := len(request.ids) + V + new_tokens) > self.max_length:
+        read = len(request.ids) + V
+        most = min(self.max_length - read, MOST_NEW_TOKENS) if new_tokens is None else new_tokens
+        if read + max(most, 1) > self.max_length:
+            way = "lower max_new_tokens" if most > 1 else "use a model of a greater length"
             raise ValueError(
-                f"{len(request.ids)} tokens of prompt, {V} of the image and up to {new_tokens} of "
-                f"the answer are {total}; this model was made for {self.max_length}: shorten the "
-                "prompt, or lower max_new_tokens"
+                f"{len(request.ids)} tokens of prompt, {V} of the image and "
+                f"{'at least 1' if new_tokens is None else f'up to {most}'} of the answer are "
+                f"{read + max(most, 1)}; this model was made for {self.max_length}: shorten the "
+                f"prompt, or {way}"
             )
+        return most
 
     def asked(self, visual_tokens: int | None) -> int | None:
         """The V that the compressor is told: none where it gives but one."""
@@ -239,10 +256,8 @@ class VLM:
         at = len(request.ids) if request.image_at is None else request.image_at
         return 0 < length <= at and request.ids[:length] == self.prefix
 
-    def _together(
-        self, requests, *, begins, drawn, new_tokens, visual_tokens, told
-    ) -> list[Answer]:
-        """The answers of one batch."""
+    def _together(self, requests, *, begins, drawn, room, visual_tokens, told) -> list[Answer]:
+        """The answers of one batch, each of as many tokens as its request has `room` for."""
         tokenizer, stop_ids = self.processor.tokenizer, self.processor.stop_ids
         with jax.set_mesh(self.mesh):
             then = time.perf_counter()
@@ -256,7 +271,7 @@ class VLM:
             )
             started = self.decoder.start(
                 jax.device_put(made, meshes.sharding(self.mesh, "batch")),
-                new_tokens=new_tokens,
+                new_tokens=max(room),
                 tokens=self.asked(visual_tokens) if requests[0].pixels is not None else None,
                 begun=self.begun if begins else None,
                 sampling=jax.device_put(sampling, meshes.sharding(self.mesh, "batch"))
@@ -266,7 +281,7 @@ class VLM:
             length = np.asarray(started.length)
             texts = [Text(tokenizer) for _ in requests]
             ended: dict[int, float] = {}  # when each row did
-            for step, ids in enumerate(self.decoder.stream(started, new_tokens)):
+            for step, ids in enumerate(self.decoder.stream(started, max(room))):
                 now = time.perf_counter()
                 first = now - then if step == 0 else first
                 for k, text in enumerate(texts):
@@ -274,10 +289,12 @@ class VLM:
                         continue
                     text.ids.append(int(ids[k]))
                     stopped = text.ids[-1] in stop_ids
-                    if stopped or step == new_tokens - 1:
+                    if stopped or step == room[k] - 1:
                         ended[k] = now
                     if told and (piece := text.piece(whole=k in ended, stop=stopped)):
                         told(k, piece)
+                if len(ended) == len(texts):
+                    break
         answers = []
         for k, (request, text) in enumerate(zip(requests, texts, strict=True)):
             stopped = text.ids[-1] in stop_ids

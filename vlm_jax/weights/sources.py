@@ -192,9 +192,11 @@ def of_run(path: Path, config: ConfigDict, model: vlm.VLM) -> Model:
 
 def described_run(path: Path, config: ConfigDict) -> Model:
     """What a run's configuration says of its model; no tensor is in it."""
-    vit = config.vit.to_dict()
+    compressor = vlm.shapes(config).compressor
+    # Rows had room for as many as it can give: of a request's V, or of an image that chooses.
+    most = max(compressor.tokens, config.compressor.tokens, *compressor.buckets)
     return Model(
-        vit,
+        config.vit.to_dict(),
         config.llm.to_dict(),
         config.compressor.to_dict(),
         dict(
@@ -205,7 +207,7 @@ def described_run(path: Path, config: ConfigDict) -> Model:
                 resample=config.data.image_resample,
             ),
             image_token=None,
-            max_length=config.data.text_length + config.compressor.tokens,
+            max_length=config.data.text_length + most,
             template=config.data.template,
         ),
         {},
