@@ -103,6 +103,9 @@ def get_config() -> ConfigDict:
     # Tokens of the question that a compressor reads; with compressor.query "prefix" of all text
     # before the image, and text_length - question_length tokens may follow it.
     c.data.question_length = 64
+    # M, most images of a row, each V tokens at its mark. Rows with fewer cost as much: the encoder
+    # and the LLM's row of text_length + M V tokens are the same for all.
+    c.data.images_per_row = 1
     c.data.on_bad_example = "fail"  # or "skip": counted and reported
     c.data.text_only = False  # accept rows without an image
     c.data.blind = False  # replace every image by the mean image: the blind baseline

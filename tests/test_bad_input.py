@@ -55,14 +55,15 @@ FAULTS = {
         "image_mark",
         "turn 2 .gpt.",
     ),
-    "mark in a later turn": (
+    "a second mark in a later turn": (
         dict(conversations=turns("<image> a?", "b", "<image>", "d")),
         "image_mark",
-        "turn 3 .human.",
+        "2 times <image> in its questions, and `image` names 1",
     ),
     "two marks": (dict(conversations=turns("<image><image> a?", "b")), "image_mark", "2 times"),
     "no mark": (dict(conversations=turns("a?", "b")), "image_mark", "an image but no <image>"),
-    "two images": (dict(image=["0.jpg", "1.jpg"]), "image", "not one path"),
+    "two images": (dict(image=["0.jpg", "1.jpg"]), "images", "data.images_per_row=1: raise"),
+    "an image that is none": (dict(image=["0.jpg", 5]), "image", "not a path or a list of paths"),
     "no image": (dict(image=None), "no_image", "data.text_only=True"),
     "half a character in a question": (
         dict(conversations=turns("<image> a\ud83d?", "b")),
@@ -77,7 +78,7 @@ FAULTS = {
     "half a character in an id": (dict(id="r\ud800"), "text", "`id` holds"),
     "half a character in a path": (dict(image="\ud8004.jpg"), "text", "`image` holds"),
     "a zero byte in a path": (dict(image="a\x00/4.jpg"), "missing_image", "no image"),
-    "a number that is none": (dict(image=float("nan")), "image", "nan, not one path"),
+    "a number that is none": (dict(image=float("nan")), "image", "nan, not a path"),
     "a text that is no number": (
         dict(conversations=turns("<image> a?", float("inf"))),
         "conversations",
@@ -127,7 +128,7 @@ def test_rows_of_text_alone_need_leave(folder):
     levels = np.ones((1, 4, 3), np.float32)
     batch = next(iter(evaluation_batches(source, processor, batch=2, features=levels)))
     assert batch["levels"][0].all() and not batch["levels"][1].any() and levels.all()
-    with pytest.raises(BadExample, match="<image> in the first question but no image"):
+    with pytest.raises(BadExample, match="<image> in a question but no image"):
         opened(folder, [row(0), row(1, image=None)], text_only=True)
 
 

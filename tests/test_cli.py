@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from vlm_jax import __main__, cli
+from vlm_jax.learn.workdir import digest
 
 CONFIG = f"--config={tiny.ROOT}/tests/tiny.py"
 VERBS = ("train", "evaluate", "grid", "fit", "plan", "report")
@@ -84,13 +85,13 @@ def test_help_needs_no_configuration(capsys):
 
 @pytest.mark.parametrize("section", ["vit", "llm", "finetune", "data", "grid"])
 def test_the_digest_changes_with_any_field(section):
-    before = cli.digest(tiny.get_config())
-    assert before == cli.digest(tiny.get_config()) and len(before) == 16
+    before = digest(tiny.get_config())
+    assert before == digest(tiny.get_config()) and len(before) == 16
     for name, value in tiny.get_config()[section].items():
         changed = tiny.get_config()
         with changed.unlocked(), changed.ignore_type():
             changed[section][name] = (value, "changed")
-        assert cli.digest(changed) != before, name
+        assert digest(changed) != before, name
 
 
 @pytest.mark.parametrize("error", [ValueError, FileNotFoundError, RuntimeError, OSError])

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import tiny
 
-from vlm_jax import cli, grid
+from vlm_jax import grid
 from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor, load_tokenizer
 from vlm_jax.evals import tasks
+from vlm_jax.learn.workdir import digest
 from vlm_jax.models import vlm
 from vlm_jax.scaling import cost, records
 from vlm_jax.train import Inputs
@@ -257,7 +258,7 @@ def test_cells_are_every_size_and_count_then_the_baselines_for_each_seed():
     # Nothing of the configuration itself was changed.
     assert c.to_dict() == tiny.config(grid=dict(seeds=(0, 7))).to_dict()
     # Rows of one cell and two seeds differ in their seed alone.
-    assert cli.digest(cells[0].config) == cli.digest(cells[8].config) != cli.digest(cells[1].config)
+    assert digest(cells[0].config) == digest(cells[8].config) != digest(cells[1].config)
 
 
 def test_a_baseline_may_change_other_fields_of_the_compressor():

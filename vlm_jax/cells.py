@@ -49,6 +49,12 @@ def cells_of(config: ConfigDict) -> list[Cell]:
     """The cells that a configuration describes: the grid proper, then the baselines, per seed."""
     if not config.grid.llms:
         raise ValueError("grid.llms is empty: name at least one LLM size, as configs/demo.py does")
+    if config.data.images_per_row > 1:
+        raise ValueError(
+            f"data.images_per_row={config.data.images_per_row}: the V and the FLOPs of a cell are "
+            "those of one image in a request, and so is the law; compare models of several images "
+            "by `vlm-jax train` and `vlm-jax evaluate`"
+        )
     kinds = [(config.compressor.kind, tokens) for tokens in config.grid.tokens]
     return [
         cell_of(config, llm, kind, int(tokens), int(seed), **dict(*fields))

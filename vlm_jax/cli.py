@@ -2,9 +2,7 @@
 """Command lines the way JAX users know them: --config=FILE and --config.field=value."""
 
 import ctypes
-import hashlib
 import itertools
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,12 +91,6 @@ def config_file(argv: Sequence[str]) -> str:
         ),
         "",
     )
-
-
-def digest(config: ConfigDict) -> str:
-    """Sixteen hex digits that change whenever any field does."""
-    text = json.dumps(config.to_dict(), sort_keys=True, default=list)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def report_errors(verb: str, body: Callable[[], int]) -> int:

@@ -32,7 +32,7 @@ from vlm_jax.evals import tasks
 from vlm_jax.evaluate import Clock, predict, write_predictions
 from vlm_jax.features import Features, Sight, batches_of, blind_of, features_of
 from vlm_jax.kernels import window_attention
-from vlm_jax.learn.workdir import claim, provenance, write_json
+from vlm_jax.learn.workdir import claim, digest, provenance, write_json
 from vlm_jax.models import lora, vlm
 from vlm_jax.models.compressors.compressor import Compressor
 from vlm_jax.models.vit import ViT
@@ -166,7 +166,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         prompt=config.data.template,
         parser=tasks.PROTOCOLS[protocol][1],
         data_hash=test.source.data_hash,
-        config_hash=cli.digest(config),
+        config_hash=digest(config),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         **facts,
     )
@@ -229,7 +229,7 @@ def run_grid(config: ConfigDict, folder: Path, command: str) -> dict:
     facts = provenance(window_attention.form(config.kernels))
     # The law is fitted to the grid's own method, where others are run beside it.
     method = records.method_of(**method_of(cells[0].config))
-    described = dict(command=command, config=cli.digest(config), method=method)
+    described = dict(command=command, config=digest(config), method=method)
     phase = Phases(folder / "run.json", described | facts)
     training.check(config)
     for cell in cells:

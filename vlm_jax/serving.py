@@ -367,6 +367,7 @@ def processor_of(stored: folder.Model) -> Processor:
         image_mean=tuple(image["mean"]),
         image_std=tuple(image["std"]),
         image_resample=image.get("resample", "bicubic"),
+        images_per_row=1,  # of rows made by `Processor.text`; a request has as many as it needs
         blind=False,
     )
     config = ConfigDict(dict(data=data, vit=stored.vit, compressor=stored.compressor))

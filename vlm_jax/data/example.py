@@ -18,12 +18,13 @@ class BadExample(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """Questions and answers about one image, or about none.
+    """Questions and answers about an image, about several in their order, or about none.
 
     Attributes:
       id: unique within a source and split.
-      image: index into the source's images, or None for a row of text alone.
-      turns: (question, answer) pairs; the image belongs before the first question.
+      image: index into the source's images, a tuple of them, or None for a row of text alone.
+      turns: (question, answer) pairs. Each IMAGE_MARK in the questions stands for the next image;
+        without any, all images belong to the first question.
       family: the group whose tasks are averaged for the scaling law.
       task: the task inside the family, scored on its own.
       cluster: what examples that err together share, for standard errors; the image
@@ -32,7 +33,7 @@ class Example:
     """
 
     id: str
-    image: int | None
+    image: int | tuple[int, ...] | None
     turns: tuple[tuple[str, str], ...]
     family: str
     task: str
@@ -43,6 +44,29 @@ class Example:
         if not self.cluster:
             shared = self.id if self.image is None else str(self.image)
             object.__setattr__(self, "cluster", shared)
+
+    @property
+    def images(self) -> tuple[int, ...]:
+        """The images in their order, however many there are."""
+        if self.image is None:
+            return ()
+        return self.image if isinstance(self.image, tuple) else (self.image,)
+
+    def questions(self) -> tuple[tuple[int, str], ...]:
+        """Each turn's question: how many images stand where a template puts them, and its text.
+
+        A mark alone in its question goes there, wherever it was written, as LLaVA moves it. Of
+        several in one question each stays in the text where it is, as in LLaVA-NeXT.
+        """
+        texts = [question for question, _ in self.turns]
+        marks = [text.count(IMAGE_MARK) * bool(self.images) for text in texts]
+        if not any(marks):
+            marks = [0] * len(texts)
+            return ((len(self.images), texts[0]), *zip(marks[1:], texts[1:], strict=True))
+        return tuple(
+            (1, text.replace(IMAGE_MARK, "").strip()) if count == 1 else (0, text)
+            for count, text in zip(marks, texts, strict=True)
+        )
 
 
 @runtime_checkable

@@ -23,10 +23,16 @@ MOST_ELONGATED = (
 )
 
 
-def turns_of(row: dict, has_image: bool) -> tuple[tuple[str, str], ...]:
-    """The (question, answer) pairs of a row, without its image mark.
+def listed(image: Any) -> list:
+    """What a row's `image` names: one path, a list of them, or nothing."""
+    return image if isinstance(image, list) else [] if image in (None, "") else [image]
 
-    As in LLaVA a leading answer is dropped, and the mark may stand anywhere in the first question.
+
+def turns_of(row: dict, images: int) -> tuple[tuple[str, str], ...]:
+    """The (question, answer) pairs of a row of so many images; a lone mark in the first question
+    is taken out.
+
+    As in LLaVA a leading answer is dropped. Each image has one mark, in any of the questions.
     """
     said = row.get("conversations")
     if not isinstance(said, list) or not all(
@@ -51,24 +57,27 @@ def turns_of(row: dict, has_image: bool) -> tuple[tuple[str, str], ...]:
             "ending with gpt",
         )
     for k, turn in enumerate(said):
-        marks = turn["value"].count(IMAGE_MARK)
-        if marks and k:
+        if k % 2 and IMAGE_MARK in turn["value"]:
             raise Fault(
                 "image_mark",
-                f"{IMAGE_MARK} in turn {k + 1} ({turn['from']}): it belongs in the first question",
+                f"{IMAGE_MARK} in turn {k + 1} ({turn['from']}): it belongs in a question",
             )
-        if marks > 1:
-            raise Fault("image_mark", f"{marks} times {IMAGE_MARK}: one image per row is supported")
         if k % 2 and not turn["value"].strip():
             raise Fault("empty_answer", f"turn {k + 1} is an empty answer: nothing to learn from")
-    if has_image != (IMAGE_MARK in said[0]["value"]):
+    marks = [s["value"].count(IMAGE_MARK) for s in said]
+    if sum(marks) != images:
         raise Fault(
             "image_mark",
-            f"an image but no {IMAGE_MARK} in the first question"
-            if has_image
-            else f"{IMAGE_MARK} in the first question but no image",
+            f"{IMAGE_MARK} in a question but no image"
+            if not images
+            else f"an image but no {IMAGE_MARK} in a question"
+            if images == 1 and not any(marks)
+            else f"{sum(marks)} times {IMAGE_MARK} in its questions, and `image` names {images}: "
+            "each image has one mark",
         )
-    texts = [s["value"].replace(IMAGE_MARK, "").strip() for s in said]
+    texts = [s["value"].strip() for s in said]
+    if marks[0] == images == 1:
+        texts[0] = texts[0].replace(IMAGE_MARK, "").strip()
     return tuple(zip(texts[::2], texts[1::2], strict=True))
 
 
@@ -102,6 +111,7 @@ class Llava:
       split: train, val or test.
       images: the folder that image paths are relative to.
       text_only: accept rows without an image.
+      images_per_row: most images of a row.
       skip: leave bad rows out and count them, instead of failing.
     Raises:
       FileNotFoundError, ValueError: for a file that cannot be read as such, or without a usable
@@ -113,7 +123,14 @@ class Llava:
     protocol = "embedded"
 
     def __init__(
-        self, path: str, split: str, *, images: str, text_only: bool = False, skip: bool = False
+        self,
+        path: str,
+        split: str,
+        *,
+        images: str,
+        text_only: bool = False,
+        images_per_row: int = 1,
+        skip: bool = False,
     ):
         if "{split}" not in path and split != "train":
             raise ValueError(
@@ -124,7 +141,7 @@ class Llava:
         self.path = spelled(path.replace("{split}", split))
         found = read_rows(self.path)
         self.left_out = Skips()
-        self._text_only = text_only
+        self._text_only, self._images_per_row = text_only, images_per_row
         self._folder = Folder(images)
         self._examples: list[Example] = []
         self._paths: dict[str, int] = {}
@@ -139,8 +156,8 @@ class Llava:
             except (Fault, RecursionError) as fault:  # RecursionError: deep JSON in an odd place
                 kind = fault.kind if isinstance(fault, Fault) else "json"
                 image = row.get("image") if isinstance(row, dict) else None
-                image = image if isinstance(image, str) else ""
-                skip_of = Skip(ids.own[number], image, f"{owner}: {fault}")
+                named = [name for name in listed(image) if isinstance(name, str)]
+                skip_of = Skip(ids.own[number], ", ".join(named), f"{owner}: {fault}")
                 self.left_out.add(number, kind, skip_of)
         bad = len(self.left_out)
         first = next((str(skip) for skip in self.left_out.first.values()), "")
@@ -170,21 +187,30 @@ class Llava:
             )
         check_keys("the row", row)
         check_text("`id`", name)
-        image = row.get("image")
-        if image is not None and not isinstance(image, str):
-            raise Fault("image", f"`image` is {image!r:.80}, not one path")
-        if not image and not self._text_only:
+        images = listed(row.get("image"))
+        if not all(isinstance(image, str) and image for image in images):
+            raise Fault("image", f"`image` is {row['image']!r:.80}, not a path or a list of paths")
+        if len(images) > self._images_per_row:
+            raise Fault(
+                "images",
+                f"{len(images)} images, and data.images_per_row={self._images_per_row}: raise that "
+                f"to {len(images)}",
+            )
+        if not images and not self._text_only:
             raise Fault(
                 "no_image", "no `image`: set data.text_only=True to accept rows of text alone"
             )
-        turns = turns_of(row, bool(image))
-        index = None
-        if image:
+        turns = turns_of(row, len(images))
+        for image in images:
             check_text("`image`", image)
-            index = self._paths.setdefault(self._found(image), len(self._paths))
-            if index == len(self._owners):
+        indices = []
+        # All are found before one is kept: an image of a bad row is none of the source's.
+        for path in [self._found(image) for image in images]:
+            indices.append(self._paths.setdefault(path, len(self._paths)))
+            if indices[-1] == len(self._owners):
                 self._owners.append(f"{self.path}, id {name!r}")
-        self._examples.append(Example(name, index, turns, "llava", "llava", given=given))
+        image = tuple(indices) if len(indices) > 1 else indices[0] if indices else None
+        self._examples.append(Example(name, image, turns, "llava", "llava", given=given))
 
     def _found(self, name: str) -> str:
         """The path of an image, under another suffix where the file is not there as named."""

@@ -4,7 +4,8 @@
 Batch k is a pure function of (k, seed, source, batch size): not of how many processes read it, nor
 of where reading began. A process makes only the rows that its devices hold.
 
-Shapes: B rows of all processes, T text tokens, Tq question tokens, S pixels, P patches, C channels.
+Shapes: B rows of all processes, M images of a row (data.images_per_row; left out where it is 1),
+T text tokens, Tq question tokens, S pixels, P patches, C channels.
 """
 
 from collections.abc import Iterator, Sequence
@@ -64,36 +65,42 @@ class _Rows:
                 f"features of {len(features)} images for a source with {len(source.images)}: "
                 "encode the same split again"
             )
-        self.table = None
-        if len(source) * (processor.text_length * 5 + processor.question_length * 4) <= TABLE_BYTES:
+        self.table, self.most = None, processor.images_per_row
+        row_bytes = processor.text_length * 5 + processor.question_length * 4 * self.most
+        if len(source) * row_bytes <= TABLE_BYTES:
             examples = [source[i] for i in range(len(source))]
             self.table = self._stack([processor.text(e, answer=answer) for e in examples])
-            # -1: no image.
-            self.images = np.array([-1 if e.image is None else e.image for e in examples], np.int64)
+            self.images = np.array([self._padded(e.images) for e in examples], np.int64)
 
     @staticmethod
     def _stack(rows: list[dict]) -> Batch:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def _image_of(self, index: int) -> int:
-        if self.table is not None:
-            return int(self.images[index])
-        image = self.source[index].image
-        return -1 if image is None else image
+    def _padded(self, images: tuple[int, ...]) -> list[int]:
+        """As many images as a row may have; -1: none."""
+        return [*images, *[-1] * (self.most - len(images))]
 
-    def _picture(self, index: int) -> np.ndarray:
-        """The image of an example, uint8 [S, S, 3]; black where it has none."""
-        image = self._image_of(index)
-        if image < 0:
-            return np.zeros((self.processor.images.size,) * 2 + (3,), np.uint8)
-        return self.processor.square(self.source.images[image])
+    def _images_of(self, index: int) -> np.ndarray:
+        """The images of an example, [M]."""
+        if self.table is not None:
+            return self.images[index]
+        return np.array(self._padded(self.source[index].images), np.int64)
+
+    def _pictures(self, index: int) -> np.ndarray:
+        """The images of an example, uint8 [M, S, S, 3]; black where it has fewer."""
+        size, images = self.processor.images.size, self._images_of(index)
+        pictures = np.zeros((len(images), size, size, 3), np.uint8)
+        for k, image in enumerate(images):
+            if image >= 0:
+                pictures[k] = self.processor.square(self.source.images[int(image)])
+        return pictures
 
     def _readable(self, index: int, replace: bool) -> tuple[int, np.ndarray | None]:
-        """The example at `index`, or the next one whose image can be read, with its picture."""
+        """The example at `index`, or the next one whose images can be read, with its pictures."""
         for step in range(len(self.source) if replace else 1):
             candidate = (index + step) % len(self.source)
             try:
-                return candidate, self._picture(candidate)
+                return candidate, self._pictures(candidate)
             except BadExample as error:
                 # Caught here and not left to grain, whose iterators do not survive an exception.
                 if not self.skip:
@@ -107,29 +114,28 @@ class _Rows:
 
     def __call__(self, indices: np.ndarray, *, replace: bool = True) -> Batch:
         """Rows for these example indices. `skipped` [B] marks rows whose own image could not be
-        read: the next good example stands in, or, without `replace`, an empty image."""
+        read: the next good example stands in, or, without `replace`, an empty image of each."""
         wanted, extra = indices, {}
         if self.features is None:
             found = [self._readable(int(i), replace) for i in indices]
             indices = np.array([i for i, _ in found], np.int64)
-            blank = np.zeros((self.processor.images.size,) * 2 + (3,), np.uint8)
+            size = self.processor.images.size
+            blank = np.zeros((self.most, size, size, 3), np.uint8)
             pixels = self.processor.images.normalise(
                 np.stack([blank if p is None else p for _, p in found])
             )
             missing = np.array([p is None for _, p in found])
-            empty = np.array([self._image_of(int(i)) < 0 for i in indices]) | missing
+            empty = np.stack([self._images_of(int(i)) < 0 for i in indices]) | missing[:, None]
             pixels[empty] = 0  # as LLaVA: zeros after normalisation
             extra["pixels"], skipped = pixels, missing | (indices != wanted)
         else:
-            images = (
-                np.array([self._image_of(int(i)) for i in indices])
-                if self.table is None
-                else self.images[indices]
-            )
+            images = np.stack([self._images_of(int(i)) for i in indices])
             levels = self.features[np.maximum(images, 0)]
             if (images < 0).any():
                 levels[images < 0] = 0
             extra["levels"], skipped = levels, np.zeros(len(indices), bool)
+        if self.most == 1:
+            extra = {name: values[:, 0] for name, values in extra.items()}
         if self.table is not None:
             text = {name: column[indices] for name, column in self.table.items()}
         else:
@@ -155,17 +161,17 @@ class Batches:
 
     `position`, the number of batches taken, is all that a checkpoint needs to store.
 
-    A batch: ids int32 [B, T], loss_mask bool [B, T], length int32 [B], image_at int32 [B], question
-    int32 [B, Tq], question_length int32 [B], index int32 [B] (example of each row), and either
-    pixels float32 [B, S, S, 3] or, with `features`, levels [B, P, C]. Each epoch has its own order;
-    a batch may span two.
+    A batch: ids int32 [B, T], loss_mask bool [B, T], length int32 [B], image_at int32 [B, M],
+    question int32 [B, M, Tq], question_length int32 [B, M], index int32 [B] (example of each row),
+    and either pixels float32 [B, M, S, S, 3] or, with `features`, levels [B, M, P, C]; without M
+    where a row has one image at most. Each epoch has its own order; a batch may span two.
 
     Args:
       batch: rows, all processes together.
       seed: of the order.
       skip: where an image cannot be read, take the next good example instead of failing, and count
         it.
-      features: cached encoder outputs [images, P, C], indexed by Example.image; replaces reading
+      features: cached encoder outputs [images, P, C], indexed by Example.images; replaces reading
         images.
       mesh: where batches go; None leaves numpy arrays of all rows.
       workers: processes that read ahead; 0 reads in this one, with threads where images must be

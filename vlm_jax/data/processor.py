@@ -61,8 +61,18 @@ class Tokens(NamedTuple):
 
     ids: list[int]
     mask: list[bool]  # which ids are supervised
-    image_at: int | None  # before which id the visual tokens belong
-    question: list[int]  # what a question-reading compressor reads
+    places: tuple[int, ...]  # before which id the visual tokens of each image belong, ascending
+    questions: list[list[int]]  # what a question-reading compressor reads of each image, or of none
+
+    @property
+    def image_at(self) -> int | None:
+        """The place of the first image, None without one."""
+        return self.places[0] if self.places else None
+
+    @property
+    def question(self) -> list[int]:
+        """What is read of the first image."""
+        return self.questions[0]
 
 
 class Processor:
@@ -82,6 +92,7 @@ class Processor:
         self.tokenizer = tokenizer
         self._known: dict[str, tuple[list[int], list[int]]] = {}
         self.text_length, self.question_length = data.text_length, data.question_length
+        self.images_per_row = data.images_per_row
         self.images = Preparation.of(config)
         self.blind = data.blind
         if self.template.eos and tokenizer.eos_token is None:
@@ -144,25 +155,34 @@ class Processor:
     def tokens(self, example: Example, *, answer: bool) -> Tokens:
         """The example as ids of any length; without `answer` up to where its last answer starts."""
         parts = self.template.parts(example, self.tokenizer, answer=answer)
-        ids, image_at = list(self.bos), None
+        ids, places = list(self.bos), []
         if ids and self.template.begins_itself(self.tokenizer, parts):
             ids = []
         mask = [False] * len(ids)
-        if example.image is not None and self.image_id is not None:
+        if example.images and self.image_id is not None:
             # As transformers does: all at once, the mark a token among the others.
             self._append(ids, mask, parts)
-            image_at = ids.index(self.image_id)
-            del ids[image_at], mask[image_at]
+            while self.image_id in ids:
+                places.append(ids.index(self.image_id))
+                del ids[places[-1]], mask[places[-1]]
         else:
-            for k, (text, supervised) in enumerate(parts):
-                if IMAGE_MARK in text and example.image is not None:
-                    before, _, after = text.partition(IMAGE_MARK)
-                    self._append(ids, mask, [*parts[:k], (before, supervised)])
-                    image_at, parts = len(ids), [(after, supervised), *parts[k + 1 :]]
-                    break
-            self._append(ids, mask, parts)
-        question = ids[:image_at] if self.query == "prefix" else self._question(example)
-        return Tokens(ids, mask, image_at, question)
+            waiting: list[tuple[str, bool]] = []
+            for text, supervised in parts:
+                first, *others = text.split(IMAGE_MARK) if example.images else [text]
+                waiting.append((first, supervised))
+                for after in others:
+                    self._append(ids, mask, waiting)
+                    places.append(len(ids))
+                    waiting = [(after, supervised)]
+            self._append(ids, mask, waiting)
+        if len(places) != len(example.images):
+            raise ValueError(
+                f"example {example.id}: {len(example.images)} images and {len(places)} times "
+                f"{IMAGE_MARK} in its text: give each image one mark, in a question"
+            )
+        prefix = self.query == "prefix"
+        questions = [ids[: places[0] if places else None]] if prefix else self._questions(example)
+        return Tokens(ids, mask, tuple(places), questions)
 
     def constant_prefix(self) -> list[int]:
         """The ids that every row with an image begins with, whatever is asked."""
@@ -179,19 +199,27 @@ class Processor:
         the loss; length int32, ids that are not padding; image_at int32, before which id the visual
         tokens belong (T where there is no image); question int32 [Tq] and question_length int32:
         what a question-reading compressor reads, never of an answer; cut bool, whether a training
-        row was longer than its room and lost the end.
+        row was longer than its room and lost the end. With data.images_per_row M above 1 image_at
+        and question_length are [M], question is [M Tq], and a row's images come first.
 
-        The question is that of the first turn, after the begin-of-sequence token: alone if it is
-        empty. With query="prefix" it is all text before the image, at most Tq tokens, and behind
-        the image is room for T - Tq; a row without an image is one text, cut after Tq tokens.
+        The question is that of the turn in which the image stands, after the begin-of-sequence
+        token: alone if it is empty. With query="prefix" it is all text before the image, at most Tq
+        tokens, and behind the image is room for T - Tq; a row without an image is one text, cut
+        after Tq tokens.
 
         Raises:
-          ValueError: for a prompt or question that does not fit (a training row is cut), an image
+          ValueError: for more images than data.images_per_row, for a prompt or question that does
+            not fit (a training row is cut, and an image but the first goes with its text), an image
             place that does not, or a question of no token at all where one is read.
         """
-        ids, mask, image_at, question = self.tokens(example, answer=answer)
-        has_image, first = image_at is not None, self.question_length
-        image_at = image_at if has_image else self.text_length
+        ids, mask, places, questions = self.tokens(example, answer=answer)
+        has_image, first, most = bool(places), self.question_length, self.images_per_row
+        if len(places) > most:
+            raise ValueError(
+                f"example {example.id} has {len(places)} images, data.images_per_row={most}: raise "
+                "that, or leave the example out"
+            )
+        image_at = places[0] if has_image else self.text_length
         if self.query == "prefix" and has_image:
             room = self.text_length - first
             fits = image_at <= first and len(ids) - image_at <= room
@@ -201,38 +229,58 @@ class Processor:
                 f"leave {first} and {room}"
             )
             ids, mask = (r[: min(image_at, first)] + r[image_at:][:room] for r in (ids, mask))
-            image_at = min(image_at, first)
+            places = (image_at := min(image_at, first),)
         else:
-            fits = len(ids) <= self.text_length
+            # An image is read by the tokens behind it: one at least has to be there.
+            fits = len(ids) <= self.text_length and max(places, default=0) < self.text_length
             problem = f"its prompt has {len(ids)} tokens, data.text_length is {self.text_length}"
-            if self.query == "separate" and has_image and len(question) > first:
+            if len(ids) <= self.text_length and not fits:
+                problem += " and nothing stands behind its image"
+            longest = max(map(len, questions))
+            if self.query == "separate" and has_image and longest > first:
                 fits = False
-                problem += f", its question {len(question)}, data.question_length is {first}"
-        if not fits and (not answer or has_image and image_at > self.text_length):
+                problem += f", its question {longest}, data.question_length is {first}"
+        if not fits and (not answer or has_image and image_at >= self.text_length):
             raise ValueError(f"example {example.id}: {problem}: raise it, or shorten the question")
-        if self.query != "none" and has_image and not question:
+        if self.query != "none" and has_image and not all(questions):
             raise ValueError(
                 f"example {example.id}: compressor.query={self.query!r} reads the question, which "
                 "is empty (the plain template drops it), and the tokenizer has no "
                 "begin-of-sequence token to be read in its place: drop the example, or choose "
                 "compressor.query='none'"
             )
+        # Places in padding are those of no image; any question does for them.
+        places = [min(place, self.text_length) for place in places]
+        places += [self.text_length] * (most - len(places))
+        questions = [*questions, *[questions[-1]] * (most - len(questions))]
+        of_images = {
+            "image_at": np.array(places, np.int32),
+            "question": np.stack(
+                [self._padded(q, first, np.int32, self.pad_id) for q in questions]
+            ),
+            "question_length": np.array([min(len(q), first) for q in questions], np.int32),
+        }
+        if most == 1:
+            of_images = {name: values[0] for name, values in of_images.items()}
         return {
             "ids": self._padded(ids, self.text_length, np.int32, self.pad_id),
             "loss_mask": self._padded(mask, self.text_length, bool, False),
             "length": np.int32(min(len(ids), self.text_length)),
-            "image_at": np.int32(image_at),
-            "question": self._padded(question, first, np.int32, self.pad_id),
-            "question_length": np.int32(min(len(question), first)),
+            **of_images,
             "cut": np.bool_(not fits),
         }
 
-    def _question(self, example: Example) -> list[int]:
-        """The ids of the question for a pass of its own, as published for QueCC."""
+    def _questions(self, example: Example) -> list[list[int]]:
+        """The ids of each image's question for a pass of its own, as published for QueCC."""
+        asked = [
+            text.replace(IMAGE_MARK, "").strip() if IMAGE_MARK in text else text
+            for shown, text in example.questions()
+            for _ in range(shown + text.count(IMAGE_MARK))
+        ]
         # As published, the plain template drops the instruction and so leaves nothing to be read.
-        read = example.turns[0][0] if "{question}" in self.template.user else ""
-        read = read if example.image is not None else NO_IMAGE_QUESTION
-        return [*self.bos, *self._encode(read)[0]]
+        asked = asked if "{question}" in self.template.user else [""] * len(asked)
+        read = asked if example.images else [NO_IMAGE_QUESTION]
+        return [[*self.bos, *self._encode(text)[0]] for text in read]
 
     def _append(self, ids: list[int], mask: list[bool], parts: list[tuple[str, bool]]) -> None:
         parts = [part for part in parts if part[0]]

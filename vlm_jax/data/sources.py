@@ -23,6 +23,7 @@ def _llava(config: Any, split: str) -> Llava:
         split,
         images=data.images,
         text_only=data.text_only,
+        images_per_row=data.images_per_row,
         skip=data.on_bad_example == "skip",
     )
 
@@ -46,13 +47,16 @@ def open_source(config: Any, split: str) -> Source:
     What is not as it was given is a warning: rows left out, ids of our own.
 
     Raises:
-      ValueError: for an unknown source, split or data.on_bad_example, or a split without examples.
+      ValueError: for an unknown source, split or data.on_bad_example, no image in a row, or a
+        split without examples.
       FileNotFoundError, BadExample: for data that is missing or bad, saying which.
     """
     if config.data.source not in SOURCES:
         raise ValueError(f"data.source={config.data.source!r}: choose one of {', '.join(SOURCES)}")
     if config.data.on_bad_example not in ("fail", "skip"):
         raise ValueError(f"data.on_bad_example={config.data.on_bad_example!r}: choose fail or skip")
+    if config.data.images_per_row < 1:
+        raise ValueError(f"data.images_per_row={config.data.images_per_row}: at least 1")
     source = SOURCES[config.data.source](config, split)
     if not len(source):
         raise ValueError(

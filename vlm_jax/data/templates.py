@@ -18,9 +18,9 @@ class Template:
 
     start: opens the row. user, answer: one turn, with {image}, {question} and {answer}; only
     `answer` is supervised. eos: whether the end-of-sequence token closes each answer; end: what
-    does in its place; gap: what follows that, unsupervised. image: what stands for the image in the
-    first turn, IMAGE_MARK included. joined: tokenise all text between images as one string, as
-    published models were trained, instead of each part on its own.
+    does in its place; gap: what follows that, unsupervised. image: what {image} becomes for each
+    image that has no mark in the question, IMAGE_MARK included. joined: tokenise all text between
+    images as one string, as published models were trained, instead of each part on its own.
     """
 
     start: str
@@ -43,11 +43,14 @@ class Template:
     def parts(self, example: Example, tokenizer: Any, *, answer: bool) -> list[Part]:
         """The whole row; without `answer` up to where the last answer starts."""
         parts, last = [(self.start, False)], len(example.turns) - 1
-        for k, (question, reply) in enumerate(example.turns):
-            mark = self.image if k == 0 and example.image is not None else ""
-            parts.append((self.user.format(image=mark, question=question), False))
+        for k, (shown, question) in enumerate(example.questions()):
+            if example.images and "{question}" not in self.user:
+                # The question is dropped, and its images are not.
+                shown += question.count(IMAGE_MARK)
+            text = self.user.format(image=self.image * shown, question=question)
+            parts.append((text, False))
             if answer or k < last:
-                parts.append((self.answer.format(answer=reply), True))
+                parts.append((self.answer.format(answer=example.turns[k][1]), True))
                 parts.append((self.closing(tokenizer), True))
                 parts.append((self.gap, False))
         return [part for part in parts if part[0]]
@@ -95,15 +98,19 @@ class OwnTemplate(Template):
 
     def render(self, tokenizer: Any, example: Example, k: int, *, answered: bool) -> str:
         """The first k turns and question k, and its answer or what invites it."""
-        turns = [*example.turns[:k], (example.turns[k][0], example.turns[k][1])]
-        has_image = example.image is not None
+        questions, replies = example.questions()[: k + 1], [reply for _, reply in example.turns]
+        images = sum(shown + text.count(IMAGE_MARK) for shown, text in questions)
+        images *= bool(example.images)
+        opening = pieces(questions[0][1], images)[0]
 
         def said(structured: bool) -> str:
             messages = []
-            for j, (question, reply) in enumerate(turns):
-                shown = [{"type": "image"}] if j == 0 and has_image else []
-                text = f"{IMAGE_MARK}\n{question}" if shown else question
-                content = [*shown, {"type": "text", "text": question}]
+            for (shown, question), reply in zip(questions, replies, strict=False):
+                text = f"{IMAGE_MARK}\n" * shown + question
+                content = [{"type": "image"}] * shown
+                for j, piece in enumerate(pieces(question, images)):
+                    content += [{"type": "image"}] * (j > 0)
+                    content += [{"type": "text", "text": piece}] * bool(piece or not question)
                 messages.append({"role": "user", "content": content if structured else text})
                 content = [{"type": "text", "text": reply}]
                 messages.append({"role": "assistant", "content": content if structured else reply})
@@ -117,14 +124,19 @@ class OwnTemplate(Template):
             text = said(structured=True)
         except Exception:  # whatever a jinja program may raise
             text = ""
-        if "'type'" in text or (IMAGE_MARK in text) != has_image or turns[0][0] not in text:
+        if "'type'" in text or text.count(IMAGE_MARK) != images or opening not in text:
             text = said(structured=False)
-        if (IMAGE_MARK in text) != has_image:
+        if text.count(IMAGE_MARK) != images:
             raise ValueError(
                 f"this chat template does not say where the image stands ({IMAGE_MARK}): choose "
                 "another data.template"
             )
         return text
+
+
+def pieces(text: str, images: int) -> list[str]:
+    """A question cut at its image marks; one piece where there are no images to mark."""
+    return text.split(IMAGE_MARK) if images else [text]
 
 
 # vicuna_v1 and plain: llava/conversation.py and llava/train/train.py in haotian-liu/LLaVA.
@@ -184,8 +196,8 @@ def query_of(config: Any) -> str:
     """Who reads the question for the compressor: "none", "separate" or "prefix" (QueCC alone).
 
     Raises:
-      ValueError: for "prefix" with a template whose question does not stand before the image, or
-        with lengths that leave no room behind it.
+      ValueError: for "prefix" with a template whose question does not stand before the image, with
+        several images in a row, or with lengths that leave no room behind it.
     """
     query = config.compressor.query if config.compressor.kind == "quecc" else "none"
     if query == "prefix":
@@ -196,6 +208,12 @@ def query_of(config: Any) -> str:
                 "compressor.query='prefix' reads the question that stands before the image, and "
                 f"data.template={config.data.template!r} has none there: choose one of "
                 f"{', '.join(good)}, or compressor.query='separate'"
+            )
+        if config.data.images_per_row > 1:
+            raise ValueError(
+                "compressor.query='prefix' reads the text before the one image of a row once; "
+                f"data.images_per_row={config.data.images_per_row} goes with "
+                "compressor.query='separate' or 'none'"
             )
         if config.data.question_length >= config.data.text_length:
             raise ValueError(

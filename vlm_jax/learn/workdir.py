@@ -2,6 +2,7 @@
 """A run's folder: one process group at a time, one configuration for its life, what came of it."""
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -21,6 +22,10 @@ from vlm_jax.models.compressors import serves_any_tokens
 from vlm_jax.models.vlm import VLM
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
+
+# Fields that came after results were published and folders were begun, with the value at which all
+# is as it was without them.
+LATER = {"data.images_per_row": 1}
 
 
 @contextmanager
@@ -56,6 +61,7 @@ def same_config(path: Path, config: ConfigDict) -> None:
     if path.exists():
         then = flat(json.loads(path.read_text()))
         free = {"compressor.tokens"} if serves_any_tokens(now.get("compressor.kind")) else set()
+        then = {name: LATER[name] for name in LATER.keys() & now.keys()} | then
         names = (now.keys() | then.keys()) - free
         if changed := sorted(k for k in names if now.get(k) != then.get(k)):
             shown = "; ".join(f"{k} was {then.get(k)!r}, is {now.get(k)!r}" for k in changed[:4])
@@ -65,6 +71,20 @@ def same_config(path: Path, config: ConfigDict) -> None:
             )
     else:
         write_json(path, config.to_dict())
+
+
+def digest(config: ConfigDict) -> str:
+    """Sixteen hex digits that change whenever any field does.
+
+    A field of LATER counts only where it changes something: rows keep their digests.
+    """
+    fields = config.to_dict()
+    for name, value in LATER.items():
+        section, _, field = name.partition(".")
+        if fields[section].get(field) == value:
+            del fields[section][field]
+    text = json.dumps(fields, sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def finished(workdir: Path, config: ConfigDict, *, merge: bool = True) -> VLM:
