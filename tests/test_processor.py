@@ -63,8 +63,9 @@ def sentencepiece():
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="<unk>", continuing_subword_prefix=""))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        add_bos_token=True,
+    )  # fmt: skip
 
 
 def test_pixels_equal_the_published_preprocessing():
@@ -293,8 +294,9 @@ def test_an_empty_question_is_the_first_token_or_refused(sentencepiece, query, t
     row = Processor(sentencepiece, config).text(example)
     assert list(row["question"][: row["question_length"]]) == [sentencepiece.bos_token_id]
     mute = PreTrainedTokenizerFast(
-        tokenizer_object=sentencepiece.backend_tokenizer, eos_token="</s>", unk_token="<unk>"
-    )
+        tokenizer_object=sentencepiece.backend_tokenizer, eos_token="</s>", unk_token="<unk>",
+        add_bos_token=False,
+    )  # fmt: skip
     with pytest.raises(ValueError, match="example silent: .*reads the question, which is empty"):
         Processor(mute, config).text(example)
     assert Processor(mute, configured("none", template=template)).text(example)["length"] > 0

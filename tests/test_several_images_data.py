@@ -56,7 +56,8 @@ def vicuna(words, **changes):
 
 def words():
     made = tokenizer(bos="<s>")
-    made.eos_token = "</s>"
+    made.add_special_tokens({"eos_token": "</s>"})
+    made.add_bos_token = True
     return made
 
 

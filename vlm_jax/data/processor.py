@@ -5,55 +5,17 @@ Shapes: T text tokens, Tq question tokens, S pixels of the encoder's side.
 """
 
 import copy
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import AutoTokenizer
 
-from vlm_jax.data.example import IMAGE_MARK, Example
+from vlm_jax.data.example import IMAGE_MARK, BadExample, Example
 from vlm_jax.data.images import Preparation
-from vlm_jax.data.templates import OwnTemplate, query_of, template_of
+from vlm_jax.data.templates import OwnTemplate, Part, query_of, template_of
+from vlm_jax.data.tokenizer import Encoder
+from vlm_jax.data.tokenizer import load_tokenizer as load_tokenizer
 
-KNOWN_TEXTS = 50_000  # tokenised texts that are remembered
 NO_IMAGE_QUESTION = "image"  # what a question-reading compressor reads for a row without an image
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """The fast tokenizer saved in a folder; nothing is downloaded.
-
-    Raises:
-      FileNotFoundError: where there is no such folder.
-      ValueError: where it holds no tokenizer that transformers can load with character offsets.
-    """
-    if not Path(path).is_dir():
-        raise FileNotFoundError(
-            f"no tokenizer folder {path}: give data.tokenizer a folder that holds "
-            "tokenizer.json or tokenizer.model, or leave it empty to train one"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(
-            f"{path} holds no tokenizer that transformers can load: {error}"
-        ) from error
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"the tokenizer in {path} has no fast form (tokenizer.json), which is needed to tell "
-            "which tokens belong to an answer: save it once with transformers' fast class"
-        )
-    # Where older processors of transformers keep the template; its tokenizers do not look there.
-    older = Path(path) / "chat_template.json"
-    if older.is_file() and not (Path(path) / "chat_template.jinja").is_file():
-        try:
-            tokenizer.chat_template = json.loads(older.read_text("utf-8"))["chat_template"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{older} holds no chat template: {{"chat_template": TEXT}} was expected; mend it, '
-                "or remove it for the tokenizer's own"
-            ) from error
-    return tokenizer
 
 
 class Tokens(NamedTuple):
@@ -88,9 +50,8 @@ class Processor:
 
     def __init__(self, tokenizer: Any, config: Any):
         data = config.data
-        self.template, self.query = template_of(config), query_of(config)
-        self.tokenizer = tokenizer
-        self._known: dict[str, tuple[list[int], list[int]]] = {}
+        self.template, self.query = template_of(config).of(tokenizer), query_of(config)
+        self.tokenizer, self.encode = tokenizer, Encoder(tokenizer)
         self.text_length, self.question_length = data.text_length, data.question_length
         self.images_per_row = data.images_per_row
         self.images = Preparation.of(config)
@@ -105,9 +66,12 @@ class Processor:
         # Where the tokenizer knows the mark as a token, its own template is tokenised with it.
         own = isinstance(self.template, OwnTemplate) and IMAGE_MARK in tokenizer.get_vocab()
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK) if own else None
-        self.bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.bos = self.encode.before
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else tokenizer.unk_token_id or 0
+        # Nobody reads it, but it is embedded: a token that was made up for padding may have no row.
+        if "llm" in config and self.pad_id >= config.llm.vocab:
+            self.pad_id = 0
 
     def reading_as(self, config: Any) -> "Processor":
         """This processor for a model of the same data whose compressor reads as `config` says."""
@@ -115,45 +79,56 @@ class Processor:
         other.query = query_of(config)
         return other
 
-    def _encode(self, text: str) -> tuple[list[int], list[int]]:
-        """The ids of a text, and at which of its characters each token begins."""
-        # Questions and answers of small benchmarks come many times.
-        if (known := self._known.get(text)) is None:
-            encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-            known = encoding.ids, [start for start, _ in encoding.offsets]
-            if len(self._known) < KNOWN_TEXTS:
-                self._known[text] = known
-        return known
-
-    def _tokens(self, parts: list[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
+    def _tokens(self, parts: list[Part]) -> tuple[list[int], list[bool]]:
         """Ids and supervision of parts without an image mark."""
         ids, mask = [], []
         if not self.template.joined:
             for text, supervised in parts:
-                part = [self.eos_id] if text == self.tokenizer.eos_token else self._encode(text)[0]
+                part = [self.eos_id] if text == self.tokenizer.eos_token else self.encode(text).ids
                 ids += part
                 mask += [supervised] * len(part)
             return ids, mask
-        found, starts = self._encode("".join(text for text, _ in parts))
-        # A token belongs to the part in which its text begins.
+        found = self.encode("".join(text for text, _ in parts))
+        # A token is supervised where a character of it is: the one that ends a part in front of an
+        # answer and begins the answer is the first that has to be learnt.
         ends = np.cumsum([len(text) for text, _ in parts])
-        owners = np.searchsorted(ends, starts, side="right")
-        supervised = [flag for _, flag in parts]
-        return list(found), [supervised[min(k, len(parts) - 1)] for k in owners]
+        first = np.searchsorted(ends, found.starts, side="right")
+        last = np.searchsorted(ends, np.maximum(found.ends, np.add(found.starts, 1)) - 1, "right")
+        before = np.cumsum([0, *(flag for _, flag in parts)])
+        most = len(parts) - 1
+        supervised = before[np.minimum(last, most) + 1] > before[np.minimum(first, most)]
+        return list(found.ids), supervised.tolist()
 
     def _stop_ids(self, name: str) -> tuple[int, ...]:
         """The tokens that end an answer."""
         closing = self.template.closing(self.tokenizer)
-        ids = self._encode(closing)[0] if closing else []
-        if self.template.end and len(ids) != 1:
+        ids = self.encode(closing).ids if closing else []
+        eos = [] if self.eos_id is None else [self.eos_id]
+        if isinstance(self.template, OwnTemplate):
+            # What it writes behind an answer may be words.
+            special = self.tokenizer.added_tokens_decoder
+            ids = [i for i in ids[:1] if i in special and special[i].special]
+        elif closing and ids[-1:] != eos and len(ids) != 1:
             raise ValueError(
                 f"template {name!r} closes answers with {closing}, which is no token of this "
-                "tokenizer: choose another data.template, or a tokenizer that has it"
+                "tokenizer, or one that it spells (split_special_tokens): choose another "
+                "data.template, or a tokenizer that has it"
             )
-        return tuple(dict.fromkeys([*ids[-1:], *([] if self.eos_id is None else [self.eos_id])]))
+        return tuple(dict.fromkeys([*ids[-1:], *eos]))
 
     def tokens(self, example: Example, *, answer: bool) -> Tokens:
-        """The example as ids of any length; without `answer` up to where its last answer starts."""
+        """The example as ids of any length; without `answer` up to where its last answer starts.
+
+        Raises:
+          BadExample: for texts that cannot be tokenised or written by the template, and for image
+            marks that are not as many as images.
+        """
+        try:
+            return self._row(example, answer=answer)
+        except ValueError as error:
+            raise BadExample(f"example {example.id}: {error}") from error
+
+    def _row(self, example: Example, *, answer: bool) -> Tokens:
         parts = self.template.parts(example, self.tokenizer, answer=answer)
         ids, places = list(self.bos), []
         if ids and self.template.begins_itself(self.tokenizer, parts):
@@ -166,7 +141,7 @@ class Processor:
                 places.append(ids.index(self.image_id))
                 del ids[places[-1]], mask[places[-1]]
         else:
-            waiting: list[tuple[str, bool]] = []
+            waiting: list[Part] = []
             for text, supervised in parts:
                 first, *others = text.split(IMAGE_MARK) if example.images else [text]
                 waiting.append((first, supervised))
@@ -177,7 +152,7 @@ class Processor:
             self._append(ids, mask, waiting)
         if len(places) != len(example.images):
             raise ValueError(
-                f"example {example.id}: {len(example.images)} images and {len(places)} times "
+                f"{len(example.images)} images and {len(places)} times "
                 f"{IMAGE_MARK} in its text: give each image one mark, in a question"
             )
         prefix = self.query == "prefix"
@@ -280,9 +255,9 @@ class Processor:
         # As published, the plain template drops the instruction and so leaves nothing to be read.
         asked = asked if "{question}" in self.template.user else [""] * len(asked)
         read = asked if example.images else [NO_IMAGE_QUESTION]
-        return [[*self.bos, *self._encode(text)[0]] for text in read]
+        return [[*self.bos, *self.encode(text).ids] for text in read]
 
-    def _append(self, ids: list[int], mask: list[bool], parts: list[tuple[str, bool]]) -> None:
+    def _append(self, ids: list[int], mask: list[bool], parts: list[Part]) -> None:
         parts = [part for part in parts if part[0]]
         if parts:
             more_ids, more_mask = self._tokens(parts)

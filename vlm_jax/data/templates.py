@@ -4,9 +4,10 @@
 A row is a list of parts, each with whether it is supervised: the answers, and what closes them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from vlm_jax.data.chat import Chat, Turn
 from vlm_jax.data.example import IMAGE_MARK, Example
 
 Part = tuple[str, bool]
@@ -32,12 +33,16 @@ class Template:
     end: str = ""
     gap: str = ""
 
+    def of(self, tokenizer: Any) -> "Template":
+        """This template for rows of one tokenizer."""
+        return self
+
     def closing(self, tokenizer: Any) -> str:
         """The text of the token that ends an answer; "" where none does."""
         return self.end or (tokenizer.eos_token if self.eos else "")
 
     def begins_itself(self, tokenizer: Any, parts: list[Part]) -> bool:
-        """Whether no begin-of-sequence token is to be put before a row, though there is one."""
+        """Whether what the tokenizer puts in front of any text is not to be put before a row."""
         return False
 
     def parts(self, example: Example, tokenizer: Any, *, answer: bool) -> list[Part]:
@@ -58,85 +63,51 @@ class Template:
 
 @dataclass(frozen=True)
 class OwnTemplate(Template):
-    """The tokenizer's own chat template (jinja), rendered by transformers."""
+    """The tokenizer's own chat template (jinja), rendered by transformers.
 
-    def closing(self, tokenizer: Any) -> str:
-        """Its end of sequence; what the chat template writes behind an answer is supervised too."""
-        return tokenizer.eos_token or ""
+    chat: that of the tokenizer at hand; None in the table.
+    """
 
-    def parts(self, example: Example, tokenizer: Any, *, answer: bool) -> list[Part]:
-        """The rendered row, cut where the rendering of a shorter conversation ends."""
+    chat: Chat | None = None
+
+    def of(self, tokenizer: Any) -> "OwnTemplate":
+        """With the chat template of `tokenizer`. ValueError where it has none, or a broken one."""
         if not tokenizer.chat_template:
             known = ", ".join(name for name in TEMPLATES if name != "checkpoint")
             raise ValueError(
                 "data.template='checkpoint' is the tokenizer's own chat template, and this "
                 f"tokenizer has none: choose one of {known}"
             )
-        turns, last, parts, seen = example.turns, len(example.turns) - 1, [], ""
-        for k in range(len(turns)):
-            asked = self.render(tokenizer, example, k, answered=False)
-            if not asked.startswith(seen):
-                raise ValueError(
-                    "this chat template writes earlier turns in another way once more follow, so "
-                    "that answers cannot be told from the rest: choose another data.template"
-                )
-            parts.append((asked[len(seen) :], False))
-            seen = asked
-            if answer or k < last:
-                seen = self.render(tokenizer, example, k, answered=True)
-                said = seen[len(asked) :]
-                parts += [(said.rstrip(), True), (said[len(said.rstrip()) :], False)]
-        return [part for part in parts if part[0]]
+        return replace(self, chat=Chat(tokenizer))
+
+    def closing(self, tokenizer: Any) -> str:
+        """What the chat template writes behind an answer, spaces apart."""
+        return self.chat.closing
+
+    def parts(self, example: Example, tokenizer: Any, *, answer: bool) -> list[Part]:
+        """The rendered row, its answers and what closes them supervised."""
+        turns = turns_of(example)
+        if not answer:
+            return [(self.chat.prompt(turns), False)]
+        text, spans = self.chat.row(turns)
+        parts, at = [], 0
+        for start, end in spans:
+            parts += [(text[at:start], False), (text[start:end], True)]
+            at = end
+        return [part for part in (*parts, (text[at:], False)) if part[0]]
 
     def begins_itself(self, tokenizer: Any, parts: list[Part]) -> bool:
-        """As in transformers: a first token that the template writes is tokenised with the rest,
-        and added only for a tokenizer that adds it to any text."""
-        opening = tokenizer.bos_token
-        return parts[0][0].startswith(opening) or opening not in tokenizer.tokenize(
-            "", add_special_tokens=True
-        )
-
-    def render(self, tokenizer: Any, example: Example, k: int, *, answered: bool) -> str:
-        """The first k turns and question k, and its answer or what invites it."""
-        questions, replies = example.questions()[: k + 1], [reply for _, reply in example.turns]
-        images = sum(shown + text.count(IMAGE_MARK) for shown, text in questions)
-        images *= bool(example.images)
-        opening = pieces(questions[0][1], images)[0]
-
-        def said(structured: bool) -> str:
-            messages = []
-            for (shown, question), reply in zip(questions, replies, strict=False):
-                text = f"{IMAGE_MARK}\n" * shown + question
-                content = [{"type": "image"}] * shown
-                for j, piece in enumerate(pieces(question, images)):
-                    content += [{"type": "image"}] * (j > 0)
-                    content += [{"type": "text", "text": piece}] * bool(piece or not question)
-                messages.append({"role": "user", "content": content if structured else text})
-                content = [{"type": "text", "text": reply}]
-                messages.append({"role": "assistant", "content": content if structured else reply})
-            messages = messages if answered else messages[:-1]
-            return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=not answered
-            )
-
-        # Templates of vision language models take a list of contents, others text alone.
-        try:
-            text = said(structured=True)
-        except Exception:  # whatever a jinja program may raise
-            text = ""
-        if "'type'" in text or text.count(IMAGE_MARK) != images or opening not in text:
-            text = said(structured=False)
-        if text.count(IMAGE_MARK) != images:
-            raise ValueError(
-                f"this chat template does not say where the image stands ({IMAGE_MARK}): choose "
-                "another data.template"
-            )
-        return text
+        """As in transformers: a first token that the template writes is tokenised with the rest."""
+        return bool(tokenizer.bos_token) and parts[0][0].startswith(tokenizer.bos_token)
 
 
-def pieces(text: str, images: int) -> list[str]:
-    """A question cut at its image marks; one piece where there are no images to mark."""
-    return text.split(IMAGE_MARK) if images else [text]
+def turns_of(example: Example) -> list[Turn]:
+    """The turns of an example, their questions cut where an image stands inside."""
+    cut = bool(example.images)
+    return [
+        Turn(shown, tuple(text.split(IMAGE_MARK) if cut else [text]), reply)
+        for (shown, text), (_, reply) in zip(example.questions(), example.turns, strict=True)
+    ]
 
 
 # vicuna_v1 and plain: llava/conversation.py and llava/train/train.py in haotian-liu/LLaVA.
@@ -163,7 +134,7 @@ TEMPLATES = {
         gap="\n",
     ),
     "checkpoint": OwnTemplate(
-        "", "{image}{question}", "{answer}", eos=True, image="<image>", joined=True
+        "", "{image}{question}", "{answer}", eos=False, image="<image>", joined=True
     ),
     "bare": Template("", "{image}{question}", "{answer}", eos=True, image="<image>", joined=False),
     # The visual tokens are read in the light of the question, at a fixed distance from the answer.

@@ -4,11 +4,20 @@
 import re
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from vlm_jax.data.example import IMAGE_MARK
+
 SPECIALS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+WORD_START = "^(?=[a-z])"  # where a text gets a space in front, as every other word has one
+
+
+def _beginning(bos: int) -> processors.PostProcessor:
+    token = SPECIALS["bos_token"]
+    return processors.TemplateProcessing(single=f"{token} $A", special_tokens=[(token, bos)])
 
 
 def _splitter() -> pre_tokenizers.PreTokenizer:
@@ -20,8 +29,8 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast
 
     Words are of lower-case letters. Digits, capitals and words outside the vocabulary are spelled
     in characters; only a character that `texts` never shows (other than ASCII letters and digits)
-    becomes <unk>. The same texts in any order give the same ids. decode(encode(text)) == text for
-    text without a space at its start.
+    becomes <unk>. <bos> is put in front of a text. The same texts in any order give the same ids.
+    Special tokens apart, decode(encode(text)) == text for text without a space at its start.
 
     Args:
       texts: all questions and answers of the training split.
@@ -32,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast
     words = Counter()
     characters = set("▁0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
     for text, times in Counter(texts).items():
-        text = re.sub("^(?=[a-z])", "▁", text.replace(" ", "▁"))
+        text = re.sub(WORD_START, "▁", text.replace(" ", "▁"))
         characters.update(text)
         for word in re.findall("▁[a-z]+", text):
             words[word] += times
@@ -54,12 +63,31 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast
         )
     )
     tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Replace(" ", "▁"), normalizers.Replace(Regex("^(?=[a-z])"), "▁")]
+        [normalizers.Replace(" ", "▁"), normalizers.Replace(Regex(WORD_START), "▁")]
     )
     tokenizer.pre_tokenizer = _splitter()
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    tokenizer.post_processor = _beginning(ids[SPECIALS["bos_token"]])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIALS
     )
+
+
+def completed(tokenizer: Any) -> None:
+    """Gives a tokenizer of `train_tokenizer` its <bos> where its files do not have it yet.
+
+    Files of earlier versions did not say that rows begin with <bos>; the models that were trained
+    with them have seen it. One with a token for images belongs to a folder of transformers, where
+    what its files say holds.
+    """
+    backend = tokenizer.backend_tokenizer
+    ours = (
+        [backend.id_to_token(k) for k in range(len(SPECIALS))] == list(SPECIALS.values())
+        and isinstance(backend.model, models.WordPiece)
+        and WORD_START in str(backend.normalizer)
+    )
+    whole = backend.num_special_tokens_to_add(False) or backend.token_to_id(IMAGE_MARK) is not None
+    if ours and not whole:
+        backend.post_processor = _beginning(backend.token_to_id(SPECIALS["bos_token"]))
