@@ -65,7 +65,7 @@ class Chat:
         self.name = f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
         text = tokenizer.get_chat_template()
         self._marks_answers = bool(GENERATION.search(text))
-        self._told = False
+        self._told: set[str] = set()  # what was warned of
         self._structured: dict[bool, bool] = {}
         self._skeletons: dict[tuple, list[str] | None] = {}
         one = self._skeleton([Turn(0, ("",), "")], open_=False)
@@ -236,12 +236,12 @@ class Chat:
         asked = self._skeleton(turns, open_=True)
         if asked and written.startswith(asked[-1]):
             return len(asked[-1])
-        if asked and not self._told:
-            self._told = True
-            log.warning(
+        if asked:
+            self._warn(
+                "opening",
                 f"{self.name} opens an answer of a conversation with {written!r} and asks for one "
                 f"with {asked[-1]!r}: a model that is trained on the first generates from the "
-                "second; another data.template has one for both"
+                "second; another data.template has one for both",
             )
         return len(written)
 
@@ -266,16 +266,20 @@ class Chat:
         return [span for span in found[0] if span[1] > span[0]]
 
     def _tell(self, text: str, spans: list[Span]) -> None:
-        """Warns once of a template after which no model learns to end an answer."""
-        if self._told or not self.tokenizer.added_tokens_decoder:
-            return
-        self._told = True
-        ends = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
-        if not any(text[start:end].endswith(tuple(ends)) for start, end in spans):
-            log.warning(
+        """Warns of a template after which no model learns to end an answer."""
+        ends = tuple(str(token) for token in self.tokenizer.added_tokens_decoder.values())
+        if ends and not any(text[start:end].endswith(ends) for start, end in spans):
+            self._warn(
+                "end",
                 f"{self.name} ends an answer with no token that stops generation: a model trained "
-                "on it does not learn to stop; another data.template closes answers"
+                "on it does not learn to stop; another data.template closes answers",
             )
+
+    def _warn(self, kind: str, words: str) -> None:
+        """Warns once of each kind: it is the template's, not the row's."""
+        if kind not in self._told:
+            self._told.add(kind)
+            log.warning(words)
 
 
 def _word(k: int) -> str:
