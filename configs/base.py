@@ -154,4 +154,4 @@ def get_config() -> ConfigDict:
     # Further cells: kind ("blind" or a compressor), tokens, and a dict of further fields of
     # `compressor` if any, such as ("quecc", 4, {"query": "prefix"}).
     c.grid.baselines = ()
-    return c
+    return c.lock()  # a name that is not here is an error wherever it is set

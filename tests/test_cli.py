@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 
@@ -123,3 +124,53 @@ def test_an_unknown_verb_is_refused_with_the_choices(capsys):
     assert "unknown verb 'trian'" in err and all(verb in err for verb in VERBS)
     assert __main__.main([]) == 0
     assert "usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "value", [1.5, 1.0, True, np.bool_(1), "1", None, np.float32(1), -1, 2**32]
+)
+def test_a_seed_is_a_whole_number(value):
+    with pytest.raises(ValueError, match="seed=.*: give a whole number from 0 to 4294967295"):
+        cli.seed_of("seed", value)
+    assert cli.seed_of("seed", np.uint32(2**32 - 1)) == 2**32 - 1
+
+
+@pytest.mark.parametrize("seed", ["1.5", "-1", "True", "one", "", "4294967296", "1e3"])
+def test_a_seed_that_is_none_is_refused_by_name(seed, tmp_path, capsys):
+    for argv in (["train", CONFIG, f"--workdir={tmp_path}/run", f"--config.seed={seed}"],
+                 ["generate", "--checkpoint=none", "--prompt=a", f"--seed={seed}"],
+                 ["convert", "--from=none", "--to=none", f"--seed={seed}"]):  # fmt: skip
+        try:
+            code = __main__.main(argv)
+        except SystemExit as end:
+            code = end.code
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert code == 2 and last.startswith(f"vlm-jax {argv[0]}: ") and "seed" in last
+        assert seed in last
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "seeds", ["(0, 1.5)", "(-1,)", "('1',)", "(True,)", "()", "(0, 0)", "(None,)"]
+)
+def test_a_seed_of_a_grid_that_is_none_is_refused_by_name(seeds, tmp_path, capsys):
+    argv = ["grid", CONFIG, f"--workdir={tmp_path}", f"--config.grid.seeds={seeds}", "--dry-run"]
+    assert __main__.main(argv) == 2
+    assert "vlm-jax grid: grid.seeds=" in capsys.readouterr().err
+    assert __main__.main([*argv[:3], "--config.grid.tokens=(1, 2.5)", "--dry-run"]) == 2
+    assert "vlm-jax grid: grid.tokens=2.5" in capsys.readouterr().err
+
+
+def test_a_wrong_value_in_a_configuration_file_is_one_line_that_names_it(tmp_path, capsys):
+    text = "from tests import tiny\n\n\ndef get_config():\n    c = tiny.get_config()\n"
+    for line, words in (
+        ("c.seed = 1.5", "mine.py, line 6: TypeError: Could not override field 'seed'"),
+        ("c.seed = '1'", "mine.py, line 6: TypeError: Could not override field 'seed'"),
+        ("c.sed = 1", 'no such field: "sed", did you mean "seed"?'),
+        ("c.finetune.update(dict(stpes=3))", '"stpes", did you mean "steps"?'),
+    ):
+        (tmp_path / "mine.py").write_text(f"{text}    {line}\n    return c\n")
+        with pytest.raises(SystemExit, match="2"):
+            parse(f"--config={tmp_path}/mine.py", "--workdir=w")
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1 and "present" not in err

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import base, sizes
 from vlm_jax import cli, grid, train
+from vlm_jax.learn import workdir
 from vlm_jax.models import vlm
 
 CONFIGS = sorted(p.stem for p in (Path(tiny.ROOT) / "configs").glob("*.py")
@@ -73,8 +74,8 @@ def test_a_cell_says_all_of_its_llm(name):
     other.llm.update(sizes.LLM["vicuna-1.5-7b"] | {
         k: c.llm[k] for k in ("vocab", "head_size", "tied_embeddings")})  # fmt: skip
     if c.grid.llms:
-        assert [cli.digest(a.config) for a in grid.cells_of(c)] == [
-            cli.digest(b.config) for b in grid.cells_of(other)]  # fmt: skip
+        assert [workdir.digest(a.config) for a in grid.cells_of(c)] == [
+            workdir.digest(b.config) for b in grid.cells_of(other)]  # fmt: skip
 
 
 def test_the_demo_spans_what_it_must(mesh1):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from vlm_jax import cli
 from vlm_jax.data.templates import query_of
 from vlm_jax.models import vlm
 from vlm_jax.models.compressors import serves_any_tokens
@@ -55,10 +56,20 @@ def cells_of(config: ConfigDict) -> list[Cell]:
             "those of one image in a request, and so is the law; compare models of several images "
             "by `vlm-jax train` and `vlm-jax evaluate`"
         )
+    seeds = [cli.seed_of("grid.seeds", seed) for seed in config.grid.seeds]
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"grid.seeds={seeds}: name at least one seed, and each once")
     kinds = [(config.compressor.kind, tokens) for tokens in config.grid.tokens]
     return [
-        cell_of(config, llm, kind, int(tokens), int(seed), **dict(*fields))
-        for seed in config.grid.seeds
+        cell_of(
+            config,
+            llm,
+            kind,
+            cli.whole_number("grid.tokens", tokens, least=0),
+            seed,
+            **dict(*fields),
+        )
+        for seed in seeds
         for kind, tokens, *fields in [*kinds, *config.grid.baselines]
         for llm in by_size(config)
     ]

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Command lines the way JAX users know them: --config=FILE and --config.field=value."""
 
+import argparse
 import ctypes
 import itertools
+import operator
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -55,14 +60,60 @@ def parse(
                 raise ValueError(f"--{name} is missing")
         if not isinstance(values.config, ConfigDict):
             raise ValueError(f"no configuration at {config_file(argv)}")
+        seed_of("seed", values.config.seed)
         return values.config, values
     except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
         # str(KeyError) is the repr of its message.
         message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        message = in_one_line(message, config_file(argv))
         if isinstance(error, (KeyError, AttributeError)):
             message = f"the configuration has no such field: {message}"
         print(f"vlm-jax {verb}: {message}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def in_one_line(message: str, path: str) -> str:
+    """What absl and ml_collections say of a configuration, without tracebacks and dumps of it."""
+    if "Traceback (most recent call last)" in message:
+        lines = re.findall(rf'File "[^"]*{re.escape(Path(path).name)}", line (\d+)', message)
+        where = f"{path}, line {lines[-1]}" if lines else path
+        message = f"{where}: {message.strip().splitlines()[-1]}"
+    message = message.replace("\\n", "\n").replace("\\'", "'")
+    if meant := re.search(r'Did you mean "(.+?)" instead of "(.+?)"', message):
+        return f'"{meant[2]}", did you mean "{meant[1]}"?'
+    return re.sub(r"\s*Other \w+ present:.*", "", message, flags=re.DOTALL)
+
+
+def whole_number(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
+    """What was given under this name, as an int.
+
+    Raises:
+      ValueError: for what is no whole number in that range. 1.5 cut to 1, or True taken for it,
+        would be another number than the one that was asked for.
+    """
+    try:
+        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        upwards = "upwards" if most is None else f"to {most}"
+        raise ValueError(f"{name}={value!r:.40}: give a whole number from {least} {upwards}")
+    return number
+
+
+def seed_of(name: str, value: Any) -> int:
+    """A seed as `whole_number`."""
+    return whole_number(name, value, least=0, most=2**32 - 1)
+
+
+def seed_flag(text: str) -> int:
+    """The value of a flag --seed, for argparse."""
+    try:
+        return seed_of("--seed", int(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.40} is no seed: give a whole number from 0 to {2**32 - 1}"
+        ) from None
 
 
 def keep_freed_memory() -> None:

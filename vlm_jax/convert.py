@@ -54,7 +54,7 @@ def flags() -> argparse.ArgumentParser:
     add("--heads", type=int, default=8, help="of its attention")
     add("--query", default="separate", help="quecc: who reads the question (default: separate)")
     add("--projector", type=Path, help="weights of stage 1 for it (default: fresh ones)")
-    add("--seed", type=int, default=0, help="of fresh weights")
+    add("--seed", type=cli.seed_flag, default=0, help="of fresh weights")
     add("--tokenizer", type=Path, help="folder of the tokenizer (default: that of the LLM)")
     add("--add-image-token", action="store_true", help="with --to-hf, if the tokenizer has none")
     add("--allow-missing", default="", metavar="PATTERNS", help="tensors that stay fresh")

@@ -51,7 +51,7 @@ def flags() -> argparse.ArgumentParser:
     )
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
     add("--top-p", type=float, default=1.0, help="of the probability mass (default: 1)")
-    add("--seed", type=int, default=0, help="of the draws (default: 0)")
+    add("--seed", type=cli.seed_flag, default=0, help="of the draws (default: 0)")
     add("--stream", action="store_true", help="print the answer as it comes")
     add("--batch", type=int, default=8, help="requests read together (default: 8)")
     add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations "

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vlm_jax import convert
+from vlm_jax import cli, convert
 from vlm_jax import mesh as meshes
 from vlm_jax.data.example import Example
 from vlm_jax.data.processor import Processor, load_tokenizer
@@ -41,7 +41,6 @@ from vlm_jax.requests import (
 from vlm_jax.weights import folder, names
 from vlm_jax.weights.files import read_json
 from vlm_jax.weights.stored import NAMES
-
 
 MOST_NEW_TOKENS = 256  # of an answer to whose length nobody set a limit, where they fit
 
@@ -187,15 +186,17 @@ class VLM:
         Raises:
           ValueError: for what cannot be answered, before anything is.
         """
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1")
+        if max_new_tokens is not None:
+            max_new_tokens = cli.whole_number("max_new_tokens", max_new_tokens)
+        if visual_tokens is not None:
+            visual_tokens = cli.whole_number("visual_tokens", visual_tokens)
         if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
             raise ValueError(
                 f"temperature={temperature}, top_p={top_p}: temperature is 0 (the likeliest) or "
                 "more, top_p above 0 and at most 1"
             )
-        if not (0 <= seed < 2**32 and batch >= 1):
-            raise ValueError(f"seed={seed}, batch={batch}: seed is 0 to 2^32 - 1, batch at least 1")
+        seed = cli.seed_of("seed", seed)
+        batch = cli.whole_number("batch", batch)
         one = self.compressor.tokens if not self.compressor.adaptive else None
         if visual_tokens not in (None, one):
             self.decoder.model.at(visual_tokens)
