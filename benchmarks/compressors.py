@@ -72,6 +72,7 @@ class Contest:
         from flax import nnx
 
         from benchmarks.peers import torch_compressors
+        from vlm_jax import mesh
         from vlm_jax.models import compressors
         from vlm_jax.models.compressors.matryoshka import Matryoshka
         from vlm_jax.models.layers import RUN_ONCE
@@ -84,7 +85,8 @@ class Contest:
         sizes = {k: v for k, v in sizes.items() if k != "batch"}
         sizes |= dict(tokens=tokens, heads=self.heads, query=self.query)
         module = jax.jit(
-            lambda: compressors.build(method, **sizes, rngs=nnx.Rngs(0)), compiler_options=RUN_ONCE
+            lambda: compressors.build(method, **sizes, rngs=nnx.Rngs(0)),
+            compiler_options=mesh.known(RUN_ONCE),
         )()
         peer = torch_compressors.load(module, sizes)
         self.peer = peer.merged if part == "merging" else peer

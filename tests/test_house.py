@@ -186,6 +186,24 @@ def test_no_import_by_a_computed_name_and_no_star():
     assert not wrong
 
 
+def test_no_compiler_is_given_an_option_that_it_was_not_asked_about():
+    wrong = []
+    for path in files("vlm_jax", "benchmarks"):
+        asked = {
+            target.id
+            for node in ast.walk(tree(path))
+            if isinstance(node, ast.Assign) and "mesh.known(" in ast.unparse(node.value)
+            for target in ast.walk(node)
+            if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)
+        }
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.keyword) and node.arg == "compiler_options":
+                given = ast.unparse(node.value)
+                if given not in asked and not given.startswith("mesh.known("):
+                    wrong.append(where(path, node.value.lineno))
+    assert not wrong, f"mesh.known(options) leaves out what a release has dropped: {wrong}"
+
+
 @pytest.mark.parametrize(
     "name, absent",
     [

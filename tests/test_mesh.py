@@ -51,3 +51,23 @@ def test_the_batch_is_cut_into_as_many_parts_as_counted(mesh1, mesh8):
         cut = jax.device_put(np.zeros((8, 3)), mesh.sharding(made, "batch"))
         assert mesh.batch_shards(made) == parts
         assert {s.data.shape for s in cut.addressable_shards} == {(8 // parts, 3)}
+
+
+def test_a_compiler_is_asked_which_options_it_knows(mesh1):
+    """Releases drop options, and an unknown one would stop every program that names it."""
+    old, new = "xla_cpu_no_release_has_this", "xla_backend_optimization_level"
+    with jax.set_mesh(mesh1):
+        known = mesh.known({old: False, new: 0})
+        assert known == {new: 0}
+        assert jax.jit(lambda x: x + 1, compiler_options=known)(1) == 2
+        with pytest.raises(jax.errors.JaxRuntimeError, match=old):
+            jax.jit(lambda x: x + 1, compiler_options={old: False})(1)
+
+
+def test_asking_leaves_a_program_that_is_being_traced_alone(mesh8):
+    def traced(x):
+        assert mesh.known({"xla_backend_optimization_level": 0, "xla_gpu_of_no_release": 1})
+        return x + 1
+
+    with jax.set_mesh(mesh8):
+        assert jax.jit(traced)(1) == 2

@@ -217,3 +217,26 @@ def test_parameters_of_a_published_whole(name, mesh1):
 def test_impossible_compressors_are_refused_with_the_way_out(change, words, mesh1):
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match=words):
         vlm.shapes(tiny.config(compressor=change))
+
+
+# --- A single row ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, tokens, kv_heads", [
+    ("token_packer", 1, 2), ("quecc", 16, 1), ("pool", 1, 2), ("mqt", 1, 1), ("prumerge", 4, 2),
+])  # fmt: skip
+def test_one_row_is_trained_and_answered_like_many(kind, tokens, kv_heads, mesh1):
+    """Only traced: of dimensions of one, shardings that a reshape guesses differ by release."""
+    c = tiny.config(compressor=dict(kind=kind, tokens=tokens), llm=dict(kv_heads=kv_heads))
+    batch = tiny.batch(c, rows=1, levels=False)
+
+    def answer(model, batch):
+        scores, caches, place = model.prefill(batch, new_tokens=2)
+        return model.decode(jnp.argmax(scores, -1).astype(jnp.int32), caches, place)[0]
+
+    with jax.set_mesh(mesh1):
+        model, batch = vlm.shapes(c), tiny.placed(batch)
+        gradient = jax.eval_shape(jax.grad(lambda m, b: m.logits(b).sum()), model, batch)
+        same = zip(jax.tree.leaves(gradient), jax.tree.leaves(model), strict=True)
+        assert all(slope.shape == weight.shape for slope, weight in same)
+        assert jax.eval_shape(answer, model, batch).shape == (1, c.llm.vocab)

@@ -85,14 +85,14 @@ class Decoder:
     """
 
     def __init__(self, model: VLM, *, stop_ids: Sequence[int], consume: bool = False):
-        compressor = model.compressor
+        compressor, once = model.compressor, mesh.known(RUN_ONCE)
         if compressor.buckets:
-            fold = jax.jit(lambda compressor: compressor.fold(), compiler_options=RUN_ONCE)
+            fold = jax.jit(lambda compressor: compressor.fold(), compiler_options=once)
             compressor = fold(compressor)
         if consume:
             llm = model.llm.unrolled(consume=True)
         else:
-            llm = jax.jit(lambda llm: llm.unrolled(), compiler_options=RUN_ONCE)(model.llm)
+            llm = jax.jit(lambda llm: llm.unrolled(), compiler_options=once)(model.llm)
         self.model, self.stop_ids = VLM(model.vit, compressor, llm), np.array(stop_ids)
 
         def first(model, batch, begun, sampling, new_tokens):

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device mesh, the dimension names, and the one table that maps names to mesh axes."""
 
+import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -78,3 +82,24 @@ def platform() -> str:
     """What the current mesh is made of: "cpu", "gpu" or "tpu", also one that only compiles."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def known(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of these options that the compiler behind the current mesh accepts: releases drop some.
+
+    For options that change how a program is made or how fast it runs, never what it computes.
+    """
+    return {name: value for name, value in options.items() if _accepts(platform(), name, value)}
+
+
+@functools.cache
+def _accepts(platform: str, name: str, value: Any) -> bool:
+    """Whether the smallest program compiles with an option; raises where none compiles at all."""
+    del platform  # one answer for each
+    program = jax.jit(lambda: jnp.zeros(())).lower()
+    try:
+        program.compile({name: value})
+    except jax.errors.JaxRuntimeError:
+        program.compile()
+        return False
+    return True

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
+from vlm_jax import mesh
 from vlm_jax.models.layers import RUN_ONCE, Linear
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM, Batch
@@ -79,7 +80,7 @@ def patch_reader(config: ConfigDict, classes: int) -> PatchReader:
         )
         return PatchReader(vit, config.vit.width, classes, rngs=rngs)
 
-    return jax.jit(make, compiler_options=RUN_ONCE)()
+    return jax.jit(make, compiler_options=mesh.known(RUN_ONCE))()
 
 
 def patch_class(model: PatchReader, batch: Batch) -> Sums:

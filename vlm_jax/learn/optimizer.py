@@ -138,7 +138,7 @@ def make_step(
         sums = objective(nnx.merge(graph, trained, frozen), batch)
         return (sums.nll + z_loss * sums.log_z_squared) / total, sums
 
-    options = STEP_OPTIONS.get(mesh.platform())
+    options = mesh.known(STEP_OPTIONS.get(mesh.platform(), {}))
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
     def update(changed, frozen, batch: Batch):

@@ -133,7 +133,11 @@ def mix(
         preferred_element_type=jnp.float32,
     )
     mixed /= jnp.einsum("BKGTS->BTKG", weights)[..., None]
-    return mixed.astype(query.dtype).reshape(batch, length, heads, size)
+    return jnp.reshape(
+        mixed.astype(query.dtype),
+        (batch, length, heads, size),
+        out_sharding=mesh.spec("batch", "len", "heads", "head"),
+    )
 
 
 class Block(nnx.Module):

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 from ml_collections import ConfigDict
 
+from vlm_jax import mesh
 from vlm_jax.models import compressors
 from vlm_jax.models.cache import KV, Cache, Past, repeated
 from vlm_jax.models.compressors.compressor import Visual
@@ -222,7 +223,8 @@ def create(config: ConfigDict, *, seed: int, of: Callable[[VLM], Any] = lambda m
 
     `of` may take a part of the model: no more than that is computed.
     """
-    return jax.jit(lambda: of(build(config, nnx.Rngs(seed))), compiler_options=RUN_ONCE)()
+    once = mesh.known(RUN_ONCE)
+    return jax.jit(lambda: of(build(config, nnx.Rngs(seed))), compiler_options=once)()
 
 
 def shapes(config: ConfigDict) -> VLM:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from vlm_jax import mesh
 from vlm_jax.models.compressors.compressor import Compressor
 from vlm_jax.models.compressors.projector import MLP, KeysAndValues
 from vlm_jax.models.compressors.window import WindowAttention, check_tokens, window_side
@@ -101,6 +102,10 @@ class TokenPacker(Compressor):
         One patch where the window's side is odd, the mean of the middle four where it is even.
         """
         side = self.window
-        grid = x.reshape(x.shape[0], self.tokens, side, side, x.shape[2])
+        grid = jnp.reshape(
+            x,
+            (x.shape[0], self.tokens, side, side, x.shape[2]),
+            out_sharding=mesh.spec("batch", "len", "len", "len", "feature"),
+        )
         middle = slice((side - 1) // 2, side // 2 + 1)
         return grid[:, :, middle, middle].astype(jnp.float32).mean((2, 3)).astype(x.dtype)

@@ -7,6 +7,8 @@ E vit width  N heads  H head size
 
 import math
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -35,7 +37,13 @@ def window_side(tokens: int, side: int) -> int:
 
 def windows(x: Float[Array, "B P *rest"], tokens: int) -> Float[Array, "B V S *rest"]:
     """The patches of each window; patches are window-major, so this is a reshape."""
-    return x.reshape(x.shape[0], tokens, x.shape[1] // tokens, *x.shape[2:])
+    # Said, because of a single image the sharding that a reshape would guess is another.
+    place = jax.typeof(x).sharding.spec
+    return jnp.reshape(
+        x,
+        (x.shape[0], tokens, x.shape[1] // tokens, *x.shape[2:]),
+        out_sharding=jax.P(*place[:2], None, *place[2:]),
+    )
 
 
 class WindowAttention(nnx.Module):
