@@ -98,7 +98,13 @@ def get_config() -> ConfigDict:
     c.data.image_fit = "pad"  # how an image becomes square: pad, crop, stretch
     c.data.image_mean = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue; CLIP's
     c.data.image_std = (0.26862954, 0.26130258, 0.27577711)
-    c.data.image_resample = "bicubic"  # or "bilinear"
+    c.data.image_resample = "bicubic"  # or nearest, lanczos, bilinear, box, hamming
+    # (): to the encoder's side. (a,): the shorter side to a with "crop", both sides otherwise; (0,)
+    # not at all; the middle is cut out after it. (a, b): vlm_jax/data/images.py Preparation.
+    c.data.image_resize = ()
+    c.data.image_rescale = 1 / 255  # of the numbers from 0 to 255, before mean and deviation
+    c.data.image_normalize = True  # False: mean and deviation are not used
+    c.data.image_exif = "ignore"  # or "apply": turn an image as its EXIF orientation says
     c.data.text_length = 512  # T, text tokens per row; longer rows are cut
     # Tokens of the question that a compressor reads; with compressor.query "prefix" of all text
     # before the image, and text_length - question_length tokens may follow it.

@@ -374,9 +374,12 @@ def test_transformers_prepares_an_exported_model_as_its_configuration_says(
 
     path = Path(shutil.copytree(FROZEN / name, tmp_path / "copy"))
     with_tokenizer(path, ["<image>"])
+    side = json.loads((path / "config.json").read_text())["vision_config"]["image_size"]
     (path / "preprocessor_config.json").write_text(json.dumps(
-        dict(do_pad=fit == "pad") | dict(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
-        if fit != "stretch" else {}))  # fmt: skip
+        dict(do_pad=fit == "pad", size=side, crop_size=side, image_mean=[0.1, 0.2, 0.3],
+             image_std=[0.4, 0.5, 0.6])
+        if fit != "stretch" else
+        dict(image_processor_type=kind, size=dict(height=side, width=side))))  # fmt: skip
     assert run("--from", path, "--to", tmp_path / "a") == 0
     facts = folder.read(tmp_path / "a").facts["image"]
     assert facts["fit"] == fit and facts["mean"] == (

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint that answers: the same text in any company, few programs, every wrong word named."""
+"""A checkpoint that answers: the same text in any company, few programs, every wrong word named.
+
+More than 400 lines: one small model, trained once, answers for all of them.
+"""
 
 import io
 import json
@@ -308,6 +311,63 @@ def test_an_unset_limit_is_what_fits(one, images, checkpoint, photo, tmp_path, c
     assert re.search(r"4 of the image and up to 256 .*made for 128", capsys.readouterr().err)
     with pytest.raises(ValueError, match="at least 1 of the answer are .*made for 128: shorten"):
         one.room(one.request(images[0], "star " * 200))
+
+
+def test_a_damaged_picture_costs_its_own_line_and_no_other(
+    checkpoint, photo, tmp_path, alone, capsys
+):
+    """Whatever its decoder raises: here ValueError, OSError, SyntaxError and no picture at all."""
+    body = photo.read_bytes()
+    (tmp_path / "cut.png").write_bytes(body[: len(body) // 2])
+    (tmp_path / "short.pcx").write_bytes(b"\x0a\x05\x01\x08" + bytes(130))
+    (tmp_path / "head.gif").write_bytes(b"GIF89a\x05")
+    (tmp_path / "odd.png").write_bytes(body[:40] + bytes(20) + body[60:])
+    (tmp_path / "folder.png").mkdir()
+    bad = ["cut.png", "short.pcx", "head.gif", "odd.png", "folder.png"]
+    lines = [dict(id=name, image=name, prompt="a") for name in bad]
+    for k in (1, 3, 5):
+        lines.insert(k, dict(id=k, image="a.png", prompt=PROMPTS[0]))
+    file, out = tmp_path / "r.jsonl", tmp_path / "o.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    argv = [f"--checkpoint={checkpoint}", f"--requests={file}", f"--out={out}"]
+    assert generate.main([*argv, f"--max-new-tokens={NEW}"]) == 2
+    found = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert all(found[k]["text"] == alone[0].text for k in (1, 3, 5))
+    assert all(name in found[name]["error"] for name in bad)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_image_that_cannot_be_used_is_named_by_its_number(one, images, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"GIF89a")
+    for bad, words in (
+        (tmp_path / "a.png", "image 1: image .*a.png cannot be decoded"),
+        (tmp_path / "none.png", "image 1: there is no image"),
+        (np.zeros((0, 0, 3), np.uint8), "image 1: the array image is 0 x 0 pixels: it is empty"),
+        (Image.new("F", (3, 3)), "image 1: the PIL image has numbers of 32 bits"),
+    ):
+        with pytest.raises((ValueError, OSError), match=words):
+            one.generate([images[0], bad], ["a", "b"], max_new_tokens=1)
+    with pytest.raises(ValueError, match="exif='no': choose one of apply, ignore"):
+        one.generate(images[0], "a", exif="no")
+
+
+def test_an_orientation_is_applied_unless_it_is_to_be_ignored(
+    one, images, checkpoint, tmp_path, capsys
+):
+    lying = Image.fromarray(images[0]).transpose(Image.Transpose.ROTATE_90)
+    exif = lying.getexif()
+    exif[0x0112] = 6
+    lying.save(tmp_path / "a.png", exif=exif)
+    for how, image in (("apply", images[0]), ("ignore", np.asarray(lying))):
+        made = one.request(tmp_path / "a.png", PROMPTS[0], exif=how)
+        np.testing.assert_array_equal(made.pixels, one.request(image, PROMPTS[0]).pixels)
+    seen = one.generate(tmp_path / "a.png", PROMPTS[0], max_new_tokens=NEW)[0].text
+    assert seen == one.generate(images[0], PROMPTS[0], max_new_tokens=NEW)[0].text
+    argv = [f"--checkpoint={checkpoint}", f"--image={tmp_path / 'a.png'}", f"--prompt={PROMPTS[0]}",
+            f"--max-new-tokens={NEW}"]  # fmt: skip
+    assert generate.main([*argv, "--exif=ignore"]) == 0
+    expected = one.generate(np.asarray(lying), PROMPTS[0], max_new_tokens=NEW)[0].text
+    assert capsys.readouterr().out.strip() == expected.strip()
 
 
 def test_what_cannot_be_answered_says_why(one, images, tmp_path):

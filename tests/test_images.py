@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from vlm_jax.data.images import Preparation
-from vlm_jax.data.llava import read_image
+from vlm_jax.data.pictures import read_image
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.word_tokenizer import train_tokenizer
 
@@ -76,8 +76,14 @@ def test_a_processor_prepares_as_the_configuration_says():
     "field, value, words",
     [
         ("image_fit", "tile", "'tile': choose one of pad, crop, stretch"),
-        ("image_resample", "area", "'area': choose one of bicubic, bilinear"),
+        ("image_resample", "area", "'area': choose one of nearest, .*bilinear"),
         ("image_std", (0.5, 0.0, 0.5), "deviations above 0"),
+        ("image_mean", (0.5, 0.5), "three numbers each"),
+        ("image_mean", (0.5, 0.5, 1.5), "image_fit='pad' pads with this colour"),
+        ("image_resize", (0, 3), "one or two whole numbers"),
+        ("image_resize", (30, 40), "give one number"),
+        ("image_resize", (100_000,), "from 1 to 1344"),
+        ("image_rescale", 0.0, "a number above 0"),
     ],
 )
 def test_a_wrong_preparation_is_named(field, value, words):

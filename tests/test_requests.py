@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax.data.llava import MOST_ELONGATED
+from vlm_jax.data.pictures import MOST_ELONGATED
 from vlm_jax.requests import bucket_of_rows, conversation, padded, picture
 
 
@@ -34,11 +34,20 @@ def test_what_is_no_prompt_says_what_is_one(prompt, image, words):
 
 @pytest.mark.parametrize("image, words", [
     (5, "path, a PIL image or an array"),
-    (np.zeros((0, 5, 3), np.uint8), "5 x 0 pixels"),
+    (np.zeros((0, 5, 3), np.uint8), "5 x 0 pixels: it is empty"),
+    (np.zeros((0, 0, 3), np.uint8), "0 x 0 pixels: it is empty"),
+    (Image.new("RGB", (0, 0)), "0 x 0 pixels: it is empty"),
     (np.zeros((1, MOST_ELONGATED + 1, 3), np.uint8), "times as long as wide"),
     (Image.new("L", (1, MOST_ELONGATED + 1)), "times as long as wide"),
-    (np.zeros((4, 4), np.uint8), "uint8.*not uint8.4, 4"),
-    (np.zeros((4, 4, 3)), "not float64"),
+    (np.zeros((4, 4), np.uint8), "uint8.*not uint8.4, 4.*np.stack"),
+    (np.zeros((4, 4, 1), np.uint8), "np.stack"),
+    (np.zeros((4, 4, 3)), "not float64.*255"),
+    (np.zeros((4, 4, 3), np.uint16), "not uint16.*257"),
+    (np.zeros((4, 4, 3), bool), "not bool.*astype"),
+    (np.zeros((4, 4, 4), np.uint8), "leave the opacity out"),
+    (np.zeros((3, 4, 5), np.uint8), "channels come last"),
+    (np.zeros((2, 4, 4, 3), np.uint8), "one image for each prompt"),
+    (np.array(None), "an array image is uint8"),
 ])  # fmt: skip
 def test_what_is_no_image_says_what_is_one(image, words):
     with pytest.raises(ValueError, match=words):

@@ -61,18 +61,25 @@ def test_a_trained_compressor_must_be_the_one_that_is_configured(made):
         start.adopt(c)
 
 
-def test_images_are_prepared_as_the_folder_says(made, tmp_path):
+def test_images_are_prepared_as_the_folder_says(made, tmp_path, capsys):
     path = shutil.copytree(made, tmp_path / "copy")
     config = json.loads((path / "config.json").read_text())
-    half = dict(mean=[0.5] * 3, std=[0.25] * 3, fit="stretch", resample="bilinear")
+    half = dict(mean=[0.5] * 3, std=[0.25] * 3, fit="stretch", resample="bilinear", resize=[40, 36],
+                rescale=0.5, normalize=False)  # fmt: skip
     config["facts"]["image"] = half
     (path / "config.json").write_text(json.dumps(config))
     data = start.adopt(tiny.config(start_from=str(path))).data
     assert (data.image_mean, data.image_std) == ((0.5,) * 3, (0.25,) * 3)
     assert (data.image_fit, data.image_resample) == ("stretch", "bilinear")
+    assert (data.image_resize, data.image_rescale, data.image_normalize) == ((40, 36), 0.5, False)
+    assert "made square by 'stretch'" in capsys.readouterr().err
     # How an image becomes square is the recipe's choice where the tower wants none stretched.
-    chosen = tiny.config(start_from=str(made), data=dict(image_fit="crop"))
-    assert start.adopt(chosen).data.image_fit == "crop"
+    config["facts"]["image"] = half | dict(fit="crop", resize=[40, 50])
+    (path / "config.json").write_text(json.dumps(config))
+    for fit, resize in (("crop", (40, 50)), ("pad", (40,))):
+        data = start.adopt(tiny.config(start_from=str(path), data=dict(image_fit=fit))).data
+        assert (data.image_fit, data.image_resize) == (fit, resize)
+    assert "'pad', as data.image_fit says" in capsys.readouterr().err
 
 
 def test_a_grid_does_not_start_from_a_folder(made, mesh1):

@@ -107,6 +107,8 @@ def run(options: argparse.Namespace) -> dict:
         hf.write(model, options.to, dtype=dtype, add_image_token=options.add_image_token)
     else:
         folder.write(model, options.to, dtype=dtype)
+    if about := model.notes.get("images"):
+        print(about, file=sys.stderr)
     if reason:
         print(f"{options.to} is a model folder, not a llava-hf one: {reason}", file=sys.stderr)
     for kind, of in (

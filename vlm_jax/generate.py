@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vlm_jax import cli
+from vlm_jax.data.pictures import EXIF
 from vlm_jax.serving import VLM, Answer
 
 __all__ = ["VLM", "main"]
@@ -52,6 +53,8 @@ def flags() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
     add("--top-p", type=float, default=1.0, help="of the probability mass (default: 1)")
     add("--seed", type=cli.seed_flag, default=0, help="of the draws (default: 0)")
+    add("--exif", choices=EXIF, default="apply", help="whether an image is turned as its EXIF "
+        "orientation says (default: apply)")  # fmt: skip
     add("--stream", action="store_true", help="print the answer as it comes")
     add("--batch", type=int, default=8, help="requests read together (default: 8)")
     add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations "
@@ -104,7 +107,11 @@ def say(model: VLM, options: argparse.Namespace, turns: Sequence[str]) -> str:
         print(piece, end="", flush=True)
 
     (answer,) = model.generate(
-        options.image, [list(turns)], told=show if options.stream else None, **how(options)
+        options.image,
+        [list(turns)],
+        exif=options.exif,
+        told=show if options.stream else None,
+        **how(options),
     )
     print("" if options.stream else answer.text, flush=True)
     print(numbers(answer), file=sys.stderr)
@@ -170,7 +177,7 @@ def many(model: VLM, options: argparse.Namespace) -> int:
                 image = row.get("image")
                 if isinstance(image, str):
                     image = where / image
-                request = model.request(image, row["prompt"])
+                request = model.request(image, row["prompt"], exif=options.exif)
                 model.room(request, new_tokens=options.max_new_tokens,
                            visual_tokens=options.visual_tokens)  # fmt: skip
             except (ValueError, OSError) as error:

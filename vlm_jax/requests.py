@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a request is made of, and how its answer becomes text."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.data.example import IMAGE_MARK
-from vlm_jax.data.llava import MOST_ELONGATED, read_image
+from vlm_jax.data.pictures import Unusable, check_shape, one_line, read_image, rgb
 
 Picture = str | Path | Image.Image | np.ndarray | None
 Prompt = str | Sequence[str]
@@ -94,26 +95,53 @@ def conversation(prompt: Any, *, image: bool) -> tuple[tuple[str, str], ...]:
     return tuple(zip(texts[::2], [*texts[1::2], ""], strict=True))
 
 
-def picture(image: Any) -> np.ndarray:
-    """A Picture as uint8 [H, W, 3], RGB. ValueError or OSError for what is none."""
-    if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGB"))
+def picture(image: Any, *, exif: str = "apply") -> np.ndarray:
+    """A Picture as uint8 [H, W, 3], RGB; `exif` as read_image has it.
+
+    Raises:
+      ValueError, FileNotFoundError: for what is none, with the way to one.
+    """
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(
-                f"an array image is uint8 [H, W, 3], not {image.dtype}{list(image.shape)}"
-            )
-        height, width = image.shape[:2]
-        if max(height, width) > MOST_ELONGATED * min(height, width):
-            raise ValueError(
-                f"an image of {width} x {height} pixels is empty, or more than {MOST_ELONGATED} "
-                "times as long as wide: cut it"
-            )
-        return image
+        return array(image)
+    if isinstance(image, Image.Image):
+        try:
+            check_shape(*image.size)
+            return rgb(image, exif=exif)
+        except Unusable as error:
+            raise ValueError(f"the PIL image {error}") from None
+        except Exception as error:  # its file is read only now, by a decoder
+            raise ValueError(f"the PIL image cannot be decoded: {one_line(error)}") from error
     if not isinstance(image, (str, Path)):
         raise ValueError(
             f"an image is a path, a PIL image or an array uint8 [H, W, 3], not {image!r:.80}"
         )
-    if not Path(image).is_file():
+    if not os.path.lexists(image):
         raise FileNotFoundError(f"there is no image {image}")
-    return read_image(str(image), "the prompt", "give another image")
+    return read_image(str(image), "", "give another image", exif=exif)
+
+
+def array(image: np.ndarray) -> np.ndarray:
+    """An array image, if it is one; ValueError with the way to make one of it."""
+    shape = list(image.shape)
+    way = None
+    if len(shape) == 2 or len(shape) == 3 and shape[2] == 1:
+        way = "of a gray image x [H, W] it is np.stack([x] * 3, -1)"
+    elif len(shape) == 3 and shape[2] == 4:
+        way = "leave the opacity out: x[..., :3]"
+    elif len(shape) == 3 and shape[2] != 3 and shape[0] in (1, 3, 4):
+        way = "channels come last: x.transpose(1, 2, 0)"
+    elif len(shape) != 3 or shape[2] != 3:
+        way = "give one image for each prompt, its channels red, green and blue"
+    elif np.issubdtype(image.dtype, np.floating):
+        way = "of numbers x from 0 to 1 it is (255 * x).round().astype(np.uint8)"
+    elif image.dtype == np.uint16:
+        way = "of numbers x of 16 bits it is (x / 257).round().astype(np.uint8)"
+    elif image.dtype != np.uint8:
+        way = "of numbers x from 0 to 255 it is x.astype(np.uint8)"
+    if way:
+        raise ValueError(f"an array image is uint8 [H, W, 3], not {image.dtype}{shape}: {way}")
+    try:
+        check_shape(shape[1], shape[0])
+    except Unusable as error:
+        raise ValueError(f"the array image {error}: give another") from None
+    return image

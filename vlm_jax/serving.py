@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from vlm_jax import cli, convert
 from vlm_jax import mesh as meshes
 from vlm_jax.data.example import Example
+from vlm_jax.data.pictures import check_exif
 from vlm_jax.data.processor import Processor, load_tokenizer
 from vlm_jax.decoding import Decoder, Sampling, bucket
 from vlm_jax.models import vlm
@@ -38,7 +39,7 @@ from vlm_jax.requests import (
     padded,
     picture,
 )
-from vlm_jax.weights import folder, names
+from vlm_jax.weights import folder, names, preprocessor
 from vlm_jax.weights.files import read_json
 from vlm_jax.weights.stored import NAMES
 
@@ -125,7 +126,12 @@ class VLM:
         return cls(model, processor_of(stored), max_length=stored.facts["max_length"], mesh=mesh)
 
     def generate(
-        self, images: Picture | Sequence[Picture], prompts: Prompt | Sequence[Prompt], **how
+        self,
+        images: Picture | Sequence[Picture],
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        exif: str = "apply",
+        **how,
     ) -> list["Answer"]:
         """Answers, one for each prompt, in order.
 
@@ -134,10 +140,14 @@ class VLM:
             is no list.
           prompts: a question, or a conversation as a list [question, answer, ..., question]. The
             image belongs to the first question, whose template places it.
+          exif: "apply" turns an image upright as its EXIF orientation says, "ignore" takes the
+            pixels as they lie.
           how: as `answer` has it.
         Raises:
-          ValueError: for what cannot be answered, before anything is.
+          ValueError, OSError: for what cannot be answered, before anything is; of an image with its
+            number.
         """
+        check_exif("exif", exif)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         images = list(images) if isinstance(images, (list, tuple)) else [images] * len(prompts)
         if len(images) != len(prompts):
@@ -145,11 +155,16 @@ class VLM:
                 f"{len(images)} images and {len(prompts)} prompts: give one image (or None) for "
                 "each prompt, or a single one for all"
             )
-        return self.answer(
-            [self.request(*pair) for pair in zip(images, prompts, strict=True)], **how
-        )
+        made = []
+        for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+            try:
+                found = None if image is None else picture(image, exif=exif)
+            except (ValueError, OSError) as error:
+                raise type(error)(f"image {number}: {error}") from error
+            made.append(self.request(found, prompt))
+        return self.answer(made, **how)
 
-    def request(self, image: Any, prompt: Any) -> Request:
+    def request(self, image: Any, prompt: Any, *, exif: str = "apply") -> Request:
         """One Picture and Prompt made ready. ValueError or OSError for what is none of them."""
         pairs = conversation(prompt, image=image is not None)
         example = Example("prompt", None if image is None else 0, pairs, family="", task="")
@@ -158,7 +173,7 @@ class VLM:
             raise ValueError(
                 "this model's compressor reads the question, and there is none: ask something"
             )
-        pixels = None if image is None else self.processor.pixels(picture(image))
+        pixels = None if image is None else self.processor.pixels(picture(image, exif=exif))
         return Request(made.ids, made.image_at, made.question, pixels)
 
     def answer(
@@ -359,15 +374,11 @@ def processor_of(stored: folder.Model) -> Processor:
             "this model folder has no tokenizer: convert it again with --tokenizer=DIR"
         )
     facts, length = stored.facts, stored.facts["max_length"]
-    image = facts["image"]
     data = dict(
         template=facts.get("template", "vicuna_v1"),
         text_length=length,
         question_length=length // 2,
-        image_fit=image["fit"],
-        image_mean=tuple(image["mean"]),
-        image_std=tuple(image["std"]),
-        image_resample=image.get("resample", "bicubic"),
+        **preprocessor.configured(facts["image"]),
         images_per_row=1,  # of rows made by `Processor.text`; a request has as many as it needs
         blind=False,
     )

@@ -11,16 +11,12 @@ import os
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vlm_jax.data.example import IMAGE_MARK, BadExample, Example, Images
 from vlm_jax.data.paths import SUFFIXES, Folder, spelled
+from vlm_jax.data.pictures import read_image
 from vlm_jax.data.rows import Fault, check_keys, check_text, own_ids, read_rows
 from vlm_jax.data.skips import Skip, Skips
-
-MOST_ELONGATED = (
-    100  # a longer image shows nothing, and would fill memory where the short side is resized
-)
 
 
 def listed(image: Any) -> list:
@@ -81,28 +77,6 @@ def turns_of(row: dict, images: int) -> tuple[tuple[str, str], ...]:
     return tuple(zip(texts[::2], texts[1::2], strict=True))
 
 
-def read_image(
-    path: str, owner: str, way_out: str = "replace the file, or set data.on_bad_example=skip"
-) -> np.ndarray:
-    """An image as RGB uint8 [H, W, 3], decoded by its content whatever its name; first frame of
-    several.
-
-    Raises:
-      BadExample: where it cannot be decoded whole, naming the row that `owner` describes.
-    """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if max(width, height) > MOST_ELONGATED * min(width, height):
-                raise BadExample(
-                    f"{owner}: image {path} is {width} x {height} pixels, more than "
-                    f"{MOST_ELONGATED} times as long as wide; {way_out}"
-                )
-            return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise BadExample(f"{owner}: image {path} cannot be decoded: {error}; {way_out}") from error
-
-
 class Llava:
     """Rows of a LLaVA file, a JSON list or JSON lines.
 
@@ -113,6 +87,7 @@ class Llava:
       text_only: accept rows without an image.
       images_per_row: most images of a row.
       skip: leave bad rows out and count them, instead of failing.
+      exif: what becomes of an image's EXIF orientation, "apply" or "ignore".
     Raises:
       FileNotFoundError, ValueError: for a file that cannot be read as such, or without a usable
         row.
@@ -131,6 +106,7 @@ class Llava:
         text_only: bool = False,
         images_per_row: int = 1,
         skip: bool = False,
+        exif: str = "ignore",
     ):
         if "{split}" not in path and split != "train":
             raise ValueError(
@@ -173,9 +149,11 @@ class Llava:
                 + (f"; the first bad one: {first}" if first else "")
             )
         paths = list(self._paths)
-        self.images = Images(_Reader(paths, self._owners), len(paths), paths)
+        self.images = Images(_Reader(paths, self._owners, exif), len(paths), paths)
+        # The hash of a data set whose images are taken as they lie is as it ever was.
+        turned = " upright" if exif == "apply" else ""
         self.data_hash = hashlib.sha256(
-            f"{found.sha256} {text_only} {dict(self.left_out.kinds)}".encode()
+            f"{found.sha256} {text_only} {dict(self.left_out.kinds)}{turned}".encode()
         ).hexdigest()
 
     def _add(self, row: Any, name: str, given: str, owner: str) -> None:
@@ -270,8 +248,8 @@ class Llava:
 class _Reader:
     """Reads image i; a class, so that worker processes can take it along."""
 
-    def __init__(self, paths: list[str], owners: list[str]):
-        self.paths, self.owners = paths, owners
+    def __init__(self, paths: list[str], owners: list[str], exif: str):
+        self.paths, self.owners, self.exif = paths, owners, exif
 
     def __call__(self, index: int) -> np.ndarray:
-        return read_image(self.paths[index], self.owners[index])
+        return read_image(self.paths[index], self.owners[index], exif=self.exif)

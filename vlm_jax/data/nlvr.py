@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from vlm_jax.data.example import BadExample, Example, Images
+from vlm_jax.data.pictures import one_line
 from vlm_jax.data.rows import Fault, check_text, own_ids
 from vlm_jax.data.scenes import covering
 from vlm_jax.data.skips import Skips
@@ -87,10 +88,10 @@ class _Reader:
         try:
             with Image.open(io.BytesIO(self.files.read(name))) as image:
                 return mosaic(image)
-        except (OSError, SyntaxError) as error:
+        except Exception as error:  # a decoder raises what it likes
             raise BadExample(
-                f"NLVR image {name} in {self.files.folder} cannot be read: {error}; unpack the "
-                "data again, or set data.on_bad_example=skip"
+                f"NLVR image {name} in {self.files.folder} cannot be read: {one_line(error)}; "
+                "unpack the data again, or set data.on_bad_example=skip"
             ) from error
 
 

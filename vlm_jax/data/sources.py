@@ -8,6 +8,7 @@ from typing import Any
 from vlm_jax.data.example import BadExample, Example, Source
 from vlm_jax.data.llava import Llava
 from vlm_jax.data.nlvr import Nlvr
+from vlm_jax.data.pictures import check_exif
 from vlm_jax.data.synthetic import Synthetic
 from vlm_jax.data.synthetic import majority as majority_by_wording
 
@@ -25,6 +26,7 @@ def _llava(config: Any, split: str) -> Llava:
         text_only=data.text_only,
         images_per_row=data.images_per_row,
         skip=data.on_bad_example == "skip",
+        exif=data.image_exif,
     )
 
 
@@ -47,8 +49,8 @@ def open_source(config: Any, split: str) -> Source:
     What is not as it was given is a warning: rows left out, ids of our own.
 
     Raises:
-      ValueError: for an unknown source, split or data.on_bad_example, no image in a row, or a
-        split without examples.
+      ValueError: for an unknown source, split, data.on_bad_example or data.image_exif, no image
+        in a row, or a split without examples.
       FileNotFoundError, BadExample: for data that is missing or bad, saying which.
     """
     if config.data.source not in SOURCES:
@@ -57,6 +59,7 @@ def open_source(config: Any, split: str) -> Source:
         raise ValueError(f"data.on_bad_example={config.data.on_bad_example!r}: choose fail or skip")
     if config.data.images_per_row < 1:
         raise ValueError(f"data.images_per_row={config.data.images_per_row}: at least 1")
+    check_exif("data.image_exif", config.data.image_exif)
     source = SOURCES[config.data.source](config, split)
     if not len(source):
         raise ValueError(

@@ -52,8 +52,8 @@ class Model:
     """A model that is not in memory: its configuration, and where each of its tensors lies.
 
     vit, llm, compressor: sections of a configuration. facts: what generation needs to know besides
-    (`image`: mean, std and fit; `image_token`, `max_length`, `template`). tensors: under the names
-    of `names.py`. tokenizer: the folder that has its files.
+    (`image`: see preprocessor.py; `image_token`, `max_length`, `template`). tensors: under the
+    names of `names.py`. tokenizer: the folder that has its files.
     """
 
     vit: dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.weights import architectures
+from vlm_jax.weights import architectures, preprocessor
 from vlm_jax.weights.folder import Model, appearing, copy_tokenizer, has_tokenizer, pending
 from vlm_jax.weights.stored import Stored, write_safetensors
 
@@ -59,6 +59,8 @@ def write(
             copy_tokenizer(model.tokenizer, fresh)
             token = image_token(fresh, add=add_image_token)
             processor(model, fresh)
+        images = preprocessor.files(model.facts["image"], model.vit["image_size"])
+        (fresh / preprocessor.NAME).write_text(json.dumps(images, indent=1) + "\n")
         token = model.llm["vocab"] if token is None else token
         tensors, vocab = dict(model.tensors), model.llm["vocab"]
         if token >= vocab:
@@ -120,25 +122,7 @@ def image_token(folder: Path, *, add: bool) -> int:
 
 
 def processor(model: Model, folder: Path) -> None:
-    """Writes how images and prompts are prepared."""
-    size, facts = model.vit["image_size"], model.facts["image"]
-    kind = "SiglipImageProcessor" if not model.vit["class_token"] else "CLIPImageProcessor"
-    images = dict(
-        image_processor_type="LlavaImageProcessor" if facts["fit"] == "pad" else kind,
-        do_resize=True,
-        do_rescale=True,
-        do_normalize=True,
-        rescale_factor=1 / 255,
-        resample=3,  # bicubic
-        image_mean=facts["mean"],
-        image_std=facts["std"],
-    )
-    if model.vit["class_token"]:
-        edges = dict(height=size, width=size)
-        images |= dict(do_center_crop=True, crop_size=edges, size={"shortest_edge": size})
-        images |= {"do_pad": True} if facts["fit"] == "pad" else {}
-    else:
-        images |= dict(size=dict(height=size, width=size))
+    """Writes how a prompt with an image is prepared."""
     whole = dict(
         processor_class="LlavaProcessor",
         image_token=IMAGE,
@@ -146,8 +130,7 @@ def processor(model: Model, folder: Path) -> None:
         num_additional_image_tokens=int(model.vit["class_token"]),
         vision_feature_select_strategy=strategy(model.vit),
     )
-    for name, content in (("preprocessor_config", images), ("processor_config", whole)):
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / preprocessor.WHOLE).write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def grow(tensors: dict[str, Stored | np.ndarray], vocab: int) -> None:

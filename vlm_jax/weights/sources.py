@@ -9,17 +9,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax.models import pretrained, vlm
-from vlm_jax.weights import architectures, folder, names
+from vlm_jax.weights import architectures, folder, names, preprocessor
 from vlm_jax.weights.files import read_json, read_tensors
 from vlm_jax.weights.folder import Model
 from vlm_jax.weights.stored import Stored
 
 Section = dict[str, Any]
-
-# openai/clip-vit-large-patch14-336 and google/siglip-so400m-patch14-384, preprocessor_config.json
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-SIGLIP = (0.5, 0.5, 0.5)
-RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as preprocessor_config.json has them
 
 
 @dataclass(frozen=True)
@@ -58,13 +53,15 @@ def llava(path: Path, *, vision: Path | None, compressor: Compressor | None) -> 
     elif vision:
         raise ValueError(f"{path} has its own vision tower: leave --vision out")
     rows = (vit["image_size"] // vit["patch_size"]) ** 2 + vit["keep_class"]
+    told = facts(path, vision or path, vit, described)
     model = Model(
         vit,
         described.llm,
         folder.PLAIN | dict(tokens=rows),
-        facts(path, vision or path, vit, described),
+        told,
         tensors,
         path,
+        preprocessor.notes(vision or path, told["image"]),
     )
     return model if compressor is None else with_compressor(model, compressor)
 
@@ -99,7 +96,9 @@ def assembled(vision: Path, llm: Path, compressor: Compressor) -> Model:
     tensors |= names.renamed(read_tensors(llm))
     rows = (vit["image_size"] // vit["patch_size"]) ** 2
     none = folder.PLAIN | dict(tokens=rows)
-    made = Model(vit, described.llm, none, facts(llm, vision, vit, described), tensors, llm)
+    told = facts(llm, vision, vit, described)
+    about = preprocessor.notes(vision, told["image"])
+    made = Model(vit, described.llm, none, told, tensors, llm, about)
     return with_compressor(made, compressor)
 
 
@@ -140,22 +139,10 @@ def with_compressor(model: Model, compressor: Compressor) -> Model:
 
 def facts(path: Path, vision: Path, vit: Section, described: architectures.Published) -> Section:
     """What generation needs to know besides the sizes."""
-    images: Section = {}
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if not images and (vision / name).is_file():
-            found = read_json(vision / name)
-            images = found.get("image_processor", found)
-    clip = vit["class_token"]
-    fit = described.image_fit or ("pad" if images.get("do_pad") else "crop" if clip else "stretch")
     text = read_json(path / "config.json")
     text = text.get("text_config", text)
     return dict(
-        image=dict(
-            mean=list(images.get("image_mean", CLIP_MEAN if clip else SIGLIP)),
-            std=list(images.get("image_std", CLIP_STD if clip else SIGLIP)),
-            fit=fit,
-            resample=RESAMPLE.get(images.get("resample", 3), "bicubic"),
-        ),
+        image=preprocessor.facts(vision, vit, pad=described.image_fit == "pad"),
         image_token=described.image_token,
         template=template(path, described, text.get("model_type", "")),
         max_length=text.get("max_position_embeddings", 4096),
@@ -200,12 +187,7 @@ def described_run(path: Path, config: ConfigDict) -> Model:
         config.llm.to_dict(),
         config.compressor.to_dict(),
         dict(
-            image=dict(
-                mean=list(config.data.image_mean),
-                std=list(config.data.image_std),
-                fit=config.data.image_fit,
-                resample=config.data.image_resample,
-            ),
+            image=preprocessor.of_data(config.data),
             image_token=None,
             max_length=config.data.text_length + most,
             template=config.data.template,

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.models import vlm
 from vlm_jax.models.vlm import VLM
-from vlm_jax.weights import folder, names
+from vlm_jax.weights import folder, names, preprocessor
 
 
 def adopt(config: ConfigDict) -> ConfigDict:
@@ -34,21 +34,31 @@ def adopt(config: ConfigDict) -> ConfigDict:
             f"start_from={config.start_from} has the compressor {compressor}, the configuration "
             f"says {asked}: give the same, or start from a model without compression"
         )
-    image = model.facts["image"]
-    config.data.update(
-        image_mean=tuple(image["mean"]),
-        image_std=tuple(image["std"]),
-        image_resample=image.get("resample", "bicubic"),
-    )
-    if image["fit"] == "stretch":
-        config.data.image_fit = (
-            "stretch"  # pad or crop are the recipe's choice, this is the tower's
-        )
+    config.data.update(prepared(config, model))
     config.vit.update(vit)
     config.llm.update(model.llm)
     if not config.data.tokenizer and model.tokenizer:
         config.data.tokenizer = str(model.tokenizer)
     return config
+
+
+def prepared(config: ConfigDict, model: folder.Model) -> dict[str, Any]:
+    """`data.image_*` as the folder prepares images for its encoder.
+
+    To pad or to crop is the recipe's choice, as LLaVA crops in align and pads in finetune; to
+    stretch is the encoder's.
+    """
+    theirs, ours = model.facts["image"], config.data.image_fit
+    image = preprocessor.configured(theirs)
+    if (fit := image["image_fit"]) == ours:
+        return image
+    chosen, reason = (ours, "data.image_fit") if fit != "stretch" else (fit, config.start_from)
+    print(
+        f"start: images are made square by {chosen!r}, as {reason} says; data.image_fit is "
+        f"{ours!r}, and {config.start_from} was made with {fit!r}",
+        file=sys.stderr,
+    )
+    return preprocessor.configured(preprocessor.refitted(theirs, chosen))
 
 
 def replaced(config: ConfigDict, model: folder.Model) -> bool:

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A picture from anywhere as RGB uint8 [H, W, 3], or one sentence that says why it is none.
+
+Whatever the image library raises is a fault of the picture: its decoders raise ValueError,
+RuntimeError, OverflowError, MemoryError, SyntaxError and struct.error for damaged files. A picture
+that is cut short is bad, never half gray.
+"""
+
+import io
+import os
+import stat
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from vlm_jax.data.example import BadExample
+
+EXIF = ("apply", "ignore")
+# A longer image shows nothing, and would fill memory where the short side is resized.
+MOST_ELONGATED = 100
+# How a picture with an EXIF orientation is turned upright (Exif 3.0, 4.6.5.1.6). 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PNG = b"\x89PNG\r\n\x1a\n"
+# Chunks of a PNG without pixels in them, whose size PIL bounds for the sake of who reads them.
+PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+
+
+def check_exif(name: str, exif: str) -> None:
+    """ValueError unless a field called `name` says what becomes of an EXIF orientation."""
+    if exif not in EXIF:
+        raise ValueError(f"{name}={exif!r}: choose one of {', '.join(EXIF)}")
+
+
+class Unusable(ValueError):
+    """Why a picture cannot be used: the end of a sentence that begins with its name."""
+
+
+def read_image(
+    path: str,
+    owner: str,
+    way_out: str = "replace the file, or set data.on_bad_example=skip",
+    *,
+    exif: str = "ignore",
+) -> np.ndarray:
+    """An image file as RGB uint8 [H, W, 3], decoded by its content whatever its name; the first
+    frame of several.
+
+    `exif` says what becomes of an orientation that the file states: "apply" turns the picture
+    upright, "ignore" takes the pixels as they lie.
+
+    Raises:
+      BadExample: where it cannot be decoded whole, naming the row that `owner` describes, if any.
+    """
+    try:
+        with regular(path) as file:
+            return decoded(file, exif=exif)
+    except Unusable as error:
+        reason = str(error)
+    # Not a list of kinds: each decoder has its own.
+    except Exception as error:
+        reason = f"cannot be decoded: {one_line(error)}"
+    raise BadExample(f"{owner}{': ' * bool(owner)}image {path} {reason}; {way_out}")
+
+
+def regular(path: str) -> io.BufferedIOBase:
+    """A file opened for reading; Unusable for what is no file with something in it."""
+    try:
+        about = os.stat(path)  # opening a pipe would wait for its writer
+        if stat.S_ISDIR(about.st_mode):
+            raise Unusable("is a folder, not a picture")
+        if not stat.S_ISREG(about.st_mode):
+            raise Unusable("is a pipe or a device, not a picture")
+        if not about.st_size:
+            raise Unusable("is empty: 0 bytes")
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise Unusable("is not there") from None
+    except OSError as error:
+        raise Unusable(f"cannot be read: {error.strerror or error}") from None
+
+
+def decoded(file: io.BufferedIOBase, *, exif: str) -> np.ndarray:
+    """The pixels of an open file. Raises whatever its decoder does."""
+    try:
+        return rgb(opened(file), exif=exif)
+    except Unusable:
+        raise
+    except ValueError:
+        # PIL takes a text or a colour profile beyond its bounds for an attack. It is none on
+        # pixels: read them without. Its bounds are the process's own and stay as they are.
+        file.seek(0)
+        if file.read(len(PNG)) != PNG:
+            raise
+        return rgb(opened(without_texts(file)), exif=exif)
+
+
+def opened(file: io.BufferedIOBase) -> Image.Image:
+    """A picture whose header was read, and none of its pixels."""
+    try:
+        image = Image.open(file)
+    except UnidentifiedImageError:
+        raise Unusable(
+            "cannot be decoded: it is damaged, or no picture (PNG, JPEG, GIF, WebP, BMP, TIFF ...)"
+        ) from None
+    if image.format == "EPS":
+        raise Unusable("is PostScript, a program that draws a picture: save it as PNG")
+    check_shape(*image.size)
+    return image
+
+
+def check_shape(width: int, height: int) -> None:
+    """Unusable for an image of no pixels, and for a thread."""
+    if min(width, height) < 1:
+        raise Unusable(f"is {width} x {height} pixels: it is empty")
+    if max(width, height) > MOST_ELONGATED * min(width, height):
+        raise Unusable(
+            f"is {width} x {height} pixels, more than {MOST_ELONGATED} times as long as wide"
+        )
+
+
+def without_texts(file: io.BufferedIOBase) -> io.BufferedIOBase:
+    """A PNG without its texts and its colour profile."""
+    file.seek(len(PNG))
+    kept = [PNG]
+    while len(head := file.read(8)) == 8:
+        length = int.from_bytes(head[:4], "big") + 4  # with the checksum
+        if head[4:] in PNG_TEXTS:
+            file.seek(length, os.SEEK_CUR)
+        else:
+            kept += [head, file.read(length)]
+    return io.BytesIO(b"".join(kept))
+
+
+def rgb(image: Image.Image, *, exif: str) -> np.ndarray:
+    """A picture of PIL as uint8 [H, W, 3].
+
+    Pixels of 16 bits are scaled by 1 / 257, so that white is white. What is transparent is shown:
+    transparency is dropped as the published code drops it. Raises whatever a decoder does.
+    """
+    image.load()
+    turn = TURNS.get(orientation(image)) if exif == "apply" else None
+    mode = image.mode
+    # PIL keeps a PGM of 16 bits in 32.
+    if mode.startswith("I;16") or (mode == "I" and image.format == "PPM"):
+        image = Image.fromarray(eight_bits(image))
+    elif mode in ("I", "F"):
+        raise Unusable(
+            f"has numbers of 32 bits (mode {mode}), of which nobody says what is white: save it "
+            "with 8 or 16 bits"
+        )
+    elif mode in ("La", "RGBa"):  # the colours were multiplied with their opacity
+        image = image.convert(mode.upper())
+    if "transparency" in image.info:
+        image = image.copy()  # it may belong to the caller
+        del image.info["transparency"]
+    image = image.convert("RGB")
+    return np.array(image if turn is None else image.transpose(turn))
+
+
+def eight_bits(image: Image.Image) -> np.ndarray:
+    """A grey picture of up to 16 bits as uint8 [H, W]."""
+    pixels, bits, inverted = np.asarray(image).astype(np.int64), 16, False
+    if image.format == "TIFF":
+        # Which PIL leaves as they are: numbers of 12 bits, and those where 0 is white.
+        bits = image.tag_v2.get(258, (16,))[0]
+        inverted = image.tag_v2.get(262) == 0
+    most = (1 << bits) - 1
+    grey = (np.clip(pixels, 0, most) * 510 + most) // (2 * most)  # rounded
+    return (255 - grey if inverted else grey).astype(np.uint8)
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation from 1 to 8; 1, upright, where there is none that can be read."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # as everything that shows pictures does: the pixels are there
+        return 1
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, in one line."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(said.split()) or type(error).__name__
