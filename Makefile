@@ -1,12 +1,23 @@
-# Everything works from a fresh clone with Python >= 3.11 and make: each target makes the environment it needs.
+# Everything works from a fresh clone with make and Python 3.11, 3.12 or 3.13: each target makes the
+# environment it needs. Another Python and its own environment: make test PYTHON=python3.13 VENV=.venv-3.13
 
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
-	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-	&& command -v $$p && break; done)
-TORCH = torch==2.13.0
-PEFT = peft==0.21.2
-ENV = .venv/installed
-RUN = .venv/bin/python -m
+VENV ?= .venv
+# A shim of pyenv is on the PATH whether its version is active or not: candidates are run, and where
+# none of a name works it is looked for among pyenv's versions.
+FOUND := $(shell for name in $(or $(PYTHON),python3.11 python3.12 python3.13 python3); do \
+	for found in "$$name" "$$(pyenv root 2>/dev/null)"/versions/*/bin/"$$name"; do \
+		"$$found" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+			2>/dev/null && command -v "$$found" && exit; done; done)
+VERSION := $(if $(FOUND),$(shell "$(FOUND)" -c 'import platform; print(platform.python_version())'))
+# What was tried with this Python; LATEST=1 takes the newest releases that setup.py allows instead.
+MINOR = $(shell echo $(VERSION) | cut -d. -f1,2)
+CONSTRAINTS = constraints/py$(subst .,,$(MINOR)).txt
+PINS = $(if $(LATEST),,-c $(CONSTRAINTS))
+# The file marks a finished installation, its name what is installed: an interrupted one starts
+# again, and so does another Python, another setup.py or other constraints.
+ENV = $(VENV)/installed-$(VERSION)$(if $(LATEST),-latest)
+RUN = $(VENV)/bin/python -m
+INSTALL = $(RUN) pip install --quiet --disable-pip-version-check $(PINS)
 # The targets are sized for a CPU, and with libtpu installed jax would look for a TPU first.
 export JAX_PLATFORMS ?= cpu
 
@@ -17,20 +28,34 @@ help:
 	@echo "make demo        train, evaluate and fit a grid of small models; leaves runs/demo/report/index.html"
 	@echo "make demo-full   the larger grid: hours, can be stopped and continued"
 	@echo "make test-tpu    what the TPU compiler says; needs no TPU (installs libtpu)"
-	@echo "make test-torch  comparisons with PyTorch (installs $(TORCH), $(PEFT))"
-	@echo "make bench       training steps, compressors and generation against PyTorch (installs $(TORCH))"
+	@echo "make test-torch  comparisons with PyTorch (installs torch and peft)"
+	@echo "make bench       training steps, compressors and generation against PyTorch (installs torch)"
 	@echo "make lint        ruff"
 	@echo "make venv        .venv with every extra that runs on a CPU; the targets above call it"
 	@echo "make clean       removes .venv and caches, never runs/"
+	@echo "PYTHON=python3.13 VENV=.venv-3.13 chooses another Python and a place for its packages;"
+	@echo "LATEST=1 installs the newest releases instead of those in constraints/"
 
 venv: $(ENV)
 
-# The file marks a finished installation: an interrupted one starts again, a changed setup.py too.
-$(ENV): setup.py
-	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with venv found; say where it is: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(RUN) pip install --quiet --disable-pip-version-check -e '.[test,report,demo,tensorboard]'
+$(ENV): setup.py pyproject.toml $(if $(LATEST),,$(CONSTRAINTS))
+	@test -n "$(FOUND)" || { $(missing); }
+	@test ! -e $(VENV) -o -e $(VENV)/pyvenv.cfg || { \
+		echo "VENV=$(VENV) is there and no virtual environment: choose another folder" >&2; exit 1; }
+	"$(FOUND)" -m venv --clear $(VENV)
+	$(INSTALL) -e '.[test,report,demo,tensorboard]'
+	@$(if $(LATEST),echo "not as in $(CONSTRAINTS):"; $(RUN) pip freeze --exclude-editable \
+		| grep -vxFf $(CONSTRAINTS) || echo "nothing")
 	@touch $@
+
+# Asked for when there is no such file.
+constraints/%.txt:
+	@test -n "$(FOUND)" || { $(missing); }
+	@echo "Python $(MINOR) was not tried, constraints/ has no $*.txt: choose a Python that has" \
+		"one, as in make PYTHON=python3.13, or LATEST=1 for the newest releases" >&2; exit 1
+
+missing = echo "no $(or $(PYTHON),Python >= 3.11) that runs and has venv was found:" \
+	"install it, or say where one is: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1
 
 # Compilation keeps one core busy: two processes take three fifths of the time of one.
 test: $(ENV)
@@ -43,18 +68,18 @@ $(RUN) pytest -m $(1) --durations=10 || { code=$$?; \
 endef
 
 test-tpu: $(ENV)
-	$(RUN) pip install --quiet --disable-pip-version-check -e '.[aot]'
+	$(INSTALL) -e '.[aot]'
 	$(call marked_tests,tpu_compiler)
 
-test-torch: $(ENV) .venv/torch .venv/peft
+test-torch: $(ENV) $(VENV)/torch $(VENV)/peft
 	$(call marked_tests,torch)
 
-.venv/torch: $(ENV)
-	$(RUN) pip install --quiet --disable-pip-version-check '$(TORCH)'
+$(VENV)/torch: $(ENV)
+	$(INSTALL) torch
 	@touch $@
 
-.venv/peft: .venv/torch
-	$(RUN) pip install --quiet --disable-pip-version-check '$(TORCH)' '$(PEFT)'
+$(VENV)/peft: $(VENV)/torch
+	$(INSTALL) torch peft
 	@touch $@
 
 # Checks of the report in Chromium (Debian: chromium) and the long coverage study of the intervals.
@@ -62,22 +87,22 @@ test-browser test-slow: test-%: $(ENV)
 	$(call marked_tests,$*)
 
 demo: $(ENV)
-	.venv/bin/vlm-jax grid --config=configs/demo.py --workdir=runs/demo
+	$(VENV)/bin/vlm-jax grid --config=configs/demo.py --workdir=runs/demo
 	@echo "open runs/demo/report/index.html"
 
 demo-full: $(ENV)
-	.venv/bin/vlm-jax grid --config=configs/demo_full.py --workdir=runs/demo_full
+	$(VENV)/bin/vlm-jax grid --config=configs/demo_full.py --workdir=runs/demo_full
 	@echo "open runs/demo_full/report/index.html"
 
 lint: $(ENV)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 
-bench: $(ENV) .venv/torch
-	.venv/bin/python benchmarks/train_step.py
-	.venv/bin/python benchmarks/compressors.py
-	.venv/bin/python benchmarks/generation.py
+bench: $(ENV) $(VENV)/torch
+	$(VENV)/bin/python benchmarks/train_step.py
+	$(VENV)/bin/python benchmarks/compressors.py
+	$(VENV)/bin/python benchmarks/generation.py
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,10 +5,28 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "vlm_jax/__init__.py").read_text()).group(1)
 
+
+class WithConfigs(build_py):
+    """Puts configs/ into a wheel, where vlm_jax/scaling/described.py finds it.
+
+    An editable installation reads the checkout's own.
+    """
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shipped = Path(self.build_lib, "vlm_jax", "shipped", "configs")
+            self.mkpath(str(shipped))
+            for path in sorted((HERE / "configs").glob("*.py")):
+                self.copy_file(str(path), str(shipped / path.name))
+
+
+# The ranges are for who installs beside other things; what was tried is in constraints/.
 # One pair for each Python. jax 0.11 needs Python 3.12; jax >= 0.11.1 breaks flax < 0.12.9, and flax
 # 0.12.12 asks for jax >= 0.11.1: the markers keep pip from mixing the two.
 JAX_AND_FLAX = [
@@ -22,12 +40,13 @@ setup(
     name="vlm_jax",
     version=VERSION,
     description="For an inference budget: which language model, and how many visual tokens?",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["vlm_jax", "vlm_jax.*"]),
+    cmdclass={"build_py": WithConfigs},
     entry_points={"console_scripts": ["vlm-jax = vlm_jax.__main__:main"]},
     install_requires=[
         *JAX_AND_FLAX,
@@ -64,6 +83,7 @@ setup(
             "pytest>=9.2",
             "pytest-xdist>=3.8",
             "ruff>=0.17",
+            "setuptools>=77",  # builds the wheel that is tested
         ],
     },
 )

@@ -21,7 +21,7 @@ OUTSIDE = {".venv", "runs", "build", "__pycache__", ".git"}
 ARROWS = {
     "door": {"verb"},  # vlm_jax.VLM, imported when it is asked for
     "mesh": set(),
-    "cli": set(),
+    "cli": {"scaling"},
     "kernels": {"mesh"},
     "models": {"kernels", "mesh"},
     "learn": {"models", "mesh"},

@@ -25,6 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from vlm_jax.convert import main as run
         case "generate":
             from vlm_jax.generate import main as run
+        case "--version":
+            from vlm_jax import __version__
+
+            print(f"vlm-jax {__version__}")
+            return 0
         case _:
             known = "train, evaluate, grid, fit, plan, report, convert, generate"
             text = f"usage: vlm-jax VERB [--flag=value ...]\nverbs: {known} (each has --help)"

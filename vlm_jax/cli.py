@@ -15,6 +15,8 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from vlm_jax.scaling import described
+
 
 def parse(
     verb: str,
@@ -27,7 +29,7 @@ def parse(
 ) -> tuple[ConfigDict, flags.FlagValues]:
     """The configuration and the other flags of a verb; a wrong word ends the process with its
     cure."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = located(sys.argv[1:] if argv is None else argv)
     keep_freed_memory()
     values = flags.FlagValues()
     for name, text in (strings or {}).items():
@@ -42,7 +44,8 @@ def parse(
     # A configuration may import its neighbours (`from configs import base`) wherever it is run
     # from.
     if path := config_file(argv):
-        sys.path.insert(0, str(Path(path).resolve().parent.parent))
+        first, last = described.neighbours(Path(path))
+        sys.path[:] = [first, *sys.path, last]
     try:
         if "--help" in argv or "-h" in argv:
             print(
@@ -142,6 +145,16 @@ def config_file(argv: Sequence[str]) -> str:
         ),
         "",
     )
+
+
+def located(argv: Sequence[str]) -> list[str]:
+    """`argv` with --config=configs/NAME.py, where there is no such file, naming the package's."""
+    given = config_file(argv)
+    place = described.place(given)
+    if not given or place == Path(given):
+        return list(argv)
+    at = next(i for i, word in enumerate(argv) if word in ("--config", f"--config={given}"))
+    return [*argv[:at], f"--config={place}", *argv[at + 1 + (argv[at] == "--config") :]]
 
 
 def report_errors(verb: str, body: Callable[[], int]) -> int:

@@ -241,7 +241,7 @@ def search_of(args: argparse.Namespace) -> tuple[planner.Search, dict[float, str
         args.batch,
         args.cached_text,
     )
-    config = described.load(Path(args.config), "get_config")() if args.config else None
+    config = described.load(args.config, "get_config")() if args.config else None
     law = read_laws(args.law, args.mix)
     kinds = args.compressors.split(",") if args.compressors else None
     limits, doubts = [(unit, float(limit))], []

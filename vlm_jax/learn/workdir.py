@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from vlm_jax import __version__
 from vlm_jax.learn import optimizer
 from vlm_jax.learn.checkpoint import Checkpoints
 from vlm_jax.models import lora, vlm
@@ -128,18 +129,26 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(fresh, path)
 
 
+def commit(root: Path) -> str:
+    """The commit of the checkout at `root`; of an installed package, which has none, its version.
+
+    A package may lie somewhere below a checkout of something else, whose commit says nothing.
+    """
+    described = ""
+    if (root / ".git").exists():
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        # Without git there is no answer, and no error either.
+        with suppress(OSError):
+            done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+            described = done.stdout.strip()
+    return described or f"vlm_jax {__version__}"
+
+
 def provenance(kernels: str) -> dict[str, Any]:
     """Commit, package versions, machine and form of the kernels that a result was made with."""
-    root = Path(__file__).resolve().parents[2]
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-    )
     device = jax.devices()[0]
     return dict(
-        commit=git.stdout.strip() or "unknown",
+        commit=commit(Path(__file__).resolve().parents[2]),
         versions={
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in PACKAGES},

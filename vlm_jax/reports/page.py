@@ -269,7 +269,9 @@ def _repeat(rows: Sequence, facts: Mapping) -> str:
     commits = [commit for commit, _ in _distinct(row.commit for row in rows)]
     parts = []
     if commits:
-        parts.append(f"<p>Check out commit <code>{escape(commits[0])}</code> and run:</p>")
+        # Rows made with an installed package name its version.
+        way = "Install" if commits[0].startswith("vlm_jax ") else "Check out commit"
+        parts.append(f"<p>{way} <code>{escape(commits[0])}</code> and run:</p>")
     if command:
         parts.append(f"<pre><code>{escape(str(command))}</code></pre>")
         parts.append(

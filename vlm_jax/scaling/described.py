@@ -9,21 +9,39 @@ from typing import Any
 
 from vlm_jax.scaling.cost import LLM, llm_parameters
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PACKAGE = Path(__file__).resolve().parents[1]
+# Beside the package in a checkout; a wheel has its own copy (setup.py). The folder that holds
+# `configs` goes on the path of a configuration that is run: it is not the package itself.
+INSTALLED, CHECKOUT = PACKAGE / "shipped" / "configs", PACKAGE.parent / "configs"
+CONFIGS = INSTALLED if INSTALLED.is_dir() else CHECKOUT
 
 
-def load(path: Path, name: str) -> Any:
+def place(path: str | Path) -> Path:
+    """Where a configuration is: `configs/NAME.py` that is not here is the one of the package."""
+    ours = CONFIGS.parent / path
+    named = Path(path).parts[:1] == ("configs",)
+    return ours if named and ours.is_file() and not Path(path).is_file() else Path(path)
+
+
+def neighbours(path: Path) -> tuple[str, str]:
+    """What goes first and last on the path of a configuration: `from configs import base` works."""
+    return str(path.resolve().parent.parent), str(CONFIGS.parent)
+
+
+def load(path: str | Path, name: str) -> Any:
     """What `name` is in a configuration file, which may import its neighbours.
 
     Raises ValueError where there is no such file.
     """
+    path, before = place(path), list(sys.path)
     if not path.is_file():
         raise ValueError(f"no configuration at {path}: name a file that exists")
-    sys.path.insert(0, str(path.resolve().parent.parent))
+    first, last = neighbours(path)
+    sys.path[:] = [first, *before, last]
     try:
         return runpy.run_path(str(path))[name]
     finally:
-        sys.path.pop(0)
+        sys.path[:] = before
 
 
 def base() -> Any:
