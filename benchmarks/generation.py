@@ -90,6 +90,7 @@ def ours(folder: Path, dtype: str, scales: tuple[int, ...]):
     import jax
     from ml_collections import ConfigDict
 
+    from configs import base
     from vlm_jax import mesh, serving
     from vlm_jax.data.processor import Processor
     from vlm_jax.data.word_tokenizer import train_tokenizer
@@ -107,10 +108,10 @@ def ours(folder: Path, dtype: str, scales: tuple[int, ...]):
         stored.check()
         shapes = vlm.shapes(config)
         model = place(shapes, names.model_table(shapes), stored.tensors, dtype=dtype)
-    data = dict(template="plain", text_length=2048, question_length=64, image_fit="crop",
-                image_mean=(0.5,) * 3, image_std=(0.5,) * 3, image_resample="bicubic",
-                blind=False)  # fmt: skip
-    fields = ConfigDict(dict(data=data, vit=stored.vit, compressor=stored.compressor))
+    fields = ConfigDict(
+        dict(data=base.get_config().data, vit=stored.vit, compressor=stored.compressor)
+    )
+    fields.data.update(dict(template="plain", text_length=2048))
     processor = Processor(train_tokenizer(["a"], 100), fields)
     made = serving.VLM(model, processor, max_length=2048, mesh=one)
     made.prefix, made.begun = [], None  # transformers has no common beginning either

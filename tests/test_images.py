@@ -111,3 +111,9 @@ def test_an_image_of_twenty_thousand_pixels_needs_no_square_of_them():
         )
         assert Preparation(336, "pad").square(image).shape == (336, 336, 3)
     assert max(largest) < 10_000_000
+
+
+@pytest.mark.parametrize("rescale, mean", [(1 / 255, 0.4), (1 / 127.5, 0.9), (1.0, 110.0)])
+def test_a_blank_image_is_nothing_after_normalisation(rescale, mean):
+    made = Preparation(8, "crop", (mean,) * 3, (1.0,) * 3, rescale=rescale)
+    assert np.abs(made.normalise(made.blank())).max() <= rescale  # to the unit of uint8

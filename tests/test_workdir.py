@@ -27,6 +27,22 @@ def test_the_same_configuration_enters_again(tmp_path, c):
     assert stored == json.loads(json.dumps(c.to_dict()))
 
 
+def test_a_folder_that_is_older_than_a_field_goes_on_where_the_field_changes_nothing(tmp_path, c):
+    older = json.loads(json.dumps(c.to_dict()))
+    for name in workdir.LATER:
+        section, field = name.split(".")
+        del older[section][field]
+    workdir.write_json(tmp_path / "config.json", older)
+    with claim(tmp_path, c):
+        pass
+    digest = workdir.digest(c)
+    for name, other in (("image_exif", "apply"), ("image_resize", (40,)), ("images_per_row", 2)):
+        changed = tiny.config(data={name: other})
+        assert workdir.digest(changed) != digest
+        with pytest.raises(ValueError, match=f"data.{name} was"), claim(tmp_path, changed):
+            pass
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path, c):
     with claim(tmp_path, c):
         with pytest.raises(

@@ -26,7 +26,13 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 # Fields that came after results were published and folders were begun, with the value at which all
 # is as it was without them.
-LATER = {"data.images_per_row": 1}
+LATER = {
+    "data.images_per_row": 1,
+    "data.image_resize": (),
+    "data.image_rescale": 1 / 255,
+    "data.image_normalize": True,
+    "data.image_exif": "ignore",
+}
 
 
 @contextmanager
@@ -62,7 +68,8 @@ def same_config(path: Path, config: ConfigDict) -> None:
     if path.exists():
         then = flat(json.loads(path.read_text()))
         free = {"compressor.tokens"} if serves_any_tokens(now.get("compressor.kind")) else set()
-        then = {name: LATER[name] for name in LATER.keys() & now.keys()} | then
+        born = flat({name: LATER[name] for name in LATER.keys() & now.keys()})
+        then = born | then
         names = (now.keys() | then.keys()) - free
         if changed := sorted(k for k in names if now.get(k) != then.get(k)):
             shown = "; ".join(f"{k} was {then.get(k)!r}, is {now.get(k)!r}" for k in changed[:4])
