@@ -163,7 +163,7 @@ def test_a_run_of_train_becomes_a_model_folder_with_its_tokenizer(trained, tmp_p
 
 def with_tokenizer(path, extra=()):
     """A small tokenizer beside the weights of a folder."""
-    tokenizer = train_tokenizer(["a b"], 80)
+    tokenizer = train_tokenizer(["a b"], 67)  # as many as the model has embeddings for
     tokenizer.add_special_tokens({"additional_special_tokens": list(extra)})
     tokenizer.save_pretrained(path)
     return tokenizer

@@ -21,12 +21,13 @@ import math
 import shutil
 import sys
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
-from vlm_jax import cli, mesh
+from vlm_jax import chats, cli, mesh
 from vlm_jax.learn.workdir import finished
 from vlm_jax.models.compressors import COMPRESSORS
 from vlm_jax.weights import adapters, folder, hf, names, sources
@@ -86,8 +87,7 @@ def run(options: argparse.Namespace) -> dict:
     if options.to_peft:
         return export_adapter(options, dtype)
     model = gather(options)
-    if options.tokenizer:
-        model.tokenizer = options.tokenizer
+    chats.settle(model, published=published(options), tokenizer=options.tokenizer)
     patterns = {
         name: [p for p in getattr(options, name).split(",") if p]
         for name in ("allow_missing", "allow_surplus")
@@ -104,13 +104,18 @@ def run(options: argparse.Namespace) -> dict:
     reason = hf.inexpressible(model) if options.to_hf else None
     room(options.to, sum(x.dtype.itemsize * math.prod(x.shape) for x in model.tensors.values()))
     if options.to_hf and reason is None:
-        hf.write(model, options.to, dtype=dtype, add_image_token=options.add_image_token)
+        words = partial(chats.export, model, add_image_token=options.add_image_token)
+        hf.write(model, options.to, words=words, dtype=dtype)
     else:
         folder.write(model, options.to, dtype=dtype)
     if about := model.notes.get("images"):
         print(about, file=sys.stderr)
     if reason:
         print(f"{options.to} is a model folder, not a llava-hf one: {reason}", file=sys.stderr)
+    if model.tokenizer is None or not folder.has_tokenizer(model.tokenizer):
+        print("no tokenizer was found: to generate, repeat with --tokenizer=DIR", file=sys.stderr)
+    if said := model.notes.get("chat_template"):
+        print(said, file=sys.stderr)
     for kind, of in (
         ("fresh", missing),
         ("left out", surplus + apart[1]),
@@ -152,6 +157,12 @@ def gather(options: argparse.Namespace) -> folder.Model:
     if (options.source / "finetune").is_dir():
         return trained(options.source)
     return sources.llava(options.source, vision=options.vision, compressor=compressor)
+
+
+def published(options: argparse.Namespace) -> Path | None:
+    """The folder whose files say how a conversation is written; None for a training run."""
+    source = options.source or options.llm
+    return None if (source / "finetune").is_dir() else source
 
 
 def trained(workdir: Path) -> folder.Model:

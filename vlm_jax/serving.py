@@ -25,7 +25,8 @@ from vlm_jax import cli, convert
 from vlm_jax import mesh as meshes
 from vlm_jax.data.example import Example
 from vlm_jax.data.pictures import check_exif
-from vlm_jax.data.processor import Processor, load_tokenizer
+from vlm_jax.data.processor import Processor
+from vlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from vlm_jax.decoding import Decoder, Sampling, bucket
 from vlm_jax.models import vlm
 from vlm_jax.models.compressors.compressor import Visual
@@ -39,8 +40,7 @@ from vlm_jax.requests import (
     padded,
     picture,
 )
-from vlm_jax.weights import folder, names, preprocessor
-from vlm_jax.weights.files import read_json
+from vlm_jax.weights import ends, folder, names, preprocessor
 from vlm_jax.weights.stored import NAMES
 
 MOST_NEW_TOKENS = 256  # of an answer to whose length nobody set a limit, where they fit
@@ -369,7 +369,7 @@ class VLM:
 
 def processor_of(stored: folder.Model) -> Processor:
     """What makes the tokens and pixels of a model folder. ValueError where it has no tokenizer."""
-    if stored.tokenizer is None:
+    if stored.tokenizer is None or not folder.has_tokenizer(stored.tokenizer):
         raise ValueError(
             "this model folder has no tokenizer: convert it again with --tokenizer=DIR"
         )
@@ -382,11 +382,12 @@ def processor_of(stored: folder.Model) -> Processor:
         images_per_row=1,  # of rows made by `Processor.text`; a request has as many as it needs
         blind=False,
     )
-    config = ConfigDict(dict(data=data, vit=stored.vit, compressor=stored.compressor))
-    processor = Processor(load_tokenizer(stored.tokenizer), config)
-    path = stored.tokenizer / "generation_config.json"
-    if path.is_file():
-        more = read_json(path).get("eos_token_id")
-        more = more if isinstance(more, list) else [] if more is None else [more]
-        processor.stop_ids = tuple(dict.fromkeys([*processor.stop_ids, *more]))
+    sections = dict(vit=stored.vit, llm=stored.llm, compressor=stored.compressor)
+    tokenizer, image_token = load_tokenizer(stored.tokenizer), facts.get("image_token")
+    check_vocabulary(tokenizer, stored.llm["vocab"], image=image_token)
+    processor = Processor(tokenizer, ConfigDict(sections | dict(data=data)), image_token)
+    more = ends.stops(stored.tokenizer)
+    if more is None:
+        more = facts.get("ends", {}).get("stop", [])
+    processor.stop_ids = tuple(dict.fromkeys([*processor.stop_ids, *more]))
     return processor

@@ -54,14 +54,14 @@ Turns = Sequence[Turn]
 
 
 class Chat:
-    """The chat template of a tokenizer.
+    """The chat template of a tokenizer; `mark` stands for an image in what it writes.
 
     Raises:
       ValueError: for a template that is no jinja program, or refuses a question and its answer.
     """
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, mark: str = IMAGE_MARK):
+        self.tokenizer, self.mark = tokenizer, mark
         self.name = f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
         text = tokenizer.get_chat_template()
         self._marks_answers = bool(GENERATION.search(text))
@@ -75,7 +75,7 @@ class Chat:
     def prompt(self, turns: Turns) -> str:
         """The conversation up to where its last answer begins, as transformers would ask for it.
 
-        Images stand at IMAGE_MARKs.
+        Images stand where their marks are.
 
         Raises:
           ValueError: where the template refuses the conversation, or writes no place for an image.
@@ -119,10 +119,10 @@ class Chat:
         images = sum(turn.images for turn in turns)
         structured = self._takes_lists(images > 0)
         text = self._apply(self._messages(turns, structured, open_), open_)
-        if text.count(IMAGE_MARK) != images:
+        if text.count(self.mark) != images:
             raise ValueError(
-                f"{self.name} does not say where the image stands: it writes {IMAGE_MARK} "
-                f"{text.count(IMAGE_MARK)} times for images={images}; choose another data.template"
+                f"{self.name} does not say where the image stands: it writes {self.mark} "
+                f"{text.count(self.mark)} times for images={images}; choose another data.template"
             )
         return text
 
@@ -140,12 +140,11 @@ class Chat:
                 "data.template"
             ) from error
 
-    @staticmethod
-    def _messages(turns: Turns, structured: bool, open_: bool) -> list[dict]:
+    def _messages(self, turns: Turns, structured: bool, open_: bool) -> list[dict]:
         """What transformers is given: contents as lists of parts, or as texts with the mark."""
         messages = []
         for turn in turns:
-            asked: Any = f"{IMAGE_MARK}\n" * turn.shown + IMAGE_MARK.join(turn.pieces)
+            asked: Any = f"{self.mark}\n" * turn.shown + self.mark.join(turn.pieces)
             said: Any = turn.answer
             if structured:
                 asked = [{"type": "image"}] * turn.shown
@@ -168,7 +167,7 @@ class Chat:
                 text = ""
             # A template for texts writes a list as Python or JSON would show it.
             as_text = "'type'" in text or '"type"' in text
-            known = not as_text and text.count(word) == 1 and text.count(IMAGE_MARK) == shown
+            known = not as_text and text.count(word) == 1 and text.count(self.mark) == shown
             self._structured[shown] = known
         return known
 

@@ -12,7 +12,7 @@ import numpy as np
 from vlm_jax.data.example import IMAGE_MARK, BadExample, Example
 from vlm_jax.data.images import Preparation
 from vlm_jax.data.templates import OwnTemplate, Part, query_of, template_of
-from vlm_jax.data.tokenizer import Encoder
+from vlm_jax.data.tokenizer import Encoder, mark_of
 from vlm_jax.data.tokenizer import load_tokenizer as load_tokenizer
 
 NO_IMAGE_QUESTION = "image"  # what a question-reading compressor reads for a row without an image
@@ -43,14 +43,17 @@ class Processor:
     Args:
       tokenizer: a fast transformers tokenizer.
       config: the whole configuration; `data`, `vit.image_size` and the compressor's query are read.
+      image_token: the token that stands for an image in the chat template of the tokenizer; <image>
+        unless given.
     Raises:
       ValueError: for an unknown template or image_fit, a tokenizer without the eos token it needs,
         or a template without a question before the image where the compressor reads that.
     """
 
-    def __init__(self, tokenizer: Any, config: Any):
+    def __init__(self, tokenizer: Any, config: Any, image_token: int | None = None):
         data = config.data
-        self.template, self.query = template_of(config).of(tokenizer), query_of(config)
+        self.mark = mark_of(tokenizer, image_token)
+        self.template, self.query = template_of(config).of(tokenizer, self.mark), query_of(config)
         self.tokenizer, self.encode = tokenizer, Encoder(tokenizer)
         self.text_length, self.question_length = data.text_length, data.question_length
         self.images_per_row = data.images_per_row
@@ -64,8 +67,8 @@ class Processor:
         self.eos_id = tokenizer.eos_token_id
         self.stop_ids = self._stop_ids(data.template)
         # Where the tokenizer knows the mark as a token, its own template is tokenised with it.
-        own = isinstance(self.template, OwnTemplate) and IMAGE_MARK in tokenizer.get_vocab()
-        self.image_id = tokenizer.convert_tokens_to_ids(IMAGE_MARK) if own else None
+        own = isinstance(self.template, OwnTemplate)
+        self.image_id = tokenizer.get_vocab().get(self.mark) if own else None
         self.bos = self.encode.before
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else tokenizer.unk_token_id or 0

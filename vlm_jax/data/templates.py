@@ -33,8 +33,8 @@ class Template:
     end: str = ""
     gap: str = ""
 
-    def of(self, tokenizer: Any) -> "Template":
-        """This template for rows of one tokenizer."""
+    def of(self, tokenizer: Any, mark: str = IMAGE_MARK) -> "Template":
+        """This template for rows of one tokenizer, whose texts have `mark` for an image."""
         return self
 
     def closing(self, tokenizer: Any) -> str:
@@ -70,7 +70,7 @@ class OwnTemplate(Template):
 
     chat: Chat | None = None
 
-    def of(self, tokenizer: Any) -> "OwnTemplate":
+    def of(self, tokenizer: Any, mark: str = IMAGE_MARK) -> "OwnTemplate":
         """With the chat template of `tokenizer`. ValueError where it has none, or a broken one."""
         if not tokenizer.chat_template:
             known = ", ".join(name for name in TEMPLATES if name != "checkpoint")
@@ -78,7 +78,7 @@ class OwnTemplate(Template):
                 "data.template='checkpoint' is the tokenizer's own chat template, and this "
                 f"tokenizer has none: choose one of {known}"
             )
-        return replace(self, chat=Chat(tokenizer))
+        return replace(self, chat=Chat(tokenizer, mark))
 
     def closing(self, tokenizer: Any) -> str:
         """What the chat template writes behind an answer, spaces apart."""

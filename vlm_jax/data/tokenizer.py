@@ -176,3 +176,12 @@ def check_vocabulary(tokenizer: Any, vocab: int, *, image: int | None = None) ->
             "the tokenizer that the model was trained with, or, for a new model, raise llm.vocab "
             f"to {-(-(last + 1) // 8) * 8}"
         )
+
+
+def mark_of(tokenizer: Any, image_token: int | None) -> str:
+    """What stands for an image in the texts of a model: its token, <image> where it has none.
+
+    Only a token that was added can be one: some configurations name a word.
+    """
+    added = tokenizer.added_tokens_decoder
+    return str(added[image_token]) if image_token in added else IMAGE_MARK

@@ -45,6 +45,8 @@ TOKENIZER = (
     "chat_template.json",
     "generation_config.json",
 )
+# Those with its words: one of them has to be there.
+WORDS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass
@@ -52,8 +54,8 @@ class Model:
     """A model that is not in memory: its configuration, and where each of its tensors lies.
 
     vit, llm, compressor: sections of a configuration. facts: what generation needs to know besides
-    (`image`: see preprocessor.py; `image_token`, `max_length`, `template`). tensors: under the
-    names of `names.py`. tokenizer: the folder that has its files.
+    (`image`: see preprocessor.py; `image_token`, `max_length`, `template`, `ends`). tensors: under
+    the names of `names.py`. tokenizer: the folder that has its files.
     """
 
     vit: dict[str, Any]
@@ -125,7 +127,7 @@ def write(model: Model, target: Path, *, dtype: str | None = None) -> None:
     """Makes the model folder `target`; numbers are cast to `dtype`, or stay as they are."""
     with appearing(target) as fresh:
         write_safetensors(fresh, pending(model.tensors, dtype))
-        if model.tokenizer and has_tokenizer(model.tokenizer):
+        if model.tokenizer and any((model.tokenizer / name).is_file() for name in TOKENIZER):
             copy_tokenizer(model.tokenizer, fresh / "tokenizer")
         sections = {name: getattr(model, name) for name in (*SECTIONS, "facts", "notes")}
         text = json.dumps(dict(model_type=MODEL_TYPE, format=FORMAT, **sections), indent=1)
@@ -146,18 +148,22 @@ def pending(tensors: dict[str, Stored | np.ndarray], dtype: str | None) -> list[
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the files of a tokenizer that are there."""
+    """Copies the files of a tokenizer that are there, and the kind of the model beside it, by which
+    transformers chooses the class that reads them."""
     target.mkdir(exist_ok=True)
     for name in TOKENIZER:
         if (source / name).is_file():
             shutil.copy(source / name, target / name)
+    if (source / "config.json").is_file():
+        fields = read_json(source / "config.json")
+        kept = {k: fields[k] for k in ("model_type", "tokenizer_class") if k in fields}
+        if kept and kept.get("model_type") != MODEL_TYPE:
+            (target / "config.json").write_text(json.dumps(kept) + "\n")
 
 
 def has_tokenizer(path: Path) -> bool:
     """Whether a folder of weights has the words of a tokenizer too."""
-    return any(
-        (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
-    )
+    return any((path / name).is_file() for name in WORDS)
 
 
 @contextmanager

@@ -3,16 +3,18 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlm_jax.weights import architectures, preprocessor
-from vlm_jax.weights.folder import Model, appearing, copy_tokenizer, has_tokenizer, pending
+from vlm_jax.weights.folder import Model, appearing, pending
 from vlm_jax.weights.stored import Stored, write_safetensors
 
-IMAGE = "<image>"
+# Puts a model's tokenizer into a folder: the number and the name of its image token, or None.
+Words = Callable[[Path], tuple[int, str] | None]
 PREFIXES = {
     "vit.": "vision_tower.vision_model.",
     "compressor.0.": "multi_modal_projector.linear_1.",
@@ -43,22 +45,19 @@ def published(name: str) -> str:
     return PREFIXES[prefix] + name.removeprefix(prefix)
 
 
-def write(
-    model: Model, target: Path, *, dtype: str | None = None, add_image_token: bool = False
-) -> None:
+def write(model: Model, target: Path, *, words: Words, dtype: str | None = None) -> None:
     """Makes a llava-hf folder: configuration, weights, and tokenizer and processor if there is one.
 
     Raises:
-      ValueError: where transformers has no class for the model, or its tokenizer no image token.
+      ValueError: where transformers has no class for the model, and what `words` raises.
     """
     if reason := inexpressible(model):
         raise ValueError(f"this is no llava-hf model: {reason}")
     with appearing(target) as fresh:
         token = model.facts.get("image_token")
-        if model.tokenizer and has_tokenizer(model.tokenizer):
-            copy_tokenizer(model.tokenizer, fresh)
-            token = image_token(fresh, add=add_image_token)
-            processor(model, fresh)
+        if found := words(fresh):
+            token, name = found
+            processor(model, fresh, name)
         images = preprocessor.files(model.facts["image"], model.vit["image_size"])
         (fresh / preprocessor.NAME).write_text(json.dumps(images, indent=1) + "\n")
         token = model.llm["vocab"] if token is None else token
@@ -79,7 +78,9 @@ def write(
 def configuration(model: Model, llm: dict[str, Any], token: int) -> dict[str, Any]:
     """The config.json of a LlavaForConditionalGeneration."""
     vit, length = model.vit, model.facts.get("max_length") or 4096
+    ends = model.facts.get("ends") or dict(outer={}, text={})
     return dict(
+        **ends["outer"],
         architectures=["LlavaForConditionalGeneration"],
         model_type="llava",
         image_token_index=token,
@@ -87,7 +88,7 @@ def configuration(model: Model, llm: dict[str, Any], token: int) -> dict[str, An
         multimodal_projector_bias=True,
         projector_hidden_act="gelu",
         tie_word_embeddings=llm["tied_embeddings"],
-        text_config=architectures.hf_text(llm, length=length),
+        text_config=architectures.hf_text(llm, length=length) | ends["text"],
         vision_config=architectures.hf_vision(vit),
         vision_feature_layer=vit["levels"][-1] - vit["depth"] - 1,
         vision_feature_select_strategy=strategy(vit),
@@ -99,33 +100,11 @@ def strategy(vit: dict[str, Any]) -> str:
     return "default" if vit["class_token"] and not vit["keep_class"] else "full"
 
 
-def image_token(folder: Path, *, add: bool) -> int:
-    """The id of the image token in a folder's tokenizer, which gets one if it may be added."""
-    # Deferred: transformers takes seconds to import.
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"its tokenizer cannot be loaded by transformers: {error}") from None
-    token = tokenizer.get_vocab().get(IMAGE)
-    if token is None and not add:
-        raise ValueError(
-            f"the tokenizer has no image token {IMAGE}, which a llava-hf folder needs: repeat with "
-            "--add-image-token to give it one"
-        )
-    if token is None:
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-        tokenizer.save_pretrained(folder)
-        token = tokenizer.get_vocab()[IMAGE]
-    return token
-
-
-def processor(model: Model, folder: Path) -> None:
-    """Writes how a prompt with an image is prepared."""
+def processor(model: Model, folder: Path, image: str) -> None:
+    """Writes how a prompt with an image is prepared; `image` is the name of the image token."""
     whole = dict(
         processor_class="LlavaProcessor",
-        image_token=IMAGE,
+        image_token=image,
         patch_size=model.vit["patch_size"],
         num_additional_image_tokens=int(model.vit["class_token"]),
         vision_feature_select_strategy=strategy(model.vit),

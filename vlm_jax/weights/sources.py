@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax.models import pretrained, vlm
-from vlm_jax.weights import architectures, folder, names, preprocessor
+from vlm_jax.weights import architectures, ends, folder, names, preprocessor
 from vlm_jax.weights.files import read_json, read_tensors
 from vlm_jax.weights.folder import Model
 from vlm_jax.weights.stored import Stored
@@ -146,6 +146,7 @@ def facts(path: Path, vision: Path, vit: Section, described: architectures.Publi
         image_token=described.image_token,
         template=template(path, described, text.get("model_type", "")),
         max_length=text.get("max_position_embeddings", 4096),
+        ends=ends.of(path),
     )
 
 

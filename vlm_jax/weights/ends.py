@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokens of a model that its configuration names: where a text begins and ends, and padding."""
+
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.weights.files import read_json
+
+FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# eos_token_id of the configuration classes of transformers that have one; the others have none.
+DEFAULT_END = {"llama": 2, "mistral": 2}
+GENERATION = "generation_config.json"
+
+
+def of(folder: Path) -> dict[str, Any]:
+    """What the files of a published model say of its tokens, as a model folder keeps it.
+
+    Returns: `outer` and `text`, the fields of config.json and of its text_config that name tokens;
+    `stop`, the tokens at which transformers ends generation: those of generation_config.json where
+    there is one, else those of config.json, else those of the class of the language model.
+
+    Raises:
+      ValueError: for a field that names no token.
+    """
+    fields = read_json(folder / "config.json")
+    text = fields.get("text_config")
+    text = text if isinstance(text, dict) else {}
+    outer, inner = (_named(some, folder / "config.json") for some in (fields, text))
+    stop = stops(folder)
+    if stop is None:
+        kind = str(text.get("model_type", "llama") if text else fields.get("model_type"))
+        kind = next((known for known in DEFAULT_END if known in kind), None)
+        own = inner if "text_config" in fields else outer
+        stop = _listed(outer.get("eos_token_id"))
+        stop = stop or _listed(own.get("eos_token_id", DEFAULT_END.get(kind)))
+    if "text_config" not in fields:
+        outer, inner = {}, outer
+    return dict(outer=outer, text=inner, stop=stop)
+
+
+def stops(folder: Path) -> list[int] | None:
+    """The tokens at which the generation_config.json of a folder ends; None where it has none.
+
+    Raises:
+      ValueError: where it is no JSON object, or names no tokens.
+    """
+    path = folder / GENERATION
+    if not path.is_file():
+        return None
+    return _listed(_named(read_json(path), path).get("eos_token_id"))
+
+
+def _named(fields: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields that name tokens, checked."""
+    found = {name: fields[name] for name in FIELDS if name in fields}
+    for name, value in found.items():
+        several = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if value is not None and not all(type(token) is int for token in several):
+            raise ValueError(
+                f"{path}: {name}={value!r:.80}: it has to be the number of a token"
+                f"{', or a list of them' if name == 'eos_token_id' else ''}; correct or remove it"
+            )
+    return found
+
+
+def _listed(tokens: int | list[int] | None) -> list[int]:
+    """Tokens as a list; a negative number stands for none."""
+    tokens = tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
+    return [token for token in tokens if token >= 0]
