@@ -77,10 +77,17 @@ def test_eight_devices_give_the_levels_of_one(c, pixels, raster, mesh8):
     np.testing.assert_allclose(ours, raster, atol=1e-5)
 
 
+def cut(stacked, level):
+    """A weight of all layers, those from `level` on no numbers."""
+    values = np.array(stacked)
+    values[level:] = np.nan
+    return jax.device_put(values, stacked.sharding)
+
+
 def test_blocks_behind_the_last_level_do_not_count(c, vit, pixels, raster, mesh1):
     assert c.vit.depth > max(c.vit.levels)
     broken = jax.tree_util.tree_map_with_path(
-        lambda path, w: w.at[max(c.vit.levels) :].set(np.nan) if "blocks" in str(path) else w, vit
+        lambda path, w: cut(w, max(c.vit.levels)) if "blocks" in str(path) else w, vit
     )
     with jax.set_mesh(mesh1):
         np.testing.assert_array_equal(jax.jit(lambda v, x: v(x))(broken, pixels), raster)
@@ -125,7 +132,7 @@ def test_of_the_next_block_only_keys_and_queries_count(c, vit, pixels, mesh1):
 
     level = max(c.vit.levels)
     broken = jax.tree_util.tree_map_with_path(
-        lambda path, w: w if used(path) else w.at[level:].set(np.nan), vit
+        lambda path, w: w if used(path) else cut(w, level), vit
     )
     with jax.set_mesh(mesh1):
         encode = jax.jit(lambda v, x: v(x, keys=True))
