@@ -13,7 +13,7 @@ from flax import nnx
 from test_grid import AFTER_FIRST_ROW, ONE_SIZE
 
 from vlm_jax import evaluate, grid, mesh
-from vlm_jax.data import loader, sources
+from vlm_jax.data import loader, prefixes, sources
 from vlm_jax.data.processor import Processor, load_tokenizer
 from vlm_jax.decoding import Decoder
 from vlm_jax.learn import objective, optimizer
@@ -111,7 +111,7 @@ def batches(trained, mesh8):
 
     def draw(mesh, **options):
         plain = loader.Batches(source, processor, batch=8, seed=3, mesh=mesh)
-        return loader.RandomPrefixes(plain, (2, 4, 6, 8), seed=3, **options)
+        return prefixes.RandomPrefixes(plain, (2, 4, 6, 8), seed=3, **options)
 
     return draw
 

@@ -4,6 +4,7 @@
 import argparse
 import ctypes
 import itertools
+import logging
 import operator
 import re
 import sys
@@ -117,6 +118,15 @@ def seed_flag(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"{text!r:.40} is no seed: give a whole number from 0 to {2**32 - 1}"
         ) from None
+
+
+def say_warnings() -> None:
+    """Warnings go to stderr without the name of what gave them, also where an imported library has
+    set up logging already."""
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.root.handlers:
+        if getattr(handler, "stream", None) is sys.stderr:
+            handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
 
 
 def keep_freed_memory() -> None:

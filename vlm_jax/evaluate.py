@@ -29,6 +29,8 @@ from vlm_jax.learn.workdir import claim, finished, write_json
 from vlm_jax.models.vlm import VLM
 from vlm_jax.weights import start
 
+log = logging.getLogger(__name__)
+
 
 class Clock:
     """What batches of one shape take to answer, once everything is compiled."""
@@ -64,11 +66,13 @@ def predict(
     *,
     features: np.ndarray | None = None,
     clock: Clock | None = None,
+    faults: loader.Faults | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One record per example: id, task, family, cluster, prediction, answer; given_id where the
     data set repeats an id.
 
-    `clock` notes what answering each batch took, loading and decoding of text apart.
+    `clock` notes what answering each batch took, loading and decoding of text apart. `faults` is
+    filled with the examples that have no record because they cannot be used.
     """
     tokenizer = processor.tokenizer
     if model.compressor.buckets:  # trained for any V
@@ -81,6 +85,7 @@ def predict(
         features=features,
         skip=config.data.on_bad_example == "skip",
         mesh=jax.sharding.get_mesh(),
+        faults=faults,
     )
     for batch in batches:
         valid, index = np.asarray(batch.pop("valid")), np.asarray(batch.pop("index"))
@@ -120,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         strings={"workdir": "folder of a finished `vlm-jax train`"},
         required=["workdir"],
     )
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    cli.say_warnings()
 
     def body() -> int:
         config = start.adopt(given)
@@ -133,8 +138,13 @@ def main(argv: list[str] | None = None) -> int:
             tokenizer = load_tokenizer(config.data.tokenizer or folder / "tokenizer")
             source = sources.open_source(config, config.evaluate.split)
             model = finished(folder, config)
-            records = list(predict(config, model, source, Processor(tokenizer, config)))
-            scores = tasks.score(source.protocol, records)
+            faults: loader.Faults = {}
+            processor = Processor(tokenizer, config)
+            records = list(predict(config, model, source, processor, faults=faults))
+            skipped = loader.not_answered(source, faults)
+            scores = tasks.score(source.protocol, records, skipped)
+            if said := tasks.told(scores):
+                log.warning(said)
             begun = json.loads((folder / "config.json").read_text())["compressor"]["tokens"]
             asked = config.compressor.tokens
             name = "" if asked == begun else f"-v{asked}"

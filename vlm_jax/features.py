@@ -42,9 +42,19 @@ class Features(NamedTuple):
 
 
 def features_of(
-    encoder: ViT, source: sources.Source, processor: Processor, sight: Sight, folder: Path
+    encoder: ViT,
+    source: sources.Source,
+    processor: Processor,
+    sight: Sight,
+    folder: Path,
+    *,
+    skip: bool = False,
 ) -> np.ndarray:
-    """Encoder outputs of every image of a source, [images, P, Y], kept in a file of `folder`."""
+    """Encoder outputs of every image of a source, [images, P, Y], kept in a file of `folder`.
+
+    With `skip` those of an image that cannot be read are NaN, and the examples that need it are
+    skipped where the features are used; without, such an image is a BadExample.
+    """
     path = folder / sight.file(source.split)
     if not path.exists():
         folder.mkdir(exist_ok=True)
@@ -52,8 +62,11 @@ def features_of(
         table, count = None, len(source.images)
         for start in range(0, count, BATCH):
             index = np.minimum(np.arange(start, start + BATCH), count - 1)
-            pixels = np.stack([processor.pixels(source.images[int(i)]) for i in index])
-            found = encode(encoder, pixels, sight)
+            seen = [picture(source, int(i), skip=skip) for i in index]
+            blank = processor.images.blank()
+            pixels = np.stack([processor.pixels(blank if x is None else x) for x in seen])
+            found = np.array(encode(encoder, pixels, sight))
+            found[[x is None for x in seen]] = np.nan
             if table is None:
                 shape = (count, *found.shape[1:])
                 table = np.lib.format.open_memmap(fresh, "w+", np.float32, shape)
@@ -62,6 +75,16 @@ def features_of(
         table.flush()
         fresh.rename(path)
     return np.load(path, mmap_mode="r")
+
+
+def picture(source: sources.Source, index: int, *, skip: bool) -> np.ndarray | None:
+    """One image, uint8 [H, W, 3]; with `skip` None where it cannot be read."""
+    try:
+        return source.images[index]
+    except sources.BadExample:
+        if not skip:
+            raise
+        return None
 
 
 def blind_of(encoder: ViT, processor: Processor, sight: Sight) -> np.ndarray:

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from vlm_jax import cli, mesh, report
 from vlm_jax import train as training
 from vlm_jax.cells import Cell, cells_of, describe, dry_run, sizes, train_flops
-from vlm_jax.data import sources
+from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor
 from vlm_jax.evals import tasks
 from vlm_jax.evaluate import Clock, predict, write_predictions
@@ -38,6 +38,8 @@ from vlm_jax.models.compressors.compressor import Compressor
 from vlm_jax.models.vit import ViT
 from vlm_jax.scaling import cost, records
 from vlm_jax.train import Inputs
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,14 @@ def prepare(
         made = {
             sight: Features(
                 *(
-                    features_of(encoder, source, processor, sight, folder / "features")
+                    features_of(
+                        encoder,
+                        source,
+                        processor,
+                        sight,
+                        folder / "features",
+                        skip=config.data.on_bad_example == "skip",
+                    )
                     for source in (train, test)
                 ),
                 blind_of(encoder, processor, sight),
@@ -125,14 +134,24 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         # The first cell trains; the others find the model, and say what it took.
         train_seconds = once(home / "trained.json", train_seconds)
     then = time.monotonic()
-    clock = Clock()
+    clock, faults = Clock(), {}
     found = list(
-        predict(config, model, test.source, test.processor, features=test.features, clock=clock)
+        predict(
+            config,
+            model,
+            test.source,
+            test.processor,
+            features=test.features,
+            clock=clock,
+            faults=faults,
+        )
     )
     seconds = time.monotonic() - then
     write_predictions(folder / "predictions.jsonl", found)
     protocol = test.source.protocol
-    scores = tasks.score(protocol, found)
+    scores = tasks.score(protocol, found, loader.not_answered(test.source, faults))
+    if said := tasks.told(scores):
+        log.warning(f"{cell.name}: {said}")
     method = method_of(config)
     Q, G, question = request_lengths(test, prefix=method["query"] == "prefix")
     steps = config.align.steps + config.finetune.steps
@@ -189,6 +208,8 @@ def tokens_read(compressor: Compressor, features: np.ndarray) -> int | float:
     if not compressor.adaptive:
         return compressor.tokens
     count = jax.jit(lambda module, levels: module(levels).count)
+    unread = np.isnan(features[:, 0, 0])
+    features = features[~unread] if unread.any() else features
     means = [count(compressor, part) for part in batches_of(features)]
     return float(np.concatenate(means)[: len(features)].mean())
 
@@ -269,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         strings={"workdir": "where the run lives"},
         booleans={"dry-run": "print the cells and stop"},
     )
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    cli.say_warnings()
 
     def body() -> int:
         with jax.set_mesh(mesh.make(**config.mesh)):

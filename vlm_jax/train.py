@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax import cli, mesh
-from vlm_jax.data import loader, patches, processor, sources, templates, word_tokenizer
+from vlm_jax.data import loader, patches, prefixes, processor, sources, templates, word_tokenizer
 from vlm_jax.learn import optimizer
 from vlm_jax.learn.checkpoint import Checkpoints
 from vlm_jax.learn.log import Log
@@ -72,6 +72,7 @@ def run_stage(
         batches.position = notes["position"]
     first = int(state.step)
     if first < stage.steps:
+        batches.skips.keep(folder / name / "skipped.jsonl")
         step_of = optimizer.make_step(
             graph, tx, objective, accumulate=stage.accumulate, z_loss=stage.z_loss
         )
@@ -83,6 +84,7 @@ def run_stage(
             every=config.log.every,
             batch=stage.batch,
             tensorboard=config.log.tensorboard,
+            more=batches.fields,
         )
         waiting = None
         for step in range(first + 1, stage.steps + 1):
@@ -96,8 +98,20 @@ def run_stage(
                 waiting = None
                 checkpoints.save(state, {"position": batches.position} | described)
         progress.close()
+        batches.close()
+        if batches.skips:
+            log.warning(skipped(name, batches, folder / name / "skipped.jsonl"))
     checkpoints.close()
     return optimizer.finish(graph, state)
+
+
+def skipped(name: str, batches: loader.Batches, path: Path) -> str:
+    """What stage `name` says in its end of the data that it could not use."""
+    what, of = "examples", len(batches.source)
+    if name == "encoder":
+        what, of = "images", len(batches.source.images)
+    what += " were skipped, the next good one taken instead"
+    return f"{name}: {batches.skips.told(of, what)}\nall of them: {path}"
 
 
 def check(config: ConfigDict) -> None:
@@ -140,6 +154,7 @@ def pretrain_encoder(config: ConfigDict, folder: Path, inputs: Inputs) -> ViT:
         seed=config.seed,
         mesh=jax.sharding.get_mesh(),
         side=config.vit.image_size // config.vit.patch_size,
+        skip=config.data.on_bad_example == "skip",
     )
     reader = patch_reader(config, source.patch_classes)
     return run_stage("encoder", reader, batches, config, folder, patch_class).vit
@@ -183,7 +198,7 @@ def train(
         )
         objective = next_token
         if name == "finetune" and model.compressor.prefixes:
-            batches = loader.RandomPrefixes(
+            batches = prefixes.RandomPrefixes(
                 batches,
                 model.compressor.prefixes,
                 seed=seed,
@@ -225,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     config, flags = cli.parse(
         "train", __doc__, argv, strings={"workdir": "where the run lives"}, required=["workdir"]
     )
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    cli.say_warnings()
 
     def body() -> int:
         return run(weights_start.adopt(config), Path(flags.workdir).absolute())

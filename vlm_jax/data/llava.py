@@ -149,7 +149,8 @@ class Llava:
                 + (f"; the first bad one: {first}" if first else "")
             )
         paths = list(self._paths)
-        self.images = Images(_Reader(paths, self._owners, exif), len(paths), paths)
+        reader = _Reader(paths, self._owners, exif, skip=skip)
+        self.images = Images(reader, len(paths), paths)
         # The hash of a data set whose images are taken as they lie is as it ever was.
         turned = " upright" if exif == "apply" else ""
         self.data_hash = hashlib.sha256(
@@ -248,8 +249,10 @@ class Llava:
 class _Reader:
     """Reads image i; a class, so that worker processes can take it along."""
 
-    def __init__(self, paths: list[str], owners: list[str], exif: str):
+    def __init__(self, paths: list[str], owners: list[str], exif: str, *, skip: bool):
         self.paths, self.owners, self.exif = paths, owners, exif
+        # Who skips it already has one way out.
+        self.way_out = "replace the file" + ("" if skip else ", or set data.on_bad_example=skip")
 
     def __call__(self, index: int) -> np.ndarray:
-        return read_image(self.paths[index], self.owners[index], exif=self.exif)
+        return read_image(self.paths[index], self.owners[index], self.way_out, exif=self.exif)

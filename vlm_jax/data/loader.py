@@ -8,7 +8,8 @@ Shapes: B rows of all processes, M images of a row (data.images_per_row; left ou
 T text tokens, Tq question tokens, S pixels, P patches, C channels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import grain
@@ -18,8 +19,9 @@ from absl import flags
 from jax.sharding import Mesh
 
 from vlm_jax import mesh as meshes
-from vlm_jax.data.example import BadExample, Source
+from vlm_jax.data.example import BadExample, Example, Source
 from vlm_jax.data.processor import Processor
+from vlm_jax.data.skips import Skip, Skips
 
 TABLE_BYTES = 1 << 28  # sources whose ids fit into this are tokenised once, at the start
 EPOCHS = (
@@ -27,6 +29,7 @@ EPOCHS = (
 )  # more than anyone trains; grain's endless repeat has no length that fits batches of 1
 
 Batch = dict[str, Any]  # of numpy or sharded jax arrays
+Faults = dict[int, tuple[str, str]]  # example -> the kind of what is wrong with it, and a sentence
 
 
 def local_rows(mesh: Mesh | None, batch: int) -> np.ndarray:
@@ -44,6 +47,10 @@ def local_rows(mesh: Mesh | None, batch: int) -> np.ndarray:
         )
     places = meshes.sharding(mesh, "batch").addressable_devices_indices_map((batch,))
     return np.unique(np.concatenate([np.arange(batch)[place] for place in places.values()]))
+
+
+class _BadText(BadExample):
+    """An example whose text cannot be used."""
 
 
 class _Rows:
@@ -66,11 +73,49 @@ class _Rows:
                 "encode the same split again"
             )
         self.table, self.most = None, processor.images_per_row
+        # Images that could not be read when they were encoded have no features.
+        self.unread = None if features is None else np.isnan(features[:, 0, 0])
+        self.bad: dict[int, BadExample] = {}  # examples whose text cannot be used
         row_bytes = processor.text_length * 5 + processor.question_length * 4 * self.most
         if len(source) * row_bytes <= TABLE_BYTES:
             examples = [source[i] for i in range(len(source))]
-            self.table = self._stack([processor.text(e, answer=answer) for e in examples])
+            self.table = self._stack(self._texts(examples))
             self.images = np.array([self._padded(e.images) for e in examples], np.int64)
+
+    def _texts(self, examples: list[Example]) -> list[Batch]:
+        """The text of all examples; where one cannot be used, that of another one, and `bad`."""
+        made = []
+        for i, example in enumerate(examples):
+            try:
+                made.append(self._text_of(example))
+            except _BadText as error:
+                self.bad[i] = error
+                made.append(None)
+        spare = next((text for text in made if text is not None), None)
+        if spare is None:
+            raise self._none_usable(error)
+        return [spare if text is None else text for text in made]
+
+    def _text_of(self, example: Example) -> Batch:
+        """The text of an example. A _BadText where it cannot be used, and is to be skipped."""
+        try:
+            return self.processor.text(example, answer=self.answer)
+        except ValueError as error:
+            if not self.skip:
+                raise
+            raise _BadText(f"{self.source.name}, id {example.id!r}: {error}") from error
+
+    def _any_text(self) -> Batch:
+        """The text of the first example that has one that can be used."""
+        for i in range(len(self.source)):
+            try:
+                return self._text_of(self.source[i])
+            except _BadText as error:
+                last = error
+        raise self._none_usable(last)
+
+    def _none_usable(self, last: BadExample) -> BadExample:
+        return BadExample(f"not one of {len(self.source)} examples can be used; the last: {last}")
 
     @staticmethod
     def _stack(rows: list[dict]) -> Batch:
@@ -95,57 +140,81 @@ class _Rows:
                 pictures[k] = self.processor.square(self.source.images[int(image)])
         return pictures
 
-    def _readable(self, index: int, replace: bool) -> tuple[int, np.ndarray | None]:
-        """The example at `index`, or the next one whose images can be read, with its pictures."""
+    def _parts(self, index: int) -> tuple[Batch | None, np.ndarray]:
+        """The text of an example, None where the table has it, and its images: uint8 [M, S, S, 3],
+        or [0] with features."""
+        if index in self.bad:
+            raise self.bad[index]
+        text = None if self.table is not None else self._text_of(self.source[index])
+        if self.features is None:
+            return text, self._pictures(index)
+        unread = [int(i) for i in self._images_of(index) if i >= 0 and self.unread[i]]
+        if unread:
+            name = self.source.images.name(unread[0])
+            raise BadExample(f"image {name} could not be read when its features were made")
+        return text, np.zeros(0, np.uint8)
+
+    def _usable(
+        self, index: int, replace: bool, faults: Faults
+    ) -> tuple[int, tuple[Batch | None, np.ndarray] | None]:
+        """The example at `index`, or the next one that can be used, with its parts."""
+        last = BadExample("none was looked at")
         for step in range(len(self.source) if replace else 1):
             candidate = (index + step) % len(self.source)
             try:
-                return candidate, self._pictures(candidate)
+                return candidate, self._parts(candidate)
             except BadExample as error:
                 # Caught here and not left to grain, whose iterators do not survive an exception.
                 if not self.skip:
                     raise
+                kind = "text" if isinstance(error, _BadText) else "image"
+                faults[candidate] = (kind, str(error))
                 last = error
         if not replace:
             return index, None
-        raise BadExample(
-            f"not one of {len(self.source)} examples has a readable image; the last: {last}"
-        )
+        raise self._none_usable(last)
 
     def __call__(self, indices: np.ndarray, *, replace: bool = True) -> Batch:
-        """Rows for these example indices. `skipped` [B] marks rows whose own image could not be
-        read: the next good example stands in, or, without `replace`, an empty image of each."""
-        wanted, extra = indices, {}
+        """Rows for these example indices. `skipped` [B] marks rows whose own example cannot be
+        used: the next good one stands in, or, without `replace`, an empty image of each. `faults`
+        says what is wrong with every example that was met and cannot be used."""
+        wanted, extra, faults = indices, {}, {}
+        found = [self._usable(int(i), replace, faults) for i in indices]
+        indices = np.array([i for i, _ in found], np.int64)
+        missing = np.array([parts is None for _, parts in found])
+        images = np.stack([self._images_of(int(i)) for i in indices])
+        empty = (images < 0) | missing[:, None]
         if self.features is None:
-            found = [self._readable(int(i), replace) for i in indices]
-            indices = np.array([i for i, _ in found], np.int64)
             size = self.processor.images.size
             blank = np.zeros((self.most, size, size, 3), np.uint8)
             pixels = self.processor.images.normalise(
-                np.stack([blank if p is None else p for _, p in found])
+                np.stack([blank if parts is None else parts[1] for _, parts in found])
             )
-            missing = np.array([p is None for _, p in found])
-            empty = np.stack([self._images_of(int(i)) < 0 for i in indices]) | missing[:, None]
             pixels[empty] = 0  # as LLaVA: zeros after normalisation
-            extra["pixels"], skipped = pixels, missing | (indices != wanted)
+            extra["pixels"] = pixels
         else:
-            images = np.stack([self._images_of(int(i)) for i in indices])
             levels = self.features[np.maximum(images, 0)]
-            if (images < 0).any():
-                levels[images < 0] = 0
-            extra["levels"], skipped = levels, np.zeros(len(indices), bool)
+            if empty.any():
+                levels[empty] = 0
+            extra["levels"] = levels
         if self.most == 1:
             extra = {name: values[:, 0] for name, values in extra.items()}
         if self.table is not None:
             text = {name: column[indices] for name, column in self.table.items()}
         else:
-            text = self._stack(
-                [self.processor.text(self.source[int(i)], answer=self.answer) for i in indices]
-            )
-        return {**text, **extra, "index": indices.astype(np.int32), "skipped": skipped}
+            texts = [parts[0] if parts else self._any_text() for _, parts in found]
+            text = self._stack(texts)
+        skipped = missing | (indices != wanted)
+        return {
+            **text,
+            **extra,
+            "index": indices.astype(np.int32),
+            "skipped": skipped,
+            "faults": faults,
+        }
 
 
-def _on_mesh(batch: Batch, mesh: Mesh | None, size: int) -> Batch:
+def on_mesh(batch: Batch, mesh: Mesh | None, size: int) -> Batch:
     """Local rows as arrays of the whole batch, split over the mesh by their first dimension."""
     if mesh is None:
         return batch
@@ -169,8 +238,8 @@ class Batches:
     Args:
       batch: rows, all processes together.
       seed: of the order.
-      skip: where an image cannot be read, take the next good example instead of failing, and count
-        it.
+      skip: where an example cannot be used, its image or its text, take the next good one instead
+        of failing, and count it in `skips`, once.
       features: cached encoder outputs [images, P, C], indexed by Example.images; replaces reading
         images.
       mesh: where batches go; None leaves numpy arrays of all rows.
@@ -178,13 +247,9 @@ class Batches:
         decoded.
     Raises:
       ValueError: for an empty source, a batch the mesh cannot cut, or features of another split.
-      BadExample: while iterating, for an image that cannot be read, unless `skip`.
+      BadExample: while iterating, for an image that cannot be read, unless `skip`; with it where no
+        example can be used.
     """
-
-    # Rows so far, of this process: replaced because their image could not be read; cut at the end
-    # because they were longer than data.text_length.
-    skipped = 0
-    cut = 0
 
     def __init__(
         self,
@@ -201,6 +266,7 @@ class Batches:
         if not len(source):
             raise ValueError(f"source {source.name}, split {source.split}, has no examples")
         self.batch, self.mesh, self.workers = batch, mesh, workers
+        self.source, self.skips, self.cut_rows = source, Skips(), set()
         mine = local_rows(mesh, batch)
         rows = _Rows(source, processor, features, answer=True, skip=skip)
         order = grain.MapDataset.range(len(source)).shuffle(seed=seed % (1 << 32)).repeat(EPOCHS)
@@ -230,10 +296,27 @@ class Batches:
         """Batch k, wherever the iterator stands."""
         return self._finish(self._data[k])
 
+    @property
+    def skipped(self) -> int:
+        """Examples so far, of this process, that could not be used; each counts once."""
+        return len(self.skips)
+
+    @property
+    def cut(self) -> int:
+        """Examples so far, of this process, that lost their end to data.text_length; each once."""
+        return len(self.cut_rows)
+
+    def fields(self) -> dict[str, Any]:
+        """For a file of numbers, what of the data is not used; {} where all of it is."""
+        left = len(self.source.left_out)
+        return ({"left_out": left} if left else {}) | self.skips.fields()
+
     def _finish(self, batch: Batch) -> Batch:
-        self.skipped += int(np.sum(batch.pop("skipped", 0)))
-        self.cut += int(np.sum(batch.pop("cut", 0)))
-        return _on_mesh(batch, self.mesh, self.batch)
+        del batch["skipped"]
+        for example, (kind, reason) in batch.pop("faults").items():
+            self.skips.add(example, kind, skip_of(self.source, example, reason))
+        self.cut_rows.update(batch["index"][batch.pop("cut")].tolist())
+        return on_mesh(batch, self.mesh, self.batch)
 
     def _start(self) -> Iterator[Batch]:
         threads = (
@@ -256,43 +339,33 @@ class Batches:
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = self._start()
-        batch = self._finish(next(self._iterator))
+        try:
+            made = next(self._iterator)
+        except BaseException:
+            self.close()  # worker processes would complain of what they hold
+            raise
+        batch = self._finish(made)
         self._position += 1
         return batch
 
 
-class RandomPrefixes:
-    """Batches that say in `limit` int32 [B] how many visual tokens each row is shown.
+def skip_of(source: Source, example: int, reason: str) -> Skip:
+    """What to say of an example that is not used."""
+    found = source[example]
+    return Skip(found.id, ", ".join(source.images.name(i) for i in found.images), reason)
 
-    One of `choices` for each micro-batch, all alike: micro-batch a of `accumulate` holds rows a,
-    a + accumulate, ... What batch k draws is a pure function of (k, seed).
-    """
 
-    def __init__(self, batches: Batches, choices: Sequence[int], *, seed: int, accumulate: int = 1):
-        self.batches, self.choices = batches, np.array(choices, np.int32)
-        self.seed, self.accumulate = seed % (1 << 32), accumulate
-
-    @property
-    def position(self) -> int:
-        """As for the batches themselves."""
-        return self.batches.position
-
-    @position.setter
-    def position(self, value: int) -> None:
-        self.batches.position = value
-
-    def limit(self, k: int) -> np.ndarray:
-        """The `limit` of the rows of batch k, all processes together."""
-        drawn = np.random.default_rng((self.seed, k)).choice(self.choices, self.accumulate)
-        return np.resize(drawn, self.batches.batch)
-
-    def __iter__(self) -> "RandomPrefixes":
-        return self
-
-    def __next__(self) -> Batch:
-        size, mesh = self.batches.batch, self.batches.mesh
-        rows = self.limit(self.position)[local_rows(mesh, size)]
-        return next(self.batches) | _on_mesh({"limit": rows}, mesh, size)
+def not_answered(source: Source, faults: Faults) -> list[dict[str, Any]]:
+    """What evaluation leaves out, as `evals/tasks.py` counts it: examples that cannot be used, then
+    the rows that the source left out when it was opened."""
+    found = []
+    for example, (_, reason) in sorted(faults.items()):
+        own = source[example]
+        of = dict(task=own.task, cluster=own.cluster)
+        found.append(asdict(skip_of(source, example, reason)) | of)
+    first = [asdict(skip) for skip in source.left_out.first.values()]
+    more = dict(id="", image="", reason="left out when the data was opened")
+    return [*found, *first, *[more] * (len(source.left_out) - len(first))]
 
 
 def evaluation_batches(
@@ -304,18 +377,21 @@ def evaluation_batches(
     skip: bool = False,
     features: np.ndarray | None = None,
     mesh: Mesh | None = None,
+    faults: Faults | None = None,
 ) -> Iterator[Batch]:
     """Every example exactly once, in order, as batches of one size with `valid` bool [B].
 
     Rows that fill up the last batch repeat its last example and are not valid; nor, with `skip`,
-    are examples whose image cannot be read. `ids` end where the last answer would start, unless
-    `answer`.
+    are examples that cannot be used: `faults`, if given, is filled with what is wrong with them.
+    `ids` end where the last answer would start, unless `answer`.
     """
+    faults = {} if faults is None else faults
     rows = _Rows(source, processor, features, answer=answer, skip=skip)
     mine = local_rows(mesh, batch)
     for start in range(0, len(source), batch):
         positions = start + mine
         made = rows(np.minimum(positions, len(source) - 1), replace=False)
         del made["cut"]
+        faults |= made.pop("faults")
         made["valid"] = (positions < len(source)) & ~made.pop("skipped")
-        yield _on_mesh(made, mesh, batch)
+        yield on_mesh(made, mesh, batch)

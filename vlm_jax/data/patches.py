@@ -8,9 +8,10 @@ import grain
 import numpy as np
 from jax.sharding import Mesh
 
-from vlm_jax.data.example import Source
-from vlm_jax.data.loader import Batches, local_rows
+from vlm_jax.data.example import BadExample, Source
+from vlm_jax.data.loader import Batch, Batches, Faults, local_rows, on_mesh
 from vlm_jax.data.processor import Processor
+from vlm_jax.data.skips import Skip, Skips
 
 
 class PatchBatches(Batches):
@@ -29,23 +30,44 @@ class PatchBatches(Batches):
         seed: int,
         side: int,
         background: float = 0.03,
+        skip: bool = False,
         mesh: Mesh | None = None,
     ):
-        self.batch, self.mesh, self.workers, self.skipped = batch, mesh, 0, 0
-        mine = local_rows(mesh, batch)
+        self.batch, self.mesh, self.workers = batch, mesh, 0
+        self.source, self.skips, self.cut_rows = source, Skips(), set()
+        mine, count = local_rows(mesh, batch), len(source.images)
+
+        def usable(image: int, faults: Faults) -> tuple[int, np.ndarray]:
+            for step in range(count):
+                candidate = (image + step) % count
+                try:
+                    return candidate, processor.pixels(source.images[candidate])
+                except BadExample as error:
+                    if not skip:
+                        raise
+                    faults[candidate] = ("image", str(error))
+            raise BadExample(f"not one of {count} images can be read; {faults[candidate][1]}")
 
         def rows(images: np.ndarray) -> dict[str, np.ndarray]:
+            faults: Faults = {}
+            found = [usable(int(i), faults) for i in images]
+            images = np.array([i for i, _ in found], np.int64)
             labels = np.stack([source.patch_labels(int(i), side) for i in images]).astype(np.int32)
             # A fixed pattern per image, so that a batch depends on nothing but its images.
             draw = np.random.default_rng(images).random(labels.shape)
-            pixels = np.stack([processor.pixels(source.images[int(i)]) for i in images])
             return dict(
-                pixels=pixels,
+                pixels=np.stack([pixels for _, pixels in found]),
                 ids=labels,
                 loss_mask=(labels > 0) | (draw < background),
-                skipped=np.zeros(len(images), bool),
+                faults=faults,
             )
 
-        order = grain.MapDataset.range(len(source.images)).shuffle(seed=seed % (1 << 32)).repeat()
+        order = grain.MapDataset.range(count).shuffle(seed=seed % (1 << 32)).repeat()
         self._data = order.batch(batch, batch_fn=lambda i: np.array(i, np.int64)[mine]).map(rows)
         self._ahead, self._position, self._iterator = True, 0, None
+
+    def _finish(self, batch: Batch) -> Batch:
+        for image, (kind, reason) in batch.pop("faults").items():
+            name = self.source.images.name(image)
+            self.skips.add(image, kind, Skip(f"image {image}", name, reason))
+        return on_mesh(batch, self.mesh, self.batch)

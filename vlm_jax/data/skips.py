@@ -60,11 +60,15 @@ class Skips:
     def keep(self, path: Path) -> None:
         """Reads what an earlier attempt noted in a file, and notes what follows there too."""
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n"):  # a killed run may have left half a line
-                    fields = json.loads(line)
-                    number, kind = fields.pop("number"), fields.pop("kind")
-                    self.add(number, kind, Skip(**fields))
+            # A killed run may have left half a line.
+            text = path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]
+            for line in whole.splitlines():
+                fields = json.loads(line)
+                number, kind = fields.pop("number"), fields.pop("kind")
+                self.add(number, kind, Skip(**fields))
+            if whole != text:
+                path.write_text(whole, encoding="utf-8")
         self._path = path
 
     def fields(self) -> dict[str, Any]:

@@ -3,67 +3,124 @@
 
 A record is a dict with `task`, `family`, `prediction`, `answer`, and `cluster` (what its scene or
 sentence is, for standard errors). A protocol turns records into {task: {family, metric, score,
-stderr, n}}, scores from 0 to 1.
+stderr, n, of, skipped}}, scores from 0 to 1: n examples of `of` were answered, `skipped` were not.
+Where some were not, the first three say which and why.
+
+What was skipped is a dict with `id`, `image`, `reason`, and `task` and `cluster` if it got so far
+as to have them.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from vlm_jax.evals.metrics import clustered_stderr, consistency, exact_match, first_word, mean
 
+SHOWN = 3
 Record = Mapping[str, Any]
 Scores = dict[str, dict[str, Any]]
 
 
-def embedded(records: Sequence[Record]) -> Scores:
+def embedded(records: Sequence[Record], skipped: Sequence[Record]) -> Scores:
     """Exact match per task of the embedded benchmark."""
-    return by_task(records, exact_match, "exact_match")
+    return by_task(records, skipped, exact_match, "exact_match")
 
 
-def nlvr(records: Sequence[Record]) -> Scores:
-    """NLVR's two scores: precision over images, consistency over sentences (all images right)."""
-    scores = by_task(records, first_word, "precision")
-    correct = [first_word(r["prediction"], r["answer"]) for r in records]
-    groups = [r["cluster"] for r in records]
-    whole = consistency(correct, groups)
-    scores["nlvr_consistency"] = dict(
-        family="consistency",
-        metric="consistency",
-        score=mean(whole),
-        stderr=clustered_stderr(whole, [str(i) for i in range(len(whole))]),
-        n=len(whole),
-    )
+def nlvr(records: Sequence[Record], skipped: Sequence[Record]) -> Scores:
+    """NLVR's two scores: precision over images, consistency over sentences (all images right).
+
+    A sentence of which an image was skipped is none whose consistency is known.
+    """
+    scores = by_task(records, skipped, first_word, "precision")
+    torn = {r["cluster"] for r in skipped if "cluster" in r}
+    whole = [r for r in records if r["cluster"] not in torn]
+    correct = [first_word(r["prediction"], r["answer"]) for r in whole]
+    found = consistency(correct, [r["cluster"] for r in whole])
+    if found:
+        scores["nlvr_consistency"] = dict(
+            family="consistency",
+            metric="consistency",
+            score=mean(found),
+            stderr=clustered_stderr(found, [str(i) for i in range(len(found))]),
+            n=len(found),
+        ) | _missing(len(found), torn, skipped)
     return scores
 
 
-def by_task(records: Sequence[Record], metric: Callable[[str, str], float], name: str) -> Scores:
-    """The mean of one metric over the records of each task."""
+def by_task(
+    records: Sequence[Record],
+    skipped: Sequence[Record],
+    metric: Callable[[str, str], float],
+    name: str,
+) -> Scores:
+    """The mean of one metric over the records of each task.
+
+    Raises:
+      ValueError: for a task of which no example was answered.
+    """
     tasks: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         tasks[record["task"]].append(record)
+    for record in skipped:
+        if (task := record.get("task")) is not None and task not in tasks:
+            raise ValueError(f"not one example of task {task!r} was answered: {record['reason']}")
     scores = {}
     for task, members in sorted(tasks.items()):
         values = [metric(r["prediction"], r["answer"]) for r in members]
+        left = [r for r in skipped if r.get("task") in (None, task)]
         scores[task] = dict(
             family=members[0]["family"],
             metric=name,
             score=mean(values),
             stderr=clustered_stderr(values, [r["cluster"] for r in members]),
             n=len(values),
-        )
+        ) | _missing(len(values), left, left)
     return scores
 
 
+def _missing(n: int, skipped: Collection, shown: Sequence[Record]) -> dict[str, Any]:
+    """Of how many the n are, how many were skipped, and the first of them by name."""
+    first = [{key: r[key] for key in ("id", "image", "reason")} for r in shown[:SHOWN]]
+    return dict(of=n + len(skipped), skipped=len(skipped)) | (
+        {"first_skipped": first} if skipped else {}
+    )
+
+
 # Name -> (scoring, parser in words). The names go into every results row.
-PROTOCOLS: dict[str, tuple[Callable[[Sequence[Record]], Scores], str]] = {
+PROTOCOLS: dict[str, tuple[Callable[[Sequence[Record], Sequence[Record]], Scores], str]] = {
     "embedded": (embedded, "strip"),
     "nlvr": (nlvr, "first word, lower case, without punctuation"),
 }
 
 
-def score(protocol: str, records: Sequence[Record]) -> Scores:
-    """Task scores of `records` under a named protocol."""
+def score(protocol: str, records: Sequence[Record], skipped: Sequence[Record] = ()) -> Scores:
+    """Task scores of `records` under a named protocol, beside what was skipped.
+
+    Raises:
+      ValueError: for an unknown protocol, no record at all, or a task without one.
+    """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r}: choose one of {sorted(PROTOCOLS)}")
-    return PROTOCOLS[protocol][0](records)
+    if not records:
+        why = f"; the first: {skipped[0]['reason']}" if skipped else ""
+        raise ValueError(f"nothing to score: no example was answered of {len(skipped)}{why}")
+    return PROTOCOLS[protocol][0](records, skipped)
+
+
+def told(scores: Scores) -> str:
+    """What was not answered, in a sentence and by name; "" where everything was."""
+    found = {name: task for name, task in scores.items() if task["skipped"]}
+    if not found:
+        return ""
+    counts = "; ".join(
+        f"{name}: {task['skipped']} of {task['of']} were skipped, the score is of {task['n']}"
+        for name, task in found.items()
+    )
+    first = next(iter(found.values()))["first_skipped"]
+    return "\n  ".join([f"not everything was evaluated ({counts}); the first:", *map(named, first)])
+
+
+def named(skip: Record) -> str:
+    """One skipped example, its image and what is wrong."""
+    inside = skip["image"] in skip["reason"]
+    return skip["reason"] if inside else f"{skip['image']}: {skip['reason']}"

@@ -7,7 +7,9 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -23,7 +25,8 @@ class Log:
     """The progress of one stage: `metrics.jsonl`, and a line every `every` steps (a bar on a
     terminal).
 
-    Only process 0 writes. On a restart, lines behind the step that is resumed are dropped.
+    `more` gives what else a line of `metrics.jsonl` says. Only process 0 writes. On a restart,
+    lines behind the step that is resumed are dropped.
     """
 
     def __init__(
@@ -36,10 +39,12 @@ class Log:
         every: int,
         batch: int,
         tensorboard: bool = False,
+        more: Callable[[], dict[str, Any]] = dict,
     ):
         self.name, self.last, self.every, self.batch = name, last, every, batch
         self.mark = (first, time.monotonic())
-        self.tokens = 0
+        self.tokens, self.more = 0, more
+        self.first, self.untaught = first, 0  # steps without a supervised token
         self.speaks = jax.process_index() == 0
         self.file = self.bar = self.board = None
         if not self.speaks:
@@ -63,10 +68,18 @@ class Log:
                 f"{self.name}.learning_rate or set {self.name}.clip_norm, and start again"
             )
         self.tokens += values["tokens"]
+        self.untaught += values["tokens"] == 0
+        if step == self.last and not self.first and self.untaught == self.last:
+            raise ValueError(
+                f"{self.name}: not one of {self.last} steps had a supervised token, so that "
+                "nothing was learnt: raise data.text_length (and data.question_length), or correct "
+                "the data"
+            )
         if not self.speaks:
             return
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
+            loss = f"loss {values['loss']:.4f}" if values["tokens"] else "no supervised token"
+            self.bar.set_postfix_str(loss, refresh=False)
             self.bar.update(step - self.bar.n)
         if step % self.every and step != self.last:
             return
@@ -79,15 +92,17 @@ class Log:
             tokens_per_s=self.tokens / max(now - then, 1e-9),
         )
         self.mark, self.tokens = (step, now), 0
-        self.file.write(json.dumps(values) + "\n")
+        without = {"steps_without_tokens": self.untaught} if self.untaught else {}
+        self.file.write(json.dumps(values | without | self.more()) + "\n")
         self.file.flush()
         if self.board is not None:
             for key, value in values.items():
                 self.board.add_scalar(f"{self.name}/{key}", value, step)
         if self.bar is None:
             eta = int((self.last - step) / rate)
+            loss = f"loss {values['loss']:.4f}" if values["tokens"] else "no supervised token"
             print(
-                f"{self.name} {step}/{self.last}  loss {values['loss']:.4f}  "
+                f"{self.name} {step}/{self.last}  {loss}  "
                 f"{values['examples_per_s']:.0f} examples/s  {values['tokens_per_s']:.0f} "
                 f"tokens/s  "
                 f"eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}",
