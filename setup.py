@@ -59,6 +59,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pillow>=13.0",
+        "regex>=2025.10",  # transformers asks for it too
         "safetensors>=0.8",
         "scipy>=1.15",
         "tokenizers>=0.23",

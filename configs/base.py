@@ -67,6 +67,7 @@ def get_config() -> ConfigDict:
     # published); "prefix": the LLM's own pass over the text before the image, read once; "none".
     c.compressor.query = "separate"
     c.compressor.downsample = "conv"  # quecc: a window's query by "conv" (published) or "pool"
+    c.compressor.queries = 0  # mqt: learned queries; 0: 256, or one per patch of a smaller grid
     c.compressor.scales = ()  # m3: every V that training shows; (): 1, 9, 36, 144, 576 of 24 x 24
 
     # LoRA (arXiv 2106.09685): finetune trains low-rank updates of the LLM's linear layers in place

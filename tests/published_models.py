@@ -35,11 +35,14 @@ LLMS = {
     "llama3": ("llama", dict(rope_parameters=LLAMA3)),
     "qwen2": ("qwen2", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
     "qwen2_tied": ("qwen2", dict(tie_word_embeddings=True, num_key_value_heads=1)),
+    "mistral": ("mistral", dict(sliding_window=None)),
+    "mistral_whole": ("mistral", dict(sliding_window=64, head_dim=10)),
     "qwen3": ("qwen3", dict(head_dim=16, rms_norm_eps=1e-6, vocab_size=68)),
 }  # fmt: skip
 LLAVAS = {
     "clip_llama": ("clip", "llama", {}),
     "clip_qwen2": ("clip", "qwen2_tied", dict(vision_feature_layer=-1)),
+    "clip_mistral": ("clip", "mistral_whole", {}),
     "clip_full": ("clip_gelu", "qwen3", dict(vision_feature_select_strategy="full")),
     "siglip_llama3": ("siglip_border", "llama3", dict(vision_feature_select_strategy="full")),
     "siglip_last": ("siglip", "llama_tied_head", dict(

@@ -134,7 +134,8 @@ def test_a_new_compressor_is_born_and_its_model_keeps_our_layout(
     kind, tokens, levels, tmp_path, mesh1, capsys
 ):
     made = ["--from", FROZEN / "clip_llama", f"--compressor={kind}", f"--tokens={tokens}",
-            f"--levels={','.join(map(str, levels))}", "--heads=2"]  # fmt: skip
+            f"--levels={','.join(map(str, levels))}", "--heads=2",
+            "--replace-compressor"]  # fmt: skip
     assert run(*made, "--to", tmp_path / "a") == 0 and run(*made, "--to", tmp_path / "b") == 0
     assert run("--from", tmp_path / "a", "--to-hf", "--to", tmp_path / "c") == 0
     assert f"transformers knows no compressor '{kind}'" in capsys.readouterr().err
@@ -352,7 +353,8 @@ def test_a_conversion_killed_half_way_can_be_repeated_and_is_never_overwritten(t
 @pytest.mark.parametrize("flags, words", [
     (["--to=x"], "give --from=DIR, or --vision=DIR and --llm=DIR"),
     (["--to=x", "--from=.", "--llm=y"], "leave --llm out"),
-    (["--to=x", "--from=.", "--compressor=quecc"], "needs --tokens=V"),
+    (["--to=x", "--from=.", "--compressor=quecc", "--replace-compressor"], "needs --tokens=V"),
+    (["--to=x", "--from=.", "--dtype=float16", "--adapter-from=none"], "has no config.json"),
     (["--to=x", "--from=.", "--dtype=int8"], "choose one of float32, float16, bfloat16"),
     (["--to=x", "--from=.", "--compressor=quecc", "--tokens=1", "--levels=a"], "12,16,22,23"),
 ])  # fmt: skip

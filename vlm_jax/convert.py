@@ -5,14 +5,16 @@
     vlm-jax convert --from=llava-v1.5-7b --vision=clip-vit-large-patch14-336 --to=DIR
     vlm-jax convert --vision=DIR --llm=DIR --compressor=quecc --tokens=36 --levels=12,16,22,23 \\
         --to=DIR
+    vlm-jax convert --from=llava-1.5-7b-hf --compressor=quecc --tokens=36 --replace-compressor \\
+        --to=DIR
     vlm-jax convert --from=DIR --to-hf --to=DIR
     vlm-jax convert --from=WORKDIR --to-peft --to=DIR
     vlm-jax convert --from=llava-1.5-7b-hf --adapter-from=PEFT_DIR --to=DIR
 
 --from is a published LLaVA, a model folder, or (with --to-hf or without) the --workdir of a
 finished `vlm-jax train`, whose LoRA adapters are merged unless --to-peft asks for them alone.
-Tensors pass through one at a time, whatever the size of the model. docs/weights.md says what can be
-read and what is written.
+Nothing trained is replaced unless --replace-compressor asks for it. Tensors pass through one at a
+time, whatever the size of the model. docs/weights.md says what can be read and what is written.
 """
 
 import argparse
@@ -32,6 +34,7 @@ from vlm_jax.learn.workdir import finished
 from vlm_jax.models.compressors import COMPRESSORS
 from vlm_jax.weights import adapters, folder, hf, names, sources
 from vlm_jax.weights.files import read_json
+from vlm_jax.weights.methods import Wish
 
 
 def flags() -> argparse.ArgumentParser:
@@ -48,13 +51,14 @@ def flags() -> argparse.ArgumentParser:
     add("--adapter-from", type=Path, help="folder of a published LoRA adapter to merge")
     add("--dtype", help="float32, bfloat16 or float16 (default: as it is stored)")
     add("--vision", type=Path, help="folder of a CLIP or SigLIP tower")
-    add("--llm", type=Path, help="folder of a Llama, Vicuna, Qwen1.5, Qwen2, Qwen2.5 or Qwen3")
-    add("--compressor", choices=sorted(COMPRESSORS), help="method of a new model (default: none)")
+    add("--llm", type=Path, help="folder of a Llama, Vicuna, Mistral or Qwen1.5 to Qwen3")
+    add("--compressor", choices=sorted(COMPRESSORS), help="method (default: what --from has)")
     add("--tokens", type=int, help="visual tokens that it hands to the LLM (0: as many as needed)")
-    add("--levels", help="blocks of the tower that it reads (default: the last but one)")
-    add("--heads", type=int, default=8, help="of its attention")
-    add("--query", default="separate", help="quecc: who reads the question (default: separate)")
+    add("--levels", help="blocks of the tower that it reads (new: the last but one)")
+    add("--heads", type=int, help="of its attention (new: 8)")
+    add("--query", help="quecc: who reads the question (new: separate)")
     add("--projector", type=Path, help="weights of stage 1 for it (default: fresh ones)")
+    add("--replace-compressor", action="store_true", help="drop the trained one of --from for it")
     add("--seed", type=cli.seed_flag, default=0, help="of fresh weights")
     add("--tokenizer", type=Path, help="folder of the tokenizer (default: that of the LLM)")
     add("--add-image-token", action="store_true", help="with --to-hf, if the tokenizer has none")
@@ -92,6 +96,7 @@ def run(options: argparse.Namespace) -> dict:
         name: [p for p in getattr(options, name).split(",") if p]
         for name in ("allow_missing", "allow_surplus")
     }
+    model.tie()
     apart = [[], []]
     if options.adapter_from:
         apart = adapters.merge(model, options.adapter_from, **patterns)
@@ -116,6 +121,9 @@ def run(options: argparse.Namespace) -> dict:
         print("no tokenizer was found: to generate, repeat with --tokenizer=DIR", file=sys.stderr)
     if said := model.notes.get("chat_template"):
         print(said, file=sys.stderr)
+    for name in ("replaced", "new", "tower", "untied", "adapted"):
+        if said := model.notes.get(name):
+            print(f"{name}: {said}", file=sys.stderr)
     for kind, of in (
         ("fresh", missing),
         ("left out", surplus + apart[1]),
@@ -135,28 +143,34 @@ def run(options: argparse.Namespace) -> dict:
 
 def gather(options: argparse.Namespace) -> folder.Model:
     """The model that the flags name, its tensors unread."""
-    compressor = None
-    if options.compressor or options.projector:
-        fields = dict(kind=options.compressor or "none", heads=options.heads, query=options.query)
-        if options.tokens is not None:
-            fields["tokens"] = options.tokens
-        elif fields["kind"] != "none":
-            raise ValueError(f"--compressor={fields['kind']} needs --tokens=V")
-        compressor = sources.Compressor(
-            fields, sources.numbers(options.levels), options.projector, options.seed
-        )
+    wish = Wish(
+        options.compressor,
+        options.tokens,
+        options.heads,
+        sources.numbers(options.levels),
+        options.query,
+        options.projector,
+        options.seed,
+        options.replace_compressor,
+    )
+    if wish.replace and wish.kind not in (None, "none") and wish.tokens is None:
+        raise ValueError(f"--compressor={wish.kind} needs --tokens=V")
     if options.source is None:
         if not (options.vision and options.llm):
             raise ValueError("give --from=DIR, or --vision=DIR and --llm=DIR")
-        fresh = compressor or sources.Compressor(dict(kind="none"), sources.numbers(options.levels))
-        return sources.assembled(options.vision, options.llm, fresh)
+        return sources.assembled(options.vision, options.llm, wish)
     if options.llm:
         raise ValueError("--from=DIR is a whole model: leave --llm out")
     if not options.source.is_dir():
         raise FileNotFoundError(f"there is no folder --from={options.source}")
     if (options.source / "finetune").is_dir():
+        if given := wish.said() + [f"--vision={options.vision}"] * bool(options.vision):
+            raise ValueError(
+                f"{options.source} is a training run: its model is converted as it is, without "
+                f"{' '.join(given)}"
+            )
         return trained(options.source)
-    return sources.llava(options.source, vision=options.vision, compressor=compressor)
+    return sources.llava(options.source, vision=options.vision, wish=wish)
 
 
 def published(options: argparse.Namespace) -> Path | None:

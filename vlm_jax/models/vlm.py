@@ -210,6 +210,7 @@ def build(config: ConfigDict, rngs: nnx.Rngs) -> VLM:
         query=config.compressor.query,
         downsample=config.compressor.downsample,
         scales=config.compressor.scales,
+        queries=config.compressor.queries,
         kernels=config.kernels,
         rngs=rngs,
     )

@@ -15,12 +15,12 @@ import math
 
 from vlm_jax.scaling.parameters import (
     LLM,
-    MQT_QUERIES,
     PRUMERGE_NEIGHBOURS,
     Compressor,
     Number,
     ViT,
     block_weights,
+    mqt_queries,
     visual_tokens,
 )
 
@@ -107,7 +107,7 @@ def _mqt(compressor: Compressor, vit: ViT, llm: LLM, form: str) -> Products:
     value projection and not after it.
     """
     V, P, width = compressor.tokens, vit.patches, vit.width
-    side, grid = math.isqrt(P), math.isqrt(min(MQT_QUERIES, P))
+    side, grid = math.isqrt(P), math.isqrt(mqt_queries(compressor, vit))
     keys = 2 * P * width**2 + 2 * V * width**2 + 2 * V * P * width
     values = 2 * P * width**2 + 2 * V * P * width
     out, last = 2 * V * width**2, 2 * V * width * llm.width

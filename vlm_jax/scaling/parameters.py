@@ -83,6 +83,7 @@ class Compressor:
     heads: int
     query: str
     downsample: str = "conv"  # as published; `of` reads the configuration's
+    queries: int = 0  # that MQT learns; 0 as published
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -168,6 +169,11 @@ def vit_parameters(vit: ViT) -> int:
     return embedding + 2 * vit.width + vit.depth * block + 2 * vit.width
 
 
+def mqt_queries(compressor: Compressor, vit: ViT) -> int:
+    """How many queries MQT learns, whatever V it is run at."""
+    return compressor.queries or min(MQT_QUERIES, vit.patches)
+
+
 def compressor_parameters(compressor: Compressor, vit: ViT, llm: LLM) -> int:
     """Parameters of the compressor with its projection into the LLM; non-tiling V is rounded."""
     width, levels = vit.width, len(vit.levels) * vit.width
@@ -185,7 +191,7 @@ def compressor_parameters(compressor: Compressor, vit: ViT, llm: LLM) -> int:
         case "token_packer":
             return width * width + norm + 2 * reader + attention + projector
         case "mqt":
-            queries = min(MQT_QUERIES, vit.patches)
+            queries = mqt_queries(compressor, vit)
             return 2 * queries * width + attention + 3 * norm + width * llm.width
         case _:
             return projector

@@ -8,21 +8,24 @@ LLaVA's own LoRA has it, non_lora_trainables for what was trained whole and no s
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import regex
 
 from vlm_jax.models import lora, pretrained
 from vlm_jax.models.pretrained import Table, Tensor
 from vlm_jax.models.vlm import VLM
 from vlm_jax.weights import folder, hf, names
+from vlm_jax.weights.classes import within
 from vlm_jax.weights.files import READERS, read_json
 from vlm_jax.weights.folder import Model
+from vlm_jax.weights.layouts import refuse_quantized
 from vlm_jax.weights.stored import Stored, write_file
+from vlm_jax.weights.values import number, shown, whole
 
 CONFIG, WEIGHTS, BESIDE = "adapter_config.json", "adapter_model", "non_lora_trainables"
 PEFT = "base_model.model."
@@ -51,6 +54,7 @@ ELSEWHERE = (
     "use_qalora",
     "velora_config",
 )
+SECONDS = 0.5  # for one match of a pattern
 # Beginnings of A and B that leave the base as it is; others (PiSSA, CorDA ...) subtract from it.
 INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
@@ -142,12 +146,13 @@ class Updated(Stored):
     b: np.ndarray  # [outputs r]
     scale: float
 
-    def _numbers(self, start: int, stop: int) -> np.ndarray:
+    def part(self, start: int, stop: int) -> np.ndarray:
+        """The sums from place `start` up to `stop`, in order, flat, in float32."""
         columns = self.shape[1]
         first, last = start // columns, math.ceil(stop / columns)
         update = (self.scale * self.b[first:last]) @ self.a
         update = update.reshape(-1)[start - first * columns : stop - first * columns]
-        return super()._numbers(start, stop).astype(np.float32) + update
+        return super().part(start, stop).astype(np.float32) + update
 
 
 def updated(base: Stored | np.ndarray, a: np.ndarray, b: np.ndarray, scale: float):
@@ -189,7 +194,12 @@ def merge(model: Model, path: Path, **allowed) -> tuple[list[str], list[str]]:
         missing, surplus = names.fit(wanted, {n: x.shape for n, x in low.items()}, **allowed)
     except ValueError as error:
         raise ValueError(f"adapter {path}: {error}") from None
-    model.tensors |= {name: tensor for name, tensor in found.items() if name not in low}
+    whole = {name: tensor for name, tensor in found.items() if name not in low}
+    if over := sorted(name for name in whole if name in model.tensors):
+        model.notes["adapted"] = (
+            f"{len(over)} tensors replaced by those that {path} holds whole: {names.shown(over, 4)}"
+        )
+    model.tensors |= whole
     for module in sorted(modules):
         halves = [low.get(f"{module}.lora_{part}.weight") for part in "AB"]
         if None in halves:
@@ -204,6 +214,8 @@ def merge(model: Model, path: Path, **allowed) -> tuple[list[str], list[str]]:
 def settings_of(path: Path) -> dict[str, Any]:
     """An adapter_config.json; ValueError where A, B, r and alpha are not all that it asks for."""
     settings = read_json(path / CONFIG)
+    with within(f"{path / CONFIG}"):
+        refuse_quantized(settings)
     if (kind := settings.get("peft_type")) != "LORA":
         raise ValueError(f"{path} is an adapter of kind {kind!r}; supported is LORA")
     asked = {name: settings[name] for name in ELSEWHERE if settings.get(name)}
@@ -218,6 +230,15 @@ def settings_of(path: Path) -> dict[str, Any]:
         )
     if absent := [name for name in ("r", "lora_alpha", "target_modules") if name not in settings]:
         raise ValueError(f"{path / CONFIG} lacks {', '.join(absent)}")
+    with within(f"{path / CONFIG}"):
+        whole("r", settings["r"])
+        number("lora_alpha", settings["lora_alpha"])
+        targets = settings["target_modules"]
+        several = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+        if not several and not isinstance(targets, str):
+            raise ValueError(f"target_modules={shown(targets)}: a pattern or names are needed")
+        if settings.get("use_rslora") not in (None, True, False):
+            raise ValueError(f"use_rslora={shown(settings['use_rslora'])}: true or false is needed")
     return settings
 
 
@@ -252,7 +273,20 @@ def expected(settings: dict[str, Any], stored: Mapping[str, Stored], bases: set[
     def named(module: str) -> bool:
         theirs = prefix + module.removeprefix("llm.")
         if isinstance(target, str):
-            return re.fullmatch(target, theirs) is not None
+            return fits(target, theirs)
         return any(theirs == name or theirs.endswith(f".{name}") for name in target)
 
     return {module for module in bases if module.startswith("llm.layers.") and named(module)}
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Whether a stranger's pattern matches a whole name; ValueError where that is hard to say."""
+    try:
+        # Python's own `re` may take years over a short pattern, and cannot be told to stop.
+        return regex.fullmatch(pattern, name, timeout=SECONDS) is not None
+    except (regex.error, TimeoutError, RecursionError, OverflowError, MemoryError) as error:
+        said = "takes too long" if isinstance(error, TimeoutError) else f"is none ({error})"
+        raise ValueError(
+            f"{CONFIG}: the pattern target_modules={shown(pattern)} {said}: merge the adapter with "
+            "PEFT and convert the result"
+        ) from None

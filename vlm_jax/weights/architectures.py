@@ -4,12 +4,25 @@
 What a config.json leaves out has the default of its transformers class, which needs no torch.
 """
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_jax.weights.classes import (
+    DEEPEST,
+    LLM_FIELDS,
+    LLM_SIZES,
+    TOWER_FIELDS,
+    TOWER_SIZES,
+    allow,
+    check_sizes,
+    defaults,
+    picked,
+    within,
+)
 from vlm_jax.weights.files import read_json
+from vlm_jax.weights.layouts import LLMS, family, refuse_quantized, refuse_tiles
+from vlm_jax.weights.values import number, shown, table, text, whole
 
 Section = dict[str, Any]
 
@@ -21,7 +34,6 @@ TOWERS = {
     "siglip": "siglip_vision_model",
     "siglip_vision_model": "siglip_vision_model",
 }
-LLMS = ("llama", "qwen2", "qwen3")
 SUPPORTED = (
     f"vision towers {', '.join(TOWERS)}; language models {', '.join(LLMS)} (Vicuna is llama, "
     "Qwen1.5 and Qwen2.5 are qwen2); llava of transformers, and LLaVA-1.5 as first published"
@@ -52,58 +64,93 @@ def read(folder: Path) -> Published:
       ValueError: for an architecture, or a property of one, that our models do not have.
     """
     fields = read_json(folder / "config.json")
-    try:
+    with within(f"{folder}/config.json"):
         return describe(fields)
-    except ValueError as error:
-        raise ValueError(f"{folder}/config.json: {error}") from None
 
 
 def describe(fields: dict) -> Published:
     """The description that a config.json gives."""
+    refuse_quantized(fields)
     kind = fields.get("model_type")
+    if kind is not None:
+        text("model_type", kind)
+    refuse_tiles(fields)
     if "mm_hidden_size" in fields or "mm_vision_tower" in fields:
         return _llava15(fields)
     if kind == "llava":
         return _llava(fields)
     if kind in TOWERS:
-        return Published(
-            "tower", vit=vit_section(fields.get("vision_config", fields), TOWERS[kind])
-        )
+        name = next((n for n in ("vision_config", "vision_config_dict") if fields.get(n)), None)
+        if name is None and kind in ("clip", "siglip"):
+            raise ValueError(f"a whole {kind} needs its vision_config, which is not there")
+        section = fields if name is None else table(name, fields[name])
+        return Published("tower", vit=vit_section(section, TOWERS[kind]))
     if kind in LLMS:
         return Published("llm", llm=llm_section(fields))
     raise ValueError(f"architecture {kind!r} is not supported; supported are: {SUPPORTED}")
 
 
 def _llava(fields: dict) -> Published:
-    full = defaults("llava", fields)
-    tower, text = full.vision_config.model_type, full.text_config.model_type
-    if tower not in TOWERS or text not in LLMS:
-        raise ValueError(f"a llava of {tower} and {text} is not supported; known are: {SUPPORTED}")
-    vit = vit_section(full.vision_config.to_dict(), TOWERS[tower])
+    given = {
+        name: fields[name]
+        for name in (
+            "vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act",
+            "multimodal_projector_bias", "tie_word_embeddings", "image_token_index",
+            "image_token_id",
+        )
+        if name in fields
+    }  # fmt: skip
+    kinds = {}
+    for name, default, known, sizes in (
+        ("vision_config", "clip_vision_model", TOWER_FIELDS, TOWER_SIZES),
+        ("text_config", "llama", LLM_FIELDS, LLM_SIZES),
+    ):
+        section = fields.get(name)
+        kinds[name] = default
+        if section is not None:
+            with within(name):
+                kind = text("model_type", table(name, section).get("model_type", default))
+                check_sizes(section, sizes)
+            kinds[name] = kind
+            given[name] = picked(section, known) | dict(model_type=kind)
+    tower, llm = kinds.values()
+    if tower not in TOWERS or llm not in LLMS:
+        raise ValueError(
+            f"a llava of {shown(tower)[1:-1]} and {shown(llm)[1:-1]} is not supported; known are: "
+            f"{SUPPORTED}"
+        )
+    full = defaults("llava", given, set(given))
+    with within("vision_config"):
+        vit = vit_section(full.vision_config.to_dict(), TOWERS[tower])
     allow("vision_feature_layer", full.vision_feature_layer, int)
     allow("projector_hidden_act", full.projector_hidden_act, ("gelu",))
     allow("multimodal_projector_bias", full.multimodal_projector_bias, (True,))
     choose_level(vit, full.vision_feature_layer, full.vision_feature_select_strategy)
-    llm = llm_section(full.text_config.to_dict()) | dict(
+    with within("text_config"):
+        biases = {
+            n: (fields.get("text_config") or {}).get(n) for n in ("attention_bias", "mlp_bias")
+        }
+        llm = llm_section(full.text_config.to_dict() | biases)
+    llm |= dict(
         tied_embeddings=bool(full.tie_word_embeddings or full.text_config.tie_word_embeddings)
     )
-    return Published("llava", vit, llm, full.image_token_index)
+    token = whole("image_token_index", full.image_token_index, least=0)
+    return Published("llava", vit, llm, token)
 
 
 def _llava15(fields: dict) -> Published:
     """One flat config.json: the LLM's fields, and `mm_` fields for the rest."""
-    kind = fields.get("mm_projector_type", "linear")
-    allow("mm_projector_type", kind, ("mlp2x_gelu",))
     if fields.get("mm_use_im_start_end") or fields.get("mm_use_im_patch_token"):
         raise ValueError("image start, end and patch tokens (LLaVA before 1.5) are not supported")
-    text = "qwen2" if "qwen" in fields.get("model_type", "") else "llama"
-    llm = llm_section(fields | dict(model_type=text))
-    vit = dict(
-        layer=fields.get("mm_vision_select_layer", -2),
-        strategy=fields.get("mm_vision_select_feature", "patch"),
-    )
+    llm = llm_section(fields | dict(model_type=family(fields)))
+    layer = fields.get("mm_vision_select_layer", -2)
+    if type(layer) is not int:
+        raise ValueError(
+            f"mm_vision_select_layer={shown(layer)}: the number of one block is needed"
+        )
+    feature = text("mm_vision_select_feature", fields.get("mm_vision_select_feature", "patch"))
     fit = "pad" if fields.get("image_aspect_ratio") == "pad" else "crop"
-    return Published("llava-1.5", vit, llm, image_fit=fit)
+    return Published("llava-1.5", dict(layer=layer, strategy=feature), llm, image_fit=fit)
 
 
 def choose_level(vit: Section, layer: int, strategy: str) -> None:
@@ -124,19 +171,23 @@ def choose_level(vit: Section, layer: int, strategy: str) -> None:
 
 def vit_section(fields: dict, kind: str) -> Section:
     """Our `vit` fields of a tower, without levels."""
-    full = defaults(kind, fields)
+    check_sizes(fields, TOWER_SIZES)
+    full = defaults(kind, fields, TOWER_FIELDS)
     allow("hidden_act", full.hidden_act, tuple(ACTIVATIONS))
     allow("num_channels", full.num_channels, (3,))
     clip = kind == "clip_vision_model"
-    size, patch = (x if isinstance(x, int) else x[0] for x in (full.image_size, full.patch_size))
+    size, patch = (square(name, getattr(full, name)) for name in ("image_size", "patch_size"))
+    if size < patch:
+        raise ValueError(f"image_size={size} is smaller than patch_size={patch}")
+    divides("num_attention_heads", full.num_attention_heads, "hidden_size", full.hidden_size)
     return dict(
         image_size=size,
         patch_size=patch,
-        depth=full.num_hidden_layers,
+        depth=whole("num_hidden_layers", full.num_hidden_layers, most=DEEPEST),
         width=full.hidden_size,
-        mlp=full.intermediate_size,
+        mlp=whole("intermediate_size", full.intermediate_size),
         heads=full.num_attention_heads,
-        norm_eps=full.layer_norm_eps,
+        norm_eps=number("layer_norm_eps", full.layer_norm_eps),
         activation=ACTIVATIONS[full.hidden_act],
         class_token=clip,
         keep_class=False,
@@ -145,6 +196,21 @@ def vit_section(fields: dict, kind: str) -> Section:
         final_norm=False,
         cut_border=size % patch != 0,
     )
+
+
+def square(name: str, value: Any) -> int:
+    """The one side of what is square; ValueError for what is not."""
+    sides = value if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2 or sides[0] != sides[1]:
+        raise ValueError(f"{name}={shown(value)}: only squares are supported")
+    return whole(name, sides[0], most=2**16)
+
+
+def divides(name: str, value: int, of: str, whole_of: int) -> None:
+    """ValueError unless one size divides another."""
+    whole(name, value)
+    if whole(of, whole_of) % value:
+        raise ValueError(f"{name}={value} does not divide {of}={whole_of}")
 
 
 # How a published rope_type is called in vlm_jax/models/rope.py, and the fields that it reads.
@@ -167,59 +233,74 @@ PLAIN_ROPE = dict(
 def llm_section(fields: dict) -> Section:
     """Our `llm` fields of a language model."""
     kind = fields["model_type"]
-    full = defaults(kind, fields)
+    check_sizes(fields, LLM_SIZES)
+    full = defaults(kind, fields, LLM_FIELDS)
     allow("hidden_act", full.hidden_act, ("silu",))
-    for name in ("mlp_bias", "use_sliding_window"):
-        allow(name, bool(fields.get(name, False)), (False,))
+    allow("mlp_bias", bool(fields.get("mlp_bias", False)), (False,))
     # Qwen1.5 to 2.5 have biases without saying so; with the field, Llama and Qwen3 would have one
     # behind the output projection too.
     allow("attention_bias", kind != "qwen2" and bool(fields.get("attention_bias")), (False,))
-    allow("layer_types", set(fields.get("layer_types") or ()) - {"full_attention"}, (set(),))
-    rope = full.rope_parameters
-    allow("rope_type", rope["rope_type"], tuple(ROPES))
+    refuse_windows(kind, fields, full)
     size = fields.get("head_dim") or getattr(full, "head_dim", None)
+    heads, kv_heads = full.num_attention_heads, full.num_key_value_heads
+    divides("num_key_value_heads", kv_heads, "num_attention_heads", heads)
+    if not size:
+        divides("num_attention_heads", heads, "hidden_size", full.hidden_size)
+    if (size := whole("head_dim", size or full.hidden_size // heads)) % 2:
+        raise ValueError(f"head_dim={size} is odd: rotary positions need pairs")
     return dict(
-        vocab=full.vocab_size,
-        depth=full.num_hidden_layers,
-        width=full.hidden_size,
-        mlp=full.intermediate_size,
-        heads=full.num_attention_heads,
-        kv_heads=full.num_key_value_heads,
-        head_size=size or full.hidden_size // full.num_attention_heads,
-        rope_theta=float(rope["rope_theta"]),
-        norm_eps=full.rms_norm_eps,
+        vocab=whole("vocab_size", full.vocab_size),
+        depth=whole("num_hidden_layers", full.num_hidden_layers, most=DEEPEST),
+        width=whole("hidden_size", full.hidden_size),
+        mlp=whole("intermediate_size", full.intermediate_size),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=size,
+        norm_eps=number("rms_norm_eps", full.rms_norm_eps),
         qkv_bias=kind == "qwen2",
         tied_embeddings=bool(full.tie_word_embeddings),
         qk_norm=kind == "qwen3",
-        rope_kind=rope["rope_type"],
-        **PLAIN_ROPE | {ours: rope[theirs] for ours, theirs in ROPES[rope["rope_type"]].items()},
+        **rope_fields(full.rope_parameters),
     )
 
 
-def defaults(kind: str, fields: dict) -> Any:
-    """The transformers configuration of a section, everything that it leaves out filled in."""
-    # Deferred: transformers takes seconds to import. Its own warnings concern its own models.
-    from transformers import CONFIG_MAPPING
+def refuse_windows(kind: str, fields: dict, full: Any) -> None:
+    """ValueError where a token does not see every token before it."""
+    kinds, length = getattr(full, "layer_types", None), full.max_position_embeddings
+    kinds = kinds or fields.get("layer_types") or ()
+    window = full.sliding_window if hasattr(full, "sliding_window") else None
+    if not isinstance(kinds, list | tuple):
+        raise ValueError(f"layer_types={shown(kinds)}: a list of names is needed")
+    for name in kinds:
+        allow("layer_types", name, ("full_attention", "sliding_attention"))
+    # Mistral's class has one window for all of its layers, whatever layer_types says.
+    slides = window is not None if kind == "mistral" else "sliding_attention" in kinds
+    if slides and (window is None or window < whole("max_position_embeddings", length)):
+        raise ValueError(
+            f"sliding_window={window} is less than max_position_embeddings={length}: windows over "
+            "less than a whole row are not supported; where rows of no more tokens than the window "
+            "will do, write its size as max_position_embeddings into config.json"
+        )
 
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        return CONFIG_MAPPING[kind](**{k: v for k, v in fields.items() if k != "model_type"})
-    # Its validators raise errors of several libraries.
-    except Exception as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"transformers cannot make a {kind} of it ({said})") from None
-    finally:
-        logger.setLevel(level)
 
-
-def allow(name: str, value: Any, allowed: tuple | type) -> None:
-    """ValueError unless a property of a published model is one that ours can have."""
-    if isinstance(value, allowed) if isinstance(allowed, type) else value in allowed:
-        return
-    choices = allowed.__name__ if isinstance(allowed, type) else ", ".join(map(str, allowed))
-    raise ValueError(f"{name}={value!r} is not supported; supported: {choices}")
+def rope_fields(rope: dict[str, Any]) -> Section:
+    """Our fields of rotary positions, from transformers' `rope_parameters`."""
+    if "rope_type" not in rope:
+        raise ValueError(f"rope_parameters={shown(rope)} by kind of layer are not supported")
+    kind = rope["rope_type"]
+    allow("rope_type", kind, tuple(ROPES))
+    allow("partial_rotary_factor", rope.get("partial_rotary_factor", 1), (1,))
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if kind == "default" and (strange := sorted(set(rope) - known)):
+        raise ValueError(
+            f"rope_parameters has {', '.join(strange)}, and no rope_type that reads it"
+        )
+    read = {}
+    for ours, theirs in ROPES[kind].items():
+        value = number(theirs, rope.get(theirs))
+        read[ours] = whole(theirs, rope[theirs]) if ours == "rope_original_length" else value
+    theta = number("rope_theta", rope.get("rope_theta"))
+    return dict(rope_theta=theta, rope_kind=kind, **PLAIN_ROPE | read)
 
 
 def hf_vision(vit: Section) -> Section:

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlm_jax.weights.pickles import read_torch
 from vlm_jax.weights.stored import Stored, read_safetensors
+from vlm_jax.weights.values import depth, shown, table
 
 READERS = {
     ".safetensors": read_safetensors,
@@ -16,19 +17,26 @@ READERS = {
 }
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
+DEEPEST = 50  # objects and lists of JSON inside each other
+LONGEST_JSON = 16 * 2**20  # bytes; the index of 90,000 tensors has 9 MB
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; FileNotFoundError or ValueError say which file it should have been."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is no checkpoint: it has no {path.name}")
+    if (size := path.stat().st_size) > LONGEST_JSON:
+        raise ValueError(f"{path} has {size} bytes: no such file is longer than {LONGEST_JSON}")
     try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
+        found = json.loads(path.read_bytes().decode())
+        nested = depth(found, DEEPEST)
+    except RecursionError:
+        nested = DEEPEST
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): copy or download it again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return found
+    if nested >= DEEPEST:
+        raise ValueError(f"{path} is nested {DEEPEST} deep or deeper: copy or download it again")
+    return table(str(path), found)
 
 
 def read_tensors(path: str | Path) -> dict[str, Stored]:
@@ -46,12 +54,13 @@ def read_tensors(path: str | Path) -> dict[str, Stored]:
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}")
     for name in INDICES:
-        if (path / name).exists():
-            return _indexed(path, read_json(path / name).get("weight_map", {}), name)
+        if (path / name).is_file():
+            places = read_json(path / name).get("weight_map")
+            return _indexed(path, places, name)
     for name in SINGLES:
-        if (path / name).exists():
-            return read_tensors(path / name)
-    if found := sorted(path.glob("*.safetensors")):
+        if (path / name).is_file():
+            return READERS[Path(name).suffix](path / name)
+    if found := sorted(p for p in path.glob("*.safetensors") if p.is_file()):
         return _together(found)
     held = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
     raise FileNotFoundError(
@@ -59,7 +68,21 @@ def read_tensors(path: str | Path) -> dict[str, Stored]:
     )
 
 
-def _indexed(folder: Path, places: dict[str, str], index: str) -> dict[str, Stored]:
+def _indexed(folder: Path, places: Any, index: str) -> dict[str, Stored]:
+    said = f"{folder / index}: weight_map"
+    for tensor, name in table(said, places).items():
+        # What lies elsewhere on this machine is nobody's to name.
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+            raise ValueError(
+                f"{said} places {shown(tensor)} in {shown(name)}: it may name files of its own "
+                "folder only"
+            )
+        if Path(name).suffix not in READERS:
+            raise ValueError(
+                f"{said} names {shown(name)}: weights are files of {', '.join(READERS)}"
+            )
+    if not places:
+        raise ValueError(f"{said} names no tensors: copy or download it again")
     files = sorted(set(places.values()))
     if absent := [name for name in files if not (folder / name).is_file()]:
         raise FileNotFoundError(

@@ -22,15 +22,25 @@ from ml_collections import ConfigDict
 from vlm_jax.models import vlm
 from vlm_jax.models.pretrained import Table
 from vlm_jax.models.vlm import VLM
-from vlm_jax.weights import names
+from vlm_jax.weights import names, sections, sizes
+from vlm_jax.weights.classes import within
 from vlm_jax.weights.files import read_json, read_tensors
-from vlm_jax.weights.stored import DTYPES, NAMES, WEIGHTS, Pending, Stored, write_safetensors
+from vlm_jax.weights.stored import (
+    DTYPES,
+    NAMES,
+    WEIGHTS,
+    Pending,
+    Stored,
+    all_finite,
+    equal,
+    write_safetensors,
+)
 
 M = TypeVar("M")
 MODEL_TYPE, FORMAT = "vlm_jax", 1
 SECTIONS = ("vit", "llm", "compressor")
 # What the compressor of a published LLaVA has, and a folder that was made before a field was born.
-PLAIN = dict(kind="none", heads=1, query="none", downsample="conv", scales=())
+PLAIN = dict(kind="none", heads=1, query="none", downsample="conv", queries=0, scales=())
 
 # What a tokenizer consists of; a folder has some of them.
 TOKENIZER = (
@@ -79,20 +89,35 @@ class Model:
 
         Surplus tensors are dropped, and so are those that nothing reads.
         """
+        self.tie()
         wanted = names.shapes(vlm.shapes(self.config()))
-        if self.llm["tied_embeddings"]:
-            # Some files repeat the embedding under the output layer's name.
-            self.tensors.pop("llm.lm_head.weight", None)
         found = {name: tensor.shape for name, tensor in self.tensors.items()}
         missing, surplus = names.fit(wanted, found, **allowed)
         self.tensors = {name: x for name, x in self.tensors.items() if name in wanted}
         for name, tensor in self.tensors.items():
             if NAMES.get(tensor.dtype) not in WEIGHTS:
                 raise ValueError(
-                    f"{name} has dtype {tensor.dtype}, as quantised weights have: supported are "
-                    f"{', '.join(WEIGHTS)}; get the weights as they were before quantisation"
+                    f"{name} has dtype {tensor.dtype}, as quantized weights have: supported are "
+                    f"{', '.join(WEIGHTS)}; get the weights as they were before quantization"
                 )
         return missing, surplus
+
+    def tie(self) -> None:
+        """Drops an output layer that repeats a tied embedding; one that differs unties the two.
+
+        As transformers does: what is stored counts for more than what a config.json says.
+        """
+        head, words = (self.tensors.get(f"llm.{n}.weight") for n in ("lm_head", "embed_tokens"))
+        if head is None or words is None or not self.llm["tied_embeddings"]:
+            return
+        if equal(head, words):
+            del self.tensors["llm.lm_head.weight"]
+            return
+        self.llm = self.llm | dict(tied_embeddings=False)
+        self.notes["untied"] = (
+            "the stored output layer (lm_head) differs from the embedding, so it is used, although "
+            "tie_word_embeddings is true"
+        )
 
 
 def read(folder: str | Path) -> Model:
@@ -110,14 +135,25 @@ def read(folder: str | Path) -> Model:
             f"{fields.get('model_type')!r}, format={fields.get('format')!r}; make one with "
             f"vlm-jax convert --from={folder} --to=DIR"
         )
+    with within(f"{folder}/config.json"):
+        sections.check(fields)
+    tensors = read_tensors(folder)
     vit = fields["vit"] | dict(levels=tuple(fields["vit"]["levels"]))
+    with within(str(folder)):
+        sizes.check(vit, fields["llm"], {name: x.shape for name, x in tensors.items()})
+        sizes.check_compressor(vit, fields["compressor"], tensors)
+        if fields["llm"]["tied_embeddings"] and "llm.lm_head.weight" in tensors:
+            raise ValueError(
+                "config.json says llm.tied_embeddings=true, and there is an llm.lm_head.weight: "
+                "convert the model again"
+            )
     tokenizer = folder / "tokenizer"
     return Model(
         vit,
         fields["llm"],
         fields["compressor"],
         fields["facts"],
-        read_tensors(folder),
+        tensors,
         tokenizer if tokenizer.is_dir() else None,
         fields.get("notes", {}),
     )
@@ -226,6 +262,11 @@ def place(
         stack = row.layer is not None
         tensor = tensors[name]
         numbers = tensor.read() if isinstance(tensor, Stored) else tensor
+        if not all_finite(numbers):
+            raise ValueError(
+                f"{name} holds NaN or infinite numbers: a model with them answers nothing; convert "
+                "again, or take a checkpoint from before they came"
+            )
         parts = row.split(numbers, [row.one(ours[key].shape) for key in keys])
         for key, part in zip(keys, parts, strict=True):
             like = ours[key]

@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Torch's own files of weights (.bin, .pth), read without torch and without running what they say.
 
-A pickle is a program. This reader knows the few words with which torch describes tensors, gives
-them meanings of its own that only describe, and refuses every other word before it acts.
+A pickle is a program for a stack machine. This reader is such a machine with the few instructions
+that torch writes and the few words with which it describes tensors; both only describe. Every other
+instruction and word is refused before it acts, and so is a program longer than any that describes a
+model. Python's own unpickler is not used: it reserves memory for whatever place in its memo a
+program names, and hashes tuples that are nested deeper than its stack.
 """
 
-import collections
-import io
 import math
-import pickle
+import pickletools
 import struct
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlm_jax.weights.stored import DTYPES, Stored
+from vlm_jax.weights.values import shown
 
 STORAGES = {
     "DoubleStorage": "F64",
@@ -30,8 +34,18 @@ STORAGES = {
     "ByteStorage": "U8",
     "BoolStorage": "BOOL",
 }
-LONGEST_PICKLE = 64 * 2**20  # bytes of description; the numbers themselves lie beside it
+# A tensor takes about 150 bytes and 40 instructions of description, so these are 28,000 tensors;
+# the numbers themselves lie beside it.
+LONGEST_PICKLE = 4 * 2**20
+MOST_INSTRUCTIONS = 2**20
+LONGEST_DIRECTORY = 16 * 2**20  # bytes of a zip's directory, about 70 for each tensor
 ZIP = b"PK\x03\x04"
+# The end of a zip: its signature, and the signatures of the records before it in a large one.
+END, LOCATOR, LARGE_END = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
+
+
+class Refused(ValueError):
+    """What describes no tensor; the text is what the user is told."""
 
 
 def read_torch(path: Path) -> dict[str, Stored]:
@@ -48,81 +62,293 @@ def read_torch(path: Path) -> dict[str, Stored]:
                 "files and safetensors can be read without running them; save it again as either"
             )
     try:
+        check_directory(path)
         with zipfile.ZipFile(path) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
-            (main,) = [name for name in entries if name.endswith("/data.pkl")]
+            mains = [name for name in entries if name.endswith("/data.pkl")]
+            if len(mains) != 1:
+                raise Refused(f"{path} has {len(mains)} descriptions of tensors instead of one")
+            (main,) = mains
             root = main.removesuffix("data.pkl")
-            if entries[main].file_size > LONGEST_PICKLE:
-                raise ValueError(f"{path}: its description of tensors is implausibly long")
             order = f"{root}byteorder"
-            if order in entries and archive.read(order) != b"little":
-                raise ValueError(f"{path} was written on a big-endian machine")
-            found = _Descriptions(path, root, entries, archive.read(main)).load()
+            if order in entries and small(path, archive, entries[order], 16) != b"little":
+                raise Refused(f"{path} was written on a big-endian machine")
+            program = small(path, archive, entries[main], LONGEST_PICKLE)
+            found = Machine(path, root, entries).run(program)
     except Refused as error:
         raise ValueError(str(error)) from None
-    # A broken pickle may raise anything.
-    except Exception as error:
+    # What zipfile raises for files that are none, and pickletools for a program that is cut off.
+    except (
+        zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError, EOFError,
+        ValueError, OverflowError, struct.error,
+    ) as error:  # fmt: skip
+        said = " ".join(str(error).split())
         raise ValueError(
-            f"{path} is cut off or no file of weights ({error}): copy or download it again"
+            f"{path} is cut off or no file of weights ({said}): copy or download it again"
         ) from None
     if not isinstance(found, dict) or not all(isinstance(x, Stored) for x in found.values()):
         raise ValueError(f"{path} holds something else than named tensors")
+    if strange := [name for name in found if not isinstance(name, str)]:
+        raise ValueError(f"{path} has a tensor named {shown(strange[0])}: names are texts")
     return dict(found)
 
 
-class Refused(pickle.UnpicklingError):
-    """A word of the pickle that describes no tensor."""
+def check_directory(path: Path) -> None:
+    """Raises where a zip's directory is longer than a model's: zipfile would read it whole."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - 2**16 - 22))
+        tail = file.read()
+        at = tail.rfind(END)
+        if at < 0 or len(tail) < at + 22:
+            raise zipfile.BadZipFile("the end of its directory is missing")
+        (length,) = struct.unpack_from("<I", tail, at + 12)
+        if at >= 20 and tail[at - 20 : at - 16] == LOCATOR:
+            (place,) = struct.unpack_from("<Q", tail, at - 12)
+            file.seek(min(place, size))
+            record = file.read(56)
+            if len(record) < 56 or record[:4] != LARGE_END:
+                raise zipfile.BadZipFile("the end of its directory is missing")
+            (length,) = struct.unpack_from("<Q", record, 40)
+    if length > LONGEST_DIRECTORY:
+        raise Refused(f"{path}: its directory of {length} bytes is implausibly long for weights")
 
 
-class _Descriptions(pickle.Unpickler):
-    """Builds `Stored` where torch would build tensors."""
+def small(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> bytes:
+    """The content of an entry that is not compressed, of `most` bytes at most."""
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise Refused(f"{path}: {shown(entry.filename)} is compressed, which torch never does")
+    if entry.file_size > most:
+        raise Refused(
+            f"{path}: its description of tensors ({shown(entry.filename)}, {entry.file_size} "
+            f"bytes) is implausibly long: {most} at most"
+        )
+    return archive.read(entry)
 
-    def __init__(self, path: Path, root: str, entries: dict, program: bytes):
-        super().__init__(io.BytesIO(program))
+
+@dataclass(frozen=True)
+class Word:
+    """A word of the program that means something here: what it makes of its arguments."""
+
+    name: str
+    makes: Callable[..., Any] | None = None
+
+
+class Mark:
+    """A place on the stack from which several values are taken together."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where the numbers of some tensors lie: their type, their place in the file, their count."""
+
+    dtype: np.dtype
+    place: int
+    count: int
+
+
+# Instructions that put the value that stands in the program itself on the stack.
+VALUES = frozenset({
+    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE",
+    "BINSTRING", "SHORT_BINSTRING", "NONE", "NEWTRUE", "NEWFALSE",
+})  # fmt: skip
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+class Machine:
+    """Runs the program of one file; `Stored` comes out where torch would build tensors."""
+
+    def __init__(self, path: Path, root: str, entries: dict[str, zipfile.ZipInfo]):
         self.path, self.root, self.entries = path, root, entries
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What a word means here; Refused where it has no meaning."""
-        # Fresh functions and plain strings: a pickle that tampers with them reaches nothing else.
-        known = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): lambda *of: self.tensor(*of[:4]),
-            ("torch._utils", "_rebuild_parameter"): lambda tensor, *of: tensor,
-            **{("torch", name): name for name in STORAGES},
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self.words = {
+            ("collections", "OrderedDict"): Word("OrderedDict", self.dictionary),
+            ("torch._utils", "_rebuild_tensor_v2"): Word("tensor", self.tensor),
+            ("torch._utils", "_rebuild_parameter"): Word("parameter", self.parameter),
+            **{("torch", name): Word(name) for name in STORAGES},
         }
-        if (module, name) not in known:
-            raise Refused(
-                f"{self.path} asks for {module}.{name}, which is no part of a file of weights: it "
-                "is refused, for it could run code; get the weights as safetensors"
-            )
-        return known[module, name]
 
-    def persistent_load(self, pid: Any) -> tuple[np.dtype, int, int]:
+    def run(self, program: bytes) -> Any:
+        """What the program describes.
+
+        Raises:
+          Refused: for an instruction or a word that describes no tensor.
+          ValueError: for a program that is cut off.
+        """
+        for count, (code, value, _) in enumerate(pickletools.genops(program)):
+            if count > MOST_INSTRUCTIONS:
+                raise Refused(
+                    f"{self.path}: its description of tensors is implausibly long: more than "
+                    f"{MOST_INSTRUCTIONS} instructions"
+                )
+            if code.name == "STOP":
+                return self.pop()
+            self.step(code.name, value)
+        raise ValueError("its description does not end")
+
+    def step(self, name: str, value: Any) -> None:
+        """One instruction."""
+        if name in VALUES:
+            self.stack.append(CONSTANTS.get(name, value))
+        elif name in EMPTY:
+            self.stack.append(EMPTY[name]())
+        elif name == "MARK":
+            self.stack.append(Mark)
+        elif name in TUPLES:
+            self.stack.append(tuple(reversed([self.pop() for _ in range(TUPLES[name])])))
+        elif name == "TUPLE":
+            self.stack.append(tuple(self.marked()))
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if value is None else value] = self.top()
+        elif name in ("BINGET", "LONG_BINGET"):
+            if value not in self.memo:
+                raise Refused(f"{self.path} reads memo {value}, which nothing was put in")
+            self.stack.append(self.memo[value])
+        elif name in ("SETITEM", "SETITEMS"):
+            self.put([self.pop(), self.pop()][::-1] if name == "SETITEM" else self.marked())
+        elif name in ("APPEND", "APPENDS"):
+            self.append([self.pop()] if name == "APPEND" else self.marked())
+        elif name == "GLOBAL":
+            self.word(*value.split(" ", 1))
+        elif name == "STACK_GLOBAL":
+            self.word(*[self.pop(), self.pop()][::-1])
+        elif name == "BINPERSID":
+            self.stack.append(self.storage(self.pop()))
+        elif name == "REDUCE":
+            self.call(self.pop(), self.pop())
+        elif name == "BUILD":
+            # A state dict carries the versions of its modules, which say nothing about tensors.
+            self.pop()
+            self.expect(self.top(), dict)
+        elif name not in ("PROTO", "FRAME"):
+            raise Refused(
+                f"{self.path} has the instruction {name}, which is no part of a file of weights: "
+                "it is refused; get the weights as safetensors"
+            )
+
+    def pop(self) -> Any:
+        """The last value of the stack, taken off."""
+        if not self.stack or self.stack[-1] is Mark:
+            raise ValueError("its description takes what was not given")
+        return self.stack.pop()
+
+    def top(self) -> Any:
+        """The last value of the stack."""
+        if not self.stack or self.stack[-1] is Mark:
+            raise ValueError("its description takes what was not given")
+        return self.stack[-1]
+
+    def marked(self) -> list[Any]:
+        """All values behind the last mark, taken off with it."""
+        found = []
+        while self.stack and self.stack[-1] is not Mark:
+            found.append(self.stack.pop())
+        if not self.stack:
+            raise ValueError("its description takes what was not given")
+        self.stack.pop()
+        return found[::-1]
+
+    def expect(self, value: Any, kind: Any) -> Any:
+        """`value`; Refused where it is of another kind than torch writes there."""
+        if not isinstance(value, kind):
+            raise Refused(f"{self.path} holds something else than named tensors")
+        return value
+
+    def put(self, pairs: list[Any]) -> None:
+        """Names and values in turn, into the dictionary on top of the stack."""
+        target = self.expect(self.top(), dict)
+        if len(pairs) % 2:
+            raise ValueError("its description names what has no value")
+        for name, value in zip(pairs[::2], pairs[1::2], strict=True):
+            # A tuple as a name may be nested deeper than can be hashed.
+            target[self.expect(name, str | int)] = value
+
+    def append(self, values: list[Any]) -> None:
+        """Values behind the list on top of the stack."""
+        self.expect(self.top(), list).extend(values)
+
+    def word(self, module: Any, name: Any) -> None:
+        """A word on the stack; Refused where it means nothing here."""
+        known = isinstance(module, str) and isinstance(name, str)
+        if not known or (module, name) not in self.words:
+            asked = f"{module}.{name}" if known else f"{shown(module)}.{shown(name)}"
+            raise Refused(
+                f"{self.path} asks for {shown(asked).strip(chr(39))}, which is no part of a file "
+                "of weights: it is refused, for it could run code; get the weights as safetensors"
+            )
+        self.stack.append(self.words[module, name])
+
+    def call(self, given: Any, word: Any) -> None:
+        """What a word makes of its arguments, on the stack."""
+        if not isinstance(word, Word) or word.makes is None or not isinstance(given, tuple):
+            raise Refused(f"{self.path} holds something else than named tensors")
+        self.stack.append(word.makes(*given[:8]))
+
+    def dictionary(self, *pairs: Any) -> dict[str, Any]:
+        """An OrderedDict of torch, which is made empty and filled later."""
+        if pairs and pairs != ([],):
+            raise Refused(f"{self.path} holds something else than named tensors")
+        return {}
+
+    def parameter(self, tensor: Any = None, *rest: Any) -> Stored:
+        """A tensor that was a parameter."""
+        del rest
+        return self.expect(tensor, Stored)
+
+    def storage(self, said: Any) -> Storage:
         """Type, place in the file and length of one storage."""
-        kind, storage, key, _, count = pid
-        entry = self.entries[f"{self.root}data/{key}"]
-        dtype = DTYPES[STORAGES[storage]]
+        wrong = Refused(f"{self.path}: storage {shown(said)} is not as torch writes it")
+        if not isinstance(said, tuple) or len(said) != 5 or said[0] != "storage":
+            raise wrong
+        _, word, key, _, count = said
+        named = isinstance(word, Word) and word.name in STORAGES
+        if not named or not isinstance(key, str) or not natural(count):
+            raise wrong
+        dtype = DTYPES[STORAGES[word.name]]
+        entry = self.entries.get(f"{self.root}data/{key}")
+        if entry is None:
+            raise Refused(f"{self.path} is cut off: storage {shown(key)} is not there")
         stored = entry.compress_type == zipfile.ZIP_STORED
-        if kind != "storage" or not stored or entry.file_size != count * dtype.itemsize:
-            raise Refused(f"{self.path}: storage {key} is not as torch writes it")
+        if not stored or entry.file_size != count * dtype.itemsize:
+            raise wrong
         with self.path.open("rb") as file:
             # The local header has lengths of its own: torch pads it, so that numbers are aligned.
             file.seek(entry.header_offset)
             header = file.read(30)
+            total = file.seek(0, 2)
+        if len(header) < 30 or header[:4] != ZIP:
+            raise wrong
         name, extra = struct.unpack("<HH", header[26:30])
-        return dtype, entry.header_offset + 30 + name + extra, count
+        place = entry.header_offset + 30 + name + extra
+        if place + entry.file_size > total:
+            raise Refused(f"{self.path} is cut off inside storage {shown(key)}")
+        return Storage(dtype, place, count)
 
-    def tensor(self, storage, offset: int, shape: tuple, strides: tuple) -> Stored:
+    def tensor(self, *said: Any) -> Stored:
         """A contiguous view of a storage."""
-        dtype, place, count = storage
+        storage, offset, shape, strides = (*said, None, None, None, None)[:4]
+        numbers = isinstance(shape, tuple) and isinstance(strides, tuple)
+        if not isinstance(storage, Storage) or not numbers or not natural(offset):
+            raise Refused(f"{self.path} holds something else than named tensors")
+        if not all(map(natural, (*shape, *strides))) or not len(shape) == len(strides) <= 64:
+            raise Refused(f"{self.path} holds a tensor of shape {shown(shape)}")
         expected = tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
         # The stride of an axis of length 1 is never used, and torch leaves any number there.
         plain = all(
             n == 1 or (n > 1 and a == b) for n, a, b in zip(shape, strides, expected, strict=True)
         )
-        if not plain or not 0 <= offset <= count - math.prod(shape):
+        if not plain or not 0 <= offset <= storage.count - math.prod(shape):
             raise Refused(
-                f"{self.path} holds a tensor {tuple(shape)} with strides {tuple(strides)}: save it "
-                "again with .contiguous()"
+                f"{self.path} holds a tensor {shape} with strides {strides}: save it again with "
+                ".contiguous()"
             )
-        return Stored(self.path, place + offset * dtype.itemsize, dtype, tuple(shape))
+        place = storage.place + offset * storage.dtype.itemsize
+        return Stored(self.path, place, storage.dtype, shape)
+
+
+def natural(value: Any) -> bool:
+    """Whether a value is a whole number from 0, and no truth value."""
+    return type(value) is int and value >= 0

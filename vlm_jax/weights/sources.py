@@ -2,43 +2,37 @@
 """What a user has, gathered into one model: a published LLaVA, or tower, compressor and LLM."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlm_jax.models import pretrained, vlm
-from vlm_jax.weights import architectures, ends, folder, names, preprocessor
+from vlm_jax.models import vlm
+from vlm_jax.weights import architectures, ends, folder, methods, names, preprocessor, sizes
+from vlm_jax.weights.classes import within
 from vlm_jax.weights.files import read_json, read_tensors
+from vlm_jax.weights.fitting import fitted, projector, same_projector, with_compressor
 from vlm_jax.weights.folder import Model
+from vlm_jax.weights.methods import Wish
 from vlm_jax.weights.stored import Stored
+from vlm_jax.weights.values import shown
 
 Section = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Compressor:
-    """Which compressor stands between tower and LLM, and where its weights come from.
+def llava(path: Path, *, vision: Path | None, wish: Wish) -> Model:
+    """A whole published model, its compressor with it, or a model folder of ours.
 
-    `fields` are those of the configuration's `compressor` section, `levels` the blocks that it
-    reads (None: the last but one), `projector` a file of stage 1 (None: fresh weights of `seed`).
+    `vision` is where the tower of a LLaVA in its first layout lies; `wish` is what the flags say of
+    the compressor, which is replaced only where they say so by name.
     """
-
-    fields: Section
-    levels: tuple[int, ...] | None = None
-    projector: Path | None = None
-    seed: int = 0
-
-
-def llava(path: Path, *, vision: Path | None, compressor: Compressor | None) -> Model:
-    """A whole published model, or a model folder of ours; `compressor` replaces its own.
-
-    `vision` is where the tower of a LLaVA-1.5 in its first layout lies.
-    """
-    if read_json(path / "config.json").get("model_type") == folder.MODEL_TYPE:
-        if vision or compressor:
-            raise ValueError(f"{path} is a model folder already: it is converted as it is")
+    fields = read_json(path / "config.json")
+    if fields.get("model_type") == folder.MODEL_TYPE:
+        if given := wish.said() + ([f"--vision={vision}"] if vision else []):
+            raise ValueError(
+                f"{path} is a model folder already: it is converted as it is, without "
+                f"{' '.join(given)}"
+            )
         return folder.read(path)
     described = architectures.read(path)
     if described.kind in ("tower", "llm"):
@@ -46,60 +40,110 @@ def llava(path: Path, *, vision: Path | None, compressor: Compressor | None) -> 
             f"{path} holds a {described.kind} alone: give --vision=DIR and --llm=DIR to make a "
             "model of the two"
         )
-    tensors = names.renamed(read_tensors(path))
-    vit = described.vit
+    with within(str(path)):
+        tensors = names.renamed(read_tensors(path))
+        refuse_newline(tensors)
+    vit, flat, notes = described.vit, {}, {}
     if described.kind == "llava-1.5":
-        vit = tower_of_llava15(path, vision, described.vit, tensors)
+        flat = fields
+        vit, notes = tower_of_llava15(path, vision, described.vit, tensors)
     elif vision:
         raise ValueError(f"{path} has its own vision tower: leave --vision out")
-    rows = (vit["image_size"] // vit["patch_size"]) ** 2 + vit["keep_class"]
+    with within(str(path)):
+        sizes.check(vit, described.llm, {n: x.shape for n, x in tensors.items()})
+        inside = any(name.startswith("compressor.") for name in tensors)
+        if wish.projector and not (inside or wish.kind or wish.replace):
+            # What stage 1 has saved beside a model whose configuration tells of it.
+            tensors |= projector(wish.projector)
+        trained = methods.inside(flat, {n: x.shape for n, x in tensors.items()}, vit, wish)
     told = facts(path, vision or path, vit, described)
     model = Model(
         vit,
         described.llm,
-        folder.PLAIN | dict(tokens=rows),
+        folder.PLAIN | dict(tokens=sizes.patches(vit) + vit["keep_class"]),
         told,
         tensors,
         path,
-        preprocessor.notes(vision or path, told["image"]),
+        preprocessor.notes(vision or path, told["image"]) | notes,
     )
-    return model if compressor is None else with_compressor(model, compressor)
+    if trained is None or wish.replace:
+        return fitted(model, wish) if wish.said() else model
+    trained = methods.chosen(trained, wish, vit, path)
+    model.compressor |= trained.section
+    model.vit |= dict(levels=trained.levels)
+    if wish.projector:
+        same_projector(model, wish)
+    return model
+
+
+def refuse_newline(tensors: dict[str, Stored]) -> None:
+    """ValueError for the tensor with which LLaVA-1.6 ends each row of an image's tiles."""
+    if found := [name for name in tensors if name.rpartition(".")[2] == "image_newline"]:
+        raise ValueError(
+            f"it has {found[0]}: LLaVA-1.6 and NeXT cut images into tiles, which is not supported: "
+            "take a LLaVA-1.5"
+        )
 
 
 def tower_of_llava15(
     path: Path, vision: Path | None, choice: Section, tensors: dict[str, Stored]
-) -> Section:
-    """The `vit` section of a LLaVA-1.5 in its first layout; its tower's tensors join `tensors`."""
+) -> tuple[Section, Section]:
+    """The `vit` section of a LLaVA in its first layout, and what is to be noted of its tower, whose
+    tensors join `tensors`."""
     fields = read_json(path / "config.json")
     name = fields.get("mm_vision_tower", "openai/clip-vit-large-patch14-336")
     if vision is None:
         raise ValueError(
             f"{path} is a LLaVA-1.5 as first published, whose vision tower lies elsewhere: give "
-            f"--vision=DIR, a folder with {name}"
+            f"--vision=DIR, a folder with {shown(name).strip(chr(39))}"
         )
     vit, tower = of_tower(vision)
+    notes: Section = {}
     # The published code ignores a tower inside unless it was trained.
     if not fields.get("unfreeze_mm_vision_tower"):
-        for inside in [n for n in tensors if n.startswith("vit.")]:
-            del tensors[inside]
+        if inside := [n for n in tensors if n.startswith("vit.")]:
+            notes["tower"] = (
+                f"{len(inside)} tensors of the tower inside were left for those of {vision}, as "
+                "config.json has no unfreeze_mm_vision_tower"
+            )
+        for name in inside:
+            del tensors[name]
         tensors |= tower
-    architectures.choose_level(vit, choice["layer"], choice["strategy"])
-    return vit
+    with within(f"{path}/config.json"):
+        width = fields.get("mm_hidden_size", vit["width"])
+        if width != vit["width"]:
+            raise ValueError(
+                f"mm_hidden_size={shown(width)}, and the tower of --vision={vision} has "
+                f"{vit['width']} channels"
+            )
+        architectures.choose_level(vit, choice["layer"], choice["strategy"])
+    return vit, notes
 
 
-def assembled(vision: Path, llm: Path, compressor: Compressor) -> Model:
+def assembled(vision: Path, llm: Path, wish: Wish) -> Model:
     """A new model of a tower, a compressor and a language model."""
+    if wish.replace:
+        raise ValueError("--replace-compressor is for --from: a new model has none to replace")
     vit, tensors = of_tower(vision)
     described = architectures.read(llm)
     if described.kind != "llm":
         raise ValueError(f"--llm={llm} holds a {described.kind}, not a language model alone")
-    tensors |= names.renamed(read_tensors(llm))
-    rows = (vit["image_size"] // vit["patch_size"]) ** 2
-    none = folder.PLAIN | dict(tokens=rows)
+    with within(f"--llm={llm}"):
+        tensors |= alone("llm.", names.renamed(read_tensors(llm)), "language model")
+        sizes.check(vit, described.llm, {n: x.shape for n, x in tensors.items()})
+    none = folder.PLAIN | dict(tokens=sizes.patches(vit))
     told = facts(llm, vision, vit, described)
     about = preprocessor.notes(vision, told["image"])
     made = Model(vit, described.llm, none, told, tensors, llm, about)
-    return with_compressor(made, compressor)
+    return with_compressor(made, wish)
+
+
+def alone(part: str, tensors: dict[str, Stored], what: str) -> dict[str, Stored]:
+    """The tensors of one part; ValueError where there are others, which would be lost."""
+    strange = [n for n in tensors if not n.startswith(part) and not names.matches(n, names.UNREAD)]
+    if strange:
+        raise ValueError(f"it is no {what} alone: it also has {names.shown(strange, 4)}")
+    return {name: x for name, x in tensors.items() if name.startswith(part)}
 
 
 def of_tower(path: Path) -> tuple[Section, dict[str, Stored]]:
@@ -108,33 +152,8 @@ def of_tower(path: Path) -> tuple[Section, dict[str, Stored]]:
     if described.kind != "tower":
         raise ValueError(f"--vision={path} holds a {described.kind}, not a vision tower")
     vit = described.vit | dict(levels=(described.vit["depth"] - 1,))
-    tensors = names.renamed(read_tensors(path))
-    return vit, {name: x for name, x in tensors.items() if name.startswith("vit.")}
-
-
-def with_compressor(model: Model, compressor: Compressor) -> Model:
-    """`model` with the weights of another compressor, from a file or fresh."""
-    levels = compressor.levels or (model.vit["depth"] - 1,)
-    # A chosen level is an output of a block: without the class token, and no norm behind it.
-    model.vit |= dict(levels=levels, keep_class=False, final_norm=False)
-    model.compressor = model.compressor | compressor.fields
-    if model.compressor["kind"] == "none":
-        model.compressor["tokens"] = (model.vit["image_size"] // model.vit["patch_size"]) ** 2
-    kept = {n: x for n, x in model.tensors.items() if not n.startswith("compressor.")}
-    if compressor.projector:
-        found = names.renamed(read_tensors(compressor.projector))
-        if strange := [name for name in found if not name.startswith("compressor.")]:
-            raise ValueError(
-                f"{compressor.projector} is no projector of stage 1: it also has "
-                f"{names.shown(strange)}"
-            )
-        # These files may repeat embeddings and the like; what does not fit is found by the check.
-        made = found
-    else:
-        made = vlm.create(model.config(), seed=compressor.seed, of=lambda model: model.compressor)
-        made = {f"compressor.{name}": x for name, x in pretrained.export(made).items()}
-    model.tensors = kept | made
-    return model
+    with within(f"--vision={path}"):
+        return vit, alone("vit.", names.renamed(read_tensors(path)), "vision tower")
 
 
 def facts(path: Path, vision: Path, vit: Section, described: architectures.Published) -> Section:

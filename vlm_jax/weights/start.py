@@ -7,16 +7,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax.models import vlm
+from vlm_jax.models.compressors import serves_any_tokens
 from vlm_jax.models.vlm import VLM
-from vlm_jax.weights import folder, names, preprocessor
+from vlm_jax.weights import folder, methods, names, preprocessor
 
 
 def adopt(config: ConfigDict) -> ConfigDict:
     """The configuration with encoder, LLM and tokenizer of the folder `config.start_from`, if any,
     and with how that encoder's images are prepared.
 
-    A folder without compression (kind none) may get any compressor: a fresh one, which reads
-    `config.vit.levels`. Any other folder has a trained one, and the configuration must name it.
+    A folder without compression (kind none) may get any compressor, which reads
+    `config.vit.levels`: a fresh one, or one whose only weights are the projector that is there. Any
+    other folder has a trained one, and the configuration must name it.
 
     Raises:
       ValueError: for another compressor.
@@ -28,7 +30,11 @@ def adopt(config: ConfigDict) -> ConfigDict:
     vit, compressor = model.vit, folder.PLAIN | model.compressor
     if replaced(config, model):
         vit = vit | dict(levels=config.vit.levels, keep_class=False, final_norm=False)
-    elif changed := [k for k, v in compressor.items() if not same(config.compressor[k], v)]:
+    elif changed := [
+        k
+        for k, v in compressor.items()
+        if matters(k, compressor["kind"]) and not same(config.compressor[k], v)
+    ]:
         asked = {k: config.compressor[k] for k in changed}
         raise ValueError(
             f"start_from={config.start_from} has the compressor {compressor}, the configuration "
@@ -66,6 +72,28 @@ def replaced(config: ConfigDict, model: folder.Model) -> bool:
     return model.compressor["kind"] == "none" != config.compressor.kind
 
 
+def matters(field: str, kind: str) -> bool:
+    """Whether a field of the section changes a compressor of this kind."""
+    if field == "tokens":
+        return not serves_any_tokens(kind)  # of requests
+    readers = {
+        "heads": tuple(methods.HEADS), "query": ("quecc",), "downsample": ("quecc",),
+        "queries": ("mqt",), "scales": ("m3",),
+    }  # fmt: skip
+    return kind in readers.get(field, (kind,))
+
+
+def keeps_projector(config: ConfigDict, model: folder.Model) -> bool:
+    """Whether the compressor in place of none has the weights that the folder's projector has, and
+    reads what it was trained on."""
+    last = tuple(config.vit.levels)[-1:]
+    return (
+        config.compressor.kind in methods.PROJECTED
+        and last == tuple(model.vit["levels"])[-1:]
+        and not (model.vit["keep_class"] or model.vit["final_norm"])
+    )
+
+
 def same(ours: Any, theirs: Any) -> bool:
     """Whether two values of a configuration are equal, as JSON would give them back."""
     sequences = isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple))
@@ -87,10 +115,15 @@ def load(config: ConfigDict, *, seed: int) -> VLM:
     shapes = vlm.shapes(config)
     if not replaced(config, model):
         return folder.place(shapes, names.model_table(shapes), model.tensors)
+    kept = keeps_projector(config, model)
     print(
-        f"start: encoder and LLM of {config.start_from}, a fresh {config.compressor.kind}",
+        f"start: encoder{', projector' * kept} and LLM of {config.start_from}, "
+        + f"{'as' if kept else 'a fresh'} {config.compressor.kind}"
+        + " in place of its trained projector" * (not kept),
         file=sys.stderr,
     )
+    if kept:
+        return folder.place(shapes, names.model_table(shapes), model.tensors)
     tables = {"vit": names.vit_table(shapes.vit), "llm": names.llm_table(shapes.llm)}
     parts = {
         part: folder.place(

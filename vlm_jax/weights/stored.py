@@ -9,12 +9,16 @@ import json
 import math
 import os
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from vlm_jax.weights.values import shown
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -33,7 +37,10 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHTS = ("F32", "F16", "BF16", "F64")  # what the numbers of a model may be stored in
 PIECE = 64 * 2**20  # bytes read, cast and written at a time
-LONGEST_HEADER = 100 * 2**20  # bytes, as in the format's own reader
+# Bytes. The format's own reader takes 100 MB, and JSON of that size takes several GB of memory; a
+# shard with ten thousand tensors has 1.5 MB.
+LONGEST_HEADER = 16 * 2**20
+BLOCK = 2**22  # numbers looked at together, so that looking takes little memory
 
 
 @dataclass(frozen=True)
@@ -54,18 +61,19 @@ class Stored:
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of the first axis (of a scalar: itself)."""
         if not self.shape:
-            return self._numbers(0, 1).reshape(())
+            return self.part(0, 1).reshape(())
         stop = self.shape[0] if stop is None else stop
         row = math.prod(self.shape[1:])
-        return self._numbers(start * row, stop * row).reshape(stop - start, *self.shape[1:])
+        return self.part(start * row, stop * row).reshape(stop - start, *self.shape[1:])
 
     def pieces(self) -> Iterator[np.ndarray]:
         """All numbers in order, flat, at most PIECE bytes at a time."""
         step = PIECE // self.dtype.itemsize
         for start in range(0, self.size, step):
-            yield self._numbers(start, min(start + step, self.size))
+            yield self.part(start, min(start + step, self.size))
 
-    def _numbers(self, start: int, stop: int) -> np.ndarray:
+    def part(self, start: int, stop: int) -> np.ndarray:
+        """The numbers from place `start` up to `stop`, in order, flat."""
         size = self.dtype.itemsize
         # Bytes first: numpy's file reader does not know bfloat16.
         raw = np.fromfile(
@@ -92,25 +100,18 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
                 f"would end at {length + 8}; copy or download it again"
             )
         try:
-            header = json.loads(file.read(length))
-        except ValueError:
+            header = json.loads(file.read(length), object_pairs_hook=unrepeated)
+        except Repeated as error:
+            raise ValueError(f"{path}: its header names {error} twice") from None
+        # Nested 100,000 deep, JSON is a RecursionError.
+        except (ValueError, RecursionError):
             raise ValueError(f"{path} is no safetensors file: its header is not JSON") from None
-    try:
-        header.pop("__metadata__", None)
-        entries = sorted(
-            (*of["data_offsets"], name, of["dtype"], tuple(of["shape"]))
-            for name, of in header.items()
-        )
-    except (AttributeError, KeyError, TypeError):
-        raise ValueError(
-            f"{path} is no safetensors file: its header describes no tensors"
-        ) from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is no safetensors file: its header describes no tensors")
+    header.pop("__metadata__", None)
+    entries = sorted(described(path, name, of) for name, of in header.items())
     found, end = {}, 8 + length
     for start, stop, name, kind, shape in entries:
-        if kind not in DTYPES:
-            raise ValueError(
-                f"{path}: {name} has dtype {kind}: weights may be {', '.join(WEIGHTS)}"
-            )
         tensor = Stored(path, 8 + length + start, DTYPES[kind], shape)
         if tensor.offset != end or stop - start != tensor.size * tensor.dtype.itemsize:
             raise ValueError(f"{path}: the header is at odds with itself at {name}")
@@ -121,6 +122,78 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
             "copy or download it again"
         )
     return found
+
+
+class Repeated(ValueError):
+    """A name that an object of JSON has twice: which of the two counts, readers disagree about."""
+
+
+def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; Repeated where a name is there twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise Repeated(shown(counts.most_common(1)[0][0]))
+    return found
+
+
+def described(path: Path, name: str, of: Any) -> tuple[int, int, str, str, tuple[int, ...]]:
+    """Begin, end, name, type and shape of one entry of a header; ValueError where it is none."""
+    said = f"{path} is no safetensors file: {shown(name)} in its header"
+    if not isinstance(of, dict):
+        raise ValueError(f"{said} is {shown(of)}, which describes no tensors")
+    if absent := [field for field in ("dtype", "shape", "data_offsets") if field not in of]:
+        raise ValueError(f"{said} has no {', '.join(absent)} and describes no tensors")
+    kind, shape, places = of["dtype"], of["shape"], of["data_offsets"]
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise ValueError(
+            f"{path}: {shown(name)} has dtype {shown(kind).strip(chr(39))}: weights may be "
+            f"{', '.join(WEIGHTS)}"
+        )
+    for field, numbers, most in (("shape", shape, 64), ("data_offsets", places, 2)):
+        whole = isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+        if not whole or len(numbers) > most or (field == "data_offsets" and len(numbers) < 2):
+            raise ValueError(
+                f"{said} has {field}={shown(numbers)}: whole numbers from 0 are needed"
+            )
+    return *places, name, kind, tuple(shape)
+
+
+def all_finite(numbers: np.ndarray) -> bool:
+    """Whether no number is infinite or none at all (NaN)."""
+    flat = numbers.reshape(-1)
+    return all(_finite(flat[i : i + BLOCK]) for i in range(0, flat.size, BLOCK))
+
+
+def _finite(numbers: np.ndarray) -> bool:
+    # By the bits of the exponent: the slow half types are not computed with.
+    exponent = {DTYPES["BF16"]: 0x7F80, DTYPES["F16"]: 0x7C00}.get(numbers.dtype)
+    if exponent is None:
+        return bool(np.isfinite(numbers).all())
+    return not ((numbers.view(np.uint16) & exponent) == exponent).any()
+
+
+def equal(one: Stored | np.ndarray, other: Stored | np.ndarray) -> bool:
+    """Whether two tensors hold the same numbers, whatever their types; read in pieces."""
+    if one is other or one.shape != other.shape:
+        return one is other
+    # One storage that two names share, as torch saves tied weights.
+    if type(one) is type(other) is Stored and one == other:
+        return True
+    return all(
+        np.array_equal(
+            *(part(x, start, start + BLOCK).astype(np.float32) for x in (one, other)),
+            equal_nan=True,
+        )
+        for start in range(0, math.prod(one.shape), BLOCK)
+    )
+
+
+def part(tensor: Stored | np.ndarray, start: int, stop: int) -> np.ndarray:
+    """The numbers of a tensor from place `start` up to `stop`, in order, flat."""
+    if isinstance(tensor, Stored):
+        return tensor.part(start, min(stop, tensor.size))
+    return tensor.reshape(-1)[start:stop]
 
 
 @dataclass(frozen=True)
@@ -178,6 +251,11 @@ def write_file(path: Path, tensors: list[Pending]) -> None:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
             for piece in tensor.pieces():
+                if not all_finite(piece):
+                    raise ValueError(
+                        f"{tensor.name} holds NaN or infinite numbers: a model with them answers "
+                        "nothing; get the file again, or take a checkpoint from before they came"
+                    )
                 # Overflow to infinity is looked for below, and said with the tensor's name.
                 with np.errstate(over="ignore"):
                     cast = np.ascontiguousarray(piece).astype(tensor.dtype, copy=False)

@@ -56,6 +56,8 @@ class MQT(Matryoshka):
         ((2, 9, 64), (2, 100, 64))
     """
 
+    options = ("queries",)
+
     def __init__(
         self,
         *,
@@ -67,10 +69,10 @@ class MQT(Matryoshka):
         rngs: nnx.Rngs,
         levels: int = 1,
         query: str = "none",
-        queries: int | None = None,
+        queries: int = 0,
     ):
         del levels, query
-        self.queries = len(self.supported(side)) if queries is None else queries
+        self.queries = queries or len(self.supported(side))
         if math.isqrt(max(self.queries, 0)) ** 2 != self.queries or self.queries < 1:
             raise ValueError(
                 f"mqt: {self.queries} queries are no square grid: choose 1, 4, 9, ... {QUERIES}"

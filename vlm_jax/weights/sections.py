@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The config.json of a model folder: every field is of its kind, none is missing or strange.
+
+What a field may be is what the module that takes it says: the annotations of its parameters.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.models.compressors import COMPRESSORS
+from vlm_jax.models.llm import LLM
+from vlm_jax.models.vit import ViT
+from vlm_jax.weights.classes import DEEPEST, allow
+from vlm_jax.weights.values import LARGEST, finite, number, shown, table, text, whole
+
+ELSEWHERE = ("self", "rngs", "remat_policy", "dtype")  # parameters that no folder says
+MOST = {"depth": DEEPEST, "image_size": 2**16, "patch_size": 2**16}
+COMPRESSOR = {
+    "kind": str, "tokens": int, "heads": int, "query": str, "downsample": str, "queries": int,
+    "scales": tuple[int, ...],
+}  # fmt: skip
+ZERO = ("compressor.tokens", "compressor.queries")  # sizes of which 0 means something
+
+
+def check(fields: dict[str, Any]) -> None:
+    """ValueError with the first field of a model folder's config.json that cannot be read."""
+    for name, cls in (("vit", ViT), ("llm", LLM)):
+        said = inspect.signature(cls.__init__).parameters.items()
+        taken = {key: of for key, of in said if key not in ELSEWHERE}
+        needed = [key for key, of in taken.items() if of.default is inspect.Parameter.empty]
+        section(name, fields, {key: of.annotation for key, of in taken.items()}, needed)
+    section("compressor", fields, COMPRESSOR, ("kind", "tokens"))
+    allow("compressor.kind", fields["compressor"]["kind"], tuple(sorted(COMPRESSORS)))
+    facts = table("facts", fields.get("facts"))
+    image = table("facts.image", facts.get("image"))
+    for name in ("mean", "std"):
+        three(f"facts.image.{name}", image.get(name), positive=name == "std")
+    text("facts.image.fit", image.get("fit"))
+    text("facts.template", facts.get("template"))
+    whole("facts.max_length", facts.get("max_length"))
+    if facts.get("image_token") is not None:
+        whole("facts.image_token", facts["image_token"], least=0)
+    table("notes", fields.get("notes", {}))
+
+
+def section(
+    name: str, fields: dict[str, Any], kinds: Mapping[str, Any], needed: tuple[str, ...] | list[str]
+) -> None:
+    """ValueError unless a section has all that is needed, and what it has is of its kind."""
+    found = table(name, fields.get(name))
+    if absent := [key for key in needed if key not in found]:
+        raise ValueError(f"{name} lacks {', '.join(absent)}: convert the model again")
+    for key, value in found.items():
+        if key not in kinds:
+            raise ValueError(
+                f"{name}.{shown(key).strip(chr(39))} is no field that is known here: a newer "
+                f"version made the folder, or another program; known are {', '.join(kinds)}"
+            )
+        typed(f"{name}.{key}", value, kinds[key])
+
+
+def typed(name: str, value: Any, kind: Any) -> None:
+    """ValueError unless a value is of a kind: int, float, bool, str, or a sequence of ints."""
+    if kind is int:
+        whole(name, value, least=int(name not in ZERO), most=MOST.get(name.split(".")[-1], LARGEST))
+    elif kind is float:
+        number(name, value)
+    elif kind is bool:
+        if type(value) is not bool:
+            raise ValueError(f"{name}={shown(value)}: true or false is needed")
+    elif kind is str:
+        text(name, value)
+    else:
+        if not isinstance(value, list | tuple) or len(value) > DEEPEST:
+            raise ValueError(f"{name}={shown(value)}: a list of whole numbers is needed")
+        for part in value:
+            whole(name, part)
+
+
+def three(name: str, value: Any, *, positive: bool) -> None:
+    """ValueError unless there is a number for red, green and blue."""
+    numbers = value if isinstance(value, list | tuple) else []
+    good = [type(x) in (int, float) and finite(x) and (x > 0 or not positive) for x in numbers]
+    if len(good) != 3 or not all(good):
+        above = " above 0" if positive else ""
+        raise ValueError(f"{name}={shown(value)}: three finite numbers{above} are needed")

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values of files that strangers wrote: each is what its name asks for, or refused by that name."""
+
+import math
+from typing import Any
+
+LARGEST = 10**8  # of every size; a model of this width would not fit anywhere
+
+
+def whole(name: str, value: Any, *, least: int = 1, most: int = LARGEST) -> int:
+    """A whole number of `least` to `most`; ValueError with the name."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name}={shown(value)}: a whole number from {least} to {most} is needed")
+    return value
+
+
+def number(name: str, value: Any, *, least: float = 0.0) -> float:
+    """A finite number above `least`; ValueError with the name."""
+    if type(value) not in (int, float) or not finite(value) or value <= least:
+        raise ValueError(f"{name}={shown(value)}: a finite number above {least:g} is needed")
+    return float(value)
+
+
+def finite(value: int | float) -> bool:
+    """Whether a number is finite as a float."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def text(name: str, value: Any) -> str:
+    """A string; ValueError with the name."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name}={shown(value)}: a text is needed")
+    return value
+
+
+def table(name: str, value: Any) -> dict[str, Any]:
+    """A JSON object; ValueError with the name."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}={shown(value)}: an object with named fields is needed")
+    return value
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value as it is written in a message: one line, however long it is."""
+    # Of large containers only their size is said: their text might not fit in memory.
+    if not short(value):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"a number of {value.bit_length()} bits"
+    said = " ".join(repr(value[:most] if isinstance(value, str) else value).split())
+    return said if len(said) <= most else f"{said[:most]}..."
+
+
+def short(value: Any, levels: int = 3) -> bool:
+    """Whether a value holds no more than a line could show."""
+    if not isinstance(value, (list, tuple, dict)):
+        return True
+    inside = value.values() if isinstance(value, dict) else value
+    return levels > 0 and len(value) <= 20 and all(short(x, levels - 1) for x in inside)
+
+
+def depth(value: Any, most: int) -> int:
+    """How deep containers are nested inside each other, at most `most`."""
+    level, reached = [value], 0
+    while reached < most:
+        level = [x for x in level if isinstance(x, (list, tuple, dict))]
+        if not level:
+            break
+        level = [y for x in level for y in (x.values() if isinstance(x, dict) else x)]
+        reached += 1
+    return reached
