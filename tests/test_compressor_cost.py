@@ -87,6 +87,7 @@ KINDS = [
     dict(kind="token_packer", tokens=144),  # windows of one patch: nothing is absorbed
     dict(kind="quecc", tokens=9),
     dict(kind="quecc", tokens=9, downsample="pool"),
+    dict(kind="mqt", tokens=9, queries=16),
     dict(kind="quecc", tokens=4, query="separate"),
     dict(kind="quecc", tokens=4, query="prefix"),
     dict(kind="mqt", tokens=9),
@@ -97,11 +98,12 @@ KINDS = [
     dict(kind="prumerge_plus", tokens=9),
     dict(kind="prumerge_plus", tokens=0),
 ]
-KINDS = [dict(heads=4, query="none", downsample="conv") | section for section in KINDS]
+KINDS = [dict(heads=4, query="none", downsample="conv", queries=0) | section for section in KINDS]
 
 
 def name_of(section):
-    return "-".join(str(section[key]) for key in ("kind", "tokens", "query", "downsample"))
+    name = "-".join(str(section[key]) for key in ("kind", "tokens", "query", "downsample"))
+    return name + f"-{section['queries']} queries" * (section["queries"] > 0)
 
 
 def build(section, vit, llm):

@@ -30,11 +30,13 @@ import jax
 from ml_collections import ConfigDict
 
 from vlm_jax import chats, cli, mesh
-from vlm_jax.learn.workdir import finished
+from vlm_jax.learn.workdir import LATER, finished
 from vlm_jax.models.compressors import COMPRESSORS
-from vlm_jax.weights import adapters, folder, hf, names, sources
+from vlm_jax.weights import adapters, folder, hf, names, sections, sources
+from vlm_jax.weights.classes import within
 from vlm_jax.weights.files import read_json
 from vlm_jax.weights.methods import Wish
+from vlm_jax.weights.values import table
 
 
 def flags() -> argparse.ArgumentParser:
@@ -188,6 +190,14 @@ def trained(workdir: Path) -> folder.Model:
 def config_of(workdir: Path) -> ConfigDict:
     """The configuration that a run was made with."""
     fields = read_json(workdir / "config.json")
+    with within(f"{workdir}/config.json"):
+        for name in ("vit", "llm", "compressor", "data", "lora"):
+            table(name, fields.get(name))
+        # Fields that were born since have the value with which nothing changed.
+        for name, value in LATER.items():
+            part, _, field = name.partition(".")
+            fields[part].setdefault(field, value)
+        sections.check_model(fields)
     fields["vit"]["levels"] = tuple(fields["vit"]["levels"])  # JSON has lists alone
     return ConfigDict(fields)
 

@@ -32,6 +32,7 @@ LATER = {
     "data.image_rescale": 1 / 255,
     "data.image_normalize": True,
     "data.image_exif": "ignore",
+    "compressor.queries": 0,
 }
 
 

@@ -25,13 +25,7 @@ ZERO = ("compressor.tokens", "compressor.queries")  # sizes of which 0 means som
 
 def check(fields: dict[str, Any]) -> None:
     """ValueError with the first field of a model folder's config.json that cannot be read."""
-    for name, cls in (("vit", ViT), ("llm", LLM)):
-        said = inspect.signature(cls.__init__).parameters.items()
-        taken = {key: of for key, of in said if key not in ELSEWHERE}
-        needed = [key for key, of in taken.items() if of.default is inspect.Parameter.empty]
-        section(name, fields, {key: of.annotation for key, of in taken.items()}, needed)
-    section("compressor", fields, COMPRESSOR, ("kind", "tokens"))
-    allow("compressor.kind", fields["compressor"]["kind"], tuple(sorted(COMPRESSORS)))
+    check_model(fields)
     facts = table("facts", fields.get("facts"))
     image = table("facts.image", facts.get("image"))
     for name in ("mean", "std"):
@@ -42,6 +36,17 @@ def check(fields: dict[str, Any]) -> None:
     if facts.get("image_token") is not None:
         whole("facts.image_token", facts["image_token"], least=0)
     table("notes", fields.get("notes", {}))
+
+
+def check_model(fields: dict[str, Any]) -> None:
+    """ValueError with the first field of the sections that make a model which cannot be read."""
+    for name, cls in (("vit", ViT), ("llm", LLM)):
+        said = inspect.signature(cls.__init__).parameters.items()
+        taken = {key: of for key, of in said if key not in ELSEWHERE}
+        needed = [key for key, of in taken.items() if of.default is inspect.Parameter.empty]
+        section(name, fields, {key: of.annotation for key, of in taken.items()}, needed)
+    section("compressor", fields, COMPRESSOR, ("kind", "tokens"))
+    allow("compressor.kind", fields["compressor"]["kind"], tuple(sorted(COMPRESSORS)))
 
 
 def section(
