@@ -354,7 +354,6 @@ def test_a_conversion_killed_half_way_can_be_repeated_and_is_never_overwritten(t
     (["--to=x"], "give --from=DIR, or --vision=DIR and --llm=DIR"),
     (["--to=x", "--from=.", "--llm=y"], "leave --llm out"),
     (["--to=x", "--from=.", "--compressor=quecc", "--replace-compressor"], "needs --tokens=V"),
-    (["--to=x", "--from=.", "--dtype=float16", "--adapter-from=none"], "has no config.json"),
     (["--to=x", "--from=.", "--dtype=int8"], "choose one of float32, float16, bfloat16"),
     (["--to=x", "--from=.", "--compressor=quecc", "--tokens=1", "--levels=a"], "12,16,22,23"),
 ])  # fmt: skip
