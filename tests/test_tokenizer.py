@@ -254,6 +254,19 @@ def broken(folder, name, content):
     return folder
 
 
+def test_a_post_processor_that_names_an_unknown_token_is_refused(folders, tmp_path):
+    """The library ends the process in its own way where it meets such a token."""
+    single = [
+        {"SpecialToken": {"id": "<z>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    post = dict(type="TemplateProcessing", pair=[], special_tokens={}, single=single)
+    for name, state in (("a", post), ("b", dict(type="Sequence", processors=[post]))):
+        folder = stored(folders / "qwen", tmp_path / name, post_processor=state)
+        with pytest.raises(ValueError, match="tokenizer.json puts '<z>' around a text"):
+            load_tokenizer(folder)
+
+
 @pytest.mark.parametrize("name, content", [
     ("tokenizer.json", b""), ("tokenizer.json", b"{"), ("tokenizer.json", b"\xff\xfe"),
     ("tokenizer.json", []), ("tokenizer.json", {}), ("tokenizer.json", {"model": 3}),
@@ -271,6 +284,7 @@ def broken(folder, name, content):
     ("chat_template.jinja", b"\xff\xfe"), ("chat_template.json", b"["),
     ("chat_template.json", {"chat_template": 3}),
     ("special_tokens_map.json", b"["), ("added_tokens.json", b"["),
+    ("tokenizer.json", b"[" * 100_000), ("tokenizer_config.json", b'{"a":' * 100_000),
 ])  # fmt: skip
 def test_a_damaged_file_of_a_tokenizer_is_one_sentence(name, content, folders, tmp_path):
     folder = broken(stored(folders / "llama", tmp_path / "a"), name, content)

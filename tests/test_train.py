@@ -254,7 +254,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(trained, capsys, tmp_
     line = message(
         capsys, tmp_path, f"--config.data.tokenizer={trained}/tokenizer", "--config.llm.vocab=100"
     )
-    assert re.search(r"tokenizer has \d+ tokens, llm.vocab=100: raise llm.vocab to \d+", line)
+    assert re.search(r"ids up to \d+ .*only llm.vocab=100: .*raise llm.vocab to \d+", line)
 
 
 def test_a_source_that_does_not_know_its_patches_makes_no_encoder(setting, tmp_path, mesh1):

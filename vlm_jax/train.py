@@ -9,7 +9,6 @@ checkpoint, with the same numbers as if it had never stopped.
 """
 
 import logging
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax import cli, mesh
 from vlm_jax.data import loader, patches, prefixes, processor, sources, templates, word_tokenizer
+from vlm_jax.data.tokenizer import check_vocabulary
 from vlm_jax.learn import optimizer
 from vlm_jax.learn.checkpoint import Checkpoints
 from vlm_jax.learn.log import Log
@@ -228,11 +228,7 @@ def tokenizer_of(config: ConfigDict, folder: Path, source: sources.Source) -> An
         # Whole or not at all: a killed run must not leave half a tokenizer behind.
         tokenizer.save_pretrained(folder / "tokenizer.tmp")
         (folder / "tokenizer.tmp").rename(folder / "tokenizer")
-    if len(tokenizer) > config.llm.vocab:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, llm.vocab={config.llm.vocab}: "
-            f"raise llm.vocab to {math.ceil(len(tokenizer) / 8) * 8}"
-        )
+    check_vocabulary(tokenizer, config.llm.vocab)
     return tokenizer
 
 

@@ -67,6 +67,11 @@ def load_tokenizer(path: str | Path) -> Any:
         raise ValueError(
             f"{path} has a chat_template that is no text, but {given!r:.60}: correct or remove it"
         )
+    if unnamed := _unnamed(tokenizer.backend_tokenizer):
+        raise ValueError(
+            f"{path}/tokenizer.json puts {unnamed[0]!r} around a text, which its post_processor "
+            "does not list under special_tokens: copy it again"
+        )
     _plain(tokenizer.backend_tokenizer)
     word_tokenizer.completed(tokenizer)
     return tokenizer
@@ -82,6 +87,19 @@ def _plain(backend: Tokenizer) -> None:
     """Switches truncation and padding off."""
     backend.no_truncation()
     backend.no_padding()
+
+
+def _unnamed(backend: Tokenizer) -> list[str]:
+    """Tokens that a post-processor asks for without a number; the library does not survive one."""
+    if backend.post_processor is None:
+        return []
+    found, missing = [json.loads(backend.post_processor.__getstate__())], []
+    for one in found:
+        found += one.get("processors", [])
+        pieces = [*one.get("single", []), *one.get("pair", [])]
+        asked = [piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece]
+        missing += [token for token in asked if token not in one["special_tokens"]]
+    return missing
 
 
 class Encoded(NamedTuple):
