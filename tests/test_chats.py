@@ -263,6 +263,16 @@ def test_generation_stops_where_that_of_transformers_does(
         assert expected == (named if isinstance(named, list) else [] if named is None else [named])
 
 
+@pytest.mark.parametrize("found", [3, {"stop": 3}, {"stop": ["x"]}, {"text": []},
+                                   {"text": {"eos_token_id": "x"}}])  # fmt: skip
+def test_the_ends_of_a_model_folder_are_checked(found, base, tmp_path):
+    shutil.copytree(base, tmp_path / "a")
+    facts = json.loads((base / "config.json").read_text())["facts"]
+    edit(tmp_path / "a/config.json", facts=facts | dict(ends=found))
+    with pytest.raises(ValueError, match="config.json.*ends"):
+        folder.read(tmp_path / "a")
+
+
 def test_a_model_that_was_trained_here_tells_transformers_where_its_answers_end(base, tmp_path):
     real.qwen().save_pretrained(tmp_path / "words")
     (tmp_path / "a").mkdir()
@@ -275,7 +285,7 @@ def test_a_model_that_was_trained_here_tells_transformers_where_its_answers_end(
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("generation_config.json", [], "generation_config.json holds no JSON object"),
+    ("generation_config.json", [], r"generation_config.json=\[\]: an object"),
     ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id='x'.*the number of a token"),
     ("generation_config.json", {"eos_token_id": [1, None]}, "or a list of them"),
     ("generation_config.json", {"eos_token_id": True}, "eos_token_id=True"),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.weights.files import read_json
+from vlm_jax.weights.values import table
 
 FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # eos_token_id of the configuration classes of transformers that have one; the others have none.
@@ -25,7 +26,7 @@ def of(folder: Path) -> dict[str, Any]:
     fields = read_json(folder / "config.json")
     text = fields.get("text_config")
     text = text if isinstance(text, dict) else {}
-    outer, inner = (_named(some, folder / "config.json") for some in (fields, text))
+    outer, inner = (_named(some, f"{folder}/config.json: ") for some in (fields, text))
     stop = stops(folder)
     if stop is None:
         kind = str(text.get("model_type", "llama") if text else fields.get("model_type"))
@@ -47,17 +48,26 @@ def stops(folder: Path) -> list[int] | None:
     path = folder / GENERATION
     if not path.is_file():
         return None
-    return _listed(_named(read_json(path), path).get("eos_token_id"))
+    return _listed(_named(read_json(path), f"{path}: ").get("eos_token_id"))
 
 
-def _named(fields: dict[str, Any], path: Path) -> dict[str, Any]:
+def check(ends: dict[str, Any]) -> None:
+    """ValueError unless this is what `of` gives."""
+    for part in ("outer", "text"):
+        _named(table(f"facts.ends.{part}", ends.get(part, {})), f"facts.ends.{part}.")
+    if not isinstance(stop := ends.get("stop", []), list):
+        raise ValueError(f"facts.ends.stop={stop!r:.80}: a list of tokens is needed")
+    _named({"eos_token_id": stop}, "facts.ends.stop, ")
+
+
+def _named(fields: dict[str, Any], where: str) -> dict[str, Any]:
     """The fields that name tokens, checked."""
     found = {name: fields[name] for name in FIELDS if name in fields}
     for name, value in found.items():
         several = value if isinstance(value, list) and name == "eos_token_id" else [value]
         if value is not None and not all(type(token) is int for token in several):
             raise ValueError(
-                f"{path}: {name}={value!r:.80}: it has to be the number of a token"
+                f"{where}{name}={value!r:.80}: it has to be the number of a token"
                 f"{', or a list of them' if name == 'eos_token_id' else ''}; correct or remove it"
             )
     return found

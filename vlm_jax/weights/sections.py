@@ -11,6 +11,7 @@ from typing import Any
 from vlm_jax.models.compressors import COMPRESSORS
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.vit import ViT
+from vlm_jax.weights import ends
 from vlm_jax.weights.classes import DEEPEST, allow
 from vlm_jax.weights.values import LARGEST, finite, number, shown, table, text, whole
 
@@ -35,6 +36,7 @@ def check(fields: dict[str, Any]) -> None:
     whole("facts.max_length", facts.get("max_length"))
     if facts.get("image_token") is not None:
         whole("facts.image_token", facts["image_token"], least=0)
+    ends.check(table("facts.ends", facts.get("ends", {})))
     table("notes", fields.get("notes", {}))
 
 
