@@ -323,7 +323,7 @@ def test_no_unfinished_word_and_no_path_of_a_machine(path):
 
 
 PAGES = [path for path in WORDS if path.suffix == ".md"]
-TOPS = "vlm_jax|configs|docs|launch|benchmarks|tests"
+TOPS = "vlm_jax|configs|constraints|docs|launch|benchmarks|tests"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=where)
