@@ -18,4 +18,4 @@ HEAD && git checkout --quiet --force --detach FETCH_HEAD"
 # uv brings its own Python: the images of v6e and older have 3.10.
 on_worker all "${free}python3 -m pip install --quiet --user uv && cd vlm_jax && python3 -m uv venv \
 --quiet --allow-existing --python 3.11 .venv && python3 -m uv pip install --quiet --python \
-.venv/bin/python --editable '.[tpu,report,demo,tensorboard]'"
+.venv/bin/python --constraint constraints/py311.txt --editable '.[tpu,report,demo,tensorboard]'"

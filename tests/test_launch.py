@@ -150,7 +150,8 @@ GOLDEN = {
     f"+ gcloud compute tpus tpu-vm ssh vlm-jax {WHERE} --worker=all '--command={FREE}"
     "python3 -m pip install --quiet --user uv && cd vlm_jax && python3 -m uv venv --quiet "
     "--allow-existing --python 3.11 .venv && python3 -m uv pip install --quiet --python "
-    ".venv/bin/python --editable '\\''.[tpu,report,demo,tensorboard]'\\'''\n",
+    ".venv/bin/python --constraint constraints/py311.txt --editable "
+    "'\\''.[tpu,report,demo,tensorboard]'\\'''\n",
     "run.sh train --config=configs/demo.py --workdir=runs/demo": START.format(
         words="train --config=configs/demo.py --workdir=runs/demo"
     )
