@@ -275,13 +275,15 @@ def test_the_ends_of_a_model_folder_are_checked(found, base, tmp_path):
 
 def test_a_model_that_was_trained_here_tells_transformers_where_its_answers_end(base, tmp_path):
     real.qwen().save_pretrained(tmp_path / "words")
-    (tmp_path / "a").mkdir()
-    model = described(base, "chatml", tmp_path / "words")
-    del model.facts["ends"]
-    chats.export(model, tmp_path / "a", add_image_token=True)
-    found = json.loads((tmp_path / "a/generation_config.json").read_text())
-    assert found["eos_token_id"] == list(serving.processor_of(model).stop_ids) == [1]
-    assert model.facts["ends"]["text"] == dict(bos_token_id=None, eos_token_id=1, pad_token_id=2)
+    for name, start in (("a", ""), ("b", str(base))):
+        (tmp_path / name).mkdir()
+        model = described(base, "chatml", tmp_path / "words", ends=ends.of_run(start))
+        chats.export(model, tmp_path / name, add_image_token=True)
+        found = json.loads((tmp_path / name / "generation_config.json").read_text())
+        stop = list(serving.processor_of(model).stop_ids)
+        assert found["eos_token_id"] == stop == ([1, 2] if start else [1])
+        text = {} if start else dict(bos_token_id=None, eos_token_id=1, pad_token_id=2)
+        assert model.facts["ends"]["text"] == (text or folder.read(base).facts["ends"]["text"])
 
 
 @pytest.mark.parametrize("name, content, words", [

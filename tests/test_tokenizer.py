@@ -2,6 +2,7 @@
 """The ids of a text are transformers', whatever state the files of a tokenizer store."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,8 @@ def test_rows_and_prompts_of_a_stored_state_are_whole(state, folders, tmp_path):
     )
     for answer in (True, False):
         assert ours.tokens(TALK, answer=answer) == whole.tokens(TALK, answer=answer)
+    again = pickle.loads(pickle.dumps(ours))  # as a process that reads ahead gets it
+    assert again.tokens(TALK, answer=True) == whole.tokens(TALK, answer=True)
     assert sum(ours.text(TALK)["loss_mask"]) > 5 and ours.pad_id < 256
 
 
@@ -199,6 +202,8 @@ def test_what_a_tokenizer_lacks_is_done_without_or_refused(folders):
     assert plain.stop_ids == () and plain.pad_id == 0 and plain.bos == []
     one = load_tokenizer(folders / "gpt2")  # one token is beginning, end and, here, padding
     one.pad_token = one.eos_token
+    with pytest.raises(BadExample, match="example x: its text has no token: ask something"):
+        processor(one, "bare").tokens(Example("x", None, (("", ""),), "f", "t"), answer=False)
     made = processor(one, "vicuna_v1", text_length=600)
     row = made.text(TALK)
     assert made.stop_ids == (one.eos_token_id,) and made.pad_id == one.eos_token_id

@@ -44,17 +44,15 @@ def settle(model: Model, *, published: Path | None, tokenizer: Path | None) -> N
         return
     words, facts = load_tokenizer(model.tokenizer), model.facts
     check_vocabulary(words, model.llm["vocab"], image=facts.get("image_token"))
-    if tokenizer is not None and published is not None:
-        fields = read_json(published / "config.json")
-        if fields.get("model_type") != folder.MODEL_TYPE:
-            text = fields.get("text_config", fields)
-            facts["template"] = sources.template(
-                tokenizer, architectures.read(published), text.get("model_type", "")
-            )
+    fields = {} if published is None else read_json(published / "config.json")
+    if fields.get("model_type") == folder.MODEL_TYPE:
+        fields = {}  # a model folder says itself what it was trained on
+    if fields and tokenizer is not None:
+        kind = fields.get("text_config", fields).get("model_type", "")
+        facts["template"] = sources.template(tokenizer, architectures.read(published), kind)
     if facts.get("template") == "checkpoint":
-        mark = mark_of(words, facts.get("image_token"))
-        text = words.chat_template
-        if isinstance(text, str) and (name := jinja.named(text, mark=mark)):
+        mark, text = mark_of(words, facts.get("image_token")), words.chat_template
+        if fields and isinstance(text, str) and (name := jinja.named(text, mark=mark)):
             facts["template"] = name
         else:
             TEMPLATES["checkpoint"].of(words, mark)
@@ -98,7 +96,7 @@ def export(model: Model, fresh: Path, *, add_image_token: bool) -> tuple[int, st
     except ValueError as error:
         model.notes["chat_template"] = f"no chat template was written: {error}"
         return theirs.get_vocab()[name], name
-    if not model.facts.get("ends"):
+    if model.facts.get("ends", dict(trained=True)).get("trained"):
         _name_ends(model, fresh, theirs, ours)
     if (text := _chat_template(model, ours, theirs, name)) is not None:
         _write_chat_template(fresh, text)
@@ -107,12 +105,15 @@ def export(model: Model, fresh: Path, *, add_image_token: bool) -> tuple[int, st
 
 def _name_ends(model: Model, fresh: Path, theirs: Any, ours: Any) -> None:
     """Names the tokens of a model that was trained here, and where its answers end."""
-    fields = {f"{kind}_token_id": getattr(theirs, f"{kind}_token_id") for kind in ENDS}
-    model.facts["ends"] = dict(outer={}, text=fields, stop=list(ours.stop_ids))
+    known = model.facts.get("ends", {})
+    fields = known.get("text") or {
+        f"{kind}_token_id": getattr(theirs, f"{kind}_token_id") for kind in ENDS
+    }
+    stop = list(ours.stop_ids)
+    model.facts["ends"] = dict(outer=known.get("outer", {}), text=fields, stop=stop)
     path = fresh / ends.GENERATION
-    if not path.is_file():
-        text = json.dumps(fields | dict(eos_token_id=list(ours.stop_ids) or None), indent=1)
-        path.write_text(text + "\n")
+    found = read_json(path) if path.is_file() else dict(fields)
+    path.write_text(json.dumps(found | dict(eos_token_id=stop or None), indent=1) + "\n")
 
 
 def _alike(one: Any, other: Any) -> bool:

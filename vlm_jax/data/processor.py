@@ -158,6 +158,8 @@ class Processor:
                 f"{len(example.images)} images and {len(places)} times "
                 f"{IMAGE_MARK} in its text: give each image one mark, in a question"
             )
+        if not ids and not places:
+            raise ValueError("its text has no token: ask something")
         prefix = self.query == "prefix"
         questions = [ids[: places[0] if places else None]] if prefix else self._questions(example)
         return Tokens(ids, mask, tuple(places), questions)

@@ -39,6 +39,17 @@ def of(folder: Path) -> dict[str, Any]:
     return dict(outer=outer, text=inner, stop=stop)
 
 
+def of_run(start: str) -> dict[str, Any]:
+    """The same for a model that was trained here from the model folder `start`, or from none ("").
+
+    It is `trained`: where its answers end is for its template to say, too.
+    """
+    path = Path(start) / "config.json"
+    facts = read_json(path).get("facts") if start and path.is_file() else None
+    ends = facts.get("ends") if isinstance(facts, dict) else None
+    return dict(ends or dict(outer={}, text={}, stop=[]), trained=True)
+
+
 def stops(folder: Path) -> list[int] | None:
     """The tokens at which the generation_config.json of a folder ends; None where it has none.
 

@@ -211,6 +211,7 @@ def described_run(path: Path, config: ConfigDict) -> Model:
             image_token=None,
             max_length=config.data.text_length + most,
             template=config.data.template,
+            ends=ends.of_run(config.start_from),
         ),
         {},
         Path(config.data.tokenizer) if config.data.tokenizer else path / "tokenizer",
