@@ -83,6 +83,12 @@ TEMPLATES = {
         "{% for c in m.content if c.type == 'text' %}{{ c.text + ' ' }}{% endfor %}{% endfor %}"
         + OPEN + "{{ 'ASSISTANT:' }}{% endif %}"
     ),
+    # Questions as lists, answers as texts.
+    "lists and texts": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' }}"
+        "{% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }}{% endfor %}"
+        "{{ '[/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    ),
     # It says itself what an assistant has written.
     "marked": (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
@@ -98,7 +104,7 @@ TEMPLATES = {
         + OPEN + "{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
 }  # fmt: skip
-LISTS = {"lists"}
+LISTS = {"lists": True, "lists and texts": False}  # whether answers are lists too
 # What is to be written behind a prompt: for "a red cat", then "no", where it is more than those.
 END, EOS = "<|im_end|>", "<|endoftext|>"
 SAID = {
@@ -107,6 +113,7 @@ SAID = {
     "vicuna": (" a red cat" + EOS, " no" + EOS),
     "reasoning": ("a red cat" + EOS, "no" + EOS),
     "lists": (" a red cat", " no"),
+    "lists and texts": ("a red cat" + EOS, "no" + EOS),
 }
 TURNS = (("what is it?", "a red cat"), ("is it big?", "no"))
 
@@ -135,7 +142,8 @@ def talk(name, turns, image, *, whole):
             messages.append(
                 {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
             )
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+            said = [{"type": "text", "text": answer}] if LISTS[name] else answer
+            messages.append({"role": "assistant", "content": said})
         else:
             messages.append({"role": "user", "content": "<image>\n" * shown + question})
             messages.append({"role": "assistant", "content": answer})

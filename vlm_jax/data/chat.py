@@ -66,7 +66,7 @@ class Chat:
         text = tokenizer.get_chat_template()
         self._marks_answers = bool(GENERATION.search(text))
         self._told: set[str] = set()  # what was warned of
-        self._structured: dict[bool, bool] = {}
+        self._lists: dict[bool, tuple[bool, bool]] = {}
         self._skeletons: dict[tuple, list[str] | None] = {}
         one = self._skeleton([Turn(0, ("",), "")], open_=False)
         # What stands behind an answer; its first token ends generation.
@@ -117,8 +117,7 @@ class Chat:
 
     def _render(self, turns: Turns, *, open_: bool) -> str:
         images = sum(turn.images for turn in turns)
-        structured = self._takes_lists(images > 0)
-        text = self._apply(self._messages(turns, structured, open_), open_)
+        text = self._apply(self._messages(turns, self._takes_lists(images > 0), open_), open_)
         if text.count(self.mark) != images:
             raise ValueError(
                 f"{self.name} does not say where the image stands: it writes {self.mark} "
@@ -140,36 +139,46 @@ class Chat:
                 "data.template"
             ) from error
 
-    def _messages(self, turns: Turns, structured: bool, open_: bool) -> list[dict]:
-        """What transformers is given: contents as lists of parts, or as texts with the mark."""
+    def _messages(self, turns: Turns, lists: tuple[bool, bool], open_: bool) -> list[dict]:
+        """What transformers is given: questions and answers as texts, or as lists of parts."""
         messages = []
         for turn in turns:
             asked: Any = f"{self.mark}\n" * turn.shown + self.mark.join(turn.pieces)
-            said: Any = turn.answer
-            if structured:
+            if lists[0]:
                 asked = [{"type": "image"}] * turn.shown
                 for k, piece in enumerate(turn.pieces):
                     asked += [{"type": "image"}] * (k > 0)
                     if piece or len(turn.pieces) == 1:
                         asked.append({"type": "text", "text": piece})
-                said = [{"type": "text", "text": turn.answer}]
+            said = [{"type": "text", "text": turn.answer}] if lists[1] else turn.answer
             messages.append({"role": "user", "content": asked})
             messages.append({"role": "assistant", "content": said})
         return messages[:-1] if open_ else messages
 
-    def _takes_lists(self, shown: bool) -> bool:
-        """Whether contents are lists of parts, as vision language models have them, or texts."""
-        if (known := self._structured.get(shown)) is None:
-            word = _word(0)
-            try:
-                text = self._apply(self._messages([Turn(shown, (word,), "")], True, True), True)
-            except ValueError:
-                text = ""
-            # A template for texts writes a list as Python or JSON would show it.
-            as_text = "'type'" in text or '"type"' in text
-            known = not as_text and text.count(word) == 1 and text.count(self.mark) == shown
-            self._structured[shown] = known
-        return known
+    def _takes_lists(self, shown: bool) -> tuple[bool, bool]:
+        """Whether questions, and whether answers, are lists of parts, as vision language models
+        have them; else texts, in which a mark stands for an image."""
+        if shown not in self._lists:
+            turn = [Turn(shown, (_word(0),), _word(1))]
+            asked = self._reads(turn, (True, False), shown, open_=True)
+            said = asked and self._reads(turn, (True, True), shown, open_=False)
+            self._lists[shown] = (asked, said)
+        return self._lists[shown]
+
+    def _reads(self, turn: Turns, lists: tuple[bool, bool], shown: bool, *, open_: bool) -> bool:
+        """Whether the template writes what such contents say."""
+        try:
+            text = self._apply(self._messages(turn, lists, open_), open_)
+        except ValueError:
+            return False
+        # A template for texts writes a list as Python or JSON would show it.
+        as_text = "'type'" in text or '"type"' in text
+        words = turn[0].texts[: 1 if open_ else 2]
+        return (
+            not as_text
+            and text.count(self.mark) == shown
+            and all(text.count(word) == 1 for word in words)
+        )
 
     # --- where the answers stand -------------------------------------------------------------
 
@@ -254,8 +263,8 @@ class Chat:
 
     def _marked(self, turns: Turns) -> list[Span]:
         """What the template says an assistant has written."""
-        structured = self._takes_lists(any(turn.images for turn in turns))
-        messages = self._messages(turns, structured, False)
+        lists = self._takes_lists(any(turn.images for turn in turns))
+        messages = self._messages(turns, lists, False)
         _, found = render_jinja_template(
             conversations=[messages],
             chat_template=self.tokenizer.get_chat_template(),
