@@ -120,18 +120,26 @@ def unembed(weights, hidden):
 def vlm(model, row, c):
     """Logits [length W] of one row's text tokens but the first, each given all before it."""
     weights = of(model.llm)
-    text = weights["embedding"][row["ids"][: row["length"]]]
-    at, before = int(row["image_at"]), 0
-    if at < len(row["ids"]):
-        keys = model.compressor.reads_keys
-        levels = row["levels"] if "levels" in row else vit(of(model.vit), row["pixels"], c, keys)
-        question = row["question"][: row["question_length"]]
+    text, keys = weights["embedding"][row["ids"][: row["length"]]], model.compressor.reads_keys
+    place = np.arange(row["length"])
+    images = {name: row[name] for name in ("image_at", "levels", "pixels", "question",
+                                           "question_length") if name in row}  # fmt: skip
+    if np.ndim(row["image_at"]) == 0:
+        images = {name: [value] for name, value in images.items()}
+    # The last first: what stands before an image is where it was.
+    for k in reversed(range(len(images["image_at"]))):
+        at = int(images["image_at"][k])
+        if at == len(row["ids"]):
+            continue
+        levels = images["levels"][k] if "levels" in images else vit(
+            of(model.vit), images["pixels"][k], c, keys)  # fmt: skip
+        question = images["question"][k][: images["question_length"][k]]
         question = llm(weights, weights["embedding"][question], c)[-1]
         visual = compress(model.compressor, levels.astype(np.float64), question, c)
-        text, before = np.concatenate([text[:at], visual, text[at:]]), len(visual)
+        text = np.concatenate([text[:at], visual, text[at:]])
+        place = place + len(visual) * (np.arange(row["length"]) >= at)
     logits = unembed(weights, llm(weights, text, c))
-    place = [t + before * (t >= at) for t in range(row["length"])]
-    return logits[[p - 1 for p in place[1:]]]
+    return logits[place[1:] - 1]
 
 
 def compress(module, levels, question, c):

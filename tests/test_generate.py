@@ -18,6 +18,7 @@ import vlm_jax
 from vlm_jax import generate, mesh, serving
 from vlm_jax.decoding import Sampling, bucket, choose
 from vlm_jax.models import vlm
+from vlm_jax.requests import batch_of
 from vlm_jax.weights import folder, sources
 
 PROMPTS = ["what is this?", "how many red circles are there?", "is there a star?", "b", "read it."]
@@ -83,7 +84,7 @@ def test_the_tokens_are_those_of_whole_passes(one, checkpoint, images, alone, me
                 row = np.zeros((1, 32), np.int32)
                 row[0, : len(ids)] = ids
                 batch = dict(
-                    ids=row, pixels=request.pixels[None], image_at=np.array([request.image_at])
+                    ids=row, pixels=np.stack(request.pixels), image_at=np.array([request.image_at])
                 )
                 scores = np.asarray(logits(model, tiny.placed(batch)))[0, len(ids)]
                 assert scores.argmax() == token
@@ -97,7 +98,8 @@ def test_the_beginning_that_all_prompts_share_is_read_once_and_changes_nothing(o
     found = []
     for begins in (True, False):
         with jax.set_mesh(one.mesh):
-            batch = one._batch([request], skip=len(one.prefix) if begins else 0)
+            skip = len(one.prefix) if begins else 0
+            batch = batch_of([request], one.compressor, skip=skip, shards=1, width=one.width, pad=0)
             batch = jax.device_put(batch, mesh.sharding(one.mesh, "batch"))
             begun = one.begun if begins else None
             scores, _, length = jax.jit(

@@ -10,26 +10,32 @@ from vlm_jax.requests import bucket_of_rows, conversation, padded, picture
 
 
 def test_a_conversation_is_its_turns_with_the_last_one_open():
-    assert conversation("a?", image=False) == (("a?", ""),)
-    assert conversation(["a?", "b", " c? "], image=True) == (("a?", "b"), ("c?", ""))
-    assert conversation("<image>\na?", image=True) == (("a?", ""),)
+    assert conversation("a?", images=0) == (("a?", ""),)
+    assert conversation(["a?", "b", " c? "], images=1) == (("a?", "b"), ("c?", ""))
+    assert conversation("<image>\na?", images=1) == (("a?", ""),)
+    # A mark that says more than that an image belongs to the first question stays.
+    assert conversation(["a?", "b", "<image> c?"], images=1) == (("a?", "b"), ("<image> c?", ""))
+    assert conversation("<image> or <image>? ", images=2) == (("<image> or <image>?", ""),)
+    assert conversation("a?", images=2) == (("a?", ""),)
 
 
-@pytest.mark.parametrize("prompt, image, words", [
-    (5, True, "list of texts.*not 5"),
-    (None, True, "list of texts.*not None"),
-    ({"a": "b"}, True, "list of texts"),
-    (["a", 1, "b"], True, "list of texts"),
-    ([], True, "0 texts"),
-    (["a", "b"], True, "2 texts: give questions and answers in turn"),
-    ("<image> <image>", True, "2 times <image> in the prompt and 1 image"),
-    ("<image>", False, "1 times <image> in the prompt and 0 image"),
-    (["a", "b", "<image>"], True, "in its first question"),
-    ("\ud800", True, "half a character"),
+@pytest.mark.parametrize("prompt, images, words", [
+    (5, 1, "list of texts.*not 5"),
+    (None, 1, "list of texts.*not None"),
+    ({"a": "b"}, 1, "list of texts"),
+    (["a", 1, "b"], 1, "list of texts"),
+    ([], 1, "0 texts"),
+    (["a", "b"], 1, "2 texts: give questions and answers in turn"),
+    ("<image> <image>", 1, "2 times <image> in the prompt and 1 image"),
+    ("<image>", 0, "1 times <image> in the prompt and 0 image"),
+    (["a", "<image>", "c"], 1, "in a question"),
+    (["<image>", "b", "<image>"], 1, "2 times <image> in the prompt and 1 image:"),
+    ("<image>", 2, "1 times <image> in the prompt and 2 images: each image has one mark"),
+    ("\ud800", 1, "half a character"),
 ])  # fmt: skip
-def test_what_is_no_prompt_says_what_is_one(prompt, image, words):
+def test_what_is_no_prompt_says_what_is_one(prompt, images, words):
     with pytest.raises(ValueError, match=words):
-        conversation(prompt, image=image)
+        conversation(prompt, images=images)
 
 
 @pytest.mark.parametrize("image, words", [

@@ -10,9 +10,11 @@
 second to stderr.
 
 A line of --requests has `prompt` (a text, or a conversation [question, answer, ..., question]) and
-may have `image` (a path, beside the file) and `id`. A line of --out has `id` (else the number of
-the line), `text`, `stopped`, `prompt_tokens`, `visual_tokens`, `new_tokens`, `first_token_seconds`
-and `tokens_per_second`, or `id` and `error`; it is there as soon as its batch is answered.
+may have `image` (a path, beside the file, or a list of several) and `id`. Each <image> in the
+questions stands for the next image; without any, all belong to the first question. A line of --out
+has `id` (else the number of the line), `text`, `stopped`, `prompt_tokens`, `visual_tokens`,
+`new_tokens`, `first_token_seconds` and `tokens_per_second`, or `id` and `error`; it is there as
+soon as its batch is answered.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vlm_jax import cli
+from vlm_jax.data.example import IMAGE_MARK
 from vlm_jax.data.pictures import EXIF
 from vlm_jax.serving import VLM, Answer
 
@@ -39,7 +42,8 @@ def flags() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = parser.add_argument
     add("--checkpoint", required=True, type=Path, help="a model folder, or a finished training")
-    add("--image", help="an image file; without, the prompt is about none")
+    add("--image", action="append", help="an image file; again for the next of several; without, "
+        "the prompt is about none")  # fmt: skip
     add("--prompt", help="the question")
     add("--chat", action="store_true", help="ask in turn; earlier turns are remembered")
     add("--requests", type=Path, help="a JSONL file of many")
@@ -107,7 +111,7 @@ def say(model: VLM, options: argparse.Namespace, turns: Sequence[str]) -> str:
         print(piece, end="", flush=True)
 
     (answer,) = model.generate(
-        options.image,
+        [options.image],
         [list(turns)],
         exif=options.exif,
         told=show if options.stream else None,
@@ -141,6 +145,11 @@ def chat(model: VLM, options: argparse.Namespace, lines: io.TextIOBase) -> int:
             return 0
         if line.strip():
             try:
+                if turns and IMAGE_MARK in line:
+                    raise ValueError(
+                        f"{IMAGE_MARK} in a later question: the images of a chat belong to its "
+                        "first; a conversation of --requests has them anywhere"
+                    )
                 turns += [line.strip(), say(model, options, [*turns, line.strip()])]
             except ValueError as error:
                 if not turns:
@@ -175,7 +184,9 @@ def many(model: VLM, options: argparse.Namespace) -> int:
                 if isinstance(row, ValueError):
                     raise row
                 image = row.get("image")
-                if isinstance(image, str):
+                if isinstance(image, list):
+                    image = [where / x if isinstance(x, str) else x for x in image]
+                elif isinstance(image, str):
                     image = where / image
                 request = model.request(image, row["prompt"], exif=options.exif)
                 model.room(request, new_tokens=options.max_new_tokens,

@@ -12,6 +12,8 @@ from PIL import Image
 
 from vlm_jax.data.example import IMAGE_MARK
 from vlm_jax.data.pictures import Unusable, check_shape, one_line, read_image, rgb
+from vlm_jax.decoding import bucket
+from vlm_jax.models.compressors.compressor import Compressor, Visual
 
 Picture = str | Path | Image.Image | np.ndarray | None
 Prompt = str | Sequence[str]
@@ -19,12 +21,20 @@ Prompt = str | Sequence[str]
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt as tokens, and its image as pixels float32 [I, I, 3] if it has one."""
+    """One prompt as tokens, with its images as pixels float32 [I, I, 3], in their order.
+
+    `places` says before which id each image stands, `questions` what is read of each or of none.
+    """
 
     ids: list[int]
-    image_at: int | None
-    question: list[int]
-    pixels: np.ndarray | None
+    places: tuple[int, ...]
+    questions: list[list[int]]
+    pixels: list[np.ndarray]
+
+    @property
+    def image_at(self) -> int | None:
+        """The place of the first image, None without one."""
+        return self.places[0] if self.places else None
 
 
 class Text:
@@ -61,12 +71,74 @@ def bucket_of_rows(rows: int, shards: int) -> int:
     return size
 
 
-def conversation(prompt: Any, *, image: bool) -> tuple[tuple[str, str], ...]:
-    """The turns of a Prompt as (question, answer), the last answer empty; image marks taken out.
+def bucket_of_images(images: int) -> int:
+    """For how many images a row has room that holds so many: 0, 1, 2, 4, 8 ..."""
+    return bucket_of_rows(images, 1) if images else 0
+
+
+def batch_of(
+    requests: Sequence[Request],
+    compressor: Compressor,
+    *,
+    skip: int,
+    shards: int,
+    width: int,
+    pad: int,
+) -> dict[str, Any]:
+    """Requests in a batch of a bucket's shape for a VLM with this compressor and LLM width.
+
+    Their first `skip` tokens are left out. The batch is filled up with its first row, so that it
+    splits over `shards`, and each row with images that are not there.
+    """
+    rows = [*requests, *[requests[0]] * (bucket_of_rows(len(requests), shards) - len(requests))]
+    images = bucket_of_images(max(len(r.pixels) for r in rows))
+    ids = [r.ids[skip:] for r in rows]
+    length = np.array([len(x) for x in ids], np.int32)
+    places = [[place - skip for place in r.places] for r in rows]
+    if compressor.reads_prefix:
+        # The text before the image, and room for the longest that follows it.
+        at = [where[0] if where else len(x) for where, x in zip(places, ids, strict=True)]
+        asked = [[x[:k]] for x, k in zip(ids, at, strict=True)]
+        room = bucket(max(len(x) for (x,) in asked))
+        text = room + bucket(max(len(x) - k for x, k in zip(ids, at, strict=True)))
+    else:
+        asked = [r.questions for r in rows]
+        room = bucket(max(len(x) for questions in asked for x in questions))
+        # An image behind the last token has a place in the row too.
+        last = max((where[-1] + 1 for where in places if where), default=0)
+        text = bucket(max(int(max(length)), last))
+    # Places in padding are those of no image, and any question does for one.
+    places = [[*where, *[text] * (max(images, 1) - len(where))] for where in places]
+    asked = [[*some, *[some[-1]] * (images - len(some))] for some in asked]
+    of_images = {"image_at": np.array(places, np.int32)}
+    if compressor.reads_question or compressor.reads_prefix:
+        of_images["question"] = np.stack([padded(some, room, pad) for some in asked])
+        lengths = [[max(len(x), 1) for x in some] for some in asked]
+        of_images["question_length"] = np.array(lengths, np.int32)
+    if images:
+        pixels = np.zeros((len(rows), images, *rows[0].pixels[0].shape), np.float32)
+        for row, request in zip(pixels, rows, strict=True):
+            row[: len(request.pixels)] = request.pixels
+        of_images["pixels"] = pixels
+    if images < 2:
+        of_images = {name: values[:, 0] for name, values in of_images.items()}
+    made = {"ids": padded(ids, text, pad), "length": length, **of_images}
+    if not images:
+        # No image, no encoder: one visual token that no row reads.
+        visual = np.zeros((len(rows), 1, width), np.float32)
+        none = np.zeros(len(rows), np.int32)
+        made["visual"] = Visual(visual, none) if compressor.adaptive else visual
+    return made
+
+
+def conversation(prompt: Any, *, images: int) -> tuple[tuple[str, str], ...]:
+    """The turns of a Prompt about so many images as (question, answer), the last answer empty.
+
+    Marks of images stay in their questions, but for a lone one in the first.
 
     Raises:
-      ValueError: for what is no text or ends with no question, and for image marks that do not
-        belong to the one image, or to none.
+      ValueError: for what is no text or ends with no question, and for marks that are not one for
+        each image, in the questions, or none at all.
     """
     texts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(texts, (list, tuple)) or not all(isinstance(x, str) for x in texts):
@@ -85,14 +157,21 @@ def conversation(prompt: Any, *, image: bool) -> tuple[tuple[str, str], ...]:
         except UnicodeEncodeError as error:
             raise ValueError(f"a prompt holds half a character: {error}") from error
     marks = [text.count(IMAGE_MARK) for text in texts]
-    if sum(marks[1:]) or marks[0] > 1 or marks[0] > image:
+    if sum(marks[1::2]) or sum(marks) not in (0, images):
         raise ValueError(
-            f"{sum(marks)} times {IMAGE_MARK} in the prompt and {int(image)} "
-            "image: one image belongs to a conversation, in its first question; the mark may "
-            "be left out"
+            f"{sum(marks)} times {IMAGE_MARK} in the prompt and {images} "
+            f"{'image' if images == 1 else 'images'}: each image has one mark, in a question; "
+            "without any mark all belong to the first question"
         )
-    texts = [text.replace(IMAGE_MARK, "").strip() for text in texts]
+    texts = [text.strip() for text in texts]
+    if marks[0] == images == 1:
+        texts[0] = texts[0].replace(IMAGE_MARK, "").strip()
     return tuple(zip(texts[::2], [*texts[1::2], ""], strict=True))
+
+
+def listed(image: Any) -> list:
+    """The pictures of one prompt: of a list each, of None none."""
+    return list(image) if isinstance(image, (list, tuple)) else [] if image is None else [image]
 
 
 def picture(image: Any, *, exif: str = "apply") -> np.ndarray:

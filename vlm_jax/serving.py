@@ -27,17 +27,17 @@ from vlm_jax.data.example import Example
 from vlm_jax.data.pictures import check_exif
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
-from vlm_jax.decoding import Decoder, Sampling, bucket
+from vlm_jax.decoding import Decoder, Sampling
 from vlm_jax.models import vlm
-from vlm_jax.models.compressors.compressor import Visual
 from vlm_jax.requests import (
     Picture,
     Prompt,
     Request,
     Text,
-    bucket_of_rows,
+    batch_of,
+    bucket_of_images,
     conversation,
-    padded,
+    listed,
     picture,
 )
 from vlm_jax.weights import ends, folder, names, preprocessor
@@ -127,7 +127,7 @@ class VLM:
 
     def generate(
         self,
-        images: Picture | Sequence[Picture],
+        images: Picture | Sequence[Picture | Sequence[Picture]],
         prompts: Prompt | Sequence[Prompt],
         *,
         exif: str = "apply",
@@ -136,10 +136,11 @@ class VLM:
         """Answers, one for each prompt, in order.
 
         Args:
-          images: a path, a PIL image, uint8 [H, W, 3] or None for each prompt; one for all if it
-            is no list.
-          prompts: a question, or a conversation as a list [question, answer, ..., question]. The
-            image belongs to the first question, whose template places it.
+          images: for each prompt a path, a PIL image, uint8 [H, W, 3], a list of several of these,
+            or None; one for all prompts if it is no list.
+          prompts: a question, or a conversation as a list [question, answer, ..., question]. Each
+            "<image>" in the questions stands for the next image; without any, all images belong to
+            the first question, whose template places them.
           exif: "apply" turns an image upright as its EXIF orientation says, "ignore" takes the
             pixels as they lie.
           how: as `answer` has it.
@@ -152,29 +153,45 @@ class VLM:
         images = list(images) if isinstance(images, (list, tuple)) else [images] * len(prompts)
         if len(images) != len(prompts):
             raise ValueError(
-                f"{len(images)} images and {len(prompts)} prompts: give one image (or None) for "
-                "each prompt, or a single one for all"
+                f"{len(images)} images and {len(prompts)} prompts: give one image (or None, or a "
+                "list of several) for each prompt, or a single one for all"
             )
         made = []
         for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-            try:
-                found = None if image is None else picture(image, exif=exif)
-            except (ValueError, OSError) as error:
-                raise type(error)(f"image {number}: {error}") from error
+            found = []
+            for k, one in enumerate(listed(image)):
+                name = f"image {number}[{k}]" if isinstance(image, (list, tuple)) else (
+                    f"image {number}")  # fmt: skip
+                try:
+                    found.append(picture(one, exif=exif))
+                except (ValueError, OSError) as error:
+                    raise type(error)(f"{name}: {error}") from error
             made.append(self.request(found, prompt))
         return self.answer(made, **how)
 
     def request(self, image: Any, prompt: Any, *, exif: str = "apply") -> Request:
-        """One Picture and Prompt made ready. ValueError or OSError for what is none of them."""
-        pairs = conversation(prompt, image=image is not None)
-        example = Example("prompt", None if image is None else 0, pairs, family="", task="")
+        """A Picture or a list of them, and a Prompt, made ready.
+
+        Raises:
+          ValueError, OSError: for what is none of them, or what this model cannot read.
+        """
+        images = listed(image)
+        pairs = conversation(prompt, images=len(images))
+        if len(images) > 1 and self.compressor.reads_prefix:
+            raise ValueError(
+                f"{len(images)} images, and this model's compressor reads the text before the one "
+                "image of a row (compressor.query='prefix'): ask about one at a time, or train "
+                "with compressor.query='separate'"
+            )
+        which = tuple(range(len(images))) if len(images) > 1 else 0 if images else None
+        example = Example("prompt", which, pairs, family="", task="")
         made = self.processor.tokens(example, answer=False)
-        if self.processor.query != "none" and image is not None and not made.question:
+        if self.processor.query != "none" and images and not all(made.questions):
             raise ValueError(
                 "this model's compressor reads the question, and there is none: ask something"
             )
-        pixels = None if image is None else self.processor.pixels(picture(image, exif=exif))
-        return Request(made.ids, made.image_at, made.question, pixels)
+        pixels = [self.processor.pixels(picture(one, exif=exif)) for one in images]
+        return Request(made.ids, made.places, made.questions, pixels)
 
     def answer(
         self,
@@ -219,8 +236,9 @@ class VLM:
             self.room(request, new_tokens=max_new_tokens, visual_tokens=visual_tokens)
             for request in requests
         ]
-        # What a batch shares: how it begins, and whether it has images. Each is a program.
-        kinds = [(self.begins(r), r.pixels is not None) for r in requests]
+        # What a batch shares: how it begins, and for how many images there is room in its rows.
+        # Each is a program.
+        kinds = [(self.begins(r), bucket_of_images(len(r.pixels))) for r in requests]
         answers: dict[int, Answer] = {}
         for kind in sorted(set(kinds)):
             found = [i for i in range(len(requests)) if kinds[i] == kind]
@@ -245,15 +263,15 @@ class VLM:
         Raises:
           ValueError: for a request that does not fit into the model, with the numbers.
         """
-        V = 0
-        if request.pixels is not None:
-            V = self.compressor.tokens if visual_tokens is None else visual_tokens
+        V = self.compressor.tokens if visual_tokens is None else visual_tokens
+        V *= len(request.pixels)
         read = len(request.ids) + V
         most = min(self.max_length - read, MOST_NEW_TOKENS) if new_tokens is None else new_tokens
         if read + max(most, 1) > self.max_length:
             way = "lower max_new_tokens" if most > 1 else "use a model of a greater length"
             raise ValueError(
-                f"{len(request.ids)} tokens of prompt, {V} of the image and "
+                f"{len(request.ids)} tokens of prompt, {V} of the "
+                f"{'image' if len(request.pixels) < 2 else f'{len(request.pixels)} images'} and "
                 f"{'at least 1' if new_tokens is None else f'up to {most}'} of the answer are "
                 f"{read + max(most, 1)}; this model was made for {self.max_length}: shorten the "
                 f"prompt, or {way}"
@@ -277,7 +295,14 @@ class VLM:
         tokenizer, stop_ids = self.processor.tokenizer, self.processor.stop_ids
         with jax.set_mesh(self.mesh):
             then = time.perf_counter()
-            made = self._batch(requests, skip=len(self.prefix) if begins else 0)
+            made = batch_of(
+                requests,
+                self.compressor,
+                skip=len(self.prefix) if begins else 0,
+                shards=meshes.batch_shards(self.mesh),
+                width=self.width,
+                pad=self.processor.pad_id,
+            )
             rows = len(made["ids"])
             temperature, top_p, seed = drawn
             sampling = Sampling(
@@ -288,7 +313,7 @@ class VLM:
             started = self.decoder.start(
                 jax.device_put(made, meshes.sharding(self.mesh, "batch")),
                 new_tokens=max(room),
-                tokens=self.asked(visual_tokens) if requests[0].pixels is not None else None,
+                tokens=self.asked(visual_tokens) if requests[0].pixels else None,
                 begun=self.begun if begins else None,
                 sampling=jax.device_put(sampling, meshes.sharding(self.mesh, "batch"))
                 if temperature
@@ -328,43 +353,6 @@ class VLM:
                 )
             )
         return answers
-
-    def _batch(self, requests: Sequence[Request], *, skip: int) -> dict[str, np.ndarray]:
-        """Requests in a batch of a bucket's shape, without their first `skip` tokens.
-
-        It is filled up with its first row.
-        """
-        shards = meshes.batch_shards(self.mesh)
-        rows = [*requests, *[requests[0]] * (bucket_of_rows(len(requests), shards) - len(requests))]
-        ids = [r.ids[skip:] for r in rows]
-        length = np.array([len(x) for x in ids], np.int32)
-        at = [
-            len(x) if r.image_at is None else r.image_at - skip
-            for r, x in zip(rows, ids, strict=True)
-        ]
-        made = {"length": length}
-        if self.compressor.reads_prefix:
-            # The text before the image, and room for the longest that follows it.
-            asked = [x[:k] for x, k in zip(ids, at, strict=True)]
-            room = bucket(max(map(len, asked)))
-            text = room + bucket(max(len(x) - k for x, k in zip(ids, at, strict=True)))
-        else:
-            asked = [r.question for r in rows]
-            room, text = bucket(max(map(len, asked))), bucket(int(max(length)))
-        if self.compressor.reads_question or self.compressor.reads_prefix:
-            made["question"] = padded(asked, room, self.processor.pad_id)
-            made["question_length"] = np.array([max(len(x), 1) for x in asked], np.int32)
-        made["ids"] = padded(ids, text, self.processor.pad_id)
-        if rows[0].pixels is None:
-            made["image_at"] = np.full(len(rows), text, np.int32)
-            # No image, no encoder: one visual token that no row reads.
-            visual = np.zeros((len(rows), 1, self.width), np.float32)
-            none = np.zeros(len(rows), np.int32)
-            made["visual"] = Visual(visual, none) if self.compressor.adaptive else visual
-        else:
-            made["image_at"] = np.array(at, np.int32)
-            made["pixels"] = np.stack([r.pixels for r in rows])
-        return made
 
 
 def processor_of(stored: folder.Model) -> Processor:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision language model: encoder, compressor, decoder; visual tokens stand at the image's place.
+"""Vision language model: encoder, compressor, decoder; visual tokens stand at their image's place.
 
-B batch  P patches  Z = levels x E  V visual tokens  T text tokens  X = T + V  D llm width
-W vocabulary  I image side in pixels
+B batch  M images of a row  P patches  Z = levels x E  V visual tokens  T text tokens  X = T + M V
+D llm width  W vocabulary  I image side in pixels
 """
 
 from collections.abc import Callable, Mapping
@@ -29,17 +29,18 @@ Batch = Mapping[str, Array]
 class VLM(nnx.Module):
     """A LLaVA-style model (arXiv 2310.03744) whose image is V tokens, however many patches it had.
 
-    A batch holds `ids` [B T] (right-padded, without a slot for the image), `image_at` [B] (the
-    visual tokens stand before ids[image_at]; T for a row without an image), `question` [B U] and
-    `question_length` [B] for compressors that read the question, and either `pixels` [B I I 3] or
-    `levels` [B P Y] (what the encoder gives for this compressor, in raster order).
+    A batch holds `ids` [B T] (right-padded, without a slot for an image), `image_at` [B M] (each
+    image's visual tokens stand before ids[image_at], ascending; T for one that is not there),
+    `question` [B M U] and `question_length` [B M] for compressors that read the question, and
+    either `pixels` [B M I I 3] or `levels` [B M P Y] (what the encoder gives for this compressor,
+    in raster order). Where rows have one image at most, M is left out of all these shapes.
 
     For a compressor that reads the text before the image, `question` is that text, at most U tokens
     in the first `question_length` of `ids`, and at most T - U follow the image. A row without an
-    image may be cut anywhere so.
+    image may be cut anywhere so. Its rows have one image at most.
 
     Where one model serves any number of visual tokens a batch may also hold `limit` [B], how many
-    of them the LLM reads at most, and `visual` [B V D], made already, in place of the image.
+    of an image the LLM reads at most, and `visual` [B*M V D], made already, in place of images.
     """
 
     def __init__(self, vit: ViT, compressor: nnx.Module, llm: LLM):
@@ -63,28 +64,38 @@ class VLM(nnx.Module):
             self.vit(pixels, window=reader.window, shrink=reader.shrink, keys=reader.reads_keys)
         )
 
-    def levels(self, batch: Batch) -> Float[Array, "B P Z"]:
-        """What the compressor reads of each row's image, in its patch order and type."""
+    def levels(self, batch: Batch) -> Float[Array, "BM P Z"]:
+        """What the compressor reads of each image, row by row, in its patch order and type."""
         if "levels" not in batch:
-            return self.encode(batch["pixels"])
+            return self.encode(each(batch, "pixels"))
         order = self.vit.order(self.compressor.window, self.compressor.shrink)
         dtype = "float32" if self.compressor.reads_keys else self.llm.dtype
-        return batch["levels"][:, order].astype(dtype)
+        return each(batch, "levels")[:, order].astype(dtype)
 
-    def see(self, batch: Batch, question: Float[Array, "B D"] | None) -> Visual:
-        """The visual tokens of each row's image, and how many: none in a row without one."""
+    def see(self, batch: Batch, question: Float[Array, "BM D"] | None) -> Visual:
+        """The visual tokens of each row's images, and how many: none of one that is not there."""
         if "visual" in batch:
             made = batch["visual"]
         else:
             made = self.compressor(self.levels(batch), question)
         tokens, count = made if self.compressor.adaptive else (made, made.shape[1])
-        if "limit" in batch:
-            count = jnp.minimum(count, batch["limit"])
-        with_image = batch["image_at"] < batch["ids"].shape[1]
-        return Visual(tokens.astype(self.llm.dtype), count * with_image)
+        at, limit = batch["image_at"], batch.get("limit")
+        if at.ndim > 1:
+            tokens = jnp.reshape(
+                tokens,
+                (len(at), -1, tokens.shape[2]),
+                out_sharding=mesh.spec("batch", "len", "feature"),
+            )
+            if self.compressor.adaptive:
+                count = jnp.reshape(count, at.shape, out_sharding=mesh.spec("batch", "len"))
+            limit = None if limit is None else limit[:, None]
+        if limit is not None:
+            count = jnp.minimum(count, limit)
+        there = at < batch["ids"].shape[1]
+        return Visual(tokens.astype(self.llm.dtype), count * there)
 
-    def lay(self, batch: Batch) -> tuple[Float[Array, "B X D"], Int[Array, "B"], Past | None]:
-        """What the LLM's last pass reads, the visual tokens of each row, and what was read before.
+    def lay(self, batch: Batch) -> tuple[Float[Array, "B X D"], Int[Array, "B *M"], Past | None]:
+        """What the LLM's last pass reads, the visual tokens of each image, what was read before.
 
         A compressor that reads the text before the image gets it from a first pass over it, and the
         last pass goes on behind it with that pass's keys and values: no token is read twice.
@@ -93,10 +104,12 @@ class VLM(nnx.Module):
         if not self.compressor.reads_prefix:
             question = None
             if self.compressor.reads_question:
-                asked = self.llm(self.llm.embed(batch["question"]))
-                question = feature(asked, batch["question_length"])
+                asked = self.llm(self.llm.embed(each(batch, "question")))
+                question = feature(asked, each(batch, "question_length"))
             visual = self.see(batch, question)
             return self.splice(self.llm.embed(ids), visual, batch["image_at"]), visual.count, None
+        if batch["image_at"].ndim > 1:
+            raise ValueError("a compressor that reads the text before the image has one in a row")
         length, first = batch["question_length"], batch["question"].shape[1]
         rest = length[:, None] + jnp.arange(ids.shape[1] - first)
         ids = jnp.concatenate([ids[:, :first], rows(ids, rest)], axis=1)
@@ -107,17 +120,24 @@ class VLM(nnx.Module):
         return x, visual.count, past
 
     def splice(
-        self, text: Float[Array, "B T D"], visual: Visual, at: Int[Array, "B"]
+        self, text: Float[Array, "B T D"], visual: Visual, at: Int[Array, "B *M"]
     ) -> Float[Array, "B X D"]:
-        """Each row's text with its visual tokens before text position `at`, packed: no holes.
+        """Each row's text with each image's tokens before its text position, packed: no holes.
 
         What stands behind a row's last token is never seen: rows are causal.
         """
-        length = text.shape[1]
-        place = jnp.arange(length + visual.tokens.shape[1])
-        at, end = at[:, None], (at + visual.count)[:, None]
-        behind = jnp.minimum(place - visual.count[:, None], length - 1)
-        index = jnp.where(place < at, place, jnp.where(place < end, length + place - at, behind))
+        length, slots = text.shape[1], visual.tokens.shape[1]
+        place = jnp.arange(length + slots)[:, None]
+        at, count = by_image(at)[:, None], by_image(visual.count)[:, None]
+        images = at.shape[2]
+        # An image comes behind the tokens of those before it.
+        start = at + jnp.cumsum(count, axis=2) - count
+        end = start + count
+        inside = (place >= start) & (place < end)
+        first = length + slots // images * jnp.arange(images)
+        seen = jnp.where(inside, first + place - start, 0).sum(2)
+        read = place[:, 0] - jnp.where(place >= end, count, 0).sum(2)
+        index = jnp.where(inside.any(2), seen, jnp.minimum(read, length - 1))
         return rows(jnp.concatenate([text, visual.tokens], axis=1), index)
 
     def logits(self, batch: Batch) -> Float[Array, "B T W"]:
@@ -125,10 +145,12 @@ class VLM(nnx.Module):
         x, count, past = self.lay(batch)
         return self.llm.logits(read(self.llm(x, past), past, self.before(batch, count)))
 
-    def before(self, batch: Batch, count: Int[Array, "B"]) -> Int[Array, "B T"]:
+    def before(self, batch: Batch, count: Int[Array, "B *M"]) -> Int[Array, "B T"]:
         """Where in the spliced row the token before each text token stands."""
         text = jnp.arange(batch["ids"].shape[1])
-        return jnp.maximum(text + count[:, None] * (text >= batch["image_at"][:, None]) - 1, 0)
+        behind = text[:, None] >= by_image(batch["image_at"])[:, None]
+        visual = jnp.where(behind, by_image(count)[:, None], 0).sum(2)
+        return jnp.maximum(text + visual - 1, 0)
 
     def prefill(
         self,
@@ -143,7 +165,7 @@ class VLM(nnx.Module):
         [1 S D]; not for a compressor that reads the prompt from its first token.
         """
         x, count, past = self.lay(batch)
-        length = batch["length"] + count
+        length = batch["length"] + by_image(count).sum(1)
         if begun is not None:
             past = repeated(begun, x.shape[0])
             length += past.length
@@ -161,6 +183,21 @@ class VLM(nnx.Module):
         """Scores of the token after `ids`, which stand at `position`."""
         hidden, caches = self.llm.decode(self.llm.embed(ids[:, None]), caches, position)
         return self.llm.logits(hidden)[:, 0], caches
+
+
+def each(batch: Batch, name: str) -> Shaped[Array, "BM *X"]:
+    """What a batch says of images with a row for each, those of a row one after another."""
+    x = batch[name]
+    if batch["image_at"].ndim == 1:
+        return x
+    dims = ("batch", *["none"] * (x.ndim - 2))
+    shape = (x.shape[0] * x.shape[1], *x.shape[2:])
+    return jnp.reshape(x, shape, out_sharding=mesh.spec(*dims))
+
+
+def by_image(x: Int[Array, "B *M"]) -> Int[Array, "B M"]:
+    """Numbers of images with the dimension that is left out where a row has one at most."""
+    return x[:, None] if x.ndim == 1 else x
 
 
 def feature(hidden: Float[Array, "B U D"], length: Int[Array, "B"]) -> Float[Array, "B D"]:

@@ -209,7 +209,7 @@ def described_run(path: Path, config: ConfigDict) -> Model:
         dict(
             image=preprocessor.of_data(config.data),
             image_token=None,
-            max_length=config.data.text_length + most,
+            max_length=config.data.text_length + most * config.data.images_per_row,
             template=config.data.template,
             ends=ends.of_run(config.start_from),
         ),

@@ -13,10 +13,14 @@ from vlm_jax.models.compressors.window import tilings
 
 
 class Visual(NamedTuple):
-    """What each row's image became: V slots, of which the LLM reads the first `count`."""
+    """What each row's image became: V slots, of which the LLM reads the first `count`.
+
+    Of rows with several images, as a VLM splices them: V slots of each, one after another, and a
+    count of each.
+    """
 
     tokens: Float[Array, "B V D"]
-    count: Int[Array, "B"]
+    count: Int[Array, "B *M"]
 
 
 class Compressor(nnx.Module):
