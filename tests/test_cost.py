@@ -232,8 +232,8 @@ def test_encoder_flops_are_the_compilers(mesh1):
     )
 
 
-@pytest.mark.parametrize("stage", ["align", "finetune"])
-def test_training_flops_are_the_compilers(stage, mesh1):
+@pytest.mark.parametrize("stage, images", [("align", 1), ("finetune", 1), ("finetune", 2)])
+def test_training_flops_are_the_compilers(stage, images, mesh1):
     """Gradients of token_packer and one decoder block: of all weights, or the compressor's only."""
     vit = WIDE_VIT | {"depth": 3, "levels": (1, 3)}
     with jax.set_mesh(mesh1):
@@ -251,19 +251,20 @@ def test_training_flops_are_the_compilers(stage, mesh1):
         model = jax.eval_shape(lambda: LLM(**WIDE_LLM, rngs=nnx.Rngs(0)))
 
         def loss(packer, model, levels, text):
-            x = jnp.concatenate([packer(levels), text], axis=1)
+            visual = packer(levels).reshape(1, -1, text.shape[2])
+            x = jnp.concatenate([visual, text], axis=1)
             return jnp.square(model.logits(model(x))).sum()
 
         wanted = (0, 1) if stage == "finetune" else (0,)
-        got = flops(
-            jax.grad(loss, argnums=wanted), packer, model, shape(1, 144, 2048), shape(1, 87, 2048)
-        )
+        levels, text = shape(images, 144, 2048), shape(1, 87, 2048)
+        got = flops(jax.grad(loss, argnums=wanted), packer, model, levels, text)
     counted = cost.train_step_flops(
         True,
         compressor("token_packer", 9, "none", heads=4),
         cost.LLM.of(WIDE_LLM),
         vit=cost.ViT.of(vit),
-        tokens=96,
+        tokens=87 + 9 * images,
         stage=stage,
+        images=images,
     )
     assert got == pytest.approx(counted, rel=0.01)

@@ -39,6 +39,7 @@ def several(c, images, *, rows=8, seed=0):
     )
 
 
+OF_IMAGES = ("image_at", "pixels", "question", "question_length")
 COUNTS = (2, 1, 0, 2, 2, 1, 2, 2)
 
 
@@ -73,18 +74,16 @@ def test_splicing_is_cutting_and_joining_at_every_place(mesh1):
     visual = draw.normal(size=(len(rows), 2, 2, 3)).astype("f4")
     count = np.where(at < 4, count, 0).astype("i4")
     with jax.set_mesh(mesh1):
-        c = tiny.config()
-        model = vlm.create(c, seed=0)
+        model = vlm.shapes(tiny.config())
         placed = tiny.placed((text, visual.reshape(len(rows), 4, 3), count, at))
         ours = np.asarray(model.splice(placed[0], Visual(*placed[1:3]), placed[3]))
-        before = np.asarray(
-            model.before(dict(ids=placed[0][..., 0], image_at=placed[3]), placed[2])
-        )
+        read = dict(ids=placed[0][..., 0], image_at=placed[3])
+        before = np.asarray(model.before(read, placed[2]))
     for k, ((first, second), (m, n)) in enumerate(zip(at, count, strict=True)):
         row = np.concatenate([text[k, :first], visual[k, 0, :m], text[k, first:second],
                               visual[k, 1, :n], text[k, second:]])  # fmt: skip
         np.testing.assert_array_equal(ours[k, : len(row)], row)
-        # The token before each text token stands where the splice has put it.
+        # Each text token stands one behind the place that is said.
         for token in range(1, 4):
             place = before[k, token] + 1
             np.testing.assert_array_equal(ours[k, place], text[k, token])
@@ -114,9 +113,6 @@ def test_an_image_that_is_not_there_changes_nothing(kind, mesh1):
     np.testing.assert_array_equal(other[seen], two[seen])
 
 
-OF_IMAGES = ("image_at", "pixels", "question", "question_length")
-
-
 def test_each_image_is_seen_from_its_place_on_and_their_order_matters(kind, whole, mesh1):
     c, model, batch = kind
     with jax.set_mesh(mesh1):
@@ -134,29 +130,33 @@ def test_each_image_is_seen_from_its_place_on_and_their_order_matters(kind, whol
         np.testing.assert_array_equal(later[row, :second], whole[row, :second])
 
 
-def test_eight_devices_and_other_company_give_the_same(kind, whole, mesh1, mesh8):
-    c, model, batch = kind
-    with jax.set_mesh(mesh8):
-        many = tiny.roughened(vlm.create(c, seed=0), scale=0.2)
-        seen = np.arange(32) < batch["length"][:, None]
-        np.testing.assert_allclose(logits_of(many, batch)[seen], whole[seen], atol=1e-4)
+def test_other_company_gives_the_same(kind, whole, mesh1):
+    _, model, batch = kind
     turned = {name: np.roll(values, 3, axis=0) for name, values in batch.items()}
     with jax.set_mesh(mesh1):
         np.testing.assert_allclose(np.roll(logits_of(model, turned), -3, axis=0), whole, atol=1e-5)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_decoding_goes_on_behind_every_image(devices, kind, whole, request):
-    c, model, batch = kind
-    new, every, here = 3, np.arange(8), request.getfixturevalue(f"mesh{devices}")
+@pytest.mark.parametrize("kind", ["quecc"], indirect=True)
+def test_eight_devices_give_the_logits_of_one(kind, whole, mesh8):
+    c, _, batch = kind
+    seen = np.arange(32) < batch["length"][:, None]
+    with jax.set_mesh(mesh8):
+        many = tiny.roughened(vlm.create(c, seed=0), scale=0.2)
+        np.testing.assert_allclose(logits_of(many, batch)[seen], whole[seen], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["prumerge"], indirect=True)
+def test_decoding_goes_on_behind_every_image_on_eight_devices(kind, mesh8):
+    c, _, batch = kind
+    new, every = 3, np.arange(8)
     start = (batch["length"] - new).astype("i4")
     # What is cut off the end of a row takes its images along.
     at = np.where(batch["image_at"] < start[:, None], batch["image_at"], 32).astype("i4")
     prompt = {k: v for k, v in batch.items() if k != "loss_mask"}
     prompt |= dict(image_at=at, length=start)
-    with jax.set_mesh(here):
-        if devices == 8:
-            model = tiny.roughened(vlm.create(c, seed=0), scale=0.2)
+    with jax.set_mesh(mesh8):
+        model = tiny.roughened(vlm.create(c, seed=0), scale=0.2)
         expected = logits_of(model, prompt | dict(length=batch["length"]))
         prefill = jax.jit(lambda m, b: m.prefill(b, new_tokens=new))
         decode = jax.jit(lambda m, *x: m.decode(*x), donate_argnums=2)
@@ -168,17 +168,12 @@ def test_decoding_goes_on_behind_every_image(devices, kind, whole, request):
             position = position + 1
 
 
-def test_a_limit_holds_for_each_image(mesh1):
-    c = tiny.config(compressor=KINDS["mqt"])
-    batch = several(c, COUNTS) | dict(limit=np.array([1, 3] * 4, "i4"))
+@pytest.mark.parametrize("kind", ["mqt"], indirect=True)
+def test_a_limit_holds_for_each_image(kind, whole, mesh1):
+    _, model, batch = kind
+    limit = np.array([1, 4] * 4, "i4")
     with jax.set_mesh(mesh1):
-        model = tiny.roughened(vlm.create(c, seed=0), scale=0.2)
-        visual = model.see(tiny.placed(batch), None)
-        there = batch["image_at"] < 32
-        np.testing.assert_array_equal(visual.count, there * np.minimum(4, batch["limit"])[:, None])
-        limited = logits_of(model, batch)
-        fewer = {k: v for k, v in batch.items() if k != "limit"}
-        small = np.where(np.array([1, 0] * 4).reshape(8, 1, 1), logits_of(model.at(1), fewer),
-                         logits_of(model.at(3), fewer))  # fmt: skip
+        limited, one = logits_of(model, batch | dict(limit=limit)), logits_of(model.at(1), batch)
     seen = np.arange(32) < batch["length"][:, None]
-    np.testing.assert_allclose(limited[seen], small[seen], atol=2e-5)
+    expected = np.where(limit[:, None, None] == 1, one, whole)
+    np.testing.assert_allclose(limited[seen], expected[seen], atol=2e-5)

@@ -24,8 +24,8 @@ def moved_left(rows, mask):
     return np.stack([np.roll(row, len(row) - n) for row, n in zip(rows, counts, strict=True)])
 
 
-def greedy(model, inputs, pixels):
-    """STEPS greedy ids of transformers for every row, which it wants padded on the left."""
+def greedy(model, inputs, pixels, steps=STEPS):
+    """Greedy ids of transformers for every row, which it wants padded on the left."""
     import torch
 
     ids, mask = (moved_left(x, inputs["attention_mask"]) for x in inputs.values())
@@ -34,7 +34,7 @@ def greedy(model, inputs, pixels):
             input_ids=torch.tensor(ids),
             attention_mask=torch.tensor(mask),
             pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2)),
-            do_sample=False, max_new_tokens=STEPS, eos_token_id=None, pad_token_id=0,
+            do_sample=False, max_new_tokens=steps, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
     return found[:, ids.shape[1] :].numpy()
 

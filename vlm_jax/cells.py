@@ -123,7 +123,7 @@ def sizes(config: ConfigDict) -> tuple[cost.ViT, cost.Compressor, cost.LLM]:
 def train_flops(config: ConfigDict, module: Compressor) -> float:
     """FLOPs of both stages on cached features; `module` is the compressor, or its shapes."""
     vit, compressor, llm = sizes(config)
-    total = 0.0
+    images, total = config.data.images_per_row, 0.0
     for stage in ("align", "finetune"):
         shown = [compressor.tokens]  # V of each pass of the LLM over an example
         if module.buckets:
@@ -138,17 +138,18 @@ def train_flops(config: ConfigDict, module: Compressor) -> float:
                 llm,
                 vit=vit,
                 stage=stage,
-                tokens=config.data.text_length + cost.visual_tokens(each, vit),
+                tokens=config.data.text_length + images * cost.visual_tokens(each, vit),
                 logits=config.data.text_length,
                 question=config.data.question_length,
                 recompute=config.remat == "full",
                 adapters=cost.lora_parameters(llm, config.lora.rank, config.lora.targets),
                 batch=config[stage].batch // config[stage].accumulate,
+                images=images,
             )
             for each in made
         )
         # What reads the features does so once for all of them.
-        again = 2 * cost.compressor_products(made[0], vit, llm).reading * (len(made) - 1)
+        again = 2 * cost.compressor_products(made[0], vit, llm).reading * (len(made) - 1) * images
         total += config[stage].steps * config[stage].batch * (example - again)
     return float(total)
 

@@ -265,6 +265,7 @@ def train_step_flops(
     batch: Number = 1,
     form: str = "built",
     adapters: Number = 0,
+    images: int = 1,
 ) -> Number:
     """FLOPs of one example in one optimizer step, forward and backward.
 
@@ -286,6 +287,7 @@ def train_step_flops(
         form: of the compressor (see `compressor_products`).
         adapters: parameters of LoRA adapters, which finetune trains in place of the LLM's weights
             (`lora_parameters`); 0 where there are none.
+        images: for which a row has room; each is encoded and compressed, and has a question pass.
     """
     if stage not in ("align", "finetune"):
         raise ValueError(f"stage {stage!r} is not trained: choose align or finetune")
@@ -302,10 +304,9 @@ def train_step_flops(
     language = 2 * (linear + head) + 3 * attention + weights + again
     products = compressor_products(compressor, vit, llm, form=form)
     encoder = 0 if vit_cached else encoder_flops(vit, compressor)
-    return (
+    return language + images * (
         encoder
-        + products.training(batch)
-        + language
+        + products.training(batch * images)
         + llm_flops(llm, question * separate, logits=0)
         + low / tokens * question * separate
     )
