@@ -77,8 +77,8 @@ def get_config() -> ConfigDict:
     c.lora.alpha = 16.0  # an update is alpha / r A B
     c.lora.targets = ()  # vlm_jax/models/lora.py TARGETS names the layers; (): all seven
 
-    # A folder of `vlm-jax convert`: its encoder, LLM and tokenizer replace the fields above, its
-    # weights are the first. "" starts from random weights.
+    # A folder of `vlm-jax convert`, of a finished `vlm-jax train` or of a grid's cell: its encoder,
+    # LLM and tokenizer replace the fields above, its weights are the first. "": random weights.
     c.start_from = ""
 
     # Numbers.

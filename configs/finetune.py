@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage 2 of LLaVA-1.5: compressor and LLM on the 665k mix, batch 128, learning rate 2e-5.
 
-vlm-jax train --config=configs/finetune.py --workdir=DIR --config.data.path=llava_v1_5_mix665k.json
+vlm-jax train --config=configs/finetune.py --workdir=DIR --config.start_from=DIR \\
+    --config.data.path=llava_v1_5_mix665k.json
+
+start_from is the folder of the run of configs/align.py, or a model folder.
 """
 
 from configs import base, sizes

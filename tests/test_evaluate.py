@@ -167,7 +167,7 @@ def test_a_checkpoint_of_one_device_answers_alike_on_eight(evaluated, trained, t
 
 def test_evaluating_what_was_not_trained_says_what_to_do(tmp_path, capsys):
     assert evaluate.main(["--config=tests/tiny.py", f"--workdir={tmp_path}"]) == 2
-    assert "no finetune checkpoint in" in (err := capsys.readouterr().err)
+    assert "holds no trained model" in (err := capsys.readouterr().err)
     assert "vlm-jax train" in err and "Traceback" not in err
 
 

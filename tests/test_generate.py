@@ -283,7 +283,45 @@ def test_a_file_of_requests_keeps_what_is_finished(checkpoint, photo, tmp_path, 
     assert "a `prompt`" in found[3]["error"] and "text" in found[4]
     assert "list of texts" in found[5]["error"] and "a path" in found[6]["error"]
     assert "line 7" in found[7]["error"] and "line 8" in found[8]["error"]
-    assert "6 requests" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "6 requests were not answered, the first:" in err
+    assert f"{file}, line 2, id gone: there is no image" in err
+
+
+def test_the_line_of_what_cannot_be_answered_has_its_id_and_its_number(tmp_path):
+    lines = [dict(id="a", promt="b"), dict(id=7, prompt="c", pixels=1), dict(id="\ud800"), [1]]
+    path = tmp_path / "r.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n" + "[" * 100_000)
+    found = list(generate.lines_of(path))
+    assert [line.id for line in found] == ["a", 7, "\ud800", 4, 6]
+    assert [line.number for line in found] == [1, 2, 3, 4, 6] and all(line.wrong for line in found)
+    assert "id, image and prompt, and this one pixels" in found[1].wrong
+    assert "nested too deep" in found[4].wrong
+
+
+def test_what_fails_at_run_time_costs_its_own_line(checkpoint, tmp_path, monkeypatch, capsys):
+    """A batch of which one request cannot be computed: the others are answered by themselves."""
+    together = serving.VLM._together
+
+    def fails(self, requests, **how):
+        if any(len(r.ids) > 40 for r in requests):
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\n\nmore")
+        return together(self, requests, **how)
+
+    monkeypatch.setattr(serving.VLM, "_together", fails)
+    lines = [dict(id="x", prompt="a"), dict(id="long", prompt="star " * 60),
+             dict(id="\ud800", prompt="b")]  # fmt: skip
+    path, out = tmp_path / "r.jsonl", tmp_path / "o.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    argv = [f"--checkpoint={checkpoint}", f"--requests={path}", f"--out={out}"]
+    assert generate.main([*argv, "--max-new-tokens=2"]) == 2
+    found = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert {"text" in row for name, row in found.items() if name != "long"} == {True}
+    assert found["long"]["error"].startswith(f"{path}, line 2, id long: out of memory (RES")
+    assert "1 requests were not answered" in capsys.readouterr().err
+    # What is wrong with a flag is wrong with no line: it is said once.
+    assert generate.main([*argv, "--visual-tokens=9"]) == 2
+    assert "trained for 4 visual tokens, not 9" in capsys.readouterr().err
 
 
 def test_an_unset_limit_is_what_fits(one, images, checkpoint, photo, tmp_path, capsys):

@@ -13,7 +13,7 @@ from vlm_jax import grid
 from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor, load_tokenizer
 from vlm_jax.evals import tasks
-from vlm_jax.learn.workdir import digest
+from vlm_jax.learn.workdir import claim, digest
 from vlm_jax.models import vlm
 from vlm_jax.scaling import cost, records
 from vlm_jax.train import Inputs
@@ -207,9 +207,9 @@ def shared(unbroken, mesh1, tmp_path_factory):
     """What a restart of the finished grid finds, in this process, and its configuration."""
     folder, _ = unbroken
     c = tiny.config(finetune=dict(steps=3), align=dict(steps=2))
-    with jax.set_mesh(mesh1):
+    with jax.set_mesh(mesh1), claim(folder, c, grid=True) as claimed:
         phase = grid.Phases(tmp_path_factory.mktemp("phases") / "run.json", {})
-        return c, grid.prepare(c, folder, phase)
+        return c, grid.prepare(claimed, phase)
 
 
 def test_cached_features_are_the_encoders_levels_of_every_image(shared, mesh1):
@@ -301,7 +301,7 @@ def test_a_dry_run_prints_every_cell_and_writes_nothing(tmp_path, capsys, mesh1)
             n, parts, flops = grid.describe(cell)
             assert f"{n:,}" in line and f"{parts['compressor']:,}" in line
             assert f"{flops / 1e9:,.0f}" in line
-    assert "8 cells, about" in out
+    assert "8 cells, about" in out and re.search(r"memory: at most about .* of large-v16-pool", out)
 
 
 @pytest.mark.parametrize("override, words", [

@@ -164,7 +164,7 @@ def test_a_model_with_a_prefix_trains_and_answers(tmp_path, mesh8, caplog):
     )
     train, test = (sources.open_source(c, split) for split in ("train", "test"))
     with jax.set_mesh(mesh8):
-        processor = Processor(training.tokenizer_of(c, tmp_path, train), c)
+        processor = Processor(training.tokenizer_of(c, None, train), c)
         model = training.train(c, tmp_path, training.Inputs(train, processor))
         found = list(predict(c, model, test, processor))
     assert len(found) == len(test) and {f["answer"] for f in found} > {"yes", "no"}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from vlm_jax import convert
+from vlm_jax import convert, runs, train
 from vlm_jax.weights import folder, start
 
 FROZEN = Path(__file__).parent / "published_weights"
@@ -40,14 +40,25 @@ def test_a_run_that_learns_nothing_ends_with_the_weights_it_started_from(made, t
     assert told["llm"]["depth"] == 2 and told["data"]["tokenizer"] == str(made / "tokenizer")
 
 
+def test_a_finished_run_is_started_from_as_its_model_folder_is(made, trained, mesh1):
+    ours, theirs = (train.adopted(tiny.config(start_from=str(p))) for p in (trained, made))
+    for c in (ours, theirs):
+        c.start_from, c.data.tokenizer = "", ""
+    assert ours.to_dict() == theirs.to_dict()
+    tensors, same = (runs.read(p, "start_from").tensors for p in (trained, made))
+    assert tensors.keys() == same.keys()
+    for name, tensor in same.items():
+        np.testing.assert_array_equal(tensor.read(), tensors[name], err_msg=name)
+
+
 def test_a_folder_without_compression_gets_a_fresh_compressor(tmp_path, mesh1):
     path = tmp_path / "llava"
     assert convert.main(["--from", str(FROZEN / "clip_llama"), "--to", str(path)]) == 0
     c = tiny.config(start_from=str(path), compressor=dict(tokens=1))
-    adopted = start.adopt(c)
+    adopted = train.adopted(c)
     assert c.llm.width == 16 and adopted.llm.width == 24 and adopted.vit.levels == (1, 2)
     with jax.set_mesh(mesh1):
-        model = start.load(adopted, seed=0)
+        model = start.load(adopted, folder.read(path), seed=0)
     assert model.compressor.tokens == 1 and model.llm.embedding.shape == (67, 24)
     tensors = folder.read(path).tensors
     np.testing.assert_array_equal(
@@ -58,7 +69,7 @@ def test_a_folder_without_compression_gets_a_fresh_compressor(tmp_path, mesh1):
 def test_a_trained_compressor_must_be_the_one_that_is_configured(made):
     c = tiny.config(start_from=str(made), compressor=dict(tokens=1))
     with pytest.raises(ValueError, match="'tokens': 4.*the configuration says {'tokens': 1}"):
-        start.adopt(c)
+        train.adopted(c)
 
 
 def test_images_are_prepared_as_the_folder_says(made, tmp_path, capsys):
@@ -68,7 +79,7 @@ def test_images_are_prepared_as_the_folder_says(made, tmp_path, capsys):
                 rescale=0.5, normalize=False)  # fmt: skip
     config["facts"]["image"] = half
     (path / "config.json").write_text(json.dumps(config))
-    data = start.adopt(tiny.config(start_from=str(path))).data
+    data = train.adopted(tiny.config(start_from=str(path))).data
     assert (data.image_mean, data.image_std) == ((0.5,) * 3, (0.25,) * 3)
     assert (data.image_fit, data.image_resample) == ("stretch", "bilinear")
     assert (data.image_resize, data.image_rescale, data.image_normalize) == ((40, 36), 0.5, False)
@@ -77,20 +88,20 @@ def test_images_are_prepared_as_the_folder_says(made, tmp_path, capsys):
     config["facts"]["image"] = half | dict(fit="crop", resize=[40, 50])
     (path / "config.json").write_text(json.dumps(config))
     for fit, resize in (("crop", (40, 50)), ("pad", (40,))):
-        data = start.adopt(tiny.config(start_from=str(path), data=dict(image_fit=fit))).data
+        data = train.adopted(tiny.config(start_from=str(path), data=dict(image_fit=fit))).data
         assert (data.image_fit, data.image_resize) == (fit, resize)
     assert "'pad', as data.image_fit says" in capsys.readouterr().err
 
 
 def test_a_grid_does_not_start_from_a_folder(made, mesh1):
-    c = start.adopt(tiny.config(start_from=str(made)))
+    c = train.adopted(tiny.config(start_from=str(made)))
     c.llm.depth = 1
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match="differs in depth.*grid"):
-        start.load(c, seed=0)
+        start.load(c, folder.read(made), seed=0)
 
 
 def test_what_is_no_model_folder_is_refused_with_the_way_to_one(tmp_path):
     with pytest.raises(ValueError, match="is no model folder.*vlm-jax convert --from="):
-        start.adopt(tiny.config(start_from=str(FROZEN / "clip_llama")))
-    with pytest.raises(FileNotFoundError, match="is no checkpoint"):
-        start.adopt(tiny.config(start_from=str(tmp_path)))
+        train.adopted(tiny.config(start_from=str(FROZEN / "clip_llama")))
+    with pytest.raises(FileNotFoundError, match="start_from=.* holds no trained model: neither"):
+        train.adopted(tiny.config(start_from=str(tmp_path)))

@@ -4,6 +4,7 @@
 import json
 import re
 import resource
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +144,9 @@ def test_nan_stops_with_the_step_and_the_last_good_checkpoint(
     bad, good, setting, unbroken, tmp_path, mesh1
 ):
     with jax.set_mesh(mesh1):
-        with pytest.raises(Diverged, match=f"align step {bad + 1}: loss nan.*align/{good}; lower"):
+        with pytest.raises(
+            Diverged, match=f"align step {bad + 1}: loss nan.* is .*align/{good}; l"
+        ):
             stage(setting, tmp_path, poisoned=[bad])
         saved = sorted(int(p.name) for p in (tmp_path / "align").iterdir() if p.name.isdigit())
         assert saved[-1] == good
@@ -154,7 +157,10 @@ def test_nan_stops_with_the_step_and_the_last_good_checkpoint(
 
 
 def test_nan_before_the_first_checkpoint_says_that_there_is_none(setting, tmp_path, mesh1):
-    with jax.set_mesh(mesh1), pytest.raises(Diverged, match="step 1: .*none was written yet"):
+    with (
+        jax.set_mesh(mesh1),
+        pytest.raises(Diverged, match="step 1: .*; no checkpoint was written before"),
+    ):
         stage(setting, tmp_path, poisoned=[0])
 
 
@@ -267,6 +273,7 @@ def test_a_source_that_does_not_know_its_patches_makes_no_encoder(setting, tmp_p
             self.name, self.split, self.data_hash = "llava", "train", ""
             self.protocol = "embedded"
             self.images, self.describe = source.images, source.describe
+            self.left_out, self.notes = source.left_out, source.notes
 
         def __len__(self):
             return 1
@@ -282,10 +289,38 @@ def test_a_source_that_does_not_know_its_patches_makes_no_encoder(setting, tmp_p
         train.pretrain_encoder(c, tmp_path, plain)
 
 
-def test_another_configuration_in_the_same_folder_is_refused(capsys, tmp_path):
-    message(capsys, tmp_path, "--config.data.source=coco")
-    line = message(capsys, tmp_path, "--config.seed=1", "--config.data.source=coco")
-    assert "another configuration (seed was 0, is 1)" in line
+def test_another_configuration_in_the_same_folder_is_refused(trained, capsys, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    line = message(capsys, tmp_path, "--config.seed=1", "--config.data.template=plain")
+    assert "another configuration (data.template was bare, is plain; seed was 0, is 1)" in line
+
+
+def test_a_typo_does_not_claim_the_folder(capsys, tmp_path, cache):
+    """A first attempt that failed before its first step leaves the folder to the second."""
+    failed = message(capsys, tmp_path, "--config.data.source=llava", "--config.data.path=typo.json")
+    assert "typo.json" in failed and not (tmp_path / "run/config.json").exists()
+    assert not (tmp_path / "run/tokenizer").exists()
+    # The second is stopped by other words than "another configuration".
+    assert "data.source" in message(capsys, tmp_path, "--config.data.source=coco")
+
+
+def test_what_is_kept_can_go_on_with_another_log_and_other_workers(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    before = json.loads((tmp_path / "run/config.json").read_text())
+    argv = [COMMAND[1], f"--workdir={tmp_path}/run", "--config.log.every=5",
+            "--config.data.workers=1", "--config.checkpoint.keep=1"]  # fmt: skip
+    assert train.main(argv) == 0  # finished: it is read back
+    assert json.loads((tmp_path / "run/config.json").read_text()) == before
+
+
+def test_another_encoder_does_not_replace_the_one_that_is_started_from(trained, capsys, tmp_path):
+    line = message(capsys, tmp_path, f"--config.start_from={trained}")
+    assert re.search("encoder.steps=3: start_from=.* has an encoder.*set encoder.steps=0", line)
+
+
+def test_a_run_of_no_step_is_no_run(capsys, tmp_path):
+    nothing = ("--config.align.steps=0", "--config.finetune.steps=0")
+    assert "such a run trains no model" in message(capsys, tmp_path, *nothing)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
@@ -296,7 +331,7 @@ def test_a_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
 def test_a_half_written_tokenizer_is_not_taken_for_one(setting, tmp_path, monkeypatch):
     c, inputs, _ = setting
     kind = type(inputs.processor.tokenizer)
-    save = kind.save_pretrained
+    save, kept = kind.save_pretrained, tmp_path / "tokenizer"
 
     def die(self, folder):
         save(self, folder)
@@ -305,7 +340,11 @@ def test_a_half_written_tokenizer_is_not_taken_for_one(setting, tmp_path, monkey
 
     monkeypatch.setattr(kind, "save_pretrained", die)
     with pytest.raises(KeyboardInterrupt):
-        train.tokenizer_of(c, tmp_path, inputs.source)
+        train.keep_tokenizer(inputs.processor.tokenizer, kept)
     monkeypatch.undo()
-    made, again = (train.tokenizer_of(c, tmp_path, inputs.source) for _ in range(2))
+    assert not kept.exists()
+    made = train.tokenizer_of(c, kept, inputs.source)
+    train.keep_tokenizer(made, kept)
+    again = train.tokenizer_of(c, kept, inputs.source)
     assert made.get_vocab() == again.get_vocab() == inputs.processor.tokenizer.get_vocab()
+    assert train.hash_of(made) == train.hash_of(again)

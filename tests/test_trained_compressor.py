@@ -14,7 +14,7 @@ from test_convert import refused, run
 from test_published_compressors import METHODS
 from whole_models import edit
 
-from vlm_jax import convert
+from vlm_jax import convert, runs
 from vlm_jax.models import pretrained, vlm
 from vlm_jax.models.vit import window_order
 from vlm_jax.weights import folder
@@ -47,7 +47,7 @@ def given(path):
 
 def gathered(*argv):
     """The model that `vlm-jax convert` would write, its tensors held against its sizes."""
-    with convert.one_device():
+    with runs.one_device():
         words = [str(word) for word in (*argv, "--to=x")]
         model = convert.gather(convert.flags().parse_args(words))
         assert model.check() == ([], [])

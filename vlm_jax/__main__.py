@@ -4,9 +4,17 @@
 import sys
 from collections.abc import Sequence
 
+from vlm_jax import progress
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; each imports only what it needs."""
+    """Runs one verb; each imports only what it needs, and says so where that takes long."""
+    with progress.speaking("starting"):
+        return dispatch(argv)
+
+
+def dispatch(argv: Sequence[str] | None) -> int:
+    """Imports a verb and runs it."""
     verb, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     match verb:
         case "train":
@@ -38,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0
             print(f"vlm-jax: unknown verb {verb!r}\n{text}", file=sys.stderr)
             return 2
-    return run(rest)
+    with progress.speaking(f"vlm-jax {verb} is at work"):
+        return run(rest)
 
 
 if __name__ == "__main__":

@@ -122,36 +122,49 @@ def sizes(config: ConfigDict) -> tuple[cost.ViT, cost.Compressor, cost.LLM]:
 
 def train_flops(config: ConfigDict, module: Compressor) -> float:
     """FLOPs of both stages on cached features; `module` is the compressor, or its shapes."""
+    return sum(stage_flops(config, module, stage, cached=True) for stage in ("align", "finetune"))
+
+
+def stage_flops(config: ConfigDict, module: Compressor, stage: str, *, cached: bool) -> float:
+    """FLOPs of one stage, on features that are `cached` or with the encoder in every step."""
     vit, compressor, llm = sizes(config)
-    images, total = config.data.images_per_row, 0.0
-    for stage in ("align", "finetune"):
-        shown = [compressor.tokens]  # V of each pass of the LLM over an example
-        if module.buckets:
-            shown = [module.buckets[-1]]
-        if stage == "finetune" and module.scales:
-            shown = module.scales
-        made = [replace(compressor, tokens=tokens) for tokens in shown]
-        example = sum(
-            cost.train_step_flops(
-                True,
-                each,
-                llm,
-                vit=vit,
-                stage=stage,
-                tokens=config.data.text_length + images * cost.visual_tokens(each, vit),
-                logits=config.data.text_length,
-                question=config.data.question_length,
-                recompute=config.remat == "full",
-                adapters=cost.lora_parameters(llm, config.lora.rank, config.lora.targets),
-                batch=config[stage].batch // config[stage].accumulate,
-                images=images,
-            )
-            for each in made
+    shown = [compressor.tokens]  # V of each pass of the LLM over an example
+    if module.buckets:
+        shown = [module.buckets[-1]]
+    if stage == "finetune" and module.scales:
+        shown = module.scales
+    made = [replace(compressor, tokens=tokens) for tokens in shown]
+    images, batch = config.data.images_per_row, config[stage].batch // config[stage].accumulate
+    example = sum(
+        cost.train_step_flops(
+            True,
+            each,
+            llm,
+            vit=vit,
+            stage=stage,
+            tokens=config.data.text_length + images * cost.visual_tokens(each, vit),
+            logits=config.data.text_length,
+            question=config.data.question_length,
+            recompute=config.remat == "full",
+            adapters=cost.lora_parameters(llm, config.lora.rank, config.lora.targets),
+            batch=batch,
+            images=images,
         )
-        # What reads the features does so once for all of them.
-        again = 2 * cost.compressor_products(made[0], vit, llm).reading * (len(made) - 1) * images
-        total += config[stage].steps * config[stage].batch * (example - again)
-    return float(total)
+        for each in made
+    )
+    # What reads the features does so once for all of them.
+    example -= 2 * cost.compressor_products(made[0], vit, llm).reading * (len(made) - 1) * images
+    if not cached:
+        example += images * cost.encoder_flops(vit, made[0])
+    return float(config[stage].steps * config[stage].batch * example)
+
+
+def encoder_stage_flops(config: ConfigDict) -> float:
+    """FLOPs of an encoder's own pretraining: forward and backward."""
+    vit = cost.ViT.of(config.vit)
+    plain = cost.Compressor(kind="none", tokens=vit.patches, heads=1, query="none")
+    images = config.encoder.steps * config.encoder.batch
+    return float(3 * images * cost.encoder_flops(vit, plain))
 
 
 def dry_run(config: ConfigDict, cells: Sequence[Cell]) -> None:
@@ -173,9 +186,9 @@ def dry_run(config: ConfigDict, cells: Sequence[Cell]) -> None:
     )
 
 
-def matmul_flops_per_second(size: int = 768) -> float:
-    """What one float32 matrix product reaches on this machine; best of five."""
-    x = jnp.ones((size, size))
+def matmul_flops_per_second(size: int = 768, dtype: str = "float32") -> float:
+    """What one matrix product reaches on one device here; best of five."""
+    x = jnp.ones((size, size), dtype)
     product = jax.jit(lambda x: x @ x)
     product(x).block_until_ready()
     times = []

@@ -3,9 +3,11 @@
 
 import argparse
 import ctypes
+import errno
 import itertools
 import logging
 import operator
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +18,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from vlm_jax import progress
 from vlm_jax.scaling import described
 
 
@@ -27,9 +30,13 @@ def parse(
     strings: dict[str, str] | None = None,
     booleans: dict[str, str] | None = None,
     required: Sequence[str] = (),
+    default: ConfigDict | None = None,
 ) -> tuple[ConfigDict, flags.FlagValues]:
     """The configuration and the other flags of a verb; a wrong word ends the process with its
-    cure."""
+    cure.
+
+    Without --config=FILE it is `default`, if there is one; --config.FIELD=VALUE goes over either.
+    """
     argv = located(sys.argv[1:] if argv is None else argv)
     keep_freed_memory()
     values = flags.FlagValues()
@@ -39,12 +46,15 @@ def parse(
         flags.DEFINE_boolean(name, False, text, flag_values=values)
     flags.DEFINE_boolean("help", False, "show this text", flag_values=values)
     program = ["vlm-jax " + verb, *argv]
-    config_flags.DEFINE_config_file(
-        "config", None, "configuration file", flag_values=values, lock_config=True, sys_argv=program
-    )
+    path = value_of(argv, "config")
+    how = dict(flag_values=values, lock_config=True, sys_argv=program)
+    if default is not None and not path:
+        config_flags.DEFINE_config_dict("config", default, "configuration", **how)
+    else:
+        config_flags.DEFINE_config_file("config", None, "configuration file", **how)
     # A configuration may import its neighbours (`from configs import base`) wherever it is run
     # from.
-    if path := config_file(argv):
+    if path:
         first, last = described.neighbours(Path(path))
         sys.path[:] = [first, *sys.path, last]
     try:
@@ -57,19 +67,19 @@ def parse(
         rest = values(program)[1:]
         if rest:
             raise ValueError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
-        if not values["config"].present:
+        if not values["config"].present and default is None:
             raise ValueError("--config is missing: name a file such as configs/demo.py")
         for name in required:
             if values[name].value is None:
                 raise ValueError(f"--{name} is missing")
         if not isinstance(values.config, ConfigDict):
-            raise ValueError(f"no configuration at {config_file(argv)}")
+            raise ValueError(f"no configuration at {path}")
         seed_of("seed", values.config.seed)
         return values.config, values
     except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
         # str(KeyError) is the repr of its message.
         message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-        message = in_one_line(message, config_file(argv))
+        message = in_one_line(message, path)
         if isinstance(error, (KeyError, AttributeError)):
             message = f"the configuration has no such field: {message}"
         print(f"vlm-jax {verb}: {message}", file=sys.stderr)
@@ -144,14 +154,14 @@ def keep_freed_memory() -> None:
         mallopt(arena_max, 1)
 
 
-def config_file(argv: Sequence[str]) -> str:
-    """The value of --config, or nothing; --config=FILE and --config FILE are the same to absl."""
-    words = [*argv, ""]
+def value_of(argv: Sequence[str], name: str) -> str:
+    """The value of flag `name`, or nothing; --name=VALUE and --name VALUE are the same to absl."""
+    words, flag = [*argv, ""], f"--{name}"
     return next(
         (
-            after if word == "--config" else word.removeprefix("--config=")
+            after if word == flag else word.removeprefix(f"{flag}=")
             for word, after in itertools.pairwise(words)
-            if word == "--config" or word.startswith("--config=")
+            if word == flag or word.startswith(f"{flag}=")
         ),
         "",
     )
@@ -159,7 +169,7 @@ def config_file(argv: Sequence[str]) -> str:
 
 def located(argv: Sequence[str]) -> list[str]:
     """`argv` with --config=configs/NAME.py, where there is no such file, naming the package's."""
-    given = config_file(argv)
+    given = value_of(argv, "config")
     place = described.place(given)
     if not given or place == Path(given):
         return list(argv)
@@ -167,11 +177,61 @@ def located(argv: Sequence[str]) -> list[str]:
     return [*argv[:at], f"--config={place}", *argv[at + 1 + (argv[at] == "--config") :]]
 
 
+def overrides(values: flags.FlagValues) -> dict[str, Any]:
+    """The fields that were set on the command line, by dotted name."""
+    return dict(values["config"].override_values)
+
+
 def report_errors(verb: str, body: Callable[[], int]) -> int:
-    """Runs `body`; what a user can mend is one line on stderr and exit status 2, not a
-    traceback."""
+    """Runs `body`; what a user can mend is one line on stderr and exit status 2, not a traceback.
+
+    While it runs, it says at least every 20 seconds what it is doing.
+    """
     try:
-        return body()
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"vlm-jax {verb}: {error}", file=sys.stderr)
+        with progress.speaking(f"vlm-jax {verb} is at work"):
+            return body()
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        print(f"vlm-jax {verb}: {sentence(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"vlm-jax {verb}: stopped from the keyboard", file=sys.stderr)
+        return 130
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, as one line for a person."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return of_file(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        first = str(error).strip().partition("\n")[0]
+        return (
+            f"out of memory{f' ({first})' if first else ''}: make the batch smaller, or the model, "
+            "or spread it over more devices (mesh.fsdp, mesh.tensor)"
+        )
+    # str(KeyError) is the repr of its message, and paths come as PosixPath('...').
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+    text = re.sub(r"\b(?:Posix|Windows|Pure\w*)?Path\('([^']*)'\)", r"\1", text)
+    lines = [line.strip() for line in text.splitlines()]
+    # What a compiler says goes on for pages.
+    lines = lines[:1] if type(error).__name__ == "JaxRuntimeError" else lines
+    return " ".join(lines) or type(error).__name__
+
+
+def of_file(error: OSError) -> str:
+    """What went wrong with a file, without a number."""
+    path = Path(os.fsdecode(error.filename))
+    match error.errno:
+        case errno.ENOENT:
+            parent = path.absolute().parent
+            return f"there is no file {path}" if parent.is_dir() else f"there is no folder {parent}"
+        case errno.EACCES | errno.EPERM:
+            return f"{path} may not be opened: give this user the right to it, or choose another"
+        case errno.EISDIR:
+            return f"{path} is a folder, not a file"
+        case errno.ENOTDIR:
+            return f"{path} lies in something that is no folder"
+        case errno.ENOSPC | errno.EDQUOT:
+            return f"no space is left for {path}: make room, or choose another disk"
+        case errno.EROFS:
+            return f"{path} lies on a disk that cannot be written: choose another"
+    return f"{path}: {error.strerror}"

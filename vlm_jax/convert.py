@@ -12,9 +12,10 @@
     vlm-jax convert --from=llava-1.5-7b-hf --adapter-from=PEFT_DIR --to=DIR
 
 --from is a published LLaVA, a model folder, or (with --to-hf or without) the --workdir of a
-finished `vlm-jax train`, whose LoRA adapters are merged unless --to-peft asks for them alone.
-Nothing trained is replaced unless --replace-compressor asks for it. Tensors pass through one at a
-time, whatever the size of the model. docs/weights.md says what can be read and what is written.
+finished `vlm-jax train` or a cell of a grid (GRID/cells/NAME). LoRA adapters of a training are
+merged unless --to-peft asks for them alone. Nothing trained is replaced unless --replace-compressor
+asks for it. Tensors pass through one at a time, whatever the size of the model. docs/weights.md
+says what can be read and what is written.
 """
 
 import argparse
@@ -22,21 +23,14 @@ import json
 import math
 import shutil
 import sys
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
-import jax
-from ml_collections import ConfigDict
-
-from vlm_jax import chats, cli, mesh
-from vlm_jax.learn.workdir import LATER, finished
+from vlm_jax import chats, cli, progress, runs
+from vlm_jax.learn.workdir import finished
 from vlm_jax.models.compressors import COMPRESSORS
-from vlm_jax.weights import adapters, folder, hf, names, sections, sources
-from vlm_jax.weights.classes import within
-from vlm_jax.weights.files import read_json
+from vlm_jax.weights import adapters, folder, hf, names, sources
 from vlm_jax.weights.methods import Wish
-from vlm_jax.weights.values import table
 
 
 def flags() -> argparse.ArgumentParser:
@@ -75,16 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     options = flags().parse_args(argv)
 
     def body() -> int:
-        with one_device():
+        with runs.one_device(), progress.doing("reading and writing the tensors"):
             print(json.dumps(run(options)))
         return 0
 
     return cli.report_errors("convert", body)
-
-
-def one_device() -> AbstractContextManager:
-    """The mesh on which weights pass through."""
-    return jax.set_mesh(mesh.make(devices=jax.devices()[:1]))
 
 
 def run(options: argparse.Namespace) -> dict:
@@ -165,41 +154,20 @@ def gather(options: argparse.Namespace) -> folder.Model:
         raise ValueError("--from=DIR is a whole model: leave --llm out")
     if not options.source.is_dir():
         raise FileNotFoundError(f"there is no folder --from={options.source}")
-    if (options.source / "finetune").is_dir():
+    if runs.is_run(options.source):
         if given := wish.said() + [f"--vision={options.vision}"] * bool(options.vision):
             raise ValueError(
                 f"{options.source} is a training run: its model is converted as it is, without "
                 f"{' '.join(given)}"
             )
-        return trained(options.source)
+        return runs.read(options.source, "--from")
     return sources.llava(options.source, vision=options.vision, wish=wish)
 
 
 def published(options: argparse.Namespace) -> Path | None:
     """The folder whose files say how a conversation is written; None for a training run."""
     source = options.source or options.llm
-    return None if (source / "finetune").is_dir() else source
-
-
-def trained(workdir: Path) -> folder.Model:
-    """The model of a finished `vlm-jax train`, adapters merged into its LLM."""
-    config = config_of(workdir)
-    return sources.of_run(workdir, config, finished(workdir, config))
-
-
-def config_of(workdir: Path) -> ConfigDict:
-    """The configuration that a run was made with."""
-    fields = read_json(workdir / "config.json")
-    with within(f"{workdir}/config.json"):
-        for name in ("vit", "llm", "compressor", "data", "lora"):
-            table(name, fields.get(name))
-        # Fields that were born since have the value with which nothing changed.
-        for name, value in LATER.items():
-            part, _, field = name.partition(".")
-            fields[part].setdefault(field, value)
-        sections.check_model(fields)
-    fields["vit"]["levels"] = tuple(fields["vit"]["levels"])  # JSON has lists alone
-    return ConfigDict(fields)
+    return None if runs.is_run(source) else source
 
 
 def export_adapter(options: argparse.Namespace, dtype: str | None) -> dict:
@@ -207,16 +175,16 @@ def export_adapter(options: argparse.Namespace, dtype: str | None) -> dict:
     if options.to_hf or options.adapter_from:
         raise ValueError("--to-peft goes with neither --to-hf nor --adapter-from")
     workdir = options.source
-    if workdir is None or not (workdir / "finetune").is_dir():
+    if workdir is None or not runs.is_run(workdir):
         raise ValueError(
             f"--to-peft needs --from=WORKDIR, the folder of a `vlm-jax train` with "
             f"config.lora.rank, and got {workdir}"
         )
-    config = config_of(workdir)
-    if not config.lora.rank:
+    run = runs.of(workdir, "--from")
+    if not run.config.lora.rank:
         raise ValueError(f"{workdir} has no adapters to export: it was trained with lora.rank=0")
-    model = finished(workdir, config, merge=False)
-    about = sources.described_run(workdir, config)
+    model = finished(run.home, run.config, merge=False)
+    about = runs.described(workdir, "--from")
     return dict(to=str(options.to)) | adapters.write(model, about, options.to, dtype=dtype)
 
 

@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint to predictions: greedy answers to every example of a split, and their scores.
+"""Trained model to predictions: greedy answers to every example of a split, and their scores.
 
-    vlm-jax evaluate --config=configs/demo.py --workdir=runs/one
+    vlm-jax evaluate --workdir=runs/one
+    vlm-jax evaluate --workdir=runs/one --config.evaluate.split=val
+    vlm-jax evaluate --workdir=runs/demo/cells/30k-v4-token_packer-s0
+    vlm-jax evaluate --workdir=models/llava --config=configs/base.py --config.data.path=FILE
 
-reads the finetuned checkpoint of `vlm-jax train` with the same configuration and writes
-predictions.jsonl and scores.json beside it. A model that serves any number of visual tokens (mqt,
-m3) answers at another one too, --config.compressor.tokens=V: predictions-vV.jsonl, scores-vV.json.
+The folder is that of a finished `vlm-jax train`, which has its configuration (--config may be
+given, and must agree), a cell of a grid, or a model folder, whose data --config names.
+predictions.jsonl and scores.json are written into it.
+
+Another split, file, prompt, batch, number of answer tokens or, where the compressor serves any,
+number of visual tokens is another evaluation of the same model: predictions-val.jsonl,
+scores-val.json. Its name and its `settings` say what differs. What was trained cannot be changed.
 """
 
 import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +27,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import cli, mesh
+from vlm_jax import cli, mesh, progress
 from vlm_jax.data import loader, sources
-from vlm_jax.data.processor import Processor, load_tokenizer
+from vlm_jax.data.processor import Processor
 from vlm_jax.decoding import Decoder
 from vlm_jax.evals import tasks
-from vlm_jax.learn.workdir import claim, finished, write_json
+from vlm_jax.evaluations import Subject, name_of
+from vlm_jax.learn import fields
+from vlm_jax.learn.workdir import flat, lock, write_json
 from vlm_jax.models.vlm import VLM
-from vlm_jax.weights import start
 
 log = logging.getLogger(__name__)
 
@@ -87,27 +95,30 @@ def predict(
         mesh=jax.sharding.get_mesh(),
         faults=faults,
     )
-    for batch in batches:
-        valid, index = np.asarray(batch.pop("valid")), np.asarray(batch.pop("index"))
-        then = time.perf_counter()
-        answers = answer(batch, new_tokens=config.evaluate.max_new_tokens)
-        if clock is not None:
-            clock.note(time.perf_counter() - then, answers.shape)
-        for i, ids, counts in zip(index, answers, valid, strict=True):
-            if not counts:
-                continue
-            example = source[int(i)]
-            ended = np.flatnonzero(np.isin(ids, processor.stop_ids))
-            text = tokenizer.decode(ids[: ended[0]] if ended.size else ids).strip()
-            yield dict(
-                id=example.id,
-                task=example.task,
-                family=example.family,
-                cluster=example.cluster,
-                prediction=text,
-                answer=example.turns[-1][1],
-                **({"given_id": example.given} if example.given else {}),
-            )
+    with progress.doing(f"answers to the {source.split} split", len(source)) as task:
+        task.note(0)
+        for batch in batches:
+            valid, index = np.asarray(batch.pop("valid")), np.asarray(batch.pop("index"))
+            then = time.perf_counter()
+            answers = answer(batch, new_tokens=config.evaluate.max_new_tokens)
+            if clock is not None:
+                clock.note(time.perf_counter() - then, answers.shape)
+            for i, ids, counts in zip(index, answers, valid, strict=True):
+                if not counts:
+                    continue
+                example = source[int(i)]
+                ended = np.flatnonzero(np.isin(ids, processor.stop_ids))
+                text = tokenizer.decode(ids[: ended[0]] if ended.size else ids).strip()
+                yield dict(
+                    id=example.id,
+                    task=example.task,
+                    family=example.family,
+                    cluster=example.cluster,
+                    prediction=text,
+                    answer=example.turns[-1][1],
+                    **({"given_id": example.given} if example.given else {}),
+                )
+            task.note(int(index[-1]) + 1)
 
 
 def write_predictions(path: Path, records: list[dict[str, Any]]) -> None:
@@ -117,43 +128,74 @@ def write_predictions(path: Path, records: list[dict[str, Any]]) -> None:
     fresh.replace(path)
 
 
-def main(argv: list[str] | None = None) -> int:
+def mesh_of(config: ConfigDict, overrides: Mapping[str, Any]) -> jax.sharding.Mesh:
+    """The configured mesh; all devices side by side where it is that of another machine."""
+    try:
+        return mesh.make(**config.mesh)
+    except ValueError as error:
+        if any(name.startswith("mesh.") for name in overrides):
+            raise
+        print(f"{error}; here all devices stand side by side", file=sys.stderr)
+        return mesh.make()
+
+
+def run(argv: list[str]) -> int:
+    """Evaluates as the command line says."""
+    wanted = not {"--help", "-h"} & set(argv)
+    path = cli.value_of(argv, "workdir")
+    subject = Subject.of(path) if wanted and path else None
+    if subject and subject.stored is not None and not cli.value_of(argv, "config"):
+        raise ValueError(
+            f"{path} is a model folder, which names no data: give --config=FILE (configs/base.py) "
+            "and what differs, such as --config.data.path=ROWS.json --config.data.images=DIR"
+        )
     given, flags = cli.parse(
         "evaluate",
         __doc__,
         argv,
-        strings={"workdir": "folder of a finished `vlm-jax train`"},
+        strings={"workdir": "folder of a finished `vlm-jax train`, a grid's cell, or a model"},
         required=["workdir"],
+        default=subject and subject.default(),
     )
     cli.say_warnings()
-
-    def body() -> int:
-        config = start.adopt(given)
-        folder = Path(flags.workdir).absolute()
-        if not (folder / "finetune").is_dir():
-            raise FileNotFoundError(
-                f"no finetune checkpoint in {folder}: run `vlm-jax train` with this --workdir first"
-            )
-        with jax.set_mesh(mesh.make(**config.mesh)), claim(folder, config):
-            tokenizer = load_tokenizer(config.data.tokenizer or folder / "tokenizer")
+    overrides = cli.overrides(flags)
+    config = subject.asked(given, overrides)
+    fields.check(flat(config))
+    settings = subject.settings(config, overrides)
+    with jax.set_mesh(mesh_of(config, overrides)), lock(subject.folder):
+        processor = subject.processor(config)
+        with progress.doing("opening the data"):
             source = sources.open_source(config, config.evaluate.split)
-            model = finished(folder, config)
-            faults: loader.Faults = {}
-            processor = Processor(tokenizer, config)
-            records = list(predict(config, model, source, processor, faults=faults))
-            skipped = loader.not_answered(source, faults)
-            scores = tasks.score(source.protocol, records, skipped)
-            if said := tasks.told(scores):
-                log.warning(said)
-            begun = json.loads((folder / "config.json").read_text())["compressor"]["tokens"]
-            asked = config.compressor.tokens
-            name = "" if asked == begun else f"-v{asked}"
-            write_predictions(folder / f"predictions{name}.jsonl", records)
-            write_json(folder / f"scores{name}.json", scores)
-            print(json.dumps(scores, indent=1, sort_keys=True))
-        return 0
+        progress.say(f"data: {json.dumps(source.describe())}")
+        name = name_of(settings, source.data_hash)
+        settings |= {"data_hash": source.data_hash} if name else {}
+        ending = f"-{name}" if name else ""
+        path = subject.folder / f"scores{ending}.json"
+        before = json.loads(path.read_text()).get("settings") if path.exists() else None
+        if before not in (None, json.loads(json.dumps(settings))):
+            raise ValueError(
+                f"{path} is of another evaluation ({fields.shown(before)}): move it away, "
+                "or give the data another name"
+            )
+        with progress.doing("loading the model"):
+            model = subject.model(config)
+        faults: loader.Faults = {}
+        records = list(predict(config, model, source, processor, faults=faults))
+        scores = tasks.score(source.protocol, records, loader.not_answered(source, faults))
+        if said := tasks.told(scores):
+            log.warning(said)
+        write_predictions(subject.folder / f"predictions{ending}.jsonl", records)
+        scores |= {"settings": settings} if name else {}
+        write_json(path, scores)
+        print(json.dumps(scores, indent=1, sort_keys=True))
+        print(f"predictions{ending}.jsonl and {path.name} are in {subject.folder}", file=sys.stderr)
+    return 0
 
-    return cli.report_errors("evaluate", body)
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluates; 0, or 2 after saying on stderr what was wrong."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return cli.report_errors("evaluate", lambda: run(argv))
 
 
 if __name__ == "__main__":

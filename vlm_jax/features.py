@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from vlm_jax import mesh
+from vlm_jax import mesh, progress
 from vlm_jax.data import sources
 from vlm_jax.data.processor import Processor
 from vlm_jax.models.compressors.compressor import Compressor
@@ -60,19 +60,21 @@ def features_of(
         folder.mkdir(exist_ok=True)
         fresh = path.with_suffix(".tmp")
         table, count = None, len(source.images)
-        for start in range(0, count, BATCH):
-            index = np.minimum(np.arange(start, start + BATCH), count - 1)
-            seen = [picture(source, int(i), skip=skip) for i in index]
-            blank = processor.images.blank()
-            pixels = np.stack([processor.pixels(blank if x is None else x) for x in seen])
-            found = np.array(encode(encoder, pixels, sight))
-            found[[x is None for x in seen]] = np.nan
-            if table is None:
-                shape = (count, *found.shape[1:])
-                table = np.lib.format.open_memmap(fresh, "w+", np.float32, shape)
-            stop = min(start + BATCH, count)
-            table[start:stop] = found[: stop - start]
-        table.flush()
+        with progress.doing(f"features of the {source.split} images", count) as task:
+            for start in range(0, count, BATCH):
+                index = np.minimum(np.arange(start, start + BATCH), count - 1)
+                seen = [picture(source, int(i), skip=skip) for i in index]
+                blank = processor.images.blank()
+                pixels = np.stack([processor.pixels(blank if x is None else x) for x in seen])
+                found = np.array(encode(encoder, pixels, sight))
+                found[[x is None for x in seen]] = np.nan
+                if table is None:
+                    shape = (count, *found.shape[1:])
+                    table = np.lib.format.open_memmap(fresh, "w+", np.float32, shape)
+                stop = min(start + BATCH, count)
+                table[start:stop] = found[: stop - start]
+                task.note(stop)
+            table.flush()
         fresh.rename(path)
     return np.load(path, mmap_mode="r")
 

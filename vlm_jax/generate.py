@@ -5,9 +5,9 @@
     vlm-jax generate --checkpoint=DIR --image=A.jpg --chat
     vlm-jax generate --checkpoint=DIR --requests=FILE.jsonl --out=ANSWERS.jsonl
 
---checkpoint is a folder that `vlm-jax convert` made, or the --workdir of a finished
-`vlm-jax train`. The answer goes to stdout; visual tokens, time to the first token and tokens per
-second to stderr.
+--checkpoint is a folder that `vlm-jax convert` made, the --workdir of a finished `vlm-jax train`,
+or a cell of a grid (GRID/cells/NAME). The answer goes to stdout; visual tokens, time to the first
+token and tokens per second to stderr.
 
 A line of --requests has `prompt` (a text, or a conversation [question, answer, ..., question]) and
 may have `image` (a path, beside the file, or a list of several) and `id`. Each <image> in the
@@ -23,10 +23,11 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from vlm_jax import cli
+from vlm_jax import cli, progress
 from vlm_jax.data.example import IMAGE_MARK
 from vlm_jax.data.pictures import EXIF
 from vlm_jax.serving import VLM, Answer
@@ -41,7 +42,12 @@ def flags() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, help="a model folder, or a finished training")
+    add(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        help="a model folder, a finished training, or a grid's cell",
+    )
     add("--image", action="append", help="an image file; again for the next of several; without, "
         "the prompt is about none")  # fmt: skip
     add("--prompt", help="the question")
@@ -81,12 +87,14 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--out goes with --requests: other answers go to stdout")
         if options.requests is not None and not options.requests.is_file():
             raise FileNotFoundError(f"there is no file --requests={options.requests}")
-        model = VLM.from_checkpoint(options.checkpoint, dtype=options.dtype)
+        with progress.doing("loading the model"):
+            model = VLM.from_checkpoint(options.checkpoint, dtype=options.dtype)
         if options.chat:
             return chat(model, options, sys.stdin)
         if options.requests:
             return many(model, options)
-        say(model, options, [options.prompt])
+        with progress.doing("answering"):
+            say(model, options, [options.prompt])
         return 0
 
     return cli.report_errors("generate", body)
@@ -138,7 +146,8 @@ def chat(model: VLM, options: argparse.Namespace, lines: io.TextIOBase) -> int:
     while True:
         print(prompt, end="", file=sys.stderr, flush=True)
         try:
-            line = lines.readline()
+            with progress.listening():
+                line = lines.readline()
         except KeyboardInterrupt:  # as a person ends a chat
             return 0
         if not line:
@@ -157,70 +166,128 @@ def chat(model: VLM, options: argparse.Namespace, lines: io.TextIOBase) -> int:
                 print(f"not answered: {error}", file=sys.stderr)
 
 
-def many(model: VLM, options: argparse.Namespace) -> int:
-    """Answers a file of requests, batch by batch; 2 if one could not be answered."""
-    bad = 0
-    with opened(options.out) as out:
-        waiting: list[tuple[Any, Any]] = []
+@dataclass(frozen=True)
+class Line:
+    """One line of a file of requests: where it stands, its id, and its fields or what is wrong."""
 
-        def answer() -> None:
-            found = model.answer([request for _, request in waiting], **how(options))
-            for (name, _), said in zip(waiting, found, strict=True):
-                fields = dict(
-                    text=said.text,
-                    stopped=said.stopped,
-                    prompt_tokens=said.prompt_tokens,
-                    visual_tokens=said.visual_tokens,
-                    new_tokens=len(said.ids),
-                    first_token_seconds=round(said.first_token_seconds, 4),
-                    tokens_per_second=round(said.tokens_per_second, 2),
+    number: int
+    id: Any
+    row: dict[str, Any]
+    wrong: str = ""
+
+
+def many(model: VLM, options: argparse.Namespace) -> int:
+    """Answers a file of requests, batch by batch; 2 if one could not be answered.
+
+    What cannot be answered, for whatever reason, costs its own line only.
+    """
+    model.answer([], **how(options))  # what is wrong with the flags is wrong with every line
+    bad: list[str] = []
+    with opened(options.out) as out, progress.doing("answers", count(options.requests)) as task:
+        waiting: list[tuple[Line, Any]] = []
+
+        def write(line: Line, fields: dict[str, Any]) -> None:
+            row = {"id": line.id} | fields
+            try:
+                text = json.dumps(row, ensure_ascii=False)
+                text.encode()
+            except UnicodeEncodeError:  # half a character, which an id may hold
+                text = json.dumps(row)
+            out.write(text + "\n")
+
+        def refuse(line: Line, error: BaseException | str) -> None:
+            said = error if isinstance(error, str) else cli.sentence(error)
+            named = "" if line.id == line.number else f", id {line.id}"
+            where = f"{options.requests}, line {line.number}{named}: {said}"
+            bad.append(where)
+            write(line, {"error": where})
+
+        def answer(lines: list[tuple[Line, Any]]) -> None:
+            try:
+                found = model.answer([request for _, request in lines], **how(options))
+            # Whatever one of them raised, of the device or of ours, the others are sound.
+            except Exception as error:
+                if len(lines) == 1:
+                    refuse(lines[0][0], error)
+                else:
+                    for one in lines:
+                        answer([one])
+                return
+            for (line, _), said in zip(lines, found, strict=True):
+                write(
+                    line,
+                    dict(
+                        text=said.text,
+                        stopped=said.stopped,
+                        prompt_tokens=said.prompt_tokens,
+                        visual_tokens=said.visual_tokens,
+                        new_tokens=len(said.ids),
+                        first_token_seconds=round(said.first_token_seconds, 4),
+                        tokens_per_second=round(said.tokens_per_second, 2),
+                    ),
                 )
-                out.write(json.dumps({"id": name} | fields, ensure_ascii=False) + "\n")
+
+        def flush() -> None:
+            if waiting:
+                answer(waiting)
             out.flush()
             waiting.clear()
 
-        for name, row, where in rows(options.requests):
+        task.note(0)
+        for line in lines_of(options.requests):
             try:
-                if isinstance(row, ValueError):
-                    raise row
-                image = row.get("image")
+                if line.wrong:
+                    raise ValueError(line.wrong)
+                image, where = line.row.get("image"), options.requests.parent
                 if isinstance(image, list):
                     image = [where / x if isinstance(x, str) else x for x in image]
                 elif isinstance(image, str):
                     image = where / image
-                request = model.request(image, row["prompt"], exif=options.exif)
+                request = model.request(image, line.row["prompt"], exif=options.exif)
                 model.room(request, new_tokens=options.max_new_tokens,
                            visual_tokens=options.visual_tokens)  # fmt: skip
             except (ValueError, OSError) as error:
-                bad += 1
-                out.write(json.dumps({"id": name, "error": str(error)}) + "\n")
+                refuse(line, error)
                 continue
-            waiting.append((name, request))
+            waiting.append((line, request))
             if len(waiting) == options.batch:
-                answer()
-        if waiting:
-            answer()
+                flush()
+                task.note(line.number)
+        flush()
     if bad:
-        print(f"{bad} requests were not answered: their lines say why", file=sys.stderr)
+        first = "".join(f"\n  {where}" for where in bad[:3])
+        print(f"{len(bad)} requests were not answered, the first:{first}", file=sys.stderr)
     return 2 if bad else 0
 
 
-def rows(path: Path) -> Iterator[tuple[Any, dict | ValueError, Path]]:
-    """Name and fields of every line, or what is wrong with it."""
+def count(path: Path) -> int:
+    """The lines of a file."""
+    with path.open("rb") as lines:
+        return sum(1 for _ in lines)
+
+
+def lines_of(path: Path) -> Iterator[Line]:
+    """Every line of a file of requests that is not empty; an id that is not given is its number."""
     with path.open("rb") as lines:  # a line that is no text is one bad request
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            row: Any = None
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict) or "prompt" not in row:
                     raise ValueError("a request is an object with a `prompt`")
                 if unknown := sorted(row.keys() - {"id", "image", "prompt"}):
-                    raise ValueError(f"no {unknown} in a request: id, image and prompt")
+                    raise ValueError(
+                        f"a request has id, image and prompt, and this one {', '.join(unknown)}"
+                    )
+                wrong = ""
+            except RecursionError:
+                wrong = "its JSON is nested too deep"
             except ValueError as error:
-                yield number, ValueError(f"{path}, line {number}: {error}"), path.parent
-                continue
-            yield row.get("id", number), row, path.parent
+                wrong = str(error)
+            row = row if isinstance(row, dict) else {}
+            yield Line(number, row.get("id", number), row, wrong)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -23,16 +23,26 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import cli, mesh, report
+from vlm_jax import cli, mesh, progress, report
 from vlm_jax import train as training
 from vlm_jax.cells import Cell, cells_of, describe, dry_run, sizes, train_flops
 from vlm_jax.data import loader, sources
-from vlm_jax.data.processor import Processor
 from vlm_jax.evals import tasks
 from vlm_jax.evaluate import Clock, predict, write_predictions
 from vlm_jax.features import Features, Sight, batches_of, blind_of, features_of
+from vlm_jax.forecast import largest, memory_of, standing
 from vlm_jax.kernels import window_attention
-from vlm_jax.learn.workdir import claim, digest, provenance, write_json
+from vlm_jax.learn import fields, memory
+from vlm_jax.learn.workdir import (
+    Claim,
+    another,
+    claim,
+    digest,
+    flat,
+    of_json,
+    provenance,
+    write_json,
+)
 from vlm_jax.models import lora, vlm
 from vlm_jax.models.compressors.compressor import Compressor
 from vlm_jax.models.vit import ViT
@@ -77,20 +87,19 @@ def sights_of(cells: Sequence[Cell]) -> list[Sight]:
     return list(dict.fromkeys(found))
 
 
-def prepare(
-    config: ConfigDict, folder: Path, phase: Phases, sights: Sequence[Sight] = (Sight(),)
-) -> Shared:
+def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),)) -> Shared:
     """Data, encoder and features, made once and found again by a restart."""
+    config, folder = claimed.config, claimed.folder
     with phase("data"):
-        train, test = (
-            sources.open_source(config, split) for split in ("train", config.evaluate.split)
-        )
-        for source in (train, test):
-            print(f"data: {json.dumps(source.describe())}", file=sys.stderr)
-        processor = Processor(training.tokenizer_of(config, folder, train), config)
-        write_json(folder / "baselines.json", {"majority": sources.majority(train, test)})
+        with progress.doing("opening the evaluation data"):
+            test = sources.open_source(config, config.evaluate.split)
+        inputs, begin = training.opened(claimed, evaluation=test.data_hash)
+        train, processor = inputs.source, inputs.processor
+        progress.say(f"data: {json.dumps(test.describe())}")
     with phase("encoder"):
-        encoder = training.pretrain_encoder(config, folder, Inputs(train, processor))
+        encoder = training.pretrain_encoder(config, folder, inputs, begin=begin)
+    begin()
+    write_json(folder / "baselines.json", {"majority": sources.majority(train, test)})
     with phase("features"):
         made = {
             sight: Features(
@@ -109,11 +118,11 @@ def prepare(
             )
             for sight in sights
         }
-    return Shared(Inputs(train, processor), Inputs(test, processor), made, encoder)
+    return Shared(inputs, Inputs(test, processor), made, encoder)
 
 
 def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.Row:
-    """Trains and evaluates one cell; its row."""
+    """Trains and evaluates one cell; its row, which `facts` are a part of."""
     config = cell.config
     found = shared.features[Sight.of(vlm.shapes(config).compressor)]
     inputs, test = (
@@ -185,7 +194,6 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         prompt=config.data.template,
         parser=tasks.PROTOCOLS[protocol][1],
         data_hash=test.source.data_hash,
-        config_hash=digest(config),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         **facts,
     )
@@ -244,33 +252,78 @@ def request_lengths(
     return float(prompt), float(np.mean(wholes) - prompt), float(question)
 
 
-def run_grid(config: ConfigDict, folder: Path, command: str) -> dict:
+def same_cells(claimed: Claim, cells: Sequence[Cell]) -> None:
+    """Raises ValueError where a grid lost or changed a cell that was begun; more cells are fine."""
+    if claimed.begun is None:
+        return
+    now = {cell.name: cell.config for cell in cells}
+    home = claimed.folder / "cells"
+    begun = [c for c in cells_of(of_json(claimed.begun)) if (home / c.name).is_dir()]
+    if lost := [cell.name for cell in begun if cell.name not in now]:
+        raise ValueError(
+            f"{claimed.folder} has cells that this grid lacks ({', '.join(lost[:4])}): a grid may "
+            "be given more cells, not fewer; name them too, or choose another --workdir"
+        )
+    for cell in begun:
+        then, is_now = (
+            {k: v for k, v in flat(c).items() if k.startswith(("llm.", "compressor."))}
+            for c in (cell.config, now[cell.name])
+        )
+        if changed := list(fields.differing(then, is_now)):
+            named = fields.changes(changed, then, is_now)
+            raise ValueError(another(claimed.folder, f"cell {cell.name}: {named}"))
+
+
+def keep(folder: Path, cells: Sequence[Cell], rows: Mapping[str, records.Row]) -> None:
+    """Writes rows.jsonl: the rows that there are, in the order of the cells."""
+    records.write(folder / "rows.jsonl", [rows[c.name] for c in cells if c.name in rows])
+
+
+def run_grid(claimed: Claim, command: str) -> dict:
     """All cells that have no row yet, then the law and the report; what the report says of it."""
-    cells = cells_of(config)
+    begun = time.monotonic()
+    config, folder, cells = claimed.config, claimed.folder, cells_of(claimed.config)
+    same_cells(claimed, cells)
     facts = provenance(window_attention.form(config.kernels))
     # The law is fitted to the grid's own method, where others are run beside it.
     method = records.method_of(**method_of(cells[0].config))
-    described = dict(command=command, config=digest(config), method=method)
+    # What changes no result changes no hash: rows of one run have one.
+    first = claimed.first()
+    hashes = {cell.name: digest(cell.config) for cell in cells_of(first)}
+    described = dict(command=command, config=digest(first), method=method)
     phase = Phases(folder / "run.json", described | facts)
     training.check(config)
     for cell in cells:
         describe(cell)  # an impossible cell is found before the first is trained
-    shared = prepare(config, folder, phase, sights_of(cells))
-    rows = []
+    for cell in largest(cells):
+        for warning in memory.check_training(cell.config):
+            log.warning(warning)
+    shared = prepare(claimed, phase, sights_of(cells))
+    homes = {cell.name: folder / "cells" / cell.name for cell in cells}
+    rows = {
+        name: records.Row.from_json((home / "row.json").read_text())
+        for name, home in homes.items()
+        if (home / "row.json").exists()
+    }
+    if rows:
+        progress.say(f"{len(rows)} of {len(cells)} cells were finished before")
     for number, cell in enumerate(cells, 1):
-        home = folder / "cells" / cell.name
-        done = home / "row.json"
-        if not done.exists():
-            print(f"cell {number}/{len(cells)}: {cell.name}", file=sys.stderr)
-            with phase("cells"):
-                row = run_cell(cell, home, shared, facts)
-            # The row is written whole or not at all, and rows.jsonl is always all rows so far.
-            write_json(done, json.loads(row.to_json()))
-        rows.append(records.Row.from_json(done.read_text()))
-        records.write(folder / "rows.jsonl", rows)
-        scores = "  ".join(f"{name} {s['score']:.3f}" for name, s in rows[-1].families.items())
-        print(f"cell {number}/{len(cells)}: {cell.name}  {scores}", file=sys.stderr)
-    with phase("law and report"):
+        if cell.name in rows:
+            continue
+        home, which = homes[cell.name], f"cell {number}/{len(cells)}: {cell.name}"
+        progress.say(which)
+        with phase("cells"), progress.doing(which):
+            made = facts | dict(config_hash=hashes[cell.name])
+            row = run_cell(cell, home, shared, made)
+        # The row is written whole or not at all, and rows.jsonl is always all rows so far.
+        write_json(home / "row.json", json.loads(row.to_json()))
+        rows[cell.name] = records.Row.from_json((home / "row.json").read_text())
+        keep(folder, cells, rows)
+        scores = "  ".join(f"{name} {s['score']:.3f}" for name, s in row.families.items())
+        progress.say(f"{which}  {scores}")
+        progress.say(standing(cells, rows, time.monotonic() - begun))
+    keep(folder, cells, rows)
+    with phase("law and report"), progress.doing("law and report"):
         made = report.write(folder)
     print(
         "seconds per phase: "
@@ -293,17 +346,25 @@ def main(argv: list[str] | None = None) -> int:
     cli.say_warnings()
 
     def body() -> int:
+        fields.check(flat(config))
+        if config.start_from:
+            raise ValueError(
+                f"start_from={config.start_from}: a grid makes models of its own sizes; only "
+                "`vlm-jax train` starts from a model that is there"
+            )
         with jax.set_mesh(mesh.make(**config.mesh)):
             if flags["dry-run"].value:
-                dry_run(config, cells_of(config))
+                cells = cells_of(config)
+                dry_run(config, cells)
+                print(memory_of(cells))
                 return 0
             if flags.workdir is None:
                 raise ValueError("--workdir is missing: name the folder that the run lives in")
             folder = Path(flags.workdir).absolute()
             # Cells of one size and V are one program, and a restart compiles nothing twice.
             jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-            with claim(folder, config):
-                print(json.dumps(run_grid(config, folder, " ".join(["vlm-jax grid", *argv]))))
+            with claim(folder, config, grid=True) as claimed:
+                print(json.dumps(run_grid(claimed, " ".join(["vlm-jax grid", *argv]))))
         return 0
 
     return cli.report_errors("grid", body)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from vlm_jax import cli, progress
 from vlm_jax.reports import figures, page
 from vlm_jax.reports import run as runs
 from vlm_jax.reports.run import Run
@@ -141,17 +142,19 @@ def main(argv: list[str] | None = None) -> int:
         prog="vlm-jax report", description=__doc__.split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="holds rows.jsonl")
-    try:
-        made = write(parser.parse_args(argv).workdir)
-    except (ValueError, OSError) as error:
-        print(f"vlm-jax report: {error}", file=sys.stderr)
-        return 2
-    for family, why in made["no_law"].items():
-        print(f"no law for {family}: {why}", file=sys.stderr)
-    if made["no_figures"]:
-        print(made["no_figures"], file=sys.stderr)
-    print(json.dumps(made))
-    return 0
+    options = parser.parse_args(argv)
+
+    def body() -> int:
+        with progress.doing("fitting the law, and drawing"):
+            made = write(options.workdir)
+        for family, why in made["no_law"].items():
+            print(f"no law for {family}: {why}", file=sys.stderr)
+        if made["no_figures"]:
+            print(made["no_figures"], file=sys.stderr)
+        print(json.dumps(made))
+        return 0
+
+    return cli.report_errors("report", body)
 
 
 if __name__ == "__main__":

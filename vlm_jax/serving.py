@@ -21,13 +21,14 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vlm_jax import cli, convert
+from vlm_jax import cli, runs
 from vlm_jax import mesh as meshes
 from vlm_jax.data.example import Example
 from vlm_jax.data.pictures import check_exif
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from vlm_jax.decoding import Decoder, Sampling
+from vlm_jax.learn import memory
 from vlm_jax.models import vlm
 from vlm_jax.requests import (
     Picture,
@@ -88,7 +89,7 @@ class VLM:
     def from_checkpoint(
         cls, path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None
     ) -> "VLM":
-        """The model of a folder that `vlm-jax convert` made, or of a finished `vlm-jax train`.
+        """The model of a folder: of `vlm-jax convert`, a finished `vlm-jax train`, a grid's cell.
 
         Args:
           dtype: of weights and activations, float32 or bfloat16; as stored unless given.
@@ -96,15 +97,7 @@ class VLM:
         Raises:
           FileNotFoundError, ValueError: for a folder that is none, with the way to make one.
         """
-        path = Path(path)
-        if not path.is_dir():
-            raise FileNotFoundError(f"there is no folder --checkpoint={path}")
-        if (path / "finetune").is_dir():
-            with convert.one_device():
-                stored = convert.trained(path)
-        else:
-            stored = folder.read(path)
-        return cls.of(stored, dtype=dtype, mesh=mesh)
+        return cls.of(runs.read(path, "--checkpoint"), dtype=dtype, mesh=mesh)
 
     @classmethod
     def of(
@@ -122,6 +115,9 @@ class VLM:
         with jax.set_mesh(mesh):
             stored.check()
             shapes = vlm.shapes(config)
+            size = {"float32": 4, "bfloat16": 2}[dtype]
+            need = memory.Need("the model", memory.in_shards(shapes) // 4 * size)
+            memory.check(need, "load it as bfloat16 (--dtype=bfloat16), or over more devices")
             model = folder.place(shapes, names.model_table(shapes), stored.tensors, dtype=dtype)
         return cls(model, processor_of(stored), max_length=stored.facts["max_length"], mesh=mesh)
 

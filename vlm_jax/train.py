@@ -2,13 +2,17 @@
 """Configuration to checkpoint: the encoder where it is to be made, then align, then finetune.
 
     vlm-jax train --config=configs/demo.py --workdir=runs/one [--config.llm.depth=4]
+    vlm-jax train --config=configs/finetune.py --dry-run
 
 The same command resumes: a finished stage is read back, a broken one goes on behind its newest
-whole
-checkpoint, with the same numbers as if it had never stopped.
+whole checkpoint, with the same numbers as if it had never stopped. The folder is this run's from
+its first step on: an attempt that failed before that claims nothing.
 """
 
+import hashlib
+import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,10 +23,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import cli, mesh
+from vlm_jax import cli, forecast, mesh, progress, runs
 from vlm_jax.data import loader, patches, prefixes, processor, sources, templates, word_tokenizer
 from vlm_jax.data.tokenizer import check_vocabulary
-from vlm_jax.learn import optimizer
+from vlm_jax.learn import fields, memory, optimizer
 from vlm_jax.learn.checkpoint import Checkpoints
 from vlm_jax.learn.log import Log
 from vlm_jax.learn.objective import (
@@ -32,7 +36,7 @@ from vlm_jax.learn.objective import (
     patch_class,
     patch_reader,
 )
-from vlm_jax.learn.workdir import claim
+from vlm_jax.learn.workdir import Claim, claim, flat
 from vlm_jax.models import layers, lora, vlm
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM
@@ -58,8 +62,13 @@ def run_stage(
     config: ConfigDict,
     folder: Path,
     objective: Callable[[Any, Any], Sums],
+    *,
+    begin: Callable[[], None] | None = None,
 ) -> Any:
-    """The model after stage `name` (encoder, align or finetune), resumed from `folder` if begun."""
+    """The model after stage `name` (encoder, align or finetune), resumed from `folder` if begun.
+
+    `begin` is called when the first step of this process is seen to be finite.
+    """
     stage = config[name]
     tx = optimizer.optimizer(stage)
     graph, state = optimizer.start(model, name, tx)
@@ -67,16 +76,21 @@ def run_stage(
     # Of a stage without adapters the notes are what they were before there were any.
     adapters = lora.described(model) if name == "finetune" else None
     described = {"stage": name} | ({"lora": adapters} if adapters else {})
-    if restored := checkpoints.restore(state, lora=adapters):
+    with progress.doing(f"{name}: reading its checkpoint"):
+        restored = checkpoints.restore(state, lora=adapters)
+    if restored:
         state, notes = restored
         batches.position = notes["position"]
     first = int(state.step)
     if first < stage.steps:
-        batches.skips.keep(folder / name / "skipped.jsonl")
+        told = folder / name / "skipped.jsonl"
+        if first == 0:  # an attempt that left nothing else may have been another run
+            told.unlink(missing_ok=True)
+        batches.skips.keep(told)
         step_of = optimizer.make_step(
             graph, tx, objective, accumulate=stage.accumulate, z_loss=stage.z_loss
         )
-        progress = Log(
+        lines = Log(
             folder / name,
             name,
             first=first,
@@ -86,22 +100,35 @@ def run_stage(
             tensorboard=config.log.tensorboard,
             more=batches.fields,
         )
-        waiting = None
-        for step in range(first + 1, stage.steps + 1):
-            state, metrics = step_of(state, next(batches))
-            if waiting:
-                progress(*waiting, checkpoints.newest)
-            waiting = (step, metrics)
-            if step % config.checkpoint.every == 0 or step == stage.steps:
-                # Never save what has not been seen to be finite.
-                progress(*waiting, checkpoints.newest)
-                waiting = None
-                checkpoints.save(state, {"position": batches.position} | described)
-        progress.close()
+        waiting, news = None, [begin] if begin else []
+
+        def seen(step: int, metrics: optimizer.Metrics) -> None:
+            lines(step, metrics, checkpoints.newest)
+            while news:
+                news.pop()()
+
+        with progress.doing(name, stage.steps) as task:
+            task.note(first)
+            with progress.doing("the first step, which is compiled"):
+                state, metrics = step_of(state, next(batches))
+            for step in range(first + 1, stage.steps + 1):
+                if step > first + 1:
+                    state, metrics = step_of(state, next(batches))
+                task.note(step)
+                if waiting:
+                    seen(*waiting)
+                waiting = (step, metrics)
+                if step % config.checkpoint.every == 0 or step == stage.steps:
+                    # Never save what has not been seen to be finite.
+                    seen(*waiting)
+                    waiting = None
+                    checkpoints.save(state, {"position": batches.position} | described)
+        lines.close()
         batches.close()
         if batches.skips:
-            log.warning(skipped(name, batches, folder / name / "skipped.jsonl"))
-    checkpoints.close()
+            log.warning(skipped(name, batches, told))
+    with progress.doing(f"{name}: writing its checkpoint"):
+        checkpoints.close()
     return optimizer.finish(graph, state)
 
 
@@ -122,6 +149,15 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"lora.rank={config.lora.rank}, but finetune.steps=0: adapters are trained in finetune"
         )
+    if config.start_from and config.encoder.steps:
+        raise ValueError(
+            f"encoder.steps={config.encoder.steps}: start_from={config.start_from} has an encoder, "
+            "which a new one would replace: set encoder.steps=0"
+        )
+    if not config.align.steps + config.finetune.steps:
+        raise ValueError(
+            "align.steps=0 and finetune.steps=0: such a run trains no model; set one of them"
+        )
     templates.query_of(config)
     for name in ("encoder", "align", "finetune"):
         stage = config[name]
@@ -138,7 +174,13 @@ def check(config: ConfigDict) -> None:
             )
 
 
-def pretrain_encoder(config: ConfigDict, folder: Path, inputs: Inputs) -> ViT:
+def pretrain_encoder(
+    config: ConfigDict,
+    folder: Path,
+    inputs: Inputs,
+    *,
+    begin: Callable[[], None] | None = None,
+) -> ViT:
     """An encoder that has learnt what each patch of the training images shows."""
     source = inputs.source
     if not hasattr(source, "patch_labels"):
@@ -157,7 +199,7 @@ def pretrain_encoder(config: ConfigDict, folder: Path, inputs: Inputs) -> ViT:
         skip=config.data.on_bad_example == "skip",
     )
     reader = patch_reader(config, source.patch_classes)
-    return run_stage("encoder", reader, batches, config, folder, patch_class).vit
+    return run_stage("encoder", reader, batches, config, folder, patch_class, begin=begin).vit
 
 
 def train(
@@ -167,6 +209,7 @@ def train(
     *,
     encoder: ViT | None = None,
     seed: int | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> VLM:
     """A model through both stages, its checkpoints in `folder`; `seed` defaults to the config's.
 
@@ -175,8 +218,13 @@ def train(
     tokens as it can give in align, as its method is published in finetune.
     """
     seed = config.seed if seed is None else seed
-    start = weights_start.load if config.start_from else vlm.create
-    model = start(config, seed=seed)
+    if config.start_from:
+        with progress.doing("reading the weights to start from"):
+            stored = runs.read(config.start_from, "start_from")
+            model = weights_start.load(config, stored, seed=seed)
+    else:
+        with progress.doing("drawing the first weights"):
+            model = vlm.create(config, seed=seed)
     if encoder is not None:
         model = VLM(encoder, model.compressor, model.llm)
     if model.compressor.buckets:
@@ -186,16 +234,17 @@ def train(
             continue
         if name == "finetune":
             model = lora.adapt(model, config.lora, seed=seed)
-        batches = rows = loader.Batches(
-            inputs.source,
-            inputs.processor,
-            batch=config[name].batch,
-            seed=seed,
-            features=inputs.features,
-            skip=config.data.on_bad_example == "skip",
-            mesh=jax.sharding.get_mesh(),
-            workers=config.data.workers,
-        )
+        with progress.doing(f"{name}: preparing the rows"):
+            batches = rows = loader.Batches(
+                inputs.source,
+                inputs.processor,
+                batch=config[name].batch,
+                seed=seed,
+                features=inputs.features,
+                skip=config.data.on_bad_example == "skip",
+                mesh=jax.sharding.get_mesh(),
+                workers=config.data.workers,
+            )
         objective = next_token
         if name == "finetune" and model.compressor.prefixes:
             batches = prefixes.RandomPrefixes(
@@ -206,7 +255,7 @@ def train(
             )
         if name == "finetune" and model.compressor.scales:
             objective = every_scale
-        model = run_stage(name, model, batches, config, folder, objective)
+        model = run_stage(name, model, batches, config, folder, objective, begin=begin)
         if rows.cut:
             log.warning(
                 f"{name}: {rows.cut} rows were longer than data.text_length="
@@ -216,44 +265,115 @@ def train(
     return lora.merge(model)
 
 
-def tokenizer_of(config: ConfigDict, folder: Path, source: sources.Source) -> Any:
-    """The tokenizer that the configuration names, or a small one made from the training texts."""
+def tokenizer_of(config: ConfigDict, kept: Path | None, source: sources.Source) -> Any:
+    """The tokenizer that the configuration names, or that a run keeps in a folder, or a small one
+    made from the training texts."""
     if config.data.tokenizer:
         tokenizer = processor.load_tokenizer(config.data.tokenizer)
-    elif (folder / "tokenizer").is_dir():
-        tokenizer = processor.load_tokenizer(folder / "tokenizer")
+    elif kept is not None and kept.is_dir():
+        tokenizer = processor.load_tokenizer(kept)
     else:
         texts = (text for i in range(len(source)) for turn in source[i].turns for text in turn)
         tokenizer = word_tokenizer.train_tokenizer(texts, config.llm.vocab)
-        # Whole or not at all: a killed run must not leave half a tokenizer behind.
-        tokenizer.save_pretrained(folder / "tokenizer.tmp")
-        (folder / "tokenizer.tmp").rename(folder / "tokenizer")
     check_vocabulary(tokenizer, config.llm.vocab)
     return tokenizer
 
 
+def hash_of(tokenizer: Any) -> str:
+    """A sha256 over what a tokenizer's ids mean and how a conversation is written with it."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    text = json.dumps([vocabulary, tokenizer.chat_template])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def keep_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Saves a tokenizer: whole or not at all, or a killed run would leave half of one behind."""
+    fresh = folder.with_name("tokenizer.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    tokenizer.save_pretrained(fresh)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+def opened(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
+    """The training split of a claimed folder's run, and what makes the folder its own.
+
+    ValueError where the folder was begun with other data or another tokenizer, or with anything
+    else of other `hashes`.
+    """
+    config, kept = claimed.config, claimed.folder / "tokenizer"
+    with progress.doing("opening the training data"):
+        source = sources.open_source(config, "train")
+    progress.say(f"data: {json.dumps(source.describe())}")
+    with progress.doing("making or reading the tokenizer"):
+        tokenizer = tokenizer_of(config, kept if claimed.begun else None, source)
+    claimed.reads(data=source.data_hash, tokenizer=hash_of(tokenizer), **hashes)
+
+    def begin() -> None:
+        fresh = claimed.begun is None
+        if fresh and not config.data.tokenizer and jax.process_index() == 0:
+            keep_tokenizer(tokenizer, kept)
+        claimed.begin()
+
+    return Inputs(source, processor.Processor(tokenizer, config)), begin
+
+
 def main(argv: list[str] | None = None) -> int:
     config, flags = cli.parse(
-        "train", __doc__, argv, strings={"workdir": "where the run lives"}, required=["workdir"]
+        "train",
+        __doc__,
+        argv,
+        strings={"workdir": "where the run lives"},
+        booleans={"dry-run": "print what the run would take and stop"},
     )
     cli.say_warnings()
 
     def body() -> int:
-        return run(weights_start.adopt(config), Path(flags.workdir).absolute())
+        fields.check(flat(config))
+        made = adopted(config)
+        for name, value in cli.overrides(flags).items():
+            if flat(made).get(name) != flat(config).get(name):
+                progress.say(
+                    f"start: {name}={fields.shown(value)} gives way to "
+                    f"{fields.shown(flat(made)[name])} of start_from={config.start_from}"
+                )
+        if flags["dry-run"].value:
+            with jax.set_mesh(mesh.make(**made.mesh)):
+                check(made)
+                forecast.dry_run(made)
+            return 0
+        if flags.workdir is None:
+            raise ValueError("--workdir is missing: name the folder that the run lives in")
+        return run(made, Path(flags.workdir).absolute())
 
     return cli.report_errors("train", body)
 
 
+def adopted(config: ConfigDict) -> ConfigDict:
+    """The configuration with what the folder that it starts from decides."""
+    if not config.start_from:
+        return config
+    return weights_start.adopt(config, runs.described(config.start_from, "start_from"))
+
+
 def run(config: ConfigDict, folder: Path) -> int:
     """Trains as the configuration says, in `folder`."""
-    with jax.set_mesh(mesh.make(**config.mesh)), claim(folder, config):
+    with jax.set_mesh(mesh.make(**config.mesh)), claim(folder, config) as claimed:
         check(config)
-        vlm.shapes(config)  # an impossible model is found before the encoder is trained
-        source = sources.open_source(config, "train")
-        print(f"data: {source.describe()}", file=sys.stderr)
-        inputs = Inputs(source, processor.Processor(tokenizer_of(config, folder, source), config))
-        encoder = pretrain_encoder(config, folder, inputs) if config.encoder.steps else None
-        model = train(config, folder, inputs, encoder=encoder)
+        # An impossible model, or one too large, is found before anything is made of it.
+        vlm.shapes(config)
+        for warning in memory.check_training(config):
+            log.warning(warning)
+        inputs, begin = opened(claimed)
+        if not (config.start_from or config.encoder.steps):
+            log.warning(
+                "the encoder has random weights and keeps them: name a model that has one "
+                "(start_from), or let one be trained (encoder.steps)"
+            )
+        encoder = None
+        if config.encoder.steps:
+            encoder = pretrain_encoder(config, folder, inputs, begin=begin)
+        model = train(config, folder, inputs, encoder=encoder, begin=begin)
         tokens = f"{config.compressor.tokens}"
         if model.compressor.buckets:
             tokens = f"up to {model.compressor.tokens}"

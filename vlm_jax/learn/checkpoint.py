@@ -94,13 +94,15 @@ class Checkpoints:
     ) -> tuple[State, dict[str, Any]] | None:
         """The newest whole checkpoint with its notes, laid out like `like`; None if there is none.
 
+        `like` may hold shapes with shardings. Without an optimizer's state, none is read.
+
         A damaged step is reported and the one before it is taken; if steps exist and none is whole,
         RuntimeError: starting over silently would throw work away. ValueError for a checkpoint of
         a model with other adapters than `lora` describes.
         """
-        numbered = {int(p.name): p for p in self.folder.iterdir() if p.name.isdigit()}
-        steps = sorted((n for n, p in numbered.items() if any(p.iterdir())), reverse=True)
-        self.unusable = [n for n in numbered if n not in steps]
+        found = {int(p.name): p for p in self.folder.iterdir() if p.name.isdigit()}
+        steps = sorted(numbered(self.folder), reverse=True)
+        self.unusable = [n for n in found if n not in steps]
         for step in steps:
             try:
                 return self.read(step, like, lora)
@@ -136,26 +138,49 @@ class Checkpoints:
         wanted = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), named(like)
         )
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-        arrays = self.manager.restore(step, args=args)["state"]
+        if jax.tree.leaves(like.optimizer):
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+            arrays = self.manager.restore(step, args=args)["state"]
+        else:
+            arrays = part(self.folder / str(step) / "state", wanted)
         sums = notes.pop("crc32")
         if bad := [n for n, x in arrays.items() if sums[n] is not None and checksum(x) != sums[n]]:
             raise ValueError(f"checksum differs for {', '.join(bad[:3])}")
         # A copy, because the restored buffers may be borrowed from the reader and are donated
         # later.
-        leaves = [jax.numpy.copy(arrays[name]) for name in named(like)]
+        leaves = [jax.numpy.copy(arrays.pop(name)) for name in named(like)]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), notes
 
     def newest(self) -> str:
-        """The newest finished step as a path, for messages."""
+        """A sentence on the newest finished step, for messages."""
         self.wait()
         step = self.manager.latest_step()
-        return f"{self.folder}/{step}" if step is not None else "none was written yet"
+        if step is None:
+            return "no checkpoint was written before it"
+        return f"the last good checkpoint is {self.folder}/{step}"
 
     def close(self) -> None:
         """Waits for a write under way; OSError if it failed."""
         self.wait()
         self.manager.close()
+
+
+def part(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Those arrays of a stored state that are `wanted`; the others are not read."""
+    args = ocp.args.PyTreeRestore(
+        wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+    )
+    with ocp.PyTreeCheckpointer() as reader:
+        return reader.restore(path, args=args)
+
+
+def numbered(folder: Path) -> list[int]:
+    """The steps that a stage's folder has a checkpoint of, ascending; none without a folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and any(p.iterdir()))
 
 
 def said(lora: dict[str, Any] | None) -> str:
@@ -170,7 +195,7 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or repr(error)
 
 
-def named(state: State) -> dict[str, jax.Array]:
+def named(state: State) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
     """The arrays of a state under readable names: `trained.llm.embedding.value` and so on."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in flat}

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from vlm_jax import progress
 from vlm_jax.learn.optimizer import Metrics
 
 
@@ -45,6 +46,7 @@ class Log:
         self.mark = (first, time.monotonic())
         self.tokens, self.more = 0, more
         self.first, self.untaught = first, 0  # steps without a supervised token
+        self.compiled = False
         self.speaks = jax.process_index() == 0
         self.file = self.bar = self.board = None
         if not self.speaks:
@@ -57,15 +59,15 @@ class Log:
         if tensorboard:
             self.board = board(folder)
 
-    def __call__(self, step: int, metrics: Metrics, newest_checkpoint) -> None:
-        """Notes one finished step; raises Diverged at the first number that is not finite."""
+    def __call__(self, step: int, metrics: Metrics, newest: Callable[[], str]) -> None:
+        """Notes one finished step; raises Diverged at the first number that is not finite, with
+        what `newest` says of the checkpoints."""
         values = {k: float(v) for k, v in metrics._asdict().items()}
         if not all(math.isfinite(values[k]) for k in ("loss", "gradient_norm")):
             raise Diverged(
                 f"{self.name} step {step}: loss {values['loss']}, gradient norm "
-                f"{values['gradient_norm']}; the last good checkpoint is "
-                f"{newest_checkpoint()}; lower "
-                f"{self.name}.learning_rate or set {self.name}.clip_norm, and start again"
+                f"{values['gradient_norm']}; {newest()}; lower {self.name}.learning_rate or set "
+                f"{self.name}.clip_norm, and start again in another --workdir"
             )
         self.tokens += values["tokens"]
         self.untaught += values["tokens"] == 0
@@ -81,7 +83,11 @@ class Log:
             loss = f"loss {values['loss']:.4f}" if values["tokens"] else "no supervised token"
             self.bar.set_postfix_str(loss, refresh=False)
             self.bar.update(step - self.bar.n)
+            progress.spoke()
+        first, self.compiled = not self.compiled, True
         if step % self.every and step != self.last:
+            if first:  # it was compiled: no measure of those that follow
+                self.mark, self.tokens = (step, time.monotonic()), 0
             return
         since, then = self.mark
         now = time.monotonic()
@@ -105,9 +111,10 @@ class Log:
                 f"{self.name} {step}/{self.last}  {loss}  "
                 f"{values['examples_per_s']:.0f} examples/s  {values['tokens_per_s']:.0f} "
                 f"tokens/s  "
-                f"eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}",
+                f"eta {progress.duration(eta)}",
                 file=sys.stderr,
             )
+            progress.spoke()
 
     def close(self) -> None:
         """Ends the bar and the files."""

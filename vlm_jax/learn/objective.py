@@ -72,15 +72,17 @@ class PatchReader(nnx.Module):
 
 def patch_reader(config: ConfigDict, classes: int) -> PatchReader:
     """A fresh encoder of the configured sizes under its classifier, on the current mesh."""
+    make = jax.jit(lambda: reader(config, classes), compiler_options=mesh.known(RUN_ONCE))
+    return make()
 
-    def make():
-        rngs = nnx.Rngs(config.seed)
-        vit = ViT(
-            **config.vit.to_dict(), rngs=rngs, remat_policy=config.remat, dtype=config.compute_dtype
-        )
-        return PatchReader(vit, config.vit.width, classes, rngs=rngs)
 
-    return jax.jit(make, compiler_options=mesh.known(RUN_ONCE))()
+def reader(config: ConfigDict, classes: int) -> PatchReader:
+    """`patch_reader` as it is traced."""
+    rngs = nnx.Rngs(config.seed)
+    vit = ViT(
+        **config.vit.to_dict(), rngs=rngs, remat_policy=config.remat, dtype=config.compute_dtype
+    )
+    return PatchReader(vit, config.vit.width, classes, rngs=rngs)
 
 
 def patch_class(model: PatchReader, batch: Batch) -> Sums:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training that starts from a model folder: its sizes, its weights, its tokenizer."""
+"""Training that starts from a model that is there: its sizes, its weights, its tokenizer."""
 
 import sys
 from typing import Any
@@ -12,20 +12,17 @@ from vlm_jax.models.vlm import VLM
 from vlm_jax.weights import folder, methods, names, preprocessor
 
 
-def adopt(config: ConfigDict) -> ConfigDict:
-    """The configuration with encoder, LLM and tokenizer of the folder `config.start_from`, if any,
-    and with how that encoder's images are prepared.
+def adopt(config: ConfigDict, model: folder.Model) -> ConfigDict:
+    """The configuration with encoder, LLM and tokenizer of `model`, which `config.start_from`
+    names, and with how that encoder's images are prepared.
 
-    A folder without compression (kind none) may get any compressor, which reads
+    A model without compression (kind none) may get any compressor, which reads
     `config.vit.levels`: a fresh one, or one whose only weights are the projector that is there. Any
-    other folder has a trained one, and the configuration must name it.
+    other model has a trained one, and the configuration must name it.
 
     Raises:
       ValueError: for another compressor.
     """
-    if not config.start_from:
-        return config
-    model = folder.read(config.start_from)
     config = config.copy_and_resolve_references()
     vit, compressor = model.vit, folder.PLAIN | model.compressor
     if replaced(config, model):
@@ -100,12 +97,11 @@ def same(ours: Any, theirs: Any) -> bool:
     return list(ours) == list(theirs) if sequences else ours == theirs
 
 
-def load(config: ConfigDict, *, seed: int) -> VLM:
-    """The model that an adopted configuration starts from, on the current mesh, in float32.
+def load(config: ConfigDict, model: folder.Model, *, seed: int) -> VLM:
+    """`model` as an adopted configuration starts from it, on the current mesh, in float32.
 
     ValueError for a configuration that has other sizes, as the cells of a grid do.
     """
-    model = folder.read(config.start_from)
     if other := [k for k, v in model.llm.items() if config.llm[k] != v]:
         raise ValueError(
             f"start_from={config.start_from} has an LLM that differs in {', '.join(other)}: only "
