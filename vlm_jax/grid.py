@@ -32,7 +32,7 @@ from vlm_jax.evaluate import Clock, predict, write_predictions
 from vlm_jax.features import Features, Sight, batches_of, blind_of, features_of
 from vlm_jax.forecast import largest, memory_of, standing
 from vlm_jax.kernels import window_attention
-from vlm_jax.learn import fields, memory
+from vlm_jax.learn import fields, fingerprint, memory
 from vlm_jax.learn.workdir import (
     Claim,
     another,
@@ -185,6 +185,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
             examples=sum(config[s].steps * config[s].batch for s in ("align", "finetune")),
             flops=train_flops(config, model.compressor),
             seconds=round(train_seconds, 2),
+            **fingerprint.of_run(home, [s for s in ("align", "finetune") if config[s].steps]),
             **({"lora": adapters_of(config)} if config.lora.rank else {}),
         ),
         evaluate_seconds=round(seconds, 2),

@@ -28,6 +28,7 @@ from vlm_jax.data import loader, patches, prefixes, processor, sources, template
 from vlm_jax.data.tokenizer import check_vocabulary
 from vlm_jax.learn import fields, memory, optimizer
 from vlm_jax.learn.checkpoint import Checkpoints
+from vlm_jax.learn.fingerprint import Beginning
 from vlm_jax.learn.log import Log
 from vlm_jax.learn.objective import (
     Sums,
@@ -101,9 +102,11 @@ def run_stage(
             more=batches.fields,
         )
         waiting, news = None, [begin] if begin else []
+        beginning = Beginning(folder / name, state)
 
         def seen(step: int, metrics: optimizer.Metrics) -> None:
             lines(step, metrics, checkpoints.newest)
+            beginning.note(step, float(metrics.loss))
             while news:
                 news.pop()()
 

@@ -19,7 +19,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from vlm_jax import __version__
-from vlm_jax.learn import fields, memory, optimizer
+from vlm_jax.learn import fields, fingerprint, memory, optimizer
 from vlm_jax.learn.checkpoint import Checkpoints, numbered
 from vlm_jax.learn.fields import Change
 from vlm_jax.models import lora, vlm
@@ -332,6 +332,6 @@ def provenance(kernels: str) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in PACKAGES},
         },
-        machine=f"{jax.device_count()} x {device.device_kind} ({platform.machine()}, "
-        f"{os.cpu_count()} CPU cores), {kernels} kernels",
+        machine=f"{jax.device_count()} x {device.device_kind} ({fingerprint.processor()}), "
+        f"{kernels} kernels",
     )

@@ -41,7 +41,9 @@ class Row:
     tasks: dict  # task -> family, metric, score, stderr, n
     families: dict  # family -> score, stderr, n
     flops: dict  # FLOP_PARTS -> FLOPs of one request
-    train: dict  # steps, examples, flops, seconds; lora where adapters were trained
+    # steps, examples, flops, seconds; lora where adapters were trained; initial_weights, first_loss
+    # and last_loss, which differ in some digit where two rows were not trained alike.
+    train: dict
     evaluate_seconds: float
     protocol: str
     prompt: str
