@@ -188,6 +188,11 @@ def merge(model: Model, path: Path, **allowed) -> tuple[list[str], list[str]]:
         outputs, inputs = model.tensors[f"{module}.weight"].shape
         half = low.get(f"{module}.lora_A.weight")
         rank = settings["r"] if half is None else half.shape[0]
+        if rank != settings["r"] and not settings.get("rank_pattern"):
+            raise ValueError(
+                f"{path / CONFIG} says r={settings['r']} and no rank_pattern, and the rank of "
+                f"{module} is {rank}: the two are not of one adapter"
+            )
         wanted[f"{module}.lora_A.weight"] = (rank, inputs)
         wanted[f"{module}.lora_B.weight"] = (outputs, rank)
     try:

@@ -34,11 +34,11 @@ STORAGES = {
     "ByteStorage": "U8",
     "BoolStorage": "BOOL",
 }
-# A tensor takes about 150 bytes and 40 instructions of description, so these are 28,000 tensors;
+# A tensor takes about 150 bytes and 40 instructions of description, so these are 13,000 tensors;
 # the numbers themselves lie beside it.
-LONGEST_PICKLE = 4 * 2**20
-MOST_INSTRUCTIONS = 2**20
-LONGEST_DIRECTORY = 16 * 2**20  # bytes of a zip's directory, about 70 for each tensor
+LONGEST_PICKLE = 2 * 2**20
+MOST_INSTRUCTIONS = 2**19
+LONGEST_DIRECTORY = 4 * 2**20  # bytes of a zip's directory, about 70 for each tensor
 ZIP = b"PK\x03\x04"
 # The end of a zip: its signature, and the signatures of the records before it in a large one.
 END, LOCATOR, LARGE_END = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"

@@ -13,6 +13,7 @@ from vlm_jax.models.llm import LLM
 from vlm_jax.models.vit import ViT
 from vlm_jax.weights import ends
 from vlm_jax.weights.classes import DEEPEST, allow
+from vlm_jax.weights.preprocessor import FILTERS, OLDER
 from vlm_jax.weights.values import LARGEST, finite, number, shown, table, text, whole
 
 ELSEWHERE = ("self", "rngs", "remat_policy", "dtype")  # parameters that no folder says
@@ -31,7 +32,18 @@ def check(fields: dict[str, Any]) -> None:
     image = table("facts.image", facts.get("image"))
     for name in ("mean", "std"):
         three(f"facts.image.{name}", image.get(name), positive=name == "std")
-    text("facts.image.fit", image.get("fit"))
+    allow("facts.image.fit", image.get("fit"), ("pad", "crop", "stretch"))
+    # What older folders lack has the value with which nothing changed.
+    image = OLDER | image
+    allow("facts.image.resample", image["resample"], tuple(FILTERS.values()))
+    typed("facts.image.resize", image["resize"], tuple[int, ...])
+    typed("facts.image.rescale", image["rescale"], float)
+    typed("facts.image.normalize", image["normalize"], bool)
+    ends = table("facts.ends", facts.get("ends", {}))
+    for part in ("outer", "text"):
+        for field, value in table(f"facts.ends.{part}", ends.get(part, {})).items():
+            tokens(f"facts.ends.{part}.{shown(field)[1:-1]}", value, least=-1)
+    tokens("facts.ends.stop", ends.get("stop"), least=0)
     text("facts.template", facts.get("template"))
     whole("facts.max_length", facts.get("max_length"))
     if facts.get("image_token") is not None:
@@ -41,12 +53,17 @@ def check(fields: dict[str, Any]) -> None:
 
 
 def check_model(fields: dict[str, Any]) -> None:
-    """ValueError with the first field of the sections that make a model which cannot be read."""
+    """ValueError with the first field of the sections that make a model which cannot be read.
+
+    A field of `vit` or `llm` that is absent gets the value that changed nothing when it was born.
+    """
     for name, cls in (("vit", ViT), ("llm", LLM)):
         said = inspect.signature(cls.__init__).parameters.items()
         taken = {key: of for key, of in said if key not in ELSEWHERE}
         needed = [key for key, of in taken.items() if of.default is inspect.Parameter.empty]
         section(name, fields, {key: of.annotation for key, of in taken.items()}, needed)
+        born = {key: of.default for key, of in taken.items() if key not in needed}
+        fields[name] = born | fields[name]
     section("compressor", fields, COMPRESSOR, ("kind", "tokens"))
     allow("compressor.kind", fields["compressor"]["kind"], tuple(sorted(COMPRESSORS)))
 
@@ -83,6 +100,13 @@ def typed(name: str, value: Any, kind: Any) -> None:
             raise ValueError(f"{name}={shown(value)}: a list of whole numbers is needed")
         for part in value:
             whole(name, part)
+
+
+def tokens(name: str, value: Any, *, least: int) -> None:
+    """ValueError unless a value is the number of a token, a list of some, or nothing."""
+    for token in value if isinstance(value, list | tuple) else [value]:
+        if value is not None:
+            whole(name, token, least=least)
 
 
 def three(name: str, value: Any, *, positive: bool) -> None:

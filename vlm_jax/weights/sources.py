@@ -40,8 +40,9 @@ def llava(path: Path, *, vision: Path | None, wish: Wish) -> Model:
             f"{path} holds a {described.kind} alone: give --vision=DIR and --llm=DIR to make a "
             "model of the two"
         )
+    stored = read_tensors(path)
     with within(str(path)):
-        tensors = names.renamed(read_tensors(path))
+        tensors = names.renamed(stored)
         refuse_newline(tensors)
     vit, flat, notes = described.vit, {}, {}
     if described.kind == "llava-1.5":
@@ -128,8 +129,9 @@ def assembled(vision: Path, llm: Path, wish: Wish) -> Model:
     described = architectures.read(llm)
     if described.kind != "llm":
         raise ValueError(f"--llm={llm} holds a {described.kind}, not a language model alone")
+    stored = read_tensors(llm)
     with within(f"--llm={llm}"):
-        tensors |= alone("llm.", names.renamed(read_tensors(llm)), "language model")
+        tensors |= alone("llm.", names.renamed(stored), "language model")
         sizes.check(vit, described.llm, {n: x.shape for n, x in tensors.items()})
     none = folder.PLAIN | dict(tokens=sizes.patches(vit))
     told = facts(llm, vision, vit, described)
@@ -152,8 +154,9 @@ def of_tower(path: Path) -> tuple[Section, dict[str, Stored]]:
     if described.kind != "tower":
         raise ValueError(f"--vision={path} holds a {described.kind}, not a vision tower")
     vit = described.vit | dict(levels=(described.vit["depth"] - 1,))
+    stored = read_tensors(path)
     with within(f"--vision={path}"):
-        return vit, alone("vit.", names.renamed(read_tensors(path)), "vision tower")
+        return vit, alone("vit.", names.renamed(stored), "vision tower")
 
 
 def facts(path: Path, vision: Path, vit: Section, described: architectures.Published) -> Section:

@@ -39,7 +39,7 @@ WEIGHTS = ("F32", "F16", "BF16", "F64")  # what the numbers of a model may be st
 PIECE = 64 * 2**20  # bytes read, cast and written at a time
 # Bytes. The format's own reader takes 100 MB, and JSON of that size takes several GB of memory; a
 # shard with ten thousand tensors has 1.5 MB.
-LONGEST_HEADER = 16 * 2**20
+LONGEST_HEADER = 4 * 2**20
 BLOCK = 2**22  # numbers looked at together, so that looking takes little memory
 
 
