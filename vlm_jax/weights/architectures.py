@@ -234,8 +234,6 @@ def llm_section(fields: dict) -> Section:
     """Our `llm` fields of a language model."""
     kind = fields["model_type"]
     check_sizes(fields, LLM_SIZES)
-    if fields.get("rope_theta") is not None:
-        number("rope_theta", fields["rope_theta"])
     full = defaults(kind, fields, LLM_FIELDS)
     allow("hidden_act", full.hidden_act, ("silu",))
     allow("mlp_bias", bool(fields.get("mlp_bias", False)), (False,))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vlm_jax.weights.values import shown, whole
+from vlm_jax.weights.values import number, shown, whole
 
 # Fields that change what is computed: sizes, then others.
 TOWER_SIZES = (
@@ -50,6 +50,8 @@ def allow(name: str, value: Any, allowed: tuple | type) -> None:
 
 def check_sizes(fields: dict, names: tuple[str, ...]) -> None:
     """ValueError for a size that no model has, before anything is made of it."""
+    if fields.get("rope_theta") is not None:
+        number("rope_theta", fields["rope_theta"])
     for name in names:
         value = fields.get(name)
         if name in ("image_size", "patch_size"):

@@ -8,6 +8,7 @@ model. Python's own unpickler is not used: it reserves memory for whatever place
 program names, and hashes tuples that are nested deeper than its stack.
 """
 
+import itertools
 import math
 import pickletools
 import struct
@@ -178,12 +179,15 @@ class Machine:
           Refused: for an instruction or a word that describes no tensor.
           ValueError: for a program that is cut off.
         """
-        for count, (code, value, _) in enumerate(pickletools.genops(program)):
-            if count > MOST_INSTRUCTIONS:
-                raise Refused(
-                    f"{self.path}: its description of tensors is implausibly long: more than "
-                    f"{MOST_INSTRUCTIONS} instructions"
-                )
+        # Counted first: they are soon read, and slowly run.
+        if any(
+            True for _ in itertools.islice(pickletools.genops(program), MOST_INSTRUCTIONS, None)
+        ):
+            raise Refused(
+                f"{self.path}: its description of tensors is implausibly long: more than "
+                f"{MOST_INSTRUCTIONS} instructions"
+            )
+        for code, value, _ in pickletools.genops(program):
             if code.name == "STOP":
                 return self.pop()
             self.step(code.name, value)

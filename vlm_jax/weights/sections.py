@@ -39,11 +39,6 @@ def check(fields: dict[str, Any]) -> None:
     typed("facts.image.resize", image["resize"], tuple[int, ...])
     typed("facts.image.rescale", image["rescale"], float)
     typed("facts.image.normalize", image["normalize"], bool)
-    ends = table("facts.ends", facts.get("ends", {}))
-    for part in ("outer", "text"):
-        for field, value in table(f"facts.ends.{part}", ends.get(part, {})).items():
-            tokens(f"facts.ends.{part}.{shown(field)[1:-1]}", value, least=-1)
-    tokens("facts.ends.stop", ends.get("stop"), least=0)
     text("facts.template", facts.get("template"))
     whole("facts.max_length", facts.get("max_length"))
     if facts.get("image_token") is not None:
@@ -100,13 +95,6 @@ def typed(name: str, value: Any, kind: Any) -> None:
             raise ValueError(f"{name}={shown(value)}: a list of whole numbers is needed")
         for part in value:
             whole(name, part)
-
-
-def tokens(name: str, value: Any, *, least: int) -> None:
-    """ValueError unless a value is the number of a token, a list of some, or nothing."""
-    for token in value if isinstance(value, list | tuple) else [value]:
-        if value is not None:
-            whole(name, token, least=least)
 
 
 def three(name: str, value: Any, *, positive: bool) -> None:
