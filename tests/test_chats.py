@@ -98,6 +98,8 @@ def test_a_template_of_ours_is_written_so_that_transformers_gives_our_ids(kind, 
         ours = serving.processor_of(model)
         for turns in TALKS[: 2 if template.joined else 1]:
             for image in (0, None):
+                if name == "plain" and image is None and not ours.bos:
+                    continue  # it drops the question: a prompt of no token
                 row = ours.tokens(Example("x", image, turns, "", ""), answer=False)
                 at = row.image_at or 0
                 ids = [*row.ids[:at], *[token] * len(row.places), *row.ids[at:]]
@@ -323,7 +325,8 @@ def test_a_tokenizer_that_does_not_fit_its_model_or_is_none_is_refused(tmp_path,
     # A tokenizer that is given brings its own template, or none.
     real.with_image(real.llama()).save_pretrained(tmp_path / "llama")
     assert run(*to, "--tokenizer", tmp_path / "llama") == 0
-    assert folder.read(tmp_path / "a").facts["template"] == "vicuna_v1"
+    facts = folder.read(tmp_path / "a").facts
+    assert (facts["template"], facts["image_token"]) == ("vicuna_v1", 360)
     for path in list(hf.iterdir()):
         if path.name not in ("config.json", "model.safetensors"):
             path.unlink()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.data import jinja
-from vlm_jax.data.example import Example
+from vlm_jax.data.example import IMAGE_MARK, Example
 from vlm_jax.data.templates import TEMPLATES
 from vlm_jax.data.tokenizer import Encoder, check_vocabulary, load_tokenizer, mark_of
 from vlm_jax.weights import architectures, ends, folder, sources
@@ -50,6 +50,7 @@ def settle(model: Model, *, published: Path | None, tokenizer: Path | None) -> N
     if fields and tokenizer is not None:
         kind = fields.get("text_config", fields).get("model_type", "")
         facts["template"] = sources.template(tokenizer, architectures.read(published), kind)
+        facts["image_token"] = words.get_vocab().get(IMAGE_MARK)
     if facts.get("template") == "checkpoint":
         mark, text = mark_of(words, facts.get("image_token")), words.chat_template
         if fields and isinstance(text, str) and (name := jinja.named(text, mark=mark)):

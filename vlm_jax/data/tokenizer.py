@@ -197,9 +197,12 @@ def check_vocabulary(tokenizer: Any, vocab: int, *, image: int | None = None) ->
 
 
 def mark_of(tokenizer: Any, image_token: int | None) -> str:
-    """What stands for an image in the texts of a model: its token, <image> where it has none.
+    """What stands for an image in the texts of a model: <image>, or the token of another name that
+    its configuration numbers.
 
-    Only a token that was added can be one: some configurations name a word.
+    Only a token that was added can be one: some configurations number a word.
     """
     added = tokenizer.added_tokens_decoder
-    return str(added[image_token]) if image_token in added else IMAGE_MARK
+    if IMAGE_MARK in tokenizer.get_vocab() or image_token not in added:
+        return IMAGE_MARK
+    return str(added[image_token])
