@@ -11,11 +11,11 @@ from vlm_jax.requests import bucket_of_rows, conversation, padded, picture
 
 def test_a_conversation_is_its_turns_with_the_last_one_open():
     assert conversation("a?", images=0) == (("a?", ""),)
-    assert conversation(["a?", "b", " c? "], images=1) == (("a?", "b"), ("c?", ""))
+    assert conversation(["a?", "b ", " c? "], images=1) == (("a?", "b "), (" c? ", ""))
     assert conversation("<image>\na?", images=1) == (("a?", ""),)
     # A mark that says more than that an image belongs to the first question stays.
     assert conversation(["a?", "b", "<image> c?"], images=1) == (("a?", "b"), ("<image> c?", ""))
-    assert conversation("<image> or <image>? ", images=2) == (("<image> or <image>?", ""),)
+    assert conversation("<image> or <image>? ", images=2) == (("<image> or <image>? ", ""),)
     assert conversation("a?", images=2) == (("a?", ""),)
 
 

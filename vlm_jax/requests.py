@@ -163,7 +163,7 @@ def conversation(prompt: Any, *, images: int) -> tuple[tuple[str, str], ...]:
             f"{'image' if images == 1 else 'images'}: each image has one mark, in a question; "
             "without any mark all belong to the first question"
         )
-    texts = [text.strip() for text in texts]
+    texts = list(texts)  # as they were given: a chat template may mind a space
     if marks[0] == images == 1:
         texts[0] = texts[0].replace(IMAGE_MARK, "").strip()
     return tuple(zip(texts[::2], [*texts[1::2], ""], strict=True))
