@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from vlm_jax import cli, mesh, progress, report
 from vlm_jax import train as training
 from vlm_jax.cells import Cell, cells_of, describe, dry_run, sizes, train_flops
-from vlm_jax.data import loader, sources
+from vlm_jax.data import loader, sources, targets
 from vlm_jax.evals import tasks
 from vlm_jax.evaluate import Clock, predict, write_predictions
 from vlm_jax.features import Features, Sight, batches_of, blind_of, features_of
@@ -133,6 +133,11 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         )
         for i, seen in ((shared.train, found.train), (shared.test, found.test))
     )
+    if inputs.processor.query == "prefix" != shared.train.processor.query:
+        # Of such a row less is left than was found when the data was opened.
+        skip = config.data.on_bad_example == "skip"
+        if note := targets.check(inputs.source, inputs.processor, skip=skip):
+            progress.say(f"{cell.name}: {note}")
     folder.mkdir(parents=True, exist_ok=True)
     home = folder.parent / cell.model
     then = time.monotonic()

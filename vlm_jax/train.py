@@ -24,7 +24,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax import cli, forecast, mesh, progress, runs
-from vlm_jax.data import loader, patches, prefixes, processor, sources, templates, word_tokenizer
+from vlm_jax.data import (
+    loader,
+    patches,
+    prefixes,
+    processor,
+    sources,
+    targets,
+    templates,
+    word_tokenizer,
+)
 from vlm_jax.data.tokenizer import check_vocabulary
 from vlm_jax.learn import fields, memory, optimizer
 from vlm_jax.learn.checkpoint import Checkpoints
@@ -258,11 +267,16 @@ def train(
             )
         if name == "finetune" and model.compressor.scales:
             objective = every_scale
+        if config[name].batch > len(inputs.source):
+            log.warning(
+                f"{name}.batch={config[name].batch} is more than the {len(inputs.source)} examples "
+                "of the data: each batch has some of them more than once"
+            )
         model = run_stage(name, model, batches, config, folder, objective, begin=begin)
         if rows.cut:
             log.warning(
-                f"{name}: {rows.cut} rows were longer than data.text_length="
-                f"{config.data.text_length} and data.question_length="
+                f"{name}: {rows.cut} of {len(inputs.source)} rows were longer than "
+                f"data.text_length={config.data.text_length} and data.question_length="
                 f"{config.data.question_length} allow, and lost their end"
             )
     return lora.merge(model)
@@ -318,7 +332,12 @@ def opened(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
             keep_tokenizer(tokenizer, kept)
         claimed.begin()
 
-    return Inputs(source, processor.Processor(tokenizer, config)), begin
+    made = processor.Processor(tokenizer, config)
+    with progress.doing("looking for rows without an answer"):
+        note = targets.check(source, made, skip=config.data.on_bad_example == "skip")
+    if note:
+        progress.say(note)
+    return Inputs(source, made), begin
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -188,9 +188,10 @@ class Processor:
         after Tq tokens.
 
         Raises:
-          ValueError: for more images than data.images_per_row, for a prompt or question that does
-            not fit (a training row is cut, and an image but the first goes with its text), an image
-            place that does not, or a question of no token at all where one is read.
+          ValueError: for more images than data.images_per_row, or a question of no token at all
+            where one is read.
+          BadExample: for a prompt or question that does not fit (a training row is cut, and an
+            image but the first goes with its text), or an image place that does not.
         """
         ids, mask, places, questions = self.tokens(example, answer=answer)
         has_image, first, most = bool(places), self.question_length, self.images_per_row
@@ -221,7 +222,7 @@ class Processor:
                 fits = False
                 problem += f", its question {longest}, data.question_length is {first}"
         if not fits and (not answer or has_image and image_at >= self.text_length):
-            raise ValueError(f"example {example.id}: {problem}: raise it, or shorten the question")
+            raise BadExample(f"example {example.id}: {problem}: raise it, or shorten the question")
         if self.query != "none" and has_image and not all(questions):
             raise ValueError(
                 f"example {example.id}: compressor.query={self.query!r} reads the question, which "
