@@ -14,7 +14,7 @@ import tiny
 
 from vlm_jax import mesh as meshes
 from vlm_jax import train
-from vlm_jax.data import loader, sources
+from vlm_jax.data import loader, sources, tokenizer
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.word_tokenizer import train_tokenizer
 from vlm_jax.learn import objective, optimizer
@@ -340,11 +340,11 @@ def test_a_half_written_tokenizer_is_not_taken_for_one(setting, tmp_path, monkey
 
     monkeypatch.setattr(kind, "save_pretrained", die)
     with pytest.raises(KeyboardInterrupt):
-        train.keep_tokenizer(inputs.processor.tokenizer, kept)
+        tokenizer.keep_tokenizer(inputs.processor.tokenizer, kept)
     monkeypatch.undo()
     assert not kept.exists()
     made = train.tokenizer_of(c, kept, inputs.source)
-    train.keep_tokenizer(made, kept)
+    tokenizer.keep_tokenizer(made, kept)
     again = train.tokenizer_of(c, kept, inputs.source)
     assert made.get_vocab() == again.get_vocab() == inputs.processor.tokenizer.get_vocab()
-    assert train.hash_of(made) == train.hash_of(again)
+    assert tokenizer.hash_of(made) == tokenizer.hash_of(again)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from vlm_jax import runs
 from vlm_jax.cells import cells_of
 from vlm_jax.data.processor import Processor, load_tokenizer
+from vlm_jax.data.tokenizer import hash_of
 from vlm_jax.learn import fields, memory
 from vlm_jax.learn.fields import Change
 from vlm_jax.learn.workdir import finished, flat
@@ -19,7 +20,6 @@ from vlm_jax.models import vlm
 from vlm_jax.models.compressors import serves_any_tokens
 from vlm_jax.models.vlm import VLM
 from vlm_jax.serving import processor_of
-from vlm_jax.train import hash_of
 from vlm_jax.weights import folder as model_folders
 from vlm_jax.weights import names, preprocessor
 from vlm_jax.weights.stored import NAMES

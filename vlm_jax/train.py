@@ -9,10 +9,8 @@ whole checkpoint, with the same numbers as if it had never stopped. The folder i
 its first step on: an attempt that failed before that claims nothing.
 """
 
-import hashlib
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ from vlm_jax.data import (
     templates,
     word_tokenizer,
 )
-from vlm_jax.data.tokenizer import check_vocabulary
+from vlm_jax.data.tokenizer import check_vocabulary, hash_of, keep_tokenizer
 from vlm_jax.learn import fields, memory, optimizer
 from vlm_jax.learn.checkpoint import Checkpoints
 from vlm_jax.learn.fingerprint import Beginning
@@ -294,22 +292,6 @@ def tokenizer_of(config: ConfigDict, kept: Path | None, source: sources.Source) 
         tokenizer = word_tokenizer.train_tokenizer(texts, config.llm.vocab)
     check_vocabulary(tokenizer, config.llm.vocab)
     return tokenizer
-
-
-def hash_of(tokenizer: Any) -> str:
-    """A sha256 over what a tokenizer's ids mean and how a conversation is written with it."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    text = json.dumps([vocabulary, tokenizer.chat_template])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def keep_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Saves a tokenizer: whole or not at all, or a killed run would leave half of one behind."""
-    fresh = folder.with_name("tokenizer.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    tokenizer.save_pretrained(fresh)
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
 
 
 def opened(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], None]]:

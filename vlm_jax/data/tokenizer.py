@@ -5,7 +5,9 @@ What a tokenizer does is asked of it, not read from fields of its files: those m
 tokenizer_config.json and another in tokenizer.json.
 """
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,3 +208,19 @@ def mark_of(tokenizer: Any, image_token: int | None) -> str:
     if IMAGE_MARK in tokenizer.get_vocab() or image_token not in added:
         return IMAGE_MARK
     return str(added[image_token])
+
+
+def hash_of(tokenizer: Any) -> str:
+    """A sha256 over what a tokenizer's ids mean and how a conversation is written with it."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    text = json.dumps([vocabulary, tokenizer.chat_template])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def keep_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Saves a tokenizer: whole or not at all, or a killed run would leave half of one behind."""
+    fresh = folder.with_name("tokenizer.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    tokenizer.save_pretrained(fresh)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
