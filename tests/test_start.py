@@ -66,6 +66,25 @@ def test_a_folder_without_compression_gets_a_fresh_compressor(tmp_path, mesh1):
     )
 
 
+def test_a_method_whose_only_weights_are_the_projector_starts_from_the_trained_one(
+    tmp_path, mesh1, capsys
+):
+    path = tmp_path / "llava"
+    assert convert.main(["--from", str(FROZEN / "clip_llama"), "--to", str(path)]) == 0
+    tensors = folder.read(path).tensors
+    for levels, kept in (((1, 2), True), ((1,), False)):
+        c = tiny.config(start_from=str(path), compressor=dict(kind="m3", tokens=1),
+                        vit=dict(levels=levels))  # fmt: skip
+        with jax.set_mesh(mesh1):
+            model = start.load(start.adopt(c), seed=0)
+        same = np.array_equal(
+            model.compressor.projector.up.kernel[...], tensors["compressor.0.weight"].read().T
+        )
+        told = capsys.readouterr().err
+        assert same is kept and ("projector and LLM" in told) is kept
+        assert ("a fresh m3 in place of its trained projector" in told) is not kept
+
+
 def test_a_trained_compressor_must_be_the_one_that_is_configured(made):
     c = tiny.config(start_from=str(made), compressor=dict(tokens=1))
     with pytest.raises(ValueError, match="'tokens': 4.*the configuration says {'tokens': 1}"):
