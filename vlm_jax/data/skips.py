@@ -24,7 +24,9 @@ class Skip:
     reason: str
 
     def __str__(self) -> str:
-        return self.reason if self.image in self.reason else f"{self.image}: {self.reason}"
+        text = self.reason if self.image in self.reason else f"{self.image}: {self.reason}"
+        # Half a character, which a path may hold, cannot be printed everywhere.
+        return text.encode(errors="backslashreplace").decode()
 
 
 class Skips:
