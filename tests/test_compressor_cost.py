@@ -87,7 +87,6 @@ KINDS = [
     dict(kind="token_packer", tokens=144),  # windows of one patch: nothing is absorbed
     dict(kind="quecc", tokens=9),
     dict(kind="quecc", tokens=9, downsample="pool"),
-    dict(kind="mqt", tokens=9, queries=16),
     dict(kind="quecc", tokens=4, query="separate"),
     dict(kind="quecc", tokens=4, query="prefix"),
     dict(kind="mqt", tokens=9),
@@ -97,6 +96,7 @@ KINDS = [
     dict(kind="prumerge", tokens=0),
     dict(kind="prumerge_plus", tokens=9),
     dict(kind="prumerge_plus", tokens=0),
+    dict(kind="mqt", tokens=9, queries=16),
 ]
 KINDS = [dict(heads=4, query="none", downsample="conv", queries=0) | section for section in KINDS]
 

@@ -76,7 +76,7 @@ def test_a_method_whose_only_weights_are_the_projector_starts_from_the_trained_o
         c = tiny.config(start_from=str(path), compressor=dict(kind="m3", tokens=1),
                         vit=dict(levels=levels))  # fmt: skip
         with jax.set_mesh(mesh1):
-            model = start.load(start.adopt(c), seed=0)
+            model = start.load(train.adopted(c), folder.read(path), seed=0)
         same = np.array_equal(
             model.compressor.projector.up.kernel[...], tensors["compressor.0.weight"].read().T
         )
