@@ -236,8 +236,10 @@ def test_what_is_a_model_already_is_not_given_another_compressor(wholes, tmp_pat
     for flags in (["--tokens=4"], ["--compressor=pool", "--tokens=4", "--replace-compressor"]):
         said = refused(capsys, "--from", tmp_path / "a", *flags, "--to", tmp_path / "b")
         assert "is a model folder already" in said and flags[0] in said
-    (tmp_path / "a/finetune").mkdir()
-    said = refused(capsys, "--from", tmp_path / "a", "--heads=4", "--to", tmp_path / "b")
+
+
+def test_what_a_training_run_has_learned_is_not_given_another_compressor(trained, tmp_path, capsys):
+    said = refused(capsys, "--from", trained, "--heads=4", "--to", tmp_path / "b")
     assert "is a training run" in said and "--heads=4" in said
 
 

@@ -50,7 +50,7 @@ def dry_run(config: ConfigDict) -> None:
     print(f"rows        {config.data.text_length} tokens of text and {visual} of images")
     rate, how = speed(config)
     columns = ("parameters", "gradients", "optimizer", "activations")
-    heads = "".join(f"{name:>13}" for name in (*columns, "together", "FLOPs", "time"))
+    heads = "".join(f"{name:>13}" for name in (*columns, "together", "FLOPs")) + f"{'time':>18}"
     print(f"{'stage':10}{'steps':>8}{'batch':>7}{heads}")
     total, needs = 0.0, []
     for name in STAGES:
@@ -68,7 +68,7 @@ def dry_run(config: ConfigDict) -> None:
         numbers = "".join(f"{gigabytes(n):>13}" for n in sizes)
         print(
             f"{name:10}{config[name].steps:8,}{config[name].batch:7,}{numbers}{flops:13.3g}"
-            f"{span(flops / rate):>13}"
+            f"  {span(flops / rate):>16}"
         )
     there, where = memory.available()
     shape = " x ".join(f"{k}={v}" for k, v in jax.sharding.get_mesh().shape.items())
