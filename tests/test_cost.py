@@ -251,7 +251,8 @@ def test_training_flops_are_the_compilers(stage, images, mesh1):
         model = jax.eval_shape(lambda: LLM(**WIDE_LLM, rngs=nnx.Rngs(0)))
 
         def loss(packer, model, levels, text):
-            visual = packer(levels).reshape(1, -1, text.shape[2])
+            place = mesh.spec("batch", "len", "feature")
+            visual = jnp.reshape(packer(levels), (1, -1, text.shape[2]), out_sharding=place)
             x = jnp.concatenate([visual, text], axis=1)
             return jnp.square(model.logits(model(x))).sum()
 
