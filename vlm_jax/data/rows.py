@@ -236,6 +236,6 @@ def own_ids(given: Sequence[Any]) -> Ids:
 
 
 def _named(value: Any) -> str | None:
-    """An id as text; None for what is none."""
+    """An id as text; None where a row gives no usable id."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
     return str(value) if number or (isinstance(value, str) and value) else None
