@@ -182,6 +182,13 @@ def overrides(values: flags.FlagValues) -> dict[str, Any]:
     return dict(values["config"].override_values)
 
 
+def workdir_of(parsed: flags.FlagValues) -> Path:
+    """The folder of --workdir; ValueError where it is missing, which only a dry run allows."""
+    if parsed.workdir is None:
+        raise ValueError("--workdir is missing: name the folder that the run lives in")
+    return Path(parsed.workdir).absolute()
+
+
 def report_errors(verb: str, body: Callable[[], int]) -> int:
     """Runs `body`; what a user can mend is one line on stderr and exit status 2, not a traceback.
 

@@ -364,9 +364,7 @@ def main(argv: list[str] | None = None) -> int:
                 dry_run(config, cells)
                 print(memory_of(cells))
                 return 0
-            if flags.workdir is None:
-                raise ValueError("--workdir is missing: name the folder that the run lives in")
-            folder = Path(flags.workdir).absolute()
+            folder = cli.workdir_of(flags)
             # Cells of one size and V are one program, and a restart compiles nothing twice.
             jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
             with claim(folder, config, grid=True) as claimed:

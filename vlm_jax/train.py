@@ -346,9 +346,7 @@ def main(argv: list[str] | None = None) -> int:
                 check(made)
                 forecast.dry_run(made)
             return 0
-        if flags.workdir is None:
-            raise ValueError("--workdir is missing: name the folder that the run lives in")
-        return run(made, Path(flags.workdir).absolute())
+        return run(made, cli.workdir_of(flags))
 
     return cli.report_errors("train", body)
 
