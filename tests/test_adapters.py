@@ -228,7 +228,7 @@ def test_folders_that_are_no_adapter_are_refused(copy, tmp_path, capsys):
 
 def test_only_a_run_with_adapters_has_any_to_export(base, tmp_path, capsys):
     run_of = tmp_path / "run"
-    (run_of / "finetune").mkdir(parents=True)
+    (run_of / "finetune/4").mkdir(parents=True)
     (run_of / "config.json").write_text(json.dumps(tiny.get_config().to_dict()))
     said = refused(capsys, "--from", base, "--to-peft", "--to", tmp_path / "a")
     assert "--to-peft needs --from=WORKDIR" in said and "config.lora.rank" in said

@@ -182,7 +182,8 @@ def test_a_seed_is_a_whole_number(value):
 def test_a_seed_that_is_none_is_refused_by_name(seed, tmp_path, capsys):
     for argv in (["train", CONFIG, f"--workdir={tmp_path}/run", f"--config.seed={seed}"],
                  ["generate", "--checkpoint=none", "--prompt=a", f"--seed={seed}"],
-                 ["convert", "--from=none", "--to=none", f"--seed={seed}"]):  # fmt: skip
+                 ["convert", "--from=none", "--to=none", f"--seed={seed}"],
+                 ["fit", "--published=ocr", f"--out={tmp_path}", f"--seed={seed}"]):  # fmt: skip
         try:
             code = __main__.main(argv)
         except SystemExit as end:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,8 +32,11 @@ def run(*argv):
 
 
 def refused(capsys, *argv):
-    """What `vlm-jax convert` says when it refuses."""
-    assert run(*argv) == 2
+    """What `vlm-jax convert` says when it refuses; without --to it has an empty folder to use."""
+    with tempfile.TemporaryDirectory() as empty:
+        given = "--to" in argv
+        assert run(*argv, *(() if given else ("--to", f"{empty}/model"))) == 2
+        assert not os.listdir(empty)
     return capsys.readouterr().err
 
 
@@ -351,11 +355,11 @@ def test_a_conversion_killed_half_way_can_be_repeated_and_is_never_overwritten(t
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--to=x"], "give --from=DIR, or --vision=DIR and --llm=DIR"),
-    (["--to=x", "--from=.", "--llm=y"], "leave --llm out"),
-    (["--to=x", "--from=.", "--compressor=quecc", "--replace-compressor"], "needs --tokens=V"),
-    (["--to=x", "--from=.", "--dtype=int8"], "choose one of float32, float16, bfloat16"),
-    (["--to=x", "--from=.", "--compressor=quecc", "--tokens=1", "--levels=a"], "12,16,22,23"),
+    ([], "give --from=DIR, or --vision=DIR and --llm=DIR"),
+    (["--from=.", "--llm=y"], "leave --llm out"),
+    (["--from=.", "--compressor=quecc", "--replace-compressor"], "needs --tokens=V"),
+    (["--from=.", "--dtype=int8"], "choose one of float32, float16, bfloat16"),
+    (["--from=.", "--compressor=quecc", "--tokens=1", "--levels=a"], "12,16,22,23"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together_are_refused(flags, words, capsys):
     assert words in refused(capsys, *flags)

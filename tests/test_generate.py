@@ -7,6 +7,8 @@ More than 400 lines: one small model, trained once, answers for all of them.
 import io
 import json
 import re
+import shutil
+import unicodedata
 
 import jax
 import numpy as np
@@ -289,14 +291,17 @@ def test_a_file_of_requests_keeps_what_is_finished(checkpoint, photo, tmp_path, 
 
 
 def test_the_line_of_what_cannot_be_answered_has_its_id_and_its_number(tmp_path):
-    lines = [dict(id="a", promt="b"), dict(id=7, prompt="c", pixels=1), dict(id="\ud800"), [1]]
+    lines = [dict(id="a", promt="b"), dict(id=7, prompt="c", pixels=1), dict(id="\ud800"), [1],
+             dict(id=[[]], prompt="a")]  # fmt: skip
     path = tmp_path / "r.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n" + "[" * 100_000)
     found = list(generate.lines_of(path))
-    assert [line.id for line in found] == ["a", 7, "\ud800", 4, 6]
-    assert [line.number for line in found] == [1, 2, 3, 4, 6] and all(line.wrong for line in found)
+    assert [line.id for line in found] == ["a", 7, "\ud800", 4, 5, 7]
+    assert [line.number for line in found] == [1, 2, 3, 4, 5, 7] and all(
+        line.wrong for line in found
+    )
     assert "id, image and prompt, and this one pixels" in found[1].wrong
-    assert "nested too deep" in found[4].wrong
+    assert "its id is a list" in found[4].wrong and "nested too deep" in found[5].wrong
 
 
 def test_what_fails_at_run_time_costs_its_own_line(checkpoint, tmp_path, monkeypatch, capsys):
@@ -375,6 +380,21 @@ def test_a_damaged_picture_costs_its_own_line_and_no_other(
     assert all(found[k]["text"] == alone[0].text for k in (1, 3, 5))
     assert all(name in found[name]["error"] for name in bad)
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_requests_may_share_an_id_and_spell_a_name_in_either_unicode_form(
+    checkpoint, photo, tmp_path, alone, capsys
+):
+    shutil.copy(photo, tmp_path / unicodedata.normalize("NFD", "\xe9t\xe9.png"))
+    line = dict(id=1, image=unicodedata.normalize("NFC", "\xe9t\xe9.png"), prompt=PROMPTS[0])
+    file, out = tmp_path / "r.jsonl", tmp_path / "o.jsonl"
+    file.write_text("\n".join(json.dumps(line | more) for more in ({}, dict(id="1"), {})))
+    argv = [f"--checkpoint={checkpoint}", f"--requests={file}", f"--out={out}"]
+    assert generate.main([*argv, f"--max-new-tokens={NEW}"]) == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["id"], row["line"]) for row in found] == [(1, 1), ("1", 2), (1, 3)]
+    assert {row["text"] for row in found} == {alone[0].text}
+    assert "1 requests repeat the id of an earlier one" in capsys.readouterr().err
 
 
 def test_an_image_that_cannot_be_used_is_named_by_its_number(one, images, tmp_path):

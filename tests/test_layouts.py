@@ -139,7 +139,7 @@ def test_a_flat_llava_of_another_kind_is_refused_by_name(changes, words, flat, t
 @pytest.mark.parametrize("kind", ["llava_next", "llava_onevision", "llava_next_video"])
 def test_a_llava_that_cuts_images_into_tiles_is_refused_by_name(kind, copy, capsys):
     edited(copy, model_type=kind)
-    said = refused(capsys, "--from", copy, "--to", "x")
+    said = refused(capsys, "--from", copy)
     assert f"model_type='{kind}'" in said and "tiles" in said
 
 
@@ -147,8 +147,8 @@ def test_the_tensor_that_ends_a_row_of_tiles_gives_them_away(flat, copy, capsys)
     for path, name in ((flat / "model", "model.image_newline"), (copy, "image_newline")):
         tensors = load_file(path / "model.safetensors")
         save_file(tensors | {name: np.zeros(24, "f4")}, path / "model.safetensors")
-    assert "image_newline: LLaVA-1.6" in refused(capsys, *given(flat), "--to", "x")
-    assert "image_newline: LLaVA-1.6" in refused(capsys, "--from", copy, "--to", "x")
+    assert "image_newline: LLaVA-1.6" in refused(capsys, *given(flat))
+    assert "image_newline: LLaVA-1.6" in refused(capsys, "--from", copy)
 
 
 @pytest.mark.parametrize("fields", [
@@ -199,7 +199,7 @@ def test_a_window_over_less_than_a_row_is_refused_by_name(changes, copy, capsys)
         del config["text_config"]["max_position_embeddings"]
     config["text_config"] |= changes
     (copy / "config.json").write_text(json.dumps(config))
-    said = refused(capsys, "--from", copy, "--to", "x")
+    said = refused(capsys, "--from", copy)
     assert "sliding_window=" in said and "max_position_embeddings" in said
 
 
@@ -222,7 +222,7 @@ def test_a_window_over_less_than_a_row_is_refused_by_name(changes, copy, capsys)
 ], ids=str)  # fmt: skip
 def test_what_a_language_model_computes_otherwise_is_refused_by_name(changes, words, copy, capsys):
     edited(copy, **{f"text_config__{name}": value for name, value in changes.items()})
-    said = refused(capsys, "--from", copy, "--to", "x")
+    said = refused(capsys, "--from", copy)
     assert words in said and "config.json" in said
 
 
@@ -243,7 +243,7 @@ def test_both_ways_to_write_rotary_positions_mean_the_same(copy):
 ], ids=str)  # fmt: skip
 def test_what_a_tower_computes_otherwise_is_refused_by_name(changes, words, copy, capsys):
     edited(copy, **{f"vision_config__{name}": value for name, value in changes.items()})
-    said = refused(capsys, "--from", copy, "--to", "x")
+    said = refused(capsys, "--from", copy)
     assert words in said and "vision_config" in said
 
 
@@ -253,7 +253,7 @@ def test_what_a_tower_computes_otherwise_is_refused_by_name(changes, words, copy
 @pytest.mark.parametrize("level", ["", "text_config__", "vision_config__"])
 def test_a_quantization_is_noticed_at_every_level(level, copy, capsys):
     edited(copy, **{f"{level}quantization_config": dict(quant_method="bitsandbytes", bits=4)})
-    said = refused(capsys, "--from", copy, "--to", "x")
+    said = refused(capsys, "--from", copy)
     assert f"{level.replace('__', '.')}quantization_config" in said and "bitsandbytes" in said
     assert "get them as they were before" in said
 
@@ -262,5 +262,5 @@ def test_a_quantized_part_is_no_part_of_a_new_model(flat, capsys):
     fields, tensors = whole_models.llm(24)
     quantized = dict(model_type="llama", quantization_config=dict(quant_method="awq"))
     whole_models.save(flat / "llm", fields | quantized, tensors)
-    said = refused(capsys, "--llm", flat / "llm", "--vision", flat / "tower", "--to", "x")
+    said = refused(capsys, "--llm", flat / "llm", "--vision", flat / "tower")
     assert "llm/config.json: quantization_config" in said and "awq" in said

@@ -51,7 +51,8 @@ def unbroken(inputs, mesh1, tmp_path_factory):
     """A short run's folder, and the model that it returned."""
     path, c = tmp_path_factory.mktemp("lora"), config(**SHORT)
     inputs.processor.tokenizer.save_pretrained(path / "tokenizer")
-    with jax.set_mesh(mesh1), workdir.claim(path, c):
+    with jax.set_mesh(mesh1), workdir.claim(path, c) as claimed:
+        claimed.begin()
         model = train.train(c, path, inputs)
     return path, model
 

@@ -119,7 +119,7 @@ def test_a_plain_projector_is_kept_by_methods_that_have_no_other_weights(tmp_pat
         assert (made.compressor["kind"], made.compressor["tokens"]) == (kind, tokens)
         np.testing.assert_array_equal(made.tensors["compressor.2.weight"].read(),
                                       before["multi_modal_projector.linear_2.weight"])  # fmt: skip
-    said = refused(capsys, *base, "--compressor=m3", "--tokens=1", "--levels=1", "--to", "x")
+    said = refused(capsys, *base, "--compressor=m3", "--tokens=1", "--levels=1")
     assert "and not --levels=1" in said
 
 
@@ -136,7 +136,7 @@ def test_a_projector_of_stage_1_with_other_numbers_needs_the_flag(quecc, tmp_pat
     name = "0.q_downsample.bias"
     ours = made.tensors[f"compressor.{name}"].read()
     np.testing.assert_array_equal(ours, other[f"model.mm_projector.{name}"])
-    said = refused(capsys, *given(quecc), *flags[:2], "--replace-compressor", "--to", "x")
+    said = refused(capsys, *given(quecc), *flags[:2], "--replace-compressor")
     assert "its tensors are of quecc, and not of --compressor=none" in said
 
 
@@ -187,11 +187,11 @@ def test_tensors_of_two_compressors_and_of_none_that_is_known_are_refused(quecc,
     tensors = load_file(path)
     packer = load_file(wholes["token_packer_s4"][0] / "stage1.safetensors")
     save_file(tensors | packer, path)
-    said = refused(capsys, *given(quecc), "--to", "x")
+    said = refused(capsys, *given(quecc))
     assert "the tensors of several compressors (of quecc" in said and "of token_packer" in said
     save_file({n.replace("mm_projector.0", "mm_projector.x"): t for n, t in tensors.items()}, path)
     edit(quecc / "model", mm_vision_token_compression_type=None)
-    assert "is of no known method: it has 1.bias" in refused(capsys, *given(quecc), "--to", "x")
+    assert "is of no known method: it has 1.bias" in refused(capsys, *given(quecc))
 
 
 def test_tensors_that_are_of_one_method_alone_name_it_where_config_does_not(wholes, tmp_path):
@@ -225,9 +225,9 @@ def test_a_matryoshka_llava_is_known_by_the_scales_it_was_trained_on(tmp_path, c
     assert (found["kind"], found["tokens"], found["scales"]) == ("m3", 36, (1, 9, 36))
     assert gathered(*given(tmp_path), "--tokens=9").compressor["tokens"] == 9
     edit(tmp_path / "model", matryoshka_vis_token_scale="1,x")
-    assert "matryoshka_vis_token_scale='x'" in refused(capsys, *given(tmp_path), "--to", "x")
+    assert "matryoshka_vis_token_scale='x'" in refused(capsys, *given(tmp_path))
     edit(tmp_path / "model", matryoshka_vis_token_scale=[1, 5])
-    assert "cannot make 5 visual tokens" in refused(capsys, *given(tmp_path), "--to", "x")
+    assert "cannot make 5 visual tokens" in refused(capsys, *given(tmp_path))
 
 
 def test_what_is_a_model_already_is_not_given_another_compressor(wholes, tmp_path, capsys):
@@ -247,5 +247,5 @@ def test_parts_are_not_lost_from_a_folder_that_is_named_as_another(wholes, tmp_p
     path = Path(shutil.copytree(wholes["quecc_k2"][0], tmp_path / "copy"))
     fields, _ = whole_models.llm(48)
     (path / "model/config.json").write_text(json.dumps(fields | dict(model_type="llama")))
-    said = refused(capsys, "--llm", path / "model", "--vision", path / "tower", "--to", "x")
+    said = refused(capsys, "--llm", path / "model", "--vision", path / "tower")
     assert "it is no language model alone: it also has compressor." in said

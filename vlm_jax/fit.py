@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import scipy
 
+from vlm_jax import cli
 from vlm_jax.scaling import (
     chips,
     compare,
@@ -47,7 +48,7 @@ def flags() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--bootstrap", type=int, default=1000, help="draws; 0 leaves bands out")
     parser.add_argument("--resample", default="residuals", choices=intervals.RESAMPLINGS)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=cli.seed_flag, default=0, help="of the draws")
     parser.add_argument("--huber", type=float, help="residual beyond which a row counts linearly")
     parser.add_argument("--weights", default="stderr", choices=("stderr", "equal"))
     parser.add_argument("--n-unit", choices=sorted(tables.N_UNITS), help="of a table's column N")
@@ -61,12 +62,12 @@ def flags() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Fits, writes, draws; 0, or 2 after saying on stderr what was wrong."""
     options = flags().parse_args(argv)
-    try:
+
+    def body() -> int:
         print(json.dumps(run(options), allow_nan=False))
-    except (ValueError, OSError) as problem:
-        print(f"vlm-jax fit: {problem}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return cli.report_errors("fit", body)
 
 
 def run(options) -> dict:

@@ -12,9 +12,9 @@ token and tokens per second to stderr.
 A line of --requests has `prompt` (a text, or a conversation [question, answer, ..., question]) and
 may have `image` (a path, beside the file, or a list of several) and `id`. Each <image> in the
 questions stands for the next image; without any, all belong to the first question. A line of --out
-has `id` (else the number of the line), `text`, `stopped`, `prompt_tokens`, `visual_tokens`,
-`new_tokens`, `first_token_seconds` and `tokens_per_second`, or `id` and `error`; it is there as
-soon as its batch is answered.
+has `id` (else the number of the line), `line`, the number, `text`, `stopped`, `prompt_tokens`,
+`visual_tokens`, `new_tokens`, `first_token_seconds` and `tokens_per_second`, or `id`, `line` and
+`error`; it is there as soon as its batch is answered. Several lines may have one id.
 """
 
 import argparse
@@ -183,11 +183,12 @@ def many(model: VLM, options: argparse.Namespace) -> int:
     """
     model.answer([], **how(options))  # what is wrong with the flags is wrong with every line
     bad: list[str] = []
+    seen, repeated = set[str](), 0
     with opened(options.out) as out, progress.doing("answers", count(options.requests)) as task:
         waiting: list[tuple[Line, Any]] = []
 
         def write(line: Line, fields: dict[str, Any]) -> None:
-            row = {"id": line.id} | fields
+            row = {"id": line.id, "line": line.number} | fields
             try:
                 text = json.dumps(row, ensure_ascii=False)
                 text.encode()
@@ -235,6 +236,8 @@ def many(model: VLM, options: argparse.Namespace) -> int:
 
         task.note(0)
         for line in lines_of(options.requests):
+            repeated += (name := json.dumps(line.id)) in seen
+            seen.add(name)
             try:
                 if line.wrong:
                     raise ValueError(line.wrong)
@@ -254,6 +257,9 @@ def many(model: VLM, options: argparse.Namespace) -> int:
                 flush()
                 task.note(line.number)
         flush()
+    if repeated:
+        print(f"{repeated} requests repeat the id of an earlier one: `line` in the answers tells "
+              "them apart", file=sys.stderr)  # fmt: skip
     if bad:
         first = "".join(f"\n  {where}" for where in bad[:3])
         print(f"{len(bad)} requests were not answered, the first:{first}", file=sys.stderr)
@@ -281,6 +287,9 @@ def lines_of(path: Path) -> Iterator[Line]:
                     raise ValueError(
                         f"a request has id, image and prompt, and this one {', '.join(unknown)}"
                     )
+                if isinstance(row.get("id"), (list, dict)):
+                    del row["id"]
+                    raise ValueError("its id is a list or an object: give a text or a number")
                 wrong = ""
             except RecursionError:
                 wrong = "its JSON is nested too deep"

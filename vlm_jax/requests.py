@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.data.example import IMAGE_MARK
+from vlm_jax.data.paths import spelled
 from vlm_jax.data.pictures import Unusable, check_shape, one_line, read_image, rgb
 from vlm_jax.decoding import bucket
 from vlm_jax.models.compressors.compressor import Compressor, Visual
@@ -194,9 +195,10 @@ def picture(image: Any, *, exif: str = "apply") -> np.ndarray:
         raise ValueError(
             f"an image is a path, a PIL image or an array uint8 [H, W, 3], not {image!r:.80}"
         )
-    if not os.path.lexists(image):
+    path = spelled(image)
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"there is no image {image}")
-    return read_image(str(image), "", "give another image", exif=exif)
+    return read_image(str(path), "", "give another image", exif=exif)
 
 
 def array(image: np.ndarray) -> np.ndarray:
