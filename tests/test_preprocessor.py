@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlm_jax import convert
 from vlm_jax.data.images import Preparation
-from vlm_jax.weights import folder, preprocessor
+from vlm_jax.weights import folder, preprocessor, sections
 
 FROZEN = Path(__file__).parent / "published_weights"
 S = 24
@@ -30,8 +30,10 @@ def written(path, fields, model="clip_vision_model", name=preprocessor.NAME):
 
 
 def prepared(image):
-    """The Preparation of `facts.image`, by the way of a configuration."""
-    made = preprocessor.configured(json.loads(json.dumps(image)))
+    """The Preparation of `facts.image`, by the way of a model folder and a configuration."""
+    image = json.loads(json.dumps(image))
+    sections.check_image(image)
+    made = preprocessor.configured(image)
     return Preparation(S, **{name.removeprefix("image_"): x for name, x in made.items()})
 
 
@@ -160,6 +162,7 @@ REFUSED = {
     "size below 0": (dict(size={"shortest_edge": -24}), "size=.*above 0"),
     "size of text": (dict(size="24"), "size='24': expected whole numbers"),
     "size of fractions": (dict(size=24.5), "size=24.5: expected whole numbers"),
+    "a size that is not resized to": (dict(size=1500), "size=.*at most 1344 for a tower of 24"),
     "a huge size": (dict(size=10**9), "size=1000000000: expected whole"),
     "three sizes": (dict(size=[1, 2, 3]), "size=.1, 2, 3.: expected two numbers"),
     "most of a size": (dict(size=dict(max_height=S, max_width=S)), "size=.*not supported: a whole"),

@@ -161,12 +161,14 @@ def read(folder: str | Path) -> Model:
 
 def write(model: Model, target: Path, *, dtype: str | None = None) -> None:
     """Makes the model folder `target`; numbers are cast to `dtype`, or stay as they are."""
+    described = {name: getattr(model, name) for name in (*SECTIONS, "facts", "notes")}
+    text = json.dumps(dict(model_type=MODEL_TYPE, format=FORMAT, **described), indent=1)
+    # What no verb would read again is not written.
+    sections.check(json.loads(text))
     with appearing(target) as fresh:
         write_safetensors(fresh, pending(model.tensors, dtype))
         if model.tokenizer and any((model.tokenizer / name).is_file() for name in TOKENIZER):
             copy_tokenizer(model.tokenizer, fresh / "tokenizer")
-        sections = {name: getattr(model, name) for name in (*SECTIONS, "facts", "notes")}
-        text = json.dumps(dict(model_type=MODEL_TYPE, format=FORMAT, **sections), indent=1)
         (fresh / "config.json").write_text(text + "\n")
 
 

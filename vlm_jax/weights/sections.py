@@ -29,22 +29,28 @@ def check(fields: dict[str, Any]) -> None:
     """ValueError with the first field of a model folder's config.json that cannot be read."""
     check_model(fields)
     facts = table("facts", fields.get("facts"))
-    image = table("facts.image", facts.get("image"))
-    for name in ("mean", "std"):
-        three(f"facts.image.{name}", image.get(name), positive=name == "std")
-    allow("facts.image.fit", image.get("fit"), ("pad", "crop", "stretch"))
-    # What older folders lack has the value with which nothing changed.
-    image = OLDER | image
-    allow("facts.image.resample", image["resample"], tuple(FILTERS.values()))
-    typed("facts.image.resize", image["resize"], tuple[int, ...])
-    typed("facts.image.rescale", image["rescale"], float)
-    typed("facts.image.normalize", image["normalize"], bool)
+    check_image(table("facts.image", facts.get("image")))
     text("facts.template", facts.get("template"))
     whole("facts.max_length", facts.get("max_length"))
     if facts.get("image_token") is not None:
         whole("facts.image_token", facts["image_token"], least=0)
     ends.check(table("facts.ends", facts.get("ends", {})))
     table("notes", fields.get("notes", {}))
+
+
+def check_image(image: dict[str, Any]) -> None:
+    """ValueError with the first field of `facts.image` that cannot be read."""
+    for name in ("mean", "std"):
+        three(f"facts.image.{name}", image.get(name), positive=name == "std")
+    allow("facts.image.fit", image.get("fit"), ("pad", "crop", "stretch"))
+    # What older folders lack has the value with which nothing changed.
+    image = OLDER | image
+    allow("facts.image.resample", image["resample"], tuple(FILTERS.values()))
+    # 0 alone stands for no resizing.
+    if image["resize"] not in ([0], (0,)):
+        typed("facts.image.resize", image["resize"], tuple[int, ...])
+    typed("facts.image.rescale", image["rescale"], float)
+    typed("facts.image.normalize", image["normalize"], bool)
 
 
 def check_model(fields: dict[str, Any]) -> None:
