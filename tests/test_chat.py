@@ -89,6 +89,12 @@ TEMPLATES = {
         "{% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }}{% endfor %}"
         "{{ '[/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
     ),
+    # What ends a conversation begins as the next turn does.
+    "ends apart": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+        "{% endfor %}" + OPEN + "{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}"
+        "{% endif %}"
+    ),
     # It says itself what an assistant has written.
     "marked": (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
@@ -113,6 +119,7 @@ SAID = {
     "vicuna": (" a red cat" + EOS, " no" + EOS),
     "reasoning": ("a red cat" + EOS, "no" + EOS),
     "lists": (" a red cat", " no"),
+    "ends apart": ("a red cat" + END, "no" + END + "\n" + EOS),
     "lists and texts": ("a red cat" + EOS, "no" + EOS),
 }
 TURNS = (("what is it?", "a red cat"), ("is it big?", "no"))

@@ -65,6 +65,8 @@ class Chat:
         self.name = f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
         text = tokenizer.get_chat_template()
         self._marks_answers = bool(GENERATION.search(text))
+        added = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        self._token = re.compile("|".join(map(re.escape, added)) or "(?!)")
         self._told: set[str] = set()  # what was warned of
         self._lists: dict[bool, tuple[bool, bool]] = {}
         self._skeletons: dict[tuple, list[str] | None] = {}
@@ -255,7 +257,13 @@ class Chat:
 
     def _closing(self, behind: str, tail: str) -> str:
         """What closes an answer, of the text behind it and of the text behind the last one."""
-        closing = behind[: _common(behind, tail)].rstrip()
+        cut = _common(behind, tail)
+        # Tokens that begin alike, <|end|> and <|endoftext|>, have no part in common.
+        for text in (behind, tail):
+            cut = min(
+                [cut, *(m.start() for m in self._token.finditer(text) if m.start() < cut < m.end())]
+            )
+        closing = behind[:cut].rstrip()
         eos = self.tokenizer.eos_token
         if not closing and eos and behind.lstrip().startswith(eos):
             closing = behind[: behind.index(eos) + len(eos)]
@@ -276,7 +284,7 @@ class Chat:
     def _tell(self, text: str, spans: list[Span]) -> None:
         """Warns of a template after which no model learns to end an answer."""
         ends = tuple(str(token) for token in self.tokenizer.added_tokens_decoder.values())
-        if ends and not any(text[start:end].endswith(ends) for start, end in spans):
+        if ends and not any(text[start:end].rstrip().endswith(ends) for start, end in spans):
             self._warn(
                 "end",
                 f"{self.name} ends an answer with no token that stops generation: a model trained "
