@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 from test_convert import edited, refused, run
 from whole_models import FLAT, edit
 
-from vlm_jax.weights import architectures, folder
+from vlm_jax.weights import architectures, folder, sources
+from vlm_jax.weights.methods import Wish
 from vlm_jax.weights.stored import read_safetensors
 
 FROZEN = Path(__file__).parent / "published_weights"
@@ -233,6 +234,27 @@ def test_both_ways_to_write_rotary_positions_mean_the_same(copy):
     new = text | dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=5e5))
     one, other = architectures.describe(old).llm, architectures.describe(new).llm
     assert one == other and (one["rope_theta"], one["rope_factor"]) == (5e5, 2.0)
+
+
+@pytest.mark.parametrize("kind, longest", [
+    ("llama", 2048), ("mistral", 131072), ("qwen2", 32768), ("qwen3", 32768),
+])  # fmt: skip
+def test_a_length_that_is_absent_is_that_of_the_class(kind, longest, copy, flat):
+    config = json.loads((copy / "config.json").read_text())
+    text = config["text_config"] | dict(model_type=kind, sliding_window=None)
+    assert architectures.describe(text).length == 64
+    del text["max_position_embeddings"]
+    assert architectures.describe(text).length == longest
+    assert architectures.describe(config | dict(text_config=text)).length == longest
+    first = edit(flat / "model", max_position_embeddings=None)
+    assert sources.llava(first, vision=flat / "tower", wish=Wish()).facts["max_length"] == 2048
+
+
+def test_two_ways_to_write_one_thing_mean_the_same(copy):
+    config = json.loads((copy / "config.json").read_text())
+    text = config["text_config"]
+    other = config | dict(vision_feature_layer=[-2], text_config=text | dict(hidden_act="swish"))
+    assert architectures.describe(other) == architectures.describe(config)
 
 
 @pytest.mark.parametrize("changes, words", [

@@ -47,6 +47,7 @@ class Published:
     kind: tower, llm, llava (a whole model of transformers) or llava-1.5 (as first published: its
     tower lies elsewhere). vit and llm: sections of our configuration, where the folder has them;
     vit has no levels where the folder names none. image_token: the id that stands for the image.
+    length: tokens of a row that the language model was made for.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Published:
     llm: Section | None = None
     image_token: int | None = None
     image_fit: str | None = None
+    length: int = 0
 
 
 def read(folder: Path) -> Published:
@@ -86,7 +88,7 @@ def describe(fields: dict) -> Published:
         section = fields if name is None else table(name, fields[name])
         return Published("tower", vit=vit_section(section, TOWERS[kind]))
     if kind in LLMS:
-        return Published("llm", llm=llm_section(fields))
+        return Published("llm", llm=llm_section(fields), length=length(fields))
     raise ValueError(f"architecture {kind!r} is not supported; supported are: {SUPPORTED}")
 
 
@@ -122,10 +124,13 @@ def _llava(fields: dict) -> Published:
     full = defaults("llava", given, set(given))
     with within("vision_config"):
         vit = vit_section(full.vision_config.to_dict(), TOWERS[tower])
-    allow("vision_feature_layer", full.vision_feature_layer, int)
+    # A list of one level is that level.
+    level = full.vision_feature_layer
+    level = level[0] if isinstance(level, list) and len(level) == 1 else level
+    allow("vision_feature_layer", level, int)
     allow("projector_hidden_act", full.projector_hidden_act, ("gelu",))
     allow("multimodal_projector_bias", full.multimodal_projector_bias, (True,))
-    choose_level(vit, full.vision_feature_layer, full.vision_feature_select_strategy)
+    choose_level(vit, level, full.vision_feature_select_strategy)
     with within("text_config"):
         biases = {
             n: (fields.get("text_config") or {}).get(n) for n in ("attention_bias", "mlp_bias")
@@ -135,14 +140,16 @@ def _llava(fields: dict) -> Published:
         tied_embeddings=bool(full.tie_word_embeddings or full.text_config.tie_word_embeddings)
     )
     token = whole("image_token_index", full.image_token_index, least=0)
-    return Published("llava", vit, llm, token)
+    longest = full.text_config.max_position_embeddings
+    return Published("llava", vit, llm, token, length=longest)
 
 
 def _llava15(fields: dict) -> Published:
     """One flat config.json: the LLM's fields, and `mm_` fields for the rest."""
     if fields.get("mm_use_im_start_end") or fields.get("mm_use_im_patch_token"):
         raise ValueError("image start, end and patch tokens (LLaVA before 1.5) are not supported")
-    llm = llm_section(fields | dict(model_type=family(fields)))
+    text_fields = fields | dict(model_type=family(fields))
+    llm = llm_section(text_fields)
     layer = fields.get("mm_vision_select_layer", -2)
     if type(layer) is not int:
         raise ValueError(
@@ -150,7 +157,8 @@ def _llava15(fields: dict) -> Published:
         )
     feature = text("mm_vision_select_feature", fields.get("mm_vision_select_feature", "patch"))
     fit = "pad" if fields.get("image_aspect_ratio") == "pad" else "crop"
-    return Published("llava-1.5", dict(layer=layer, strategy=feature), llm, image_fit=fit)
+    vit = dict(layer=layer, strategy=feature)
+    return Published("llava-1.5", vit, llm, image_fit=fit, length=length(text_fields))
 
 
 def choose_level(vit: Section, layer: int, strategy: str) -> None:
@@ -235,7 +243,7 @@ def llm_section(fields: dict) -> Section:
     kind = fields["model_type"]
     check_sizes(fields, LLM_SIZES)
     full = defaults(kind, fields, LLM_FIELDS)
-    allow("hidden_act", full.hidden_act, ("silu",))
+    allow("hidden_act", full.hidden_act, ("silu", "swish"))  # two names of one function
     allow("mlp_bias", bool(fields.get("mlp_bias", False)), (False,))
     # Qwen1.5 to 2.5 have biases without saying so; with the field, Llama and Qwen3 would have one
     # behind the output projection too.
@@ -264,9 +272,14 @@ def llm_section(fields: dict) -> Section:
     )
 
 
+def length(fields: dict) -> int:
+    """Tokens of a row that a language model was made for."""
+    return defaults(fields["model_type"], fields, LLM_FIELDS).max_position_embeddings
+
+
 def refuse_windows(kind: str, fields: dict, full: Any) -> None:
     """ValueError where a token does not see every token before it."""
-    kinds, length = getattr(full, "layer_types", None), full.max_position_embeddings
+    kinds, longest = getattr(full, "layer_types", None), full.max_position_embeddings
     kinds = kinds or fields.get("layer_types") or ()
     window = full.sliding_window if hasattr(full, "sliding_window") else None
     if not isinstance(kinds, list | tuple):
@@ -275,9 +288,9 @@ def refuse_windows(kind: str, fields: dict, full: Any) -> None:
         allow("layer_types", name, ("full_attention", "sliding_attention"))
     # Mistral's class has one window for all of its layers, whatever layer_types says.
     slides = window is not None if kind == "mistral" else "sliding_attention" in kinds
-    if slides and (window is None or window < whole("max_position_embeddings", length)):
+    if slides and (window is None or window < whole("max_position_embeddings", longest)):
         raise ValueError(
-            f"sliding_window={window} is less than max_position_embeddings={length}: windows over "
+            f"sliding_window={window} is less than max_position_embeddings={longest}: windows over "
             "less than a whole row are not supported; where rows of no more tokens than the window "
             "will do, write its size as max_position_embeddings into config.json"
         )

@@ -167,7 +167,7 @@ def facts(path: Path, vision: Path, vit: Section, described: architectures.Publi
         image=preprocessor.facts(vision, vit, pad=described.image_fit == "pad"),
         image_token=described.image_token,
         template=template(path, described, text.get("model_type", "")),
-        max_length=text.get("max_position_embeddings", 4096),
+        max_length=described.length,
         ends=ends.of(path),
     )
 
