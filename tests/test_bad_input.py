@@ -179,7 +179,9 @@ BROKEN = {
 def test_an_image_that_cannot_be_read_fails_with_its_row(folder, name):
     BROKEN[name](folder / "images" / "4.jpg")
     source, processor = opened(folder, [row(k) for k in range(10)])
-    with pytest.raises(BadExample, match="(?s)rows.json, id 'r4'.*4.jpg.*on_bad_example=skip"):
+    with pytest.raises(
+        BadExample, match="(?s)rows.json, row 4 .id 'r4'.*4.jpg.*on_bad_example=skip"
+    ):
         list(itertools.islice(Batches(source, processor, batch=2, seed=0), 5))
 
 

@@ -64,7 +64,10 @@ def test_a_configuration_finds_its_neighbours_from_anywhere(way, tmp_path):
     ((CONFIG, "--config.llm.depth=2.5"), ["--config.llm.depth=2.5"]),
     ((CONFIG, "--wrokdir=x"), ["wrokdir", "mean: workdir"]),
     ((CONFIG, "llm.depth=3"), ["unexpected argument 'llm.depth=3'", "--name=value"]),
+    ((CONFIG, "--config.llm.depth=deep", "--workdir=x"), ["give a whole number, not 'deep'"]),
+    ((CONFIG, "--config.llm.tied_embeddings=so", "--workdir=x"), ["give True or False, not 'so'"]),
     ((CONFIG,), ["--workdir is missing"]),
+    ((CONFIG, "--workdir="), ["--workdir= is empty"]),
     (("--workdir=x",), ["--config is missing", "configs/demo.py"]),
     (("--config=nowhere.py", "--workdir=x"), ["nowhere.py"]),
 ])  # fmt: skip
@@ -218,3 +221,53 @@ def test_a_wrong_value_in_a_configuration_file_is_one_line_that_names_it(tmp_pat
             parse(f"--config={tmp_path}/mine.py", "--workdir=w")
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1 and "present" not in err
+
+
+@pytest.mark.parametrize("text, words", [
+    ("def get_config(:", "mine.py, line 1: SyntaxError"),
+    ("import nothing_of_this_name", "mine.py, line 1: ModuleNotFoundError: No module named"),
+    ("def get_config():\n    return false", "mine.py, line 2: NameError: name 'false'"),
+    ("def get_config():\n    assert False", "mine.py, line 2: AssertionError"),
+    ("def get_config():\n    return {'seed': 0}", "no configuration at"),
+])  # fmt: skip
+def test_a_configuration_that_is_none_is_one_line_that_says_why(text, words, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        parse(f"--config={tmp_path}/mine.py", "--workdir=w")
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_record_of_a_run_is_no_configuration_file(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"seed": 0, "blind": false}')
+    with pytest.raises(SystemExit, match="2"):
+        parse(f"--config={tmp_path}/config.json", "--workdir=w")
+    assert "config.json is no file of Python: " in capsys.readouterr().err
+
+
+def test_a_misspelt_field_over_the_configuration_of_a_folder_is_told(capsys):
+    argv = ["--workdir=w", "--config.evaluate.spilt=val"]
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse("evaluate", "", argv, strings={"workdir": ""}, default=tiny.get_config())
+    assert 'no such field: "spilt", did you mean "split"?' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["int32", "float16", "float8", ""])
+def test_a_number_format_that_nothing_is_trained_in_is_refused(kind, tmp_path, capsys):
+    argv = ["train", CONFIG, f"--workdir={tmp_path}/run", f"--config.compute_dtype={kind}"]
+    assert __main__.main(argv) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "compute_dtype=" in last and "give one of float32, bfloat16" in last
+
+
+@pytest.mark.parametrize("text, words", [
+    ("from ml_collections import ConfigDict as C\ndef get_config():\n    return C({'seed': 0})",
+     "lacks the field align.accumulate and "),
+    ("from tests import tiny\ndef get_config():\n    c = tiny.get_config().unlock()\n"
+     "    c.llm.dept = 3\n    return c", "has the field llm.dept:"),
+])  # fmt: skip
+def test_a_configuration_has_every_field_and_no_other(text, words, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(text)
+    for verb in ("train", "grid"):
+        argv = [verb, f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/w", "--dry-run"]
+        assert __main__.main(argv) == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]

@@ -10,6 +10,7 @@ import operator
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,17 @@ from ml_collections import ConfigDict, config_flags
 
 from vlm_jax import progress
 from vlm_jax.scaling import described
+
+CONFIGURATION = (
+    "name one whose get_config() returns a configuration, such as configs/demo.py (a folder that "
+    "was trained in has its own, and `vlm-jax evaluate` needs no other)"
+)
+# What the parsers of flags say of a value, and what they would have taken.
+PARSERS = {
+    r"invalid literal for int\(\) with base 10: (.*)": r"give a whole number, not \1",
+    r"could not convert string to float: (.*)": r"give a number, not \1",
+    r"\('Non-boolean argument to boolean flag', (.*)\)": r"give True or False, not \1",
+}
 
 
 def parse(
@@ -48,42 +60,58 @@ def parse(
     program = ["vlm-jax " + verb, *argv]
     path = value_of(argv, "config")
     how = dict(flag_values=values, lock_config=True, sys_argv=program)
-    if default is not None and not path:
-        config_flags.DEFINE_config_dict("config", default, "configuration", **how)
-    else:
-        config_flags.DEFINE_config_file("config", None, "configuration file", **how)
     # A configuration may import its neighbours (`from configs import base`) wherever it is run
     # from.
     if path:
         first, last = described.neighbours(Path(path))
         sys.path[:] = [first, *sys.path, last]
     try:
+        if default is not None and not path:
+            config_flags.DEFINE_config_dict("config", default, "configuration", **how)
+        else:
+            config_flags.DEFINE_config_file("config", None, "configuration file", **how)
         if "--help" in argv or "-h" in argv:
             print(
                 f"{doc}\n\nflags: --config=FILE --config.FIELD=VALUE "
                 + " ".join(f"--{n}" for n in [*(strings or {}), *(booleans or {})])
             )
             raise SystemExit(0)
+        if Path(path).is_file() and not path.endswith(".py"):
+            raise ValueError(f"--config={path} is no file of Python: {CONFIGURATION}")
         rest = values(program)[1:]
         if rest:
             raise ValueError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
+        for name, text in (strings or {}).items():
+            if values[name].value == "":  # as of a variable of the shell that is not set
+                raise ValueError(f"--{name}= is empty: give it a value ({text})")
+            if name in required and values[name].value is None:
+                raise ValueError(f"--{name} is missing: {text}")
         if not values["config"].present and default is None:
             raise ValueError("--config is missing: name a file such as configs/demo.py")
-        for name in required:
-            if values[name].value is None:
-                raise ValueError(f"--{name} is missing")
         if not isinstance(values.config, ConfigDict):
-            raise ValueError(f"no configuration at {path}")
+            raise ValueError(f"no configuration at {path}: {CONFIGURATION}")
         seed_of("seed", values.config.seed)
         return values.config, values
-    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError) as error:
+    except Exception as error:  # a configuration is a program, which may raise anything
         # str(KeyError) is the repr of its message.
         message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        known = (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError)
+        if not isinstance(error, known):
+            message = f"{place_in(error, path)}: {type(error).__name__}: {message}"
         message = in_one_line(message, path)
         if isinstance(error, (KeyError, AttributeError)):
             message = f"the configuration has no such field: {message}"
         print(f"vlm-jax {verb}: {message}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def place_in(error: Exception, path: str) -> str:
+    """The line of the file at `path` in which an error arose, as far as it is known."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == Path(path)]
+    if isinstance(error, SyntaxError):
+        lines.append(error.lineno)
+    return f"{path}, line {lines[-1]}" if lines and lines[-1] else path
 
 
 def in_one_line(message: str, path: str) -> str:
@@ -93,6 +121,8 @@ def in_one_line(message: str, path: str) -> str:
         where = f"{path}, line {lines[-1]}" if lines else path
         message = f"{where}: {message.strip().splitlines()[-1]}"
     message = message.replace("\\n", "\n").replace("\\'", "'")
+    for said, meant in PARSERS.items():
+        message = re.sub(said, meant, message)
     if meant := re.search(r'Did you mean "(.+?)" instead of "(.+?)"', message):
         return f'"{meant[2]}", did you mean "{meant[1]}"?'
     return re.sub(r"\s*Other \w+ present:.*", "", message, flags=re.DOTALL)

@@ -159,6 +159,7 @@ def run(argv: list[str]) -> int:
     )
     cli.say_warnings()
     overrides = cli.overrides(flags)
+    fields.check_names(flat(given))
     config = subject.asked(given, overrides)
     fields.check(flat(config))
     settings = subject.settings(config, overrides)

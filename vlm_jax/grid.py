@@ -352,6 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.say_warnings()
 
     def body() -> int:
+        fields.check_names(flat(config))
         fields.check(flat(config))
         if config.start_from:
             raise ValueError(

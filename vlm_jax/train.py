@@ -333,6 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.say_warnings()
 
     def body() -> int:
+        fields.check_names(flat(config))
         fields.check(flat(config))
         made = adopted(config)
         for name, value in cli.overrides(flags).items():

@@ -187,7 +187,7 @@ class Llava:
         for path in [self._found(image) for image in images]:
             indices.append(self._paths.setdefault(path, len(self._paths)))
             if indices[-1] == len(self._owners):
-                self._owners.append(f"{self.path}, id {name!r}")
+                self._owners.append(owner)
         image = tuple(indices) if len(indices) > 1 else indices[0] if indices else None
         self._examples.append(Example(name, image, turns, "llava", "llava", given=given))
 

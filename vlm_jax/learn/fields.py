@@ -58,6 +58,20 @@ class Range(NamedTuple):
         return f"{kind} from {self.low} " + (f"to {self.high}" if bounded else "upwards")
 
 
+class Choice(NamedTuple):
+    """Words, of which a field may have one."""
+
+    words: tuple[str, ...]
+    many: bool = False
+
+    def holds(self, value: Any) -> bool:
+        """Whether `value` is one of them."""
+        return isinstance(value, str) and value in self.words
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.words)}"
+
+
 class Change(Enum):
     """What another value of a field means for a folder that a run has been begun in."""
 
@@ -78,10 +92,11 @@ class Change(Enum):
 
 
 class Field(NamedTuple):
-    """One field: what a change of it means, and the numbers that it may be, if it is of those."""
+    """One field: what a change of it means, and the numbers or words that it may be, if it is of
+    those."""
 
     change: Change
-    range: Range | None = None
+    range: Range | Choice | None = None
 
 
 COUNT = Range(True, 1)
@@ -172,7 +187,8 @@ FIELDS: dict[str, Field] = {
     **_section("lora", RUN, rank=SOME, alpha=POSITIVE, targets=None),
     "start_from": Field(RUN),
     # float32 and bfloat16 part ways after a few steps; what is trained can be asked in either.
-    "compute_dtype": Field(SHOWN),
+    # In 16 bits of another kind gradients vanish, and whole numbers have none.
+    "compute_dtype": Field(SHOWN, Choice(("float32", "bfloat16"))),
     "remat": Field(ROUNDING),  # the same numbers, computed once or twice
     "kernels": Field(ROUNDING),  # two forms of one formula
     "data.source": Field(SHOWN),
@@ -230,7 +246,7 @@ def rule(name: str) -> Field:
 
 
 def check(config: Flat) -> None:
-    """Raises ValueError for a number that is out of its field's range, by the field's name."""
+    """Raises ValueError for a value that its field cannot have, by the field's name."""
     for name, value in config.items():
         if (allowed := rule(name).range) is None or allowed.holds(value):
             continue
@@ -238,6 +254,20 @@ def check(config: Flat) -> None:
             allowed = allowed._replace(many=False)
             value = next(one for one in value if not allowed.holds(one))
         raise ValueError(f"{name}={shown(value)}: give {allowed}")
+
+
+def check_names(config: Flat) -> None:
+    """Raises ValueError unless a configuration has every field, and no other: one that nothing
+    reads would be ignored. The grid's may be away, as in the configuration of a cell."""
+    found = {name for name in config if not name.startswith("grid.")}
+    known = {name for name in FIELDS if not name.startswith("grid.")}
+    for names, has in ((known - found, "lacks"), (found - known, "has")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(
+                f"the configuration {has} the field {min(names)}{more}: it has the fields of "
+                "configs/base.py, no other, and begins with base.get_config()"
+            )
 
 
 def differing(then: Flat, now: Flat) -> Iterator[str]:
