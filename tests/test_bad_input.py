@@ -82,8 +82,14 @@ FAULTS = {
     "a text that is no number": (
         dict(conversations=turns("<image> a?", float("inf"))),
         "conversations",
-        "text values",
+        "with a text as value",
     ),
+    "a turn that is none": (
+        dict(conversations=[{"role": "user", "content": "<image>"}]),
+        "conversations",
+        "turn 1 of `conversations` is {'role': 'user'",
+    ),
+    "a conversation of text": (dict(conversations="a"), "conversations", "is 'a', not a list"),
     "no turns": (dict(conversations=[]), "conversations", "human and gpt in turn"),
     "no answer": (dict(conversations=turns("<image> a?")), "conversations", "ending with gpt"),
     "unknown speaker": (
@@ -94,7 +100,7 @@ FAULTS = {
     "text that is no text": (
         dict(conversations=[{"from": "human", "value": 3}]),
         "conversations",
-        "text values",
+        "with a text as value",
     ),
 }
 
@@ -109,6 +115,14 @@ def test_a_bad_row_is_named_or_counted(folder, name):
     source, _ = opened(folder, rows, on_bad_example="skip")
     assert source.describe()["left_out"] == {kind: 1}
     assert [source[i].id for i in range(len(source))] == [f"r{k}" for k in range(10) if k != 4]
+
+
+def test_an_answer_that_a_row_begins_with_is_left_out_and_counted(folder):
+    led = [{"from": "gpt", "value": "hello"}, *turns("<image> a?", "b")]
+    source, _ = opened(folder, [row(0), row(1, conversations=led)])
+    assert source[1].turns == (("a?", "b"),) and source.describe()["leading_answers"] == 1
+    assert any("1 rows begin with an answer" in said for said in source.notes())
+    assert "leading_answers" not in opened(folder, [row(0)])[0].describe()
 
 
 def test_all_bad_rows_are_counted_in_the_error(folder):

@@ -290,6 +290,27 @@ def test_a_file_of_requests_keeps_what_is_finished(checkpoint, photo, tmp_path, 
     assert f"{file}, line 2, id gone: there is no image" in err
 
 
+def test_answers_never_replace_the_requests_and_no_requests_are_told(checkpoint, tmp_path, capsys):
+    file, empty, other = (tmp_path / name for name in ("r.jsonl", "empty.jsonl", "o.jsonl"))
+    file.write_text(text := json.dumps(dict(prompt="a")))
+    empty.write_text("\n \n")
+    other.symlink_to(file)
+    for requests, out, words in ((file, file, "is the file of --requests"),
+                                 (file, other, "is the file of --requests"),
+                                 (empty, tmp_path / "new.jsonl", "holds no request")):  # fmt: skip
+        argv = [f"--checkpoint={checkpoint}", f"--requests={requests}", f"--out={out}"]
+        assert generate.main(argv) == 2 and words in capsys.readouterr().err
+    assert file.read_text() == text and not (tmp_path / "new.jsonl").exists()
+
+
+def test_a_request_with_a_key_twice_is_refused_as_a_row_is(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "a", "prompt": "b"}\n[{}]')
+    good, twice, other = generate.lines_of(path)
+    assert good.row == {"prompt": "a"} and not good.wrong
+    assert "'prompt' more than once" in twice.wrong and "this is a list" in other.wrong
+
+
 def test_the_line_of_what_cannot_be_answered_has_its_id_and_its_number(tmp_path):
     lines = [dict(id="a", promt="b"), dict(id=7, prompt="c", pixels=1), dict(id="\ud800"), [1],
              dict(id=[[]], prompt="a")]  # fmt: skip

@@ -258,3 +258,14 @@ def test_provenance_names_what_made_a_result():
     assert facts["machine"].endswith("xla kernels")
     assert {"python", "jax", "flax"} <= facts["versions"].keys()
     assert facts["commit"] == "unknown" or len(facts["commit"]) >= 12
+
+
+def test_a_cell_of_a_grid_is_no_place_for_a_training(tmp_path, c):
+    begun(tmp_path / "grid", c, grid=True)
+    cell = tmp_path / "grid/cells/small-v1-s0"
+    with pytest.raises(
+        ValueError, match="small-v1-s0 is a cell of the grid in .*another --workdir"
+    ):
+        entered(cell, c)
+    assert not cell.exists()
+    entered(tmp_path / "cells/mine", c)

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vlm_jax import cli, progress
+from vlm_jax.data import rows
 from vlm_jax.data.example import IMAGE_MARK
 from vlm_jax.data.pictures import EXIF
 from vlm_jax.serving import VLM, Answer
@@ -87,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--out goes with --requests: other answers go to stdout")
         if options.requests is not None and not options.requests.is_file():
             raise FileNotFoundError(f"there is no file --requests={options.requests}")
+        if options.requests is not None:
+            check_files(options.requests, options.out)
         with progress.doing("loading the model"):
             model = VLM.from_checkpoint(options.checkpoint, dtype=options.dtype)
         if options.chat:
@@ -266,6 +269,18 @@ def many(model: VLM, options: argparse.Namespace) -> int:
     return 2 if bad else 0
 
 
+def check_files(requests: Path, out: Path | None) -> None:
+    """Raises ValueError for a file of no request, and for answers that would replace them."""
+    if out is not None and out.exists() and out.samefile(requests):
+        raise ValueError(
+            f"--out={out} is the file of --requests, which it would replace: choose another"
+        )
+    if next(lines_of(requests), None) is None:
+        raise ValueError(
+            f"--requests={requests} holds no request: give an object with a `prompt` on each line"
+        )
+
+
 def count(path: Path) -> int:
     """The lines of a file."""
     with path.open("rb") as lines:
@@ -280,9 +295,14 @@ def lines_of(path: Path) -> Iterator[Line]:
                 continue
             row: Any = None
             try:
-                row = json.loads(line)
+                row = rows.json_value(line.decode(json.detect_encoding(line), "surrogatepass"))
                 if not isinstance(row, dict) or "prompt" not in row:
-                    raise ValueError("a request is an object with a `prompt`")
+                    kind = "object without one" if isinstance(row, dict) else type(row).__name__
+                    raise ValueError(
+                        f"a request is an object with a `prompt`, on a line of its own, and this "
+                        f"is a {kind}"
+                    )
+                rows.check_keys("the request", row)
                 if unknown := sorted(row.keys() - {"id", "image", "prompt"}):
                     raise ValueError(
                         f"a request has id, image and prompt, and this one {', '.join(unknown)}"
@@ -293,7 +313,7 @@ def lines_of(path: Path) -> Iterator[Line]:
                 wrong = ""
             except RecursionError:
                 wrong = "its JSON is nested too deep"
-            except ValueError as error:
+            except (ValueError, rows.Fault) as error:
                 wrong = str(error)
             row = row if isinstance(row, dict) else {}
             yield Line(number, row.get("id", number), row, wrong)

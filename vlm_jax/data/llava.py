@@ -31,13 +31,20 @@ def turns_of(row: dict, images: int) -> tuple[tuple[str, str], ...]:
     As in LLaVA a leading answer is dropped. Each image has one mark, in any of the questions.
     """
     said = row.get("conversations")
-    if not isinstance(said, list) or not all(
-        isinstance(s, dict) and isinstance(s.get("value"), str) for s in said
-    ):
+    if not isinstance(said, list):
         raise Fault(
-            "conversations", "`conversations` is not a list of {from, value} with text values"
+            "conversations",
+            f"`conversations` is {said!r:.80}, not a list of {{from, value}}"
+            if "conversations" in row
+            else f"no `conversations` among its fields {', '.join(map(ascii, row)):.80}",
         )
     for k, turn in enumerate(said):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise Fault(
+                "conversations",
+                f"turn {k + 1} of `conversations` is {turn!r:.80}, not {{from, value}} with a text "
+                "as value",
+            )
         check_keys(f"turn {k + 1}", turn)
         check_text(f"turn {k + 1}", turn["value"])
     if said and said[0].get("from") == "gpt":
@@ -125,6 +132,7 @@ class Llava:
         rows = found.rows
         ids = own_ids([row.get("id") if isinstance(row, dict) else None for row in rows])
         self.repeated_ids, self.missing_ids = ids.repeated, ids.missing
+        self.leading_answers = 0
         for number, row in enumerate(rows):
             owner = f"{self.path}, {found.place(number)} (id {ids.shown(number)!r:.80})"
             try:
@@ -180,6 +188,7 @@ class Llava:
                 "no_image", "no `image`: set data.text_only=True to accept rows of text alone"
             )
         turns = turns_of(row, len(images))
+        leads = row["conversations"][0].get("from") == "gpt"
         for image in images:
             check_text("`image`", image)
         indices = []
@@ -188,6 +197,7 @@ class Llava:
             indices.append(self._paths.setdefault(path, len(self._paths)))
             if indices[-1] == len(self._owners):
                 self._owners.append(owner)
+        self.leading_answers += leads
         image = tuple(indices) if len(indices) > 1 else indices[0] if indices else None
         self._examples.append(Example(name, image, turns, "llava", "llava", given=given))
 
@@ -213,6 +223,7 @@ class Llava:
         changed = {
             "repeated_ids": self.repeated_ids,
             "missing_ids": self.missing_ids,
+            "leading_answers": self.leading_answers,
             "respelled_images": self._folder.respelled,
         }
         return {
@@ -239,6 +250,11 @@ class Llava:
             said.append(
                 f"{self.path}: {count} rows have no id (a text or a number); they are called #ROW, "
                 "counted from 0"
+            )
+        if count := self.leading_answers:
+            said.append(
+                f"{self.path}: {count} rows begin with an answer (gpt); that is left out, as LLaVA "
+                "does"
             )
         if self.left_out:
             rows = len(self) + len(self.left_out)

@@ -95,7 +95,7 @@ def _parsed(text: str, path: Path) -> tuple[list, list[int] | None]:
     """Rows, and their lines where each has its own."""
     is_list = text.lstrip()[:1] == "["
     try:
-        whole = _value(text)
+        whole = json_value(text)
     except (ValueError, RecursionError) as error:
         rows, lines = _of_lines(text)
         # The last line of a JSON list that is broken may be an object too.
@@ -128,7 +128,7 @@ def _of_lines(text: str) -> tuple[list, list[int]]:
 def _row(text: str) -> Any:
     """One value, or the Fault that it cannot be read."""
     try:
-        return _value(text)
+        return json_value(text)
     except RecursionError:
         return Fault("json", "JSON that is nested too deep to be read")
     except ValueError as error:
@@ -153,7 +153,8 @@ def _pieces(text: str) -> Iterator[str]:
         raise ValueError(f"{depth} brackets are not closed")
 
 
-def _value(text: str) -> Any:
+def json_value(text: str) -> Any:
+    """What a text of JSON says; objects with keys that came more than once are `Twice`."""
     return json.loads(text, object_pairs_hook=_object)
 
 

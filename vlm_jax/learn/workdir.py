@@ -103,6 +103,12 @@ def claim(workdir: Path, config: ConfigDict, *, grid: bool = False) -> Iterator[
     Another run is one whose configuration differs in a field that its results depend on
     (`vlm_jax/learn/fields.py`), of a `grid` or of one training.
     """
+    above = workdir.parent.parent
+    if workdir.parent.name == "cells" and (above / "config.json").exists():
+        raise ValueError(
+            f"--workdir={workdir} is a cell of the grid in {above}, which `vlm-jax grid` trains: "
+            "choose another --workdir (config.start_from takes a cell to start from)"
+        )
     with lock(workdir):
         claimed = Claim(workdir, config)
         if (path := workdir / "config.json").exists():
