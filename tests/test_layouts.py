@@ -87,7 +87,7 @@ def test_an_output_layer_that_no_level_ties_must_be_there(copy, tmp_path, capsys
     del tensors[HEAD]
     save_file(tensors, copy / "model.safetensors")
     said = refused(capsys, "--from", copy, "--to", tmp_path / "a")
-    assert "1 missing: llm.lm_head.weight" in said
+    assert f"{copy}: the tensors do not make this model: 1 missing: llm.lm_head.weight" in said
 
 
 def test_an_output_layer_is_compared_across_types_and_shards(copy, tmp_path):
@@ -129,7 +129,7 @@ def test_both_levels_of_an_export_say_the_same_of_the_output_layer(copy, tmp_pat
     (dict(architectures=["LlavaGemmaForCausalLM"]), "architectures=['LlavaGemmaForCausalLM']"),
     (dict(architectures=["LlavaMistralForCausalLM"]), "name different language models"),
     (dict(model_type=None, architectures=None), "model_type=null is not supported"),
-    (dict(mm_use_im_start_end=True), "image start, end and patch tokens"),
+    (dict(mm_use_im_start_end=True), "mm_use_im_start_end=True: image start, end and patch"),
 ], ids=str)  # fmt: skip
 def test_a_flat_llava_of_another_kind_is_refused_by_name(changes, words, flat, tmp_path, capsys):
     edit(flat / "model", **changes)
@@ -159,9 +159,11 @@ def test_the_tensor_that_ends_a_row_of_tiles_gives_them_away(flat, copy, capsys)
     dict(model_type=None),
 ], ids=str)  # fmt: skip
 def test_a_flat_llava_of_llama_by_any_name_is_the_same_model(fields, plain, flat):
-    vit = architectures.read(plain / "model")
-    edit(flat / "model", **fields)
-    assert architectures.read(flat / "model") == vit
+    one, other = (given(path)[1::2] for path in (plain, flat))
+    edited(other[0], **fields)
+    assert architectures.read(other[0]) == architectures.read(one[0])
+    one, other = (sources.llava(m, vision=t, wish=Wish()) for m, t in (one, other))
+    assert one.facts == other.facts
 
 
 # --- Mistral -------------------------------------------------------------------------------------
@@ -248,6 +250,11 @@ def test_a_length_that_is_absent_is_that_of_the_class(kind, longest, copy, flat)
     assert architectures.describe(config | dict(text_config=text)).length == longest
     first = edit(flat / "model", max_position_embeddings=None)
     assert sources.llava(first, vision=flat / "tower", wish=Wish()).facts["max_length"] == 2048
+
+
+def test_a_part_that_is_null_is_that_of_the_class(copy, capsys):
+    edited(copy, text_config=None)
+    assert "config.json says llm.vocab (vocab_size) = 32000" in refused(capsys, "--from", copy)
 
 
 def test_two_ways_to_write_one_thing_mean_the_same(copy):

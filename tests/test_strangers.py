@@ -331,7 +331,7 @@ def test_a_weight_that_is_no_number_is_refused_with_its_name(dtype, bad, copy, t
     tensors[name][-1, -1] = bad
     save_file(tensors, copy / "model.safetensors")
     said = refused(capsys, "--from", copy, "--to", tmp_path / "a")
-    assert "llm.layers.1.mlp.down_proj.weight holds NaN or infinite numbers" in said
+    assert "model.safetensors: llm.layers.1.mlp.down_proj.weight holds NaN or infinite" in said
     assert not (tmp_path / "a").exists()
 
 

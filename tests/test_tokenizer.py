@@ -282,6 +282,7 @@ def test_a_post_processor_that_names_an_unknown_token_is_refused(folders, tmp_pa
     ("tokenizer_config.json", {"tokenizer_class": 3}),
     ("tokenizer_config.json", {"added_tokens_decoder": {"x": 1}}),
     ("tokenizer_config.json", {"eos_token": 5}),
+    ("tokenizer_config.json", {"unk_token": ""}),
     ("tokenizer_config.json", {"chat_template": 5}),
     ("tokenizer_config.json", {"chat_template": [1]}),
     ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["a.B", "a.C"]}}),

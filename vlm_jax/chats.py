@@ -48,8 +48,7 @@ def settle(model: Model, *, published: Path | None, tokenizer: Path | None) -> N
     if fields.get("model_type") == folder.MODEL_TYPE:
         fields = {}  # a model folder says itself what it was trained on
     if fields and tokenizer is not None:
-        kind = fields.get("text_config", fields).get("model_type", "")
-        facts["template"] = sources.template(tokenizer, architectures.read(published), kind)
+        facts["template"] = sources.template(tokenizer, architectures.read(published))
         facts["image_token"] = words.get_vocab().get(IMAGE_MARK)
     if facts.get("template") == "checkpoint":
         mark, text = mark_of(words, facts.get("image_token")), words.chat_template

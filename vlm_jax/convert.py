@@ -30,6 +30,7 @@ from vlm_jax import chats, cli, progress, runs
 from vlm_jax.learn.workdir import finished
 from vlm_jax.models.compressors import COMPRESSORS
 from vlm_jax.weights import adapters, folder, hf, names, sources
+from vlm_jax.weights.classes import within
 from vlm_jax.weights.methods import Wish
 
 
@@ -91,7 +92,8 @@ def run(options: argparse.Namespace) -> dict:
     apart = [[], []]
     if options.adapter_from:
         apart = adapters.merge(model, options.adapter_from, **patterns)
-    missing, surplus = model.check(**patterns)
+    with within(str(options.source or f"{options.vision} and {options.llm}")):
+        missing, surplus = model.check(**patterns)
     if missing:
         model.tensors |= folder.fresh(model.config(), missing, seed=options.seed)
     model.notes |= {

@@ -69,6 +69,12 @@ def load_tokenizer(path: str | Path) -> Any:
         raise ValueError(
             f"{path} has a chat_template that is no text, but {given!r:.60}: correct or remove it"
         )
+    # transformers asks for the number of such a token again and again.
+    if (unknown := tokenizer.unk_token) is not None and unknown not in tokenizer.get_vocab():
+        raise ValueError(
+            f"{path}/tokenizer_config.json: unk_token={unknown!r:.60} is no token of its words: "
+            "correct or remove it"
+        )
     if unnamed := _unnamed(tokenizer.backend_tokenizer):
         raise ValueError(
             f"{path}/tokenizer.json puts {unnamed[0]!r} around a text, which its post_processor "

@@ -4,7 +4,7 @@
 What a config.json leaves out has the default of its transformers class, which needs no torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Published:
     kind: tower, llm, llava (a whole model of transformers) or llava-1.5 (as first published: its
     tower lies elsewhere). vit and llm: sections of our configuration, where the folder has them;
     vit has no levels where the folder names none. image_token: the id that stands for the image.
-    length: tokens of a row that the language model was made for.
+    length: tokens of a row that the language model was made for. family: its model_type.
     """
 
     kind: str
@@ -56,6 +56,7 @@ class Published:
     image_token: int | None = None
     image_fit: str | None = None
     length: int = 0
+    family: str = field(default="", compare=False)  # a Mistral may be exactly a Llama
 
 
 def read(folder: Path) -> Published:
@@ -88,7 +89,7 @@ def describe(fields: dict) -> Published:
         section = fields if name is None else table(name, fields[name])
         return Published("tower", vit=vit_section(section, TOWERS[kind]))
     if kind in LLMS:
-        return Published("llm", llm=llm_section(fields), length=length(fields))
+        return Published("llm", llm=llm_section(fields), length=length(fields), family=kind)
     raise ValueError(f"architecture {kind!r} is not supported; supported are: {SUPPORTED}")
 
 
@@ -141,14 +142,19 @@ def _llava(fields: dict) -> Published:
     )
     token = whole("image_token_index", full.image_token_index, least=0)
     longest = full.text_config.max_position_embeddings
-    return Published("llava", vit, llm, token, length=longest)
+    return Published("llava", vit, llm, token, length=longest, family=kinds["text_config"])
 
 
 def _llava15(fields: dict) -> Published:
     """One flat config.json: the LLM's fields, and `mm_` fields for the rest."""
-    if fields.get("mm_use_im_start_end") or fields.get("mm_use_im_patch_token"):
-        raise ValueError("image start, end and patch tokens (LLaVA before 1.5) are not supported")
-    text_fields = fields | dict(model_type=family(fields))
+    for name in ("mm_use_im_start_end", "mm_use_im_patch_token"):
+        if value := fields.get(name):
+            raise ValueError(
+                f"{name}={shown(value)}: image start, end and patch tokens (LLaVA before 1.5) are "
+                "not supported; supported: false. Take a LLaVA-1.5"
+            )
+    kind = family(fields)
+    text_fields = fields | dict(model_type=kind)
     llm = llm_section(text_fields)
     layer = fields.get("mm_vision_select_layer", -2)
     if type(layer) is not int:
@@ -158,7 +164,7 @@ def _llava15(fields: dict) -> Published:
     feature = text("mm_vision_select_feature", fields.get("mm_vision_select_feature", "patch"))
     fit = "pad" if fields.get("image_aspect_ratio") == "pad" else "crop"
     vit = dict(layer=layer, strategy=feature)
-    return Published("llava-1.5", vit, llm, image_fit=fit, length=length(text_fields))
+    return Published("llava-1.5", vit, llm, image_fit=fit, length=length(text_fields), family=kind)
 
 
 def choose_level(vit: Section, layer: int, strategy: str) -> None:

@@ -13,8 +13,10 @@ DEFAULT_END = {"llama": 2, "mistral": 2}
 GENERATION = "generation_config.json"
 
 
-def of(folder: Path) -> dict[str, Any]:
+def of(folder: Path, family: str) -> dict[str, Any]:
     """What the files of a published model say of its tokens, as a model folder keeps it.
+
+    `family` is the model_type of its language model.
 
     Returns: `outer` and `text`, the fields of config.json and of its text_config that name tokens;
     `stop`, the tokens at which transformers ends generation: those of generation_config.json where
@@ -29,11 +31,9 @@ def of(folder: Path) -> dict[str, Any]:
     outer, inner = (_named(some, f"{folder}/config.json: ") for some in (fields, text))
     stop = stops(folder)
     if stop is None:
-        kind = str(text.get("model_type", "llama") if text else fields.get("model_type"))
-        kind = next((known for known in DEFAULT_END if known in kind), None)
         own = inner if "text_config" in fields else outer
         stop = _listed(outer.get("eos_token_id"))
-        stop = stop or _listed(own.get("eos_token_id", DEFAULT_END.get(kind)))
+        stop = stop or _listed(own.get("eos_token_id", DEFAULT_END.get(family)))
     if "text_config" not in fields:
         outer, inner = {}, outer
     return dict(outer=outer, text=inner, stop=stop)

@@ -180,6 +180,7 @@ def pending(tensors: dict[str, Stored | np.ndarray], dtype: str | None) -> list[
             np.dtype(dtype) if dtype else tensor.dtype,
             tensor.shape,
             tensor.pieces if isinstance(tensor, Stored) else lambda tensor=tensor: [tensor],
+            f"{tensor.path}: " if isinstance(tensor, Stored) else "",
         )
         for name, tensor in tensors.items()
     ]

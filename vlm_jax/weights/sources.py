@@ -161,26 +161,24 @@ def of_tower(path: Path) -> tuple[Section, dict[str, Stored]]:
 
 def facts(path: Path, vision: Path, vit: Section, described: architectures.Published) -> Section:
     """What generation needs to know besides the sizes."""
-    text = read_json(path / "config.json")
-    text = text.get("text_config", text)
     return dict(
         image=preprocessor.facts(vision, vit, pad=described.image_fit == "pad"),
         image_token=described.image_token,
-        template=template(path, described, text.get("model_type", "")),
+        template=template(path, described),
         max_length=described.length,
-        ends=ends.of(path),
+        ends=ends.of(path, described.family),
     )
 
 
-def template(path: Path, described: architectures.Published, llm: str) -> str:
+def template(path: Path, described: architectures.Published) -> str:
     """How a conversation is written for this model: a name of data.template."""
     own = any((path / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
     if not own and (path / "tokenizer_config.json").is_file():
         own = bool(read_json(path / "tokenizer_config.json").get("chat_template"))
     if described.kind == "llava-1.5" or not own:
-        return "chatml" if "qwen" in llm else "vicuna_v1"
+        return "chatml" if "qwen" in described.family else "vicuna_v1"
     # Qwen's own template is chatml, the system text apart, which changed between its versions.
-    return "chatml" if described.kind == "llm" and "qwen" in llm else "checkpoint"
+    return "chatml" if described.kind == "llm" and "qwen" in described.family else "checkpoint"
 
 
 def numbers(text: str | None) -> tuple[int, ...] | None:

@@ -198,12 +198,16 @@ def part(tensor: Stored | np.ndarray, start: int, stop: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pending:
-    """A tensor that is to be written: its numbers are made when their turn comes."""
+    """A tensor that is to be written: its numbers are made when their turn comes.
+
+    where: what a message about them begins with, the file that they are read from.
+    """
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
     pieces: Callable[[], Iterable[np.ndarray]]
+    where: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -253,15 +257,16 @@ def write_file(path: Path, tensors: list[Pending]) -> None:
             for piece in tensor.pieces():
                 if not all_finite(piece):
                     raise ValueError(
-                        f"{tensor.name} holds NaN or infinite numbers: a model with them answers "
-                        "nothing; get the file again, or take a checkpoint from before they came"
+                        f"{tensor.where}{tensor.name} holds NaN or infinite numbers: a model with "
+                        "them answers nothing; get the file again, or take a checkpoint from "
+                        "before they came"
                     )
                 # Overflow to infinity is looked for below, and said with the tensor's name.
                 with np.errstate(over="ignore"):
                     cast = np.ascontiguousarray(piece).astype(tensor.dtype, copy=False)
                 if cast.dtype != piece.dtype and not finite_as(piece, cast):
                     raise ValueError(
-                        f"{tensor.name} holds numbers too large for {tensor.dtype}: "
+                        f"{tensor.where}{tensor.name} holds numbers too large for {tensor.dtype}: "
                         "choose --dtype=bfloat16 or float32"
                     )
                 file.write(cast.reshape(-1).view(np.uint8).data)
