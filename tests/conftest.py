@@ -2,6 +2,7 @@
 """Eight simulated CPU devices, quick compilation, and shapes checked at the borders."""
 
 import os
+import tempfile
 from pathlib import Path
 
 # Models here are tiny: optimising their programs takes far longer than running them.
@@ -11,6 +12,13 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# Compiling is most of the time of the tests. All processes of a session share what they compiled;
+# the first one makes the folder and removes it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="vlm-jax-tests-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
@@ -18,7 +26,6 @@ install_import_hook("vlm_jax", "beartype.beartype")
 
 import jax  # noqa: E402
 import tiny  # noqa: E402
-from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 from vlm_jax import mesh as meshes  # noqa: E402
 
@@ -55,29 +62,9 @@ def mesh8():
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """Where processes of one session keep what they compiled."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
-def compiled_once(cache):
-    """Programs of one module that are equal are compiled once, though they were built anew."""
-    settings = dict(jax_compilation_cache_dir=str(cache),
-                    jax_persistent_cache_min_compile_time_secs=0.1)  # fmt: skip
-    before = {name: getattr(jax.config, name) for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, cache):
+def trained(tmp_path_factory):
     """The folder of one unbroken run of tests/tiny.py, in a process of its own with one device."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    done = tiny.run("train", "--config=tests/tiny.py", f"--workdir={folder}", cache=cache)
+    done = tiny.run("train", "--config=tests/tiny.py", f"--workdir={folder}")
     assert done.returncode == 0, done.stderr
     return folder

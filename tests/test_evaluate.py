@@ -16,7 +16,6 @@ from vlm_jax.decoding import Decoder
 from vlm_jax.evals import tasks
 from vlm_jax.models import vlm
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 NEW = 4
 
 
@@ -132,11 +131,11 @@ def test_what_errs_together_is_one_cluster():
 
 
 @pytest.fixture(scope="module")
-def evaluated(trained, tmp_path_factory, cache):
+def evaluated(trained, tmp_path_factory):
     """The same trained run evaluated on one device in its own process, and its printed scores."""
     folder = tmp_path_factory.mktemp("evaluated") / "run"
     shutil.copytree(trained, folder)
-    done = tiny.run("evaluate", "--config=tests/tiny.py", f"--workdir={folder}", cache=cache)
+    done = tiny.run("evaluate", "--config=tests/tiny.py", f"--workdir={folder}")
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout)
 

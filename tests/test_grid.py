@@ -57,8 +57,8 @@ workdir.os = Os()
 """
 
 
-def run(folder, cache, before=""):
-    return tiny.run("grid", *SMALL, f"--workdir={folder}", cache=cache, before=ONE_SIZE + before)
+def run(folder, before=""):
+    return tiny.run("grid", *SMALL, f"--workdir={folder}", before=ONE_SIZE + before)
 
 
 def rows_of(folder):
@@ -66,21 +66,21 @@ def rows_of(folder):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, cache):
+def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grid") / "run"
-    done = run(folder, cache)
+    done = run(folder)
     assert done.returncode == 0, done.stderr
     return folder, done
 
 
 @pytest.fixture(scope="module")
-def repeated(unbroken, tmp_path_factory, cache):
+def repeated(unbroken, tmp_path_factory):
     """A grid killed after its first row and within its second; what stood there each time."""
     del unbroken  # first: it fills the cache
     folder = tmp_path_factory.mktemp("grid") / "killed"
     seen = []
     for before in (AFTER_FIRST_ROW, IN_A_ROW, ""):
-        done = run(folder, cache, before)
+        done = run(folder, before)
         assert done.returncode == (-9 if before else 0), done.stderr
         rows = (folder / "rows.jsonl").read_text()
         whole = {p.parent.name: (p.read_text(), p.stat().st_mtime_ns)
@@ -121,9 +121,9 @@ def test_rows_are_whole_and_single_at_every_time(repeated):
         assert sorted(cells) == sorted(set(cells)) and set(cells) <= set(whole)
 
 
-def test_a_finished_grid_repeated_changes_no_row(repeated, cache):
+def test_a_finished_grid_repeated_changes_no_row(repeated):
     folder, seen = repeated
-    done = run(folder, cache)
+    done = run(folder)
     assert done.returncode == 0, done.stderr
     assert (folder / "rows.jsonl").read_text() == seen[-1][0]
     assert "finetune 3/3" not in done.stderr

@@ -18,7 +18,6 @@ from vlm_jax.scaling import cost
 from vlm_jax.weights import names
 
 pytestmark = [
-    pytest.mark.usefixtures("compiled_once"),
     # Orbax leaves coroutines behind when a read of it fails.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

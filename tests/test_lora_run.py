@@ -23,7 +23,6 @@ from vlm_jax.weights import folder
 from vlm_jax.weights import sources as sources_of
 
 pytestmark = [
-    pytest.mark.usefixtures("compiled_once"),
     # Orbax leaves coroutines behind when a read of it fails.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

@@ -187,11 +187,11 @@ GRID = (*SHORT, "--config.grid.tokens=(1, 9)", "--config.grid.baselines=(('m3', 
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory, cache):
+def rows(tmp_path_factory):
     """The rows of a grid that was killed behind its first one, by name, and its folder."""
     folder = tmp_path_factory.mktemp("grid") / "run"
     for before in (ONE_SIZE + AFTER_FIRST_ROW, ONE_SIZE):
-        done = tiny.run("grid", *GRID, f"--workdir={folder}", cache=cache, before=before)
+        done = tiny.run("grid", *GRID, f"--workdir={folder}", before=before)
         assert done.returncode == (-9 if "kill" in before else 0), done.stderr
     return folder, {row.cell: row for row in records.read(folder / "rows.jsonl")}
 
@@ -237,11 +237,11 @@ def test_what_training_costs_is_what_is_run(mesh1):
     assert total == 8 * (c.align.steps * of("align", 16) + c.finetune.steps * finetune)
 
 
-def test_one_checkpoint_is_evaluated_at_several_v(rows, tmp_path, cache, capsys):
+def test_one_checkpoint_is_evaluated_at_several_v(rows, tmp_path, capsys):
     del rows  # first: it fills the cache
     folder = tmp_path / "run"
     command = [*SHORT, f"--workdir={folder}"]
-    done = tiny.run("train", *command, "--config.compressor.tokens=16", cache=cache)
+    done = tiny.run("train", *command, "--config.compressor.tokens=16")
     assert done.returncode == 0 and "up to 16 visual tokens" in done.stderr, done.stderr
     for tokens, name in ((16, ""), (1, "-v1")):
         assert evaluate.main([*command, f"--config.compressor.tokens={tokens}"]) == 0

@@ -276,13 +276,13 @@ def test_an_encoder_that_cannot_serve_it_is_refused_before_anything_is_run(chang
         vlm.shapes(c)
 
 
-def test_a_grid_with_images_that_choose_and_images_that_were_shrunk(tmp_path, cache):
+def test_a_grid_with_images_that_choose_and_images_that_were_shrunk(tmp_path):
     folder, baselines = tmp_path / "run", (("prumerge", 0), ("prumerge_plus", 5), ("downsample", 4))
     done = tiny.run("grid", "--config=tests/tiny.py", "--config.grid.tokens=(1,)",
                     "--config.finetune.steps=2", "--config.align.steps=1",
                     "--config.encoder.steps=2",
                     f"--config.grid.baselines={baselines}", f"--workdir={folder}",
-                    cache=cache, timeout=600)  # fmt: skip
+                    timeout=600)  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = {row.compressor: row for row in records.read(folder / "rows.jsonl")}
     assert (rows["prumerge_plus"].V, rows["downsample"].V, rows["token_packer"].V) == (5, 4, 1)

@@ -16,7 +16,6 @@ from vlm_jax.evaluations import Subject, name_of
 from vlm_jax.learn.workdir import of_json, write_json
 from vlm_jax.weights import folder
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 CELL = "only-v4-token_packer-s0"
 
 

@@ -16,7 +16,6 @@ from vlm_jax import generate
 from vlm_jax.requests import batch_of
 from vlm_jax.weights import folder
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 NEW = 4
 
 
@@ -211,11 +210,11 @@ def written(files):
     return files
 
 
-def test_two_images_in_a_row_are_trained_evaluated_and_asked_about(written, cache, mesh1):
+def test_two_images_in_a_row_are_trained_evaluated_and_asked_about(written, mesh1):
     run = written / "run"
     argv = [*flags(written, **{"data.images_per_row": 2}), f"--workdir={run}"]
     for verb in ("train", "evaluate"):
-        done = tiny.run(verb, *argv, cache=cache)
+        done = tiny.run(verb, *argv)
         assert done.returncode == 0, done.stderr
     lines = [json.loads(x) for x in (run / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 34 and {"0-two", "3-turns", "4-one", "none"} <= {x["id"] for x in lines}

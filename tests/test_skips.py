@@ -57,7 +57,7 @@ SKIP = ("--config.data.on_bad_example=skip", "--config.data.workers=1")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, cache):
+def run(tmp_path_factory):
     """The data, the run's folder, and what training and evaluation printed; a worker reads."""
     folder = tmp_path_factory.mktemp("own")
     write(folder, "train")
@@ -65,7 +65,7 @@ def run(tmp_path_factory, cache):
     said = {}
     for verb in ("train", "evaluate"):
         argv = flags(folder, *SKIP, f"--workdir={folder}/run")
-        said[verb] = tiny.run(verb, *argv, cache=cache)
+        said[verb] = tiny.run(verb, *argv)
         assert said[verb].returncode == 0, said[verb].stderr
     return folder, said
 
@@ -104,19 +104,19 @@ def test_an_evaluation_of_fewer_examples_says_so(run):
     assert "1 of 12 were skipped, the score is of 11" in err and "test2.png" in err
 
 
-def test_a_bad_image_that_a_worker_meets_is_one_line(tmp_path, cache):
+def test_a_bad_image_that_a_worker_meets_is_one_line(tmp_path):
     write(tmp_path, "train", gone=())
     argv = flags(tmp_path, f"--workdir={tmp_path}/run", "--config.data.workers=1")
-    done = tiny.run("train", *argv, cache=cache)
+    done = tiny.run("train", *argv)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert "cannot be decoded" in last and "data.on_bad_example=skip" in last
 
 
-def test_a_run_of_which_no_image_can_be_read_is_refused(tmp_path, cache):
+def test_a_run_of_which_no_image_can_be_read_is_refused(tmp_path):
     write(tmp_path, "train", bad=range(12), gone=())
     argv = flags(tmp_path, f"--workdir={tmp_path}/run", "--config.data.on_bad_example=skip")
-    done = tiny.run("train", *argv, cache=cache)
+    done = tiny.run("train", *argv)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "not one of 12 examples can be used; the last: " in done.stderr.splitlines()[-1]
 

@@ -24,12 +24,11 @@ def made(trained, tmp_path_factory):
     return path
 
 
-def test_a_run_that_learns_nothing_ends_with_the_weights_it_started_from(made, tmp_path, cache):
+def test_a_run_that_learns_nothing_ends_with_the_weights_it_started_from(made, tmp_path):
     flags = {"start_from": made, "align.steps": 0, "finetune.steps": 2,
              "finetune.learning_rate": 0.0, "encoder.steps": 0, "llm.depth": 1}  # fmt: skip
     done = tiny.run("train", "--config=tests/tiny.py", f"--workdir={tmp_path}/run",
-                    *[f"--config.{name}={value}" for name, value in flags.items()],
-                    cache=cache)  # fmt: skip
+                    *[f"--config.{name}={value}" for name, value in flags.items()])  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert convert.main(["--from", f"{tmp_path}/run", "--to", f"{tmp_path}/again"]) == 0
     before, after = folder.read(made).tensors, folder.read(tmp_path / "again").tensors

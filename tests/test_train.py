@@ -23,7 +23,6 @@ from vlm_jax.learn.log import Diverged
 from vlm_jax.models import vlm
 
 pytestmark = [
-    pytest.mark.usefixtures("compiled_once"),
     # Orbax leaves coroutines behind when a read or write of it fails.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -63,16 +62,16 @@ def weights_of(folder):
     return {name: np.asarray(x) for name, x in named(state).items()}, notes
 
 
-def test_a_killed_run_ends_bit_identical_to_an_unbroken_one(trained, cache, tmp_path):
+def test_a_killed_run_ends_bit_identical_to_an_unbroken_one(trained, tmp_path):
     folder = tmp_path / "run"
     for before in (
         IN_A_WRITE.format(stage="align", step=2),
         AT_A_STEP.format(stage="finetune", step=3),
     ):
-        killed = tiny.run(*COMMAND, f"--workdir={folder}", cache=cache, before=before)
+        killed = tiny.run(*COMMAND, f"--workdir={folder}", before=before)
         assert killed.returncode == -9, killed.stderr
     assert not (folder / "finetune/6").exists()
-    finished = tiny.run(*COMMAND, f"--workdir={folder}", cache=cache)
+    finished = tiny.run(*COMMAND, f"--workdir={folder}")
     assert finished.returncode == 0, finished.stderr
     # The finished stages were read back: no step of theirs was done again.
     assert "encoder 1/3" not in finished.stderr and "align" not in re.sub(
@@ -295,7 +294,7 @@ def test_another_configuration_in_the_same_folder_is_refused(trained, capsys, tm
     assert "another configuration (data.template was bare, is plain; seed was 0, is 1)" in line
 
 
-def test_a_typo_does_not_claim_the_folder(capsys, tmp_path, cache):
+def test_a_typo_does_not_claim_the_folder(capsys, tmp_path):
     """A first attempt that failed before its first step leaves the folder to the second."""
     failed = message(capsys, tmp_path, "--config.data.source=llava", "--config.data.path=typo.json")
     assert "typo.json" in failed and not (tmp_path / "run/config.json").exists()

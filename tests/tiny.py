@@ -146,17 +146,12 @@ def adapted(model, *, rank=2, alpha=6.0, targets=(), scale=0.1):
     return VLM(model.vit, roughened(model.compressor, scale=scale), model.llm)
 
 
-def run(*argv, cache, before="", timeout=240):
-    """`vlm-jax ARGV` in a process of its own with one device, after the statements `before`.
-
-    Processes with the same folder `cache` compile a program once.
-    """
+def run(*argv, before="", timeout=240):
+    """`vlm-jax ARGV` in a process of its own with one device, after the statements `before`."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
     return subprocess.run(
         [sys.executable, "-c", CHILD.format(before=before, argv=list(argv))],

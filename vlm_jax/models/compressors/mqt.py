@@ -52,7 +52,8 @@ class MQT(Matryoshka):
         >>> sizes = dict(side=12, width=32, llm_width=64, heads=4)
         >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
         ...     mqt = MQT(tokens=9, **sizes, rngs=nnx.Rngs(0))
-        ...     mqt(jnp.ones((2, 144, 32))).shape, mqt.at(100)(jnp.ones((2, 144, 32))).shape
+        ...     run, levels = jax.jit(MQT.__call__), jnp.ones((2, 144, 32))
+        ...     run(mqt, levels).shape, run(mqt.at(100), levels).shape
         ((2, 9, 64), (2, 100, 64))
     """
 

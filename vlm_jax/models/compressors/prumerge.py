@@ -41,9 +41,10 @@ class PruMerge(Compressor):
         >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
         ...     fixed = PruMerge(tokens=9, side=12, width=32, llm_width=64, rngs=nnx.Rngs(0))
         ...     levels = jnp.ones((2, 144, 32 + 32 + 1))  # features, keys, attention
-        ...     fixed(levels).shape
+        ...     jax.jit(PruMerge.__call__)(fixed, levels).shape
         ...     free = PruMerge(tokens=0, side=12, width=32, llm_width=64, rngs=nnx.Rngs(0))
-        ...     free(levels).tokens.shape, free(levels).count.tolist()
+        ...     made = jax.jit(PruMerge.__call__)(free, levels)
+        ...     made.tokens.shape, made.count.tolist()
         (2, 9, 64)
         ((2, 37, 64), [1, 1])
     """
@@ -171,7 +172,7 @@ class PruMergePlus(PruMerge):
         >>> from vlm_jax.models.compressors.prumerge import PruMergePlus
         >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
         ...     plus = PruMergePlus(tokens=9, side=6, width=32, llm_width=64, rngs=nnx.Rngs(0))
-        ...     plus(jnp.ones((2, 36, 32 + 32 + 1))).shape
+        ...     jax.jit(PruMergePlus.__call__)(plus, jnp.ones((2, 36, 32 + 32 + 1))).shape
         (2, 9, 64)
         >>> PruMergePlus.supported(side=6)
         [0, 3, 5, 7, 9, 11, 13, 15, 19, 25, 35]

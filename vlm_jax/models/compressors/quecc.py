@@ -49,7 +49,7 @@ class QueCC(Compressor):
         >>> sizes = dict(tokens=4, side=12, width=32, levels=2, llm_width=64, heads=4)
         >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
         ...     quecc = QueCC(**sizes, query="separate", rngs=nnx.Rngs(0))
-        ...     quecc(jnp.ones((2, 144, 64)), jnp.ones((2, 64))).shape
+        ...     jax.jit(QueCC.__call__)(quecc, jnp.ones((2, 144, 64)), jnp.ones((2, 64))).shape
         (2, 4, 64)
         >>> quecc.window
         6

@@ -33,7 +33,7 @@ class TokenPacker(Compressor):
         >>> sizes = dict(tokens=4, side=12, width=32, levels=2, llm_width=64, heads=4)
         >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
         ...     packer = TokenPacker(**sizes, rngs=nnx.Rngs(0))
-        ...     packer(jnp.ones((2, 144, 64))).shape
+        ...     jax.jit(TokenPacker.__call__)(packer, jnp.ones((2, 144, 64))).shape
         (2, 4, 64)
         >>> packer.window
         6
