@@ -12,7 +12,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "vlm_jax/__init__.py").read
 
 
 class WithConfigs(build_py):
-    """Puts configs/ into a wheel, where vlm_jax/scaling/described.py finds it.
+    """Puts configs/ into a wheel, where vlm_jax/cost/described.py finds it.
 
     An editable installation reads the checkout's own.
     """

@@ -72,11 +72,11 @@ class Contest:
         from flax import nnx
 
         from benchmarks.peers import torch_compressors
-        from vlm_jax import mesh
-        from vlm_jax.models import compressors
-        from vlm_jax.models.compressors.matryoshka import Matryoshka
-        from vlm_jax.models.layers import RUN_ONCE
-        from vlm_jax.models.vit import class_attention, window_order
+        from vlm_jax import compressors, mesh
+        from vlm_jax.compressors.matryoshka import Matryoshka
+        from vlm_jax.compressors.window import window_order
+        from vlm_jax.layers import RUN_ONCE
+        from vlm_jax.models.vit import class_attention
 
         method, _, part = method.partition("/")
         batch = sizes["batch"]
@@ -144,7 +144,7 @@ class Contest:
 
 def derived(method: str, tokens: int, contest: Contest, sizes: dict) -> dict[str, float]:
     """GFLOP of one image from the sizes alone, as published and as inference runs it here."""
-    from vlm_jax.scaling import cost
+    from vlm_jax.cost import flops as cost
 
     width, llm_width = sizes["width"], sizes["llm_width"]
     vit = cost.ViT(
@@ -228,7 +228,7 @@ def measure(method: str, tokens: int, *, sizes: dict, rounds: int) -> dict:
 
 def supported(method: str, tokens: list[int], side: int) -> list[int]:
     """Of the wanted numbers of tokens those that a method gives; all it has without a choice."""
-    from vlm_jax.models import compressors
+    from vlm_jax import compressors
 
     if method == "none":
         return [side**2]
@@ -239,7 +239,7 @@ def supported(method: str, tokens: list[int], side: int) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     facts.use_threads(args.threads)
-    from vlm_jax import cli
+    from vlm_jax.verbs import cli
 
     cli.keep_freed_memory()
     import jax

@@ -91,10 +91,11 @@ def ours(folder: Path, dtype: str, scales: tuple[int, ...]):
     from ml_collections import ConfigDict
 
     from configs import base
-    from vlm_jax import mesh, serving
+    from vlm_jax import mesh
     from vlm_jax.data.processor import Processor
     from vlm_jax.data.word_tokenizer import train_tokenizer
     from vlm_jax.models import vlm
+    from vlm_jax.serving import model as serving
     from vlm_jax.weights import names, sources
     from vlm_jax.weights.folder import place
 
@@ -124,7 +125,7 @@ def requests(sizes: dict[str, Any], rows: int):
     """Prompts whose image stands behind their first token, and their pixels."""
     import numpy as np
 
-    from vlm_jax.requests import Request
+    from vlm_jax.serving.requests import Request
 
     draw, side = np.random.default_rng(0), sizes["tower"]["image"]
     return [
@@ -254,7 +255,7 @@ def measure(sides: dict[str, Callable], rounds: int) -> dict[str, dict[str, floa
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     facts.use_threads(args.threads)
-    from vlm_jax import cli
+    from vlm_jax.verbs import cli
 
     cli.keep_freed_memory()
     import torch

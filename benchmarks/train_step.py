@@ -45,7 +45,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def middle(config) -> str:
     """The demo's middle cell: the LLM of middle size, 4 visual tokens."""
-    from vlm_jax.cells import by_size
+    from vlm_jax.training.cells import by_size
 
     llms = by_size(config)
     return f"{llms[len(llms) // 2]}-v4-{config.compressor.kind}-s{config.grid.seeds[0]}"
@@ -80,8 +80,8 @@ def contestants(config) -> dict[str, Callable[[], SupportsFloat]]:
 
     from benchmarks.peers import torch_vlm
     from vlm_jax import mesh
-    from vlm_jax.learn import objective, optimizer
     from vlm_jax.models import vlm
+    from vlm_jax.training import objective, optimizer
 
     batch = random_batch(config)
     model = vlm.create(config, seed=0)
@@ -155,7 +155,7 @@ def measure(config, *, rounds: int, steps: int) -> dict:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     facts.use_threads(args.threads)
-    from vlm_jax import cli
+    from vlm_jax.verbs import cli
 
     if args.malloc == "keep":
         cli.keep_freed_memory()
@@ -163,7 +163,8 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from configs import demo
-    from vlm_jax import grid, mesh
+    from vlm_jax import mesh
+    from vlm_jax.verbs import grid
 
     torch.set_num_threads(args.threads)
     cells = {cell.name: cell.config for cell in grid.cells_of(demo.get_config())}

@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     c.vit.heads = 16
     c.vit.norm_eps = 1e-5
     c.vit.levels = (12, 16, 22, 23)  # blocks whose outputs are kept; the last is "the" feature
-    c.vit.activation = "quick_gelu"  # vlm_jax/models/layers.py ACTIVATIONS names the kinds
+    c.vit.activation = "quick_gelu"  # vlm_jax/layers.py ACTIVATIONS names the kinds
     c.vit.class_token = True  # a learned token stands before the patches (CLIP; not SigLIP)
     c.vit.keep_class = False  # and becomes the first visual token; compressor.kind="none" only
     c.vit.patch_bias = False  # of the convolution that cuts the image (SigLIP)

@@ -5,7 +5,7 @@ import literal_compressors
 import literal_prumerge
 import numpy as np
 
-from vlm_jax.models import pretrained
+from vlm_jax.compressors import pretrained
 
 
 def of(module):

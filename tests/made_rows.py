@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from vlm_jax.scaling.records import Row, families_of
+from vlm_jax.rows.records import Row, families_of
 
 SIZES = (25_000, 80_000, 250_000)
 TOKENS = (1, 4, 16, 36)

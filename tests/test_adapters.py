@@ -14,8 +14,8 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from vlm_jax import convert
 from vlm_jax.models import lora
+from vlm_jax.verbs import convert
 from vlm_jax.weights import adapters, folder
 
 FROZEN = Path(__file__).parent / "published_weights"

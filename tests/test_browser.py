@@ -11,8 +11,8 @@ import subprocess
 import made_rows
 import pytest
 
-from vlm_jax import report
-from vlm_jax.scaling import records
+from vlm_jax.reports import report as reports
+from vlm_jax.rows import records
 
 pytestmark = pytest.mark.browser
 
@@ -51,7 +51,7 @@ def page(tmp_path_factory):
     """The text of a made run's page, several methods beside the grid's own."""
     folder = tmp_path_factory.mktemp("browser")
     records.write(folder / "rows.jsonl", made_rows.rows(methods=made_rows.METHODS))
-    report.write(folder)
+    reports.write(folder)
     return (folder / "report/index.html").read_text()
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from vlm_jax import mesh as meshes
-from vlm_jax.learn.checkpoint import Checkpoints
-from vlm_jax.learn.optimizer import State
+from vlm_jax.training.checkpoint import Checkpoints
+from vlm_jax.training.optimizer import State
 
 SHAPE = (16, 32)
 # Orbax leaves coroutines behind when a read or write of it fails.

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import tiny
 
-from vlm_jax import __main__, cli
-from vlm_jax.learn.workdir import digest
+from vlm_jax import __main__, arguments
+from vlm_jax.training.workdir import digest
+from vlm_jax.verbs import cli
 
 CONFIG = f"--config={tiny.ROOT}/tests/tiny.py"
 VERBS = ("train", "evaluate", "grid", "fit", "plan", "report")
@@ -167,7 +168,7 @@ def test_every_verb_is_dispatched_and_has_help(capsys):
 def test_an_unknown_verb_is_refused_with_the_choices(capsys):
     assert __main__.main(["trian"]) == 2
     err = capsys.readouterr().err
-    assert "unknown verb 'trian'" in err and all(verb in err for verb in VERBS)
+    assert "unknown verb 'trian', did you mean train?" in err and all(verb in err for verb in VERBS)
     assert __main__.main([]) == 0
     assert "usage" in capsys.readouterr().out
 
@@ -177,8 +178,8 @@ def test_an_unknown_verb_is_refused_with_the_choices(capsys):
 )
 def test_a_seed_is_a_whole_number(value):
     with pytest.raises(ValueError, match="seed=.*: give a whole number from 0 to 4294967295"):
-        cli.seed_of("seed", value)
-    assert cli.seed_of("seed", np.uint32(2**32 - 1)) == 2**32 - 1
+        arguments.seed_of("seed", value)
+    assert arguments.seed_of("seed", np.uint32(2**32 - 1)) == 2**32 - 1
 
 
 @pytest.mark.parametrize("seed", ["1.5", "-1", "True", "one", "", "4294967296", "1e3"])

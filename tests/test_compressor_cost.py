@@ -19,8 +19,8 @@ from test_cost import (
     shape,
 )
 
-from vlm_jax.models import compressors
-from vlm_jax.scaling import cost
+from vlm_jax import compressors
+from vlm_jax.cost import flops as cost
 
 TOKENS = (1, 4, 16, 36, 144)
 # GFLOP of one image at these V, of the published modules for CLIP ViT-L/14-336 into an LLM of width

@@ -16,15 +16,14 @@ import pytest
 from flax import nnx
 from made_numbers import filled, numbers
 
-from vlm_jax import mesh
-from vlm_jax.models import compressors, pretrained
-from vlm_jax.models.compressors import COMPRESSORS, mqt, projector, quecc
-from vlm_jax.models.compressors.m3 import M3
-from vlm_jax.models.compressors.mqt import MQT
-from vlm_jax.models.compressors.quecc import QueCC
-from vlm_jax.models.compressors.token_packer import TokenPacker
-from vlm_jax.models.vit import window_order
-from vlm_jax.scaling import cost
+from vlm_jax import compressors, mesh
+from vlm_jax.compressors import COMPRESSORS, mqt, pretrained, projector, quecc
+from vlm_jax.compressors.m3 import M3
+from vlm_jax.compressors.mqt import MQT
+from vlm_jax.compressors.quecc import QueCC
+from vlm_jax.compressors.token_packer import TokenPacker
+from vlm_jax.compressors.window import window_order
+from vlm_jax.cost import flops as cost
 
 GATE = 1e-4  # absolute, on activations of order one, in float32
 

@@ -9,9 +9,10 @@ import tiny
 from ml_collections import ConfigDict
 
 from configs import base, sizes
-from vlm_jax import cli, grid, train
-from vlm_jax.learn import workdir
 from vlm_jax.models import vlm
+from vlm_jax.training import stages, workdir
+from vlm_jax.training.cells import cells_of, describe
+from vlm_jax.verbs import cli
 
 CONFIGS = sorted(p.stem for p in (Path(tiny.ROOT) / "configs").glob("*.py")
                  if p.stem != "sizes")  # fmt: skip
@@ -47,12 +48,12 @@ def test_every_cell_of_a_configuration_can_be_built(name, mesh1):
         if not c.grid.llms:
             assert vlm.parameters(vlm.shapes(c)) > 0
             return
-        cells = grid.cells_of(c)
-        train.check(c)
+        cells = cells_of(c)
+        stages.check(c)
         assert len({cell.name for cell in cells}) == len(cells)
         # Seeds and token counts of one size build alike: the first and the last are built.
         for cell in cells[: 2 * len(c.grid.llms)] + cells[-len(c.grid.llms) :]:
-            assert grid.describe(cell)[0] > 0
+            assert describe(cell)[0] > 0
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -74,15 +75,15 @@ def test_a_cell_says_all_of_its_llm(name):
     other.llm.update(sizes.LLM["vicuna-1.5-7b"] | {
         k: c.llm[k] for k in ("vocab", "head_size", "tied_embeddings")})  # fmt: skip
     if c.grid.llms:
-        assert [workdir.digest(a.config) for a in grid.cells_of(c)] == [
-            workdir.digest(b.config) for b in grid.cells_of(other)]  # fmt: skip
+        assert [workdir.digest(a.config) for a in cells_of(c)] == [
+            workdir.digest(b.config) for b in cells_of(other)]  # fmt: skip
 
 
 def test_the_demo_spans_what_it_must(mesh1):
     # At least 3 sizes over a factor of 10, at least 4 token counts, one of them 1.
     c = load("demo")
     with jax.set_mesh(mesh1):
-        counts = sorted({grid.describe(cell)[0] for cell in grid.cells_of(c) if not cell.blind})
+        counts = sorted({describe(cell)[0] for cell in cells_of(c) if not cell.blind})
     assert len(counts) >= 3 and counts[-1] >= 10 * counts[0]
     assert len(c.grid.tokens) >= 4 and 1 in c.grid.tokens
     assert {kind for kind, _ in c.grid.baselines} == {"blind", "pool"}

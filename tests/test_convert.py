@@ -16,11 +16,12 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from vlm_jax import convert, serving
 from vlm_jax.data import processor
 from vlm_jax.data.example import Example
 from vlm_jax.data.word_tokenizer import train_tokenizer
 from vlm_jax.models import vlm
+from vlm_jax.serving import model as serving
+from vlm_jax.verbs import convert
 from vlm_jax.weights import folder, names
 
 FROZEN = Path(__file__).parent / "published_weights"
@@ -34,8 +35,7 @@ def run(*argv):
 def refused(capsys, *argv):
     """What `vlm-jax convert` says when it refuses; without --to it has an empty folder to use."""
     with tempfile.TemporaryDirectory() as empty:
-        given = "--to" in argv
-        assert run(*argv, *(() if given else ("--to", f"{empty}/model"))) == 2
+        assert run(*argv, *(() if "--to" in argv else ("--to", f"{empty}/model"))) == 2
         assert not os.listdir(empty)
     return capsys.readouterr().err
 

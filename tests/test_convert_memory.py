@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from vlm_jax import convert
+from vlm_jax.verbs import convert
 from vlm_jax.weights import folder
 from vlm_jax.weights.stored import Pending, write_safetensors
 

@@ -11,11 +11,11 @@ from jax.sharding import NamedSharding
 
 from configs import base, sizes
 from vlm_jax import mesh
+from vlm_jax.compressors.token_packer import TokenPacker
+from vlm_jax.cost import flops as cost
 from vlm_jax.models.cache import KV
-from vlm_jax.models.compressors.token_packer import TokenPacker
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.vit import ViT
-from vlm_jax.scaling import cost
 
 CLIP = cost.ViT.of(base.get_config().vit)
 VICUNA = cost.LLM.of(sizes.LLM["vicuna-1.5-7b"])

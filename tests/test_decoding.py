@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
-from vlm_jax.decoding import Decoder, bucket
+from vlm_jax.layers import layer
 from vlm_jax.models import vlm
-from vlm_jax.models.layers import layer
+from vlm_jax.serving.decoder import Decoder, bucket
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import tiny
 
-from vlm_jax import evaluate
 from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor, load_tokenizer
-from vlm_jax.decoding import Decoder
 from vlm_jax.evals import tasks
 from vlm_jax.models import vlm
+from vlm_jax.serving import predict as predictions
+from vlm_jax.serving.decoder import Decoder
+from vlm_jax.verbs import evaluate
 
 NEW = 4
 
@@ -79,7 +80,7 @@ def test_every_example_is_answered_once_in_order(setting, mesh1):
     c = tiny.config(evaluate=dict(batch=20))
     assert len(source) % 20
     with jax.set_mesh(mesh1):
-        records = list(evaluate.predict(c, model, source, processor))
+        records = list(predictions.predict(c, model, source, processor))
     assert [r["id"] for r in records] == [source[i].id for i in range(len(source))]
     for i, record in enumerate(records):
         assert record["answer"] == source[i].turns[-1][1] and record["task"] == source[i].task
@@ -88,16 +89,16 @@ def test_every_example_is_answered_once_in_order(setting, mesh1):
 
 def test_a_clock_times_every_batch_but_the_first(setting, mesh1):
     _, source, processor, model = setting
-    clock = evaluate.Clock()
+    clock = predictions.Clock()
     with jax.set_mesh(mesh1):
         config = tiny.config(evaluate=dict(batch=20))
-        list(evaluate.predict(config, model, source, processor, clock=clock))
+        list(predictions.predict(config, model, source, processor, clock=clock))
     assert len(clock.seconds) == -(-len(source) // 20) and clock.batch == 20
     clock.seconds[0] = 1e9  # the first batch compiles
     timing = clock.timing()
     assert timing["batch"] == 20 and 1 <= timing["new_tokens"] <= config.evaluate.max_new_tokens
     assert timing["seconds_per_example"] == pytest.approx(np.median(clock.seconds[1:]) / 20)
-    alone = evaluate.Clock()
+    alone = predictions.Clock()
     alone.note(1.0, (8, 3))
     assert alone.timing() == {}
 
@@ -117,7 +118,7 @@ def test_answers_end_before_the_end_token(setting, mesh1, monkeypatch):
     fixed = np.tile(np.array([word, eos, word, word], np.int32), (c.evaluate.batch, 1))
     monkeypatch.setattr(Decoder, "__call__", lambda self, batch, new_tokens: fixed)
     with jax.set_mesh(mesh1):
-        records = list(evaluate.predict(c, model, source, processor))
+        records = list(predictions.predict(c, model, source, processor))
     assert {r["prediction"] for r in records} == {"7"}
 
 

@@ -8,9 +8,9 @@ import tiny
 from ml_collections import ConfigDict
 
 from configs import base
-from vlm_jax import evaluate, grid, train
-from vlm_jax.learn import fields
-from vlm_jax.learn.workdir import flat
+from vlm_jax.training import fields
+from vlm_jax.training.workdir import flat
+from vlm_jax.verbs import evaluate, grid, train
 
 
 def test_the_table_has_every_field_and_a_range_for_every_number():

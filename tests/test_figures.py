@@ -11,11 +11,13 @@ import pytest
 from matplotlib.colors import to_rgba
 
 from configs import sizes
+from vlm_jax.cost import flops as cost
+from vlm_jax.cost.chips import CHIPS
+from vlm_jax.law import law, published
 from vlm_jax.reports import canvas as canvases
 from vlm_jax.reports import cells, cost_figures, figures, score_figures
 from vlm_jax.reports import run as runs
-from vlm_jax.scaling import cost, law, published, records
-from vlm_jax.scaling.chips import CHIPS
+from vlm_jax.rows import records
 
 
 def read(figure) -> list[dict]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax import mesh as meshes
-from vlm_jax.learn import fingerprint
+from vlm_jax.training import fingerprint
 
 
 def arrays() -> dict:

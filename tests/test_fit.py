@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from test_records import grid
 
-from vlm_jax import fit
-from vlm_jax.scaling import law, published, records
+from vlm_jax.law import law, published
+from vlm_jax.rows import records
+from vlm_jax.verbs import fit
 
 
 @pytest.fixture
@@ -225,5 +226,5 @@ def test_a_grid_s_law_uses_one_method_and_says_which(tmp_path, capsys):
 
 
 def test_fitting_does_not_import_jax():
-    code = "import sys, vlm_jax.fit, vlm_jax.scaling; sys.exit('jax' in sys.modules)"
+    code = "import sys, vlm_jax.verbs.fit, vlm_jax.scaling; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

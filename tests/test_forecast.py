@@ -8,8 +8,8 @@ import made_rows
 import pytest
 import tiny
 
-from vlm_jax.cells import cells_of, describe
-from vlm_jax.forecast import remaining, standing
+from vlm_jax.training.cells import cells_of, describe
+from vlm_jax.training.forecast import remaining, standing
 
 
 def test_what_is_left_is_a_fixed_time_and_a_time_by_flop():

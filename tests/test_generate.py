@@ -17,10 +17,12 @@ import tiny
 from PIL import Image
 
 import vlm_jax
-from vlm_jax import generate, mesh, serving
-from vlm_jax.decoding import Sampling, bucket, choose
+from vlm_jax import mesh
 from vlm_jax.models import vlm
-from vlm_jax.requests import batch_of
+from vlm_jax.serving import model as serving
+from vlm_jax.serving.decoder import Sampling, bucket, choose
+from vlm_jax.serving.requests import batch_of
+from vlm_jax.verbs import generate
 from vlm_jax.weights import folder, sources
 
 PROMPTS = ["what is this?", "how many red circles are there?", "is there a star?", "b", "read it."]

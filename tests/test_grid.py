@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import tiny
 
-from vlm_jax import grid
+from vlm_jax.cost import flops as cost
 from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor, load_tokenizer
 from vlm_jax.evals import tasks
-from vlm_jax.learn.workdir import claim, digest
+from vlm_jax.grids import run as grid_run
 from vlm_jax.models import vlm
-from vlm_jax.scaling import cost, records
-from vlm_jax.train import Inputs
+from vlm_jax.rows import records
+from vlm_jax.training.cells import cells_of, describe, sizes
+from vlm_jax.training.workdir import claim, digest
+from vlm_jax.verbs import grid
+from vlm_jax.verbs.train import Inputs
 
 # Three cells: two token counts and the blind one, which is the smallest that has every part.
 SMALL = ("--config=tests/tiny.py", "--config.finetune.steps=3", "--config.align.steps=2",
@@ -24,14 +27,14 @@ SMALL = ("--config=tests/tiny.py", "--config.finetune.steps=3", "--config.align.
 NAMES = ["only-v1-token_packer-s0", "only-v4-token_packer-s0", "only-v1-blind-s0"]
 
 ONE_SIZE = """
-import ml_collections, vlm_jax.cli
-parse = vlm_jax.cli.parse
+import ml_collections, vlm_jax.verbs.cli
+parse = vlm_jax.verbs.cli.parse
 def smaller(*args, **kwargs):
     config, flags = parse(*args, **kwargs)
     with config.unlocked():
         config.grid.llms = ml_collections.ConfigDict(dict(only=dict(depth=1)))
     return config, flags
-vlm_jax.cli.parse = smaller
+vlm_jax.verbs.cli.parse = smaller
 """
 AFTER_FIRST_ROW = """
 from vlm_jax.scaling import records
@@ -43,7 +46,7 @@ records.write = die
 """
 # In the middle of the second cell: its row was computed and is being written.
 IN_A_ROW = """
-from vlm_jax.learn import workdir
+from vlm_jax.training import workdir
 replace = workdir.os.replace
 class Os:
     def __getattr__(self, name):
@@ -158,7 +161,7 @@ def test_a_row_says_what_its_model_is_and_cost(unbroken, mesh1):
         c.llm.depth, c.compressor.tokens = 1, row.V
         with jax.set_mesh(mesh1):
             shapes = vlm.shapes(c)
-        vit, compressor, llm = grid.sizes(c)
+        vit, compressor, llm = sizes(c)
         assert row.llm_parameters == vlm.parameters(shapes.llm) == cost.llm_parameters(llm)
         assert row.vit_parameters == vlm.parameters(shapes.vit)
         assert row.compressor_parameters == vlm.parameters(shapes.compressor)
@@ -181,7 +184,7 @@ def test_request_lengths_are_those_of_prompts_answers_and_what_is_asked(unbroken
     inputs = Inputs(test, Processor(load_tokenizer(folder / "tokenizer"), c))
     made = [inputs.processor.text(test[i], answer=False) for i in range(len(test))]
     for prefix, field in ((False, "question_length"), (True, "image_at")):
-        Q, G, question = grid.request_lengths(inputs, prefix=prefix)
+        Q, G, question = grid_run.request_lengths(inputs, prefix=prefix)
         assert Q == pytest.approx(np.mean([m["length"] for m in made])) and G >= 1
         assert question == pytest.approx(np.mean([m[field] for m in made])) and question <= Q
 
@@ -196,7 +199,7 @@ def test_request_lengths_are_those_of_prompts_answers_and_what_is_asked(unbroken
 )
 def test_a_method_is_named_by_what_tells_its_models_apart(fields, method):
     c = tiny.config(compressor=fields)
-    assert records.method_of(**grid.method_of(c)) == method
+    assert records.method_of(**grid_run.method_of(c)) == method
 
 
 # --- What the cells share -------------------------------------------------------------------------
@@ -208,8 +211,8 @@ def shared(unbroken, mesh1, tmp_path_factory):
     folder, _ = unbroken
     c = tiny.config(finetune=dict(steps=3), align=dict(steps=2))
     with jax.set_mesh(mesh1), claim(folder, c, grid=True) as claimed:
-        phase = grid.Phases(tmp_path_factory.mktemp("phases") / "run.json", {})
-        return c, grid.prepare(claimed, phase)
+        phase = grid_run.Phases(tmp_path_factory.mktemp("phases") / "run.json", {})
+        return c, grid_run.prepare(claimed, phase)
 
 
 def test_cached_features_are_the_encoders_levels_of_every_image(shared, mesh1):
@@ -243,7 +246,7 @@ def test_every_row_of_a_blind_cell_shows_the_same_image(shared, mesh1):
 
 def test_cells_are_every_size_and_count_then_the_baselines_for_each_seed():
     c = tiny.config(grid=dict(seeds=(0, 7)))
-    cells = grid.cells_of(c)
+    cells = cells_of(c)
     kinds = [("token_packer", 1), ("token_packer", 4), ("blind", 1), ("pool", 16)]
     assert [cell.name for cell in cells] == [
         f"{llm}-v{tokens}-{kind}-s{seed}"
@@ -264,30 +267,30 @@ def test_cells_are_every_size_and_count_then_the_baselines_for_each_seed():
 def test_a_baseline_may_change_other_fields_of_the_compressor():
     baselines = (("quecc", 4, dict(query="none", downsample="pool")), ("blind", 1))
     c = tiny.config(grid=dict(tokens=(1,), baselines=baselines), compressor=dict(query="prefix"))
-    _, cell, blind = (cell for cell in grid.cells_of(c) if cell.llm == "small")
+    _, cell, blind = (cell for cell in cells_of(c) if cell.llm == "small")
     assert cell.name == "small-v4-quecc-none-pool-s0"
     of = cell.config.compressor
     assert (of.kind, of.tokens, of.query, of.downsample) == ("quecc", 4, "none", "pool")
     assert blind.config.compressor.query == c.compressor.query == "prefix"
     c.grid.baselines = (("quecc", 4, dict(qery="none")),)
     with pytest.raises(ValueError, match=r"no \['qery'\] in compressor \[.*'query'"):
-        grid.cells_of(c)
+        cells_of(c)
 
 
 def test_a_cell_that_has_no_question_to_read_is_found_before_any_is_trained(mesh1):
     # The template of tests/tiny.py puts the image first.
     c = tiny.config(grid=dict(baselines=(("quecc", 4, dict(query="prefix")),)))
     with jax.set_mesh(mesh1):
-        *_, cell = grid.cells_of(c)
+        *_, cell = cells_of(c)
         with pytest.raises(ValueError, match="data.template='bare' has none there"):
-            grid.describe(cell)
+            describe(cell)
 
 
 def test_no_sizes_are_refused_with_the_way_out():
     from configs import base
 
     with pytest.raises(ValueError, match="grid.llms is empty: name at least one LLM size"):
-        grid.cells_of(base.get_config())
+        cells_of(base.get_config())
 
 
 def test_a_dry_run_prints_every_cell_and_writes_nothing(tmp_path, capsys, mesh1):
@@ -296,9 +299,9 @@ def test_a_dry_run_prints_every_cell_and_writes_nothing(tmp_path, capsys, mesh1)
     out = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
     with jax.set_mesh(mesh1):
-        for cell in grid.cells_of(tiny.get_config()):
+        for cell in cells_of(tiny.get_config()):
             line = next(line for line in out.splitlines() if line.startswith(cell.name + " "))
-            n, parts, flops = grid.describe(cell)
+            n, parts, flops = describe(cell)
             assert f"{n:,}" in line and f"{parts['compressor']:,}" in line
             assert f"{flops / 1e9:,.0f}" in line
     assert "8 cells, about" in out and re.search(r"memory: at most about .* of large-v16-pool", out)
@@ -323,9 +326,9 @@ def test_a_grid_needs_a_folder(capsys):
 
 def test_phases_add_up_over_restarts(tmp_path, monkeypatch):
     clock = iter([0.0, 2.0, 10.0, 13.0, 20.0, 24.5])
-    monkeypatch.setattr(grid.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(grid_run.time, "monotonic", lambda: next(clock))
     for name in ("cells", "cells", "data"):
-        with grid.Phases(tmp_path / "run.json", {"command": "c"})(name):
+        with grid_run.Phases(tmp_path / "run.json", {"command": "c"})(name):
             pass
     assert json.loads((tmp_path / "run.json").read_text()) == {
         "command": "c", "phases": {"cells": 5.0, "data": 4.5}}  # fmt: skip

@@ -18,24 +18,36 @@ PACKAGE = HOME / "vlm_jax"
 OUTSIDE = {".venv", "runs", "build", "__pycache__", ".git"}
 
 # What a room may import of the package, besides itself. docs/architecture.md draws the same.
+GROUND = {"mesh", "progress", "arguments"}
 ARROWS = {
-    "door": {"verb"},  # vlm_jax.VLM, imported when it is asked for
     "mesh": set(),
     "progress": set(),
-    "cli": {"progress", "scaling"},
-    "kernels": {"mesh"},
-    "models": {"kernels", "mesh"},
-    "learn": {"models", "mesh", "progress"},
-    "weights": {"models", "mesh", "progress"},
-    "data": {"mesh"},
+    "arguments": set(),
     "evals": set(),
-    "scaling": set(),
-    "reports": {"scaling"},
-}
+    "cost": set(),
+    "law": set(),
+    "rows": {"law"},
+    "planning": {"cost", "law"},
+    "reports": {"cost", "law", "rows", "planning"},
+    "kernels": {"mesh"},
+    "layers": {"mesh"},
+    "compressors": {"kernels", "layers", "mesh"},
+    "models": {"compressors", "kernels", "layers", "mesh"},
+    "data": {"mesh", "progress"},
+    "weights": {"models", "compressors", "layers", "mesh", "progress"},
+    "training": {"weights", "data", "models", "compressors", "layers", "cost", "rows"} | GROUND,
+    "serving": {"training", "weights", "data", "models", "compressors", "layers"} | GROUND,
+    "grids": {"training", "serving", "data", "models", "compressors", "kernels", "evals", "cost",
+              "rows", "reports"} | GROUND,
+    "door": {"serving"},  # vlm_jax.VLM, imported when it is asked for
+}  # fmt: skip
 # Rooms that run on a laptop without JAX, and all they import besides the standard library.
 LIGHT = {
     "evals": set(),
-    "scaling": {"numpy", "scipy"},
+    "cost": {"numpy", "scipy"},
+    "law": {"numpy", "scipy"},
+    "rows": {"numpy"},
+    "planning": {"numpy", "scipy"},
     "reports": {"numpy", "matplotlib"},
 }
 
@@ -73,11 +85,11 @@ NAMES = {name_of(path) for path in MODULES}
 
 
 def room(module: str) -> str:
-    """The room a module lies in: a folder, `mesh`, `cli`, or "verb" for what else is at the top."""
+    """The room a module lies in: a folder or a file at the top; what dispatches is a verb."""
     parts = module.split(".")
     if len(parts) == 1:
         return "door"
-    return parts[1] if parts[1] in ARROWS else "verb"
+    return "verbs" if parts[1] == "__main__" else parts[1]
 
 
 def imports(path: Path) -> list[str]:
@@ -98,28 +110,39 @@ def where(path: Path, line: int | None = None) -> str:
     return f"{path.relative_to(HOME)}" + (f":{line}" if line else "")
 
 
-def test_every_folder_of_the_package_is_a_room_with_arrows():
+def test_every_file_lies_in_a_room_with_arrows():
     assert {path.parent for path in MODULES} == {
         path.parent for path in MODULES if path.stem == "__init__"
     }
-    rooms = {path.relative_to(PACKAGE).parts[0] for path in MODULES if path.parent != PACKAGE}
-    assert rooms <= ARROWS.keys() - {"mesh", "cli", "progress"}
+    assert {room(name_of(path)) for path in MODULES} == ARROWS.keys() | {"verbs"}
+
+
+def astray(path: Path, modules: list[str]) -> list[str]:
+    """What a file may not import of these modules; verbs import all rooms, and nobody a verb."""
+    here = room(name_of(path))
+    wrong = []
+    for module in modules:
+        there = room(module)
+        if not module.startswith("vlm_jax") or here in ("verbs", there):
+            continue
+        # The package itself holds its version and nothing else.
+        if there != "door" and there not in ARROWS[here]:
+            wrong.append(f"{where(path)} imports {module}: {here} may import {ARROWS[here]}")
+    return wrong
 
 
 def test_imports_follow_the_arrows():
-    wrong = []
-    for path in MODULES:
-        here = room(name_of(path))
-        for module in imports(path):
-            there = room(module)
-            if not module.startswith("vlm_jax") or here == "verb" or there == here:
-                continue
-            # The package itself holds its version and nothing else.
-            if there != "door" and there not in ARROWS.get(here, set()):
-                wrong.append(
-                    f"{where(path)} imports {module}: {here} may import {ARROWS.get(here)}"
-                )
+    wrong = [line for path in MODULES for line in astray(path, imports(path))]
     assert not wrong, "\n".join(wrong)
+
+
+def test_nobody_may_import_a_verb_nor_a_room_above():
+    for path in MODULES:
+        if room(name_of(path)) != "verbs":
+            assert astray(path, ["vlm_jax.verbs.grid", "vlm_jax.__main__"]), path
+    order = list(ARROWS)
+    for number, (name, below) in enumerate(ARROWS.items()):
+        assert below <= set(order[:number]), name  # no room is reached from below it
 
 
 def test_of_data_only_the_loader_knows_the_mesh():
@@ -154,13 +177,13 @@ def test_configs_import_only_ml_collections_and_each_other():
     assert not wrong
 
 
-def test_flax_lives_in_models_and_learn():
+def test_flax_lives_in_models_and_training():
     users = {
         room(name_of(path))
         for path in MODULES
         if any(module.split(".")[0] == "flax" for module in imports(path))
     }
-    assert users <= {"models", "learn"}
+    assert users <= {"layers", "compressors", "models", "training"}
 
 
 def test_the_package_never_imports_torch_or_tensorflow():
@@ -208,7 +231,10 @@ def test_no_compiler_is_given_an_option_that_it_was_not_asked_about():
 @pytest.mark.parametrize(
     "name, absent",
     [
-        ("scaling", ("jax", "flax", "matplotlib")),
+        ("cost", ("jax", "flax", "matplotlib")),
+        ("law", ("jax", "flax", "matplotlib")),
+        ("rows", ("jax", "flax", "matplotlib")),
+        ("planning", ("jax", "flax", "matplotlib")),
         ("evals", ("jax", "numpy")),
         ("reports", ("jax", "flax")),
     ],
@@ -340,4 +366,4 @@ def test_what_a_page_points_at_exists(path):
 @pytest.mark.parametrize("path", PAGES, ids=where)
 def test_a_verb_that_a_page_uses_exists(path):
     verbs = set(re.findall(r"\bvlm-jax ([a-z]+) --", path.read_text()))
-    assert not [verb for verb in verbs if not (PACKAGE / f"{verb}.py").exists()]
+    assert not [verb for verb in verbs if not (PACKAGE / f"verbs/{verb}.py").exists()]

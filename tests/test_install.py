@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import vlm_jax
-from vlm_jax import cli
-from vlm_jax.learn import workdir
+from vlm_jax.training import workdir
+from vlm_jax.verbs import cli
 
 PYTHONS = ("3.11", "3.12", "3.13")
 

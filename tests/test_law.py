@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares
 
-from vlm_jax.scaling import compare, intervals, law, published, solve
-from vlm_jax.scaling.forms import FORMS
-from vlm_jax.scaling.points import Points
+from vlm_jax.law import compare, intervals, law, published, solve
+from vlm_jax.law.forms import FORMS
+from vlm_jax.law.points import Points
 
 PAPER = ((0.5, 1.8, 4.0, 7.0), (1, 4, 16, 36, 64, 144, 576))
 DEMO = ((2.5e-5, 8e-5, 2.5e-4), (1, 4, 16, 36))

@@ -10,8 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from vlm_jax import mesh
-from vlm_jax.models import layers
+from vlm_jax import layers, mesh
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,11 @@ import tiny
 from flax import nnx
 
 from configs import sizes
+from vlm_jax.cost import flops as cost
 from vlm_jax.models import llm as llms
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.rope import Rope, rotate
 from vlm_jax.models.vlm import parameters
-from vlm_jax.scaling import cost
 
 LLAMA = dict(heads=2, kv_heads=2, qkv_bias=False, tied_embeddings=False, rope_theta=1e4)
 QWEN = dict(heads=4, kv_heads=1, qkv_bias=True, tied_embeddings=True, rope_theta=1e6, norm_eps=1e-6)

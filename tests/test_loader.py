@@ -10,9 +10,9 @@ import pytest
 from configs import base
 from vlm_jax import mesh as meshes
 from vlm_jax.data import loader
+from vlm_jax.data.benchmark.synthetic import Synthetic
 from vlm_jax.data.loader import Batches, evaluation_batches
 from vlm_jax.data.processor import Processor
-from vlm_jax.data.synthetic import Synthetic
 from vlm_jax.data.word_tokenizer import train_tokenizer
 
 

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from vlm_jax.learn import log as logs
-from vlm_jax.learn.log import Diverged, Log
-from vlm_jax.learn.optimizer import Metrics
+from vlm_jax.training import log as logs
+from vlm_jax.training.log import Diverged, Log
+from vlm_jax.training.optimizer import Metrics
 
 LINE = re.compile(
     r"align (\d+)/6  loss (\d+\.\d{4})  \d+ examples/s  \d+ tokens/s  eta \d+:[0-5]\d:[0-5]\d\n"

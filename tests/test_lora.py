@@ -11,10 +11,9 @@ import tiny
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from vlm_jax import cells
-from vlm_jax.learn import objective, optimizer
+from vlm_jax.cost import flops as cost
 from vlm_jax.models import lora, vlm
-from vlm_jax.scaling import cost
+from vlm_jax.training import cells, objective, optimizer
 from vlm_jax.weights import names
 
 pytestmark = [

@@ -11,14 +11,14 @@ import pytest
 import tiny
 from flax import nnx
 
-from vlm_jax import convert, train
 from vlm_jax.data import sources
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.word_tokenizer import train_tokenizer
-from vlm_jax.learn import optimizer, workdir
-from vlm_jax.learn.checkpoint import Checkpoints
-from vlm_jax.learn.log import Log
 from vlm_jax.models import lora, vlm
+from vlm_jax.training import optimizer, stages, workdir
+from vlm_jax.training.checkpoint import Checkpoints
+from vlm_jax.training.log import Log
+from vlm_jax.verbs import convert
 from vlm_jax.weights import folder
 from vlm_jax.weights import sources as sources_of
 
@@ -37,7 +37,7 @@ def inputs():
     c = config()
     source = sources.open_source(c, "train")
     texts = [text for i in range(len(source)) for turn in source[i].turns for text in turn]
-    return train.Inputs(source, Processor(train_tokenizer(texts, c.llm.vocab), c))
+    return stages.Inputs(source, Processor(train_tokenizer(texts, c.llm.vocab), c))
 
 
 SHORT = dict(
@@ -52,7 +52,7 @@ def unbroken(inputs, mesh1, tmp_path_factory):
     inputs.processor.tokenizer.save_pretrained(path / "tokenizer")
     with jax.set_mesh(mesh1), workdir.claim(path, c) as claimed:
         claimed.begin()
-        model = train.train(c, path, inputs)
+        model = stages.train(c, path, inputs)
     return path, model
 
 
@@ -69,10 +69,10 @@ def test_a_run_broken_between_checkpoints_ends_bit_identical(
     with jax.set_mesh(mesh1):
         monkeypatch.setattr(Log, "__call__", die)
         with pytest.raises(KeyboardInterrupt):
-            train.train(c, tmp_path, inputs)
+            stages.train(c, tmp_path, inputs)
         monkeypatch.undo()
         # Adapters of another seed stand ready, and those of the checkpoint take their place.
-        model = train.train(c, tmp_path, inputs)
+        model = stages.train(c, tmp_path, inputs)
     steps = [json.loads(line)["step"] for line in (tmp_path / "finetune/metrics.jsonl").open()]
     assert steps == [1, 2, 3, 4]
     for ours, theirs in zip(*map(jax.tree.leaves, (model, unbroken[1])), strict=True):
@@ -123,7 +123,7 @@ def test_a_run_with_other_adapters_stops_before_its_first_step(
     c = config(**SHORT)
     c.lora.rank = 3
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match=f"{WRITTEN}LoRA of rank 3, alpha 6"):
-        train.train(c, unbroken[0], inputs)
+        stages.train(c, unbroken[0], inputs)
 
 
 @pytest.mark.parametrize("changes, said", [
@@ -153,10 +153,10 @@ def test_adapters_that_cannot_be_are_refused(change, words, mesh1):
     c = config()
     c.lora.update(change)
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match=words):
-        train.check(c)
+        stages.check(c)
 
 
 def test_adapters_without_a_stage_that_trains_them_are_refused(mesh1):
     c = config(finetune=dict(steps=0))
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match="but finetune.steps=0"):
-        train.check(c)
+        stages.check(c)

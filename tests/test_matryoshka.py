@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_jax import mesh
-from vlm_jax.models import pretrained
-from vlm_jax.models.compressors import m3 as m3s
-from vlm_jax.models.compressors import mqt as mqts
-from vlm_jax.models.compressors.m3 import M3
-from vlm_jax.models.compressors.mqt import MQT
+from vlm_jax.compressors import m3 as m3s
+from vlm_jax.compressors import mqt as mqts
+from vlm_jax.compressors import pretrained
+from vlm_jax.compressors.m3 import M3
+from vlm_jax.compressors.mqt import MQT
 
 SIZES = dict(side=6, width=16, llm_width=24)
 

@@ -12,13 +12,16 @@ import tiny
 from flax import nnx
 from test_grid import AFTER_FIRST_ROW, ONE_SIZE
 
-from vlm_jax import evaluate, grid, mesh
+from vlm_jax import mesh
+from vlm_jax.cost import flops as cost
 from vlm_jax.data import loader, prefixes, sources
 from vlm_jax.data.processor import Processor, load_tokenizer
-from vlm_jax.decoding import Decoder
-from vlm_jax.learn import objective, optimizer
 from vlm_jax.models import vlm
-from vlm_jax.scaling import cost, records
+from vlm_jax.rows import records
+from vlm_jax.serving.decoder import Decoder
+from vlm_jax.training import objective, optimizer
+from vlm_jax.training.cells import sizes, train_flops
+from vlm_jax.verbs import evaluate
 
 # --- Prefixes as data, all scales at once, requests of any size -----------------------------------
 
@@ -217,14 +220,14 @@ def test_what_training_costs_is_what_is_run(mesh1):
     def steps(kind, tokens, **fields):
         c = tiny.config(compressor=dict(kind=kind, tokens=tokens, **fields))
         with jax.set_mesh(mesh1):
-            return c, grid.train_flops(c, vlm.shapes(c).compressor)
+            return c, train_flops(c, vlm.shapes(c).compressor)
 
     # MQT: all queries in every step. M3: every patch at first, then the sum of its scales, which
     # read the features once.
     assert steps("mqt", 1)[1] == steps("mqt", 16)[1]
     c, total = steps("m3", 1)
     assert total == steps("m3", 4)[1]
-    vit, compressor, llm = grid.sizes(c)
+    vit, compressor, llm = sizes(c)
 
     def of(stage, tokens):
         made = dataclasses.replace(compressor, tokens=tokens)

@@ -10,10 +10,10 @@ from flax import nnx
 
 from configs import sizes
 from vlm_jax import mesh as meshes
-from vlm_jax import train
-from vlm_jax.learn import memory, objective, optimizer
-from vlm_jax.learn.memory import Need
 from vlm_jax.models import lora, vlm
+from vlm_jax.training import memory, objective, optimizer
+from vlm_jax.training.memory import Need
+from vlm_jax.verbs import train
 
 GB = 10**9
 

@@ -7,7 +7,7 @@ import pytest
 import tiny
 from scipy.special import log_softmax, logsumexp
 
-from vlm_jax.learn import objective
+from vlm_jax.training import objective
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import optax
 import pytest
 import tiny
 
-from vlm_jax.learn import objective, optimizer
 from vlm_jax.models import vlm
+from vlm_jax.training import objective, optimizer
 
 # A float32 sum over some hundred positions, in another order.
 ROUNDING = 2e-5

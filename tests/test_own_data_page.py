@@ -13,10 +13,10 @@ import tiny
 from PIL import Image
 
 from configs import demo
-from vlm_jax import cli, convert, generate
 from vlm_jax.data.sources import BadExample, open_source
-from vlm_jax.learn import fields
-from vlm_jax.learn.workdir import flat
+from vlm_jax.training import fields
+from vlm_jax.training.workdir import flat
+from vlm_jax.verbs import cli, convert, generate
 
 PAGE = (Path(tiny.ROOT) / "docs/your_own_data.md").read_text()
 

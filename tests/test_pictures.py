@@ -14,7 +14,7 @@ from PIL import Image, ImageFile, PngImagePlugin
 
 from vlm_jax.data.example import BadExample
 from vlm_jax.data.pictures import MOST_ELONGATED, TURNS, read_image
-from vlm_jax.requests import picture
+from vlm_jax.serving.requests import picture
 
 # PIL warns of much that it reads all the same.
 pytestmark = pytest.mark.filterwarnings("ignore")

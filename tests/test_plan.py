@@ -10,9 +10,11 @@ import sys
 import made_rows
 import pytest
 
-from vlm_jax import plan
-from vlm_jax.scaling import described, published, records
-from vlm_jax.scaling.law import fit
+from vlm_jax.cost import described
+from vlm_jax.law import published
+from vlm_jax.law.law import fit
+from vlm_jax.rows import records
+from vlm_jax.verbs import plan
 
 DEMO = f"--config={described.CONFIGS / 'demo.py'}"
 QWEN = "--llms=qwen1.5-0.5b,qwen1.5-1.8b,qwen1.5-4b,qwen1.5-7b,qwen1.5-14b"

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from configs import base, sizes
-from vlm_jax.scaling import chips, cost, planner, published
-from vlm_jax.scaling.law import Law, fit
-from vlm_jax.scaling.planner import Budget, FullCost, Mixture, PaperCost, Search, Workload
+from vlm_jax.cost import chips
+from vlm_jax.cost import flops as cost
+from vlm_jax.law import published
+from vlm_jax.law.law import Law, fit
+from vlm_jax.planning import planner
+from vlm_jax.planning.planner import Budget, FullCost, Mixture, PaperCost, Search, Workload
 
 CLIP = cost.ViT.of(base.get_config().vit)
 QWEN = {

@@ -10,8 +10,8 @@ import pytest
 import transformers
 from PIL import Image
 
-from vlm_jax import convert
 from vlm_jax.data.images import Preparation
+from vlm_jax.verbs import convert
 from vlm_jax.weights import folder, preprocessor, sections
 
 FROZEN = Path(__file__).parent / "published_weights"

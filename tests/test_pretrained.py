@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vlm_jax.models import compressors, pretrained
-from vlm_jax.models.compressors import COMPRESSORS
+from vlm_jax import compressors
+from vlm_jax.compressors import COMPRESSORS, pretrained
 
 # Where four is no number of visual tokens that a method can give.
 TOKENS = {"none": 64, "prumerge_plus": 5}

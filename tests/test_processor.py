@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from configs import base
+from vlm_jax.data.benchmark.synthetic import Synthetic
 from vlm_jax.data.example import Example
 from vlm_jax.data.processor import Processor, load_tokenizer
-from vlm_jax.data.synthetic import Synthetic
 from vlm_jax.data.templates import TEMPLATES
 from vlm_jax.data.word_tokenizer import train_tokenizer
 

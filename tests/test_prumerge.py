@@ -14,16 +14,17 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_numbers import numbers
+from test_grid import ONE_SIZE
 
-from vlm_jax.decoding import Decoder
-from vlm_jax.learn import optimizer
-from vlm_jax.learn.objective import next_token
+from vlm_jax.compressors.downsample import Downsample
+from vlm_jax.compressors.prumerge import PruMerge, PruMergePlus, behind, most_outliers
 from vlm_jax.models import vlm
-from vlm_jax.models.compressors.downsample import Downsample
-from vlm_jax.models.compressors.prumerge import PruMerge, PruMergePlus, behind, most_outliers
 from vlm_jax.models.vit import class_attention
 from vlm_jax.models.vlm import VLM
-from vlm_jax.scaling import records
+from vlm_jax.rows import records
+from vlm_jax.serving.decoder import Decoder
+from vlm_jax.training import optimizer
+from vlm_jax.training.objective import next_token
 
 KINDS = {"prumerge": PruMerge, "prumerge_plus": PruMergePlus}
 
@@ -282,7 +283,7 @@ def test_a_grid_with_images_that_choose_and_images_that_were_shrunk(tmp_path):
                     "--config.finetune.steps=2", "--config.align.steps=1",
                     "--config.encoder.steps=2",
                     f"--config.grid.baselines={baselines}", f"--workdir={folder}",
-                    timeout=600)  # fmt: skip
+                    before=ONE_SIZE)  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = {row.compressor: row for row in records.read(folder / "rows.jsonl")}
     assert (rows["prumerge_plus"].V, rows["downsample"].V, rows["token_packer"].V) == (5, 4, 1)

@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from vlm_jax.scaling import compare, law, published
+from vlm_jax.law import compare, law, published
 
 
 @pytest.mark.parametrize("name", published.ACCURACY)

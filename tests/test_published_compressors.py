@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vlm_jax.models import pretrained
-from vlm_jax.models.compressors import M3, MQT, PruMerge, PruMergePlus, QueCC, TokenPacker
-from vlm_jax.models.compressors.m3 import pyramid
-from vlm_jax.models.vit import class_attention, window_order
+from vlm_jax.compressors import M3, MQT, PruMerge, PruMergePlus, QueCC, TokenPacker, pretrained
+from vlm_jax.compressors.m3 import pyramid
+from vlm_jax.compressors.window import window_order
+from vlm_jax.models.vit import class_attention
 
 GATE = 1e-4  # absolute, on activations of order one, float32 with matmuls at highest precision
 

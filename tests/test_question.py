@@ -12,15 +12,16 @@ import pytest
 import tiny
 from flax import nnx
 
-from vlm_jax import mesh
-from vlm_jax import train as training
+from vlm_jax import compressors, mesh
+from vlm_jax.compressors import pretrained
+from vlm_jax.compressors.projector import MLP
+from vlm_jax.cost import flops as cost
 from vlm_jax.data import sources
 from vlm_jax.data.processor import Processor
-from vlm_jax.evaluate import predict
-from vlm_jax.learn.objective import score
-from vlm_jax.models import compressors, pretrained, vlm
-from vlm_jax.models.compressors.projector import MLP
-from vlm_jax.scaling import cost
+from vlm_jax.models import vlm
+from vlm_jax.training import stages
+from vlm_jax.training.objective import score
+from vlm_jax.verbs.evaluate import predict
 
 U = 12
 
@@ -164,8 +165,8 @@ def test_a_model_with_a_prefix_trains_and_answers(tmp_path, mesh8, caplog):
     )
     train, test = (sources.open_source(c, split) for split in ("train", "test"))
     with jax.set_mesh(mesh8):
-        processor = Processor(training.tokenizer_of(c, None, train), c)
-        model = training.train(c, tmp_path, training.Inputs(train, processor))
+        processor = Processor(stages.tokenizer_of(c, None, train), c)
+        model = stages.train(c, tmp_path, stages.Inputs(train, processor))
         found = list(predict(c, model, test, processor))
     assert len(found) == len(test) and {f["answer"] for f in found} > {"yes", "no"}
     # Captions are longer than what this configuration leaves behind the image.

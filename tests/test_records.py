@@ -8,8 +8,9 @@ import os
 import numpy as np
 import pytest
 
-from vlm_jax.scaling import law, published, records, tables
-from vlm_jax.scaling.records import Row
+from vlm_jax.law import law, published
+from vlm_jax.rows import records, tables
+from vlm_jax.rows.records import Row
 
 PAPER = published.points("reasoning")
 

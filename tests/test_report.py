@@ -13,9 +13,11 @@ from html.parser import HTMLParser
 import made_rows
 import pytest
 
-from vlm_jax import report
+from vlm_jax.law import law
 from vlm_jax.reports import figures, findings
-from vlm_jax.scaling import law, records
+from vlm_jax.reports import report as reports
+from vlm_jax.rows import records
+from vlm_jax.verbs import report
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -85,7 +87,7 @@ def make(folder, rows, **files):
 
 
 def page_of(folder) -> Page:
-    report.write(folder)
+    reports.write(folder)
     return Page((folder / "report/index.html").read_text())
 
 
@@ -99,7 +101,7 @@ def run(tmp_path_factory):
         baselines={"majority": {"count": 0.3, "relation": 0.5, "digits": 0.1, "words": 0.02}},
         run={"command": "vlm-jax grid --config=x.py", "config": "abc", "phases": {"cells": 500.0}},
     )
-    made = report.write(folder)
+    made = reports.write(folder)
     return rows, folder, made, Page((folder / "report/index.html").read_text())
 
 
@@ -232,9 +234,9 @@ def test_a_current_law_json_is_read_and_an_old_one_fitted_anew(run, tmp_path, un
     fields = json.loads(path.read_text())
     fields["families"]["text"]["alpha"] = 0.4321
     path.write_text(json.dumps(fields))
-    assert report.write(tmp_path / "run")["laws"]["text"]["alpha"] == 0.4321
+    assert reports.write(tmp_path / "run")["laws"]["text"]["alpha"] == 0.4321
     os.utime(path, ns=(0, 0))
-    assert report.write(tmp_path / "run")["laws"]["text"] == made["laws"]["text"]
+    assert reports.write(tmp_path / "run")["laws"]["text"] == made["laws"]["text"]
     assert json.loads(path.read_text())["families"]["text"]["alpha"] != 0.4321
 
 
@@ -331,7 +333,7 @@ def test_equal_rows_give_an_equal_page(tmp_path, undrawn):
         make(tmp_path / name / "run", rows)
         lines = (tmp_path / name / "run/rows.jsonl").read_text().splitlines()[::order]
         (tmp_path / name / "run/rows.jsonl").write_text("\n".join(lines))
-        report.write(tmp_path / name / "run")
+        reports.write(tmp_path / name / "run")
     a, b = ((tmp_path / name / "run/report/index.html").read_text() for name in "ab")
     assert a == b
 

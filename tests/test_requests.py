@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from vlm_jax.data.pictures import MOST_ELONGATED
-from vlm_jax.requests import bucket_of_rows, conversation, padded, picture
+from vlm_jax.serving.requests import bucket_of_rows, conversation, padded, picture
 
 
 def test_a_conversation_is_its_turns_with_the_last_one_open():

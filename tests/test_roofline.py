@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from configs import base, sizes
-from vlm_jax.scaling import chips, cost, roofline
-from vlm_jax.scaling.roofline import Request
+from vlm_jax.cost import chips, roofline
+from vlm_jax.cost import flops as cost
+from vlm_jax.cost.roofline import Request
 
 CLIP = cost.ViT.of(base.get_config().vit)
 VICUNA = cost.LLM.of(sizes.LLM["vicuna-1.5-7b"])

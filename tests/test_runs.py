@@ -10,10 +10,11 @@ import pytest
 import tiny
 from PIL import Image
 
-from vlm_jax import cli, convert, evaluate, generate, runs
-from vlm_jax.cells import cells_of
-from vlm_jax.evaluations import Subject, name_of
-from vlm_jax.learn.workdir import of_json, write_json
+from vlm_jax.serving.subject import Subject, name_of
+from vlm_jax.training import runs
+from vlm_jax.training.cells import cells_of
+from vlm_jax.training.workdir import of_json, write_json
+from vlm_jax.verbs import cli, convert, evaluate, generate
 from vlm_jax.weights import folder
 
 CELL = "only-v4-token_packer-s0"

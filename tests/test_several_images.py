@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tiny
 
+from vlm_jax.compressors.compressor import Visual
 from vlm_jax.models import vlm
-from vlm_jax.models.compressors.compressor import Visual
 
 # Of every kind of compressor: windows, the question, as many tokens as an image needs, any number.
 KINDS = {

@@ -11,13 +11,13 @@ from test_templates import LLAVA, QWEN, processor, tokenizer
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 from configs import demo
-from vlm_jax import grid
 from vlm_jax.data.example import BadExample, Example
 from vlm_jax.data.loader import Batches, evaluation_batches
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.sources import open_source
 from vlm_jax.data.word_tokenizer import train_tokenizer
-from vlm_jax.learn.workdir import digest
+from vlm_jax.training.cells import cells_of
+from vlm_jax.training.workdir import digest
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -300,13 +300,13 @@ def test_more_images_than_a_row_has_room_for_are_refused(opened):
 
 def test_a_grid_of_rows_with_several_images_is_refused_as_its_law_is_of_one():
     with pytest.raises(ValueError, match="images_per_row=2.*one image in a request"):
-        grid.cells_of(tiny.config(data=dict(images_per_row=2)))
+        cells_of(tiny.config(data=dict(images_per_row=2)))
 
 
 def test_a_field_that_came_later_leaves_the_digests_of_published_rows_alone():
     lines = open(f"{tiny.ROOT}/docs/results/demo/rows.jsonl").read().splitlines()
     kept = {row["cell"]: row["config_hash"] for row in map(json.loads, lines)}
-    cells = grid.cells_of(demo.get_config())
+    cells = cells_of(demo.get_config())
     assert {cell.name: digest(cell.config) for cell in cells} == kept
     other = cells[0].config
     other.data.images_per_row = 2

@@ -12,8 +12,8 @@ from PIL import Image
 from test_generate import made
 
 import vlm_jax
-from vlm_jax import generate
-from vlm_jax.requests import batch_of
+from vlm_jax.serving.requests import batch_of
+from vlm_jax.verbs import generate
 from vlm_jax.weights import folder
 
 NEW = 4

@@ -10,7 +10,6 @@ import pytest
 import tiny
 from PIL import Image
 
-from vlm_jax import features
 from vlm_jax.data.loader import Batches, evaluation_batches, not_answered
 from vlm_jax.data.patches import PatchBatches
 from vlm_jax.data.processor import Processor
@@ -19,6 +18,7 @@ from vlm_jax.data.sources import BadExample, open_source
 from vlm_jax.data.word_tokenizer import train_tokenizer
 from vlm_jax.evals import tasks
 from vlm_jax.models import vlm
+from vlm_jax.training import features
 
 COLOURS = ("red", "green", "blue")
 BAD = (1, 4, 6, 7)  # images that are cut short; that of row 9 is not there

@@ -18,7 +18,8 @@ import tiny
 from safetensors.numpy import load_file, save_file
 from test_convert import edited, refused, run
 
-from vlm_jax import generate, train
+from vlm_jax.training import stages
+from vlm_jax.verbs import generate
 from vlm_jax.weights import folder
 from vlm_jax.weights.files import read_tensors
 from vlm_jax.weights.pickles import read_torch
@@ -292,7 +293,7 @@ def test_a_damaged_model_folder_is_one_line_to_every_verb(whole, tmp_path, capsy
         asked = capsys.readouterr().err
         assert asked.startswith("vlm-jax generate: ") and asked.count("\n") == 1, (field, asked)
         with pytest.raises(ValueError):
-            train.adopted(tiny.config(start_from=str(path)))
+            stages.adopted(tiny.config(start_from=str(path)))
         if field not in ("model_type",):
             assert said.split(": ", 1)[1] == asked.split(": ", 1)[1], field
 

@@ -10,8 +10,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from vlm_jax.data import naming, reading, scenes, synthetic
-from vlm_jax.data.synthetic import Synthetic, majority
+from vlm_jax.data.benchmark import naming, reading, scenes, synthetic
+from vlm_jax.data.benchmark.synthetic import Synthetic, majority
 
 SINGULAR = {word: word for word in (*scenes.KINDS, "shape")}
 for word, others in naming.SYNONYMS.items():
@@ -104,8 +104,8 @@ def test_names_of_a_shape_fit_no_other(train):
 
 def test_the_same_seed_gives_the_same_data_in_another_process(train):
     program = (
-        "from vlm_jax.data.synthetic import Synthetic; s = Synthetic('train', images=300); "
-        "print(s.data_hash)"
+        "from vlm_jax.data.benchmark.synthetic import Synthetic; "
+        "print(Synthetic('train', images=300).data_hash)"
     )
     other = subprocess.run(
         [sys.executable, "-c", program],

@@ -9,14 +9,16 @@ import pytest
 import tiny
 from PIL import Image
 
-from vlm_jax import mesh, train
+from vlm_jax import mesh
 from vlm_jax.data import targets
 from vlm_jax.data.example import BadExample
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.sources import open_source
 from vlm_jax.data.word_tokenizer import train_tokenizer
-from vlm_jax.learn.log import Log
-from vlm_jax.learn.optimizer import Metrics
+from vlm_jax.training import stages
+from vlm_jax.training.log import Log
+from vlm_jax.training.optimizer import Metrics
+from vlm_jax.verbs import train
 
 WORDS = "what is it and why a red cat".split()
 
@@ -185,8 +187,8 @@ def test_a_stage_that_supervised_nothing_is_no_success(tmp_path, capsys):
 def test_more_rows_in_a_batch_than_in_the_data_is_said(tmp_path, caplog, monkeypatch):
     write(tmp_path, [3, 4, 5])
     source, processor = opened(tmp_path)
-    monkeypatch.setattr(train, "run_stage", lambda name, model, *rest, **how: model)
+    monkeypatch.setattr(stages, "run_stage", lambda name, model, *rest, **how: model)
     c = tiny.config(encoder=dict(steps=0))
     with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
-        train.train(c, tmp_path, train.Inputs(source, processor))
+        stages.train(c, tmp_path, stages.Inputs(source, processor))
     assert "align.batch=8 is more than the 3 examples" in caplog.text

@@ -13,8 +13,9 @@ import pytest
 from flax import nnx
 
 from benchmarks.compressors import EXPECTED, arguments
-from vlm_jax.models import compressors
-from vlm_jax.models.vit import class_attention, window_order
+from vlm_jax import compressors
+from vlm_jax.compressors.window import window_order
+from vlm_jax.models.vit import class_attention
 
 pytestmark = pytest.mark.torch
 HOME = Path(__file__).parent.parent

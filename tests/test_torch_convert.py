@@ -8,10 +8,10 @@ import pytest
 import tiny
 from flax import nnx
 
-from vlm_jax import convert
 from vlm_jax.models import vlm
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.vit import ViT
+from vlm_jax.verbs import convert
 from vlm_jax.weights import architectures, folder, names, sources
 
 pytestmark = pytest.mark.torch

@@ -7,8 +7,8 @@ import published_models as published
 import pytest
 import tiny
 
-from vlm_jax import convert
-from vlm_jax.decoding import Decoder
+from vlm_jax.serving.decoder import Decoder
+from vlm_jax.verbs import convert
 from vlm_jax.weights import folder
 
 pytestmark = pytest.mark.torch

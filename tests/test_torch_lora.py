@@ -9,7 +9,7 @@ import published_models as published
 import pytest
 import tiny
 
-from vlm_jax import convert
+from vlm_jax.verbs import convert
 from vlm_jax.weights import adapters, folder
 
 pytestmark = pytest.mark.torch

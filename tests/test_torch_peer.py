@@ -8,9 +8,9 @@ from flax import nnx
 
 from benchmarks.train_step import random_batch
 from configs import demo
-from vlm_jax import cells, mesh
-from vlm_jax.learn import objective, optimizer
+from vlm_jax import mesh
 from vlm_jax.models import vlm
+from vlm_jax.training import cells, objective, optimizer
 
 pytestmark = pytest.mark.torch
 LLMS = list(demo.get_config().grid.llms)

@@ -8,8 +8,8 @@ import pytest
 import tiny
 from test_torch_decode import greedy
 
-from vlm_jax import convert
-from vlm_jax.decoding import Decoder
+from vlm_jax.serving.decoder import Decoder
+from vlm_jax.verbs import convert
 from vlm_jax.weights import folder
 
 pytestmark = pytest.mark.torch

@@ -8,7 +8,7 @@ from flax import nnx
 
 from benchmarks import kernels
 from vlm_jax import mesh
-from vlm_jax.models.compressors.window import WindowAttention
+from vlm_jax.compressors.window import WindowAttention
 
 pytestmark = pytest.mark.tpu_compiler
 

@@ -13,14 +13,14 @@ import pytest
 import tiny
 
 from vlm_jax import mesh as meshes
-from vlm_jax import train
 from vlm_jax.data import loader, sources, tokenizer
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.word_tokenizer import train_tokenizer
-from vlm_jax.learn import objective, optimizer
-from vlm_jax.learn.checkpoint import Checkpoints, named
-from vlm_jax.learn.log import Diverged
 from vlm_jax.models import vlm
+from vlm_jax.training import objective, optimizer, stages
+from vlm_jax.training.checkpoint import Checkpoints, named
+from vlm_jax.training.log import Diverged
+from vlm_jax.verbs import train
 
 pytestmark = [
     # Orbax leaves coroutines behind when a read or write of it fails.
@@ -30,7 +30,7 @@ COMMAND = ("train", "--config=tests/tiny.py")
 
 # Statements that make a child process kill itself: while a checkpoint is being written, ...
 IN_A_WRITE = """
-from vlm_jax.learn.checkpoint import Checkpoints
+from vlm_jax.training.checkpoint import Checkpoints
 save = Checkpoints.save
 def die(self, state, notes):
     save(self, state, notes)
@@ -40,7 +40,7 @@ Checkpoints.save = die
 """
 # ... and between two checkpoints.
 AT_A_STEP = """
-from vlm_jax.learn.log import Log
+from vlm_jax.training.log import Log
 note = Log.__call__
 def die(self, step, metrics, newest):
     note(self, step, metrics, newest)
@@ -73,6 +73,7 @@ def test_a_killed_run_ends_bit_identical_to_an_unbroken_one(trained, tmp_path):
     assert not (folder / "finetune/6").exists()
     finished = tiny.run(*COMMAND, f"--workdir={folder}")
     assert finished.returncode == 0, finished.stderr
+    assert "[transformers]" not in finished.stderr  # the libraries below have nothing to say
     # The finished stages were read back: no step of theirs was done again.
     assert "encoder 1/3" not in finished.stderr and "align" not in re.sub(
         str(folder), "", finished.stderr
@@ -96,7 +97,7 @@ def setting(mesh1):
     c = tiny.config(align=dict(steps=6), checkpoint=dict(every=2), log=dict(every=2))
     source = sources.open_source(c, "train")
     texts = [text for i in range(len(source)) for turn in source[i].turns for text in turn]
-    inputs = train.Inputs(source, Processor(train_tokenizer(texts, c.llm.vocab), c))
+    inputs = stages.Inputs(source, Processor(train_tokenizer(texts, c.llm.vocab), c))
     with jax.set_mesh(mesh1):
         return c, inputs, vlm.create(c, seed=0)
 
@@ -121,7 +122,7 @@ def stage(setting, folder, *, poisoned=()):
     # The model is shared by tests and a stage gives its weights away.
     model = jax.tree.map(jnp.copy, model)
     try:
-        return train.run_stage("align", model, batches, c, folder, loss)
+        return stages.run_stage("align", model, batches, c, folder, loss)
     finally:
         batches.close()
 
@@ -222,7 +223,7 @@ def test_the_encoder_given_is_the_encoder_kept(setting, tmp_path, mesh1):
     with jax.set_mesh(mesh1):
         given = tiny.roughened(model.vit)
         kept = [np.asarray(x) for x in jax.tree.leaves(given)]
-        assert_same(train.train(c, tmp_path, inputs, encoder=given).vit, kept)
+        assert_same(stages.train(c, tmp_path, inputs, encoder=given).vit, kept)
 
 
 # --- Errors before the first step -----------------------------------------------------------------
@@ -280,12 +281,12 @@ def test_a_source_that_does_not_know_its_patches_makes_no_encoder(setting, tmp_p
         def __getitem__(self, index):
             return inputs.source[index]
 
-    plain = train.Inputs(Plain(inputs.source), inputs.processor)
+    plain = stages.Inputs(Plain(inputs.source), inputs.processor)
     with (
         jax.set_mesh(mesh1),
         pytest.raises(ValueError, match="does not know .*set encoder.steps=0"),
     ):
-        train.pretrain_encoder(c, tmp_path, plain)
+        stages.pretrain_encoder(c, tmp_path, plain)
 
 
 def test_another_configuration_in_the_same_folder_is_refused(trained, capsys, tmp_path):
@@ -342,8 +343,8 @@ def test_a_half_written_tokenizer_is_not_taken_for_one(setting, tmp_path, monkey
         tokenizer.keep_tokenizer(inputs.processor.tokenizer, kept)
     monkeypatch.undo()
     assert not kept.exists()
-    made = train.tokenizer_of(c, kept, inputs.source)
+    made = stages.tokenizer_of(c, kept, inputs.source)
     tokenizer.keep_tokenizer(made, kept)
-    again = train.tokenizer_of(c, kept, inputs.source)
+    again = stages.tokenizer_of(c, kept, inputs.source)
     assert made.get_vocab() == again.get_vocab() == inputs.processor.tokenizer.get_vocab()
     assert tokenizer.hash_of(made) == tokenizer.hash_of(again)

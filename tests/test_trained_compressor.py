@@ -14,9 +14,11 @@ from test_convert import refused, run
 from test_published_compressors import METHODS
 from whole_models import edit
 
-from vlm_jax import convert, runs
-from vlm_jax.models import pretrained, vlm
-from vlm_jax.models.vit import window_order
+from vlm_jax.compressors import pretrained
+from vlm_jax.compressors.window import window_order
+from vlm_jax.models import vlm
+from vlm_jax.training import runs
+from vlm_jax.verbs import convert
 from vlm_jax.weights import folder
 
 FROZEN = Path(__file__).parent / "published_weights"

@@ -10,9 +10,10 @@ import tiny
 from flax import nnx
 
 from configs import sizes
-from vlm_jax.models.vit import ViT, class_attention, middles, patchify, window_order
+from vlm_jax.compressors.window import window_order
+from vlm_jax.cost import flops as cost
+from vlm_jax.models.vit import ViT, class_attention, middles, patchify
 from vlm_jax.models.vlm import parameters
-from vlm_jax.scaling import cost
 
 
 @pytest.fixture(scope="module")

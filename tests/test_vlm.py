@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 from configs import sizes
+from vlm_jax.cost import flops as cost
 from vlm_jax.models import vlm
-from vlm_jax.scaling import cost
 
 
 @pytest.fixture(scope="module")

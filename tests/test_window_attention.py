@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from vlm_jax import mesh
+from vlm_jax.compressors.window import WindowAttention, absorbing_pays
 from vlm_jax.kernels import tiles, window_attention
-from vlm_jax.models.compressors.window import WindowAttention, absorbing_pays
 
 NEAR = 1e-5  # absolute, on outputs and gradients of order one, in float32
 

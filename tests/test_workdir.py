@@ -10,8 +10,8 @@ import sys
 import pytest
 import tiny
 
-from vlm_jax.learn import fields, workdir
-from vlm_jax.learn.workdir import claim
+from vlm_jax.training import fields, workdir
+from vlm_jax.training.workdir import claim
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from flax import nnx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm_jax.models import compressors, pretrained
+from vlm_jax import compressors
+from vlm_jax.compressors import pretrained
 
 EPS = 1e-6  # of every LayerNorm here, as published
 MERGED = 32  # tokens merged into each that PruMerge keeps

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm_jax.models import pretrained
+from vlm_jax.compressors import pretrained
 from vlm_jax.models.vlm import VLM
 
 EPS = 1e-6  # of TokenPacker's LayerNorms, as published

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vlm_jax.data.benchmark.scenes import covering
 from vlm_jax.data.example import BadExample, Example, Images
 from vlm_jax.data.pictures import one_line
 from vlm_jax.data.rows import Fault, check_text, own_ids
-from vlm_jax.data.scenes import covering
 from vlm_jax.data.skips import Skips
 
 FILES = {"train": "test", "val": "dev", "test": "dev"}  # our split -> the split of the data set

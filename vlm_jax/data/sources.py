@@ -5,12 +5,12 @@ import logging
 from collections import Counter, defaultdict
 from typing import Any
 
+from vlm_jax.data.benchmark.synthetic import Synthetic
+from vlm_jax.data.benchmark.synthetic import majority as majority_by_wording
 from vlm_jax.data.example import BadExample, Example, Source
 from vlm_jax.data.llava import Llava
 from vlm_jax.data.nlvr import Nlvr
 from vlm_jax.data.pictures import check_exif
-from vlm_jax.data.synthetic import Synthetic
-from vlm_jax.data.synthetic import majority as majority_by_wording
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from vlm_jax import mesh
-from vlm_jax.models.layers import emulates
+from vlm_jax.layers import emulates
 
 
 class KV(NamedTuple):

@@ -12,8 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import mesh
-from vlm_jax.models.cache import KV, Cache, Past, kept, positions_of, write
-from vlm_jax.models.layers import (
+from vlm_jax.layers import (
     Linear,
     RMSNorm,
     emulates,
@@ -25,6 +24,7 @@ from vlm_jax.models.layers import (
     unstacked,
     weight,
 )
+from vlm_jax.models.cache import KV, Cache, Past, kept, positions_of, write
 from vlm_jax.models.rope import Rope, Turns, rotate
 
 HIDDEN = ("batch", "len", "feature")

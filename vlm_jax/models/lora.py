@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vlm_jax.models.layers import Linear, project
+from vlm_jax.layers import Linear, project
 from vlm_jax.models.vlm import VLM
 
 M = TypeVar("M", bound=nnx.Module)

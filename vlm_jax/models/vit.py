@@ -16,16 +16,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from vlm_jax import mesh
-from vlm_jax.models.layers import (
-    ACTIVATIONS,
-    LayerNorm,
-    Linear,
-    layer,
-    normal,
-    remat,
-    stack,
-    weight,
-)
+from vlm_jax.compressors.window import check_window, window_order
+from vlm_jax.layers import ACTIVATIONS, LayerNorm, Linear, layer, normal, remat, stack, weight
 
 HIDDEN = ("batch", "len", "feature")
 
@@ -299,23 +291,6 @@ def middles(table: Float[Array, "P E"], side: int, times: int) -> Float[Array, "
     grid = table.reshape(side // times, times, side // times, times, -1)
     middle = slice((times - 1) // 2, times // 2 + 1)
     return grid[:, middle, :, middle].mean((1, 3)).reshape((side // times) ** 2, -1)
-
-
-def check_window(side: int, window: int) -> None:
-    """Raises unless windows of `window` x `window` patches tile a `side` x `side` grid."""
-    if window < 1 or side % window:
-        raise ValueError(
-            f"windows of {window}x{window} patches do not tile a {side}x{side} grid: "
-            f"choose one of {[k for k in range(1, side + 1) if side % k == 0]}"
-        )
-
-
-def window_order(side: int, window: int) -> np.ndarray:
-    """Raster index of each patch in window-major order, int [side^2]."""
-    check_window(side, window)
-    n = side // window
-    raster = np.arange(side**2).reshape(n, window, n, window)
-    return raster.transpose(0, 2, 1, 3).reshape(-1)
 
 
 def patchify(pixels: Float[Array, "B I I 3"], patch: int, window: int = 1) -> Float[Array, "B P C"]:

@@ -15,11 +15,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 from ml_collections import ConfigDict
 
-from vlm_jax import mesh
-from vlm_jax.models import compressors
+from vlm_jax import compressors, mesh
+from vlm_jax.compressors.compressor import Visual
+from vlm_jax.layers import RUN_ONCE
 from vlm_jax.models.cache import KV, Cache, Past, repeated
-from vlm_jax.models.compressors.compressor import Visual
-from vlm_jax.models.layers import RUN_ONCE
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.vit import ViT
 

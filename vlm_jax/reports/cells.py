@@ -8,8 +8,8 @@ import dataclasses
 
 import numpy as np
 
-from vlm_jax.scaling.forms import FORMS
-from vlm_jax.scaling.solve import predict
+from vlm_jax.law.forms import FORMS
+from vlm_jax.law.solve import predict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Cells:
 def simple_flops(N, V, Q):
     """FLOPs of a request as arXiv 2411.03312 counts them, 2 N (Q + V), of arrays.
 
-    The same as scaling/cost.py `paper_flops` of numbers; a test holds them together.
+    The same as cost/flops.py `paper_flops` of numbers; a test holds them together.
     """
     return 2e9 * np.asarray(N, float) * (np.asarray(Q, float) + np.asarray(V, float))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the paper's figures leave out: every phase in the cost, a question pass, and time.
 
-The costs are those of results rows (scaling/records.py), which count each phase of a request, or of
+The costs are those of results rows (rows/records.py), which count each phase of a request, or of
 models that are described by their sizes.
 """
 
@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vlm_jax.cost import flops as cost
+from vlm_jax.cost import roofline
+from vlm_jax.cost.chips import CHIPS
 from vlm_jax.reports import cells as table
 from vlm_jax.reports.canvas import (
     HATCHES,
@@ -19,8 +22,6 @@ from vlm_jax.reports.canvas import (
     parameters_text,
 )
 from vlm_jax.reports.curves import ERROR, limits, ring_best, size_curves
-from vlm_jax.scaling import cost, roofline
-from vlm_jax.scaling.chips import CHIPS
 
 ALL_PHASES = "counted FLOPs per request, all phases"
 PHASES = ("encoder", "compressor", "question", "prefill", "decode")

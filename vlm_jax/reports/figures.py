@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vlm_jax.law import law as laws_module
 from vlm_jax.reports import cells as table
 from vlm_jax.reports import cost_figures, score_figures
 from vlm_jax.reports.canvas import (
@@ -35,8 +36,7 @@ from vlm_jax.reports.curves import (
     span,
 )
 from vlm_jax.reports.run import Run
-from vlm_jax.scaling import law as laws_module
-from vlm_jax.scaling import records
+from vlm_jax.rows import records
 
 QUESTION_LENGTHS = (0, 10, 50, 100, 200, 500)
 

@@ -7,8 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm_jax.reports.canvas import MARKERS, OKABE_ITO, Canvas, Figure, amount_text, parameters_text
-from vlm_jax.scaling import cost, planner
+from vlm_jax.cost import flops as cost
+from vlm_jax.planning import planner
+from vlm_jax.reports.canvas import (
+    MARKERS,
+    OKABE_ITO,
+    Canvas,
+    Figure,
+    amount_text,
+    parameters_text,
+)
 
 DASHES = ("-", "--", ":", "-.")  # curves that coincide must not hide each other
 MOST_COMPRESSORS = len(OKABE_ITO) - 1  # the last colour, yellow, does not print as a line

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlm_jax.scaling import records
+from vlm_jax.rows import records
 
 
 @dataclass(frozen=True)

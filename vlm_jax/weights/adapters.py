@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import regex
 
-from vlm_jax.models import lora, pretrained
-from vlm_jax.models.pretrained import Table, Tensor
+from vlm_jax.compressors import pretrained
+from vlm_jax.compressors.pretrained import Table, Tensor
+from vlm_jax.models import lora
 from vlm_jax.models.vlm import VLM
 from vlm_jax.weights import folder, hf, names
 from vlm_jax.weights.classes import within

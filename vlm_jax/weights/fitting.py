@@ -6,7 +6,8 @@ Nothing trained goes without a flag that says so by name, and what went is noted
 
 from pathlib import Path
 
-from vlm_jax.models import pretrained, vlm
+from vlm_jax.compressors import pretrained
+from vlm_jax.models import vlm
 from vlm_jax.weights import folder, methods, names, sizes
 from vlm_jax.weights.classes import within
 from vlm_jax.weights.files import read_tensors

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from vlm_jax.compressors.pretrained import Table
 from vlm_jax.models import vlm
-from vlm_jax.models.pretrained import Table
 from vlm_jax.models.vlm import VLM
 from vlm_jax.weights import names, sections, sizes
 from vlm_jax.weights.classes import within

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.models.compressors import COMPRESSORS, serves_any_tokens
+from vlm_jax.compressors import COMPRESSORS, serves_any_tokens
 from vlm_jax.weights import sizes
 from vlm_jax.weights.classes import allow
 from vlm_jax.weights.sizes import Shapes

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import jax
 
-from vlm_jax.models import pretrained
+from vlm_jax.compressors import pretrained
+from vlm_jax.compressors.pretrained import Table, Tensor, linear, norm
 from vlm_jax.models.llm import LLM
-from vlm_jax.models.pretrained import Table, Tensor, linear, norm
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM
 

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_jax.models.compressors import COMPRESSORS
+from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.vit import ViT
 from vlm_jax.weights import ends

@@ -6,8 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vlm_jax.compressors import serves_any_tokens
 from vlm_jax.models import vlm
-from vlm_jax.models.compressors import serves_any_tokens
 from vlm_jax.models.vlm import VLM
 from vlm_jax.weights import folder, methods, names, preprocessor
 

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""M3: the projected patches, averaged over windows of any side that tiles the grid.
+
+B batch  P patches, raster order  V visual tokens  Z = levels x E  E vit width  F = D  D llm width
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vlm_jax import mesh
+from vlm_jax.compressors.last_level import LastLevel
+from vlm_jax.compressors.matryoshka import Matryoshka
+from vlm_jax.compressors.window import check_tokens
+
+
+class M3(LastLevel, Matryoshka):
+    """LLaVA-1.5's projector, its outputs averaged over windows of patches (arXiv 2405.17430).
+
+    Averages are taken before the projector's last layer, which is linear: the same numbers from V
+    rows instead of all patches. No weight is new: a finished LLaVA-1.5 is an M3 to be trained on.
+    `scales` are the numbers of tokens that training shows, all at every step; none are `nested`.
+
+    Source: mu-cai/matryoshka-mm at ec30cd37. There other numbers of tokens are given too, by
+    cutting the image or as another number; here they are refused.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from vlm_jax import mesh
+        >>> from vlm_jax.compressors.m3 import M3
+        >>> M3.supported(side=12), M3.nested(side=12)
+        ([1, 4, 9, 16, 36, 144], (1, 9, 36, 144))
+        >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
+        ...     m3 = M3(tokens=9, side=12, width=32, llm_width=64, rngs=nnx.Rngs(0))
+        ...     m3(jnp.ones((2, 144, 32))).shape, m3.at(36)(jnp.ones((2, 144, 32))).shape
+        ((2, 9, 64), (2, 36, 64))
+    """
+
+    kind, options = "m3", ("scales",)
+
+    def __init__(self, *, scales: Sequence[int] = (), **sizes):
+        super().__init__(**sizes)
+        self.buckets = tuple(self.supported(self.side))
+        self.scales = tuple(scales) or self.nested(self.side)
+        for shown in self.scales:
+            self.check(shown)
+
+    @staticmethod
+    def nested(side: int) -> tuple[int, ...]:
+        """Ascending numbers of tokens that training uses unless told: each divides the last's side.
+
+        Downwards from all patches, the side is divided by its smallest prime factor each time: 576,
+        144, 36, 9 and 1 of 24 x 24 patches, as published.
+        """
+        sides = [side]
+        while sides[-1] > 1:
+            n = sides[-1]
+            sides.append(n // next(k for k in range(2, n + 1) if n % k == 0))
+        return tuple(n * n for n in reversed(sides))
+
+    def check(self, tokens: int) -> None:
+        """Raises ValueError, with the numbers that would do, for one that it cannot give."""
+        check_tokens(self.kind, tokens, self.side, self.supported(self.side))
+
+    def __call__(
+        self,
+        levels: Float[Array, "B P Z"],
+        question: Float[Array, "B D"] | None = None,
+    ) -> Float[Array, "B V D"]:
+        """One visual token per window, windows in raster order; the question is not read."""
+        del question
+        return self.projector.down(pool(self.hidden(levels), self.tokens))
+
+    def hidden(self, levels: Float[Array, "B P Z"]) -> Float[Array, "B P F"]:
+        """What is averaged: every patch of the last level before the projector's last layer."""
+        return self.projector.hidden(self.last(levels))
+
+    def every_scale(self, levels: Float[Array, "B P Z"]) -> list[Float[Array, "B V D"]]:
+        """The visual tokens of each of `scales`: one pass through each layer for all of them."""
+        pooled = pyramid(self.hidden(levels), self.scales)
+        rows = self.projector.down(jnp.concatenate(pooled, axis=1))
+        stops = [sum(self.scales[: i + 1]) for i in range(len(self.scales) - 1)]
+        return jnp.split(rows, stops, axis=1)
+
+
+def pyramid(x: Float[Array, "B P F"], scales: Sequence[int]) -> list[Float[Array, "B V F"]]:
+    """The averages of each scale, from those of the smallest other that it nests in, else of x."""
+    found = {x.shape[1]: x}
+    for tokens in sorted(set(scales), reverse=True):
+        n = math.isqrt(tokens)
+        finer = min(have for have in found if math.isqrt(have) % n == 0)
+        found[tokens] = pool(found[finer], tokens)
+    return [found[tokens] for tokens in scales]
+
+
+def pool(x: Float[Array, "B P F"], tokens: int) -> Float[Array, "B V F"]:
+    """The mean of each of `tokens` square windows of a raster grid, windows in raster order."""
+    batch, patches, width = x.shape
+    if tokens == patches:
+        return x
+    n, side = math.isqrt(tokens), math.isqrt(patches)
+    cut = mesh.spec("batch", "len", "len", "len", "len", "mlp")
+    grid = jnp.reshape(x, (batch, n, side // n, n, side // n, width), out_sharding=cut)
+    whole = mesh.spec("batch", "len", "mlp")
+    return jnp.reshape(grid.mean((2, 4)), (batch, tokens, width), out_sharding=whole)

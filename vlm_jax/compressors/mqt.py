@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MQT: the first V of a row of learned queries, whose attention is the same for every image.
+
+B batch  P patches, raster order  V visual tokens  Z = levels x E  E vit width  N heads  H head size
+D llm width  Q learned queries
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from vlm_jax import mesh
+from vlm_jax.compressors.matryoshka import Matryoshka
+from vlm_jax.layers import (
+    Initializer,
+    LayerNorm,
+    Linear,
+    normal,
+    project,
+    standardise,
+    uniform,
+    weight,
+)
+
+EPS = 1e-6  # of every LayerNorm here, as published
+QUERIES = 256  # learned, a 16 x 16 grid
+BUCKETS = (1, 4, 16, 36, 144)  # and all queries
+STD = 0.02  # of queries, and of the attention's out-projection at encoder width 1024
+
+
+class MQT(Matryoshka):
+    """Cross-attention of learned queries to all patches of the last level (arXiv 2405.19315).
+
+    Keys are the queries' position table, resampled to the patch grid: they hold nothing of the
+    image. Each head's attention [V P] is therefore computed from the weights alone, once for a
+    batch and not for every image. Queries do not see each other: V tokens are exactly the first V
+    of any larger number. Published: 256 queries for 24 x 24 patches, 16 heads; a smaller patch grid
+    has one query per patch unless `queries` says otherwise. `levels` and `query` are accepted so
+    that every compressor is built alike: only the last level is read, the question is not.
+
+    Source: `query_abstractor` of gordonhu608/MQT-LLaVA at 92c35d06. There the resampled table is
+    rounded to the checkpoint's type; here it stays float32.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from vlm_jax import mesh
+        >>> from vlm_jax.compressors.mqt import MQT
+        >>> sizes = dict(side=12, width=32, llm_width=64, heads=4)
+        >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
+        ...     mqt = MQT(tokens=9, **sizes, rngs=nnx.Rngs(0))
+        ...     run, levels = jax.jit(MQT.__call__), jnp.ones((2, 144, 32))
+        ...     run(mqt, levels).shape, run(mqt.at(100), levels).shape
+        ((2, 9, 64), (2, 100, 64))
+    """
+
+    options = ("queries",)
+
+    def __init__(
+        self,
+        *,
+        tokens: int,
+        side: int,
+        width: int,
+        llm_width: int,
+        heads: int,
+        rngs: nnx.Rngs,
+        levels: int = 1,
+        query: str = "none",
+        queries: int = 0,
+    ):
+        del levels, query
+        self.queries = queries or len(self.supported(side))
+        if math.isqrt(max(self.queries, 0)) ** 2 != self.queries or self.queries < 1:
+            raise ValueError(
+                f"mqt: {self.queries} queries are no square grid: choose 1, 4, 9, ... {QUERIES}"
+            )
+        if width % 4:
+            raise ValueError(
+                f"mqt: vit.width={width} is not a multiple of 4, as the sines and cosines of rows "
+                "and columns need"
+            )
+        self.side, self.width = side, width
+        self.buckets = (*(slots for slots in BUCKETS if slots < self.queries), self.queries)
+        self.check(tokens)
+        self.tokens = tokens
+        table = sines(math.isqrt(self.queries), width)
+        # Trained in the first stage, as published; frozen behind it.
+        self.position = weight(rngs, table.shape, ("none", "none"), lambda _, __: jnp.array(table))
+        self.query = weight(rngs, (self.queries, width), ("none", "none"), normal(STD))
+        self.query_norm = LayerNorm(width, eps=EPS, rngs=rngs)
+        self.key_norm = LayerNorm(width, eps=EPS, rngs=rngs)
+        self.value_norm = LayerNorm(width, eps=EPS, rngs=rngs)
+        # The published gain at any width: narrow demonstration encoders would start at almost zero.
+        out_init = normal(STD * (1024 / width) ** 0.5)
+        self.attention = ConstantAttention(width, heads, out_init=out_init, rngs=rngs)
+        self.projector = Linear(
+            "BVE,ED->BVD",
+            (width, llm_width),
+            dims=("embed", "none"),
+            out=("batch", "len", "feature"),
+            bias=False,
+            init=normal(llm_width**-0.5),
+            rngs=rngs,
+        )
+
+    @staticmethod
+    def supported(side: int) -> list[int]:
+        """Ascending numbers of visual tokens on a `side` x `side` patch grid: any up to the
+        queries."""
+        return list(range(1, min(QUERIES, side**2) + 1))
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Numbers of tokens that second-stage steps draw from, alike: 2, 4, ... 256 as published;
+        1, 3, ... where the queries are odd in number."""
+        return tuple(range(self.queries, 0, -2))[::-1]
+
+    def check(self, tokens: int) -> None:
+        """Raises ValueError, with the numbers that would do, for one that it cannot give."""
+        if not 1 <= tokens <= self.queries:
+            raise ValueError(
+                f"compressor 'mqt' cannot make {tokens} visual tokens from a {self.side}x"
+                f"{self.side} patch grid: choose any of 1 to {self.queries}"
+            )
+
+    def __call__(
+        self,
+        levels: Float[Array, "B P Z"],
+        question: Float[Array, "B D"] | None = None,
+    ) -> Float[Array, "B V D"]:
+        """The answers to the first V queries; the question is not read."""
+        del question
+        values = self.value_norm(levels[..., -self.width :])
+        return self.projector(self.attention(self.scores(), values))
+
+    def scores(self) -> Float[Array, "N V P"]:
+        """How much of each patch each of the first V queries takes; no image is needed."""
+        place = self.position[...]
+        queries = self.query_norm((self.query[...] + place)[: self.tokens])
+        along = jnp.array(cubic(math.isqrt(self.queries), self.side), jnp.float32)
+        grid = place.reshape(along.shape[1], along.shape[1], self.width)
+        keys = jnp.einsum("ra,cb,abe->rce", along, along, grid).reshape(-1, self.width)
+        return self.attention.scores(queries, self.key_norm(keys))
+
+    def fold(self) -> "FoldedMQT":
+        """The same function for inference, what does not depend on the image already computed."""
+        return FoldedMQT(self)
+
+
+class ConstantAttention(nnx.Module):
+    """Multi-head attention of queries to keys that no image enters; only values are of the image.
+
+    Initialised as torch's MultiheadAttention but for the out-projection.
+    """
+
+    def __init__(self, width: int, heads: int, *, out_init: Initializer, rngs: nnx.Rngs):
+        if heads < 1 or width % heads:
+            raise ValueError(
+                f"compressor.heads={heads} does not divide vit.width={width}: "
+                f"choose one of {[n for n in range(1, width + 1) if width % n == 0]}"
+            )
+        shape = (width, heads, width // heads)
+        # Xavier over the stacked [3 width, width] matrix of the three in-projections, no biases.
+        inward = dict(
+            dims=("embed", "heads", "head"), init=uniform(math.sqrt(6 / (4 * width))), rngs=rngs
+        )
+        self.query = Linear("VE,ENH->VNH", shape, out=("len", "heads", "head"), **inward)
+        self.key = Linear("PE,ENH->PNH", shape, out=("len", "heads", "head"), **inward)
+        self.value = Linear("BPE,ENH->BPNH", shape, out=("batch", "len", "heads", "head"), **inward)
+        self.out = Linear(
+            "BVNH,NHE->BVE",
+            (*shape[1:], width),
+            dims=("heads", "head", "embed"),
+            out=("batch", "len", "feature"),
+            init=out_init,
+            rngs=rngs,
+        )
+
+    def scores(
+        self, queries: Float[Array, "V E"], keys: Float[Array, "P E"]
+    ) -> Float[Array, "N V P"]:
+        """The softmax of each head, over the patches."""
+        query = self.query(queries) * self.query.kernel.shape[-1] ** -0.5
+        return jax.nn.softmax(jnp.einsum("VNH,PNH->NVP", query, self.key(keys)))
+
+    def __call__(
+        self, scores: Float[Array, "N V P"], values: Float[Array, "B P E"]
+    ) -> Float[Array, "B V E"]:
+        mixed = mix(scores, values, self.value.kernel[...])
+        # A row of scores sums to one: the bias of the values is added once.
+        return self.out(mixed + self.value.bias[...].astype(mixed.dtype))
+
+
+def mix(
+    scores: Float[Array, "N V P"], values: Float[Array, "B P E"], kernel: Float[Array, "E N H"]
+) -> Float[Array, "B V N H"]:
+    """Each head's weighted sums of the projected values, in the cheaper of two equal orders."""
+    heads, tokens, patches = scores.shape
+    scores, kernel = scores.astype(values.dtype), kernel.astype(values.dtype)
+    if mixing_first_pays(tokens, patches, values.shape[-1], heads):
+        # The scores are repeated for every image, so that each has a product of its own: for one of
+        # all images XLA's CPU backend transposes the patches, which takes longer than the product.
+        repeated = jnp.broadcast_to(
+            scores.transpose(1, 0, 2),
+            (len(values), tokens, heads, patches),
+            out_sharding=mesh.spec("batch", "len", "heads", "len"),
+        )
+        mixed = jnp.einsum(
+            "BVNP,BPE->BVNE",
+            repeated,
+            values,
+            out_sharding=mesh.spec("batch", "len", "heads", "feature"),
+        )
+        equation = "BVNE,ENH->BVNH"
+    else:
+        mixed = jnp.einsum(
+            "BPE,ENH->BPNH",
+            values,
+            kernel,
+            out_sharding=mesh.spec("batch", "len", "heads", "head"),
+        )
+        equation, kernel = "BPNH,NVP->BVNH", scores
+    return jnp.einsum(
+        equation, mixed, kernel, out_sharding=mesh.spec("batch", "len", "heads", "head")
+    )
+
+
+def mixing_first_pays(tokens: int, patches: int, width: int, heads: int) -> bool:
+    """Whether weighing the patches at full width before the projection saves multiplications.
+
+    The one place of this choice. Mixing first costs tokens x heads x patches x width, then tokens x
+    width^2; projecting first patches x width^2, then tokens x patches x width. At the published
+    sizes mixing first pays up to 61 tokens.
+    """
+    return tokens * (heads * patches + width) < patches * (tokens + width)
+
+
+class FoldedMQT(Matryoshka):
+    """An MQT for inference: scores computed, norm and projections that meet multiplied together.
+
+    Equal to the module that it was made from, in exact arithmetic, at every number of tokens.
+    """
+
+    def __init__(self, whole: MQT):
+        attention, norm = whole.attention, whole.value_norm
+        self.tokens, self.queries, self.buckets = whole.tokens, whole.queries, whole.buckets
+        self.side, self.width = whole.side, whole.width
+        self.scores = nnx.Param(whole.at(whole.queries).scores())
+        value, out = attention.value.kernel[...], attention.out.kernel[...]
+        replicated = mesh.spec("none", "none")
+        last = jax.sharding.reshard(whole.projector.kernel[...], replicated)
+        self.value = nnx.Param(value * norm.scale[...][:, None, None])
+        product = jnp.einsum(
+            "NHE,ED->NHD", out, last, out_sharding=mesh.spec("heads", "head", "feature")
+        )
+        self.out = nnx.Param(product)
+        shift = attention.value.bias[...] + jnp.einsum(
+            "E,ENH->NH", norm.bias[...], value, out_sharding=mesh.spec("heads", "head")
+        )
+        self.bias = nnx.Param(
+            jnp.einsum("NH,NHD->D", shift, product, out_sharding=mesh.spec("feature"))
+            + attention.out.bias[...] @ last
+        )
+
+    check = MQT.check
+
+    def __call__(
+        self,
+        levels: Float[Array, "B P Z"],
+        question: Float[Array, "B D"] | None = None,
+    ) -> Float[Array, "B V D"]:
+        """The answers to the first V queries; the question is not read."""
+        del question
+        values = standardise(levels[..., -self.width :], EPS).astype(levels.dtype)
+        mixed = mix(self.scores[...][:, : self.tokens], values, self.value[...])
+        out = project(mixed, self.out[...], 2, ("batch", "len", "feature"))
+        return out + self.bias[...].astype(out.dtype)
+
+
+def sines(grid: int, width: int) -> np.ndarray:
+    """Sines and cosines of column and row of each cell of a `grid` x `grid`, float32 [grid^2 E].
+
+    Four quarters: sine and cosine of the column, sine and cosine of the row, at frequencies
+    10000^(-4i/E); rounded to float16, as published.
+    """
+    row, column = (x.reshape(-1, 1) for x in np.mgrid[:grid, :grid])
+    rate = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+    table = [f(x * rate) for x in (column, row) for f in (np.sin, np.cos)]
+    return np.concatenate(table, 1).astype(np.float32).astype(np.float16).astype(np.float32)
+
+
+def cubic(old: int, new: int) -> np.ndarray:
+    """The matrix [new old] of torch's bicubic resampling along one axis.
+
+    Cubic convolution with a = -0.75, half-pixel centres, no antialias, borders repeated.
+    """
+    a, taps = -0.75, np.zeros((new, old))
+    for i in range(new):
+        place = (i + 0.5) * old / new - 0.5
+        low = math.floor(place)
+        for source in range(low - 1, low + 3):
+            x = abs(place - source)
+            near = ((a + 2) * x - (a + 3)) * x * x + 1
+            far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+            taps[i, min(max(source, 0), old - 1)] += near if x <= 1 else far
+    return taps

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Average pooling: the plainest compressor, the baseline that the others have to beat.
+
+B batch  P patches, window-major  V visual tokens  Z = levels x E  E vit width  D llm width
+"""
+
+from jaxtyping import Array, Float
+
+from vlm_jax.compressors.last_level import LastLevel
+from vlm_jax.compressors.window import window_side, windows
+
+
+class AveragePool(LastLevel):
+    """The mean of each window of the last level, then a two-layer MLP.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from vlm_jax import mesh
+    >>> from vlm_jax.compressors.pool import AveragePool
+    >>> AveragePool.supported(side=12)
+    [1, 4, 9, 16, 36, 144]
+    >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
+    ...     pool = AveragePool(tokens=9, side=12, width=32, llm_width=64, rngs=nnx.Rngs(0))
+    ...     pool(jnp.ones((2, 144, 32))).shape
+    (2, 9, 64)
+    """
+
+    kind = "pool"
+
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.window = window_side(self.tokens, self.side)
+
+    def __call__(
+        self,
+        levels: Float[Array, "B P Z"],
+        question: Float[Array, "B D"] | None = None,
+    ) -> Float[Array, "B V D"]:
+        """One visual token per window, windows in raster order; the question is not read."""
+        del question
+        return self.projector(windows(self.last(levels), self.tokens).mean(2))

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PruMerge and PruMerge+: keep what the class token looks at, merge into it what resembles it.
+
+B batch  P patches, raster order  M slots  S selected patches at most  V visual tokens
+Z = levels x E  E vit width  D llm width
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from vlm_jax import mesh
+from vlm_jax.compressors.compressor import Compressor, Visual
+from vlm_jax.compressors.projector import MLP
+
+NEIGHBOURS = 32  # merged into each selected patch, as published
+
+
+class PruMerge(Compressor):
+    """The patches that the class token attends to most, each merged with its like, and one token
+    of all others; then a two-layer MLP. Nothing but the MLP has weights.
+
+    `tokens=V` selects V - 1 patches of every image. `tokens=0` is adaptive: each image keeps its
+    outliers, the patches whose attention lies more than 1.5 interquartile ranges above the third
+    quartile, so that an image fills from 1 to P / 4 + 1 slots. (The published code pools the
+    quartiles of a batch; one image at a time, as it is evaluated, the result is the same.)
+
+    A selected patch becomes itself plus the attention-weighted sum of the 32 patches with the most
+    similar keys, whether selected or not; the last token is the attention-weighted sum of what was
+    not selected. Tokens stand in the order of attention. All in float32, as whole numbers of tokens
+    hang on it. `heads` and `query` are accepted so that every compressor is built alike.
+
+    Source: arXiv 2403.15388; `token_prune_merge_advanced` of 42Shawn/LLaVA-PruMerge at 097c0411.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from vlm_jax import mesh
+        >>> from vlm_jax.compressors.prumerge import PruMerge
+        >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
+        ...     fixed = PruMerge(tokens=9, side=12, width=32, llm_width=64, rngs=nnx.Rngs(0))
+        ...     levels = jnp.ones((2, 144, 32 + 32 + 1))  # features, keys, attention
+        ...     jax.jit(PruMerge.__call__)(fixed, levels).shape
+        ...     free = PruMerge(tokens=0, side=12, width=32, llm_width=64, rngs=nnx.Rngs(0))
+        ...     made = jax.jit(PruMerge.__call__)(free, levels)
+        ...     made.tokens.shape, made.count.tolist()
+        (2, 9, 64)
+        ((2, 37, 64), [1, 1])
+    """
+
+    kind = "prumerge"
+    reads_keys = True
+
+    def __init__(
+        self,
+        *,
+        tokens: int,
+        side: int,
+        width: int,
+        llm_width: int,
+        rngs: nnx.Rngs,
+        levels: int = 1,
+        heads: int = 1,
+        query: str = "none",
+        neighbours: int = NEIGHBOURS,
+    ):
+        del heads, query
+        supported = self.supported(side)
+        if tokens not in supported:
+            raise ValueError(
+                f"compressor {self.kind!r} cannot make {tokens} visual tokens from a "
+                f"{side}x{side} patch grid: choose 0 (as many as each image needs) or one of "
+                f"{supported[1:]}"
+            )
+        self.patches, self.width, self.neighbours = side**2, width, neighbours
+        self.channels = (levels + 1) * width + 1
+        self.adaptive, self.kept = tokens == 0, self.selected(tokens)
+        self.tokens = tokens or self.most(self.patches)
+        self.projector = MLP(width, llm_width, llm_width, rngs=rngs)
+
+    @staticmethod
+    def supported(side: int) -> list[int]:
+        """Ascending numbers of visual tokens on a `side` x `side` patch grid; 0 is adaptive."""
+        return list(range(side**2 + 1))
+
+    @staticmethod
+    def selected(tokens: int) -> int:
+        """How many patches are selected by their attention, where `tokens` are made."""
+        return tokens - 1
+
+    @staticmethod
+    def most(patches: int) -> int:
+        """The most tokens that an image of `patches` patches can get, where it chooses."""
+        return most_outliers(patches) + 1
+
+    def __call__(
+        self,
+        levels: Float[Array, "B P Y"],
+        question: Float[Array, "B D"] | None = None,
+    ) -> Float[Array, "B V D"] | Visual:
+        """Visual tokens from what ViT's `keys=True` gives, and how many where that is adaptive;
+        the question is not read."""
+        del question
+        width = self.width
+        if levels.shape[-1] != self.channels:
+            raise ValueError(
+                f"{self.kind} reads {self.channels} channels (all levels, keys, attention), not "
+                f"{levels.shape[-1]}: encode with ViT's keys=True"
+            )
+        features = levels[..., -2 * width - 1 : -width - 1]
+        merged = self.compress(features, levels[..., -width - 1 : -1], levels[..., -1])
+        tokens = self.projector(merged.tokens.astype(levels.dtype))
+        return Visual(tokens, merged.count) if self.adaptive else tokens
+
+    def compress(
+        self,
+        features: Float[Array, "B P E"],
+        keys: Float[Array, "B P E"],
+        attention: Float[Array, "B A"],
+    ) -> Visual:
+        """The tokens before the projector, [B M E], and how many of its slots each image fills.
+
+        Behind an image's last token its slots hold what happens to be there.
+
+        Args:
+            features: the last level, class token dropped.
+            keys: of the block behind it, class token dropped.
+            attention: of the class token to each patch (`vit.class_attention`).
+        """
+        if attention.shape[1] != features.shape[1]:
+            raise ValueError(
+                f"{features.shape[1]} patches, but the class token's attention to "
+                f"{attention.shape[1]}: {self.kind} ranks patches by the attention of a class "
+                "token that stands first among the keys; an encoder without one cannot serve it"
+            )
+
+        def one(features, keys, attention):
+            order, count = self.select(attention)
+            return merge(
+                features, keys, attention, order, count,
+                slots=self.tokens, neighbours=self.neighbours,
+            ), count + 1  # fmt: skip
+
+        # Nothing passes from image to image: each device serves its own, as if it were alone.
+        of = mesh.spec("batch")
+        batched = jax.shard_map(jax.vmap(one), in_specs=of, out_specs=of)
+        given = (x.astype(jnp.float32) for x in (features, keys, attention))
+        return Visual(*batched(*(jax.sharding.reshard(x, of) for x in given)))
+
+    def select(self, attention: Float[Array, " P"]) -> tuple[Int[Array, " P"], Int[Array, ""]]:
+        """All patches of an image, the selected first and in their final order; how many those
+        are."""
+        count = outliers(attention) if self.adaptive else jnp.int32(self.kept)
+        return jnp.argsort(attention, descending=True), count
+
+
+class PruMergePlus(PruMerge):
+    """PruMerge that also keeps every n-th patch in raster order, whatever the class token sees.
+
+    `tokens=V` selects (V - 1) / 2 patches by attention, and as many at equal distances, as the
+    published code does for training; a patch that is selected twice fills two slots. `tokens=0`
+    is adaptive: k outliers, and of every third of P / k patches the first that is not among them;
+    an image fills from 1 to P + 1 slots. Rounding leaves some V out: `supported` lists the others.
+
+    Source: arXiv 2403.15388; `token_prune_merge_advanced_plus` of 42Shawn/LLaVA-PruMerge at
+    097c0411, where an image without outliers divides by zero: here it becomes one token.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from vlm_jax import mesh
+        >>> from vlm_jax.compressors.prumerge import PruMergePlus
+        >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
+        ...     plus = PruMergePlus(tokens=9, side=6, width=32, llm_width=64, rngs=nnx.Rngs(0))
+        ...     jax.jit(PruMergePlus.__call__)(plus, jnp.ones((2, 36, 32 + 32 + 1))).shape
+        (2, 9, 64)
+        >>> PruMergePlus.supported(side=6)
+        [0, 3, 5, 7, 9, 11, 13, 15, 19, 25, 35]
+    """
+
+    kind = "prumerge_plus"
+
+    @staticmethod
+    def supported(side: int) -> list[int]:
+        """Ascending numbers of visual tokens on a `side` x `side` patch grid; 0 is adaptive."""
+        patches = side**2
+        every = (k for k in range(1, patches // 2 + 1) if len(evenly(patches, k)) == k)
+        return [0, *(2 * k + 1 for k in every)]
+
+    @staticmethod
+    def selected(tokens: int) -> int:
+        """How many patches are selected by their attention, where `tokens` are made."""
+        return (tokens - 1) // 2
+
+    @staticmethod
+    def most(patches: int) -> int:
+        """The most tokens that an image of `patches` patches can get, where it chooses."""
+        return patches + 1
+
+    def select(self, attention: Float[Array, " P"]) -> tuple[Int[Array, " P"], Int[Array, ""]]:
+        """All patches of an image, the selected first and in their final order; how many those
+        are. A patch that was selected twice is there twice, and one that was not at all is not."""
+        place, ranked = jnp.arange(self.patches), jnp.argsort(attention, descending=True)
+        if not self.adaptive:
+            grid = evenly(self.patches, self.kept)
+            first = jnp.concatenate([ranked[: self.kept], jnp.array(grid)])
+            return behind(first, self.patches), jnp.int32(len(first))
+        kept = outliers(attention)
+        rank = jnp.argsort(ranked)
+        step = jnp.maximum(self.patches // jnp.maximum(kept, 1) // 3, 1)
+        # As published, the last patch is never among these.
+        sampled = (place % step == 0) & (place < self.patches - 1) & (kept > 0)
+        others = place + self.patches * jnp.where(sampled, 1, 2)
+        order = jnp.argsort(jnp.where(rank < kept, rank, others))
+        return order, kept + (sampled & (rank >= kept)).sum()
+
+
+def evenly(patches: int, count: int) -> range:
+    """About `count` patches at equal distances, the last patch never among them, as published."""
+    step = patches // count
+    return range(step // 2, patches - 1, step)
+
+
+def behind(first: Int[Array, " S"], patches: int) -> Int[Array, " P"]:
+    """The selected patches and behind them the others, ascending, `patches` in all.
+
+    As published, for each patch that is selected twice the lowest of the others is left out.
+    """
+    others = jnp.argsort(jnp.arange(patches).at[first].set(-1))[len(first) :]
+    return jnp.concatenate([first, others])
+
+
+def most_outliers(patches: int) -> int:
+    """How many of `patches` values can lie above their third quartile."""
+    return patches - 1 - 3 * (patches - 1) // 4
+
+
+def outliers(x: Float[Array, " P"]) -> Int[Array, ""]:
+    """How many values lie more than 1.5 interquartile ranges above the third quartile."""
+    low, high = jnp.percentile(x, jnp.array([25.0, 75.0]))
+    return (x > high + 1.5 * (high - low)).sum()
+
+
+def merge(
+    features: Float[Array, "P E"],
+    keys: Float[Array, "P E"],
+    attention: Float[Array, " P"],
+    order: Int[Array, " P"],
+    count: Int[Array, ""],
+    *,
+    slots: int,
+    neighbours: int,
+) -> Float[Array, "M E"]:
+    """The tokens of one image: `count` merged patches, one of all others, what is behind is noise.
+
+    Patches are taken in `order`. What is alike does not depend on what was selected, so all slots
+    search at once, and as many as there may be.
+    """
+    features, keys, attention = features[order], keys[order], attention[order]
+    keys = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
+    place, rows = jnp.arange(len(order)), jnp.arange(slots - 1)
+    alike = jnp.matmul(keys[: slots - 1], keys.T, precision=lax.Precision.HIGHEST)
+    alike = jnp.where(rows[:, None] == place, -jnp.inf, alike)
+    _, near = lax.top_k(alike, min(neighbours, len(order) - 1))
+    weights = jnp.zeros_like(alike).at[rows[:, None], near].set(attention[near])
+    merged = features[: slots - 1] + weights @ features
+    others = jnp.where(place >= count, attention, 0) @ features
+    return jnp.pad(merged, ((0, 1), (0, 0))).at[count].set(others)

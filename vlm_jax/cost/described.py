@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of models read from configuration files, which are run and not imported."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.cost.flops import LLM, llm_parameters
+
+PACKAGE = Path(__file__).resolve().parents[1]
+# Beside the package in a checkout; a wheel has its own copy (setup.py). The folder that holds
+# `configs` goes on the path of a configuration that is run: it is not the package itself.
+INSTALLED, CHECKOUT = PACKAGE / "shipped" / "configs", PACKAGE.parent / "configs"
+CONFIGS = INSTALLED if INSTALLED.is_dir() else CHECKOUT
+
+
+def place(path: str | Path) -> Path:
+    """Where a configuration is: `configs/NAME.py` that is not here is the one of the package."""
+    ours = CONFIGS.parent / path
+    named = Path(path).parts[:1] == ("configs",)
+    return ours if named and ours.is_file() and not Path(path).is_file() else Path(path)
+
+
+def neighbours(path: Path) -> tuple[str, str]:
+    """What goes first and last on the path of a configuration: `from configs import base` works."""
+    return str(path.resolve().parent.parent), str(CONFIGS.parent)
+
+
+def load(path: str | Path, name: str) -> Any:
+    """What `name` is in a configuration file, which may import its neighbours.
+
+    Raises ValueError where there is no such file.
+    """
+    path, before = place(path), list(sys.path)
+    if not path.is_file():
+        raise ValueError(f"no configuration at {path}: name a file that exists")
+    first, last = neighbours(path)
+    sys.path[:] = [first, *before, last]
+    try:
+        return runpy.run_path(str(path))[name]
+    finally:
+        sys.path[:] = before
+
+
+def base() -> Any:
+    """The configuration that every run starts from: the encoder is CLIP ViT-L/14-336."""
+    return load(CONFIGS / "base.py", "get_config")()
+
+
+def published_llms() -> dict[str, tuple[float, LLM]]:
+    """Name -> (nominal billions of parameters, shape) of configs/sizes.py."""
+    published = load(CONFIGS / "sizes.py", "LLM")
+    nominal = {name: float(re.search(r"([\d.]+)b$", name).group(1)) for name in published}
+    return {name: (nominal[name], LLM.of(fields)) for name, fields in published.items()}
+
+
+def grid_llms(config: Any) -> dict[str, tuple[float, LLM]]:
+    """Name -> (billions of parameters, shape) of the sizes in a configuration's grid."""
+    shapes = {name: LLM.of({**config.llm, **fields}) for name, fields in config.grid.llms.items()}
+    return {name: (llm_parameters(llm) / 1e9, llm) for name, llm in shapes.items()}

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the shapes of a scene are named: descriptions as bit masks over the shapes, and as words.
+
+Shapes are bits of an integer, so "small red circles" is a mask and a question a few bit operations.
+The constants set how varied the wording is.
+"""
+
+import random
+from typing import NamedTuple
+
+from vlm_jax.data.benchmark.scenes import COLOUR_NAMES, KINDS, SIZES, Scene
+
+FILLER_RATE = 0.05  # questions that open with words that say nothing
+SYNONYM_RATE = 0.1  # words replaced by one of their synonyms
+
+SYNONYMS = {
+    "big": ("large",),
+    "small": ("little", "tiny"),
+    "circle": ("disc",),
+    "square": ("box",),
+    "cross": ("plus",),
+    "shape": ("thing", "object"),
+    "circles": ("discs",),
+    "squares": ("boxes",),
+    "shapes": ("things", "objects"),
+}
+FILLERS = ("please tell me,", "look closely:", "in this picture,", "i want to know:")
+RELATIONS = {
+    "left": ("left of", "to the left of", "further left than"),
+    "right": ("right of", "to the right of", "further right than"),
+    "above": ("above", "over", "higher than"),
+    "below": ("below", "under", "lower than"),
+}
+EXTREMES = {"left": "leftmost", "right": "rightmost", "above": "topmost", "below": "lowest"}
+
+
+class Phrase(NamedTuple):
+    """A description by size, colour and kind; -1 leaves one out."""
+
+    size: int
+    colour: int
+    kind: int
+
+
+ANY = Phrase(-1, -1, -1)
+
+
+class View:
+    """A scene as bit masks: which shapes a phrase names, which lie left of or above another."""
+
+    def __init__(self, scene: Scene, rng: random.Random):
+        self.rng = rng
+        self.shapes = shapes = scene.shapes
+        self.all = (1 << len(shapes)) - 1
+        self.sizes, self.colours, self.kinds = (
+            [0] * len(SIZES),
+            [0] * len(COLOUR_NAMES),
+            [0] * len(KINDS),
+        )
+        for i, s in enumerate(shapes):
+            self.sizes[s.size] |= 1 << i
+            self.colours[s.colour] |= 1 << i
+            self.kinds[s.kind] |= 1 << i
+        side = {name: [0] * len(shapes) for name in RELATIONS}
+        for i, s in enumerate(shapes):
+            for j, t in enumerate(shapes):
+                if t.column < s.column:
+                    side["left"][i] |= 1 << j
+                    side["right"][j] |= 1 << i
+                if t.row < s.row:
+                    side["above"][i] |= 1 << j
+                    side["below"][j] |= 1 << i
+        self.side = side
+
+    def mask(self, p: Phrase) -> int:
+        found = self.all
+        if p.size >= 0:
+            found &= self.sizes[p.size]
+        if p.colour >= 0:
+            found &= self.colours[p.colour]
+        if p.kind >= 0:
+            found &= self.kinds[p.kind]
+        return found
+
+    def phrase(self, index: int, parts: str) -> Phrase:
+        """The description of shape `index` by "s" size, "c" colour, "k" kind."""
+        s = self.shapes[index]
+        return Phrase(
+            s.size if "s" in parts else -1,
+            s.colour if "c" in parts else -1,
+            s.kind if "k" in parts else -1,
+        )
+
+    def any_phrase(self, parts: str) -> Phrase:
+        """A description with these parts: of a shape that is there, or, as often, at random."""
+        rng = self.rng
+        if rng.random() < 0.5:
+            return self.phrase(rng.randrange(len(self.shapes)), parts)
+        return Phrase(
+            rng.randrange(len(SIZES)) if "s" in parts else -1,
+            rng.randrange(len(COLOUR_NAMES)) if "c" in parts else -1,
+            rng.randrange(len(KINDS)) if "k" in parts else -1,
+        )
+
+    def named(self, without: str = "", within: int = -1) -> tuple[int, Phrase] | None:
+        """A shape of `within` and a description that fits it alone, without the parts `without`."""
+        rng = self.rng
+        bits = [i for i in range(len(self.shapes)) if within >> i & 1]
+        if not bits:
+            return None
+        index = rng.choice(bits)
+        options = [
+            parts
+            for parts in ("k", "c", "ck", "sk", "sc", "sck")
+            if not set(parts) & set(without) and self.mask(self.phrase(index, parts)) == 1 << index
+        ]
+        # A longer description than needed gives the answer away no more, and adds words: keep it
+        # rare.
+        options = (
+            [p for p in options if len(p) == len(options[0])] if rng.random() < 0.8 else options
+        )
+        return (index, self.phrase(index, rng.choice(options))) if options else None
+
+    # Wording.
+    def word(self, word: str) -> str:
+        others = SYNONYMS.get(word)
+        return self.rng.choice(others) if others and self.rng.random() < SYNONYM_RATE else word
+
+    def say(self, p: Phrase, plural: bool = False) -> str:
+        words = [self.word(SIZES[p.size])] if p.size >= 0 else []
+        if p.colour >= 0:
+            words.append(COLOUR_NAMES[p.colour])
+        noun = KINDS[p.kind] if p.kind >= 0 else "shape"
+        words.append(
+            self.word((noun + "es" if noun == "cross" else noun + "s") if plural else noun)
+        )
+        return " ".join(words)
+
+    def a(self, p: Phrase) -> str:
+        text = self.say(p)
+        return ("an " if text[0] in "aeiou" else "a ") + text
+
+    def relation(self, name: str) -> str:
+        return self.rng.choice(RELATIONS[name])
+
+    def ask(self, *wordings: str) -> str:
+        text = self.rng.choice(wordings)
+        return f"{self.rng.choice(FILLERS)} {text}" if self.rng.random() < FILLER_RATE else text

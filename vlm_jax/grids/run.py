@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cells of a grid, one after another: train, evaluate, one row; then the law and the report.
+
+All cells share one frozen encoder, pretrained first, and its cached features. What is finished is
+found again by a restart.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlm_jax import progress
+from vlm_jax.compressors.compressor import Compressor
+from vlm_jax.cost import flops as cost
+from vlm_jax.data import loader, sources, targets
+from vlm_jax.evals import tasks
+from vlm_jax.kernels import window_attention
+from vlm_jax.models import lora, vlm
+from vlm_jax.models.vit import ViT
+from vlm_jax.reports import report
+from vlm_jax.rows import records
+from vlm_jax.serving.predict import Clock, predict, write_predictions
+from vlm_jax.training import fields, fingerprint, memory, stages
+from vlm_jax.training.cells import Cell, cells_of, describe, sizes, train_flops
+from vlm_jax.training.features import Features, Sight, batches_of, blind_of, features_of
+from vlm_jax.training.forecast import largest, standing
+from vlm_jax.training.stages import Inputs
+from vlm_jax.training.workdir import Claim, another, digest, flat, of_json, provenance, write_json
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all cells share: splits, the encoder, and what it gives for their images."""
+
+    train: Inputs
+    test: Inputs
+    features: dict[Sight, Features]
+    encoder: ViT
+
+
+class Phases:
+    """Seconds of each phase of a run over all its restarts, kept in run.json."""
+
+    def __init__(self, path: Path, facts: dict):
+        self.path = path
+        before = json.loads(path.read_text()) if path.exists() else {}
+        self.facts = {**facts, "phases": before.get("phases", {})}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        then = time.monotonic()
+        yield
+        phases = self.facts["phases"]
+        phases[name] = round(phases.get(name, 0.0) + time.monotonic() - then, 1)
+        write_json(self.path, self.facts)
+
+
+def sights_of(cells: Sequence[Cell]) -> list[Sight]:
+    """How the images are encoded for these cells, each way once."""
+    # It depends on the compressor alone: cells of one LLM and seed have them all.
+    distinct = [c for c in cells if (c.llm, c.seed) == (cells[0].llm, cells[0].seed)]
+    found = [Sight.of(vlm.shapes(cell.config).compressor) for cell in distinct]
+    return list(dict.fromkeys(found))
+
+
+def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),)) -> Shared:
+    """Data, encoder and features, made once and found again by a restart."""
+    config, folder = claimed.config, claimed.folder
+    with phase("data"):
+        with progress.doing("opening the evaluation data"):
+            test = sources.open_source(config, config.evaluate.split)
+        inputs, begin = stages.opened(claimed, evaluation=test.data_hash)
+        train, processor = inputs.source, inputs.processor
+        progress.say(f"data: {json.dumps(test.describe())}")
+    with phase("encoder"):
+        encoder = stages.pretrain_encoder(config, folder, inputs, begin=begin)
+    begin()
+    write_json(folder / "baselines.json", {"majority": sources.majority(train, test)})
+    with phase("features"):
+        made = {
+            sight: Features(
+                *(
+                    features_of(
+                        encoder,
+                        source,
+                        processor,
+                        sight,
+                        folder / "features",
+                        skip=config.data.on_bad_example == "skip",
+                    )
+                    for source in (train, test)
+                ),
+                blind_of(encoder, processor, sight),
+            )
+            for sight in sights
+        }
+    return Shared(inputs, Inputs(test, processor), made, encoder)
+
+
+def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.Row:
+    """Trains and evaluates one cell; its row, which `facts` are a part of."""
+    config = cell.config
+    found = shared.features[Sight.of(vlm.shapes(config).compressor)]
+    inputs, test = (
+        replace(
+            i,
+            processor=i.processor.reading_as(config),
+            features=np.broadcast_to(found.blind, seen.shape) if cell.blind else seen,
+        )
+        for i, seen in ((shared.train, found.train), (shared.test, found.test))
+    )
+    if inputs.processor.query == "prefix" != shared.train.processor.query:
+        # Of such a row less is left than was found when the data was opened.
+        skip = config.data.on_bad_example == "skip"
+        if note := targets.check(inputs.source, inputs.processor, skip=skip):
+            progress.say(f"{cell.name}: {note}")
+    folder.mkdir(parents=True, exist_ok=True)
+    home = folder.parent / cell.model
+    then = time.monotonic()
+    model = stages.train(config, home, inputs, encoder=shared.encoder, seed=cell.seed)
+    train_seconds = time.monotonic() - then
+    if cell.shares:
+        model = model.at(config.compressor.tokens)
+        # The first cell trains; the others find the model, and say what it took.
+        train_seconds = once(home / "trained.json", train_seconds)
+    then = time.monotonic()
+    clock, faults = Clock(), {}
+    found = list(
+        predict(
+            config,
+            model,
+            test.source,
+            test.processor,
+            features=test.features,
+            clock=clock,
+            faults=faults,
+        )
+    )
+    seconds = time.monotonic() - then
+    write_predictions(folder / "predictions.jsonl", found)
+    protocol = test.source.protocol
+    scores = tasks.score(protocol, found, loader.not_answered(test.source, faults))
+    if said := tasks.told(scores):
+        log.warning(f"{cell.name}: {said}")
+    method = method_of(config)
+    Q, G, question = request_lengths(test, prefix=method["query"] == "prefix")
+    steps = config.align.steps + config.finetune.steps
+    vit, compressor, llm = sizes(config)
+    return records.Row(
+        cell=cell.name,
+        llm=cell.llm,
+        llm_parameters=vlm.parameters(model.llm),
+        vit_parameters=vlm.parameters(model.vit),
+        compressor_parameters=vlm.parameters(model.compressor),
+        **method,
+        blind=cell.blind,
+        V=tokens_read(model.compressor, test.features),
+        Q=Q,
+        G=G,
+        seed=cell.seed,
+        tasks=scores,
+        families=records.families_of(scores),
+        flops=vars(cost.request_flops(vit, compressor, llm, Q=Q, G=G, question=question)),
+        train=dict(
+            steps=steps,
+            examples=sum(config[s].steps * config[s].batch for s in ("align", "finetune")),
+            flops=train_flops(config, model.compressor),
+            seconds=round(train_seconds, 2),
+            **fingerprint.of_run(home, [s for s in ("align", "finetune") if config[s].steps]),
+            **({"lora": adapters_of(config)} if config.lora.rank else {}),
+        ),
+        evaluate_seconds=round(seconds, 2),
+        timing=clock.timing(),
+        trained_with=cell.model if cell.shares else "",
+        protocol=protocol,
+        prompt=config.data.template,
+        parser=tasks.PROTOCOLS[protocol][1],
+        data_hash=test.source.data_hash,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        **facts,
+    )
+
+
+def adapters_of(config: ConfigDict) -> dict[str, Any]:
+    """What a row says of the adapters that its model was trained by."""
+    return config.lora.to_dict() | dict(targets=lora.check(config.lora))
+
+
+def once(path: Path, seconds: float) -> float:
+    """What the file holds; it is written with `seconds` where it is not there."""
+    if not path.exists():
+        write_json(path, {"seconds": seconds})
+    return json.loads(path.read_text())["seconds"]
+
+
+def tokens_read(compressor: Compressor, features: np.ndarray) -> int | float:
+    """V: visual tokens of an image, their mean over these features where an image chooses."""
+    if not compressor.adaptive:
+        return compressor.tokens
+    count = jax.jit(lambda module, levels: module(levels).count)
+    unread = np.isnan(features[:, 0, 0])
+    features = features[~unread] if unread.any() else features
+    means = [count(compressor, part) for part in batches_of(features)]
+    return float(np.concatenate(means)[: len(features)].mean())
+
+
+def method_of(config: ConfigDict) -> dict[str, str]:
+    """What a row says of its compressor: kind, how it reads the question, what is not its default.
+
+    The variant is how QueCC makes its queries, where that is not the published way.
+    """
+    made = cost.Compressor.of(config.compressor)
+    pooled = made.kind == "quecc" and made.downsample != "conv"
+    return dict(
+        compressor=made.kind,
+        query=made.query if made.reads_question else "none",
+        variant=made.downsample if pooled else "",
+    )
+
+
+def request_lengths(
+    test: Inputs, *, prefix: bool = False, sample: int = 500
+) -> tuple[float, float, float]:
+    """Mean tokens of prompts, answers and questions of the evaluation split (an even sample of it).
+
+    The question is what a question-reading compressor reads, or with `prefix` all text before the
+    image.
+    """
+    picked = np.linspace(0, len(test.source) - 1, min(sample, len(test.source))).astype(int)
+    prompts = [test.processor.text(test.source[int(i)], answer=False) for i in picked]
+    wholes = [int(test.processor.text(test.source[int(i)])["length"]) for i in picked]
+    prompt = np.mean([int(made["length"]) for made in prompts])
+    question = np.mean([int(made["image_at" if prefix else "question_length"]) for made in prompts])
+    return float(prompt), float(np.mean(wholes) - prompt), float(question)
+
+
+def same_cells(claimed: Claim, cells: Sequence[Cell]) -> None:
+    """Raises ValueError where a grid lost or changed a cell that was begun; more cells are fine."""
+    if claimed.begun is None:
+        return
+    now = {cell.name: cell.config for cell in cells}
+    home = claimed.folder / "cells"
+    begun = [c for c in cells_of(of_json(claimed.begun)) if (home / c.name).is_dir()]
+    if lost := [cell.name for cell in begun if cell.name not in now]:
+        raise ValueError(
+            f"{claimed.folder} has cells that this grid lacks ({', '.join(lost[:4])}): a grid may "
+            "be given more cells, not fewer; name them too, or choose another --workdir"
+        )
+    for cell in begun:
+        then, is_now = (
+            {k: v for k, v in flat(c).items() if k.startswith(("llm.", "compressor."))}
+            for c in (cell.config, now[cell.name])
+        )
+        if changed := list(fields.differing(then, is_now)):
+            named = fields.changes(changed, then, is_now)
+            raise ValueError(another(claimed.folder, f"cell {cell.name}: {named}"))
+
+
+def keep(folder: Path, cells: Sequence[Cell], rows: Mapping[str, records.Row]) -> None:
+    """Writes rows.jsonl: the rows that there are, in the order of the cells."""
+    records.write(folder / "rows.jsonl", [rows[c.name] for c in cells if c.name in rows])
+
+
+def run(claimed: Claim, command: str) -> dict:
+    """All cells that have no row yet, then the law and the report; what the report says of it."""
+    begun = time.monotonic()
+    config, folder, cells = claimed.config, claimed.folder, cells_of(claimed.config)
+    same_cells(claimed, cells)
+    facts = provenance(window_attention.form(config.kernels))
+    # The law is fitted to the grid's own method, where others are run beside it.
+    method = records.method_of(**method_of(cells[0].config))
+    # What changes no result changes no hash: rows of one run have one.
+    first = claimed.first()
+    hashes = {cell.name: digest(cell.config) for cell in cells_of(first)}
+    described = dict(command=command, config=digest(first), method=method)
+    phase = Phases(folder / "run.json", described | facts)
+    stages.check(config)
+    for cell in cells:
+        describe(cell)  # an impossible cell is found before the first is trained
+    for cell in largest(cells):
+        for warning in memory.check_training(cell.config):
+            log.warning(warning)
+    shared = prepare(claimed, phase, sights_of(cells))
+    homes = {cell.name: folder / "cells" / cell.name for cell in cells}
+    rows = {
+        name: records.Row.from_json((home / "row.json").read_text())
+        for name, home in homes.items()
+        if (home / "row.json").exists()
+    }
+    if rows:
+        progress.say(f"{len(rows)} of {len(cells)} cells were finished before")
+    for number, cell in enumerate(cells, 1):
+        if cell.name in rows:
+            continue
+        home, which = homes[cell.name], f"cell {number}/{len(cells)}: {cell.name}"
+        progress.say(which)
+        with phase("cells"), progress.doing(which):
+            made = facts | dict(config_hash=hashes[cell.name])
+            row = run_cell(cell, home, shared, made)
+        # The row is written whole or not at all, and rows.jsonl is always all rows so far.
+        write_json(home / "row.json", json.loads(row.to_json()))
+        rows[cell.name] = records.Row.from_json((home / "row.json").read_text())
+        keep(folder, cells, rows)
+        scores = "  ".join(f"{name} {s['score']:.3f}" for name, s in row.families.items())
+        progress.say(f"{which}  {scores}")
+        progress.say(standing(cells, rows, time.monotonic() - begun))
+    keep(folder, cells, rows)
+    with phase("law and report"), progress.doing("law and report"):
+        made = report.write(folder)
+    print(
+        "seconds per phase: "
+        + "  ".join(f"{k} {v:.0f}" for k, v in phase.facts["phases"].items())
+        + f"  total {sum(phase.facts['phases'].values()):.0f}",
+        file=sys.stderr,
+    )
+    return made

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forms are judged by what they say about cells they were not fitted to, beside AIC and BIC."""
+
+import numpy as np
+from scipy.optimize import lsq_linear
+from scipy.stats import f as fisher
+
+from vlm_jax.law.forms import FORMS
+from vlm_jax.law.intervals import profile
+from vlm_jax.law.law import EFFECTS, Law, check, criteria, fit, minimum, to_vector, weights
+from vlm_jax.law.points import Points
+from vlm_jax.law.solve import FLOOR, predict, solve, starts
+
+COLUMNS = (
+    "form", "formula", "parameters", "sse", "rmse", "aic", "aicc", "bic",
+    "leave_one_size_out_rmse", "leave_one_V_out_rmse", "leave_largest_size_out_rmse", "note",
+)  # fmt: skip
+
+
+FOLD_STARTS = 12  # beside the fit to all points, which is nearly always in the right valley
+
+
+def leave_out(
+    points: Points, form: str, column: str, *, seed=0, huber=None, weighting="stderr", near=None
+) -> dict:
+    """Value of `column` ("N" or "V") -> the errors predicted at its points by a fit without them.
+
+    `near` is the solver vector of the fit to all points, if it is known. Raises ValueError when a
+    fold is left with too few points, sizes or token counts.
+    """
+    values, weight, y = getattr(points, column), weights(points, weighting), points.error
+    left_out = np.unique(values)
+    for value in left_out:
+        check(points.where(values != value), form)
+    design = FORMS[form].design(points.N, points.V, points.Q)
+    if near is None:
+        near, _ = minimum(design, y, weight, seed=seed, huber=huber)
+    many = starts(design, y, weight, FOLD_STARTS, np.random.default_rng(seed))
+    many = np.vstack([near, many])
+    # one solve for all folds: the weight of a point left out is 0
+    kept = np.repeat(values != left_out[:, None], len(many), axis=0)
+    tried = np.tile(many, (len(left_out), 1))
+    theta, loss = solve(design, y[None], kept * weight, tried, huber=huber)
+    best = loss.reshape(len(left_out), -1).argmin(1) + np.arange(len(left_out)) * len(many)
+    predicted = predict(design, theta[best])
+    return {float(v): predicted[i, values == v] for i, v in enumerate(left_out)}
+
+
+def compare(
+    points: Points, *, seed: int = 0, huber: float | None = None, weighting: str = "stderr"
+) -> list[dict]:
+    """One row per form with the fields COLUMNS; None, with a note, where the points are too few."""
+    weight, rows = weights(points, weighting), []
+    for name, form in FORMS.items():
+        row = dict.fromkeys(COLUMNS) | {"form": name, "formula": form.formula, "note": ""}
+        row["parameters"] = len(form.names)
+        rows.append(row)
+        try:
+            check(points, name)
+        except ValueError as problem:
+            row["note"] = str(problem)
+            continue
+        design = form.design(points.N, points.V, points.Q)
+        theta, loss = minimum(design, points.error, weight, seed=seed, huber=huber)
+        row["sse"] = float(((points.error - predict(design, theta[None])[0]) ** 2).sum())
+        row["rmse"] = float(np.sqrt(row["sse"] / len(points)))
+        row |= criteria(loss, len(points), len(theta))
+        for column, field in (("N", "leave_one_size_out_rmse"), ("V", "leave_one_V_out_rmse")):
+            try:
+                folds = leave_out(
+                    points, name, column,
+                    seed=seed, huber=huber, weighting=weighting, near=theta,
+                )  # fmt: skip
+            except ValueError as problem:
+                row["note"] = f"{field}: {problem}"
+                continue
+            row[field] = _rmse(points, column, folds)
+            if column == "N":
+                largest = max(folds)
+                row["leave_largest_size_out_rmse"] = _rmse(points, "N", {largest: folds[largest]})
+    return rows
+
+
+def _rmse(points, column, folds):
+    values = getattr(points, column)
+    misses = [predicted - points.error[values == value] for value, predicted in folds.items()]
+    return float(np.sqrt(np.mean(np.concatenate(misses) ** 2)))
+
+
+def with_exponents(points: Points, law: Law, exponents: dict) -> dict:
+    """How well given exponents (name -> value) fit when the rest of the law is fitted around them.
+
+    Returns sse, the limit of the joint 95 % region (F statistic), inside (sse <= limit), A and D.
+    Unweighted least squares of the multiplicative forms.
+    """
+    form = FORMS[law.form]
+    design = form.design(points.N, points.V, points.Q)
+    theta = to_vector(law.form, law.params | exponents | {"A": 1.0, "D": 0.0})
+    columns = np.stack([predict(design, theta[None])[0], np.ones(len(points))], axis=1)
+    solved = lsq_linear(columns, points.error, bounds=([0.0, FLOOR[0]], [np.inf, FLOOR[1]]))
+    dof, held = len(points) - len(form.names), len(exponents)
+    limit = law.sse * (1 + held / dof * fisher.ppf(0.95, held, dof))
+    sse = float(2 * solved.cost)
+    A, D = solved.x.tolist()
+    return {"sse": sse, "limit": float(limit), "inside": bool(sse <= limit), "A": A, "D": D}
+
+
+def without_floor(points: Points, law: Law) -> dict:
+    """Name -> [low, high], the 95 % intervals of an unweighted fit with D held at 0."""
+    design = FORMS[law.form].design(points.N, points.V, points.Q)
+    names, equal = FORMS[law.form].names, np.ones(len(points))
+    held = np.array([name == "D" for name in names])
+    start = to_vector(law.form, law.params | {"D": 0.0})
+    best = solve(design, points.error[None], equal[None], start[None], fixed=held[None])[0][0]
+    ends, _ = profile(design, points.error, equal, best, held=held)
+    return {name: ends[names.index(name)].tolist() for name in law.params if name in EFFECTS}
+
+
+def extrapolate(points: Points, law: Law, *, bootstrap: int, **how) -> dict:
+    """The largest size predicted by a fit without it, and twice that size by the law.
+
+    `how` goes to `law.fit`. Bands are 95 %: of a new cell for the held-out size, which was
+    measured, of the law for the size beyond. An entry is missing where the points or the draws are.
+    """
+    if not bootstrap:
+        return {}
+    largest, found = points.N.max(), {}
+    kept, away = points.where(points.N < largest), points.where(points.N == largest)
+    try:
+        without = fit(kept, law.form, bootstrap=bootstrap, intervals=False, **how)
+    except ValueError:
+        pass
+    else:
+        predicted = without.error(away.N, away.V, away.Q)
+        low, high = without.band(away.N, away.V, away.Q, measured=True)
+        found["held_out"] = {
+            "N": float(largest),
+            "V": away.V.tolist(),
+            "measured": away.error.tolist(),
+            "predicted": predicted.tolist(),
+            "low": low.tolist(),
+            "high": high.tolist(),
+            "rmse": float(np.sqrt(np.mean((predicted - away.error) ** 2))),
+            "largest_miss": float(np.abs(predicted - away.error).max()),
+        }
+    V, Q = np.unique(points.V), float(points.Q.mean())
+    low, high = law.band(2 * largest, V, Q)
+    found["beyond"] = {
+        "N": float(2 * largest),
+        "V": V.tolist(),
+        "predicted": law.error(2 * largest, V, Q).tolist(),
+        "low": low.tolist(),
+        "high": high.tolist(),
+    }
+    return found

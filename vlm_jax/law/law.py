@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fitted law predicts the error of (N, V), with a band, and says what the points determine.
+
+N LLM parameters in billions   V visual tokens   Q text tokens   P parameters   n points
+"""
+
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.stats import f as fisher
+
+from vlm_jax.law import intervals as likely
+from vlm_jax.law.forms import FORMS
+from vlm_jax.law.points import Points
+from vlm_jax.law.solve import LOG_COEFFICIENT, predict, solve, starts
+
+STARTS = 48  # on the published points the hardest form reached its best minimum from 3 of 64
+
+
+@dataclass(frozen=True)
+class Law:
+    """One form with its fitted parameters; makes no promise outside `domain`.
+
+    `params` and `intervals` (95 %, profile likelihood) are by name. A, B and C are errors at N = 1
+    billion and one token, exponents are pure numbers, D is the error that no size removes. `sse`
+    and `rmse` = sqrt(sse / n) are unweighted, in units of error. `identified` says whether an
+    interval is closed on both sides. `samples` float64[draws, P] holds bootstrap parameters in
+    `FORMS[form].names` order, `bootstrap_intervals` their 95 % quantiles. `domain` is the fitted
+    range of N, V and Q; `criteria` is aic, aicc, bic.
+    """
+
+    form: str
+    params: dict
+    sse: float
+    rmse: float
+    n: int
+    intervals: dict = field(default_factory=dict)
+    bootstrap_intervals: dict = field(default_factory=dict)
+    identified: dict = field(default_factory=dict)
+    samples: np.ndarray | None = None
+    domain: dict = field(default_factory=dict)
+    notes: list = field(default_factory=list)
+    criteria: dict = field(default_factory=dict)
+
+    @property
+    def scatter(self) -> float:
+        """The standard deviation of a measured cell around the law: sqrt(sse / (n - P))."""
+        return float(np.sqrt(self.sse / (self.n - len(self.params))))
+
+    def error(self, N, V, Q=0):
+        """The predicted error, a fraction, shaped as N, V and Q broadcast."""
+        shape = np.broadcast_shapes(np.shape(N), np.shape(V), np.shape(Q))
+        design = self._design(N, V, Q)
+        return predict(design, to_vector(self.form, self.params)[None])[0].reshape(shape)
+
+    def band(self, N, V, Q=0, *, level: float = 0.95, measured: bool = False):
+        """(low, high) between which the law lies at `level`.
+
+        `measured` adds the scatter of one new cell. Quantiles of the bootstrap draws, shaped as N,
+        V and Q broadcast. Raises ValueError for a law without draws.
+        """
+        if self.samples is None:
+            raise ValueError("this law carries no bootstrap draws: fit it with bootstrap=1000")
+        shape = np.broadcast_shapes(np.shape(N), np.shape(V), np.shape(Q))
+        errors = predict(self._design(N, V, Q), _logarithmic(self.form, self.samples))
+        if measured:
+            random = np.random.default_rng(0)
+            errors = errors + self.scatter * random.standard_t(
+                self.n - len(self.params), errors.shape
+            )
+        low, high = np.quantile(errors, [0.5 - level / 2, 0.5 + level / 2], axis=0)
+        return low.reshape(shape), high.reshape(shape)
+
+    def _design(self, N, V, Q):
+        return FORMS[self.form].design(*(x.ravel() for x in np.broadcast_arrays(N, V, Q)))
+
+    def to_dict(self) -> dict:
+        """Plain fields for JSON; the parameters stand beside the others at the top level."""
+        fields = {"form": self.form, "formula": FORMS[self.form].formula, **self.params}
+        for name in ("sse", "rmse", "n", *OPTIONAL):
+            fields[name] = getattr(self, name)
+        if self.samples is not None:
+            draws = [[float(f"{x:.6g}") for x in row] for row in self.samples]
+            fields["samples"] = {"names": FORMS[self.form].names, "values": draws}
+        return fields
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> "Law":
+        """The law in parsed JSON; other fields are ignored. Raises ValueError."""
+        form = fields.get("form")
+        if form not in FORMS:
+            raise ValueError(f"not a law: form is {form!r}, allowed are {', '.join(FORMS)}")
+        needed = [*ordered(form), "sse", "rmse", "n"]
+        if missing := [name for name in needed if name not in fields]:
+            raise ValueError(f"not a law: {', '.join(missing)} missing from a {form} law")
+        samples = fields.get("samples")
+        if samples is not None:
+            columns = [samples["names"].index(name) for name in FORMS[form].names]
+            samples = np.array(samples["values"], dtype=np.float64)[:, columns]
+        return cls(
+            form=form,
+            params={name: float(fields[name]) for name in ordered(form)},
+            sse=float(fields["sse"]),
+            rmse=float(fields["rmse"]),
+            n=int(fields["n"]),
+            samples=samples,
+            **{name: fields[name] for name in OPTIONAL if name in fields},
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "Law":
+        """The law that `to_json` or `vlm-jax fit` wrote. Raises ValueError."""
+        return cls.from_dict(json.loads(text))
+
+
+OPTIONAL = ("intervals", "bootstrap_intervals", "identified", "domain", "notes", "criteria")
+
+
+def ordered(form: str) -> list:
+    """Parameter names as people read them: A, alpha, beta, D, then what else the form has."""
+    names = FORMS[form].names
+    first = [name for name in ("A", "alpha", "beta", "D") if name in names]
+    return first + [name for name in names if name not in first]
+
+
+def to_vector(form: str, params: dict) -> np.ndarray:
+    """The solver's parameter vector, float64[P], of parameters by name."""
+    return _logarithmic(form, [[params[name] for name in FORMS[form].names]])[0]
+
+
+def _logarithmic(form, vectors):
+    terms = len(FORMS[form].coefficients)
+    vectors = np.array(vectors, dtype=np.float64)
+    vectors[:, :terms] = np.log(np.maximum(vectors[:, :terms], 1e-300))
+    return vectors
+
+
+def _linear(form, vectors):
+    """Solver vectors [m, P] with coefficients for their logarithms; 0 at the search bound."""
+    terms = len(FORMS[form].coefficients)
+    vectors = np.array(vectors, dtype=np.float64)
+    logs = vectors[:, :terms]
+    vectors[:, :terms] = np.where(logs <= LOG_COEFFICIENT[0], 0.0, np.exp(logs))
+    return vectors
+
+
+def _by_name(form, rows) -> dict:
+    """Name -> its row (a number or [low, high]) as plain Python, in reading order."""
+    named = dict(zip(FORMS[form].names, rows.tolist(), strict=True))
+    return {name: named[name] for name in ordered(form)}
+
+
+def check(points: Points, form: str) -> None:
+    """Raises ValueError, saying the way out, where these points cannot determine this form."""
+    if form not in FORMS:
+        raise ValueError(f"no form {form!r}: choose one of {', '.join(FORMS)}")
+    names = ordered(form)
+    if len(points) <= len(names):
+        raise ValueError(
+            f"{len(points)} points cannot fit the {len(names)} parameters {', '.join(names)} of "
+            f"the {form} law and leave one to judge it by: measure at least {len(names) + 1} cells"
+        )
+    for column, what, lost in (
+        (points.N, "LLM size", "alpha"),
+        (points.V, "number of visual tokens", "beta"),
+    ):
+        if len(np.unique(column)) < 2:
+            raise ValueError(
+                f"all {len(points)} points have one {what} ({column[0]:g}), so {lost} cannot be "
+                f"fitted: measure at least two, better four, evenly spread on a logarithmic scale"
+            )
+
+
+def weights(points: Points, weighting: str = "stderr") -> np.ndarray:
+    """float64[n] of mean 1: 1 / stderr^2 where every point has one ("stderr"), else ones ("equal").
+
+    A standard error below half the median counts as that half: at scores near 0 or 1 the binomial
+    formula claims a certainty that one cell cannot have.
+    """
+    if weighting not in ("stderr", "equal"):
+        raise ValueError(f"no weighting {weighting!r}: choose stderr or equal")
+    stderr = points.stderr
+    if weighting == "equal" or not np.all(np.isfinite(stderr)) or not np.median(stderr) > 0:
+        return np.ones(len(points))
+    weight = np.maximum(stderr, 0.5 * np.median(stderr)) ** -2
+    return weight / weight.mean()
+
+
+def minimum(design, y, weight, *, seed: int = 0, huber=None, near=None):
+    """The best of many starts (and of `near`, a solver vector): vector float64[P] and its loss."""
+    many = starts(design, y, weight, STARTS, np.random.default_rng(seed))
+    if near is not None:
+        many = np.vstack([near, many])
+    theta, loss = solve(design, y[None], weight[None], many, huber=huber)
+    return theta[loss.argmin()], float(loss.min())
+
+
+def fit(
+    points: Points,
+    form: str = "multiplicative",
+    *,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    huber: float | None = None,
+    weighting: str = "stderr",
+    resample: str = "residuals",
+    intervals: bool = True,
+) -> Law:
+    """The law of one form through the points, by least squares from many starts; equal seeds, equal
+    law.
+
+    `huber` is the residual, in units of error, beyond which a point counts linearly. `bootstrap`
+    draws (0: none), made as `intervals.draws` says of `resample`, serve `Law.band`. Raises
+    ValueError where the points cannot determine the form.
+    """
+    check(points, form)
+    if huber is not None and not huber > 0:
+        raise ValueError(f"huber must be a positive residual in units of error, got {huber}")
+    weight, y = weights(points, weighting), points.error
+    design = FORMS[form].design(points.N, points.V, points.Q)
+    best, loss = minimum(design, y, weight, seed=seed, huber=huber)
+    sse = float(((y - predict(design, best[None])[0]) ** 2).sum())
+    found = {
+        "form": form,
+        "params": _by_name(form, _linear(form, best[None])[0]),
+        "sse": sse,
+        "rmse": float(np.sqrt(sse / len(y))),
+        "n": len(y),
+        "domain": {k: [float(f(getattr(points, k))) for f in (np.min, np.max)] for k in "NVQ"},
+        "criteria": criteria(loss, len(y), len(best)),
+    }
+    if intervals:
+        ends, closed = likely.profile(design, y, weight, best, huber=huber)
+        ends, closed = _by_name(form, _linear(form, ends.T).T), _by_name(form, closed)
+        found["intervals"] = ends
+        found["identified"] = {name: all(sides) for name, sides in closed.items()}
+        found["notes"] = in_words(found["params"], ends, closed) + lack_of_fit(
+            y, predict(design, best[None])[0], weight, _places(points), len(best)
+        )
+    if bootstrap:
+        cells = _places(points)
+        rng = np.random.default_rng(seed)
+        samples = likely.draws(
+            design, y, weight, best,
+            count=bootstrap, rng=rng, resample=resample, cells=cells, huber=huber,
+        )  # fmt: skip
+        found["samples"] = _linear(form, samples)
+        ends = np.quantile(found["samples"], [0.025, 0.975], axis=0).T
+        found["bootstrap_intervals"] = _by_name(form, ends)
+    return Law(**found)
+
+
+def _places(points) -> np.ndarray:
+    """int[n]: equal numbers where N, V and Q are equal, as they are for the seeds of one cell."""
+    places = np.stack([points.N, points.V, points.Q])
+    return np.unique(places, axis=1, return_inverse=True)[1].ravel()
+
+
+def lack_of_fit(y, fitted, weight, cells, size) -> list:
+    """A note if repeated cells show that the form is wrong: the classical F test at 5 %."""
+    total = np.bincount(cells, weight)
+    mean = (np.bincount(cells, weight * y) / total)[cells]
+    distinct = len(total)
+    between, within = distinct - size, len(y) - distinct
+    pure = (weight * (y - mean) ** 2).sum()
+    if between <= 0 or within <= 0 or pure <= 0:
+        return []
+    ratio = (weight * (mean - fitted) ** 2).sum() / between / (pure / within)
+    chance = fisher.sf(ratio, between, within)
+    if chance >= 0.05:
+        return []
+    return [
+        f"This form misses the cells' means by more than their seeds scatter (F = {ratio:.1f}, "
+        f"chance {chance:.1g}): its intervals are too narrow; compare forms or resample cells."
+    ]
+
+
+def criteria(loss: float, n: int, size: int) -> dict:
+    """AIC, AICc (None where n is too small for it) and BIC of Gaussian residuals, from a weighted
+    loss.
+
+    The variance counts as a parameter; only differences between forms on the same points mean
+    anything.
+    """
+    k = size + 1
+    misfit = n * np.log(max(loss, 1e-300) / n)
+    aicc = float(misfit + 2 * k * n / (n - k - 1)) if n > k + 1 else None
+    return {"aic": float(misfit + 2 * k), "aicc": aicc, "bic": float(misfit + k * np.log(n))}
+
+
+EFFECTS = {
+    "alpha": "the LLM's size",
+    "beta": "the number of visual tokens",
+    "gamma": "an interaction of size and tokens",
+}
+
+
+def in_words(params: dict, intervals: dict, closed: dict) -> list:
+    """What the points determine and what they do not: one sentence for each parameter in doubt."""
+    notes = []
+    for name, (low, high) in intervals.items():
+        match closed[name]:
+            case [True, True]:
+                if name in EFFECTS and low < 0 < high:
+                    notes.append(
+                        f"{name}'s interval holds 0: no effect of {EFFECTS[name]} can be told."
+                    )
+            case [False, True] if name == "D":
+                notes.append(
+                    f"D is not identifiable: any floor from 0 to {high:.3g} fits these points "
+                    "within 95 %, A and the exponents moving with it; the fitted "
+                    f"{params['D']:.3g} is not the error of an infinite model."
+                )
+            case [False, True]:
+                notes.append(
+                    f"{name} has no lower limit: these points only keep it under {high:.3g}."
+                )
+            case [True, False]:
+                notes.append(
+                    f"{name} has no upper limit: these points only keep it over {low:.3g}."
+                )
+            case _:
+                notes.append(f"{name} is not identifiable: these points exclude no value of it.")
+    return notes

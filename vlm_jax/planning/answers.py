@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A finished search as plain fields for machines, as a few lines for people, and its warnings."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.cost import flops as cost
+from vlm_jax.cost.flops import Number
+from vlm_jax.planning import planner
+
+
+def plan(search: planner.Search, names: Mapping[Number, str]) -> dict[str, Any]:
+    """The answer as fields for JSON, explained in docs/planning.md; `names` are LLMs by their N.
+
+    Raises ValueError, naming the cheapest configuration, where nothing meets the budget.
+    """
+    found = search.candidates()
+    chosen, spent, Q = found[0], search.cost, search.cost.workload.Q
+    interval = search.law.interval(chosen.N, chosen.V, Q)
+    trained = search.law.interval(chosen.N, chosen.V, Q, measured=True)
+    unit, limit = search.budget.limits[0]
+    costs: dict[str, Any] = {"amount": chosen.cost, "unit": planner.UNITS[unit]}
+    if isinstance(spent, planner.FullCost):
+        costs |= spent.parts(chosen.N, chosen.V, chosen.compressor)
+        shape = spent.sizes.get(chosen.N)
+        costs["llm_parameters"] = None if shape is None else cost.llm_parameters(shape)
+    others = planner.runner_ups(
+        [*found[1:], *buildable(search, chosen)], math.inf if interval is None else interval[1]
+    )
+    return {
+        "N": chosen.N,
+        "V": chosen.V,
+        "compressor": chosen.compressor,
+        "llm": names.get(chosen.N),
+        "predicted_error": chosen.error,
+        "interval": None if interval is None else list(interval),
+        "interval_of_a_trained_model": None if trained is None else list(trained),
+        "interval_level": 0.95,
+        "cost_model": spent.name,
+        "cost": costs,
+        "budget": {
+            "limit": limit,
+            "unit": planner.UNITS[unit],
+            "also": dict(search.budget.limits[1:]),
+        },
+        "text_tokens": Q,
+        "new_tokens": spent.workload.G,
+        "batch": spent.workload.batch,
+        "cached_text": spent.workload.cached_text,
+        "marginal": planner.marginal(search, chosen),
+        "runner_ups": [dataclasses.asdict(other) for other in others],
+        "law": {
+            "weights": dict(search.law.weights),
+            "laws": {n: {"form": law.form, **law.params} for n, law in search.law.laws.items()},
+        },
+        "units": {
+            "N": "billion LLM parameters",
+            "V": "visual tokens",
+            "predicted_error": "fraction, 1 - score",
+        },
+        "warnings": warnings_of(search, chosen),
+    }
+
+
+def buildable(search: planner.Search, chosen: planner.Candidate) -> list[planner.Candidate]:
+    """Beside a continuous choice: the best candidates at the V that windows of patches can make."""
+    return [
+        candidate
+        for kind, V in search.tokens.items()
+        if V[0] == "continuous"
+        for candidate in search.listed(kind, [float(v) for v in cost.tilings(round(V[1][1]))])
+        if (candidate.N, candidate.V) != (chosen.N, chosen.V)
+    ]
+
+
+def warnings_of(search: planner.Search, chosen: planner.Candidate) -> list[str]:
+    """What a reader must know before trusting the plan, one sentence each."""
+    spent, found = search.cost, []
+    for Q, _ in spent.workload.texts:
+        found += [s for s in search.law.outside(chosen.N, chosen.V, Q) if s not in found]
+    if any(not law.domain for law in search.law.laws.values()):
+        found.append("the law does not say on which N, V and Q it was fitted: "
+                     "extrapolation goes unnoticed")  # fmt: skip
+    if len(search.tokens) > 1:
+        found.append("the law holds for the compressor it was fitted with: "
+                     "others are compared by cost alone")  # fmt: skip
+    if isinstance(spent, planner.FullCost):
+        most = max(spent.sizes)
+        if chosen.N > most * (1 + 1e-9):
+            found.append(f"no LLM above N={most:g} is described: its cost is extrapolated")
+        if spent.chip is not None and spent.efficiency is None:
+            found.append("times are the roofline's, which no system reaches: "
+                         "give --efficiency or --measured")  # fmt: skip
+    return found
+
+
+def in_words(answer: Mapping[str, Any]) -> str:
+    """The answer for people, a few lines."""
+    spread, budget = answer["interval"], answer["budget"]
+    within = "" if spread is None else f" (95 % interval {spread[0]:.3f} to {spread[1]:.3f})"
+    llm = f" ({answer['llm']})" if answer["llm"] else ""
+    ratio = answer["marginal"]["gain_per_cost_tokens_over_parameters"]
+    lines = [
+        f"N = {answer['N']:.4g} billion parameters{llm}, "
+        f"V = {answer['V']:.4g} visual tokens ({answer['compressor']})",
+        f"predicted error {answer['predicted_error']:.4f}{within}",
+        f"cost {answer['cost']['amount']:.4g} of {budget['limit']:.4g} {budget['unit']} "
+        f"(cost model: {answer['cost_model']})",
+    ]
+    if ratio is not None:
+        lines.append(f"the last unit of budget gains {ratio:.2f} times as much in tokens "
+                     "as in parameters")  # fmt: skip
+    lines += [
+        f"  next: N = {c['N']:.4g}, V = {c['V']:.4g}, {c['compressor']}: {c['error']:.4f}"
+        for c in answer["runner_ups"][:5]
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's rows become figures and one HTML page.
+
+Reads DIR/rows.jsonl and, where they exist, DIR/law.json (if no older than the rows),
+DIR/baselines.json ({"majority": {task: score}}), DIR/run.json ({"command", "config", "method",
+"phases"}) or DIR/command.txt. Writes DIR/report/index.html, DIR/report/figures/ and, where it
+fitted the law itself, DIR/law.json.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from vlm_jax.law import law as laws_module
+from vlm_jax.reports import figures, page
+from vlm_jax.reports import run as runs
+from vlm_jax.reports.run import Run
+from vlm_jax.rows import records
+
+
+def write(workdir: Path | str) -> dict:
+    """Makes the report of one run folder and returns what was made: page, figures, laws, reasons.
+
+    Without matplotlib the page has no figures and says so. Raises ValueError or OSError saying
+    what is wrong with a file.
+    """
+    workdir = Path(workdir)
+    if not (workdir / "rows.jsonl").is_file():
+        raise FileNotFoundError(
+            f"no rows.jsonl in {workdir}: vlm-jax grid --config=FILE --workdir={workdir} makes it"
+        )
+    # The order in which cells finished is nobody's concern: equal rows, equal page.
+    rows = sorted(
+        records.read(workdir / "rows.jsonl"),
+        key=lambda row: (row.llm_parameters, row.V, row.seed, row.cell),
+    )
+    majority = read_object(workdir / "baselines.json").get("majority", {})
+    facts = run_facts(workdir)
+    run = runs.of(rows, facts.get("method"))
+    laws, reasons = laws_of(workdir, run)
+    missing = ""
+    try:
+        drawn = figures.run_figures(
+            run, laws, workdir / "report" / "figures", majority=page.by_family(rows, majority)
+        )
+    except ModuleNotFoundError as error:
+        # A grid of many hours must not end without its tables for want of a drawing library.
+        drawn, missing = [], str(error)
+    html = page.build(
+        run,
+        laws,
+        drawn,
+        reasons=reasons,
+        majority=majority,
+        name=workdir.resolve().name,
+        facts=facts,
+        missing=missing,
+    )
+    index = workdir / "report" / "index.html"
+    index.parent.mkdir(parents=True, exist_ok=True)
+    records.replace(index, html)
+    return {
+        "report": str(index),
+        "cells": len(rows),
+        "figures": len(drawn),
+        "laws": {family: {"form": law.form, **law.params} for family, law in laws.items()},
+        "no_law": reasons,
+        "no_figures": missing,
+    }
+
+
+def laws_of(workdir: Path, run: Run) -> tuple[dict, dict[str, str]]:
+    """(family -> Law, family -> why there is none) of the grid's method, from law.json or fitted.
+
+    A law.json that is older than the rows, or missing, is fitted anew and written.
+    """
+    families = sorted({family for row in run.main for family in row.families})
+    path = workdir / "law.json"
+    if path.is_file() and path.stat().st_mtime_ns >= (workdir / "rows.jsonl").stat().st_mtime_ns:
+        fields = read_object(path)
+        stored = fields.get("families") or ({families[0]: fields} if len(families) == 1 else {})
+        laws = {f: laws_module.Law.from_dict(law) for f, law in stored.items() if f in families}
+        missing = f"{path} holds no law of it."
+        return laws, {family: missing for family in families if family not in laws}
+    laws, reasons = {}, {}
+    for family in families:
+        try:
+            measured = [row for row in run.main if family in row.families]
+            laws[family] = laws_module.fit(records.points(measured, family))
+        except ValueError as error:
+            reasons[family] = f"{str(error)[:1].upper()}{str(error)[1:]}."
+    if laws and (document := law_document(run, laws)):
+        records.replace(path, json.dumps(document) + "\n")
+    return laws, reasons
+
+
+def law_document(run: Run, laws: Mapping) -> dict | None:
+    """The content of law.json, as `vlm-jax fit` orders it: the law of the mean over families, and
+    each family's under "families"; with one family the top level is that family's.
+
+    None where the cells' means do not compare because some lack a family.
+    """
+    families = {family: law.to_dict() for family, law in laws.items()}
+    if len(laws) == 1:
+        (name,) = laws
+        return families[name] | {"family": name, "method": run.method, "families": families}
+    try:
+        mean = laws_module.fit(records.points(run.main)).to_dict()
+    except ValueError:
+        return None
+    return mean | {"family": "mean of families", "method": run.method, "families": families}
+
+
+def run_facts(workdir: Path) -> dict:
+    """What run.json says, or the command of command.txt, or nothing."""
+    facts = read_object(workdir / "run.json")
+    if "command" not in facts and (workdir / "command.txt").is_file():
+        facts["command"] = (workdir / "command.txt").read_text(encoding="utf-8").strip()
+    return facts
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file; empty where there is no file, ValueError for anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}): mend or remove it") from None
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, not an object: mend or remove it"
+        )
+    return content

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results that others measured become the same cells as our own, or an error says which column or
+unit is wrong.
+
+A table (CSV, JSONL or a JSON list) has columns N (billions), V and either error or accuracy
+(fraction or percent), optionally Q, stderr, family (one line per family and cell), label, seed. In
+the place of error or accuracy a column `results` may name an lmms-eval results file; such files may
+also be given themselves, with N and V (and Q) added at their top level.
+"""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+from vlm_jax.law.points import Cell
+
+N_UNITS = {"billions": 1.0, "millions": 1e-3, "parameters": 1e-9}
+LARGEST_N_BILLIONS = 3e3  # three trillion parameters: beyond it N was given in another unit
+SCORES = ("error", "accuracy", "results")
+
+# lmms-eval task -> (names of its primary metric, newest first, and its maximum), where a task
+# reports several metrics or no fraction. Read in the task files and result handlers of
+# EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/*; MME's maximum is perception's 10 subtasks of 200,
+# its older name was misspelt. A judge scores MMBench, MathVista and MM-Vet, on 0..100.
+_JUDGED = (("gpt_eval_score",), 100.0)
+_MATHVISTA = (("llm_as_judge_eval", "gpt_eval_score"), 100.0)
+LMMS_EVAL = {
+    "mme": (("mme_perception_score", "mme_percetion_score"), 2000.0),
+    **dict.fromkeys(
+        ("pope", "pope_full", "pope_adv", "pope_pop", "pope_random"), (("pope_accuracy",), 1.0)
+    ),
+    **dict.fromkeys(("chartqa", "chartqa_lite"), (("relaxed_overall",), 1.0)),
+    **dict.fromkeys(("mmbench_en_dev", "mmbench_cn_dev", "mmvet"), _JUDGED),
+    **dict.fromkeys(
+        ("mathvista_testmini", *(f"mathvista_testmini_{x}" for x in ("cot", "format", "solution"))),
+        _MATHVISTA,
+    ),
+    "seedbench": (("seed_image",), 1.0),
+}
+
+
+def read(path, *, n_unit: str | None = None, text_tokens: float = 0.0) -> list[Cell]:
+    """The cells of a foreign table; repeated identical lines count once.
+
+    `n_unit` is one of N_UNITS; None means billions and refuses numbers that cannot be.
+    `text_tokens` is the Q of tables without that column. Raises ValueError, naming the file and the
+    line, for a missing column, a value that is no number, percent mixed with fractions, an error
+    outside 0..1, and a cell that occurs twice with different values.
+    """
+    path = Path(path)
+    if n_unit is not None and n_unit not in N_UNITS:
+        raise ValueError(f"N is counted in {', '.join(N_UNITS)}, got {n_unit!r}")
+    lines = _lines(path)
+    if not lines:
+        raise ValueError(f"{path}: no rows: it needs column names and a line for each cell")
+    given = _score_column(path, lines)
+    long = [  # one line per cell and family: place, family, score, stderr
+        (where, line, *score)
+        for where, line in lines
+        for score in _scores(path, where, line, given)
+    ]
+    unit = 1.0
+    if given != "results":
+        unit = _unit(path, [(where, score) for where, _, _, score, _ in long], given)
+    found, cells = {}, {}
+    for where, line, family, score, stderr in long:
+        N = _size(_number(path, where, line, "N"), n_unit, f"{path}:{where}")
+        V = _number(path, where, line, "V")
+        Q = (
+            _number(path, where, line, "Q")
+            if line.get("Q") not in (None, "")
+            else float(text_tokens)
+        )
+        label = str(line.get("label") or line.get("llm") or "")
+        seed = int(_number(path, where, line, "seed")) if line.get("seed") not in (None, "") else 0
+        error = score * unit if given == "error" else 1.0 - score * unit
+        if not -1e-9 <= error <= 1 + 1e-9:
+            raise ValueError(f"{path}:{where}: error = 1 - score must lie in 0..1, got {error:g}")
+        key, value = (N, V, Q, label, seed), (min(max(error, 0.0), 1.0), stderr * unit)
+        if (key, family) in found:
+            first, known = found[key, family]
+            if known[0] != value[0]:
+                raise ValueError(
+                    f"{path}:{where}: N={N:g}, V={V:g} was already in line {first} with error "
+                    f"{known[0]:g}, now {value[0]:g}: keep one, or add a column `seed` if both "
+                    "were measured"
+                )
+            continue
+        found[key, family] = where, value
+        cells.setdefault(key, Cell(N=N, V=V, Q=Q, label=label, seed=seed, errors={})).errors[
+            family
+        ] = value
+    return list(cells.values())
+
+
+def _lines(path):
+    """(line number, fields) of each row of the file."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{path}: not text in UTF-8 ({problem}): save it as such") from None
+    if path.suffix == ".csv":
+        reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
+        return [(reader.line_num, {k: v for k, v in row.items() if k}) for row in reader]
+    place = ""
+    try:
+        if path.suffix == ".json":
+            loaded = json.loads(text)
+            rows = list(enumerate(loaded if isinstance(loaded, list) else [loaded], 1))
+        elif path.suffix in (".jsonl", ".ndjson"):
+            rows = []
+            for i, line in enumerate(text.splitlines(), 1):
+                place = f":{i}"
+                if line.strip():
+                    rows.append((i, json.loads(line)))
+        else:
+            raise ValueError(
+                f"{path}: unknown kind of table {path.suffix!r}: give .csv, .jsonl or .json"
+            )
+    except json.JSONDecodeError as problem:
+        raise ValueError(f"{path}{place}: not JSON: {problem}") from None
+    if bad := [i for i, row in rows if not isinstance(row, dict)]:
+        raise ValueError(f"{path}:{bad[0]}: a row is an object with N, V and error or accuracy")
+    return rows
+
+
+def _score_column(path, lines):
+    columns = {column for _, line in lines for column in line}
+    given = [name for name in SCORES if name in columns]
+    missing = [name for name in ("N", "V") if name not in columns]
+    if given == ["results"] and missing and path.suffix == ".json":
+        raise ValueError(
+            f"{path}: an lmms-eval results file does not say how large the LLM is or how many "
+            f"visual tokens it saw: add {' and '.join(missing)} at its top level, or list such "
+            "files in a table with columns N,V,results"
+        )
+    if missing:
+        raise ValueError(
+            f"{path}: column {', '.join(missing)} missing: needed are N, V and one of "
+            f"{', '.join(SCORES)}; found {', '.join(sorted(columns))}"
+        )
+    if len(given) != 1:
+        raise ValueError(
+            f"{path}: needs exactly one of the columns {', '.join(SCORES)}, has "
+            f"{' and '.join(given) or 'none'}; found {', '.join(sorted(columns))}"
+        )
+    return given[0]
+
+
+def _scores(path, where, line, given):
+    """(family, score, stderr) of one line; several for an lmms-eval file."""
+    if given != "results":
+        stderr = math.nan
+        if line.get("stderr") not in (None, ""):
+            stderr = _number(path, where, line, "stderr")
+            if stderr < 0:
+                raise ValueError(
+                    f"{path}:{where}: stderr is {stderr:g}: it cannot be negative; leave it empty "
+                    "where it is unknown"
+                )
+        return [(str(line.get("family") or "all"), _number(path, where, line, given), stderr)]
+    results = line.get("results")
+    if isinstance(results, str):
+        file = path.parent / results
+        if not file.exists():
+            raise ValueError(f"{path}:{where}: results file {file} does not exist")
+        results = json.loads(file.read_text(encoding="utf-8")).get("results")
+    if not isinstance(results, dict) or not results:
+        raise ValueError(f"{path}:{where}: no `results` of lmms-eval (task -> metrics) found")
+    # A group of tasks has an entry of its own without any metric: its tasks follow.
+    tasks = {task: m for task, m in results.items() if any("," in key for key in m)}
+    if not tasks:
+        raise ValueError(f"{path}:{where}: no task of `results` has a metric")
+    return [(task, *_lmms_eval(path, where, task, metrics)) for task, metrics in tasks.items()]
+
+
+def _lmms_eval(path, where, task, metrics):
+    """(score, stderr) as fractions of one task's `metric,filter` entries."""
+    values = {
+        key.split(",")[0]: value
+        for key, value in metrics.items()
+        if "," in key and isinstance(value, int | float) and "_stderr" not in key
+    }
+    alone = tuple(values) if len(values) == 1 else ()
+    names, largest = LMMS_EVAL.get(task, (alone, 1.0))
+    name = next((name for name in names if name in values), None)
+    if name is None:
+        raise ValueError(
+            f"{path}:{where}: task {task} has metrics {', '.join(values) or 'none'}: keep one of "
+            f"them in the file (known by name: {', '.join(LMMS_EVAL)})"
+        )
+    stderr = next((v for k, v in metrics.items() if k.split(",")[0] == f"{name}_stderr"), math.nan)
+    # lmms-eval writes "N/A" where it has none.
+    stderr = float(stderr) if isinstance(stderr, int | float) else math.nan
+    score = float(values[name]) / largest
+    if not 0 <= score <= 1:
+        raise ValueError(
+            f"{path}:{where}: {task}'s {name} = {values[name]:g} is not in 0..{largest:g}"
+        )
+    return score, stderr / largest
+
+
+def _number(path, where, line, name):
+    value = line.get(name)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        found = "empty" if value in (None, "") else repr(value)
+        raise ValueError(
+            f"{path}:{where}: {name} is {found}, a number was expected: write one, or leave the "
+            "line out"
+        ) from None
+    if not math.isfinite(number):
+        raise ValueError(
+            f"{path}:{where}: {name} is {value}: leave the line out, or measure it again"
+        )
+    return number
+
+
+def _unit(path, scores, given):
+    """What to multiply the column with to get fractions: 1, or 0.01 where every score is plainly a
+    percentage; `scores` are (line, score)."""
+    for where, score in scores:
+        if not 0 <= score <= 100:
+            raise ValueError(
+                f"{path}:{where}: {given} is {score:g}: give fractions (0..1) or percent (0..100)"
+            )
+    small = [(where, score) for where, score in scores if 0 < score <= 1]
+    large = [(where, score) for where, score in scores if score > 1]
+    if small and large:
+        raise ValueError(
+            f"{path}: {given} is {small[0][1]:g} in line {small[0][0]} and {large[0][1]:g} in line "
+            f"{large[0][0]}, {len(small)} values in 0..1 and {len(large)} above 1: {given} cannot "
+            "exceed 1, or fractions and percent are mixed; write all of them as fractions"
+        )
+    return 0.01 if large else 1.0
+
+
+def _size(N, n_unit, where):
+    if n_unit is None and N >= LARGEST_N_BILLIONS:
+        raise ValueError(
+            f"{where}: N = {N:g} billion parameters is more than any LLM has: if N counts "
+            "parameters pass --n-unit=parameters, if millions of them --n-unit=millions, if it is "
+            "right --n-unit=billions"
+        )
+    return N * N_UNITS[n_unit or "billions"]

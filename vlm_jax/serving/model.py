@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint that answers: images and prompts in, text out, in batches of few shapes.
+
+    from vlm_jax import VLM
+
+    model = VLM.from_checkpoint("models/llava")
+    answer = model.generate("cat.jpg", "What is this?", max_new_tokens=64)[0]
+    answer.text, answer.visual_tokens, answer.first_token_seconds
+
+docs/generation.md says what is compiled when, and what was measured.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vlm_jax import arguments
+from vlm_jax import mesh as meshes
+from vlm_jax.data.example import Example
+from vlm_jax.data.pictures import check_exif
+from vlm_jax.data.processor import Processor
+from vlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
+from vlm_jax.models import vlm
+from vlm_jax.serving.decoder import Decoder, Sampling
+from vlm_jax.serving.requests import (
+    Picture,
+    Prompt,
+    Request,
+    Text,
+    batch_of,
+    bucket_of_images,
+    conversation,
+    listed,
+    picture,
+)
+from vlm_jax.training import memory, runs
+from vlm_jax.weights import ends, folder, names, preprocessor
+from vlm_jax.weights.stored import NAMES
+
+MOST_NEW_TOKENS = 256  # of an answer to whose length nobody set a limit, where they fit
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to one request, and what that took.
+
+    `ids` end with the token that ended the answer, where one did (`stopped`). `first_token_seconds`
+    is from pixels and ids to the first token of the batch; `tokens_per_second` are this answer's
+    own, behind its first. A shape that was not compiled before is compiled in these times.
+    """
+
+    text: str
+    ids: list[int]
+    stopped: bool
+    prompt_tokens: int
+    visual_tokens: int
+    first_token_seconds: float
+    tokens_per_second: float
+    batch: int
+
+
+class VLM:
+    """A model with its processor, on a mesh.
+
+    Args:
+      model: used up.
+      processor: what makes its tokens and pixels.
+      max_length: most tokens of a row: prompt, visual tokens and answer together.
+      mesh: of the devices; batches are cut over its data and fsdp axes.
+    """
+
+    def __init__(self, model: vlm.VLM, processor: Processor, *, max_length: int, mesh: Mesh):
+        self.processor, self.max_length, self.mesh = processor, max_length, mesh
+        self.compressor, self.width = model.compressor, model.llm.embedding[...].shape[1]
+        with jax.set_mesh(mesh):
+            self.decoder = Decoder(model, stop_ids=processor.stop_ids, consume=True)
+            # What every prompt begins with is read once, unless the compressor wants to read it.
+            self.prefix = [] if model.compressor.reads_prefix else processor.constant_prefix()
+            self.begun = self.decoder.begin(self.prefix)
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None
+    ) -> "VLM":
+        """The model of a folder: of `vlm-jax convert`, a finished `vlm-jax train`, a grid's cell.
+
+        Args:
+          dtype: of weights and activations, float32 or bfloat16; as stored unless given.
+          mesh: all devices side by side unless given.
+        Raises:
+          FileNotFoundError, ValueError: for a folder that is none, with the way to make one.
+        """
+        return cls.of(runs.read(path, "--checkpoint"), dtype=dtype, mesh=mesh)
+
+    @classmethod
+    def of(
+        cls, stored: folder.Model, *, dtype: str | None = None, mesh: Mesh | None = None
+    ) -> "VLM":
+        """The model of `weights.folder`, its tensors read once, straight into their shards."""
+        kind = NAMES[stored.tensors["llm.embed_tokens.weight"].dtype]
+        mesh = mesh or meshes.make()
+        dtype = dtype or ("float32" if kind == "F32" else "bfloat16")
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
+        config = stored.config()
+        with config.unlocked():
+            config.compute_dtype, config.kernels = dtype, "auto"
+        with jax.set_mesh(mesh):
+            stored.check()
+            shapes = vlm.shapes(config)
+            size = {"float32": 4, "bfloat16": 2}[dtype]
+            need = memory.Need("the model", memory.in_shards(shapes) // 4 * size)
+            memory.check(need, "load it as bfloat16 (--dtype=bfloat16), or over more devices")
+            model = folder.place(shapes, names.model_table(shapes), stored.tensors, dtype=dtype)
+        return cls(model, processor_of(stored), max_length=stored.facts["max_length"], mesh=mesh)
+
+    def generate(
+        self,
+        images: Picture | Sequence[Picture | Sequence[Picture]],
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        exif: str = "apply",
+        **how,
+    ) -> list["Answer"]:
+        """Answers, one for each prompt, in order.
+
+        Args:
+          images: for each prompt a path, a PIL image, uint8 [H, W, 3], a list of several of these,
+            or None; one for all prompts if it is no list.
+          prompts: a question, or a conversation as a list [question, answer, ..., question]. Each
+            "<image>" in the questions stands for the next image; without any, all images belong to
+            the first question, whose template places them.
+          exif: "apply" turns an image upright as its EXIF orientation says, "ignore" takes the
+            pixels as they lie.
+          how: as `answer` has it.
+        Raises:
+          ValueError, OSError: for what cannot be answered, before anything is; of an image with its
+            number.
+        """
+        check_exif("exif", exif)
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        images = list(images) if isinstance(images, (list, tuple)) else [images] * len(prompts)
+        if len(images) != len(prompts):
+            raise ValueError(
+                f"{len(images)} images and {len(prompts)} prompts: give one image (or None, or a "
+                "list of several) for each prompt, or a single one for all"
+            )
+        made = []
+        for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+            found = []
+            for k, one in enumerate(listed(image)):
+                name = f"image {number}[{k}]" if isinstance(image, (list, tuple)) else (
+                    f"image {number}")  # fmt: skip
+                try:
+                    found.append(picture(one, exif=exif))
+                except (ValueError, OSError) as error:
+                    raise type(error)(f"{name}: {error}") from error
+            made.append(self.request(found, prompt))
+        return self.answer(made, **how)
+
+    def request(self, image: Any, prompt: Any, *, exif: str = "apply") -> Request:
+        """A Picture or a list of them, and a Prompt, made ready.
+
+        Raises:
+          ValueError, OSError: for what is none of them, or what this model cannot read.
+        """
+        images = listed(image)
+        pairs = conversation(prompt, images=len(images))
+        if len(images) > 1 and self.compressor.reads_prefix:
+            raise ValueError(
+                f"{len(images)} images, and this model's compressor reads the text before the one "
+                "image of a row (compressor.query='prefix'): ask about one at a time, or train "
+                "with compressor.query='separate'"
+            )
+        which = tuple(range(len(images))) if len(images) > 1 else 0 if images else None
+        example = Example("prompt", which, pairs, family="", task="")
+        made = self.processor.tokens(example, answer=False)
+        if self.processor.query != "none" and images and not all(made.questions):
+            raise ValueError(
+                "this model's compressor reads the question, and there is none: ask something"
+            )
+        pixels = [self.processor.pixels(picture(one, exif=exif)) for one in images]
+        return Request(made.ids, made.places, made.questions, pixels)
+
+    def answer(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        visual_tokens: int | None = None,
+        batch: int = 8,
+        told: Callable[[int, str], None] | None = None,
+    ) -> list[Answer]:
+        """Answers to requests, in order.
+
+        Args:
+          max_new_tokens: most tokens of an answer; unless given, what each request leaves of the
+            model's length, 256 at most.
+          temperature: 0 takes the likeliest token; top_p: of the probability mass, when drawing.
+          seed: of each request's draws: the same request gets the same answer in any company.
+          visual_tokens: V, where the compressor serves any; as the checkpoint has it unless given.
+          batch: most requests that are read together.
+          told: called with a request's number and the next piece of its text, as it comes.
+        Raises:
+          ValueError: for what cannot be answered, before anything is.
+        """
+        if max_new_tokens is not None:
+            max_new_tokens = arguments.whole_number("max_new_tokens", max_new_tokens)
+        if visual_tokens is not None:
+            visual_tokens = arguments.whole_number("visual_tokens", visual_tokens)
+        if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
+            raise ValueError(
+                f"temperature={temperature}, top_p={top_p}: temperature is 0 (the likeliest) or "
+                "more, top_p above 0 and at most 1"
+            )
+        seed = arguments.seed_of("seed", seed)
+        batch = arguments.whole_number("batch", batch)
+        one = self.compressor.tokens if not self.compressor.adaptive else None
+        if visual_tokens not in (None, one):
+            self.decoder.model.at(visual_tokens)
+        room = [
+            self.room(request, new_tokens=max_new_tokens, visual_tokens=visual_tokens)
+            for request in requests
+        ]
+        # What a batch shares: how it begins, and for how many images there is room in its rows.
+        # Each is a program.
+        kinds = [(self.begins(r), bucket_of_images(len(r.pixels))) for r in requests]
+        answers: dict[int, Answer] = {}
+        for kind in sorted(set(kinds)):
+            found = [i for i in range(len(requests)) if kinds[i] == kind]
+            for first in range(0, len(found), batch):
+                some = found[first : first + batch]
+                said = self._together(
+                    [requests[i] for i in some],
+                    begins=kind[0],
+                    drawn=(temperature, top_p, seed),
+                    room=[room[i] for i in some],
+                    visual_tokens=visual_tokens,
+                    told=(lambda k, text, some=some: told(some[k], text)) if told else None,
+                )
+                answers |= zip(some, said, strict=True)
+        return [answers[i] for i in range(len(requests))]
+
+    def room(
+        self, request: Request, *, new_tokens: int | None = None, visual_tokens: int | None = None
+    ) -> int:
+        """How many new tokens an answer may have: `new_tokens`, or what fits, 256 at most.
+
+        Raises:
+          ValueError: for a request that does not fit into the model, with the numbers.
+        """
+        V = self.compressor.tokens if visual_tokens is None else visual_tokens
+        V *= len(request.pixels)
+        read = len(request.ids) + V
+        most = min(self.max_length - read, MOST_NEW_TOKENS) if new_tokens is None else new_tokens
+        if read + max(most, 1) > self.max_length:
+            way = "lower max_new_tokens" if most > 1 else "use a model of a greater length"
+            raise ValueError(
+                f"{len(request.ids)} tokens of prompt, {V} of the "
+                f"{'image' if len(request.pixels) < 2 else f'{len(request.pixels)} images'} and "
+                f"{'at least 1' if new_tokens is None else f'up to {most}'} of the answer are "
+                f"{read + max(most, 1)}; this model was made for {self.max_length}: shorten the "
+                f"prompt, or {way}"
+            )
+        return most
+
+    def asked(self, visual_tokens: int | None) -> int | None:
+        """The V that the compressor is told: none where it gives but one."""
+        if not self.compressor.buckets:
+            return None
+        return self.compressor.tokens if visual_tokens is None else visual_tokens
+
+    def begins(self, request: Request) -> bool:
+        """Whether a request begins with what was read already."""
+        length = len(self.prefix)
+        at = len(request.ids) if request.image_at is None else request.image_at
+        return 0 < length <= at and request.ids[:length] == self.prefix
+
+    def _together(self, requests, *, begins, drawn, room, visual_tokens, told) -> list[Answer]:
+        """The answers of one batch, each of as many tokens as its request has `room` for."""
+        tokenizer, stop_ids = self.processor.tokenizer, self.processor.stop_ids
+        with jax.set_mesh(self.mesh):
+            then = time.perf_counter()
+            made = batch_of(
+                requests,
+                self.compressor,
+                skip=len(self.prefix) if begins else 0,
+                shards=meshes.batch_shards(self.mesh),
+                width=self.width,
+                pad=self.processor.pad_id,
+            )
+            rows = len(made["ids"])
+            temperature, top_p, seed = drawn
+            sampling = Sampling(
+                np.full(rows, temperature, np.float32),
+                np.full(rows, top_p, np.float32),
+                np.full(rows, seed, np.uint32),
+            )
+            started = self.decoder.start(
+                jax.device_put(made, meshes.sharding(self.mesh, "batch")),
+                new_tokens=max(room),
+                tokens=self.asked(visual_tokens) if requests[0].pixels else None,
+                begun=self.begun if begins else None,
+                sampling=jax.device_put(sampling, meshes.sharding(self.mesh, "batch"))
+                if temperature
+                else None,
+            )
+            length = np.asarray(started.length)
+            texts = [Text(tokenizer) for _ in requests]
+            ended: dict[int, float] = {}  # when each row did
+            for step, ids in enumerate(self.decoder.stream(started, max(room))):
+                now = time.perf_counter()
+                first = now - then if step == 0 else first
+                for k, text in enumerate(texts):
+                    if k in ended:
+                        continue
+                    text.ids.append(int(ids[k]))
+                    stopped = text.ids[-1] in stop_ids
+                    if stopped or step == room[k] - 1:
+                        ended[k] = now
+                    if told and (piece := text.piece(whole=k in ended, stop=stopped)):
+                        told(k, piece)
+                if len(ended) == len(texts):
+                    break
+        answers = []
+        for k, (request, text) in enumerate(zip(requests, texts, strict=True)):
+            stopped = text.ids[-1] in stop_ids
+            seconds = ended[k] - then - first
+            answers.append(
+                Answer(
+                    text=text.read(stop=stopped),
+                    ids=text.ids,
+                    stopped=stopped,
+                    prompt_tokens=len(request.ids),
+                    visual_tokens=int(length[k]) - len(request.ids),
+                    first_token_seconds=first,
+                    tokens_per_second=(len(text.ids) - 1) / seconds if seconds > 0 else 0.0,
+                    batch=len(requests),
+                )
+            )
+        return answers
+
+
+def processor_of(stored: folder.Model) -> Processor:
+    """What makes the tokens and pixels of a model folder. ValueError where it has no tokenizer."""
+    if stored.tokenizer is None or not folder.has_tokenizer(stored.tokenizer):
+        raise ValueError(
+            "this model folder has no tokenizer: convert it again with --tokenizer=DIR"
+        )
+    facts, length = stored.facts, stored.facts["max_length"]
+    data = dict(
+        template=facts.get("template", "vicuna_v1"),
+        text_length=length,
+        question_length=length // 2,
+        **preprocessor.configured(facts["image"]),
+        images_per_row=1,  # of rows made by `Processor.text`; a request has as many as it needs
+        blind=False,
+    )
+    sections = dict(vit=stored.vit, llm=stored.llm, compressor=stored.compressor)
+    tokenizer, image_token = load_tokenizer(stored.tokenizer), facts.get("image_token")
+    check_vocabulary(tokenizer, stored.llm["vocab"], image=image_token)
+    processor = Processor(tokenizer, ConfigDict(sections | dict(data=data)), image_token)
+    more = ends.stops(stored.tokenizer)
+    if more is None:
+        more = facts.get("ends", {}).get("stop", [])
+    processor.stop_ids = tuple(dict.fromkeys([*processor.stop_ids, *more]))
+    return processor

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is evaluated, what an evaluation may choose, and what it is called by what it chose."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vlm_jax.compressors import serves_any_tokens
+from vlm_jax.data.processor import Processor, load_tokenizer
+from vlm_jax.data.tokenizer import hash_of
+from vlm_jax.models import vlm
+from vlm_jax.models.vlm import VLM
+from vlm_jax.serving.model import processor_of
+from vlm_jax.training import fields, memory, runs
+from vlm_jax.training.cells import cells_of
+from vlm_jax.training.fields import Change
+from vlm_jax.training.workdir import finished, flat
+from vlm_jax.weights import folder as model_folders
+from vlm_jax.weights import names, preprocessor
+from vlm_jax.weights.stored import NAMES
+
+# Changes that make another evaluation of a model.
+NAMED = (Change.SHOWN, Change.PLACE, Change.ANSWERS, Change.BATCH)
+# The order of the parts of a name; what is in neither stands between, by its field's name.
+ORDER = ("evaluate.split", "data.source", "data.path", "data.images", "data.blind")
+LAST = {"compressor.tokens": "v", "evaluate.batch": "batch", "evaluate.max_new_tokens": "new"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a trained run, or a model folder's model.
+
+    `config` is what it was made with, as far as its folder knows. An evaluation by the folder's own
+    settings is called nothing, of a cell (whose folder has the grid's) and of a model folder (which
+    has none) it is called by its split.
+    """
+
+    folder: Path
+    config: ConfigDict
+    run: runs.Run | None = None
+    stored: model_folders.Model | None = None
+
+    @classmethod
+    def of(cls, path: str) -> "Subject":
+        """What lies in a folder. FileNotFoundError or ValueError where that is no model."""
+        folder = Path(path).absolute()
+        if runs.trained_here(path, "--workdir"):
+            run = runs.of(path, "--workdir")
+            return cls(folder, run.config, run=run)
+        stored = model_folders.read(folder)
+        return cls(folder, stored.config(), stored=stored)
+
+    def default(self) -> ConfigDict | None:
+        """The configuration of an evaluation by the folder's own settings, if it has any."""
+        return None if self.run is None else self.run.config.copy_and_resolve_references()
+
+    def asked(self, given: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+        """The configuration of this model's evaluation out of one that is `given`.
+
+        Raises:
+          ValueError: for fields that were set on the command line and are another model's.
+        """
+        config = given.copy_and_resolve_references()
+        if self.stored is not None:
+            facts = self.stored.facts
+            own = dict(
+                vit=self.stored.vit,
+                llm=self.stored.llm,
+                compressor=dict(self.stored.compressor),
+                data=dict(
+                    template=facts.get("template", config.data.template),
+                    tokenizer=str(self.stored.tokenizer or ""),
+                    **preprocessor.configured(facts["image"]),
+                ),
+            )
+            for section, values in own.items():
+                config[section].update({k: v for k, v in values.items() if k in config[section]})
+        elif self.run.grid and "grid" in config:
+            named = {cell.name: cell.config for cell in cells_of(config)}
+            if self.folder.name not in named:
+                raise ValueError(
+                    f"--config describes a grid without {self.folder.name}: leave --config out, "
+                    "the grid's folder has its own"
+                )
+            config = named[self.folder.name]
+        elif self.run.config.start_from and given.start_from == self.run.config.start_from:
+            # As training has taken them over.
+            for section in ("vit", "llm"):
+                config[section].update(self.run.config[section].to_dict())
+            for name, value in self.run.config.data.items():
+                if name.startswith("image_") or name == "tokenizer":
+                    config.data[name] = value
+        now = flat(config)
+        for name, value in fields.flat(dict(overrides)).items():
+            free = self.free(name, now, now | {name: value})
+            if name in now and now[name] != value and not free:
+                raise ValueError(
+                    f"--config.{name}={fields.shown(value)}: the model in {self.folder} has "
+                    f"{fields.shown(now[name])}, and an evaluation cannot change it; leave it out"
+                )
+            if name in now and free:
+                section, _, leaf = name.rpartition(".")
+                (config[section] if section else config)[leaf] = overrides[name]
+        return config
+
+    def free(self, name: str, then: fields.Flat, now: fields.Flat) -> bool:
+        """Whether an evaluation may choose a field."""
+        any_tokens = serves_any_tokens(self.config.compressor.kind)
+        if self.stored is not None and name == "data.image_fit":
+            return False  # a model folder prepares images by its own description
+        return fields.change_of(name, then, now, any_tokens=any_tokens) is not Change.RUN
+
+    def settings(self, config: ConfigDict, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields in which an evaluation differs from the folder's own, with their values.
+
+        Raises:
+          ValueError: for a field that belongs to what was trained.
+        """
+        then, now = flat(self.config), flat(config)
+        any_tokens = serves_any_tokens(self.config.compressor.kind)
+        if self.stored is not None:
+            named = {"evaluate.split", "data.source", "data.path", *overrides}
+            return {
+                name: now[name]
+                for name in sorted(named & now.keys())
+                if now[name] != ""
+                and fields.change_of(name, now, now, any_tokens=any_tokens) in NAMED
+            }
+        found, refused = {}, []
+        for name in fields.differing(then, now):
+            change = fields.change_of(name, then, now, any_tokens=any_tokens)
+            if change is Change.RUN:
+                refused.append(name)
+            elif change in NAMED:
+                found[name] = now.get(name)
+        if refused:
+            raise ValueError(
+                f"{self.folder} holds a model that was trained otherwise "
+                f"({fields.changes(refused, then, now)}): an evaluation may change the data, the "
+                "prompt, the batch and the lengths, not the model; leave --config out, the folder "
+                "has its own"
+            )
+        found.pop("data.tokenizer", None)  # `processor` compares what it holds
+        if self.run.grid:
+            found |= {"evaluate.split": config.evaluate.split}
+        return found
+
+    def processor(self, config: ConfigDict) -> Processor:
+        """What makes this model's tokens and pixels; ValueError for another tokenizer."""
+        if self.stored is not None:
+            self.stored.facts["template"] = config.data.template
+            made = processor_of(self.stored)
+            made.text_length = config.data.text_length
+            made.question_length = config.data.question_length
+            made.images_per_row = config.data.images_per_row
+            made.blind = config.data.blind
+            return made
+        named = Path(config.data.tokenizer) if config.data.tokenizer else self.run.tokenizer
+        tokenizer = load_tokenizer(named)
+        if named != self.run.tokenizer:
+            # It may have moved since, and is the same if it does the same.
+            then = self.run.content().get("tokenizer") or hash_of(
+                load_tokenizer(self.run.tokenizer)
+            )
+            if hash_of(tokenizer) != then:
+                raise ValueError(
+                    f"data.tokenizer={named} is another one than the model in {self.folder} was "
+                    "trained with: leave it out"
+                )
+        return Processor(tokenizer, config)
+
+    def model(self, config: ConfigDict) -> VLM:
+        """The model on the current mesh."""
+        if self.run is not None:
+            return finished(self.run.home, config)
+        stored = self.stored
+        stored.check()
+        shapes = vlm.shapes(config)
+        kept = NAMES[stored.tensors["llm.embed_tokens.weight"].dtype]
+        dtype, size = ("float32", 4) if kept == "F32" else ("bfloat16", 2)
+        need = memory.Need(f"the model in {self.folder}", memory.in_shards(shapes) // 4 * size)
+        memory.check(need, "spread it over more devices (mesh.fsdp), or convert it to bfloat16")
+        return model_folders.place(shapes, names.model_table(shapes), stored.tensors, dtype=dtype)
+
+
+def name_of(settings: Mapping[str, Any], data_hash: str) -> str:
+    """What an evaluation is called by its settings: "val", "vqa-1f2e3d4c-v4"; "" of none."""
+    parts = []
+    others = sorted(settings.keys() - {*ORDER, *LAST})
+    for name in [*ORDER, *others, *LAST]:
+        if name not in settings:
+            continue
+        value = fields.shown(settings[name])
+        if name == "data.path":
+            parts.append(f"{Path(value).stem}-{data_hash[:8]}")
+        elif name == "data.blind":
+            parts.append("blind" if settings[name] else "sighted")
+        elif name in LAST:
+            parts.append(f"{LAST[name]}{value}")
+        elif name in others or name == "data.images":
+            parts.append(f"{name.rpartition('.')[2]}-{Path(value).name}")
+        else:
+            parts.append(value)
+    return "-".join(re.sub(r"[^\w.+-]+", "_", part) for part in parts)

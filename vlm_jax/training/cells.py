@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cells of a scaling run: one configuration becomes that of every row, and what each will cost.
+
+Cells that differ in V alone have one model between them where the compressor serves any V.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vlm_jax import arguments
+from vlm_jax.compressors import serves_any_tokens
+from vlm_jax.compressors.compressor import Compressor
+from vlm_jax.cost import flops as cost
+from vlm_jax.data.templates import query_of
+from vlm_jax.models import vlm
+
+# A small model reaches about this share of the machine's matrix-product speed (dry runs only).
+SMALL_MODEL_EFFICIENCY = 0.15
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the grid: its name, its whole configuration, its LLM's name and seed.
+
+    `model` names the model that it shares with other cells; the cell itself where it shares none.
+    """
+
+    name: str
+    config: ConfigDict
+    llm: str
+    seed: int
+    model: str
+
+    @property
+    def shares(self) -> bool:
+        """Whether other cells may have the same model."""
+        return self.model != self.name
+
+    @property
+    def blind(self) -> bool:
+        return self.config.data.blind
+
+
+def cells_of(config: ConfigDict) -> list[Cell]:
+    """The cells that a configuration describes: the grid proper, then the baselines, per seed."""
+    if not config.grid.llms:
+        raise ValueError("grid.llms is empty: name at least one LLM size, as configs/demo.py does")
+    if config.data.images_per_row > 1:
+        raise ValueError(
+            f"data.images_per_row={config.data.images_per_row}: the V and the FLOPs of a cell are "
+            "those of one image in a request, and so is the law; compare models of several images "
+            "by `vlm-jax train` and `vlm-jax evaluate`"
+        )
+    seeds = [arguments.seed_of("grid.seeds", seed) for seed in config.grid.seeds]
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"grid.seeds={seeds}: name at least one seed, and each once")
+    kinds = [(config.compressor.kind, tokens) for tokens in config.grid.tokens]
+    return [
+        cell_of(
+            config,
+            llm,
+            kind,
+            arguments.whole_number("grid.tokens", tokens, least=0),
+            seed,
+            **dict(*fields),
+        )
+        for seed in seeds
+        for kind, tokens, *fields in [*kinds, *config.grid.baselines]
+        for llm in by_size(config)
+    ]
+
+
+def by_size(config: ConfigDict) -> list[str]:
+    """The grid's LLMs, smallest first (a ConfigDict sorts its names instead)."""
+
+    def parameters(name: str) -> int:
+        fields = config.llm.to_dict() | config.grid.llms[name].to_dict()
+        return cost.llm_parameters(cost.LLM.of(fields))
+
+    return sorted(config.grid.llms, key=parameters)
+
+
+def cell_of(
+    config: ConfigDict, llm: str, kind: str, tokens: int, seed: int, **compressor: str | int
+) -> Cell:
+    """One cell; `kind` is a compressor, or "blind" for the grid's own without the image.
+    What else of `compressor` differs from the grid's is part of the cell's name."""
+    c = config.copy_and_resolve_references()
+    with c.unlocked():
+        del c.grid
+    c.llm.update(config.grid.llms[llm].to_dict())
+    c.data.blind = kind == "blind"
+    c.compressor.kind = config.compressor.kind if kind == "blind" else kind
+    c.compressor.tokens = tokens
+    if unknown := sorted(compressor.keys() - c.compressor.keys()):
+        raise ValueError(f"grid.baselines: no {unknown} in compressor {sorted(c.compressor)}")
+    c.compressor.update(compressor)
+    method = "-".join([kind, *map(str, compressor.values())])
+    name = f"{llm}-v{tokens}-{method}-s{seed}"
+    shares = serves_any_tokens(c.compressor.kind)
+    return Cell(name, c, llm, seed, f"{llm}-{method}-s{seed}" if shares else name)
+
+
+def describe(cell: Cell) -> tuple[int, dict[str, int], float]:
+    """LLM parameters, parameters by part, and training FLOPs of one cell; nothing is allocated."""
+    config = cell.config
+    query_of(config)  # raises for a template that leaves nothing to be read
+    shapes = vlm.shapes(config)
+    parts = {name: vlm.parameters(getattr(shapes, name)) for name in ("vit", "compressor", "llm")}
+    return parts["llm"], parts, train_flops(config, shapes.compressor)
+
+
+def sizes(config: ConfigDict) -> tuple[cost.ViT, cost.Compressor, cost.LLM]:
+    """The model as the cost model knows it."""
+    return cost.ViT.of(config.vit), cost.Compressor.of(config.compressor), cost.LLM.of(config.llm)
+
+
+def train_flops(config: ConfigDict, module: Compressor) -> float:
+    """FLOPs of both stages on cached features; `module` is the compressor, or its shapes."""
+    return sum(stage_flops(config, module, stage, cached=True) for stage in ("align", "finetune"))
+
+
+def stage_flops(config: ConfigDict, module: Compressor, stage: str, *, cached: bool) -> float:
+    """FLOPs of one stage, on features that are `cached` or with the encoder in every step."""
+    vit, compressor, llm = sizes(config)
+    shown = [compressor.tokens]  # V of each pass of the LLM over an example
+    if module.buckets:
+        shown = [module.buckets[-1]]
+    if stage == "finetune" and module.scales:
+        shown = module.scales
+    made = [replace(compressor, tokens=tokens) for tokens in shown]
+    images, batch = config.data.images_per_row, config[stage].batch // config[stage].accumulate
+    example = sum(
+        cost.train_step_flops(
+            True,
+            each,
+            llm,
+            vit=vit,
+            stage=stage,
+            tokens=config.data.text_length + images * cost.visual_tokens(each, vit),
+            logits=config.data.text_length,
+            question=config.data.question_length,
+            recompute=config.remat == "full",
+            adapters=cost.lora_parameters(llm, config.lora.rank, config.lora.targets),
+            batch=batch,
+            images=images,
+        )
+        for each in made
+    )
+    # What reads the features does so once for all of them.
+    example -= 2 * cost.compressor_products(made[0], vit, llm).reading * (len(made) - 1) * images
+    if not cached:
+        example += images * cost.encoder_flops(vit, made[0])
+    return float(config[stage].steps * config[stage].batch * example)
+
+
+def encoder_stage_flops(config: ConfigDict) -> float:
+    """FLOPs of an encoder's own pretraining: forward and backward."""
+    vit = cost.ViT.of(config.vit)
+    plain = cost.Compressor(kind="none", tokens=vit.patches, heads=1, query="none")
+    images = config.encoder.steps * config.encoder.batch
+    return float(3 * images * cost.encoder_flops(vit, plain))
+
+
+def dry_run(config: ConfigDict, cells: Sequence[Cell]) -> None:
+    """Prints the cells with parameters, FLOPs and an estimated time, and writes nothing."""
+    rate = matmul_flops_per_second() * SMALL_MODEL_EFFICIENCY
+    print(f"{'cell':36} {'LLM':>12} {'compressor':>11} {'V':>4} {'train GFLOP':>12} {'est. s':>7}")
+    total, models = 0.0, set()
+    for cell in cells:
+        n, parts, flops = describe(cell)
+        total += flops / rate * (cell.model not in models)
+        models.add(cell.model)
+        print(
+            f"{cell.name:36} {n:12,} {parts['compressor']:11,} {cell.config.compressor.tokens:4} "
+            f"{flops / 1e9:12,.0f} {flops / rate:7.0f}"
+        )
+    print(
+        f"{len(cells)} cells, about {total / 60:.0f} min of training at {rate / 1e9:.0f} GFLOP/s "
+        f"({SMALL_MODEL_EFFICIENCY:.0%} of what a matrix product reaches here now)"
+    )
+
+
+def matmul_flops_per_second(size: int = 768, dtype: str = "float32") -> float:
+    """What one matrix product reaches on one device here; best of five."""
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    times = []
+    for _ in range(5):
+        then = time.perf_counter()
+        product(x).block_until_ready()
+        times.append(time.perf_counter() - then)
+    return 2 * size**3 / min(times)

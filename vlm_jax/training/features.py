@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the frozen encoder gives for every image of a split, computed once and kept in a file."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from vlm_jax import mesh, progress
+from vlm_jax.compressors.compressor import Compressor
+from vlm_jax.data import sources
+from vlm_jax.data.processor import Processor
+from vlm_jax.models.vit import ViT
+
+BATCH = 64
+
+
+class Sight(NamedTuple):
+    """How images are encoded: the same for most compressors, so that they share their features."""
+
+    shrink: int = 1  # smaller on each side
+    keys: bool = False  # with the keys of the block behind the last level
+
+    @classmethod
+    def of(cls, compressor: Compressor) -> "Sight":
+        """What `compressor` wants; it may be abstract."""
+        return cls(compressor.shrink, compressor.reads_keys)
+
+    def file(self, split: str) -> str:
+        """The name of the file with the features of a split."""
+        return f"{split}{f'-shrink{self.shrink}' * (self.shrink > 1)}{'-keys' * self.keys}.npy"
+
+
+class Features(NamedTuple):
+    """Encoder outputs of one sight, float32, patches in raster order."""
+
+    train: np.ndarray  # [images, P, Y]
+    test: np.ndarray  # [images, P, Y]
+    blind: np.ndarray  # [1, P, Y], of an image of the mean colour
+
+
+def features_of(
+    encoder: ViT,
+    source: sources.Source,
+    processor: Processor,
+    sight: Sight,
+    folder: Path,
+    *,
+    skip: bool = False,
+) -> np.ndarray:
+    """Encoder outputs of every image of a source, [images, P, Y], kept in a file of `folder`.
+
+    With `skip` those of an image that cannot be read are NaN, and the examples that need it are
+    skipped where the features are used; without, such an image is a BadExample.
+    """
+    path = folder / sight.file(source.split)
+    if not path.exists():
+        folder.mkdir(exist_ok=True)
+        fresh = path.with_suffix(".tmp")
+        table, count = None, len(source.images)
+        with progress.doing(f"features of the {source.split} images", count) as task:
+            for start in range(0, count, BATCH):
+                index = np.minimum(np.arange(start, start + BATCH), count - 1)
+                seen = [picture(source, int(i), skip=skip) for i in index]
+                blank = processor.images.blank()
+                pixels = np.stack([processor.pixels(blank if x is None else x) for x in seen])
+                found = np.array(encode(encoder, pixels, sight))
+                found[[x is None for x in seen]] = np.nan
+                if table is None:
+                    shape = (count, *found.shape[1:])
+                    table = np.lib.format.open_memmap(fresh, "w+", np.float32, shape)
+                stop = min(start + BATCH, count)
+                table[start:stop] = found[: stop - start]
+                task.note(stop)
+            table.flush()
+        fresh.rename(path)
+    return np.load(path, mmap_mode="r")
+
+
+def picture(source: sources.Source, index: int, *, skip: bool) -> np.ndarray | None:
+    """One image, uint8 [H, W, 3]; with `skip` None where it cannot be read."""
+    try:
+        return source.images[index]
+    except sources.BadExample:
+        if not skip:
+            raise
+        return None
+
+
+def blind_of(encoder: ViT, processor: Processor, sight: Sight) -> np.ndarray:
+    """Encoder outputs of an image of the mean colour, [1, P, Y]."""
+    grey = processor.images.normalise(processor.images.blank())
+    return encode(encoder, np.broadcast_to(grey, (BATCH, *grey.shape)), sight)[:1]
+
+
+def encode(encoder: ViT, pixels: np.ndarray, sight: Sight) -> np.ndarray:
+    """Encoder outputs of one batch [BATCH I I 3], float32."""
+    return np.asarray(_encode(encoder, placed(pixels), **sight._asdict()), np.float32)
+
+
+_encode = jax.jit(
+    lambda vit, x, shrink, keys: vit(x, shrink=shrink, keys=keys),
+    static_argnames=("shrink", "keys"),
+)
+
+
+def placed(rows: np.ndarray) -> jax.Array:
+    """One batch on the current mesh."""
+    return jax.device_put(rows, mesh.sharding(jax.sharding.get_mesh(), "batch"))
+
+
+def batches_of(features: np.ndarray) -> Iterator[jax.Array]:
+    """Features in batches of one size on the current mesh; the last is filled up with its last."""
+    for start in range(0, len(features), BATCH):
+        yield placed(features[np.minimum(np.arange(start, start + BATCH), len(features) - 1)])

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tells whether two runs of one configuration were trained alike, and on what machine.
+
+A configuration and its data say what should be computed, not that it was: another compiler or
+another processor adds up in another order.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.training.optimizer import State
+
+BEGAN = "began.json"  # in the folder of a stage
+# Vector instructions that decide in which order XLA adds up on a CPU, the widest first.
+VECTORS = ("avx512f", "avx2", "avx", "sve", "asimd")
+
+
+def of_weights(tree: Any) -> str:
+    """16 hexadecimal digits that depend on every bit of every array, however they are sharded.
+
+    Two sums over the bits of each array are taken where it lies, exact in integers of 32 bits, so
+    that a model larger than one host is not fetched.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+
+    @jax.jit
+    def sums(arrays):
+        bits = [jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") for x in arrays]
+        wide = [x.astype(jnp.uint32) for x in bits]
+        return [(x.sum(dtype=jnp.uint32), (x * (x | 1)).sum(dtype=jnp.uint32)) for x in wide]
+
+    found = hashlib.sha256()
+    for (path, x), pair in zip(leaves, sums([x for _, x in leaves]), strict=True):
+        described = (jax.tree_util.keystr(path), x.shape, str(x.dtype), *map(int, pair))
+        found.update(repr(described).encode())
+    return found.hexdigest()[:16]
+
+
+class Beginning:
+    """A fingerprint of a stage's first weights and the loss of its first batch, kept in a file."""
+
+    def __init__(self, folder: Path, state: State):
+        self.folder = folder
+        self.fresh = int(state.step) == 0
+        self.weights = of_weights((state.trained, state.frozen)) if self.fresh else ""
+
+    def note(self, step: int, loss: float) -> None:
+        """Writes the file once the first step is known to be finite."""
+        if self.fresh and step == 1 and jax.process_index() == 0:
+            text = json.dumps({"weights": self.weights, "loss": loss})
+            (self.folder / BEGAN).write_text(text + "\n")
+
+
+def of_run(folder: Path, stages: list[str]) -> dict[str, Any]:
+    """initial_weights and first_loss of the first of these stages of a run, last_loss of the last.
+
+    Empty for a run that began before there were fingerprints.
+    """
+    began = folder / stages[0] / BEGAN
+    if not began.exists():
+        return {}
+    first = json.loads(began.read_text())
+    *_, last = (folder / stages[-1] / "metrics.jsonl").read_text().splitlines()
+    return dict(
+        initial_weights=first["weights"],
+        first_loss=first["loss"],
+        last_loss=json.loads(last)["loss"],
+    )
+
+
+def processor() -> str:
+    """The machine's processor as Linux names it, with its widest vector instructions."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in fields.items()}
+    words = set(fields.get("flags", fields.get("Features", "")).split())
+    name = fields.get("model name", platform.machine())
+    vectors = next((v for v in VECTORS if v in words), "")
+    return ", ".join(x for x in (name, vectors, f"{os.cpu_count()} CPU cores") if x)

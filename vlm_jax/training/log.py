@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a running stage says: a line or a bar for people, JSONL for machines, TensorBoard if
+asked."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from vlm_jax import progress
+from vlm_jax.training.optimizer import Metrics
+
+
+class Diverged(RuntimeError):
+    """A loss or gradient that is not finite; nothing after it is worth keeping."""
+
+
+class Log:
+    """The progress of one stage: `metrics.jsonl`, and a line every `every` steps (a bar on a
+    terminal).
+
+    `more` gives what else a line of `metrics.jsonl` says. Only process 0 writes. On a restart,
+    lines behind the step that is resumed are dropped.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        first: int,
+        last: int,
+        every: int,
+        batch: int,
+        tensorboard: bool = False,
+        more: Callable[[], dict[str, Any]] = dict,
+    ):
+        self.name, self.last, self.every, self.batch = name, last, every, batch
+        self.mark = (first, time.monotonic())
+        self.tokens, self.more = 0, more
+        self.first, self.untaught = first, 0  # steps without a supervised token
+        self.compiled = False
+        self.speaks = jax.process_index() == 0
+        self.file = self.bar = self.board = None
+        if not self.speaks:
+            return
+        path = folder / "metrics.jsonl"
+        drop_after(path, first)
+        self.file = path.open("a")
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=last, initial=first, desc=name, unit="step", leave=False)
+        if tensorboard:
+            self.board = board(folder)
+
+    def __call__(self, step: int, metrics: Metrics, newest: Callable[[], str]) -> None:
+        """Notes one finished step; raises Diverged at the first number that is not finite, with
+        what `newest` says of the checkpoints."""
+        values = {k: float(v) for k, v in metrics._asdict().items()}
+        if not all(math.isfinite(values[k]) for k in ("loss", "gradient_norm")):
+            raise Diverged(
+                f"{self.name} step {step}: loss {values['loss']}, gradient norm "
+                f"{values['gradient_norm']}; {newest()}; lower {self.name}.learning_rate or set "
+                f"{self.name}.clip_norm, and start again in another --workdir"
+            )
+        self.tokens += values["tokens"]
+        self.untaught += values["tokens"] == 0
+        if step == self.last and not self.first and self.untaught == self.last:
+            raise ValueError(
+                f"{self.name}: not one of {self.last} steps had a supervised token, so that "
+                "nothing was learnt: raise data.text_length (and data.question_length), or correct "
+                "the data"
+            )
+        if not self.speaks:
+            return
+        if self.bar is not None:
+            loss = f"loss {values['loss']:.4f}" if values["tokens"] else "no supervised token"
+            self.bar.set_postfix_str(loss, refresh=False)
+            self.bar.update(step - self.bar.n)
+            progress.spoke()
+        first, self.compiled = not self.compiled, True
+        if step % self.every and step != self.last:
+            if first:  # it was compiled: no measure of those that follow
+                self.mark, self.tokens = (step, time.monotonic()), 0
+            return
+        since, then = self.mark
+        now = time.monotonic()
+        rate = (step - since) / max(now - then, 1e-9)
+        values |= dict(
+            step=step,
+            examples_per_s=rate * self.batch,
+            tokens_per_s=self.tokens / max(now - then, 1e-9),
+        )
+        self.mark, self.tokens = (step, now), 0
+        without = {"steps_without_tokens": self.untaught} if self.untaught else {}
+        self.file.write(json.dumps(values | without | self.more()) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for key, value in values.items():
+                self.board.add_scalar(f"{self.name}/{key}", value, step)
+        if self.bar is None:
+            eta = int((self.last - step) / rate)
+            loss = f"loss {values['loss']:.4f}" if values["tokens"] else "no supervised token"
+            print(
+                f"{self.name} {step}/{self.last}  {loss}  "
+                f"{values['examples_per_s']:.0f} examples/s  {values['tokens_per_s']:.0f} "
+                f"tokens/s  "
+                f"eta {progress.duration(eta)}",
+                file=sys.stderr,
+            )
+            progress.spoke()
+
+    def close(self) -> None:
+        """Ends the bar and the files."""
+        for thing in (self.file, self.bar, self.board):
+            if thing is not None:
+                thing.close()
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Removes the lines of `path` behind `step`, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("".join(kept))
+    os.replace(fresh, path)
+
+
+def board(folder: Path):
+    """A TensorBoard writer."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "log.tensorboard needs tensorboardX: pip install 'vlm_jax[tensorboard]', "
+            "or leave it off (metrics.jsonl is always written)"
+        ) from None
+    return SummaryWriter(str(folder))

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW under warm-up and cosine, and the training step as a pure function of state and batch."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from flax.nnx import filterlib
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from vlm_jax import mesh
+from vlm_jax.models import lora
+from vlm_jax.models.vlm import Batch
+from vlm_jax.training.objective import Sums
+
+
+class State(NamedTuple):
+    """All that a step changes, and the weights that it reads and leaves alone."""
+
+    step: Int[Array, ""]
+    trained: nnx.State
+    frozen: nnx.State
+    optimizer: optax.OptState
+
+
+class Metrics(NamedTuple):
+    """One step's totals; read by the loop one step later, so that the device never waits."""
+
+    loss: Float[Array, ""]  # nats per supervised token
+    accuracy: Float[Array, ""]  # of supervised tokens, teacher-forced
+    gradient_norm: Float[Array, ""]
+    tokens: Int[Array, ""]  # supervised
+
+
+# MQT's position table: published training moves it in the first stage and leaves it then.
+ALIGNED = filterlib.PathIn(("compressor", "position"))
+# Part of the module tree that a stage trains; everything else is frozen.
+TRAINED = {
+    "encoder": nnx.Everything(),
+    "align": nnx.PathContains("compressor"),
+    "finetune": nnx.All(
+        nnx.Any(nnx.PathContains("compressor"), nnx.PathContains("llm")), nnx.Not(ALIGNED)
+    ),
+}
+# The same of finetune where the LLM has adapters: they are trained in place of its weights.
+ADAPTERS = nnx.All(nnx.Any(nnx.LoRAParam, nnx.PathContains("compressor")), nnx.Not(ALIGNED))
+
+
+MATRICES = (
+    "kernel",
+    "embedding",
+    "head",
+    "lora",
+)  # parts of their names; `head` alone may also hold a bias
+
+
+def schedule(stage: ConfigDict) -> optax.Schedule:
+    """Linear warm-up over a fraction of the steps, all but one at most, then cosine to zero."""
+    warmup = min(math.ceil(stage.warmup * stage.steps), stage.steps - 1)
+    return optax.warmup_cosine_decay_schedule(0.0, stage.learning_rate, warmup, stage.steps)
+
+
+def optimizer(stage: ConfigDict) -> optax.GradientTransformation:
+    """AdamW; weight decay falls on matrices only, as in the published recipes."""
+
+    def decays(tree):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: (
+                any(n in jax.tree_util.keystr(path) for n in MATRICES)
+                and "bias" not in jax.tree_util.keystr(path)
+            ),
+            tree,
+        )
+
+    adamw = optax.adamw(
+        schedule(stage),
+        b1=stage.beta1,
+        b2=stage.beta2,
+        eps=stage.epsilon,
+        weight_decay=stage.weight_decay,
+        mask=decays,
+    )
+    clip = [optax.clip_by_global_norm(stage.clip_norm)] if stage.clip_norm > 0 else []
+    # An update is proportional to its rate: another rate is a multiple of the update.
+    rate = optax.stateless(functools.partial(scale_compressor, stage.compressor_rate))
+    return optax.chain(*clip, adamw, *([rate] if stage.compressor_rate != 1 else []))
+
+
+def scale_compressor(factor: float, updates: optax.Updates, _: optax.Params) -> optax.Updates:
+    """The updates, those of the compressor times `factor`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x * factor if "compressor" in jax.tree_util.keystr(path) else x, updates
+    )
+
+
+def start(
+    model: nnx.Module,
+    stage: str,
+    tx: optax.GradientTransformation,
+) -> tuple[nnx.GraphDef, State]:
+    """The model cut into its structure and a fresh training state."""
+    adapted = stage == "finetune" and lora.adapted(model)
+    graph, trained, frozen = nnx.split(model, ADAPTERS if adapted else TRAINED[stage], ...)
+    return graph, State(jnp.zeros((), jnp.int32), trained, frozen, jax.jit(tx.init)(trained))
+
+
+def finish(graph: nnx.GraphDef, state: State) -> nnx.Module:
+    """The model that a training state holds."""
+    return nnx.merge(graph, state.trained, state.frozen)
+
+
+# Compiler options of a training step by platform. XLA's newer loop emitters make the many small
+# loops of a small model's step 1.2 times as slow on a CPU (benchmarks/train_step.py).
+STEP_OPTIONS = {"cpu": {"xla_cpu_use_fusion_emitters": False}}
+
+
+def make_step(
+    graph: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    objective: Callable[[nnx.Module, Batch], Sums],
+    *,
+    accumulate: int = 1,
+    z_loss: float = 0.0,
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The compiled step: mean over all supervised tokens of the batch, however it is cut up.
+
+    `accumulate` micro-batches give the gradient of the whole batch (to rounding), because sums and
+    not means are added up. What the step changes is donated; frozen weights may be shared.
+    """
+
+    def loss(trained, frozen, batch, total):
+        sums = objective(nnx.merge(graph, trained, frozen), batch)
+        return (sums.nll + z_loss * sums.log_z_squared) / total, sums
+
+    options = mesh.known(STEP_OPTIONS.get(mesh.platform(), {}))
+
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
+    def update(changed, frozen, batch: Batch):
+        step, trained, opt = changed
+        tokens = batch["loss_mask"].sum()
+        total = jnp.maximum(tokens, 1).astype(jnp.float32)
+        gradient = jax.grad(loss, has_aux=True)
+
+        def add(carry, micro):
+            new = gradient(trained, frozen, micro, total)
+            return jax.tree.map(jnp.add, carry, new), None
+
+        if accumulate == 1:
+            grads, sums = gradient(trained, frozen, batch, total)
+        else:
+            zero = jax.tree.map(jnp.zeros_like, trained), Sums(*[jnp.zeros(())] * 3)
+            (grads, sums), _ = jax.lax.scan(add, zero, micro_batches(batch, accumulate))
+        updates, opt = tx.update(grads, opt, trained)
+        trained = optax.apply_updates(trained, updates)
+        metrics = Metrics(sums.nll / total, sums.correct / total, optax.tree.norm(grads), tokens)
+        return (step + 1, trained, opt), metrics
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        changed, metrics = update((state.step, state.trained, state.optimizer), state.frozen, batch)
+        return State(changed[0], changed[1], state.frozen, changed[2]), metrics
+
+    step.compiled = update
+    return step
+
+
+def micro_batches(batch: Batch, accumulate: int) -> Batch:
+    """[B ...] -> [A B/A ...]: micro-batch a holds rows a, a + A, ... so that no row changes
+    device."""
+
+    def cut(x):
+        dims = ("batch",) + ("len",) * x.ndim
+        x = jnp.reshape(
+            x, (x.shape[0] // accumulate, accumulate, *x.shape[1:]), out_sharding=mesh.spec(*dims)
+        )
+        return jnp.swapaxes(x, 0, 1)
+
+    return {name: cut(x) for name, x in batch.items()}

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a folder is: a trained model, a cell of a grid, a model folder, or none of them.
+
+    WORKDIR/config.json, WORKDIR/finetune/...      of `vlm-jax train`
+    GRID/config.json, GRID/cells/NAME/finetune/... of `vlm-jax grid`: GRID/cells/NAME is a model
+    DIR/config.json with a model_type, tensors     of `vlm-jax convert`
+
+Cells that differ in V alone share one model where the compressor serves any V; its checkpoints lie
+in a folder beside theirs, which is a model too.
+"""
+
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from vlm_jax import mesh
+from vlm_jax.training.cells import cells_of
+from vlm_jax.training.checkpoint import numbered
+from vlm_jax.training.fields import STAGES
+from vlm_jax.training.workdir import finished, of_json
+from vlm_jax.weights import folder, sections, sources
+from vlm_jax.weights.classes import within
+from vlm_jax.weights.files import read_json
+from vlm_jax.weights.values import table
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained model: its folder and configuration, where its checkpoints and tokenizer lie.
+
+    `root` is the folder of its training or grid. A cell of a grid lies below it, and has the grid's
+    predictions in `folder`.
+    """
+
+    folder: Path
+    config: ConfigDict
+    home: Path
+    root: Path
+
+    @property
+    def grid(self) -> bool:
+        """Whether it is a cell of one."""
+        return self.root != self.folder
+
+    @property
+    def tokenizer(self) -> Path:
+        """Where the tokenizer lies."""
+        named = self.config.data.tokenizer
+        return Path(named) if named else self.root / "tokenizer"
+
+    def content(self) -> dict[str, str]:
+        """Hashes of what it was trained on; none of a run of an earlier version."""
+        path = self.root / "content.json"
+        return read_json(path) if path.is_file() else {}
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a folder belongs to a training or a grid; one of weights has a model_type."""
+    path = Path(path).absolute()
+    if (path / "config.json").is_file():
+        fields = read_json(path / "config.json")
+        return "model_type" not in fields and "finetune" in fields
+    return bool({"cells", *STAGES} & {path.name, path.parent.name})
+
+
+def of(path: str | Path, flag: str) -> Run:
+    """The trained model of a folder; `flag` is how the command calls it.
+
+    Raises:
+      FileNotFoundError, ValueError: for a folder that is none, saying what it is instead.
+    """
+    named = f"{flag}={path}"
+    path = Path(path).absolute()
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no folder {named}")
+    if path.name in STAGES and numbered(path):
+        raise ValueError(f"{named} is one stage of a training: give {flag}={path.parent}")
+    if path.name.isdigit() and path.parent.name in STAGES:
+        raise ValueError(f"{named} is one checkpoint: give {flag}={path.parent.parent}")
+    if path.parent.name == "cells" and (path.parent.parent / "config.json").is_file():
+        return cell(path, named)
+    grid = path.parent if path.name == "cells" else path
+    trained = any(numbered(path / stage) for stage in STAGES[1:])
+    if (grid / "cells").is_dir() and not trained:
+        models = finished_cells(grid)
+        raise ValueError(
+            f"{named} is a grid of many models: give one of its cells, such as "
+            f"{flag}={grid}/cells/{models[0] if models else 'NAME'}"
+            + (f" (there are {', '.join(models)})" if models else "; none is finished yet")
+        )
+    if not (path / "config.json").is_file() or not trained:
+        raise FileNotFoundError(
+            f"{named} holds no trained model: neither the config.json of a model folder (`vlm-jax "
+            "convert` makes one) nor the checkpoints of a training (`vlm-jax train` or a cell of "
+            "`vlm-jax grid`)"
+        )
+    config = config_of(path)
+    return Run(path, config, path, path)
+
+
+def config_of(folder: Path) -> ConfigDict:
+    """The configuration of a run's folder; ValueError with the field that no model can have."""
+    found = read_json(folder / "config.json")
+    with within(f"{folder}/config.json"):
+        for name in ("vit", "llm", "compressor", "data", "lora", *STAGES):
+            table(name, found.get(name))
+        config = of_json(found)
+        sections.check_model(config.to_dict())
+    return config
+
+
+def cell(path: Path, named: str) -> Run:
+    """The cell of a grid whose folder is `path`, or the model that several share."""
+    grid = path.parent.parent
+    config = config_of(grid)
+    cells = cells_of(config)
+    found = [c for c in cells if c.name == path.name]
+    # Of a shared model, the cell that asks for most.
+    found = found or sorted(
+        (c for c in cells if c.model == path.name), key=lambda c: -c.config.compressor.tokens
+    )
+    if not found:
+        raise ValueError(
+            f"{named} is no cell of the grid in {grid}: choose one of "
+            f"{', '.join(c.name for c in cells)}"
+        )
+    one = found[0]
+    return Run(path, one.config, path.parent / one.model, grid)
+
+
+def finished_cells(grid: Path) -> list[str]:
+    """The names of a grid's cells that have a row."""
+    return sorted(path.parent.name for path in (grid / "cells").glob("*/row.json"))
+
+
+def trained_here(path: str | Path, flag: str) -> bool:
+    """Whether a folder is a training's and no model folder.
+
+    FileNotFoundError where it is neither.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no folder {flag}={path}")
+    return is_run(path) or not (path / "config.json").is_file()
+
+
+def described(path: str | Path, flag: str) -> folder.Model:
+    """The model of a folder without its weights: of a trained run no tensor is read."""
+    if not trained_here(path, flag):
+        return folder.read(path)
+    run = of(path, flag)
+    with one_device():
+        return sources.described_run(run.root, run.config)
+
+
+def read(path: str | Path, flag: str) -> folder.Model:
+    """The model of a trained run, a cell or a model folder, on one device.
+
+    Raises:
+      FileNotFoundError, ValueError: for a folder that is none, saying what it is instead.
+    """
+    if not trained_here(path, flag):
+        return folder.read(path)
+    run = of(path, flag)
+    if run.config.data.blind:
+        print(
+            f"{path} was trained blind: images say nothing to it (data.blind=True)", file=sys.stderr
+        )
+    with one_device():
+        return trained(run)
+
+
+def trained(run: Run) -> folder.Model:
+    """The model of a finished run, adapters merged into its LLM."""
+    return sources.of_run(run.root, run.config, finished(run.home, run.config))
+
+
+def one_device() -> AbstractContextManager:
+    """The mesh on which weights pass through."""
+    return jax.set_mesh(mesh.make(devices=jax.devices()[:1]))

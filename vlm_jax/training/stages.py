@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of a training: the encoder where it is to be made, then align, then finetune."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vlm_jax import layers, mesh, progress
+from vlm_jax.data import (
+    loader,
+    patches,
+    prefixes,
+    processor,
+    sources,
+    targets,
+    templates,
+    word_tokenizer,
+)
+from vlm_jax.data.tokenizer import check_vocabulary, hash_of, keep_tokenizer
+from vlm_jax.models import lora, vlm
+from vlm_jax.models.vit import ViT
+from vlm_jax.models.vlm import VLM
+from vlm_jax.training import memory, optimizer, runs
+from vlm_jax.training.checkpoint import Checkpoints
+from vlm_jax.training.fingerprint import Beginning
+from vlm_jax.training.log import Log
+from vlm_jax.training.objective import Sums, every_scale, next_token, patch_class, patch_reader
+from vlm_jax.training.workdir import Claim, claim
+from vlm_jax.weights import start as weights_start
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The training split, how its examples become arrays, and its cached features if there are
+    any."""
+
+    source: sources.Source
+    processor: processor.Processor
+    features: np.ndarray | None = None  # [images, P, Z], raster order
+
+
+def run_stage(
+    name: str,
+    model: Any,
+    batches: loader.Batches,
+    config: ConfigDict,
+    folder: Path,
+    objective: Callable[[Any, Any], Sums],
+    *,
+    begin: Callable[[], None] | None = None,
+) -> Any:
+    """The model after stage `name` (encoder, align or finetune), resumed from `folder` if begun.
+
+    `begin` is called when the first step of this process is seen to be finite.
+    """
+    stage = config[name]
+    tx = optimizer.optimizer(stage)
+    graph, state = optimizer.start(model, name, tx)
+    checkpoints = Checkpoints(folder / name, keep=config.checkpoint.keep)
+    # Of a stage without adapters the notes are what they were before there were any.
+    adapters = lora.described(model) if name == "finetune" else None
+    described = {"stage": name} | ({"lora": adapters} if adapters else {})
+    with progress.doing(f"{name}: reading its checkpoint"):
+        restored = checkpoints.restore(state, lora=adapters)
+    if restored:
+        state, notes = restored
+        batches.position = notes["position"]
+    first = int(state.step)
+    if first < stage.steps:
+        told = folder / name / "skipped.jsonl"
+        if first == 0:  # an attempt that left nothing else may have been another run
+            told.unlink(missing_ok=True)
+        batches.skips.keep(told)
+        step_of = optimizer.make_step(
+            graph, tx, objective, accumulate=stage.accumulate, z_loss=stage.z_loss
+        )
+        lines = Log(
+            folder / name,
+            name,
+            first=first,
+            last=stage.steps,
+            every=config.log.every,
+            batch=stage.batch,
+            tensorboard=config.log.tensorboard,
+            more=batches.fields,
+        )
+        waiting, news = None, [begin] if begin else []
+        beginning = Beginning(folder / name, state)
+
+        def seen(step: int, metrics: optimizer.Metrics) -> None:
+            lines(step, metrics, checkpoints.newest)
+            beginning.note(step, float(metrics.loss))
+            while news:
+                news.pop()()
+
+        with progress.doing(name, stage.steps) as task:
+            task.note(first)
+            with progress.doing("the first step, which is compiled"):
+                state, metrics = step_of(state, next(batches))
+            for step in range(first + 1, stage.steps + 1):
+                if step > first + 1:
+                    state, metrics = step_of(state, next(batches))
+                task.note(step)
+                if waiting:
+                    seen(*waiting)
+                waiting = (step, metrics)
+                if step % config.checkpoint.every == 0 or step == stage.steps:
+                    # Never save what has not been seen to be finite.
+                    seen(*waiting)
+                    waiting = None
+                    checkpoints.save(state, {"position": batches.position} | described)
+        lines.close()
+        batches.close()
+        if batches.skips:
+            log.warning(skipped(name, batches, told))
+    with progress.doing(f"{name}: writing its checkpoint"):
+        checkpoints.close()
+    return optimizer.finish(graph, state)
+
+
+def skipped(name: str, batches: loader.Batches, path: Path) -> str:
+    """What stage `name` says in its end of the data that it could not use."""
+    what, of = "examples", len(batches.source)
+    if name == "encoder":
+        what, of = "images", len(batches.source.images)
+    what += " were skipped, the next good one taken instead"
+    return f"{name}: {batches.skips.told(of, what)}\nall of them: {path}"
+
+
+def check(config: ConfigDict) -> None:
+    """Raises for a configuration that no later step could serve."""
+    layers.remat(config.remat)
+    lora.check(config.lora)
+    if config.lora.rank and not config.finetune.steps:
+        raise ValueError(
+            f"lora.rank={config.lora.rank}, but finetune.steps=0: adapters are trained in finetune"
+        )
+    if config.start_from and config.encoder.steps:
+        raise ValueError(
+            f"encoder.steps={config.encoder.steps}: start_from={config.start_from} has an encoder, "
+            "which a new one would replace: set encoder.steps=0"
+        )
+    if not config.align.steps + config.finetune.steps:
+        raise ValueError(
+            "align.steps=0 and finetune.steps=0: such a run trains no model; set one of them"
+        )
+    templates.query_of(config)
+    for name in ("encoder", "align", "finetune"):
+        stage = config[name]
+        if stage.batch % stage.accumulate:
+            raise ValueError(
+                f"{name}.accumulate={stage.accumulate} does not divide {name}.batch={stage.batch}"
+            )
+        shards = mesh.batch_shards(jax.sharding.get_mesh())
+        if stage.steps and (stage.batch // stage.accumulate) % shards:
+            raise ValueError(
+                f"{name}.batch={stage.batch} / accumulate={stage.accumulate} does not split "
+                f"over the "
+                f"{shards} batch shards of the mesh: make it a multiple of {shards}"
+            )
+
+
+def pretrain_encoder(
+    config: ConfigDict,
+    folder: Path,
+    inputs: Inputs,
+    *,
+    begin: Callable[[], None] | None = None,
+) -> ViT:
+    """An encoder that has learnt what each patch of the training images shows."""
+    source = inputs.source
+    if not hasattr(source, "patch_labels"):
+        raise ValueError(
+            f"encoder.steps={config.encoder.steps}, but source {source.name!r} does not "
+            "know what its patches show: set encoder.steps=0"
+        )
+
+    batches = patches.PatchBatches(
+        source,
+        inputs.processor,
+        batch=config.encoder.batch,
+        seed=config.seed,
+        mesh=jax.sharding.get_mesh(),
+        side=config.vit.image_size // config.vit.patch_size,
+        skip=config.data.on_bad_example == "skip",
+    )
+    reader = patch_reader(config, source.patch_classes)
+    return run_stage("encoder", reader, batches, config, folder, patch_class, begin=begin).vit
+
+
+def train(
+    config: ConfigDict,
+    folder: Path,
+    inputs: Inputs,
+    *,
+    encoder: ViT | None = None,
+    seed: int | None = None,
+    begin: Callable[[], None] | None = None,
+) -> VLM:
+    """A model through both stages, its checkpoints in `folder`; `seed` defaults to the config's.
+
+    Adapters, where finetune trains them, are merged into the LLM in the end.
+    Where one model serves any V it is trained alike whatever `compressor.tokens` says: by as many
+    tokens as it can give in align, as its method is published in finetune.
+    """
+    seed = config.seed if seed is None else seed
+    if config.start_from:
+        with progress.doing("reading the weights to start from"):
+            stored = runs.read(config.start_from, "start_from")
+            model = weights_start.load(config, stored, seed=seed)
+    else:
+        with progress.doing("drawing the first weights"):
+            model = vlm.create(config, seed=seed)
+    if encoder is not None:
+        model = VLM(encoder, model.compressor, model.llm)
+    if model.compressor.buckets:
+        model = model.at(model.compressor.buckets[-1])
+    for name in ("align", "finetune"):
+        if config[name].steps == 0:
+            continue
+        if name == "finetune":
+            model = lora.adapt(model, config.lora, seed=seed)
+        with progress.doing(f"{name}: preparing the rows"):
+            batches = rows = loader.Batches(
+                inputs.source,
+                inputs.processor,
+                batch=config[name].batch,
+                seed=seed,
+                features=inputs.features,
+                skip=config.data.on_bad_example == "skip",
+                mesh=jax.sharding.get_mesh(),
+                workers=config.data.workers,
+            )
+        objective = next_token
+        if name == "finetune" and model.compressor.prefixes:
+            batches = prefixes.RandomPrefixes(
+                batches,
+                model.compressor.prefixes,
+                seed=seed,
+                accumulate=config.finetune.accumulate,
+            )
+        if name == "finetune" and model.compressor.scales:
+            objective = every_scale
+        if config[name].batch > len(inputs.source):
+            log.warning(
+                f"{name}.batch={config[name].batch} is more than the {len(inputs.source)} examples "
+                "of the data: each batch has some of them more than once"
+            )
+        model = run_stage(name, model, batches, config, folder, objective, begin=begin)
+        if rows.cut:
+            log.warning(
+                f"{name}: {rows.cut} of {len(inputs.source)} rows were longer than "
+                f"data.text_length={config.data.text_length} and data.question_length="
+                f"{config.data.question_length} allow, and lost their end"
+            )
+    return lora.merge(model)
+
+
+def tokenizer_of(config: ConfigDict, kept: Path | None, source: sources.Source) -> Any:
+    """The tokenizer that the configuration names, or that a run keeps in a folder, or a small one
+    made from the training texts."""
+    if config.data.tokenizer:
+        tokenizer = processor.load_tokenizer(config.data.tokenizer)
+    elif kept is not None and kept.is_dir():
+        tokenizer = processor.load_tokenizer(kept)
+    else:
+        texts = (text for i in range(len(source)) for turn in source[i].turns for text in turn)
+        tokenizer = word_tokenizer.train_tokenizer(texts, config.llm.vocab)
+    check_vocabulary(tokenizer, config.llm.vocab)
+    return tokenizer
+
+
+def opened(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
+    """The training split of a claimed folder's run, and what makes the folder its own.
+
+    ValueError where the folder was begun with other data or another tokenizer, or with anything
+    else of other `hashes`.
+    """
+    config, kept = claimed.config, claimed.folder / "tokenizer"
+    with progress.doing("opening the training data"):
+        source = sources.open_source(config, "train")
+    progress.say(f"data: {json.dumps(source.describe())}")
+    with progress.doing("making or reading the tokenizer"):
+        tokenizer = tokenizer_of(config, kept if claimed.begun else None, source)
+    claimed.reads(data=source.data_hash, tokenizer=hash_of(tokenizer), **hashes)
+
+    def begin() -> None:
+        fresh = claimed.begun is None
+        if fresh and not config.data.tokenizer and jax.process_index() == 0:
+            keep_tokenizer(tokenizer, kept)
+        claimed.begin()
+
+    made = processor.Processor(tokenizer, config)
+    with progress.doing("looking for rows without an answer"):
+        note = targets.check(source, made, skip=config.data.on_bad_example == "skip")
+    if note:
+        progress.say(note)
+    return Inputs(source, made), begin
+
+
+def adopted(config: ConfigDict) -> ConfigDict:
+    """The configuration with what the folder that it starts from decides."""
+    if not config.start_from:
+        return config
+    return weights_start.adopt(config, runs.described(config.start_from, "start_from"))
+
+
+def run(config: ConfigDict, folder: Path) -> int:
+    """Trains as the configuration says, in `folder`."""
+    with jax.set_mesh(mesh.make(**config.mesh)), claim(folder, config) as claimed:
+        check(config)
+        # An impossible model, or one too large, is found before anything is made of it.
+        vlm.shapes(config)
+        for warning in memory.check_training(config):
+            log.warning(warning)
+        inputs, begin = opened(claimed)
+        if not (config.start_from or config.encoder.steps):
+            log.warning(
+                "the encoder has random weights and keeps them: name a model that has one "
+                "(start_from), or let one be trained (encoder.steps)"
+            )
+        encoder = None
+        if config.encoder.steps:
+            encoder = pretrain_encoder(config, folder, inputs, begin=begin)
+        model = train(config, folder, inputs, encoder=encoder, begin=begin)
+        tokens = f"{config.compressor.tokens}"
+        if model.compressor.buckets:
+            tokens = f"up to {model.compressor.tokens}"
+        merged = f" (LoRA of rank {config.lora.rank} merged in)" if config.lora.rank else ""
+        print(
+            f"llm {vlm.parameters(model.llm):,} parameters{merged}, compressor "
+            f"{vlm.parameters(model.compressor):,}, {tokens} visual tokens: "
+            f"checkpoints in {folder}",
+            file=sys.stderr,
+        )
+    return 0

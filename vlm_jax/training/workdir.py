@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's folder: one process group at a time, one configuration for its life, what came of it."""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from vlm_jax import __version__
+from vlm_jax.compressors import serves_any_tokens
+from vlm_jax.models import lora, vlm
+from vlm_jax.models.vlm import VLM
+from vlm_jax.training import fields, fingerprint, memory, optimizer
+from vlm_jax.training.checkpoint import Checkpoints, numbered
+from vlm_jax.training.fields import Change
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
+# What a run's hashes are of.
+CONTENT = dict(data="training data", tokenizer="tokenizer", evaluation="evaluation data")
+
+
+@dataclass
+class Claim:
+    """A work folder that this process group holds, and what it says of the configuration.
+
+    The configuration becomes the folder's when there is something to keep (`begin`): an attempt
+    that failed before claims nothing.
+
+    Args:
+      begun: the configuration of what is kept there, nested; None where nothing is.
+      places: fields that say where something lies, and differ from it.
+      other: sections of it that nothing was done for yet, and that are another thing now.
+    """
+
+    folder: Path
+    config: ConfigDict
+    begun: dict[str, Any] | None = None
+    places: list[str] = field(default_factory=list)
+    other: list[str] = field(default_factory=list)
+    content: dict[str, str] = field(default_factory=dict)
+
+    def first(self) -> ConfigDict:
+        """The configuration that the folder was begun with, with what has not begun as it is now.
+
+        It differs from `config` in nothing that a result depends on.
+        """
+        if self.begun is None:
+            return self.config
+        now = self.config.to_dict()
+        return of_json(self.begun | {name: now[name] for name in self.other})
+
+    def reads(self, **hashes: str) -> None:
+        """Compares hashes of what the run reads (CONTENT) with those that it was begun with.
+
+        Raises:
+          ValueError: where something differs, or lies elsewhere and cannot be compared.
+        """
+        self.content = hashes
+        if self.begun is None or jax.process_index():
+            return
+        path = self.folder / "content.json"
+        then = json.loads(path.read_text()) if path.exists() else {}
+        named = fields.changes(self.places, fields.flat(self.begun), flat(self.config))
+        for name, value in hashes.items():
+            if name in then and then[name] != value:
+                raise ValueError(
+                    f"{self.folder} was begun with another {CONTENT[name]} "
+                    f"({named + '; ' if named else ''}its hash was {then[name][:12]}, is "
+                    f"{value[:12]}): what was learnt from one cannot go on with another; bring "
+                    "back the first, or choose another --workdir"
+                )
+        if self.places and not then:
+            raise ValueError(another(self.folder, named))
+
+    def begin(self) -> None:
+        """Writes down what the folder is of: from now on it is this run's."""
+        if jax.process_index():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.begun is None or self.other:
+            self.begun, self.other = self.first().to_dict(), []
+            write_json(self.folder / "config.json", self.begun)
+            if self.content:
+                write_json(self.folder / "content.json", self.content)
+
+
+@contextmanager
+def claim(workdir: Path, config: ConfigDict, *, grid: bool = False) -> Iterator[Claim]:
+    """Holds `workdir` for this process; refuses a second run, another run, a bad disk.
+
+    Another run is one whose configuration differs in a field that its results depend on
+    (`vlm_jax/training/fields.py`), of a `grid` or of one training.
+    """
+    above = workdir.parent.parent
+    if workdir.parent.name == "cells" and (above / "config.json").exists():
+        raise ValueError(
+            f"--workdir={workdir} is a cell of the grid in {above}, which `vlm-jax grid` trains: "
+            "choose another --workdir (config.start_from takes a cell to start from)"
+        )
+    with lock(workdir):
+        claimed = Claim(workdir, config)
+        if (path := workdir / "config.json").exists():
+            begun = a_runs(path)
+            if kept(workdir):
+                claimed.begun = of_json(begun).to_dict()
+                compare(claimed, grid=grid)
+        yield claimed
+
+
+def a_runs(path: Path) -> dict[str, Any]:
+    """The configuration in a run's config.json; ValueError for what another program wrote."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {*fields.STAGES} <= found.keys():
+        raise ValueError(
+            f"{path} is not of a training, but of a model folder or something else: choose "
+            "another --workdir"
+        )
+    return found
+
+
+def kept(folder: Path) -> bool:
+    """Whether anything was done in a folder that its configuration has to answer for."""
+    made = [folder / name for name in ("features", "cells")]
+    return any(map(Path.is_dir, made)) or len(untouched(folder)) < len(fields.STAGES)
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Holds `folder` for this process group; ValueError while another does, OSError for a bad
+    disk."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise OSError(
+            f"cannot write to --workdir={folder}: {error.strerror}; choose a folder on a "
+            "disk with space that you may write to"
+        ) from None
+    with file:
+        if jax.process_index() == 0:
+            try:
+                # The kernel drops the lock when its holder dies, however it dies.
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"another run is at work in {folder}: wait for it, or choose another --workdir"
+                ) from None
+        yield
+
+
+def compare(claimed: Claim, *, grid: bool) -> None:
+    """Raises ValueError where the configuration is another run than the one that was begun."""
+    then, now = fields.flat(claimed.begun), flat(claimed.config)
+    any_tokens = serves_any_tokens(now.get("compressor.kind"))
+    later = [] if grid else untouched(claimed.folder)
+    refused = []
+    for name in fields.differing(then, now):
+        change = fields.change_of(name, then, now, any_tokens=any_tokens)
+        section = name.partition(".")[0]
+        if ("finetune" if section == "lora" else section) in later:
+            claimed.other.append(section)
+        elif change is Change.PLACE:
+            claimed.places.append(name)
+        elif change is Change.CELLS and grid:
+            claimed.other.append(section)
+        elif change in (Change.RUN, Change.SHOWN) or (grid and change is Change.ANSWERS):
+            refused.append(name)
+    if steps := [name for name in refused if name.endswith(".steps")]:
+        raise ValueError(prolonged(claimed.folder, steps[0], then, now, grid=grid))
+    if refused:
+        raise ValueError(another(claimed.folder, fields.changes(refused, then, now)))
+
+
+def another(folder: Path, named: str) -> str:
+    """That these fields make another run of a folder, and the ways out."""
+    return (
+        f"{folder} was begun with another configuration ({named}): repeat "
+        "the first command, or choose another --workdir"
+    )
+
+
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """A configuration's fields by their dotted names."""
+    return fields.flat(config.to_dict())
+
+
+def untouched(folder: Path) -> list[str]:
+    """The stages that neither have a checkpoint nor stand before one that has."""
+    begun = [bool(numbered(folder / stage)) for stage in fields.STAGES]
+    first = max((i + 1 for i, some in enumerate(begun) if some), default=0)
+    return list(fields.STAGES[first:])
+
+
+def prolonged(folder: Path, name: str, then: dict, now: dict, *, grid: bool) -> str:
+    """What another number of steps does to a run, and how to have it."""
+    stage = name.partition(".")[0]
+    was, is_now = then.get(name), now[name]
+    why = (
+        f"{name} was {was}, is {is_now}: the learning rate of {folder} falls along a cosine to 0 "
+        f"at step {was}, so other steps are another run from the first one on"
+    )
+    if grid:
+        return f"{why}; choose another --workdir, where every cell is trained anew"
+    if is_now < was or stage != "finetune":
+        return f"{why}; choose another --workdir"
+    return (
+        f"{why}. To train a finished run on, begin a new one from its weights, with a warm-up and "
+        f"a cosine of its own: vlm-jax train --config=FILE --workdir=NEW "
+        f"--config.start_from={folder} --config.encoder.steps=0 --config.align.steps=0 "
+        f"--config.finetune.steps={is_now - was}"
+    )
+
+
+def of_json(tree: dict[str, Any]) -> ConfigDict:
+    """The configuration that a file holds; JSON has lists where a configuration has tuples.
+
+    A field that came later than the file has the value at which nothing is different.
+    """
+
+    def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: tuples(v) for k, v in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    config = ConfigDict(tuples(tree))
+    for name, value in fields.LATER.items():
+        section, _, leaf = name.partition(".")
+        if section in config and leaf not in config[section]:
+            config[section][leaf] = value
+    return config
+
+
+def last_stage(config: ConfigDict) -> str:
+    """The stage that a finished training ends with; ValueError where there is none."""
+    for stage in ("finetune", "align"):
+        if config[stage].steps:
+            return stage
+    raise ValueError("align.steps=0 and finetune.steps=0: such a run trains no model")
+
+
+def digest(config: ConfigDict) -> str:
+    """Sixteen hex digits that change whenever any field does.
+
+    A field of LATER counts only where it changes something: rows keep their digests.
+    """
+    tree = config.to_dict()
+    for name, value in fields.LATER.items():
+        section, _, leaf = name.partition(".")
+        if tree[section].get(leaf) == value:
+            del tree[section][leaf]
+    text = json.dumps(tree, sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def finished(workdir: Path, config: ConfigDict, *, merge: bool = True) -> VLM:
+    """The model that `vlm-jax train` left in `workdir`, on the current mesh.
+
+    Adapters are merged into its LLM unless `merge` is off. ValueError where training has not come
+    to its end.
+    """
+    stage = last_stage(config)
+    graphs: list[tuple] = []
+
+    def made() -> optimizer.State:
+        model = vlm.build(config, nnx.Rngs(config.seed))
+        if stage == "finetune":
+            model = lora.adapt(model, config.lora, seed=config.seed)
+        graph, state = optimizer.start(model, stage, optimizer.optimizer(config[stage]))
+        graphs.append((graph, lora.described(model)))
+        return state._replace(optimizer=())
+
+    # Nothing is computed, and no more is read than the model consists of.
+    like = memory.placed(jax.eval_shape(made))
+    memory.check(
+        memory.of_model(like, f"the model in {workdir}"),
+        "spread it over more devices (mesh.fsdp, mesh.tensor), or use a machine with more memory",
+    )
+    ((graph, adapters),) = graphs
+    restored = None
+    if numbered(workdir / stage):
+        restored = Checkpoints(workdir / stage).restore(like, lora=adapters)
+    steps = int(restored[0].step) if restored else 0
+    if steps != config[stage].steps:
+        raise ValueError(
+            f"{workdir}/{stage} holds {steps} of {config[stage].steps} steps: repeat the command "
+            "that trains it (`vlm-jax train` or `vlm-jax grid`) to finish it"
+        )
+    model = optimizer.finish(graph, restored[0])
+    return lora.merge(model) if merge else model
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file whole or not at all."""
+    fresh = path.with_suffix(f".tmp{os.getpid()}")
+    with fresh.open("w") as file:
+        json.dump(value, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+def commit(root: Path) -> str:
+    """The commit of the checkout at `root`; of an installed package, which has none, its version.
+
+    A package may lie somewhere below a checkout of something else, whose commit says nothing.
+    """
+    described = ""
+    if (root / ".git").exists():
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        # Without git there is no answer, and no error either.
+        with suppress(OSError):
+            done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+            described = done.stdout.strip()
+    return described or f"vlm_jax {__version__}"
+
+
+def provenance(kernels: str) -> dict[str, Any]:
+    """Commit, package versions, machine and form of the kernels that a result was made with."""
+    device = jax.devices()[0]
+    return dict(
+        commit=commit(Path(__file__).resolve().parents[2]),
+        versions={
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in PACKAGES},
+        },
+        machine=f"{jax.device_count()} x {device.device_kind} ({fingerprint.processor()}), "
+        f"{kernels} kernels",
+    )
