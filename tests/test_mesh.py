@@ -35,6 +35,14 @@ def test_sizes_that_mean_nothing_are_refused(asked):
         mesh.make(*asked)
 
 
+@pytest.mark.parametrize("dims, axis", [
+    (("heads", "mlp"), "tensor"), (("batch", "embed"), "fsdp"), (("batch", "batch"), "data, fsdp"),
+])  # fmt: skip
+def test_an_axis_splits_one_dimension_of_an_array(dims, axis):
+    with pytest.raises(ValueError, match=f"use the mesh axis {axis} twice"):
+        mesh.spec(*dims)
+
+
 def test_names_become_axes_and_unknown_names_raise():
     assert mesh.spec("batch", "len", "mlp") == P(("data", "fsdp"), None, "tensor")
     with pytest.raises(KeyError, match="unknown dimension.*embd.*knows.*embed"):

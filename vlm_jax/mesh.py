@@ -30,10 +30,21 @@ RULES = {
 
 
 def spec(*dims: str) -> P:
-    """The PartitionSpec of an array whose dimensions carry these names; unknown names raise."""
+    """The PartitionSpec of an array whose dimensions carry these names.
+
+    Raises:
+      KeyError: for an unknown name. ValueError: where two dimensions would use one mesh axis.
+    """
     if unknown := [d for d in dims if d not in RULES]:
         raise KeyError(f"unknown dimension {unknown}; mesh.RULES knows {sorted(RULES)}")
-    return P(*(RULES[d] for d in dims))
+    rules = [RULES[d] for d in dims]
+    axes = [axis for rule in rules for axis in ((rule,) if isinstance(rule, str) else rule or ())]
+    if twice := sorted({axis for axis in axes if axes.count(axis) > 1}):
+        raise ValueError(
+            f"dimensions {dims} would use the mesh axis {', '.join(twice)} twice: an axis can "
+            "split one dimension of an array; give the other a name without it, such as 'none'"
+        )
+    return P(*rules)
 
 
 def make(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
