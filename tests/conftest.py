@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight simulated CPU devices, quick compilation, and shapes checked at the borders."""
 
+import fcntl
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,11 +14,12 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# Compiling is most of the time of the tests. All processes of a session share what they compiled;
-# the first one makes the folder and removes it.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    COMPILED = tempfile.TemporaryDirectory(prefix="vlm-jax-tests-", ignore_cleanup_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+# What all processes of a session share; the first one makes the folder and removes it.
+if "VLM_JAX_TESTS" not in os.environ:
+    SHARED = tempfile.TemporaryDirectory(prefix="vlm-jax-tests-", ignore_cleanup_errors=True)
+    os.environ["VLM_JAX_TESTS"] = SHARED.name
+# Compiling is most of the time of the tests: a program is compiled once.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{os.environ['VLM_JAX_TESTS']}/compiled")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import pytest  # noqa: E402
@@ -63,8 +66,14 @@ def mesh8():
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The folder of one unbroken run of tests/tiny.py, in a process of its own with one device."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    done = tiny.run("train", "--config=tests/tiny.py", f"--workdir={folder}")
-    assert done.returncode == 0, done.stderr
-    return folder
+    """The folder of one unbroken run of tests/tiny.py, in a process of its own with one device.
+
+    It is made once; each process of the tests has a copy.
+    """
+    made = Path(os.environ["VLM_JAX_TESTS"], "trained")
+    with made.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (made / "finetune/6").is_dir():
+            done = tiny.run("train", "--config=tests/tiny.py", f"--workdir={made}")
+            assert done.returncode == 0, done.stderr
+    return Path(shutil.copytree(made, tmp_path_factory.mktemp("trained") / "run"))

@@ -226,13 +226,10 @@ def test_folders_that_are_no_adapter_are_refused(copy, tmp_path, capsys):
     assert "has no adapter_config.json" in refused(capsys, *merging(BASE, tmp_path / "a"))
 
 
-def test_only_a_run_with_adapters_has_any_to_export(base, tmp_path, capsys):
-    run_of = tmp_path / "run"
-    (run_of / "finetune/4").mkdir(parents=True)
-    (run_of / "config.json").write_text(json.dumps(tiny.get_config().to_dict()))
+def test_only_a_run_with_adapters_has_any_to_export(base, trained, tmp_path, capsys):
     said = refused(capsys, "--from", base, "--to-peft", "--to", tmp_path / "a")
     assert "--to-peft needs --from=WORKDIR" in said and "config.lora.rank" in said
-    said = refused(capsys, "--from", run_of, "--to-peft", "--to", tmp_path / "a")
+    said = refused(capsys, "--from", trained, "--to-peft", "--to", tmp_path / "a")
     assert "has no adapters to export: it was trained with lora.rank=0" in said
-    said = refused(capsys, "--from", run_of, "--to-peft", "--to-hf", "--to", tmp_path / "a")
+    said = refused(capsys, "--from", trained, "--to-peft", "--to-hf", "--to", tmp_path / "a")
     assert "goes with neither --to-hf nor --adapter-from" in said
