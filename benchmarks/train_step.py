@@ -164,10 +164,10 @@ def main(argv: list[str] | None = None) -> int:
 
     from configs import demo
     from vlm_jax import mesh
-    from vlm_jax.verbs import grid
+    from vlm_jax.training.cells import cells_of
 
     torch.set_num_threads(args.threads)
-    cells = {cell.name: cell.config for cell in grid.cells_of(demo.get_config())}
+    cells = {cell.name: cell.config for cell in cells_of(demo.get_config())}
     names = (args.cells or middle(demo.get_config())).split(",")
     if unknown := set(names) - cells.keys():
         print(f"train_step: no cell {sorted(unknown)}: choose of {sorted(cells)}", file=sys.stderr)

@@ -46,7 +46,7 @@ def test_a_configuration_is_the_file_and_what_is_set_over_it():
 def test_a_configuration_finds_its_neighbours_from_anywhere(way, tmp_path):
     # tiny.py imports `configs.base`, which is beside it and not installed.
     code = (
-        "import sys; from vlm_jax import cli; "
+        "import sys; from vlm_jax.verbs import cli; "
         "print(cli.parse('train', '', sys.argv[1:])[0].llm.depth)"
     )
     path = f"import sys; sys.path.append({str(Path(cli.__file__).parents[1])!r})\n"

@@ -17,9 +17,9 @@ from vlm_jax.grids import run as grid_run
 from vlm_jax.models import vlm
 from vlm_jax.rows import records
 from vlm_jax.training.cells import cells_of, describe, sizes
+from vlm_jax.training.stages import Inputs
 from vlm_jax.training.workdir import claim, digest
 from vlm_jax.verbs import grid
-from vlm_jax.verbs.train import Inputs
 
 # Three cells: two token counts and the blind one, which is the smallest that has every part.
 SMALL = ("--config=tests/tiny.py", "--config.finetune.steps=3", "--config.align.steps=2",
@@ -37,7 +37,7 @@ def smaller(*args, **kwargs):
 vlm_jax.verbs.cli.parse = smaller
 """
 AFTER_FIRST_ROW = """
-from vlm_jax.scaling import records
+from vlm_jax.rows import records
 write = records.write
 def die(path, rows):
     write(path, rows)

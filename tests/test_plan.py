@@ -271,7 +271,7 @@ def test_a_file_that_is_no_law_is_named(laws, capsys):
 def test_a_plan_is_made_without_jax(laws):
     """In a process of its own: stdout is one JSON object, and jax is never imported."""
     code = (
-        "import sys; from vlm_jax import plan; status = plan.main(sys.argv[1:]); "
+        "import sys; from vlm_jax.verbs import plan; status = plan.main(sys.argv[1:]); "
         "assert 'jax' not in sys.modules and 'flax' not in sys.modules; sys.exit(status)"
     )
     done = subprocess.run(
