@@ -359,9 +359,3 @@ def test_what_a_user_can_mend_is_one_line(tmp_path, capsys):
     (tmp_path / "baselines.json").write_text("[1]")
     assert report.main([f"--workdir={tmp_path}"]) == 2
     assert "not an object" in capsys.readouterr().err
-
-
-def test_command_txt_serves_where_no_run_json_has_the_command(tmp_path, undrawn):
-    make(tmp_path, made_rows.rows())
-    (tmp_path / "command.txt").write_text("make demo\n")
-    assert page_of(tmp_path).all("pre")[0]["text"] == "make demo"

@@ -3,7 +3,7 @@
 
 Reads DIR/rows.jsonl and, where they exist, DIR/law.json (if no older than the rows),
 DIR/baselines.json ({"majority": {task: score}}), DIR/run.json ({"command", "config", "method",
-"phases"}) or DIR/command.txt. Writes DIR/report/index.html, DIR/report/figures/ and, where it
+"phases"}). Writes DIR/report/index.html, DIR/report/figures/ and, where it
 fitted the law itself, DIR/law.json.
 """
 
@@ -35,7 +35,7 @@ def write(workdir: Path | str) -> dict:
         key=lambda row: (row.llm_parameters, row.V, row.seed, row.cell),
     )
     majority = read_object(workdir / "baselines.json").get("majority", {})
-    facts = run_facts(workdir)
+    facts = read_object(workdir / "run.json")
     run = runs.of(rows, facts.get("method"))
     laws, reasons = laws_of(workdir, run)
     missing = ""
@@ -111,14 +111,6 @@ def law_document(run: Run, laws: Mapping) -> dict | None:
     return mean | {"family": "mean of families", "method": run.method, "families": families}
 
 
-def run_facts(workdir: Path) -> dict:
-    """What run.json says, or the command of command.txt, or nothing."""
-    facts = read_object(workdir / "run.json")
-    if "command" not in facts and (workdir / "command.txt").is_file():
-        facts["command"] = (workdir / "command.txt").read_text(encoding="utf-8").strip()
-    return facts
-
-
 def read_object(path: Path) -> dict:
     """The JSON object in a file; empty where there is no file, ValueError for anything else."""
     if not path.is_file():
@@ -126,9 +118,9 @@ def read_object(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): mend or remove it") from None
+        raise ValueError(f"{path} is not JSON ({error}): repair or remove it") from None
     if not isinstance(content, dict):
         raise ValueError(
-            f"{path} holds a {type(content).__name__}, not an object: mend or remove it"
+            f"{path} holds a {type(content).__name__}, not an object: repair or remove it"
         )
     return content

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns a run's rows into figures and one HTML page: vlm-jax report --workdir=DIR.
 
-Reads DIR/rows.jsonl and, where they exist, DIR/law.json (if no older than the rows),
-DIR/baselines.json ({"majority": {task: score}}), DIR/run.json ({"command", "config", "method",
-"phases"}) or DIR/command.txt. Writes DIR/report/index.html, DIR/report/figures/ and, where it
-fitted the law itself, DIR/law.json.
+What it reads and writes stands in vlm_jax/reports/report.py.
 """
 
 import argparse
