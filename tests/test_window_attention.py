@@ -82,7 +82,10 @@ def test_the_form_with_fewer_multiplications_is_built():
 def test_the_choice_shows_in_the_compiled_program(tokens, absorbed, mesh1):
     with jax.set_mesh(mesh1):
         module = attention(tokens, 16, 32, 2)
-        inputs = [drawn(2, n, 32, seed=i) for i, n in enumerate((tokens, 16, 16))]
+        inputs = [
+            jax.device_put(drawn(2, n, 32, seed=i), mesh.spec("batch", "len", "feature"))
+            for i, n in enumerate((tokens, 16, 16))
+        ]
         counted = jax.jit(lambda m, *x: m(*x)).lower(module, *inputs).cost_analysis()["flops"]
     assert module.absorbed == absorbed
     projections = 2 * 2 * 2 * 16 * 32**2  # two of them for two images of 16 patches
