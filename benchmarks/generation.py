@@ -98,8 +98,9 @@ def ours(folder: Path, dtype: str, scales: tuple[int, ...]):
     from vlm_jax.serving import model as serving
     from vlm_jax.weights import names, sources
     from vlm_jax.weights.folder import place
+    from vlm_jax.weights.methods import Wish
 
-    stored = sources.llava(folder, vision=None, compressor=None)
+    stored = sources.llava(folder, vision=None, wish=Wish())
     stored.compressor |= dict(kind="m3", tokens=max(scales), scales=scales)
     config = stored.config()
     with config.unlocked():
@@ -131,9 +132,9 @@ def requests(sizes: dict[str, Any], rows: int):
     return [
         Request(
             [int(x) for x in draw.integers(3, sizes["llm"]["vocab"] - 2, PROMPT)],
-            1,
-            [1],
-            draw.normal(size=(side, side, 3)).astype(np.float32),
+            (1,),
+            [[1]],
+            [draw.normal(size=(side, side, 3)).astype(np.float32)],
         )
         for _ in range(rows)
     ]
@@ -145,7 +146,7 @@ def torch_sides(model, made, image_token: int, patches: int, dtype: str):
     import torch
 
     ids = torch.tensor([[*r.ids[:1], *[image_token] * patches, *r.ids[1:]] for r in made])
-    pixels = torch.tensor(np.stack([r.pixels.transpose(2, 0, 1) for r in made]))
+    pixels = torch.tensor(np.stack([r.pixels[0].transpose(2, 0, 1) for r in made]))
     pixels = pixels.to(getattr(torch, dtype))
     inputs = dict(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids))
 
@@ -184,7 +185,7 @@ def parts(model, made, scales: tuple[int, ...], rounds: int) -> dict[str, float]
 
     with jax.set_mesh(model.mesh):
         inner, where = model.decoder.model, mesh.sharding(model.mesh, "batch")
-        pixels = jax.device_put(np.stack([r.pixels for r in made]), where)
+        pixels = jax.device_put(np.stack([r.pixels[0] for r in made]), where)
         ids = jax.device_put(np.array([r.ids for r in made], np.int32), where)
         encode = jax.jit(lambda m, x: m.encode(x))
         levels = encode(inner, pixels).astype(inner.llm.dtype)

@@ -15,7 +15,10 @@ pytestmark = pytest.mark.torch
 
 STEPS = 64
 # Draws whose likeliest tokens lead by 1e-3 at every step, and whose rows say several things.
-SEEDS = {"clip_llama": 6, "clip_qwen2": 7, "clip_full": 0, "siglip_llama3": 0, "siglip_last": 4}
+SEEDS = {
+    "clip_llama": 6, "clip_qwen2": 7, "clip_full": 0, "clip_mistral": 0, "siglip_llama3": 0,
+    "siglip_last": 4,
+}  # fmt: skip
 
 
 def moved_left(rows, mask):
@@ -50,11 +53,14 @@ def test_greedy_tokens_of_a_batch_are_those_of_transformers(name, tmp_path, mesh
     left = published.logits(model, turned, batch["pixels"])
     kept, moved = mask.astype(bool), turned["attention_mask"].astype(bool)
     assert not mask.all() and np.abs(left[moved] - right[kept]).max() < 1e-4
-    expected = greedy(model, inputs, batch["pixels"])
+    # Behind its window a Mistral no longer sees the whole row, which this package refuses.
+    window = getattr(model.config.text_config, "sliding_window", None)
+    steps = min(STEPS, window - mask.shape[1]) if window else STEPS
+    expected = greedy(model, inputs, batch["pixels"], steps)
     assert len({tuple(row) for row in expected}) == len(expected)
     argv = ("--from", tmp_path / "hf", "--to", tmp_path / "ours")
     assert convert.main([str(word) for word in argv]) == 0
     with jax.set_mesh(mesh1):
         decoder = Decoder(folder.load(tmp_path / "ours"), stop_ids=())
-        found = decoder(tiny.placed(batch), new_tokens=STEPS)
+        found = decoder(tiny.placed(batch), new_tokens=steps)
     np.testing.assert_array_equal(found, expected)
