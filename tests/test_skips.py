@@ -10,6 +10,7 @@ import pytest
 import tiny
 from PIL import Image
 
+from vlm_jax.data.example import Images
 from vlm_jax.data.loader import Batches, evaluation_batches, not_answered
 from vlm_jax.data.patches import PatchBatches
 from vlm_jax.data.processor import Processor
@@ -187,30 +188,22 @@ def test_images_without_features_are_skipped_where_features_are_used(llava):
     assert "train2.png could not be read when its features" in batches.skips.first[2].reason
 
 
-class Torn:
-    """A source whose images of some numbers cannot be read."""
+def torn(source, bad):
+    """`source`, of which images of some numbers cannot be read."""
+    images = source.images
 
-    def __init__(self, source, bad):
-        self.source, self.bad, self.images = source, bad, self
-
-    def __getattr__(self, name):
-        return getattr(self.source, name)
-
-    def __len__(self):
-        return len(self.source.images)
-
-    def __getitem__(self, index):
-        if index in self.bad:
+    def read(index):
+        if index in bad:
             raise BadExample(f"image {index} cannot be decoded")
-        return self.source.images[index]
+        return images[index]
 
-    def name(self, index):
-        return self.source.images.name(index)
+    source.images = Images(read, len(images))
+    return source
 
 
 def test_an_encoder_is_trained_on_the_images_that_can_be_read(llava, mesh1, tmp_path):
     c = tiny.get_config()
-    source, processor = Torn(open_source(c, "train"), {0, 7}), llava[1]
+    source, processor = torn(open_source(c, "train"), {0, 7}), llava[1]
     with pytest.raises(BadExample):
         list(itertools.islice(PatchBatches(source, processor, batch=8, seed=0, side=4), 5))
     batches = PatchBatches(source, processor, batch=8, seed=0, side=4, skip=True)
