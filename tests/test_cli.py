@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command lines: what is set is what the configuration says; a wrong word is met with its cure."""
+"""Command lines: what is set is what the configuration says; a wrong word is told the way out."""
 
 import errno
 import re

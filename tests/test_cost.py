@@ -147,7 +147,7 @@ def count(module):
 
 
 def flops(function, *arguments):
-    """The compiler's count for one device; XLA counts elementwise work too, hence wide layers in
+    """The compiler's count for one device; XLA counts elementwise work too, so layers are wide in
     the tests.
     """
     return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]

@@ -19,7 +19,7 @@ import pytest
 
 from vlm_jax.__main__ import main
 
-GOLDEN = Path(__file__).with_suffix(".json").with_name("golden.json")
+GOLDEN = Path(__file__).with_name("golden.json")
 LAW = ("A", "alpha", "beta", "D", "sse", "rmse", "criteria", "n")
 PLANS = {
     "paper": ["--flops=1e12", "--text-tokens=50"],

@@ -34,7 +34,7 @@ ARROWS = {
     "compressors": {"kernels", "layers", "mesh"},
     "models": {"compressors", "kernels", "layers", "mesh"},
     "data": {"mesh", "progress"},
-    "weights": {"models", "compressors", "layers", "mesh", "progress"},
+    "weights": {"data", "models", "compressors", "layers", "mesh", "progress"},
     "training": {"weights", "data", "models", "compressors", "layers", "cost", "rows"} | GROUND,
     "serving": {"training", "weights", "data", "models", "compressors", "layers"} | GROUND,
     "grids": {"training", "serving", "data", "models", "compressors", "kernels", "evals", "cost",

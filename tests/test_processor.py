@@ -199,7 +199,7 @@ def test_plain_keeps_only_the_image_and_the_caption(sentencepiece):
 
 LINES = (("what is it?\nthe A\nis it red?", "a red 7"),)
 # What the LLM reads for QueCC, beside the begin-of-sequence token: the published text of each row,
-# with the two published faults mended (a cut row lost a character, ChatML showed the answer).
+# with the two published faults fixed (a cut row lost a character, ChatML showed the answer).
 ASKED = {
     "the whole of a question of several lines": ("vicuna_v1", 0, LINES, LINES[0][0]),
     "only the first of several questions": ("vicuna_v1", 0, TURNS, TURNS[0][0]),

@@ -20,6 +20,11 @@ STRIP = 256  # rows of a padded image that are resized together
 LARGEST_EDGE = 1344  # of image_resize, where the encoder's side is small: images are 100:1 at most
 
 
+def largest_edge(side: int) -> int:
+    """The most pixels of an edge that images are resized to, of an encoder of `side` pixels."""
+    return max(LARGEST_EDGE, 4 * side)
+
+
 @dataclass(frozen=True)
 class Preparation:
     """How images of any shape become the pixels of one encoder.
@@ -69,7 +74,7 @@ class Preparation:
                 f"data.image_mean={self.mean}: data.image_fit='pad' pads with this colour, so that "
                 "it is from 0 to 1; choose crop or stretch"
             )
-        largest = max(LARGEST_EDGE, 4 * self.size)
+        largest = largest_edge(self.size)
         sides = self.resize if isinstance(self.resize, (tuple, list)) else (None,)
         if not (
             all(type(x) is int and 0 <= x <= largest for x in sides)

@@ -101,13 +101,13 @@ def told(targets: Targets, processor: Processor, *, skip: bool = False) -> str:
         f"within data.text_length={processor.text_length} and data.question_length="
         f"{processor.question_length}"
     )
-    cure = f"data.text_length={text} and data.question_length={question} keep all of them"
+    way_out = f"data.text_length={text} and data.question_length={question} keep all of them"
     if (most, most_question) != (text, question):
-        cure += f", {most} and {most_question} all but 1 % of the rows"
+        way_out += f", {most} and {most_question} all but 1 % of the rows"
     if targets.without == targets.looked_at and targets.doubtful == targets.rows:
         raise ValueError(
             f"not one of {targets.rows} rows has a token of an answer {limits}: there is nothing "
-            f"to learn; {cure}"
+            f"to learn; {way_out}"
         )
     counted = f"{targets.without} of {targets.rows} rows ({targets.share:.2%})"
     if targets.looked_at < targets.doubtful:
@@ -117,9 +117,9 @@ def told(targets: Targets, processor: Processor, *, skip: bool = False) -> str:
         )
     if targets.misfit and not skip:
         raise BadExample(
-            f"{targets.misfit}, or set data.on_bad_example=skip; {counted} are too long: {cure}"
+            f"{targets.misfit}, or set data.on_bad_example=skip; {counted} are too long: {way_out}"
         )
-    return f"{counted} have no token of an answer {limits}, and teach nothing; {cure}"
+    return f"{counted} have no token of an answer {limits}, and teach nothing; {way_out}"
 
 
 def _surely_fits(processor: Processor, example: Example) -> bool:

@@ -43,8 +43,8 @@ def parse(
     required: Sequence[str] = (),
     default: ConfigDict | None = None,
 ) -> tuple[ConfigDict, flags.FlagValues]:
-    """The configuration and the other flags of a verb; a wrong word ends the process with its
-    cure.
+    """The configuration and the other flags of a verb; a wrong word ends the process with
+    status 2 and the way out.
 
     Without --config=FILE it is `default`, if there is one; --config.FIELD=VALUE goes over either.
     """
@@ -197,7 +197,7 @@ def workdir_of(parsed: flags.FlagValues) -> Path:
 
 
 def report_errors(verb: str, body: Callable[[], int]) -> int:
-    """Runs `body`; what a user can mend is one line on stderr and exit status 2, not a traceback.
+    """Runs `body`; what a user can fix is one line on stderr and exit status 2, not a traceback.
 
     While it runs, it says at least every 20 seconds what it is doing.
     """

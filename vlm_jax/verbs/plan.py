@@ -337,7 +337,7 @@ def draw(search: planner.Search, out: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the verb; 0, or 2 after a message about what the user can mend."""
+    """Runs the verb; 0, or 2 after a message about what the user can fix."""
     args = parser().parse_args(argv)
 
     def body() -> int:

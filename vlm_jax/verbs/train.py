@@ -28,14 +28,16 @@ def main(argv: list[str] | None = None) -> int:
     cli.say_warnings()
 
     def body() -> int:
-        fields.check_names(flat(config))
-        fields.check(flat(config))
+        asked = flat(config)
+        fields.check_names(asked)
+        fields.check(asked)
         made = stages.adopted(config)
+        found = flat(made)
         for name, value in cli.overrides(flags).items():
-            if flat(made).get(name) != flat(config).get(name):
+            if found.get(name) != asked.get(name):
                 progress.say(
                     f"start: {name}={fields.shown(value)} gives way to "
-                    f"{fields.shown(flat(made)[name])} of start_from={config.start_from}"
+                    f"{fields.shown(found[name])} of start_from={config.start_from}"
                 )
         if flags["dry-run"].value:
             with jax.set_mesh(mesh.make(**made.mesh)):

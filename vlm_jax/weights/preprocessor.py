@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from vlm_jax.data.images import largest_edge
 from vlm_jax.weights.files import read_json
 
 Section = dict[str, Any]
@@ -45,7 +46,6 @@ KNOWN = (
     "BlipImageProcessor",
     "ChineseCLIPImageProcessor",
 )
-LARGEST_EDGE = 1344  # as vlm_jax/data/images.py has it: to it, or four sides, images are resized
 OF_MODEL = {"llava": LLAVA}  # where no class is named, transformers takes that of the model
 FLAGS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad")
 SIZES = ("size", "crop_size", "pad_size")
@@ -196,7 +196,7 @@ def described(fields: Section, kind: str, side: int) -> Section:
         fit, resize = "pad", [min(resize)]
         left = dict(height=resize[0], width=resize[0]) if size else None
     check_side(crop or left, side, fields, size=size, crop=crop)
-    largest = max(LARGEST_EDGE, 4 * side)
+    largest = largest_edge(side)
     _allow("size", size, max(resize) <= largest, f"at most {largest} for a tower of {side} pixels")
     check_padding(full, side, kind)
     if fit == "stretch" and resize[0] == resize[1]:
