@@ -17,6 +17,7 @@ from vlm_jax.grids import run as grid_run
 from vlm_jax.models import vlm
 from vlm_jax.rows import records
 from vlm_jax.training.cells import cells_of, describe, sizes
+from vlm_jax.training.features import blind_to
 from vlm_jax.training.stages import Inputs
 from vlm_jax.training.workdir import claim, digest
 from vlm_jax.verbs import grid
@@ -235,10 +236,17 @@ def test_cached_features_are_the_encoders_levels_of_every_image(shared, mesh1):
 def test_every_row_of_a_blind_cell_shows_the_same_image(shared, mesh1):
     c, found = shared
     (kept,) = found.features.values()
-    levels = np.broadcast_to(kept.blind, kept.test.shape)
+    levels = blind_to(kept.test, kept.blind)
     batch = next(loader.evaluation_batches(found.test.source, found.test.processor, batch=8,
                                            features=levels))  # fmt: skip
     assert np.ptp(batch["levels"], axis=0).max() == 0 and len(set(batch["index"])) == 8
+
+
+def test_an_image_that_could_not_be_read_is_none_for_a_blind_model_either():
+    seen, blind = np.ones((3, 2, 4), np.float32), np.full((1, 2, 4), 7, np.float32)
+    seen[1] = np.nan
+    shown = blind_to(seen, blind)
+    assert np.isnan(shown[1]).all() and (shown[[0, 2]] == 7).all() and shown.shape == seen.shape
 
 
 # --- Cells, before anything is run ----------------------------------------------------------------

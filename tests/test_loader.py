@@ -109,7 +109,7 @@ def test_rows_hold_their_example(source, processor, features):
 def test_text_made_on_the_fly_is_the_text_of_the_table(source, processor, features, monkeypatch):
     table = Batches(source, processor, batch=8, seed=1, features=features).at(5)
     pictures = Batches(source, processor, batch=8, seed=1).at(5)
-    monkeypatch.setattr(loader, "TABLE_BYTES", 0)
+    monkeypatch.setattr("vlm_jax.data.texts.TABLE_BYTES", 0)
     same(Batches(source, processor, batch=8, seed=1, features=features).at(5), table)
     same(Batches(source, processor, batch=8, seed=1).at(5), pictures)
 

@@ -13,7 +13,7 @@ from vlm_jax import mesh as meshes
 from vlm_jax.models import lora, vlm
 from vlm_jax.training import memory, objective, optimizer
 from vlm_jax.training.memory import Need
-from vlm_jax.verbs import train
+from vlm_jax.verbs import grid, train
 
 GB = 10**9
 
@@ -167,3 +167,13 @@ def test_the_rest_of_a_run_is_not_needed_for_its_forecast(capsys):
     assert float(re.search(r"for (\S+) FLOPs", capsys.readouterr().out)[1]) > 1e6
     assert train.main(["--config=tests/tiny.py"]) == 2
     assert "--workdir is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [
+    "template=nonsense", "image_fit=cover", "image_resample=best", "image_mean=(.5,)",
+    "image_resize=(1, 2, 3)", "source=coco", "image_exif=turn", "on_bad_example=drop",
+])  # fmt: skip
+@pytest.mark.parametrize("verb", [train, grid])
+def test_a_dry_run_refuses_what_the_run_would_refuse(verb, words, capsys):
+    assert verb.main(["--config=tests/tiny.py", f"--config.data.{words}", "--dry-run"]) == 2
+    assert f"data.{words.partition('=')[0]}=" in capsys.readouterr().err

@@ -244,7 +244,7 @@ def test_absent_images_are_padding_and_the_rest_is_the_batch_of_one_image(opened
 def test_a_batch_holds_each_image_of_a_row_at_its_place(opened, monkeypatch):
     source, made = opened()
     for bytes_of_table in (1 << 28, 0):
-        monkeypatch.setattr("vlm_jax.data.loader.TABLE_BYTES", bytes_of_table)
+        monkeypatch.setattr("vlm_jax.data.texts.TABLE_BYTES", bytes_of_table)
         batch = Batches(source, made, batch=5, seed=0).at(0)
         for row, index in enumerate(batch["index"]):
             example = source[int(index)]

@@ -162,7 +162,7 @@ def llava(tmp_path_factory):
 def test_an_example_whose_text_cannot_be_used_is_skipped_too(table, llava, monkeypatch):
     source, processor = llava
     if not table:
-        monkeypatch.setattr("vlm_jax.data.loader.TABLE_BYTES", 0)
+        monkeypatch.setattr("vlm_jax.data.texts.TABLE_BYTES", 0)
     with pytest.raises(ValueError, match="example train5: its prompt has"):
         list(itertools.islice(Batches(source, processor, batch=6, seed=0), 2))
     batches = Batches(source, processor, batch=6, seed=0, skip=True)

@@ -19,11 +19,11 @@ from absl import flags
 from jax.sharding import Mesh
 
 from vlm_jax import mesh as meshes
-from vlm_jax.data.example import BadExample, Example, Source
+from vlm_jax.data.example import BadExample, Source
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.skips import Skip, Skips
+from vlm_jax.data.texts import BadText, Texts, none_usable, stack
 
-TABLE_BYTES = 1 << 28  # sources whose ids fit into this are tokenised once, at the start
 EPOCHS = (
     1 << 32
 )  # more than anyone trains; grain's endless repeat has no length that fits batches of 1
@@ -49,91 +49,23 @@ def local_rows(mesh: Mesh | None, batch: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch)[place] for place in places.values()]))
 
 
-class _BadText(BadExample):
-    """An example whose text cannot be used."""
-
-
 class _Rows:
-    """Assembles rows of a source by example index: text, from a table where small, and image."""
+    """Assembles rows by example index: text, from a table where there is one, and image."""
 
-    def __init__(
-        self,
-        source: Source,
-        processor: Processor,
-        features: np.ndarray | None,
-        *,
-        answer: bool,
-        skip: bool,
-    ):
-        self.source, self.processor, self.features = source, processor, features
-        self.answer, self.skip = answer, skip
-        if features is not None and len(features) != len(source.images):
+    def __init__(self, texts: Texts, features: np.ndarray | None):
+        self.texts, self.features = texts, features
+        self.source, self.processor, self.skip = texts.source, texts.processor, texts.skip
+        if features is not None and len(features) != len(self.source.images):
             raise ValueError(
-                f"features of {len(features)} images for a source with {len(source.images)}: "
+                f"features of {len(features)} images for a source with {len(self.source.images)}: "
                 "encode the same split again"
             )
-        self.table, self.most = None, processor.images_per_row
         # Images that could not be read when they were encoded have no features.
         self.unread = None if features is None else np.isnan(features[:, 0, 0])
-        self.bad: dict[int, BadExample] = {}  # examples whose text cannot be used
-        row_bytes = processor.text_length * 5 + processor.question_length * 4 * self.most
-        if len(source) * row_bytes <= TABLE_BYTES:
-            examples = [source[i] for i in range(len(source))]
-            self.table = self._stack(self._texts(examples))
-            self.images = np.array([self._padded(e.images) for e in examples], np.int64)
-
-    def _texts(self, examples: list[Example]) -> list[Batch]:
-        """The text of all examples; where one cannot be used, that of another one, and `bad`."""
-        made = []
-        for i, example in enumerate(examples):
-            try:
-                made.append(self._text_of(example))
-            except _BadText as error:
-                self.bad[i] = error
-                made.append(None)
-        spare = next((text for text in made if text is not None), None)
-        if spare is None:
-            raise self._none_usable(error)
-        return [spare if text is None else text for text in made]
-
-    def _text_of(self, example: Example) -> Batch:
-        """The text of an example. A _BadText where it cannot be used, and is to be skipped."""
-        try:
-            return self.processor.text(example, answer=self.answer)
-        except ValueError as error:
-            if not self.skip:
-                raise
-            raise _BadText(f"{self.source.name}, id {example.id!r}: {error}") from error
-
-    def _any_text(self) -> Batch:
-        """The text of the first example that has one that can be used."""
-        for i in range(len(self.source)):
-            try:
-                return self._text_of(self.source[i])
-            except _BadText as error:
-                last = error
-        raise self._none_usable(last)
-
-    def _none_usable(self, last: BadExample) -> BadExample:
-        return BadExample(f"not one of {len(self.source)} examples can be used; the last: {last}")
-
-    @staticmethod
-    def _stack(rows: list[dict]) -> Batch:
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-    def _padded(self, images: tuple[int, ...]) -> list[int]:
-        """As many images as a row may have; -1: none."""
-        return [*images, *[-1] * (self.most - len(images))]
-
-    def _images_of(self, index: int) -> np.ndarray:
-        """The images of an example, [M]."""
-        if self.table is not None:
-            return self.images[index]
-        return np.array(self._padded(self.source[index].images), np.int64)
 
     def _pictures(self, index: int) -> np.ndarray:
         """The images of an example, uint8 [M, S, S, 3]; black where it has fewer."""
-        size, images = self.processor.images.size, self._images_of(index)
+        size, images = self.processor.images.size, self.texts.images(index)
         pictures = np.zeros((len(images), size, size, 3), np.uint8)
         for k, image in enumerate(images):
             if image >= 0:
@@ -143,12 +75,12 @@ class _Rows:
     def _parts(self, index: int) -> tuple[Batch | None, np.ndarray]:
         """The text of an example, None where the table has it, and its images: uint8 [M, S, S, 3],
         or [0] with features."""
-        if index in self.bad:
-            raise self.bad[index]
-        text = None if self.table is not None else self._text_of(self.source[index])
+        if index in self.texts.bad:
+            raise self.texts.bad[index]
+        text = None if self.texts.table is not None else self.texts.of(index)
         if self.features is None:
             return text, self._pictures(index)
-        unread = [int(i) for i in self._images_of(index) if i >= 0 and self.unread[i]]
+        unread = [int(i) for i in self.texts.images(index) if i >= 0 and self.unread[i]]
         if unread:
             name = self.source.images.name(unread[0])
             raise BadExample(f"image {name} could not be read when its features were made")
@@ -167,12 +99,12 @@ class _Rows:
                 # Caught here and not left to grain, whose iterators do not survive an exception.
                 if not self.skip:
                     raise
-                kind = "text" if isinstance(error, _BadText) else "image"
+                kind = "text" if isinstance(error, BadText) else "image"
                 faults[candidate] = (kind, str(error))
                 last = error
         if not replace:
             return index, None
-        raise self._none_usable(last)
+        raise none_usable(self.source, last)
 
     def __call__(self, indices: np.ndarray, *, replace: bool = True) -> Batch:
         """Rows for these example indices. `skipped` [B] marks rows whose own example cannot be
@@ -182,11 +114,11 @@ class _Rows:
         found = [self._usable(int(i), replace, faults) for i in indices]
         indices = np.array([i for i, _ in found], np.int64)
         missing = np.array([parts is None for _, parts in found])
-        images = np.stack([self._images_of(int(i)) for i in indices])
+        images = np.stack([self.texts.images(int(i)) for i in indices])
         empty = (images < 0) | missing[:, None]
         if self.features is None:
             size = self.processor.images.size
-            blank = np.zeros((self.most, size, size, 3), np.uint8)
+            blank = np.zeros((self.texts.most, size, size, 3), np.uint8)
             pixels = self.processor.images.normalise(
                 np.stack([blank if parts is None else parts[1] for _, parts in found])
             )
@@ -197,13 +129,13 @@ class _Rows:
             if empty.any():
                 levels[empty] = 0
             extra["levels"] = levels
-        if self.most == 1:
+        if self.texts.most == 1:
             extra = {name: values[:, 0] for name, values in extra.items()}
-        if self.table is not None:
-            text = {name: column[indices] for name, column in self.table.items()}
+        if self.texts.table is not None:
+            text = {name: column[indices] for name, column in self.texts.table.items()}
         else:
-            texts = [parts[0] if parts else self._any_text() for _, parts in found]
-            text = self._stack(texts)
+            texts = [parts[0] if parts else self.texts.any() for _, parts in found]
+            text = stack(texts)
         skipped = missing | (indices != wanted)
         return {
             **text,
@@ -219,6 +151,8 @@ def on_mesh(batch: Batch, mesh: Mesh | None, size: int) -> Batch:
     if mesh is None:
         return batch
     sharding = meshes.sharding(mesh, "batch")
+    if jax.process_count() == 1:  # the same, without the overhead of a call for each array
+        return jax.device_put(batch, sharding)
     return {
         name: jax.make_array_from_process_local_data(sharding, rows, (size, *rows.shape[1:]))
         for name, rows in batch.items()
@@ -242,6 +176,8 @@ class Batches:
         of failing, and count it in `skips`, once.
       features: cached encoder outputs [images, P, C], indexed by Example.images; replaces reading
         images.
+      texts: those of this source and processor, where they were made before, with answers and the
+        same `skip`.
       mesh: where batches go; None leaves numpy arrays of all rows.
       workers: processes that read ahead; 0 reads in this one, with threads where images must be
         decoded.
@@ -260,6 +196,7 @@ class Batches:
         seed: int,
         skip: bool = False,
         features: np.ndarray | None = None,
+        texts: Texts | None = None,
         mesh: Mesh | None = None,
         workers: int = 0,
     ):
@@ -268,7 +205,9 @@ class Batches:
         self.batch, self.mesh, self.workers = batch, mesh, workers
         self.source, self.skips, self.cut_rows = source, Skips(), set()
         mine = local_rows(mesh, batch)
-        rows = _Rows(source, processor, features, answer=True, skip=skip)
+        if texts is None:
+            texts = Texts(source, processor, answer=True, skip=skip)
+        rows = _Rows(texts, features)
         order = grain.MapDataset.range(len(source)).shuffle(seed=seed % (1 << 32)).repeat(EPOCHS)
         order = order.batch(batch, batch_fn=lambda found: np.array(found, np.int64)[mine])
         self._data = order.map(rows)
@@ -376,6 +315,7 @@ def evaluation_batches(
     answer: bool = False,
     skip: bool = False,
     features: np.ndarray | None = None,
+    texts: Texts | None = None,
     mesh: Mesh | None = None,
     faults: Faults | None = None,
 ) -> Iterator[Batch]:
@@ -383,10 +323,13 @@ def evaluation_batches(
 
     Rows that fill up the last batch repeat its last example and are not valid; nor, with `skip`,
     are examples that cannot be used: `faults`, if given, is filled with what is wrong with them.
-    `ids` end where the last answer would start, unless `answer`.
+    `ids` end where the last answer would start, unless `answer`. `texts` are those of this source
+    and processor, made before with the same `answer` and `skip`.
     """
     faults = {} if faults is None else faults
-    rows = _Rows(source, processor, features, answer=answer, skip=skip)
+    if texts is None:
+        texts = Texts(source, processor, answer=answer, skip=skip)
+    rows = _Rows(texts, features)
     mine = local_rows(mesh, batch)
     for start in range(0, len(source), batch):
         positions = start + mine

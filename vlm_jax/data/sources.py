@@ -43,6 +43,17 @@ def _nlvr(config: Any, split: str) -> Nlvr:
 SOURCES = {"llava": _llava, "synthetic": _synthetic, "nlvr": _nlvr}
 
 
+def check(config: Any) -> None:
+    """ValueError for an unknown source, on_bad_example or image_exif, or no image in a row."""
+    if config.data.source not in SOURCES:
+        raise ValueError(f"data.source={config.data.source!r}: choose one of {', '.join(SOURCES)}")
+    if config.data.on_bad_example not in ("fail", "skip"):
+        raise ValueError(f"data.on_bad_example={config.data.on_bad_example!r}: choose fail or skip")
+    if config.data.images_per_row < 1:
+        raise ValueError(f"data.images_per_row={config.data.images_per_row}: at least 1")
+    check_exif("data.image_exif", config.data.image_exif)
+
+
 def open_source(config: Any, split: str) -> Source:
     """The split ("train", "val" or "test") of the source that config.data names.
 
@@ -53,13 +64,7 @@ def open_source(config: Any, split: str) -> Source:
         in a row, or a split without examples.
       FileNotFoundError, BadExample: for data that is missing or bad, saying which.
     """
-    if config.data.source not in SOURCES:
-        raise ValueError(f"data.source={config.data.source!r}: choose one of {', '.join(SOURCES)}")
-    if config.data.on_bad_example not in ("fail", "skip"):
-        raise ValueError(f"data.on_bad_example={config.data.on_bad_example!r}: choose fail or skip")
-    if config.data.images_per_row < 1:
-        raise ValueError(f"data.images_per_row={config.data.images_per_row}: at least 1")
-    check_exif("data.image_exif", config.data.image_exif)
+    check(config)
     source = SOURCES[config.data.source](config, split)
     if not len(source):
         raise ValueError(

@@ -33,7 +33,14 @@ from vlm_jax.rows import records
 from vlm_jax.serving.predict import Clock, predict, write_predictions
 from vlm_jax.training import fields, fingerprint, memory, stages
 from vlm_jax.training.cells import Cell, cells_of, describe, sizes, train_flops
-from vlm_jax.training.features import Features, Sight, batches_of, blind_of, features_of
+from vlm_jax.training.features import (
+    Features,
+    Sight,
+    batches_of,
+    blind_of,
+    blind_to,
+    features_of,
+)
 from vlm_jax.training.forecast import largest, standing
 from vlm_jax.training.stages import Inputs
 from vlm_jax.training.workdir import Claim, another, digest, flat, of_json, provenance, write_json
@@ -118,7 +125,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         replace(
             i,
             processor=i.processor.reading_as(config),
-            features=np.broadcast_to(found.blind, seen.shape) if cell.blind else seen,
+            features=blind_to(seen, found.blind) if cell.blind else seen,
         )
         for i, seen in ((shared.train, found.train), (shared.test, found.test))
     )
@@ -145,6 +152,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
             test.source,
             test.processor,
             features=test.features,
+            texts=test.texts(answer=False, skip=config.data.on_bad_example == "skip"),
             clock=clock,
             faults=faults,
         )

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from vlm_jax import progress
 from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor
+from vlm_jax.data.texts import Texts
 from vlm_jax.models.vlm import VLM
 from vlm_jax.serving.decoder import Decoder
 
@@ -51,6 +52,7 @@ def predict(
     processor: Processor,
     *,
     features: np.ndarray | None = None,
+    texts: Texts | None = None,
     clock: Clock | None = None,
     faults: loader.Faults | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -69,6 +71,7 @@ def predict(
         processor,
         batch=config.evaluate.batch,
         features=features,
+        texts=texts,
         skip=config.data.on_bad_example == "skip",
         mesh=jax.sharding.get_mesh(),
         faults=faults,

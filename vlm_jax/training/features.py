@@ -95,6 +95,17 @@ def blind_of(encoder: ViT, processor: Processor, sight: Sight) -> np.ndarray:
     return encode(encoder, np.broadcast_to(grey, (BATCH, *grey.shape)), sight)[:1]
 
 
+def blind_to(seen: np.ndarray, blind: np.ndarray) -> np.ndarray:
+    """`blind` [1, P, Y] in place of every image of `seen` [images, P, Y].
+
+    An image that could not be read stays NaN: blind and sighted models have the same examples.
+    """
+    unread = np.isnan(seen[:, 0, 0])
+    if not unread.any():
+        return np.broadcast_to(blind, seen.shape)
+    return np.concatenate([blind, np.full_like(blind, np.nan)])[unread.astype(int)]
+
+
 def encode(encoder: ViT, pixels: np.ndarray, sight: Sight) -> np.ndarray:
     """Encoder outputs of one batch [BATCH I I 3], float32."""
     return np.asarray(_encode(encoder, placed(pixels), **sight._asdict()), np.float32)

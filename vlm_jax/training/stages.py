@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from vlm_jax.data import (
     templates,
     word_tokenizer,
 )
+from vlm_jax.data.images import Preparation
+from vlm_jax.data.texts import Texts
 from vlm_jax.data.tokenizer import check_vocabulary, hash_of, keep_tokenizer
 from vlm_jax.models import lora, vlm
 from vlm_jax.models.vit import ViT
@@ -41,12 +43,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """The training split, how its examples become arrays, and its cached features if there are
-    any."""
+    """A split, how its examples become arrays, and its cached features if there are any."""
 
     source: sources.Source
     processor: processor.Processor
     features: np.ndarray | None = None  # [images, P, Z], raster order
+    _texts: dict[tuple, Texts] = field(default_factory=dict, repr=False)
+
+    def texts(self, *, answer: bool, skip: bool) -> Texts:
+        """The texts of the split, made once for all stages and for all cells that read alike.
+
+        Cells share what a grid makes of these inputs by `dataclasses.replace`; of the texts, only
+        what is read as the question differs between them (`Processor.reading_as`).
+        """
+        key = (self.processor.query, answer, skip)
+        if key not in self._texts:
+            self._texts[key] = Texts(self.source, self.processor, answer=answer, skip=skip)
+        return self._texts[key]
 
 
 def run_stage(
@@ -154,7 +167,10 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             "align.steps=0 and finetune.steps=0: such a run trains no model; set one of them"
         )
+    templates.template_of(config)
     templates.query_of(config)
+    sources.check(config)
+    Preparation.of(config)
     for name in ("encoder", "align", "finetune"):
         stage = config[name]
         if stage.batch % stage.accumulate:
@@ -230,6 +246,7 @@ def train(
             continue
         if name == "finetune":
             model = lora.adapt(model, config.lora, seed=seed)
+        skip = config.data.on_bad_example == "skip"
         with progress.doing(f"{name}: preparing the rows"):
             batches = rows = loader.Batches(
                 inputs.source,
@@ -237,7 +254,8 @@ def train(
                 batch=config[name].batch,
                 seed=seed,
                 features=inputs.features,
-                skip=config.data.on_bad_example == "skip",
+                texts=inputs.texts(answer=True, skip=skip),
+                skip=skip,
                 mesh=jax.sharding.get_mesh(),
                 workers=config.data.workers,
             )

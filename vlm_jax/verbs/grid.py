@@ -15,7 +15,7 @@ import jax
 
 from vlm_jax import mesh
 from vlm_jax.grids import run
-from vlm_jax.training import fields
+from vlm_jax.training import fields, stages
 from vlm_jax.training.cells import cells_of, dry_run
 from vlm_jax.training.forecast import memory_of
 from vlm_jax.training.workdir import claim, flat
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         with jax.set_mesh(mesh.make(**config.mesh)):
             if flags["dry-run"].value:
+                stages.check(config)
                 cells = cells_of(config)
                 dry_run(config, cells)
                 print(memory_of(cells))

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The texts of a source as arrays: all at once where they are small, else row by row.
+
+M images of a row (data.images_per_row)
+"""
+
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.data.example import BadExample, Example, Source
+from vlm_jax.data.processor import Processor
+
+TABLE_BYTES = 1 << 28  # sources whose ids fit into this are tokenized once, at the start
+
+
+class BadText(BadExample):
+    """An example whose text cannot be used."""
+
+
+class Texts:
+    """What a processor makes of the text of every example.
+
+    Args:
+      answer: whether rows hold the last answer; without it they end where it would start.
+      skip: note an example whose text cannot be used in `bad`, instead of failing.
+    Attributes:
+      table: by name, the arrays of all examples, as `Processor.text` describes one of them; None
+        where they are larger than TABLE_BYTES.
+      bad: examples of the table whose text cannot be used; their rows are those of another example.
+    Raises:
+      ValueError, BadExample: for a text that cannot be used, unless `skip`; with it where none can.
+    """
+
+    def __init__(self, source: Source, processor: Processor, *, answer: bool, skip: bool):
+        self.source, self.processor = source, processor
+        self.answer, self.skip = answer, skip
+        self.most = processor.images_per_row
+        self.table: dict[str, np.ndarray] | None = None
+        self.bad: dict[int, BadText] = {}
+        row_bytes = processor.text_length * 5 + processor.question_length * 4 * self.most
+        if len(source) * row_bytes <= TABLE_BYTES:
+            examples = [source[i] for i in range(len(source))]
+            self.table = stack(self._all(examples))
+            self._images = np.array([self._padded(e.images) for e in examples], np.int64)
+
+    def of(self, index: int) -> dict[str, Any]:
+        """The text of one example, made now.
+
+        Raises:
+          BadText: where it cannot be used, and `skip`.
+        """
+        return self._made(self.source[index])
+
+    def any(self) -> dict[str, Any]:
+        """The text of the first example that has one that can be used."""
+        for i in range(len(self.source)):
+            try:
+                return self.of(i)
+            except BadText as error:
+                last = error
+        raise none_usable(self.source, last)
+
+    def images(self, index: int) -> np.ndarray:
+        """The images of an example, int64 [M]; -1: none."""
+        if self.table is not None:
+            return self._images[index]
+        return np.array(self._padded(self.source[index].images), np.int64)
+
+    def _all(self, examples: list[Example]) -> list[dict[str, Any]]:
+        made: list[dict[str, Any] | None] = []
+        for i, example in enumerate(examples):
+            try:
+                made.append(self._made(example))
+            except BadText as error:
+                self.bad[i] = error
+                made.append(None)
+        spare = next((text for text in made if text is not None), None)
+        if spare is None:
+            raise none_usable(self.source, self.bad[len(examples) - 1])
+        return [spare if text is None else text for text in made]
+
+    def _made(self, example: Example) -> dict[str, Any]:
+        try:
+            return self.processor.text(example, answer=self.answer)
+        except ValueError as error:
+            if not self.skip:
+                raise
+            raise BadText(f"{self.source.name}, id {example.id!r}: {error}") from error
+
+    def _padded(self, images: tuple[int, ...]) -> list[int]:
+        return [*images, *[-1] * (self.most - len(images))]
+
+
+def stack(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Rows as arrays of all of them, by name."""
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def none_usable(source: Source, last: BadExample) -> BadExample:
+    """What to raise where no example of a source can be used."""
+    return BadExample(f"not one of {len(source)} examples can be used; the last: {last}")
