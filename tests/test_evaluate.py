@@ -12,7 +12,6 @@ import tiny
 from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor, load_tokenizer
 from vlm_jax.evals import tasks
-from vlm_jax.models import vlm
 from vlm_jax.serving import predict as predictions
 from vlm_jax.serving.decoder import Decoder
 from vlm_jax.verbs import evaluate
@@ -26,7 +25,7 @@ def setting(trained, mesh1):
     c = tiny.get_config()
     source = sources.open_source(c, "test")
     with jax.set_mesh(mesh1):
-        model = tiny.roughened(vlm.create(c, seed=0), scale=0.3)
+        model = tiny.roughened(tiny.created(c), scale=0.3)
     return c, source, Processor(load_tokenizer(trained / "tokenizer"), c), model
 
 

@@ -18,7 +18,6 @@ from PIL import Image
 
 import vlm_jax
 from vlm_jax import mesh
-from vlm_jax.models import vlm
 from vlm_jax.serving import model as serving
 from vlm_jax.serving.decoder import Sampling, bucket, choose
 from vlm_jax.serving.requests import batch_of
@@ -33,7 +32,7 @@ def made(path, trained, **changes):
     """A model folder whose answers differ from prompt to prompt and image to image."""
     c = tiny.config(**changes)
     with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
-        model = tiny.roughened(vlm.create(c, seed=0), scale=0.4)
+        model = tiny.roughened(tiny.created(c), scale=0.4)
         stored = sources.of_run(trained, c, model)
         stored.facts["max_length"] = 128
         folder.write(stored, path)

@@ -39,7 +39,7 @@ def meshes(mesh1, mesh8):
 def bases(meshes):
     """One model without adapters on one device and on eight."""
     with jax.set_mesh(meshes[1]):
-        model = vlm.create(config(), seed=0)
+        model = tiny.created(config())
     return {
         devices: jax.tree.map(
             lambda x: jax.device_put(np.asarray(x), NamedSharding(mesh, x.sharding.spec)),  # noqa: B023

@@ -11,7 +11,6 @@ import optax
 import pytest
 import tiny
 
-from vlm_jax.models import vlm
 from vlm_jax.training import objective, optimizer
 
 # A float32 sum over some hundred positions, in another order.
@@ -29,7 +28,7 @@ def models(meshes):
     made = {}
     for devices, mesh in meshes.items():
         with jax.set_mesh(mesh):
-            made[devices] = tiny.roughened(vlm.create(tiny.get_config(), seed=0), scale=0.1)
+            made[devices] = tiny.roughened(tiny.created(tiny.get_config()), scale=0.1)
     return made
 
 

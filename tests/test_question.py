@@ -55,7 +55,7 @@ def batch_of(c):
 
 def born(c, mesh):
     with jax.set_mesh(mesh):
-        return tiny.roughened(vlm.create(c, seed=0), scale=0.2)
+        return tiny.roughened(tiny.created(c), scale=0.2)
 
 
 def one_pass(model, batch):

@@ -18,7 +18,6 @@ from vlm_jax.data.skips import Skip, Skips
 from vlm_jax.data.sources import BadExample, open_source
 from vlm_jax.data.word_tokenizer import train_tokenizer
 from vlm_jax.evals import tasks
-from vlm_jax.models import vlm
 from vlm_jax.training import features
 
 COLOURS = ("red", "green", "blue")
@@ -212,7 +211,7 @@ def test_an_encoder_is_trained_on_the_images_that_can_be_read(llava, mesh1, tmp_
     batches.close()
     assert batches.skipped == 2 and batches.fields()["first_skipped"][0]["image"] == "image 0"
     with jax.set_mesh(mesh1):
-        encoder = vlm.create(c, seed=0).vit
+        encoder = tiny.created(c).vit
         made = features.features_of(
             encoder, source, processor, features.Sight(), tmp_path, skip=True
         )

@@ -16,7 +16,6 @@ from vlm_jax import mesh as meshes
 from vlm_jax.data import loader, sources, tokenizer
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.word_tokenizer import train_tokenizer
-from vlm_jax.models import vlm
 from vlm_jax.training import objective, optimizer, stages
 from vlm_jax.training.checkpoint import Checkpoints, named
 from vlm_jax.training.log import Diverged
@@ -55,9 +54,7 @@ def weights_of(folder):
     """The newest checkpoint of a finetuned run, by name."""
     c = tiny.get_config()
     with jax.set_mesh(meshes.make(devices=jax.devices()[:1])):
-        _, like = optimizer.start(
-            vlm.create(c, seed=0), "finetune", optimizer.optimizer(c.finetune)
-        )
+        _, like = optimizer.start(tiny.created(c), "finetune", optimizer.optimizer(c.finetune))
         state, notes = Checkpoints(folder / "finetune").restore(like)
     return {name: np.asarray(x) for name, x in named(state).items()}, notes
 
@@ -99,7 +96,7 @@ def setting(mesh1):
     texts = [text for i in range(len(source)) for turn in source[i].turns for text in turn]
     inputs = stages.Inputs(source, Processor(train_tokenizer(texts, c.llm.vocab), c))
     with jax.set_mesh(mesh1):
-        return c, inputs, vlm.create(c, seed=0)
+        return c, inputs, tiny.created(c)
 
 
 def stage(setting, folder, *, poisoned=()):

@@ -65,7 +65,7 @@ def test_every_row_equals_the_literal_model_from_its_pixels(compressor, mesh1):
     c = tiny.config(compressor=compressor)
     batch = tiny.batch(c, rows=3, levels=False)
     with jax.set_mesh(mesh1):
-        model = tiny.roughened(vlm.create(c, seed=0), scale=0.2)
+        model = tiny.roughened(tiny.created(c), scale=0.2)
         ours = logits_of(model, batch)
     for index in range(3):
         row = row_of(batch, index)
@@ -171,7 +171,7 @@ def test_splicing_is_cutting_and_joining(models, mesh1):
 def test_bfloat16_computes_near_float32_with_float32_parameters(c, batch, whole, models, mesh1):
     low = tiny.config(compute_dtype="bfloat16")
     with jax.set_mesh(mesh1):
-        model = tiny.roughened(vlm.create(low, seed=0), scale=0.2)
+        model = tiny.roughened(tiny.created(low), scale=0.2)
         out = jax.jit(lambda m, b: m.logits(b))(model, tiny.placed(batch))
         hidden = jax.eval_shape(
             lambda m, ids: m.llm(m.llm.embed(ids)), model, tiny.placed(batch["ids"])
@@ -186,7 +186,9 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(c, batch, whole,
 
 def test_a_seed_decides_the_weights_wherever_they_live(c, born, mesh1):
     with jax.set_mesh(mesh1):
-        other = vlm.create(c, seed=1)
+        other, same = (tiny.created(c, seed=seed) for seed in (1, 0))
+    for one, drawn in zip(*map(jax.tree.leaves, (born[1], same)), strict=True):
+        np.testing.assert_array_equal(one, drawn)
     for one, eight, another in zip(*map(jax.tree.leaves, (born[1], born[8], other)), strict=True):
         np.testing.assert_allclose(one, eight, atol=1e-6)
         # Biases and the scales of norms start at one value.

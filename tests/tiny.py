@@ -116,6 +116,29 @@ def placed(made):
     return jax.device_put(made, mesh.sharding(jax.sharding.get_mesh(), "batch"))
 
 
+def created(c, *, seed=0):
+    """The numbers of `vlm.create(c, seed=seed)`, bit by bit, on the current mesh.
+
+    They are drawn weight by weight on one device, which compiles one small program for each shape
+    and not a large one for each model and mesh; tests/test_vlm.py compares.
+    """
+    from flax import nnx
+
+    from vlm_jax import mesh as meshes
+    from vlm_jax.models import vlm
+
+    with jax.set_mesh(meshes.make(devices=jax.devices()[:1])):
+        drawn = vlm.build(c, nnx.Rngs(seed))
+    now = jax.sharding.get_mesh()
+    return jax.tree.map(
+        lambda x, like: jax.device_put(
+            np.asarray(x), jax.sharding.NamedSharding(now, like.sharding.spec)
+        ),
+        drawn,
+        vlm.shapes(c),
+    )
+
+
 def roughened(model, seed=0, scale=0.3):
     """`model` with noise on every weight: biases and norms must not hide behind 0 and 1."""
     leaves, tree = jax.tree.flatten(model)
