@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Command lines: what is set is what the configuration says; a wrong word is told the way out."""
 
-import errno
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,39 +107,6 @@ def test_what_a_user_can_mend_is_one_line_and_status_two(error, capsys):
     assert cli.report_errors("grid", body) == 2
     assert capsys.readouterr().err == "vlm-jax grid: the disk is full: choose another\n"
     assert cli.report_errors("grid", lambda: 0) == 0
-
-
-def failed(path, mode="r"):
-    try:
-        open(path, mode)
-    except OSError as error:
-        return error
-
-
-def test_what_goes_wrong_with_a_file_is_a_sentence(tmp_path):
-    (tmp_path / "file").write_text("")
-    said = {
-        failed(tmp_path / "none"): f"there is no file {tmp_path}/none",
-        failed(tmp_path / "no/where", "w"): f"there is no folder {tmp_path}/no",
-        failed(tmp_path): f"{tmp_path} is a folder, not a file",
-        failed(tmp_path / "file/x"): f"{tmp_path}/file/x lies in something that is no folder",
-        PermissionError(errno.EACCES, "no", "x"): "x may not be opened: give this user the right",
-        OSError(errno.ENOSPC, "no", "x"): "no space is left for x: make room",
-        OSError(errno.EIO, "Input/output error", "x"): "x: Input/output error",
-        OSError("a sentence of ours"): "a sentence of ours",
-    }
-    for error, words in said.items():
-        assert cli.sentence(error).startswith(words) and "Errno" not in cli.sentence(error)
-
-
-def test_an_error_is_one_line_without_the_spelling_of_a_program():
-    assert cli.sentence(KeyError("no such thing")) == "no such thing"
-    assert cli.sentence(ValueError(f"{[Path('a/b')]} is bad")) == "[a/b] is bad"
-    assert cli.sentence(ValueError("first\n  second")) == "first second"
-    assert cli.sentence(ValueError()) == "ValueError"
-    for error in (MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory\n\nand pages")):
-        assert re.match("out of memory.*: make the batch smaller", cli.sentence(error))
-        assert "\n" not in cli.sentence(error)
 
 
 def test_a_run_that_is_stopped_from_the_keyboard_says_so(capsys):

@@ -20,6 +20,7 @@ import vlm_jax
 from vlm_jax import mesh
 from vlm_jax.models import vlm
 from vlm_jax.serving import model as serving
+from vlm_jax.serving import request_files
 from vlm_jax.serving.decoder import Sampling, bucket, choose
 from vlm_jax.serving.requests import batch_of
 from vlm_jax.verbs import generate
@@ -308,7 +309,7 @@ def test_answers_never_replace_the_requests_and_no_requests_are_told(checkpoint,
 def test_a_request_with_a_key_twice_is_refused_as_a_row_is(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "a", "prompt": "b"}\n[{}]')
-    good, twice, other = generate.lines_of(path)
+    good, twice, other = request_files.lines_of(path)
     assert good.row == {"prompt": "a"} and not good.wrong
     assert "'prompt' more than once" in twice.wrong and "this is a list" in other.wrong
 
@@ -318,7 +319,7 @@ def test_the_line_of_what_cannot_be_answered_has_its_id_and_its_number(tmp_path)
              dict(id=[[]], prompt="a")]  # fmt: skip
     path = tmp_path / "r.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n" + "[" * 100_000)
-    found = list(generate.lines_of(path))
+    found = list(request_files.lines_of(path))
     assert [line.id for line in found] == ["a", 7, "\ud800", 4, 5, 7]
     assert [line.number for line in found] == [1, 2, 3, 4, 5, 7] and all(
         line.wrong for line in found

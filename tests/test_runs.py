@@ -10,6 +10,7 @@ import pytest
 import tiny
 from PIL import Image
 
+from vlm_jax.serving import evaluation
 from vlm_jax.serving.subject import Subject, name_of
 from vlm_jax.training import runs
 from vlm_jax.training.cells import cells_of
@@ -238,10 +239,10 @@ def test_a_model_folder_is_evaluated_on_data_that_are_named(model, tmp_path, cop
 
 def test_a_run_of_another_machine_is_evaluated_by_the_devices_that_are_here(capsys):
     c = tiny.config(mesh=dict(data=512))
-    assert evaluate.mesh_of(c, {}).shape["data"] == 8
+    assert evaluation.mesh_of(c, {}).shape["data"] == 8
     assert "does not fit 8 devices" in capsys.readouterr().err
     with pytest.raises(ValueError, match="does not fit 8 devices"):
-        evaluate.mesh_of(c, {"mesh.data": 512})
+        evaluation.mesh_of(c, {"mesh.data": 512})
 
 
 def test_an_alignment_alone_is_a_model_too(trained, tmp_path, mesh1):

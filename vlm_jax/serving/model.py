@@ -66,6 +66,18 @@ class Answer:
     batch: int
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """How answers are drawn and batched, as `VLM.answer` has it."""
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    visual_tokens: int | None = None
+    batch: int = 8
+
+
 class VLM:
     """A model with its processor, on a mesh.
 

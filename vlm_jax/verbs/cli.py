@@ -3,10 +3,8 @@
 
 import argparse
 import ctypes
-import errno
 import itertools
 import logging
-import os
 import re
 import sys
 import traceback
@@ -14,10 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
-
-from vlm_jax import progress
+from vlm_jax import errors, progress
 from vlm_jax.arguments import seed_of
 from vlm_jax.cost import described
 
@@ -41,14 +36,23 @@ def parse(
     strings: dict[str, str] | None = None,
     booleans: dict[str, str] | None = None,
     required: Sequence[str] = (),
-    default: ConfigDict | None = None,
-) -> tuple[ConfigDict, flags.FlagValues]:
+    default: Any = None,
+) -> tuple[Any, Any]:
     """The configuration and the other flags of a verb; a wrong word ends the process with
     status 2 and the way out.
 
     Without --config=FILE it is `default`, if there is one; --config.FIELD=VALUE goes over either.
     """
     argv = located(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv:
+        print(
+            f"{doc}\n\nflags: --config=FILE --config.FIELD=VALUE "
+            + " ".join(f"--{n}" for n in [*(strings or {}), *(booleans or {})])
+        )
+        raise SystemExit(0)
+    from absl import flags
+    from ml_collections import ConfigDict, config_flags
+
     keep_freed_memory()
     values = flags.FlagValues()
     for name, text in (strings or {}).items():
@@ -69,12 +73,6 @@ def parse(
             config_flags.DEFINE_config_dict("config", default, "configuration", **how)
         else:
             config_flags.DEFINE_config_file("config", None, "configuration file", **how)
-        if "--help" in argv or "-h" in argv:
-            print(
-                f"{doc}\n\nflags: --config=FILE --config.FIELD=VALUE "
-                + " ".join(f"--{n}" for n in [*(strings or {}), *(booleans or {})])
-            )
-            raise SystemExit(0)
         if Path(path).is_file() and not path.endswith(".py"):
             raise ValueError(f"--config={path} is no file of Python: {CONFIGURATION}")
         rest = values(program)[1:]
@@ -184,12 +182,12 @@ def located(argv: Sequence[str]) -> list[str]:
     return [*argv[:at], f"--config={place}", *argv[at + 1 + (argv[at] == "--config") :]]
 
 
-def overrides(values: flags.FlagValues) -> dict[str, Any]:
+def overrides(values: Any) -> dict[str, Any]:
     """The fields that were set on the command line, by dotted name."""
     return dict(values["config"].override_values)
 
 
-def workdir_of(parsed: flags.FlagValues) -> Path:
+def workdir_of(parsed: Any) -> Path:
     """The folder of --workdir; ValueError where it is missing, which only a dry run allows."""
     if parsed.workdir is None:
         raise ValueError("--workdir is missing: name the folder that the run lives in")
@@ -205,47 +203,8 @@ def report_errors(verb: str, body: Callable[[], int]) -> int:
         with progress.speaking(f"vlm-jax {verb} is at work"):
             return body()
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        print(f"vlm-jax {verb}: {sentence(error)}", file=sys.stderr)
+        print(f"vlm-jax {verb}: {errors.sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"vlm-jax {verb}: stopped from the keyboard", file=sys.stderr)
         return 130
-
-
-def sentence(error: BaseException) -> str:
-    """What an error says, as one line for a person."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return of_file(error)
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        first = str(error).strip().partition("\n")[0]
-        return (
-            f"out of memory{f' ({first})' if first else ''}: make the batch smaller, or the model, "
-            "or spread it over more devices (mesh.fsdp, mesh.tensor)"
-        )
-    # str(KeyError) is the repr of its message, and paths come as PosixPath('...').
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
-    text = re.sub(r"\b(?:Posix|Windows|Pure\w*)?Path\('([^']*)'\)", r"\1", text)
-    lines = [line.strip() for line in text.splitlines()]
-    # What a compiler says goes on for pages.
-    lines = lines[:1] if type(error).__name__ == "JaxRuntimeError" else lines
-    return " ".join(lines) or type(error).__name__
-
-
-def of_file(error: OSError) -> str:
-    """What went wrong with a file, without a number."""
-    path = Path(os.fsdecode(error.filename))
-    match error.errno:
-        case errno.ENOENT:
-            parent = path.absolute().parent
-            return f"there is no file {path}" if parent.is_dir() else f"there is no folder {parent}"
-        case errno.EACCES | errno.EPERM:
-            return f"{path} may not be opened: give this user the right to it, or choose another"
-        case errno.EISDIR:
-            return f"{path} is a folder, not a file"
-        case errno.ENOTDIR:
-            return f"{path} lies in something that is no folder"
-        case errno.ENOSPC | errno.EDQUOT:
-            return f"no space is left for {path}: make room, or choose another disk"
-        case errno.EROFS:
-            return f"{path} lies on a disk that cannot be written: choose another"
-    return f"{path}: {error.strerror}"

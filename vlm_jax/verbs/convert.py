@@ -27,14 +27,8 @@ from functools import partial
 from pathlib import Path
 
 from vlm_jax import progress
-from vlm_jax.compressors import COMPRESSORS
-from vlm_jax.serving import chats
-from vlm_jax.training import runs
-from vlm_jax.training.workdir import finished
+from vlm_jax.cost.sizes import KINDS
 from vlm_jax.verbs import cli
-from vlm_jax.weights import adapters, folder, hf, names, sources
-from vlm_jax.weights.classes import within
-from vlm_jax.weights.methods import Wish
 
 
 def flags() -> argparse.ArgumentParser:
@@ -52,7 +46,7 @@ def flags() -> argparse.ArgumentParser:
     add("--dtype", help="float32, bfloat16 or float16 (default: as it is stored)")
     add("--vision", type=Path, help="folder of a CLIP or SigLIP tower")
     add("--llm", type=Path, help="folder of a Llama, Vicuna, Mistral or Qwen1.5 to Qwen3")
-    add("--compressor", choices=sorted(COMPRESSORS), help="method (default: what --from has)")
+    add("--compressor", choices=sorted(KINDS), help="method (default: what --from has)")
     add("--tokens", type=int, help="visual tokens that it hands to the LLM (0: as many as needed)")
     add("--levels", help="blocks of the tower that it reads (new: the last but one)")
     add("--heads", type=int, help="of its attention (new: 8)")
@@ -73,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     options = flags().parse_args(argv)
 
     def body() -> int:
+        from vlm_jax.training import runs
+
         with runs.one_device(), progress.doing("reading and writing the tensors"):
             print(json.dumps(run(options)))
         return 0
@@ -82,6 +78,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> dict:
     """Converts as the flags say; returns what was made."""
+    from vlm_jax.serving import chats
+    from vlm_jax.weights import adapters, folder, hf, names
+    from vlm_jax.weights.classes import within
+
     dtype = folder.kind_of(options.dtype) if options.dtype else None
     if options.to_peft:
         return export_adapter(options, dtype)
@@ -137,8 +137,12 @@ def run(options: argparse.Namespace) -> dict:
     )
 
 
-def gather(options: argparse.Namespace) -> folder.Model:
+def gather(options: argparse.Namespace):
     """The model that the flags name, its tensors unread."""
+    from vlm_jax.training import runs
+    from vlm_jax.weights import sources
+    from vlm_jax.weights.methods import Wish
+
     wish = Wish(
         options.compressor,
         options.tokens,
@@ -171,12 +175,18 @@ def gather(options: argparse.Namespace) -> folder.Model:
 
 def published(options: argparse.Namespace) -> Path | None:
     """The folder whose files say how a conversation is written; None for a training run."""
+    from vlm_jax.training import runs
+
     source = options.source or options.llm
     return None if runs.is_run(source) else source
 
 
 def export_adapter(options: argparse.Namespace, dtype: str | None) -> dict:
     """Makes a PEFT folder of the adapters that a run has trained; returns what was made."""
+    from vlm_jax.training import runs
+    from vlm_jax.training.workdir import finished
+    from vlm_jax.weights import adapters
+
     if options.to_hf or options.adapter_from:
         raise ValueError("--to-peft goes with neither --to-hf nor --adapter-from")
     workdir = options.source

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import scipy
 
 from vlm_jax.cost import chips, described
 from vlm_jax.cost import flops as cost
@@ -65,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(options) -> dict:
     """The fit that the flags describe: what law.json holds, without draws, and the files made."""
+    import scipy
+
     if options.bootstrap < 0:
         raise ValueError(f"--bootstrap must be 0 or more draws, got {options.bootstrap}")
     if options.chip not in chips.CHIPS:

@@ -11,14 +11,6 @@ it stopped.
 import json
 import sys
 
-import jax
-
-from vlm_jax import mesh
-from vlm_jax.grids import run
-from vlm_jax.training import fields
-from vlm_jax.training.cells import cells_of, dry_run
-from vlm_jax.training.forecast import memory_of
-from vlm_jax.training.workdir import claim, flat
 from vlm_jax.verbs import cli
 
 
@@ -34,6 +26,15 @@ def main(argv: list[str] | None = None) -> int:
     cli.say_warnings()
 
     def body() -> int:
+        import jax
+
+        from vlm_jax import mesh
+        from vlm_jax.grids import run
+        from vlm_jax.training import fields
+        from vlm_jax.training.cells import cells_of, dry_run
+        from vlm_jax.training.forecast import memory_of
+        from vlm_jax.training.workdir import claim, flat
+
         fields.check_names(flat(config))
         fields.check(flat(config))
         if config.start_from:

@@ -9,7 +9,6 @@ import json
 import sys
 
 from vlm_jax import progress
-from vlm_jax.reports import report
 from vlm_jax.verbs import cli
 
 
@@ -21,6 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     def body() -> int:
+        from vlm_jax.reports import report
+
         with progress.doing("fitting the law, and drawing"):
             made = report.write(options.workdir)
         for family, why in made["no_law"].items():

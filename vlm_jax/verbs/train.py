@@ -9,11 +9,7 @@ whole checkpoint, with the same numbers as if it had never stopped. The folder i
 its first step on: an attempt that failed before that claims nothing.
 """
 
-import jax
-
-from vlm_jax import mesh, progress
-from vlm_jax.training import fields, forecast, stages
-from vlm_jax.training.workdir import flat
+from vlm_jax import progress
 from vlm_jax.verbs import cli
 
 
@@ -28,6 +24,12 @@ def main(argv: list[str] | None = None) -> int:
     cli.say_warnings()
 
     def body() -> int:
+        import jax
+
+        from vlm_jax import mesh
+        from vlm_jax.training import fields, forecast, stages
+        from vlm_jax.training.workdir import flat
+
         asked = flat(config)
         fields.check_names(asked)
         fields.check(asked)
