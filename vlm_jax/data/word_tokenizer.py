@@ -28,7 +28,8 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> Any:
 
     It is a PreTrainedTokenizerFast of transformers. Words are of lower-case letters. Digits,
     capitals and words outside the vocabulary are spelled in characters; only a character that
-    `texts` never shows (other than ASCII letters and digits) becomes <unk>. <bos> is put in front of a text. The same texts in any order give the same ids.
+    `texts` never shows (other than ASCII letters and digits) becomes <unk>. <bos> is put in front
+    of a text. The same texts in any order give the same ids.
     Special tokens apart, decode(encode(text)) == text for text without a space at its start.
 
     Args:
