@@ -12,12 +12,12 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from transformers import AutoProcessor, AutoTokenizer
 
+from vlm_jax.__main__ import main
 from vlm_jax.data import jinja
 from vlm_jax.data.example import Example
 from vlm_jax.data.templates import TEMPLATES
 from vlm_jax.serving import chats
 from vlm_jax.serving import model as serving
-from vlm_jax.verbs import convert
 from vlm_jax.weights import ends, folder
 
 FROZEN = Path(__file__).parent / "published_weights/clip_llama"
@@ -29,7 +29,7 @@ QWEN = (
 
 
 def run(*argv):
-    return convert.main([str(word) for word in argv])
+    return main(["convert", *map(str, argv)])
 
 
 def edit(path, **fields):

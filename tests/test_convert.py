@@ -16,12 +16,12 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
+from vlm_jax.__main__ import main
 from vlm_jax.data import processor
 from vlm_jax.data.example import Example
 from vlm_jax.data.word_tokenizer import train_tokenizer
 from vlm_jax.models import vlm
 from vlm_jax.serving import model as serving
-from vlm_jax.verbs import convert
 from vlm_jax.weights import folder, names
 
 FROZEN = Path(__file__).parent / "published_weights"
@@ -29,7 +29,7 @@ GATE = 1e-4  # absolute, float32, on logits of order one
 
 
 def run(*argv):
-    return convert.main([str(word) for word in argv])
+    return main(["convert", *map(str, argv)])
 
 
 def refused(capsys, *argv):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
+from vlm_jax.__main__ import main
 from vlm_jax.cost import flops as cost
 from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor, load_tokenizer
@@ -19,7 +20,6 @@ from vlm_jax.rows import records
 from vlm_jax.training.cells import cells_of, describe, sizes
 from vlm_jax.training.stages import Inputs
 from vlm_jax.training.workdir import claim, digest
-from vlm_jax.verbs import grid
 
 # Three cells: two token counts and the blind one, which is the smallest that has every part.
 SMALL = ("--config=tests/tiny.py", "--config.finetune.steps=3", "--config.align.steps=2",
@@ -27,14 +27,15 @@ SMALL = ("--config=tests/tiny.py", "--config.finetune.steps=3", "--config.align.
 NAMES = ["only-v1-token_packer-s0", "only-v4-token_packer-s0", "only-v1-blind-s0"]
 
 ONE_SIZE = """
-import ml_collections, vlm_jax.verbs.cli
-parse = vlm_jax.verbs.cli.parse
-def smaller(*args, **kwargs):
-    config, flags = parse(*args, **kwargs)
-    with config.unlocked():
-        config.grid.llms = ml_collections.ConfigDict(dict(only=dict(depth=1)))
-    return config, flags
-vlm_jax.verbs.cli.parse = smaller
+import ml_collections
+from vlm_jax.verbs import configuration
+read = configuration.read
+def smaller(words):
+    given = read(words)
+    with given.config.unlocked():
+        given.config.grid.llms = ml_collections.ConfigDict(dict(only=dict(depth=1)))
+    return given
+configuration.read = smaller
 """
 AFTER_FIRST_ROW = """
 from vlm_jax.rows import records
@@ -295,7 +296,7 @@ def test_no_sizes_are_refused_with_the_way_out():
 
 def test_a_dry_run_prints_every_cell_and_writes_nothing(tmp_path, capsys, mesh1):
     arguments = ["--config=tests/tiny.py", f"--workdir={tmp_path}/run", "--dry-run"]
-    assert grid.main(arguments) == 0
+    assert main(["grid", *arguments]) == 0
     out = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
     with jax.set_mesh(mesh1):
@@ -314,13 +315,13 @@ def test_a_dry_run_prints_every_cell_and_writes_nothing(tmp_path, capsys, mesh1)
     ("--config.mesh.fsdp=3", "does not fit 8 devices"),
 ])  # fmt: skip
 def test_an_impossible_cell_is_found_before_anything_is_made(override, words, tmp_path, capsys):
-    assert grid.main(["--config=tests/tiny.py", f"--workdir={tmp_path}/run", override]) == 2
+    assert main(["grid", "--config=tests/tiny.py", f"--workdir={tmp_path}/run", override]) == 2
     assert re.search(words, err := capsys.readouterr().err) and "Traceback" not in err
     assert not (tmp_path / "run/encoder").exists() and not (tmp_path / "run/cells").exists()
 
 
 def test_a_grid_needs_a_folder(capsys):
-    assert grid.main(["--config=tests/tiny.py"]) == 2
+    assert main(["grid", "--config=tests/tiny.py"]) == 2
     assert "--workdir is missing" in capsys.readouterr().err
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published weights to a model folder of this package, and back to a folder of transformers.
 
-    vlm-jax convert --from=llava-1.5-7b-hf --to=DIR [--dtype=bfloat16]
+    vlm-jax convert --from=llava-1.5-7b-hf --to=DIR --dtype=bfloat16
     vlm-jax convert --from=llava-v1.5-7b --vision=clip-vit-large-patch14-336 --to=DIR
     vlm-jax convert --vision=DIR --llm=DIR --compressor=quecc --tokens=36 --levels=12,16,22,23 \\
         --to=DIR
@@ -29,54 +29,100 @@ from pathlib import Path
 from vlm_jax import progress
 from vlm_jax.cost.sizes import KINDS
 from vlm_jax.verbs import cli
+from vlm_jax.verbs.parser import Parser
 
 
-def flags() -> argparse.ArgumentParser:
+def add_flags(parser: Parser) -> None:
     """The flags of the verb."""
-    parser = argparse.ArgumentParser(
-        prog="vlm-jax convert", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
     add = parser.add_argument
-    add("--from", dest="source", type=Path, help="a model: published, converted, or trained here")
-    add("--to", required=True, type=Path, help="the folder to make")
+    add(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="DIR",
+        help="a model: published, converted, or trained here",
+    )
+    add("--to", required=True, type=Path, metavar="DIR", help="the folder to make")
     add("--to-hf", action="store_true", help="make a llava-hf folder where that can hold the model")
     add("--to-peft", action="store_true", help="make a PEFT folder of a run's LoRA adapters")
-    add("--adapter-from", type=Path, help="folder of a published LoRA adapter to merge")
-    add("--dtype", help="float32, bfloat16 or float16 (default: as it is stored)")
-    add("--vision", type=Path, help="folder of a CLIP or SigLIP tower")
-    add("--llm", type=Path, help="folder of a Llama, Vicuna, Mistral or Qwen1.5 to Qwen3")
-    add("--compressor", choices=sorted(KINDS), help="method (default: what --from has)")
-    add("--tokens", type=int, help="visual tokens that it hands to the LLM (0: as many as needed)")
-    add("--levels", help="blocks of the tower that it reads (new: the last but one)")
-    add("--heads", type=int, help="of its attention (new: 8)")
-    add("--query", help="quecc: who reads the question (new: separate)")
-    add("--projector", type=Path, help="weights of stage 1 for it (default: fresh ones)")
+    add(
+        "--adapter-from",
+        type=Path,
+        metavar="DIR",
+        help="a published LoRA adapter to merge (default: none)",
+    )
+    add("--dtype", metavar="KIND", help="float32, bfloat16 or float16 (default: as it is stored)")
+    add("--vision", type=Path, metavar="DIR", help="folder of a CLIP or SigLIP tower")
+    add(
+        "--llm",
+        type=Path,
+        metavar="DIR",
+        help="folder of a Llama, Vicuna, Mistral or Qwen1.5 to Qwen3",
+    )
+    add(
+        "--compressor",
+        choices=sorted(KINDS),
+        metavar="METHOD",
+        help=f"{', '.join(sorted(KINDS))} (default: what --from has)",
+    )
+    add(
+        "--tokens",
+        type=int,
+        metavar="V",
+        help="visual tokens of an image (0: as many as it needs; default: as published)",
+    )
+    add(
+        "--levels",
+        metavar="LIST",
+        help="blocks of the tower that it reads, such as 12,16,22,23 (default: the last but one)",
+    )
+    add("--heads", type=int, metavar="N", help="heads of its attention (default for a new one: 8)")
+    add(
+        "--query",
+        metavar="HOW",
+        help="quecc: who reads the question: none, separate or prefix (default for a new one: "
+        "separate)",
+    )
+    add(
+        "--projector",
+        type=Path,
+        metavar="FILE",
+        help="weights of stage 1 for it (default: fresh ones)",
+    )
     add("--replace-compressor", action="store_true", help="drop the trained one of --from for it")
-    add("--seed", type=cli.seed_flag, default=0, help="of fresh weights")
-    add("--tokenizer", type=Path, help="folder of the tokenizer (default: that of the LLM)")
+    add("--seed", type=cli.seed_flag, metavar="N", default=0, help="of fresh weights")
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="folder of the tokenizer (default: that of the LLM)",
+    )
     add("--add-image-token", action="store_true", help="with --to-hf, if the tokenizer has none")
-    add("--allow-missing", default="", metavar="PATTERNS", help="tensors that stay fresh")
-    add("--allow-surplus", default="", metavar="PATTERNS", help="tensors that are left out")
-    return parser
+    add(
+        "--allow-missing",
+        default="",
+        metavar="PATTERNS",
+        help="tensors that may stay fresh: names with *, separated by commas (default: none)",
+    )
+    add(
+        "--allow-surplus",
+        default="",
+        metavar="PATTERNS",
+        help="tensors that may be left out: names with *, separated by commas (default: none)",
+    )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Converts; 0, or 2 after saying on stderr what was wrong."""
+def run(options: argparse.Namespace) -> int:
+    """Converts; 0."""
     cli.keep_freed_memory()
-    options = flags().parse_args(argv)
+    from vlm_jax.training import runs
 
-    def body() -> int:
-        from vlm_jax.training import runs
-
-        with runs.one_device(), progress.doing("reading and writing the tensors"):
-            print(json.dumps(run(options)))
-        return 0
-
-    return cli.report_errors("convert", body)
+    with runs.one_device(), progress.doing("reading and writing the tensors"):
+        print(json.dumps(converted(options)))
+    return 0
 
 
-def run(options: argparse.Namespace) -> dict:
+def converted(options: argparse.Namespace) -> dict:
     """Converts as the flags say; returns what was made."""
     from vlm_jax.serving import chats
     from vlm_jax.weights import adapters, folder, hf, names

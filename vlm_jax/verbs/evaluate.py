@@ -15,40 +15,36 @@ number of visual tokens is another evaluation of the same model: predictions-val
 scores-val.json. Its name and its `settings` say what differs. What was trained cannot be changed.
 """
 
-import sys
+import argparse
 
-from vlm_jax.verbs import cli
+from vlm_jax.verbs import cli, configuration
+from vlm_jax.verbs.parser import Parser
 
 
-def run(argv: list[str]) -> int:
-    """Evaluates as the command line says."""
-    strings = {"workdir": "folder of a finished `vlm-jax train`, a grid's cell, or a model"}
-    if {"--help", "-h"} & set(argv):
-        cli.parse("evaluate", __doc__, argv, strings=strings)
+def add_flags(parser: Parser) -> None:
+    """The flags of the verb."""
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        metavar="DIR",
+        help="the folder of a finished `vlm-jax train`, a grid's cell, or a model",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluates; 0."""
+    cli.keep_freed_memory()
     from vlm_jax.serving.evaluation import evaluate
     from vlm_jax.serving.subject import Subject
 
-    path = cli.value_of(argv, "workdir")
-    subject = Subject.of(path) if path else None
-    if subject and subject.stored is not None and not cli.value_of(argv, "config"):
+    path = options.workdir
+    subject = Subject.of(path)
+    if subject.stored is not None and not configuration.value_of(options.config, "config"):
         raise ValueError(
             f"{path} is a model folder, which names no data: give --config=FILE (configs/base.py) "
             "and what differs, such as --config.data.path=ROWS.json --config.data.images=DIR"
         )
-    given, flags = cli.parse(
-        "evaluate",
-        __doc__,
-        argv,
-        strings=strings,
-        required=["workdir"],
-        default=subject and subject.default(),
-    )
+    given = configuration.read(options.config, default=subject.default())
     cli.say_warnings()
-    evaluate(subject, given, cli.overrides(flags))
+    evaluate(subject, given.config, given.overrides)
     return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Evaluates; 0, or 2 after saying on stderr what was wrong."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    return cli.report_errors("evaluate", lambda: run(argv))

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results become a scaling law with intervals: law.json, comparison.csv and figures.
 
-vlm-jax fit --rows=FILE.jsonl|csv|json --out=DIR      rows of a grid, a table, or lmms-eval results
-vlm-jax fit --published=reasoning|ocr --out=DIR       the measurements of arXiv 2411.03312
+    vlm-jax fit --rows=runs/demo/rows.jsonl --out=runs/law
+    vlm-jax fit --rows=mine.csv --rows=theirs.csv --out=runs/law --n-unit=billions
+    vlm-jax fit --published=reasoning --out=runs/law
+
+docs/law.md explains the forms, the intervals and the columns of a table.
 """
 
 import argparse
@@ -20,56 +23,86 @@ from vlm_jax.law.forms import FORMS
 from vlm_jax.law.points import of_cells
 from vlm_jax.rows import records, tables
 from vlm_jax.verbs import cli
+from vlm_jax.verbs.parser import Parser
 
 
-def flags() -> argparse.ArgumentParser:
+def add_flags(parser: Parser) -> None:
     """The flags of the verb."""
-    parser = argparse.ArgumentParser(
-        prog="vlm-jax fit", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--rows", action="append", help="results; may be given several times")
-    source.add_argument("--published", choices=sorted(published.ACCURACY))
-    parser.add_argument("--out", required=True, help="folder for law.json and all else")
-    parser.add_argument("--form", default="multiplicative", choices=list(FORMS))
-    parser.add_argument("--family", help="one family or task (default: all and their mean)")
-    parser.add_argument(
-        "--compressor", metavar="METHOD",
-        help="of a grid's rows, such as pool or 'quecc, query separate' (default: most cells)",
-    )  # fmt: skip
-    parser.add_argument("--bootstrap", type=int, default=1000, help="draws; 0 leaves bands out")
-    parser.add_argument("--resample", default="residuals", choices=intervals.RESAMPLINGS)
-    parser.add_argument("--seed", type=cli.seed_flag, default=0, help="of the draws")
-    parser.add_argument("--huber", type=float, help="residual beyond which a row counts linearly")
-    parser.add_argument("--weights", default="stderr", choices=("stderr", "equal"))
-    parser.add_argument("--n-unit", choices=sorted(tables.N_UNITS), help="of a table's column N")
-    parser.add_argument("--text-tokens", type=float, default=0.0, help="Q of rows without a Q")
-    parser.add_argument(
-        "--chip", default="v5e", help=f"of the latency figures: {', '.join(chips.CHIPS)}"
+    source.add_argument(
+        "--rows",
+        action="append",
+        metavar="FILE",
+        help="results: rows.jsonl of a grid, a .csv table, or .json of lmms-eval; again for more",
     )
-    return parser
+    source.add_argument(
+        "--published",
+        choices=sorted(published.ACCURACY),
+        help="the measurements of arXiv 2411.03312 instead",
+    )
+    add = parser.add_argument
+    add("--out", required=True, metavar="DIR", help="folder for law.json and all else")
+    add(
+        "--form",
+        default="multiplicative",
+        choices=list(FORMS),
+        metavar="FORM",
+        help=f"of the law: {', '.join(FORMS)}",
+    )
+    add("--family", metavar="NAME", help="one family or task (default: all and their mean)")
+    add(
+        "--compressor",
+        metavar="METHOD",
+        help="of a grid's rows, such as pool or 'quecc, query separate' (default: most cells)",
+    )
+    add(
+        "--bootstrap",
+        type=int,
+        metavar="N",
+        default=1000,
+        help="draws for the bands of the figures; 0 leaves them out",
+    )
+    add("--resample", default="residuals", choices=intervals.RESAMPLINGS, help="what a draw draws")
+    add("--seed", type=cli.seed_flag, metavar="N", default=0, help="of the draws")
+    add(
+        "--huber",
+        type=float,
+        metavar="ERROR",
+        help="residual, a fraction, beyond which a row counts linearly (default: squares alone)",
+    )
+    add(
+        "--weights",
+        default="stderr",
+        choices=("stderr", "equal"),
+        help="of the rows: by their standard errors, or all alike",
+    )
+    add(
+        "--n-unit",
+        choices=sorted(tables.N_UNITS),
+        help="unit of a table's column N (default: billions)",
+    )
+    add("--text-tokens", type=float, metavar="Q", default=0.0, help="text tokens of rows without Q")
+    add(
+        "--chip",
+        default="v5e",
+        choices=list(chips.CHIPS),
+        metavar="CHIP",
+        help=f"of the latency figures: {', '.join(chips.CHIPS)}",
+    )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Fits, writes, draws; 0, or 2 after saying on stderr what was wrong."""
-    options = flags().parse_args(argv)
-
-    def body() -> int:
-        print(json.dumps(run(options), allow_nan=False))
-        return 0
-
-    return cli.report_errors("fit", body)
+def run(options: argparse.Namespace) -> int:
+    """Fits, writes, draws; 0."""
+    print(json.dumps(fitted(options), allow_nan=False))
+    return 0
 
 
-def run(options) -> dict:
+def fitted(options) -> dict:
     """The fit that the flags describe: what law.json holds, without draws, and the files made."""
     import scipy
 
     if options.bootstrap < 0:
         raise ValueError(f"--bootstrap must be 0 or more draws, got {options.bootstrap}")
-    if options.chip not in chips.CHIPS:
-        raise ValueError(f"--chip={options.chip}: choose one of {', '.join(chips.CHIPS)}")
     families, tasks, rows = read(options)
     top = next(iter(families))  # the mean over families where there are several
     how = {"seed": options.seed, "huber": options.huber, "weighting": options.weights}

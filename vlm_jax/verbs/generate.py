@@ -24,84 +24,106 @@ from pathlib import Path
 from vlm_jax import progress
 from vlm_jax.data.example import EXIF
 from vlm_jax.verbs import cli
+from vlm_jax.verbs.parser import Parser
 
 
-def flags() -> argparse.ArgumentParser:
+def add_flags(parser: Parser) -> None:
     """The flags of the verb."""
-    parser = argparse.ArgumentParser(
-        prog="vlm-jax generate", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
     add = parser.add_argument
     add(
         "--checkpoint",
         required=True,
         type=Path,
+        metavar="DIR",
         help="a model folder, a finished training, or a grid's cell",
     )
-    add("--image", action="append", help="an image file; again for the next of several; without, "
-        "the prompt is about none")  # fmt: skip
-    add("--prompt", help="the question")
+    add(
+        "--image",
+        action="append",
+        metavar="FILE",
+        help="an image file; again for the next of several (default: a prompt about none)",
+    )
+    add("--prompt", metavar="TEXT", help="the question")
     add("--chat", action="store_true", help="ask in turn; earlier turns are remembered")
-    add("--requests", type=Path, help="a JSONL file of many")
-    add("--out", type=Path, help="with --requests: the answers (default: stdout)")
-    add("--visual-tokens", type=int, help="V, where the compressor serves any")
+    add("--requests", type=Path, metavar="FILE", help="JSONL file of many requests")
+    add("--out", type=Path, metavar="FILE", help="with --requests: the answers (default: stdout)")
+    add(
+        "--visual-tokens",
+        type=int,
+        metavar="V",
+        help="visual tokens of an image, where the compressor serves any number (default: as "
+        "trained)",
+    )
     add(
         "--max-new-tokens",
         type=int,
+        metavar="N",
         help="most tokens of an answer (default: what the model's length leaves, 256 at most)",
     )
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
-    add("--top-p", type=float, default=1.0, help="of the probability mass (default: 1)")
-    add("--seed", type=cli.seed_flag, default=0, help="of the draws (default: 0)")
-    add("--exif", choices=EXIF, default="apply", help="whether an image is turned as its EXIF "
-        "orientation says (default: apply)")  # fmt: skip
+    add(
+        "--temperature",
+        type=float,
+        metavar="T",
+        default=0.0,
+        help="0 takes the likeliest token, 1 draws as the model says",
+    )
+    add(
+        "--top-p",
+        type=float,
+        metavar="P",
+        default=1.0,
+        help="the share of the probability mass that is drawn from, above 0 and at most 1",
+    )
+    add("--seed", type=cli.seed_flag, metavar="N", default=0, help="of the draws")
+    add(
+        "--exif",
+        choices=EXIF,
+        default="apply",
+        help="whether an image is turned as its EXIF orientation says",
+    )
     add("--stream", action="store_true", help="print the answer as it comes")
-    add("--batch", type=int, default=8, help="requests read together (default: 8)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations "
-        "(default: as stored)")  # fmt: skip
-    return parser
+    add("--batch", type=int, metavar="N", default=8, help="requests that are read together")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="number format of weights and activations (default: as stored)",
+    )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Answers; 0, or 2 after saying on stderr what was wrong."""
+def run(options: argparse.Namespace) -> int:
+    """Answers; 0, or 2 where a request could not be answered."""
+    modes = [options.prompt is not None, options.chat, options.requests is not None]
+    if sum(modes) != 1:
+        raise ValueError("give one of --prompt=TEXT, --chat and --requests=FILE.jsonl")
+    if options.requests is not None and options.image:
+        raise ValueError("--image goes without --requests: a line of those has its own")
+    if options.out and options.requests is None:
+        raise ValueError("--out goes with --requests: other answers go to stdout")
+    if options.requests is not None and not options.requests.is_file():
+        raise FileNotFoundError(f"there is no file --requests={options.requests}")
     cli.keep_freed_memory()
-    options = flags().parse_args(argv)
+    from vlm_jax.serving import request_files, talk
+    from vlm_jax.serving.model import VLM, Drawing
 
-    def body() -> int:
-        modes = [options.prompt is not None, options.chat, options.requests is not None]
-        if sum(modes) != 1:
-            raise ValueError("give one of --prompt=TEXT, --chat and --requests=FILE.jsonl")
-        if options.requests is not None and options.image:
-            raise ValueError("--image goes without --requests: a line of those has its own")
-        if options.out and options.requests is None:
-            raise ValueError("--out goes with --requests: other answers go to stdout")
-        if options.requests is not None and not options.requests.is_file():
-            raise FileNotFoundError(f"there is no file --requests={options.requests}")
-        from vlm_jax.serving import request_files, talk
-        from vlm_jax.serving.model import VLM, Drawing
-
-        drawing = Drawing(
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seed=options.seed,
-            visual_tokens=options.visual_tokens,
-            batch=options.batch,
+    drawing = Drawing(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        visual_tokens=options.visual_tokens,
+        batch=options.batch,
+    )
+    if options.requests is not None:
+        request_files.check_files(options.requests, options.out)
+    with progress.doing("loading the model"):
+        model = VLM.from_checkpoint(options.checkpoint, dtype=options.dtype)
+    if options.requests is not None:
+        return request_files.answer_file(
+            model, options.requests, options.out, drawing=drawing, exif=options.exif
         )
-        if options.requests is not None:
-            request_files.check_files(options.requests, options.out)
-        with progress.doing("loading the model"):
-            model = VLM.from_checkpoint(options.checkpoint, dtype=options.dtype)
-        if options.requests is not None:
-            return request_files.answer_file(
-                model, options.requests, options.out, drawing=drawing, exif=options.exif
-            )
-        shown = dict(drawing=drawing, exif=options.exif, stream=options.stream)
-        if options.chat:
-            return talk.chat(model, options.image, sys.stdin, **shown)
-        with progress.doing("answering"):
-            talk.say(model, options.image, [options.prompt], **shown)
-        return 0
-
-    return cli.report_errors("generate", body)
+    shown = dict(drawing=drawing, exif=options.exif, stream=options.stream)
+    if options.chat:
+        return talk.chat(model, options.image, sys.stdin, **shown)
+    with progress.doing("answering"):
+        talk.say(model, options.image, [options.prompt], **shown)
+    return 0

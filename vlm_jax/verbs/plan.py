@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Law and budget in, configuration out: which LLM size, how many visual tokens, at what error.
 
-  vlm-jax plan --law=law.json --flops=1e12 --text-tokens=50
-  vlm-jax plan --law=law.json --ms=40 --chip=v5e --text-tokens=50 --llms=0.5,1.8,4,7
+    vlm-jax plan --law=law.json --flops=1e12 --text-tokens=50
+    vlm-jax plan --law=law.json --ms=40 --chip=v5e --text-tokens=50 --llms=0.5,1.8,4,7
 
 Prints one JSON object on stdout and the same in words on stderr (on a terminal, without --json: in
 words only). Every field is explained in docs/planning.md.
@@ -21,69 +21,107 @@ from vlm_jax.cost import flops as cost
 from vlm_jax.law.law import Law
 from vlm_jax.planning import answers, planner
 from vlm_jax.rows import records
-from vlm_jax.verbs import cli
+from vlm_jax.verbs import configuration
+from vlm_jax.verbs.parser import Parser
 
 MOST_TOKENS = 576  # patches of CLIP ViT-L/14-336: the paper's largest V
 FAMILY = "qwen1.5-"  # the paper's LLMs: what a plan without a configuration interpolates between
 QUERIES = tuple(2**i for i in range(9))  # what MQT is run at: any prefix of its 256 queries works
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of `vlm-jax plan`."""
-    p = argparse.ArgumentParser(
-        prog="vlm-jax plan",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def add_flags(parser: Parser) -> None:
+    """The flags of the verb."""
+    budget = parser.add_argument_group("budget, exactly one")
+    budget = budget.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--flops", type=float, metavar="FLOPS", help="FLOPs of one request")
+    budget.add_argument(
+        "--ms", type=float, metavar="MS", help="milliseconds of one batch; needs --chip"
     )
-    p.add_argument(
-        "--law", required=True, help="law.json of vlm-jax fit, or family:FILE,family:FILE"
-    )
-    p.add_argument(
-        "--text-tokens", required=True, help="Q: a number, or shares such as 25:0.5,100:0.5"
-    )
-    budget = p.add_argument_group("budget, exactly one").add_mutually_exclusive_group(required=True)
-    budget.add_argument("--flops", type=float, help="FLOPs of one request")
-    budget.add_argument("--ms", type=float, help="milliseconds of one batch; needs --chip")
     budget.add_argument(
         "--dollars-per-million",
         type=float,
+        metavar="USD",
         help="dollars for a million requests; needs --chip and --price-per-hour",
     )
-    budget.add_argument("--hbm-gb", type=float, help="1e9 bytes of memory for one batch")
-    p.add_argument(
+    budget.add_argument(
+        "--hbm-gb", type=float, metavar="GB", help="memory for one batch, in 1e9 bytes"
+    )
+    add = parser.add_argument
+    add(
+        "--law",
+        required=True,
+        metavar="FILE",
+        help="law.json of vlm-jax fit, or family:FILE,family:FILE",
+    )
+    add(
+        "--text-tokens",
+        required=True,
+        metavar="Q",
+        help="text tokens of a request: a number, or shares such as 25:0.5,100:0.5",
+    )
+    add(
         "--cost",
         choices=("paper", "full"),
         help="paper: 2N(Q+V), the default for --flops; full: every phase, the default else",
     )
-    p.add_argument(
-        "--chip", help=f"{', '.join(chips.CHIPS)}, or cpu (measured now); its memory is a limit"
+    add(
+        "--chip",
+        metavar="CHIP",
+        help=f"{', '.join(chips.CHIPS)}, or cpu (measured now); its memory is a limit (default: "
+        "none)",
     )
-    p.add_argument("--chips", type=int, default=1, help="chips taken together, communication free")
-    p.add_argument("--price-per-hour", type=float, help="dollars for one chip for one hour")
-    p.add_argument(
-        "--efficiency", help="reached fraction of the roofline: 0.5, or prefill:0.6,decode:0.8"
+    add(
+        "--chips", type=int, metavar="N", default=1, help="chips taken together, communication free"
     )
-    p.add_argument("--measured", help="rows.jsonl evaluated on this chip: fits --efficiency")
-    p.add_argument("--batch", type=int, default=1, help="requests at a time")
-    p.add_argument(
-        "--new-tokens", type=float, default=0, help="G, generated tokens; 0 is prefill only"
+    add(
+        "--price-per-hour",
+        type=float,
+        metavar="USD",
+        help="dollars for one chip for one hour (default: none)",
     )
-    p.add_argument(
-        "--cached-text", action="store_true", help="keys and values of the text are kept"
+    add(
+        "--efficiency",
+        metavar="SHARE",
+        help="reached fraction of the roofline: 0.5, or prefill:0.6,decode:0.8 (default: 1)",
     )
-    p.add_argument("--mix", help="weights over the law's families: reasoning:0.3,ocr:0.7")
-    p.add_argument(
-        "--llms", default="continuous", help="continuous, or a list: 0.5,1.8 (billions) or names"
+    add(
+        "--measured",
+        metavar="FILE",
+        help="rows.jsonl evaluated on this chip: fits --efficiency (default: none)",
     )
-    p.add_argument("--tokens", help="continuous, or a list of V")
-    p.add_argument("--compressors", help="a list; the law's error is taken for each of them")
-    p.add_argument(
-        "--config", help="take encoder, compressor and LLM sizes from this configuration"
+    add("--batch", type=int, metavar="N", default=1, help="requests at a time")
+    add(
+        "--new-tokens",
+        type=float,
+        metavar="G",
+        default=0,
+        help="generated tokens of a request; 0 is prefill only",
     )
-    p.add_argument("--out", help="folder for plan.png, plan.svg and plan.csv")
-    p.add_argument("--json", action="store_true", help="JSON on stdout, warnings only on stderr")
-    return p
+    add("--cached-text", action="store_true", help="keys and values of the text are kept")
+    add(
+        "--mix",
+        metavar="SHARES",
+        help="weights over the law's families: reasoning:0.3,ocr:0.7 (default: the law of the "
+        "file itself, equal weights for several files)",
+    )
+    add(
+        "--llms",
+        default="continuous",
+        metavar="LIST",
+        help="continuous, or a list: 0.5,1.8 (billions) or names",
+    )
+    add(
+        "--tokens",
+        metavar="LIST",
+        help="V to choose from: continuous, or a list (default: what the compressor can give)",
+    )
+    add(
+        "--compressors",
+        metavar="LIST",
+        help="methods; the law's error is taken for each (default: the configuration's)",
+    )
+    add("--out", metavar="DIR", help="folder for plan.png, plan.svg and plan.csv (default: none)")
+    add("--json", action="store_true", help="JSON on stdout, warnings only on stderr")
 
 
 def shares(text: str, flag: str) -> dict[str, float]:
@@ -244,7 +282,7 @@ def search_of(args: argparse.Namespace) -> tuple[planner.Search, dict[float, str
         args.batch,
         args.cached_text,
     )
-    config = described.load(args.config, "get_config")() if args.config else None
+    config = configuration.read(args.config).config if args.config else None
     law = read_laws(args.law, args.mix)
     kinds = args.compressors.split(",") if args.compressors else None
     limits, doubts = [(unit, float(limit))], []
@@ -317,11 +355,15 @@ def doubts_of(rows: Sequence[records.Row], chip: str) -> list[str]:
     found = []
     machines = sorted({row.machine for row in rows if ("cpu" in row.machine) != (chip == "cpu")})
     if machines:
-        found.append(f"the rows of --measured were evaluated on {', '.join(machines)}, "
-                     f"not on {chip}: their efficiency says nothing of it")  # fmt: skip
+        found.append(
+            f"the rows of --measured were evaluated on {', '.join(machines)}, "
+            f"not on {chip}: their efficiency says nothing of it"
+        )
     if not any(row.timing for row in rows):
-        found.append("the rows of --measured have no times of single batches: "
-                     "loading and compiling count against the chip")  # fmt: skip
+        found.append(
+            "the rows of --measured have no times of single batches: "
+            "loading and compiling count against the chip"
+        )
     return found
 
 
@@ -336,25 +378,20 @@ def draw(search: planner.Search, out: str) -> list[str]:
         return []
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the verb; 0, or 2 after a message about what the user can fix."""
-    args = parser().parse_args(argv)
-
-    def body() -> int:
-        search, names, doubts = search_of(args)
-        answer = answers.plan(search, names)
-        answer["warnings"] += doubts
-        if args.out:
-            answer["figures"] = draw(search, args.out)
-        words = answers.in_words(answer)
-        if sys.stdout.isatty() and not args.json:
-            print(words)
-        else:
-            print(json.dumps(answer, allow_nan=False))
-            if not args.json:
-                print(words, file=sys.stderr)
-        for warning in answer["warnings"]:
-            print(f"warning: {warning}", file=sys.stderr)
-        return 0
-
-    return cli.report_errors("plan", body)
+def run(options: argparse.Namespace) -> int:
+    """Plans, and prints the plan; 0."""
+    search, names, doubts = search_of(options)
+    answer = answers.plan(search, names)
+    answer["warnings"] += doubts
+    if options.out:
+        answer["figures"] = draw(search, options.out)
+    words = answers.in_words(answer)
+    if sys.stdout.isatty() and not options.json:
+        print(words)
+    else:
+        print(json.dumps(answer, allow_nan=False))
+        if not options.json:
+            print(words, file=sys.stderr)
+    for warning in answer["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    return 0
