@@ -14,8 +14,8 @@ from test_records import grid
 
 from vlm_jax.__main__ import main
 from vlm_jax.law import law, published
+from vlm_jax.reports import fitted
 from vlm_jax.rows import records
-from vlm_jax.verbs import fit
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def drawn(monkeypatch):
 
     def draw(families, laws, out, **how):
         calls.append(dict(families))
-        return []
+        return [], []
 
-    monkeypatch.setattr(fit, "draw", draw)
+    monkeypatch.setattr(fitted, "draw", draw)
     return calls
 
 
@@ -228,5 +228,6 @@ def test_a_grid_s_law_uses_one_method_and_says_which(tmp_path, capsys):
 
 
 def test_fitting_does_not_import_jax():
-    code = "import sys, vlm_jax.verbs.fit, vlm_jax.law.law; sys.exit('jax' in sys.modules)"
+    modules = "vlm_jax.verbs.fit, vlm_jax.law.families, vlm_jax.reports.fitted"
+    code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -20,11 +20,9 @@ says what can be read and what is written.
 
 import argparse
 import json
-import math
-import shutil
 import sys
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from vlm_jax import progress
 from vlm_jax.cost.sizes import KINDS
@@ -116,77 +114,42 @@ def run(options: argparse.Namespace) -> int:
     """Converts; 0."""
     cli.keep_freed_memory()
     from vlm_jax.training import runs
+    from vlm_jax.weights import adapters, conversion, folder
 
+    dtype = folder.kind_of(options.dtype) if options.dtype else None
     with runs.one_device(), progress.doing("reading and writing the tensors"):
-        print(json.dumps(converted(options)))
+        if options.to_peft:
+            if options.to_hf or options.adapter_from:
+                raise ValueError("--to-peft goes with neither --to-hf nor --adapter-from")
+            model, about = runs.adapted(options.source, "--from")
+            made = adapters.write(model, about, options.to, dtype=dtype)
+            print(json.dumps(dict(to=str(options.to)) | made))
+            return 0
+        source = options.source or options.llm
+        done = conversion.convert(
+            gathered(options),
+            options.to,
+            name=str(options.source or f"{options.vision} and {options.llm}"),
+            published=None if runs.is_run(source) else source,
+            tokenizer=options.tokenizer,
+            adapter=options.adapter_from,
+            to_hf=options.to_hf,
+            dtype=dtype,
+            allow_missing=[p for p in options.allow_missing.split(",") if p],
+            allow_surplus=[p for p in options.allow_surplus.split(",") if p],
+            add_image_token=options.add_image_token,
+            seed=options.seed,
+        )
+    for note in done.notes:
+        print(note, file=sys.stderr)
+    print(json.dumps(done.facts))
     return 0
 
 
-def converted(options: argparse.Namespace) -> dict:
-    """Converts as the flags say; returns what was made."""
-    from vlm_jax.serving import chats
-    from vlm_jax.weights import adapters, folder, hf, names
-    from vlm_jax.weights.classes import within
-
-    dtype = folder.kind_of(options.dtype) if options.dtype else None
-    if options.to_peft:
-        return export_adapter(options, dtype)
-    model = gather(options)
-    chats.settle(model, published=published(options), tokenizer=options.tokenizer)
-    patterns = {
-        name: [p for p in getattr(options, name).split(",") if p]
-        for name in ("allow_missing", "allow_surplus")
-    }
-    model.tie()
-    apart = [[], []]
-    if options.adapter_from:
-        apart = adapters.merge(model, options.adapter_from, **patterns)
-    with within(str(options.source or f"{options.vision} and {options.llm}")):
-        missing, surplus = model.check(**patterns)
-    if missing:
-        model.tensors |= folder.fresh(model.config(), missing, seed=options.seed)
-    model.notes |= {
-        name: list(of) for name, of in (("fresh", missing), ("left_out", surplus)) if of
-    }
-    reason = hf.inexpressible(model) if options.to_hf else None
-    room(options.to, sum(x.dtype.itemsize * math.prod(x.shape) for x in model.tensors.values()))
-    if options.to_hf and reason is None:
-        words = partial(chats.export, model, add_image_token=options.add_image_token)
-        hf.write(model, options.to, words=words, dtype=dtype)
-    else:
-        folder.write(model, options.to, dtype=dtype)
-    if about := model.notes.get("images"):
-        print(about, file=sys.stderr)
-    if reason:
-        print(f"{options.to} is a model folder, not a llava-hf one: {reason}", file=sys.stderr)
-    if model.tokenizer is None or not folder.has_tokenizer(model.tokenizer):
-        print("no tokenizer was found: to generate, repeat with --tokenizer=DIR", file=sys.stderr)
-    if said := model.notes.get("chat_template"):
-        print(said, file=sys.stderr)
-    for name in ("replaced", "new", "tower", "untied", "adapted"):
-        if said := model.notes.get(name):
-            print(f"{name}: {said}", file=sys.stderr)
-    for kind, of in (
-        ("fresh", missing),
-        ("left out", surplus + apart[1]),
-        ("of the adapter absent", apart[0]),
-    ):
-        if of:
-            print(f"{len(of)} tensors {kind}: {names.shown(of)}", file=sys.stderr)
-    return dict(
-        to=str(options.to),
-        layout="llava-hf" if options.to_hf and reason is None else folder.MODEL_TYPE,
-        tensors=len(model.tensors),
-        parameters=sum(math.prod(x.shape) for x in model.tensors.values()),
-        compressor=model.compressor["kind"],
-        visual_tokens=model.compressor["tokens"],
-    )
-
-
-def gather(options: argparse.Namespace):
-    """The model that the flags name, its tensors unread."""
+def gathered(options: argparse.Namespace) -> Any:
+    """The model that the flags name, a `weights.folder.Model`; its tensors unread."""
     from vlm_jax.training import runs
-    from vlm_jax.weights import sources
+    from vlm_jax.weights import conversion, sources
     from vlm_jax.weights.methods import Wish
 
     wish = Wish(
@@ -199,61 +162,14 @@ def gather(options: argparse.Namespace):
         options.seed,
         options.replace_compressor,
     )
-    if wish.replace and wish.kind not in (None, "none") and wish.tokens is None:
-        raise ValueError(f"--compressor={wish.kind} needs --tokens=V")
-    if options.source is None:
-        if not (options.vision and options.llm):
-            raise ValueError("give --from=DIR, or --vision=DIR and --llm=DIR")
-        return sources.assembled(options.vision, options.llm, wish)
-    if options.llm:
-        raise ValueError("--from=DIR is a whole model: leave --llm out")
-    if not options.source.is_dir():
-        raise FileNotFoundError(f"there is no folder --from={options.source}")
-    if runs.is_run(options.source):
-        if given := wish.said() + [f"--vision={options.vision}"] * bool(options.vision):
-            raise ValueError(
-                f"{options.source} is a training run: its model is converted as it is, without "
-                f"{' '.join(given)}"
-            )
-        return runs.read(options.source, "--from")
-    return sources.llava(options.source, vision=options.vision, wish=wish)
-
-
-def published(options: argparse.Namespace) -> Path | None:
-    """The folder whose files say how a conversation is written; None for a training run."""
-    from vlm_jax.training import runs
-
-    source = options.source or options.llm
-    return None if runs.is_run(source) else source
-
-
-def export_adapter(options: argparse.Namespace, dtype: str | None) -> dict:
-    """Makes a PEFT folder of the adapters that a run has trained; returns what was made."""
-    from vlm_jax.training import runs
-    from vlm_jax.training.workdir import finished
-    from vlm_jax.weights import adapters
-
-    if options.to_hf or options.adapter_from:
-        raise ValueError("--to-peft goes with neither --to-hf nor --adapter-from")
-    workdir = options.source
-    if workdir is None or not runs.is_run(workdir):
-        raise ValueError(
-            f"--to-peft needs --from=WORKDIR, the folder of a `vlm-jax train` with "
-            f"config.lora.rank, and got {workdir}"
-        )
-    run = runs.of(workdir, "--from")
-    if not run.config.lora.rank:
-        raise ValueError(f"{workdir} has no adapters to export: it was trained with lora.rank=0")
-    model = finished(run.home, run.config, merge=False)
-    about = runs.described(workdir, "--from")
-    return dict(to=str(options.to)) | adapters.write(model, about, options.to, dtype=dtype)
-
-
-def room(target: Path, size: int) -> None:
-    """OSError unless the disk of `target` has `size` bytes left, before anything is written."""
-    parent = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
-    if (free := shutil.disk_usage(parent).free) < size:
-        raise OSError(
-            f"{target} needs about {size / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left: "
-            "make room, or choose another disk"
-        )
+    folders = dict(vision=options.vision, llm=options.llm)
+    if options.source and not options.llm and options.source.is_dir():
+        if runs.is_run(options.source):
+            given = wish.said() + [f"--vision={options.vision}"] * bool(options.vision)
+            if given:
+                raise ValueError(
+                    f"{options.source} is a training run: its model is converted as it is, without "
+                    f"{' '.join(given)}"
+                )
+            return runs.read(options.source, "--from")
+    return conversion.gathered(options.source, wish=wish, **folders)
