@@ -62,6 +62,7 @@ setup(
         "regex>=2025.10",  # transformers asks for it too
         "safetensors>=0.8",
         "scipy>=1.15",
+        "shtab>=1.13",  # completion of a shell: vlm-jax --print-completion
         "tokenizers>=0.23",
         "transformers>=5.23",
     ],

@@ -14,8 +14,8 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
+from vlm_jax.__main__ import main
 from vlm_jax.models import lora
-from vlm_jax.verbs import convert
 from vlm_jax.weights import adapters, folder
 
 FROZEN = Path(__file__).parent / "published_weights"
@@ -25,7 +25,7 @@ TENSORS = "adapter_model.safetensors"
 
 
 def run(*argv):
-    return convert.main([str(word) for word in argv])
+    return main(["convert", *map(str, argv)])
 
 
 def merging(path, to, *argv):

@@ -12,13 +12,11 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from transformers import AutoProcessor, AutoTokenizer
 
+from vlm_jax.__main__ import main
 from vlm_jax.data import jinja
 from vlm_jax.data.example import Example
 from vlm_jax.data.templates import TEMPLATES
-from vlm_jax.serving import chats
-from vlm_jax.serving import model as serving
-from vlm_jax.verbs import convert
-from vlm_jax.weights import ends, folder
+from vlm_jax.weights import chats, ends, folder, processors
 
 FROZEN = Path(__file__).parent / "published_weights/clip_llama"
 VOCAB, IMAGE = 400, 390
@@ -29,7 +27,7 @@ QWEN = (
 
 
 def run(*argv):
-    return convert.main([str(word) for word in argv])
+    return main(["convert", *map(str, argv)])
 
 
 def edit(path, **fields):
@@ -97,7 +95,7 @@ def test_a_template_of_ours_is_written_so_that_transformers_gives_our_ids(kind, 
         token, mark = chats.export(model, fresh, add_image_token=True)
         theirs = AutoTokenizer.from_pretrained(fresh)
         assert jinja.named(theirs.chat_template) == name
-        ours = serving.processor_of(model)
+        ours = processors.processor_of(model)
         for turns in TALKS[: 2 if template.joined else 1]:
             for image in (0, None):
                 if name == "plain" and image is None and not ours.bos:
@@ -141,7 +139,7 @@ def test_several_images_stand_in_a_chat_template_where_a_row_has_them(base, tmp_
     (tmp_path / "a").mkdir()
     model = described(base, "vicuna_v1", tmp_path / "words")
     token, mark = chats.export(model, tmp_path / "a", add_image_token=True)
-    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "a"), serving.processor_of(model)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "a"), processors.processor_of(model)
     image, say = {"type": "image"}, lambda text: {"type": "text", "text": text}
     for question, parts in {
         f"{mark}\n{mark}\nsame?": f"{mark}\n{mark}\nsame?",
@@ -170,7 +168,7 @@ def test_a_template_and_the_ends_of_a_model_survive_the_way_to_transformers_and_
     assert run("--from", hf, "--to", tmp_path / "ours") == 0
     stored = folder.read(tmp_path / "ours")
     assert stored.facts["template"] == "vicuna_v1"  # nothing else was said
-    assert set(serving.processor_of(stored).stop_ids) == {2, 11}
+    assert set(processors.processor_of(stored).stop_ids) == {2, 11}
     assert run("--from", tmp_path / "ours", "--to-hf", "--to", tmp_path / "back") == 0
     found = json.loads((tmp_path / "back/config.json").read_text())
     assert found["text_config"]["eos_token_id"] == [2, 9]
@@ -190,7 +188,9 @@ def test_a_template_and_the_ends_of_a_model_survive_the_way_to_transformers_and_
         [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True,
         return_dict=True, return_tensors="np",
     )["input_ids"][0]  # fmt: skip
-    row = serving.processor_of(stored).tokens(Example("x", 0, (("it?", ""),), "", ""), answer=False)
+    row = processors.processor_of(stored).tokens(
+        Example("x", 0, (("it?", ""),), "", ""), answer=False
+    )
     assert [i for i in whole if i != 360] == row.ids and list(whole).index(360) == row.image_at
 
 
@@ -207,7 +207,7 @@ def test_a_checkpoints_own_template_stays_its_own_and_its_image_token_has_any_na
     assert run("--from", hf, "--to", tmp_path / "ours") == 0
     stored = folder.read(tmp_path / "ours")
     assert stored.facts["template"] == "checkpoint"
-    made = serving.processor_of(stored)
+    made = processors.processor_of(stored)
     row = made.tokens(Example("x", 0, (("what is it?", ""),), "", ""), answer=False)
     assert words.decode([*row.ids[: row.image_at], token, *row.ids[row.image_at :]]) == (
         "user:<picture>what is it?<|im_end|>assistant:"
@@ -285,7 +285,7 @@ def test_a_model_that_was_trained_here_tells_transformers_where_its_answers_end(
         model = described(base, "chatml", tmp_path / "words", ends=ends.of_run(start))
         chats.export(model, tmp_path / name, add_image_token=True)
         found = json.loads((tmp_path / name / "generation_config.json").read_text())
-        stop = list(serving.processor_of(model).stop_ids)
+        stop = list(processors.processor_of(model).stop_ids)
         assert found["eos_token_id"] == stop == ([1, 2] if start else [1])
         text = {} if start else dict(bos_token_id=None, eos_token_id=1, pad_token_id=2)
         assert model.facts["ends"]["text"] == (text or folder.read(base).facts["ends"]["text"])
@@ -336,4 +336,4 @@ def test_a_tokenizer_that_does_not_fit_its_model_or_is_none_is_refused(tmp_path,
     assert run("--from", hf, "--to", tmp_path / "b") == 0
     assert "no tokenizer was found: to generate, repeat with" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no tokenizer: convert it again with --tokenizer"):
-        serving.processor_of(folder.read(tmp_path / "b"))
+        processors.processor_of(folder.read(tmp_path / "b"))

@@ -1,93 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Command lines: what is set is what the configuration says; a wrong word is told the way out."""
 
-import errno
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tiny
 
-from vlm_jax import __main__, arguments
+from vlm_jax import arguments
+from vlm_jax.__main__ import main
 from vlm_jax.training.workdir import digest
 from vlm_jax.verbs import cli
 
 CONFIG = f"--config={tiny.ROOT}/tests/tiny.py"
-VERBS = ("train", "evaluate", "grid", "fit", "plan", "report")
-
-
-def parse(*argv):
-    return cli.parse(
-        "train",
-        "Doc.",
-        argv,
-        strings={"workdir": "where"},
-        booleans={"dry-run": "print"},
-        required=["workdir"],
-    )
-
-
-def test_a_configuration_is_the_file_and_what_is_set_over_it():
-    config, flags = parse(CONFIG, "--workdir=runs/one", "--config.llm.depth=7", "--dry-run",
-                          "--config.vit.levels=(1, 3)", "--config.grid.seeds=(0, 1)",
-                          "--config.data.blind", "--config.finetune.learning_rate=1e-4",
-                          "--config.compressor.kind=quecc")  # fmt: skip
-    expected = tiny.config(llm=dict(depth=7), vit=dict(levels=(1, 3)), grid=dict(seeds=(0, 1)),
-                           data=dict(blind=True), finetune=dict(learning_rate=1e-4),
-                           compressor=dict(kind="quecc"))  # fmt: skip
-    assert config.to_dict() == expected.to_dict()
-    assert flags.workdir == "runs/one" and flags["dry-run"].value
-
-
-@pytest.mark.parametrize("way", [[CONFIG], CONFIG.split("=")], ids=["=", "space"])
-def test_a_configuration_finds_its_neighbours_from_anywhere(way, tmp_path):
-    # tiny.py imports `configs.base`, which is beside it and not installed.
-    code = (
-        "import sys; from vlm_jax.verbs import cli; "
-        "print(cli.parse('train', '', sys.argv[1:])[0].llm.depth)"
-    )
-    path = f"import sys; sys.path.append({str(Path(cli.__file__).parents[1])!r})\n"
-    script = tmp_path / "verb.py"
-    script.write_text(path + code)
-    done = subprocess.run(
-        [sys.executable, str(script), *way], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert (done.stdout, done.returncode) == ("2\n", 0), done.stderr
-
-
-@pytest.mark.parametrize("argv, words", [
-    ((CONFIG, "--config.llm.detph=3"), ["no such field", "detph", 'mean "depth"']),
-    ((CONFIG, "--config.lm.depth=3"), ["no such field", "lm", 'mean "llm"']),
-    ((CONFIG, "--config.llm.depth=deep"), ["--config.llm.depth=deep", "'deep'"]),
-    ((CONFIG, "--config.llm.depth=2.5"), ["--config.llm.depth=2.5"]),
-    ((CONFIG, "--wrokdir=x"), ["wrokdir", "mean: workdir"]),
-    ((CONFIG, "llm.depth=3"), ["unexpected argument 'llm.depth=3'", "--name=value"]),
-    ((CONFIG, "--config.llm.depth=deep", "--workdir=x"), ["give a whole number, not 'deep'"]),
-    ((CONFIG, "--config.llm.tied_embeddings=so", "--workdir=x"), ["give True or False, not 'so'"]),
-    ((CONFIG,), ["--workdir is missing"]),
-    ((CONFIG, "--workdir="), ["--workdir= is empty"]),
-    (("--workdir=x",), ["--config is missing", "configs/demo.py"]),
-    (("--config=nowhere.py", "--workdir=x"), ["nowhere.py"]),
-])  # fmt: skip
-def test_a_wrong_word_ends_with_its_cure(argv, words, capsys):
-    with pytest.raises(SystemExit) as end:
-        parse(*argv)
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and err.startswith("vlm-jax train: ")
-    for word in words:
-        assert word in err
-    assert "Traceback" not in err
-
-
-def test_help_needs_no_configuration(capsys):
-    with pytest.raises(SystemExit) as end:
-        parse("--help")
-    out = capsys.readouterr().out
-    assert end.value.code == 0 and out.startswith("Doc.")
-    assert "--workdir" in out and "--dry-run" in out and "--config.FIELD=VALUE" in out
 
 
 @pytest.mark.parametrize("section", ["vit", "llm", "finetune", "data", "grid"])
@@ -111,39 +34,6 @@ def test_what_a_user_can_mend_is_one_line_and_status_two(error, capsys):
     assert cli.report_errors("grid", lambda: 0) == 0
 
 
-def failed(path, mode="r"):
-    try:
-        open(path, mode)
-    except OSError as error:
-        return error
-
-
-def test_what_goes_wrong_with_a_file_is_a_sentence(tmp_path):
-    (tmp_path / "file").write_text("")
-    said = {
-        failed(tmp_path / "none"): f"there is no file {tmp_path}/none",
-        failed(tmp_path / "no/where", "w"): f"there is no folder {tmp_path}/no",
-        failed(tmp_path): f"{tmp_path} is a folder, not a file",
-        failed(tmp_path / "file/x"): f"{tmp_path}/file/x lies in something that is no folder",
-        PermissionError(errno.EACCES, "no", "x"): "x may not be opened: give this user the right",
-        OSError(errno.ENOSPC, "no", "x"): "no space is left for x: make room",
-        OSError(errno.EIO, "Input/output error", "x"): "x: Input/output error",
-        OSError("a sentence of ours"): "a sentence of ours",
-    }
-    for error, words in said.items():
-        assert cli.sentence(error).startswith(words) and "Errno" not in cli.sentence(error)
-
-
-def test_an_error_is_one_line_without_the_spelling_of_a_program():
-    assert cli.sentence(KeyError("no such thing")) == "no such thing"
-    assert cli.sentence(ValueError(f"{[Path('a/b')]} is bad")) == "[a/b] is bad"
-    assert cli.sentence(ValueError("first\n  second")) == "first second"
-    assert cli.sentence(ValueError()) == "ValueError"
-    for error in (MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory\n\nand pages")):
-        assert re.match("out of memory.*: make the batch smaller", cli.sentence(error))
-        assert "\n" not in cli.sentence(error)
-
-
 def test_a_run_that_is_stopped_from_the_keyboard_says_so(capsys):
     def body():
         raise KeyboardInterrupt
@@ -155,22 +45,6 @@ def test_a_run_that_is_stopped_from_the_keyboard_says_so(capsys):
 def test_what_is_our_fault_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         cli.report_errors("grid", lambda: 1 // 0)
-
-
-def test_every_verb_is_dispatched_and_has_help(capsys):
-    for verb in VERBS:
-        with pytest.raises(SystemExit) as end:
-            raise SystemExit(__main__.main([verb, "--help"]))
-        assert end.value.code == 0, verb
-        assert f"vlm-jax {verb}" in capsys.readouterr().out
-
-
-def test_an_unknown_verb_is_refused_with_the_choices(capsys):
-    assert __main__.main(["trian"]) == 2
-    err = capsys.readouterr().err
-    assert "unknown verb 'trian', did you mean train?" in err and all(verb in err for verb in VERBS)
-    assert __main__.main([]) == 0
-    assert "usage" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -189,7 +63,7 @@ def test_a_seed_that_is_none_is_refused_by_name(seed, tmp_path, capsys):
                  ["convert", "--from=none", "--to=none", f"--seed={seed}"],
                  ["fit", "--published=ocr", f"--out={tmp_path}", f"--seed={seed}"]):  # fmt: skip
         try:
-            code = __main__.main(argv)
+            code = main(argv)
         except SystemExit as end:
             code = end.code
         last = capsys.readouterr().err.splitlines()[-1]
@@ -203,72 +77,7 @@ def test_a_seed_that_is_none_is_refused_by_name(seed, tmp_path, capsys):
 )
 def test_a_seed_of_a_grid_that_is_none_is_refused_by_name(seeds, tmp_path, capsys):
     argv = ["grid", CONFIG, f"--workdir={tmp_path}", f"--config.grid.seeds={seeds}", "--dry-run"]
-    assert __main__.main(argv) == 2
+    assert main(argv) == 2
     assert "vlm-jax grid: grid.seeds=" in capsys.readouterr().err
-    assert __main__.main([*argv[:3], "--config.grid.tokens=(1, 2.5)", "--dry-run"]) == 2
+    assert main([*argv[:3], "--config.grid.tokens=(1, 2.5)", "--dry-run"]) == 2
     assert "vlm-jax grid: grid.tokens=2.5" in capsys.readouterr().err
-
-
-def test_a_wrong_value_in_a_configuration_file_is_one_line_that_names_it(tmp_path, capsys):
-    text = "from tests import tiny\n\n\ndef get_config():\n    c = tiny.get_config()\n"
-    for line, words in (
-        ("c.seed = 1.5", "mine.py, line 6: TypeError: Could not override field 'seed'"),
-        ("c.seed = '1'", "mine.py, line 6: TypeError: Could not override field 'seed'"),
-        ("c.sed = 1", 'no such field: "sed", did you mean "seed"?'),
-        ("c.finetune.update(dict(stpes=3))", '"stpes", did you mean "steps"?'),
-    ):
-        (tmp_path / "mine.py").write_text(f"{text}    {line}\n    return c\n")
-        with pytest.raises(SystemExit, match="2"):
-            parse(f"--config={tmp_path}/mine.py", "--workdir=w")
-        err = capsys.readouterr().err
-        assert words in err and err.count("\n") == 1 and "present" not in err
-
-
-@pytest.mark.parametrize("text, words", [
-    ("def get_config(:", "mine.py, line 1: SyntaxError"),
-    ("import nothing_of_this_name", "mine.py, line 1: ModuleNotFoundError: No module named"),
-    ("def get_config():\n    return false", "mine.py, line 2: NameError: name 'false'"),
-    ("def get_config():\n    assert False", "mine.py, line 2: AssertionError"),
-    ("def get_config():\n    return {'seed': 0}", "no configuration at"),
-])  # fmt: skip
-def test_a_configuration_that_is_none_is_one_line_that_says_why(text, words, tmp_path, capsys):
-    (tmp_path / "mine.py").write_text(text)
-    with pytest.raises(SystemExit, match="2"):
-        parse(f"--config={tmp_path}/mine.py", "--workdir=w")
-    assert words in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_record_of_a_run_is_no_configuration_file(tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"seed": 0, "blind": false}')
-    with pytest.raises(SystemExit, match="2"):
-        parse(f"--config={tmp_path}/config.json", "--workdir=w")
-    assert "config.json is no file of Python: " in capsys.readouterr().err
-
-
-def test_a_misspelt_field_over_the_configuration_of_a_folder_is_told(capsys):
-    argv = ["--workdir=w", "--config.evaluate.spilt=val"]
-    with pytest.raises(SystemExit, match="2"):
-        cli.parse("evaluate", "", argv, strings={"workdir": ""}, default=tiny.get_config())
-    assert 'no such field: "spilt", did you mean "split"?' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kind", ["int32", "float16", "float8", ""])
-def test_a_number_format_that_nothing_is_trained_in_is_refused(kind, tmp_path, capsys):
-    argv = ["train", CONFIG, f"--workdir={tmp_path}/run", f"--config.compute_dtype={kind}"]
-    assert __main__.main(argv) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert "compute_dtype=" in last and "give one of float32, bfloat16" in last
-
-
-@pytest.mark.parametrize("text, words", [
-    ("from ml_collections import ConfigDict as C\ndef get_config():\n    return C({'seed': 0})",
-     "lacks the field align.accumulate and "),
-    ("from tests import tiny\ndef get_config():\n    c = tiny.get_config().unlock()\n"
-     "    c.llm.dept = 3\n    return c", "has the field llm.dept:"),
-])  # fmt: skip
-def test_a_configuration_has_every_field_and_no_other(text, words, tmp_path, capsys):
-    (tmp_path / "mine.py").write_text(text)
-    for verb in ("train", "grid"):
-        argv = [verb, f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/w", "--dry-run"]
-        assert __main__.main(argv) == 2
-        assert words in capsys.readouterr().err.splitlines()[-1]

@@ -12,7 +12,7 @@ from configs import base, sizes
 from vlm_jax.models import vlm
 from vlm_jax.training import stages, workdir
 from vlm_jax.training.cells import cells_of, describe
-from vlm_jax.verbs import cli
+from vlm_jax.verbs import configuration
 
 CONFIGS = sorted(p.stem for p in (Path(tiny.ROOT) / "configs").glob("*.py")
                  if p.stem != "sizes")  # fmt: skip
@@ -20,7 +20,7 @@ CONFIGS = sorted(p.stem for p in (Path(tiny.ROOT) / "configs").glob("*.py")
 
 def load(name):
     """As the command line loads it."""
-    return cli.parse("train", "", [f"--config={tiny.ROOT}/configs/{name}.py"])[0]
+    return configuration.read([f"--config={tiny.ROOT}/configs/{name}.py"]).config
 
 
 def leaves(tree, prefix=""):

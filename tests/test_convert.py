@@ -16,20 +16,19 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
+from vlm_jax.__main__ import main
 from vlm_jax.data import processor
 from vlm_jax.data.example import Example
 from vlm_jax.data.word_tokenizer import train_tokenizer
 from vlm_jax.models import vlm
-from vlm_jax.serving import model as serving
-from vlm_jax.verbs import convert
-from vlm_jax.weights import folder, names
+from vlm_jax.weights import folder, names, processors
 
 FROZEN = Path(__file__).parent / "published_weights"
 GATE = 1e-4  # absolute, float32, on logits of order one
 
 
 def run(*argv):
-    return convert.main([str(word) for word in argv])
+    return main(["convert", *map(str, argv)])
 
 
 def refused(capsys, *argv):
@@ -216,12 +215,12 @@ def test_a_chat_template_beside_the_tokenizer_is_used_as_transformers_does(copy,
     assert run("--from", copy, "--to", tmp_path / "a") == 0
     stored = folder.read(tmp_path / "a")
     assert stored.facts["template"] == "checkpoint"
-    made = serving.processor_of(stored)
+    made = processors.processor_of(stored)
     row = made.tokens(Example("x", 0, (("a b", ""),), "f", "t"), answer=False)
     assert made.tokenizer.decode(row.ids[row.image_at :]) == "a b"
     (tmp_path / "a/tokenizer/chat_template.json").write_text("[]")
     with pytest.raises(ValueError, match="chat_template.json holds no chat template"):
-        serving.processor_of(stored)
+        processors.processor_of(stored)
 
 
 # --- what is refused -----------------------------------------------------------------------------

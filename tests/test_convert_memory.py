@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from vlm_jax.verbs import convert
+from vlm_jax.__main__ import main
 from vlm_jax.weights import folder
 from vlm_jax.weights.stored import Pending, write_safetensors
 
@@ -93,7 +93,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
 def test_loading_adds_no_more_to_the_model_itself(large, tmp_path):
     # On a CPU the devices' memory is the host's: the model lies in it once.
     path, largest, total = large
-    assert convert.main(["--from", str(path), "--to", str(tmp_path / "a")]) == 0
+    assert main(["convert", "--from", str(path), "--to", str(tmp_path / "a")]) == 0
     done = subprocess.run(
         [sys.executable, "-c", LOADER, str(tmp_path / "a")],
         cwd=tiny.ROOT, capture_output=True, text=True, timeout=600, env=ONE_DEVICE,

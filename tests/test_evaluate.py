@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import tiny
 
+from vlm_jax.__main__ import main
 from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor, load_tokenizer
 from vlm_jax.evals import tasks
 from vlm_jax.serving import predict as predictions
 from vlm_jax.serving.decoder import Decoder
-from vlm_jax.verbs import evaluate
 
 NEW = 4
 
@@ -153,7 +153,7 @@ def test_the_verb_writes_predictions_and_their_scores(evaluated):
 
 def test_a_checkpoint_of_one_device_answers_alike_on_eight(evaluated, trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "run")
-    assert evaluate.main(["--config=tests/tiny.py", f"--workdir={tmp_path}/run"]) == 0
+    assert main(["evaluate", "--config=tests/tiny.py", f"--workdir={tmp_path}/run"]) == 0
     assert json.loads(capsys.readouterr().out).keys() == evaluated[1].keys()
     ours, theirs = (
         [json.loads(x) for x in (folder / "predictions.jsonl").open()]
@@ -165,7 +165,7 @@ def test_a_checkpoint_of_one_device_answers_alike_on_eight(evaluated, trained, t
 
 
 def test_evaluating_what_was_not_trained_says_what_to_do(tmp_path, capsys):
-    assert evaluate.main(["--config=tests/tiny.py", f"--workdir={tmp_path}"]) == 2
+    assert main(["evaluate", "--config=tests/tiny.py", f"--workdir={tmp_path}"]) == 2
     assert "holds no trained model" in (err := capsys.readouterr().err)
     assert "vlm-jax train" in err and "Traceback" not in err
 
@@ -176,5 +176,5 @@ def test_what_is_not_finished_is_not_evaluated(steps, trained, tmp_path, capsys)
     shutil.rmtree(tmp_path / "run/finetune/6")
     if steps == 0:
         shutil.rmtree(tmp_path / "run/finetune/4")
-    assert evaluate.main(["--config=tests/tiny.py", f"--workdir={tmp_path}/run"]) == 2
+    assert main(["evaluate", "--config=tests/tiny.py", f"--workdir={tmp_path}/run"]) == 2
     assert f"finetune holds {steps} of 6 steps: repeat" in capsys.readouterr().err

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from test_records import grid
 
+from vlm_jax.__main__ import main
 from vlm_jax.law import law, published
+from vlm_jax.reports import fitted
 from vlm_jax.rows import records
-from vlm_jax.verbs import fit
 
 
 @pytest.fixture
@@ -24,14 +25,14 @@ def drawn(monkeypatch):
 
     def draw(families, laws, out, **how):
         calls.append(dict(families))
-        return []
+        return [], []
 
-    monkeypatch.setattr(fit, "draw", draw)
+    monkeypatch.setattr(fitted, "draw", draw)
     return calls
 
 
 def run(capsys, *argv):
-    code = fit.main(list(argv))
+    code = main(["fit", *argv])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -189,8 +190,9 @@ def test_figures_stand_beside_the_law_and_count_what_the_paper_does_not(tmp_path
             "equal_compute_q0", "equal_compute_q50", "total_flops", "question_pass", "latency",
         )
     }  # fmt: skip
-    code, _, err = run(capsys, "--published=ocr", f"--out={tmp_path}", "--chip=v9")
-    assert code == 2 and "--chip=v9: choose one of v4, v5e" in err
+    with pytest.raises(SystemExit, match="2"):
+        run(capsys, "--published=ocr", f"--out={tmp_path}", "--chip=v9")
+    assert "--chip: 'v9' is no choice: choose one of v4, v5e" in capsys.readouterr().err
 
 
 def test_a_table_that_names_its_llms_has_the_whole_cost_drawn(tmp_path, capsys):
@@ -226,5 +228,6 @@ def test_a_grid_s_law_uses_one_method_and_says_which(tmp_path, capsys):
 
 
 def test_fitting_does_not_import_jax():
-    code = "import sys, vlm_jax.verbs.fit, vlm_jax.law.law; sys.exit('jax' in sys.modules)"
+    modules = "vlm_jax.verbs.fit, vlm_jax.law.families, vlm_jax.reports.fitted"
+    code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

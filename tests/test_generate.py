@@ -18,10 +18,11 @@ from PIL import Image
 
 import vlm_jax
 from vlm_jax import mesh
+from vlm_jax.__main__ import main
 from vlm_jax.serving import model as serving
+from vlm_jax.serving import request_files
 from vlm_jax.serving.decoder import Sampling, bucket, choose
 from vlm_jax.serving.requests import batch_of
-from vlm_jax.verbs import generate
 from vlm_jax.weights import folder, sources
 
 PROMPTS = ["what is this?", "how many red circles are there?", "is there a star?", "b", "read it."]
@@ -245,7 +246,7 @@ def photo(images, tmp_path):
 def test_the_verb_prints_the_answer_and_what_it_took(checkpoint, photo, alone, capsys):
     argv = [f"--checkpoint={checkpoint}", f"--image={photo}", f"--prompt={PROMPTS[0]}"]
     for more in ([], ["--stream"]):
-        assert generate.main([*argv, f"--max-new-tokens={NEW}", *more]) == 0
+        assert main(["generate", *argv, f"--max-new-tokens={NEW}", *more]) == 0
         out, err = capsys.readouterr()
         assert out.strip() == alone[0].text.strip()
         assert "4 visual tokens" in err and "first token after" in err and "tokens/s" in err
@@ -253,14 +254,14 @@ def test_the_verb_prints_the_answer_and_what_it_took(checkpoint, photo, alone, c
 
 def test_a_finished_training_answers_as_its_folder_does(trained, photo, capsys):
     argv = [f"--image={photo}", f"--prompt={PROMPTS[0]}", f"--max-new-tokens={NEW}"]
-    assert generate.main([f"--checkpoint={trained}", *argv]) == 0
+    assert main(["generate", f"--checkpoint={trained}", *argv]) == 0
     assert "4 visual tokens" in capsys.readouterr().err
 
 
 def test_a_chat_remembers_its_turns(one, photo, monkeypatch, capsys, checkpoint):
     monkeypatch.setattr("sys.stdin", io.StringIO("what is this?\n\nis there a star?\n"))
     argv = [f"--checkpoint={checkpoint}", f"--image={photo}", "--chat", f"--max-new-tokens={NEW}"]
-    assert generate.main(argv) == 0
+    assert main(["generate", *argv]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == one.generate(photo, "what is this?", max_new_tokens=NEW)[0].text
     talk = ["what is this?", first, "is there a star?"]
@@ -279,7 +280,7 @@ def test_a_file_of_requests_keeps_what_is_finished(checkpoint, photo, tmp_path, 
     file, out = tmp_path / "r.jsonl", tmp_path / "o.jsonl"
     file.write_bytes("\n".join(map(json.dumps, lines)).encode() + b"\n{broken\n\xff\xfe\n")
     argv = [f"--checkpoint={checkpoint}", f"--requests={file}", f"--out={out}"]
-    assert generate.main([*argv, f"--max-new-tokens={NEW}"]) == 2
+    assert main(["generate", *argv, f"--max-new-tokens={NEW}"]) == 2
     found = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert found["good"]["text"] == alone[0].text and found["good"]["visual_tokens"] == 4
     assert "there is no image" in found["gone"]["error"]
@@ -300,14 +301,14 @@ def test_answers_never_replace_the_requests_and_no_requests_are_told(checkpoint,
                                  (file, other, "is the file of --requests"),
                                  (empty, tmp_path / "new.jsonl", "holds no request")):  # fmt: skip
         argv = [f"--checkpoint={checkpoint}", f"--requests={requests}", f"--out={out}"]
-        assert generate.main(argv) == 2 and words in capsys.readouterr().err
+        assert main(["generate", *argv]) == 2 and words in capsys.readouterr().err
     assert file.read_text() == text and not (tmp_path / "new.jsonl").exists()
 
 
 def test_a_request_with_a_key_twice_is_refused_as_a_row_is(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "a", "prompt": "b"}\n[{}]')
-    good, twice, other = generate.lines_of(path)
+    good, twice, other = request_files.lines_of(path)
     assert good.row == {"prompt": "a"} and not good.wrong
     assert "'prompt' more than once" in twice.wrong and "this is a list" in other.wrong
 
@@ -317,7 +318,7 @@ def test_the_line_of_what_cannot_be_answered_has_its_id_and_its_number(tmp_path)
              dict(id=[[]], prompt="a")]  # fmt: skip
     path = tmp_path / "r.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n" + "[" * 100_000)
-    found = list(generate.lines_of(path))
+    found = list(request_files.lines_of(path))
     assert [line.id for line in found] == ["a", 7, "\ud800", 4, 5, 7]
     assert [line.number for line in found] == [1, 2, 3, 4, 5, 7] and all(
         line.wrong for line in found
@@ -341,13 +342,13 @@ def test_what_fails_at_run_time_costs_its_own_line(checkpoint, tmp_path, monkeyp
     path, out = tmp_path / "r.jsonl", tmp_path / "o.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     argv = [f"--checkpoint={checkpoint}", f"--requests={path}", f"--out={out}"]
-    assert generate.main([*argv, "--max-new-tokens=2"]) == 2
+    assert main(["generate", *argv, "--max-new-tokens=2"]) == 2
     found = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert {"text" in row for name, row in found.items() if name != "long"} == {True}
     assert found["long"]["error"].startswith(f"{path}, line 2, id long: out of memory (RES")
     assert "1 requests were not answered" in capsys.readouterr().err
     # What is wrong with a flag is wrong with no line: it is said once.
-    assert generate.main([*argv, "--visual-tokens=9"]) == 2
+    assert main(["generate", *argv, "--visual-tokens=9"]) == 2
     assert "trained for 4 visual tokens, not 9" in capsys.readouterr().err
 
 
@@ -370,11 +371,11 @@ def test_an_unset_limit_is_what_fits(one, images, checkpoint, photo, tmp_path, c
     finally:
         one.decoder.stop_ids, one.processor.stop_ids = before
     argv = [f"--checkpoint={checkpoint}", f"--image={photo}"]
-    assert generate.main([*argv, "--prompt=what is this?"]) == 0
+    assert main(["generate", *argv, "--prompt=what is this?"]) == 0
     (tmp_path / "r.jsonl").write_text(json.dumps(dict(image="a.png", prompt="star " * 90)))
-    assert generate.main([argv[0], f"--requests={tmp_path}/r.jsonl"]) == 0
+    assert main(["generate", argv[0], f"--requests={tmp_path}/r.jsonl"]) == 0
     capsys.readouterr()
-    assert generate.main([*argv, "--prompt=a", "--max-new-tokens=256"]) == 2
+    assert main(["generate", *argv, "--prompt=a", "--max-new-tokens=256"]) == 2
     assert re.search(r"4 of the image and up to 256 .*made for 128", capsys.readouterr().err)
     with pytest.raises(ValueError, match="at least 1 of the answer are .*made for 128: shorten"):
         one.room(one.request(images[0], "star " * 200))
@@ -397,7 +398,7 @@ def test_a_damaged_picture_costs_its_own_line_and_no_other(
     file, out = tmp_path / "r.jsonl", tmp_path / "o.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     argv = [f"--checkpoint={checkpoint}", f"--requests={file}", f"--out={out}"]
-    assert generate.main([*argv, f"--max-new-tokens={NEW}"]) == 2
+    assert main(["generate", *argv, f"--max-new-tokens={NEW}"]) == 2
     found = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert all(found[k]["text"] == alone[0].text for k in (1, 3, 5))
     assert all(name in found[name]["error"] for name in bad)
@@ -412,7 +413,7 @@ def test_requests_may_share_an_id_and_spell_a_name_in_either_unicode_form(
     file, out = tmp_path / "r.jsonl", tmp_path / "o.jsonl"
     file.write_text("\n".join(json.dumps(line | more) for more in ({}, dict(id="1"), {})))
     argv = [f"--checkpoint={checkpoint}", f"--requests={file}", f"--out={out}"]
-    assert generate.main([*argv, f"--max-new-tokens={NEW}"]) == 0
+    assert main(["generate", *argv, f"--max-new-tokens={NEW}"]) == 0
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["id"], row["line"]) for row in found] == [(1, 1), ("1", 2), (1, 3)]
     assert {row["text"] for row in found} == {alone[0].text}
@@ -447,7 +448,7 @@ def test_an_orientation_is_applied_unless_it_is_to_be_ignored(
     assert seen == one.generate(images[0], PROMPTS[0], max_new_tokens=NEW)[0].text
     argv = [f"--checkpoint={checkpoint}", f"--image={tmp_path / 'a.png'}", f"--prompt={PROMPTS[0]}",
             f"--max-new-tokens={NEW}"]  # fmt: skip
-    assert generate.main([*argv, "--exif=ignore"]) == 0
+    assert main(["generate", *argv, "--exif=ignore"]) == 0
     expected = one.generate(np.asarray(lying), PROMPTS[0], max_new_tokens=NEW)[0].text
     assert capsys.readouterr().out.strip() == expected.strip()
 
@@ -502,7 +503,7 @@ def test_what_cannot_be_answered_says_why(one, images, tmp_path):
     ],
 )
 def test_a_wrong_command_names_the_way_out(argv, words, capsys):
-    assert generate.main(argv) == 2
+    assert main(["generate", *argv]) == 2
     err = capsys.readouterr().err
     assert words in err and "Traceback" not in err
 

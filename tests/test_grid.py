@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
+from vlm_jax.__main__ import main
 from vlm_jax.cost import flops as cost
 from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor, load_tokenizer
@@ -20,7 +21,6 @@ from vlm_jax.training.cells import cells_of, describe, sizes
 from vlm_jax.training.features import blind_to
 from vlm_jax.training.stages import Inputs
 from vlm_jax.training.workdir import claim, digest
-from vlm_jax.verbs import grid
 
 # Three cells: two token counts and the blind one, which is the smallest that has every part.
 SMALL = ("--config=tests/one_size.py", "--config.finetune.steps=3", "--config.align.steps=2",
@@ -109,7 +109,7 @@ def test_rows_are_whole_and_single_at_every_time(repeated):
 
 def test_a_finished_grid_repeated_changes_no_row(repeated, capsys):
     folder, seen = repeated
-    assert grid.main([*SMALL, f"--workdir={folder}"]) == 0
+    assert main(["grid", *SMALL, f"--workdir={folder}"]) == 0
     assert (folder / "rows.jsonl").read_text() == seen[-1][0]
     assert "finetune 3/3" not in capsys.readouterr().err
     for name, (text, time) in seen[-1][1].items():
@@ -284,7 +284,7 @@ def test_no_sizes_are_refused_with_the_way_out():
 
 def test_a_dry_run_prints_every_cell_and_writes_nothing(tmp_path, capsys, mesh1):
     arguments = ["--config=tests/tiny.py", f"--workdir={tmp_path}/run", "--dry-run"]
-    assert grid.main(arguments) == 0
+    assert main(["grid", *arguments]) == 0
     out = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
     with jax.set_mesh(mesh1):
@@ -303,13 +303,13 @@ def test_a_dry_run_prints_every_cell_and_writes_nothing(tmp_path, capsys, mesh1)
     ("--config.mesh.fsdp=3", "does not fit 8 devices"),
 ])  # fmt: skip
 def test_an_impossible_cell_is_found_before_anything_is_made(override, words, tmp_path, capsys):
-    assert grid.main(["--config=tests/tiny.py", f"--workdir={tmp_path}/run", override]) == 2
+    assert main(["grid", "--config=tests/tiny.py", f"--workdir={tmp_path}/run", override]) == 2
     assert re.search(words, err := capsys.readouterr().err) and "Traceback" not in err
     assert not (tmp_path / "run/encoder").exists() and not (tmp_path / "run/cells").exists()
 
 
 def test_a_grid_needs_a_folder(capsys):
-    assert grid.main(["--config=tests/tiny.py"]) == 2
+    assert main(["grid", "--config=tests/tiny.py"]) == 2
     assert "--workdir is missing" in capsys.readouterr().err
 
 

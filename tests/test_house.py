@@ -18,8 +18,9 @@ PACKAGE = HOME / "vlm_jax"
 OUTSIDE = {".venv", "runs", "build", "__pycache__", ".git"}
 
 # What a room may import of the package, besides itself. docs/architecture.md draws the same.
-GROUND = {"mesh", "progress", "arguments"}
+GROUND = {"mesh", "progress", "arguments", "errors"}
 ARROWS = {
+    "errors": set(),
     "mesh": set(),
     "progress": set(),
     "arguments": set(),
@@ -36,7 +37,7 @@ ARROWS = {
     "data": {"mesh", "progress"},
     "weights": {"data", "models", "compressors", "layers", "mesh", "progress"},
     "training": {"weights", "data", "models", "compressors", "layers", "cost", "rows"} | GROUND,
-    "serving": {"training", "weights", "data", "models", "compressors", "layers"} | GROUND,
+    "serving": {"training", "weights", "data", "models", "compressors", "layers", "evals"} | GROUND,
     "grids": {"training", "serving", "data", "models", "compressors", "kernels", "evals", "cost",
               "rows", "reports"} | GROUND,
     "door": {"serving"},  # vlm_jax.VLM, imported when it is asked for

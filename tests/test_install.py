@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 import vlm_jax
 from vlm_jax.training import workdir
-from vlm_jax.verbs import cli
+from vlm_jax.verbs import configuration
 
 PYTHONS = ("3.11", "3.12", "3.13")
 
@@ -234,12 +234,12 @@ def test_a_configuration_that_is_not_here_is_the_one_of_the_package(way, tmp_pat
     monkeypatch.chdir(tmp_path)
     others = ("--workdir=x", "--config.seed=1")
     ours = f"--config={tiny.ROOT}/configs/demo.py"
-    assert cli.located([*way, *others]) == [ours, *others]
+    assert configuration.located([*way, *others]) == [ours, *others]
     for kept in ("--config=configs/nowhere.py", "--config=tests/tiny.py", "--config="):
-        assert cli.located([kept, *others]) == [kept, *others]
+        assert configuration.located([kept, *others]) == [kept, *others]
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "demo.py").touch()
-    assert cli.located([*way, *others]) == [*way, *others]
+    assert configuration.located([*way, *others]) == [*way, *others]
 
 
 def test_the_version_is_said_without_a_heavy_import(installed, tmp_path):

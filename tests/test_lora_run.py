@@ -11,6 +11,7 @@ import pytest
 import tiny
 from flax import nnx
 
+from vlm_jax.__main__ import main
 from vlm_jax.data import sources
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.word_tokenizer import train_tokenizer
@@ -18,7 +19,6 @@ from vlm_jax.models import lora
 from vlm_jax.training import optimizer, stages, workdir
 from vlm_jax.training.checkpoint import Checkpoints
 from vlm_jax.training.log import Log
-from vlm_jax.verbs import convert
 from vlm_jax.weights import folder
 from vlm_jax.weights import sources as sources_of
 
@@ -98,8 +98,8 @@ def test_the_base_is_where_it_began_and_the_adapters_are_not(unbroken, mesh1):
 def test_a_run_is_converted_and_exported_without_loss(unbroken, tmp_path, mesh1):
     path, returned = unbroken
     c = config(**SHORT)
-    assert convert.main([f"--from={path}", f"--to={tmp_path}/merged"]) == 0
-    assert convert.main([f"--from={path}", "--to-peft", f"--to={tmp_path}/peft"]) == 0
+    assert main(["convert", f"--from={path}", f"--to={tmp_path}/merged"]) == 0
+    assert main(["convert", f"--from={path}", "--to-peft", f"--to={tmp_path}/peft"]) == 0
     merged = folder.read(tmp_path / "merged").tensors
     with jax.set_mesh(mesh1):
         base = tiny.created(c)
@@ -108,7 +108,7 @@ def test_a_run_is_converted_and_exported_without_loss(unbroken, tmp_path, mesh1)
         folder.write(sources_of.of_run(path, c, base), tmp_path / "base")
     # The adapter and what lies beside it make the merged model of the base.
     made = ["--adapter-from", f"{tmp_path}/peft", f"--to={tmp_path}/again"]
-    assert convert.main([f"--from={tmp_path}/base", *made]) == 0
+    assert main(["convert", f"--from={tmp_path}/base", *made]) == 0
     for name, tensor in folder.read(tmp_path / "again").tensors.items():
         np.testing.assert_allclose(tensor.read(), merged[name].read(), atol=1e-6, err_msg=name)
 

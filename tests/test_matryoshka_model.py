@@ -12,6 +12,7 @@ import tiny
 from flax import nnx
 
 from vlm_jax import mesh
+from vlm_jax.__main__ import main
 from vlm_jax.cost import flops as cost
 from vlm_jax.data import loader, prefixes, sources
 from vlm_jax.data.processor import Processor, load_tokenizer
@@ -20,7 +21,6 @@ from vlm_jax.rows import records
 from vlm_jax.serving.decoder import Decoder
 from vlm_jax.training import objective, optimizer
 from vlm_jax.training.cells import sizes, train_flops
-from vlm_jax.verbs import evaluate
 
 # --- Prefixes as data, all scales at once, requests of any size -----------------------------------
 
@@ -255,7 +255,7 @@ def test_one_checkpoint_is_evaluated_at_several_v(rows, tmp_path, capsys):
     done = tiny.run("train", *command, "--config.compressor.tokens=16")
     assert done.returncode == 0 and "up to 16 visual tokens" in done.stderr, done.stderr
     for tokens, name in ((16, ""), (1, "-v1")):
-        assert evaluate.main([*command, f"--config.compressor.tokens={tokens}"]) == 0
+        assert main(["evaluate", *command, f"--config.compressor.tokens={tokens}"]) == 0
         scores = json.loads(capsys.readouterr().out)
         assert json.loads((folder / f"scores{name}.json").read_text()) == scores
         assert (folder / f"predictions{name}.jsonl").exists()
@@ -263,5 +263,5 @@ def test_one_checkpoint_is_evaluated_at_several_v(rows, tmp_path, capsys):
         ("compressor.tokens=17", "choose any of 1 to 16"),
         ("compressor.kind=m3", "compressor.kind was mqt, is m3"),
     ):
-        assert evaluate.main([*command, f"--config.{change}"]) == 2
+        assert main(["evaluate", *command, f"--config.{change}"]) == 2
         assert said in capsys.readouterr().err

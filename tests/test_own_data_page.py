@@ -16,7 +16,7 @@ from configs import demo
 from vlm_jax.data.sources import BadExample, open_source
 from vlm_jax.training import fields
 from vlm_jax.training.workdir import flat
-from vlm_jax.verbs import cli, convert, generate
+from vlm_jax.verbs import configuration, parser
 
 PAGE = (Path(tiny.ROOT) / "docs/your_own_data.md").read_text()
 
@@ -88,10 +88,7 @@ def test_the_page_has_commands_of_every_verb_that_it_needs():
 def test_a_command_of_the_page_can_be_read(line, monkeypatch):
     monkeypatch.chdir(tiny.ROOT)
     _, verb, *argv = shlex.split(line)
-    if verb in ("generate", "convert"):
-        {"generate": generate, "convert": convert}[verb].flags().parse_args(argv)
-        return
-    known = dict(strings={"workdir": ""}, booleans={"dry-run": ""} if verb == "train" else {})
-    default = demo.get_config() if verb == "evaluate" else None
-    config, _ = cli.parse(verb, "", argv, default=default, **known)
-    fields.check(flat(config))
+    options = parser.parse([verb, *argv])
+    if verb in parser.USES_CONFIG:
+        default = demo.get_config() if verb == "evaluate" else None
+        fields.check(flat(configuration.read(options.config, default=default).config))

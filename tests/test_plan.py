@@ -10,11 +10,11 @@ import sys
 import made_rows
 import pytest
 
+from vlm_jax.__main__ import main
 from vlm_jax.cost import described
 from vlm_jax.law import published
 from vlm_jax.law.law import fit
 from vlm_jax.rows import records
-from vlm_jax.verbs import plan
 
 DEMO = f"--config={described.CONFIGS / 'demo.py'}"
 QWEN = "--llms=qwen1.5-0.5b,qwen1.5-1.8b,qwen1.5-4b,qwen1.5-7b,qwen1.5-14b"
@@ -39,7 +39,7 @@ def run(laws, capsys):
     """Runs the verb on a law by name; returns (exit status, parsed stdout or None, stderr)."""
 
     def call(law, *flags):
-        status = plan.main([f"--law={laws / law}.json", *flags])
+        status = main(["plan", f"--law={laws / law}.json", *flags])
         out, err = capsys.readouterr()
         return status, json.loads(out) if out else None, err
 
@@ -249,7 +249,7 @@ BAD = [
 @pytest.mark.parametrize("flags, message", BAD)
 def test_wrong_flags_are_one_line_and_status_2(flags, message, laws, capsys):
     try:
-        status = plan.main([f"--law={laws / 'both.json'}", *flags])
+        status = main(["plan", f"--law={laws / 'both.json'}", *flags])
     except SystemExit as stop:  # argparse's own
         status = stop.code
     out, err = capsys.readouterr()
@@ -264,14 +264,14 @@ def test_a_file_that_is_no_law_is_named(laws, capsys):
         ('{"form": "multiplicative", "A": 1}', "alpha, beta, D missing"),
     ):
         (laws / "bad.json").write_text(text)
-        assert plan.main([f"--law={laws / 'bad.json'}", "--flops=1e12", "--text-tokens=5"]) == 2
+        assert main(["plan", f"--law={laws / 'bad.json'}", "--flops=1e12", "--text-tokens=5"]) == 2
         assert message in capsys.readouterr().err
 
 
 def test_a_plan_is_made_without_jax(laws):
     """In a process of its own: stdout is one JSON object, and jax is never imported."""
     code = (
-        "import sys; from vlm_jax.verbs import plan; status = plan.main(sys.argv[1:]); "
+        "import sys; from vlm_jax.__main__ import main; status = main(['plan', *sys.argv[1:]]); "
         "assert 'jax' not in sys.modules and 'flax' not in sys.modules; sys.exit(status)"
     )
     done = subprocess.run(

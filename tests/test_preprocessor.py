@@ -10,8 +10,8 @@ import pytest
 import transformers
 from PIL import Image
 
+from vlm_jax.__main__ import main
 from vlm_jax.data.images import Preparation
-from vlm_jax.verbs import convert
 from vlm_jax.weights import folder, preprocessor, sections
 
 FROZEN = Path(__file__).parent / "published_weights"
@@ -243,7 +243,7 @@ def test_a_model_folder_and_its_export_keep_every_field(tmp_path, capsys):
     (copy / preprocessor.NAME).write_text(json.dumps(fields))
 
     def made(*flags):
-        assert convert.main([*map(str, flags)]) == 0, capsys.readouterr().err
+        assert main(["convert", *map(str, flags)]) == 0, capsys.readouterr().err
         return Path(flags[-1])
 
     a = made("--from", copy, "--to", tmp_path / "a")
@@ -261,7 +261,7 @@ def test_a_model_folder_and_its_export_keep_every_field(tmp_path, capsys):
     assert "no preprocessor_config.json" in capsys.readouterr().err
     assert "'stretch'" in folder.read(d).notes["images"]
     (copy / preprocessor.NAME).write_text(json.dumps(fields | dict(crop_size=side + 1)))
-    assert convert.main(["--from", str(copy), "--to", str(tmp_path / "e")]) == 2
+    assert main(["convert", "--from", str(copy), "--to", str(tmp_path / "e")]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "preprocessor_config.json: crop_size=" in said
 

@@ -19,9 +19,9 @@ from vlm_jax.cost import flops as cost
 from vlm_jax.data import sources
 from vlm_jax.data.processor import Processor
 from vlm_jax.models import vlm
+from vlm_jax.serving.predict import predict
 from vlm_jax.training import stages
 from vlm_jax.training.objective import score
-from vlm_jax.verbs.evaluate import predict
 
 U = 12
 

@@ -13,11 +13,11 @@ from html.parser import HTMLParser
 import made_rows
 import pytest
 
+from vlm_jax.__main__ import main
 from vlm_jax.law import law
 from vlm_jax.reports import figures, findings
 from vlm_jax.reports import report as reports
 from vlm_jax.rows import records
-from vlm_jax.verbs import report
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -305,7 +305,7 @@ def test_a_partial_run_has_a_page_that_says_why_there_is_no_law(tmp_path, capsys
     every = made_rows.rows(sizes=sizes, tokens=tokens, tasks={"count": "reasoning"})
     rows = [row for row in every if keep(row)]
     make(tmp_path, rows)
-    assert report.main([f"--workdir={tmp_path}"]) == 0
+    assert main(["report", f"--workdir={tmp_path}"]) == 0
     page = Page((tmp_path / "report/index.html").read_text())
     assert why in page.words
     shown = [e["data-cell"] for e in page.all("tr") if "data-cell" in e]
@@ -343,19 +343,19 @@ def test_without_matplotlib_the_page_has_its_tables_and_says_what_is_missing(
 ):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     make(tmp_path, made_rows.rows())
-    assert report.main(["--workdir", str(tmp_path)]) == 0
+    assert main(["report", "--workdir", str(tmp_path)]) == 0
     assert 'pip install "vlm_jax[report]"' in capsys.readouterr().err
     page = Page((tmp_path / "report/index.html").read_text())
     assert 'pip install "vlm_jax[report]"' in page.words and not page.all("img")
 
 
 def test_what_a_user_can_mend_is_one_line(tmp_path, capsys):
-    assert report.main([f"--workdir={tmp_path}"]) == 2
+    assert main(["report", f"--workdir={tmp_path}"]) == 2
     assert "no rows.jsonl" in capsys.readouterr().err
     make(tmp_path, made_rows.rows())
     (tmp_path / "baselines.json").write_text("{")
-    assert report.main([f"--workdir={tmp_path}"]) == 2
+    assert main(["report", f"--workdir={tmp_path}"]) == 2
     assert "baselines.json is not JSON" in capsys.readouterr().err
     (tmp_path / "baselines.json").write_text("[1]")
-    assert report.main([f"--workdir={tmp_path}"]) == 2
+    assert main(["report", f"--workdir={tmp_path}"]) == 2
     assert "not an object" in capsys.readouterr().err

@@ -10,11 +10,13 @@ import pytest
 import tiny
 from PIL import Image
 
+from vlm_jax.__main__ import main
+from vlm_jax.serving import evaluation
 from vlm_jax.serving.subject import Subject, name_of
 from vlm_jax.training import runs
 from vlm_jax.training.cells import cells_of
 from vlm_jax.training.workdir import of_json, write_json
-from vlm_jax.verbs import cli, convert, evaluate, generate
+from vlm_jax.verbs import configuration
 from vlm_jax.weights import folder
 
 CELL = "only-v4-token_packer-s0"
@@ -45,7 +47,7 @@ def grid(trained, tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(trained, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "folder"
-    assert convert.main([f"--from={trained}", f"--to={path}"]) == 0
+    assert main(["convert", f"--from={trained}", f"--to={path}"]) == 0
     return path
 
 
@@ -61,13 +63,13 @@ def test_a_cell_of_a_grid_answers_as_the_run_and_as_its_model_folder(
     said = []
     for path in (trained, grid / "cells" / CELL, model):
         argv = [f"--checkpoint={path}", f"--image={photo}", "--prompt=what is this?"]
-        assert generate.main(argv) == 0
+        assert main(["generate", *argv]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] == said[2]
 
 
 def test_a_cell_is_converted_as_a_run_is(model, grid, tmp_path):
-    assert convert.main([f"--from={grid}/cells/{CELL}", f"--to={tmp_path}/c"]) == 0
+    assert main(["convert", f"--from={grid}/cells/{CELL}", f"--to={tmp_path}/c"]) == 0
     ours, theirs = folder.read(tmp_path / "c"), folder.read(model)
     assert ours.facts == theirs.facts and ours.llm == theirs.llm
     assert ours.compressor == theirs.compressor
@@ -123,9 +125,9 @@ def test_a_wrong_folder_is_told_what_it_is(name, grid, tmp_path, mesh1):
 
 def test_published_weights_are_told_to_be_converted(capsys):
     path = "tests/published_weights/clip_llama"
-    assert generate.main([f"--checkpoint={path}", "--prompt=a"]) == 2
+    assert main(["generate", f"--checkpoint={path}", "--prompt=a"]) == 2
     assert "vlm-jax convert --from=" in capsys.readouterr().err
-    assert evaluate.main([f"--workdir={path}"]) == 2
+    assert main(["evaluate", f"--workdir={path}"]) == 2
     assert "vlm-jax convert --from=" in capsys.readouterr().err
 
 
@@ -140,7 +142,7 @@ def copy(trained, tmp_path):
 def evaluated(path, *flags, code=0):
     """Evaluates; the files that were written or changed."""
     before = {p.name: p.read_bytes() for p in path.iterdir() if p.is_file()}
-    assert evaluate.main([f"--workdir={path}", *flags]) == code
+    assert main(["evaluate", f"--workdir={path}", *flags]) == code
     after = {p.name: p.read_bytes() for p in path.iterdir() if p.is_file()}
     return {name for name in after if after[name] != before.get(name)} - {".lock"}
 
@@ -148,10 +150,9 @@ def evaluated(path, *flags, code=0):
 def asked(path, *flags):
     """What an evaluation by these flags would differ in from the folder's own, and its name."""
     subject = Subject.of(str(path))
-    given, values = cli.parse("evaluate", "", [f"--workdir={path}", *flags],
-                              strings={"workdir": ""}, default=subject.default())  # fmt: skip
-    config = subject.asked(given, cli.overrides(values))
-    settings = subject.settings(config, cli.overrides(values))
+    given = configuration.read(flags, default=subject.default())
+    config = subject.asked(given.config, given.overrides)
+    settings = subject.settings(config, given.overrides)
     return settings, name_of(settings, "abcdef0123")
 
 
@@ -207,7 +208,7 @@ def test_the_number_of_tokens_is_an_evaluation_where_one_model_serves_any(copy):
 ])  # fmt: skip
 def test_what_was_trained_is_not_changed_by_an_evaluation(flag, words, trained, capsys):
     for config in ((), ("--config=tests/tiny.py",)):
-        assert evaluate.main([f"--workdir={trained}", *config, f"--config.{flag}"]) == 2
+        assert main(["evaluate", f"--workdir={trained}", *config, f"--config.{flag}"]) == 2
         err = capsys.readouterr().err
         assert words in err and "trained otherwise" in err and "Traceback" not in err
 
@@ -238,10 +239,10 @@ def test_a_model_folder_is_evaluated_on_data_that_are_named(model, tmp_path, cop
 
 def test_a_run_of_another_machine_is_evaluated_by_the_devices_that_are_here(capsys):
     c = tiny.config(mesh=dict(data=512))
-    assert evaluate.mesh_of(c, {}).shape["data"] == 8
+    assert evaluation.mesh_of(c, {}).shape["data"] == 8
     assert "does not fit 8 devices" in capsys.readouterr().err
     with pytest.raises(ValueError, match="does not fit 8 devices"):
-        evaluate.mesh_of(c, {"mesh.data": 512})
+        evaluation.mesh_of(c, {"mesh.data": 512})
 
 
 def test_an_alignment_alone_is_a_model_too(trained, tmp_path, mesh1):

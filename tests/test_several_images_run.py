@@ -12,8 +12,8 @@ from PIL import Image
 from test_generate import made
 
 import vlm_jax
+from vlm_jax.__main__ import main
 from vlm_jax.serving.requests import batch_of
-from vlm_jax.verbs import generate
 from vlm_jax.weights import folder
 
 NEW = 4
@@ -146,7 +146,7 @@ def files(images, tmp_path):
 def test_a_chat_has_its_images_in_its_first_question(checkpoint, files, one, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("which?\nand <image>?\nis there a star?\n"))
     argv = [f"--checkpoint={checkpoint}", f"--image={files}/a.png", f"--image={files}/b.png"]
-    assert generate.main([*argv, "--chat", f"--max-new-tokens={NEW}"]) == 0
+    assert main(["generate", *argv, "--chat", f"--max-new-tokens={NEW}"]) == 0
     out, err = capsys.readouterr()
     first, second = out.splitlines()
     both = [[files / "a.png", files / "b.png"]]
@@ -166,7 +166,7 @@ def test_a_line_of_requests_has_a_list_of_images(checkpoint, files, one, capsys)
     ]
     (files / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
     argv = [f"--checkpoint={checkpoint}", f"--requests={files}/r.jsonl", f"--out={files}/o.jsonl"]
-    assert generate.main([*argv, f"--max-new-tokens={NEW}"]) == 2
+    assert main(["generate", *argv, f"--max-new-tokens={NEW}"]) == 2
     found = {r["id"]: r for r in map(json.loads, (files / "o.jsonl").read_text().splitlines())}
     both = [[files / "a.png", files / "b.png"]]
     assert found["two"]["text"] == one.generate(

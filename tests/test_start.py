@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
+from vlm_jax.__main__ import main
 from vlm_jax.training import runs, stages
-from vlm_jax.verbs import convert
 from vlm_jax.weights import folder, start
 
 FROZEN = Path(__file__).parent / "published_weights"
@@ -21,7 +21,7 @@ FROZEN = Path(__file__).parent / "published_weights"
 def made(trained, tmp_path_factory):
     """The model folder of a finished run."""
     path = tmp_path_factory.mktemp("made") / "folder"
-    assert convert.main(["--from", str(trained), "--to", str(path)]) == 0
+    assert main(["convert", "--from", str(trained), "--to", str(path)]) == 0
     return path
 
 
@@ -31,7 +31,7 @@ def test_a_run_that_learns_nothing_ends_with_the_weights_it_started_from(made, t
     done = tiny.run("train", "--config=tests/tiny.py", f"--workdir={tmp_path}/run",
                     *[f"--config.{name}={value}" for name, value in flags.items()])  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert convert.main(["--from", f"{tmp_path}/run", "--to", f"{tmp_path}/again"]) == 0
+    assert main(["convert", "--from", f"{tmp_path}/run", "--to", f"{tmp_path}/again"]) == 0
     before, after = folder.read(made).tensors, folder.read(tmp_path / "again").tensors
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -53,7 +53,7 @@ def test_a_finished_run_is_started_from_as_its_model_folder_is(made, trained, me
 
 def test_a_folder_without_compression_gets_a_fresh_compressor(tmp_path, mesh1):
     path = tmp_path / "llava"
-    assert convert.main(["--from", str(FROZEN / "clip_llama"), "--to", str(path)]) == 0
+    assert main(["convert", "--from", str(FROZEN / "clip_llama"), "--to", str(path)]) == 0
     c = tiny.config(start_from=str(path), compressor=dict(tokens=1))
     adopted = stages.adopted(c)
     assert c.llm.width == 16 and adopted.llm.width == 24 and adopted.vit.levels == (1, 2)
@@ -70,7 +70,7 @@ def test_a_method_whose_only_weights_are_the_projector_starts_from_the_trained_o
     tmp_path, mesh1, capsys
 ):
     path = tmp_path / "llava"
-    assert convert.main(["--from", str(FROZEN / "clip_llama"), "--to", str(path)]) == 0
+    assert main(["convert", "--from", str(FROZEN / "clip_llama"), "--to", str(path)]) == 0
     tensors = folder.read(path).tensors
     for levels, kept in (((1, 2), True), ((1,), False)):
         c = tiny.config(start_from=str(path), compressor=dict(kind="m3", tokens=1),

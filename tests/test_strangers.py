@@ -18,8 +18,8 @@ import tiny
 from safetensors.numpy import load_file, save_file
 from test_convert import edited, refused, run
 
+from vlm_jax.__main__ import main
 from vlm_jax.training import stages
-from vlm_jax.verbs import generate
 from vlm_jax.weights import folder
 from vlm_jax.weights.files import read_tensors
 from vlm_jax.weights.pickles import read_torch
@@ -289,7 +289,7 @@ def test_a_damaged_model_folder_is_one_line_to_every_verb(whole, tmp_path, capsy
     for field, value in FIELDS:
         path = broken(whole, tmp_path / "broken", field, value)
         said = one_line(capsys, "--from", path)
-        assert generate.main([f"--checkpoint={path}", "--prompt=a"]) == 2
+        assert main(["generate", f"--checkpoint={path}", "--prompt=a"]) == 2
         asked = capsys.readouterr().err
         assert asked.startswith("vlm-jax generate: ") and asked.count("\n") == 1, (field, asked)
         with pytest.raises(ValueError):
@@ -310,12 +310,12 @@ def test_a_model_folder_without_its_tensors_is_refused(whole, tmp_path, capsys):
     tensors = load_file(path / "model.safetensors")
     words = tensors.pop("llm.embed_tokens.weight")
     save_file(tensors, path / "model.safetensors")
-    assert generate.main([f"--checkpoint={path}", "--prompt=a"]) == 2
+    assert main(["generate", f"--checkpoint={path}", "--prompt=a"]) == 2
     assert "has no tensor llm.embed_tokens.weight" in capsys.readouterr().err
     tensors |= {"llm.embed_tokens.weight": words}
     tensors |= {"llm.layers.1.mlp.up_proj.weight": np.full((40, 24), NAN, "f4")}
     save_file(tensors, path / "model.safetensors")
-    assert generate.main([f"--checkpoint={path}", "--prompt=a"]) == 2
+    assert main(["generate", f"--checkpoint={path}", "--prompt=a"]) == 2
     said = capsys.readouterr().err
     assert "llm.layers.1.mlp.up_proj.weight holds NaN or infinite" in said
 

@@ -8,10 +8,10 @@ import pytest
 import tiny
 from flax import nnx
 
+from vlm_jax.__main__ import main
 from vlm_jax.models import vlm
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.vit import ViT
-from vlm_jax.verbs import convert
 from vlm_jax.weights import architectures, folder, names, sources
 
 pytestmark = pytest.mark.torch
@@ -30,7 +30,7 @@ def saved(name, path, **options):
 
 def run(*argv):
     """`vlm-jax convert`; its standard error where it fails."""
-    assert convert.main([str(word) for word in argv]) == 0
+    assert main(["convert", *map(str, argv)]) == 0
 
 
 def ours(path, batch, mesh):

@@ -7,8 +7,8 @@ import published_models as published
 import pytest
 import tiny
 
+from vlm_jax.__main__ import main
 from vlm_jax.serving.decoder import Decoder
-from vlm_jax.verbs import convert
 from vlm_jax.weights import folder
 
 pytestmark = pytest.mark.torch
@@ -59,7 +59,7 @@ def test_greedy_tokens_of_a_batch_are_those_of_transformers(name, tmp_path, mesh
     expected = greedy(model, inputs, batch["pixels"], steps)
     assert len({tuple(row) for row in expected}) == len(expected)
     argv = ("--from", tmp_path / "hf", "--to", tmp_path / "ours")
-    assert convert.main([str(word) for word in argv]) == 0
+    assert main(["convert", *map(str, argv)]) == 0
     with jax.set_mesh(mesh1):
         decoder = Decoder(folder.load(tmp_path / "ours"), stop_ids=())
         found = decoder(tiny.placed(batch), new_tokens=steps)

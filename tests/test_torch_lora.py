@@ -9,7 +9,7 @@ import published_models as published
 import pytest
 import tiny
 
-from vlm_jax.verbs import convert
+from vlm_jax.__main__ import main
 from vlm_jax.weights import adapters, folder
 
 pytestmark = pytest.mark.torch
@@ -18,7 +18,7 @@ GATE = 1e-4  # absolute, float32, on logits of order one
 
 
 def run(*argv):
-    assert convert.main([str(word) for word in argv]) == 0
+    assert main(["convert", *map(str, argv)]) == 0
 
 
 def ours(model, batch):

@@ -8,8 +8,8 @@ import pytest
 import tiny
 from test_torch_decode import greedy
 
+from vlm_jax.__main__ import main
 from vlm_jax.serving.decoder import Decoder
-from vlm_jax.verbs import convert
 from vlm_jax.weights import folder
 
 pytestmark = pytest.mark.torch
@@ -46,7 +46,7 @@ def test_rows_of_two_images_are_those_of_transformers(name, seed, tmp_path, mesh
     expected = greedy(model, inputs, pixels, STEPS)
     assert len({tuple(row) for row in expected}) == len(expected)
     argv = ("--from", tmp_path / "hf", "--to", tmp_path / "ours")
-    assert convert.main([str(word) for word in argv]) == 0
+    assert main(["convert", *map(str, argv)]) == 0
     with jax.set_mesh(mesh1):
         made = folder.load(tmp_path / "ours")
         found = np.asarray(jax.jit(lambda m, b: m.logits(b))(made, tiny.placed(ours)))

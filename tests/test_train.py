@@ -13,13 +13,13 @@ import pytest
 import tiny
 
 from vlm_jax import mesh as meshes
+from vlm_jax.__main__ import main
 from vlm_jax.data import loader, sources, tokenizer
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.word_tokenizer import train_tokenizer
 from vlm_jax.training import objective, optimizer, stages
 from vlm_jax.training.checkpoint import Checkpoints, named
 from vlm_jax.training.log import Diverged
-from vlm_jax.verbs import train
 
 pytestmark = [
     # Orbax leaves coroutines behind when a read or write of it fails.
@@ -228,7 +228,7 @@ def test_the_encoder_given_is_the_encoder_kept(setting, tmp_path, mesh1):
 
 def message(capsys, tmp_path, *overrides, config=COMMAND[1]):
     """The error line of a run that must end with status 2."""
-    assert train.main([config, f"--workdir={tmp_path}/run", *overrides]) == 2
+    assert main(["train", config, f"--workdir={tmp_path}/run", *overrides]) == 2
     err = capsys.readouterr().err
     assert "Traceback" not in err
     return next(line for line in err.splitlines() if line.startswith("vlm-jax train: "))
@@ -306,7 +306,7 @@ def test_what_is_kept_can_go_on_with_another_log_and_other_workers(trained, tmp_
     before = json.loads((tmp_path / "run/config.json").read_text())
     argv = [COMMAND[1], f"--workdir={tmp_path}/run", "--config.log.every=5",
             "--config.data.workers=1", "--config.checkpoint.keep=1"]  # fmt: skip
-    assert train.main(argv) == 0  # finished: it is read back
+    assert main(["train", *argv]) == 0  # finished: it is read back
     assert json.loads((tmp_path / "run/config.json").read_text()) == before
 
 

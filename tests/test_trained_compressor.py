@@ -18,7 +18,7 @@ from vlm_jax.compressors import pretrained
 from vlm_jax.compressors.window import window_order
 from vlm_jax.models import vlm
 from vlm_jax.training import runs
-from vlm_jax.verbs import convert
+from vlm_jax.verbs import convert, parser
 from vlm_jax.weights import folder
 
 FROZEN = Path(__file__).parent / "published_weights"
@@ -51,7 +51,7 @@ def gathered(*argv):
     """The model that `vlm-jax convert` would write, its tensors held against its sizes."""
     with runs.one_device():
         words = [str(word) for word in (*argv, "--to=x")]
-        model = convert.gather(convert.flags().parse_args(words))
+        model = convert.gathered(parser.parse(["convert", *words]))
         assert model.check() == ([], [])
     return model
 

@@ -4,8 +4,6 @@
 import operator
 from typing import Any
 
-import numpy as np
-
 
 def whole_number(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
     """What was given under this name, as an int.
@@ -15,7 +13,7 @@ def whole_number(name: str, value: Any, *, least: int = 1, most: int | None = No
         would be another number than the one that was asked for.
     """
     try:
-        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+        number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
     if number is None or number < least or (most is not None and number > most):

@@ -4,10 +4,12 @@
 import re
 import runpy
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.cost.flops import LLM, llm_parameters
+from vlm_jax.cost.flops import LLM, ViT, llm_parameters
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Beside the package in a checkout; a wheel has its own copy (setup.py). The folder that holds
@@ -47,6 +49,39 @@ def load(path: str | Path, name: str) -> Any:
 def base() -> Any:
     """The configuration that every run starts from: the encoder is CLIP ViT-L/14-336."""
     return load(CONFIGS / "base.py", "get_config")()
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models that a configuration lets one choose among.
+
+    `llms` is name -> (billions of parameters, shape), of its grid where it has one (`own`), else
+    the published sizes. The others are of its encoder and its compressor.
+    """
+
+    llms: Mapping[str, tuple[float, LLM]]
+    own: bool
+    vit: ViT
+    kind: str
+    query: str
+    heads: int
+
+
+def models(config: Any = None) -> Models:
+    """The models of a configuration, of the one at a path, or of configs/base.py."""
+    if config is None:
+        config = base()
+    elif isinstance(config, (str, Path)):
+        config = load(config, "get_config")()
+    own = len(config.grid.llms) > 0
+    return Models(
+        grid_llms(config) if own else published_llms(),
+        own,
+        ViT.of(config.vit),
+        config.compressor.kind,
+        config.compressor.query,
+        config.compressor.heads,
+    )
 
 
 def published_llms() -> dict[str, tuple[float, LLM]]:

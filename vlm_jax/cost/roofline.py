@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.optimize import lsq_linear
 
 from vlm_jax.cost import flops as cost
 from vlm_jax.cost.chips import Chip
@@ -169,6 +168,8 @@ def calibrate(
         )
     if bad := [t for t in measured if not t > 0]:
         raise ValueError(f"measured seconds must be positive, got {bad[:5]}")
+    from scipy.optimize import lsq_linear
+
     columns = np.array([[row.get(phase, 0.0) for phase in PHASES] for row in ideal])
     columns /= np.asarray(measured, float)[:, None]
     total = columns.sum(1)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from vlm_jax.data.example import IMAGE_MARK
 
@@ -271,6 +270,8 @@ class Chat:
 
     def _marked(self, turns: Turns) -> list[Span]:
         """What the template says an assistant has written."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         lists = self._takes_lists(any(turn.images for turn in turns))
         messages = self._messages(turns, lists, False)
         _, found = render_jinja_template(

@@ -10,6 +10,7 @@ import numpy as np
 from vlm_jax.data.skips import Skips
 
 IMAGE_MARK = "<image>"  # where the LLaVA format puts the image into a question
+EXIF = ("apply", "ignore")  # what becomes of the EXIF orientation of an image
 
 
 class BadExample(ValueError):

@@ -13,9 +13,8 @@ import stat
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from vlm_jax.data.example import BadExample
+from vlm_jax.data.example import EXIF, BadExample
 
-EXIF = ("apply", "ignore")
 # A longer image shows nothing, and would fill memory where the short side is resized.
 MOST_ELONGATED = 100
 # How a picture with an EXIF orientation is turned upright (Exif 3.0, 4.6.5.1.6). 1 is upright.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
 from vlm_jax.data import word_tokenizer
 from vlm_jax.data.example import IMAGE_MARK
@@ -35,6 +34,8 @@ def load_tokenizer(path: str | Path) -> Any:
             f"no tokenizer folder {path}: give data.tokenizer a folder that holds "
             "tokenizer.json or tokenizer.model, or leave it empty to train one"
         )
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from vlm_jax.data.example import IMAGE_MARK
 
@@ -24,12 +23,13 @@ def _splitter() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Split(Regex("▁?[a-z]+|."), "isolated")
 
 
-def train_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab: int) -> Any:
     """A small tokenizer that loses nothing: a token per word of `texts`, else characters.
 
-    Words are of lower-case letters. Digits, capitals and words outside the vocabulary are spelled
-    in characters; only a character that `texts` never shows (other than ASCII letters and digits)
-    becomes <unk>. <bos> is put in front of a text. The same texts in any order give the same ids.
+    It is a PreTrainedTokenizerFast of transformers. Words are of lower-case letters. Digits,
+    capitals and words outside the vocabulary are spelled in characters; only a character that
+    `texts` never shows (other than ASCII letters and digits) becomes <unk>. <bos> is put in front
+    of a text. The same texts in any order give the same ids.
     Special tokens apart, decode(encode(text)) == text for text without a space at its start.
 
     Args:
@@ -70,6 +70,8 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast
         [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.post_processor = _beginning(ids[SPECIALS["bos_token"]])
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIALS
     )

@@ -2,8 +2,6 @@
 """Forms are judged by what they say about cells they were not fitted to, beside AIC and BIC."""
 
 import numpy as np
-from scipy.optimize import lsq_linear
-from scipy.stats import f as fisher
 
 from vlm_jax.law.forms import FORMS
 from vlm_jax.law.intervals import profile
@@ -93,13 +91,16 @@ def with_exponents(points: Points, law: Law, exponents: dict) -> dict:
     Returns sse, the limit of the joint 95 % region (F statistic), inside (sse <= limit), A and D.
     Unweighted least squares of the multiplicative forms.
     """
+    from scipy.optimize import lsq_linear
+    from scipy.special import fdtri  # the quantile of Fisher's F
+
     form = FORMS[law.form]
     design = form.design(points.N, points.V, points.Q)
     theta = to_vector(law.form, law.params | exponents | {"A": 1.0, "D": 0.0})
     columns = np.stack([predict(design, theta[None])[0], np.ones(len(points))], axis=1)
     solved = lsq_linear(columns, points.error, bounds=([0.0, FLOOR[0]], [np.inf, FLOOR[1]]))
     dof, held = len(points) - len(form.names), len(exponents)
-    limit = law.sse * (1 + held / dof * fisher.ppf(0.95, held, dof))
+    limit = law.sse * (1 + held / dof * fdtri(held, dof, 0.95))
     sse = float(2 * solved.cost)
     A, D = solved.x.tolist()
     return {"sse": sse, "limit": float(limit), "inside": bool(sse <= limit), "A": A, "D": D}

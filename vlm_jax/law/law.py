@@ -8,7 +8,6 @@ import json
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.stats import f as fisher
 
 from vlm_jax.law import intervals as likely
 from vlm_jax.law.forms import FORMS
@@ -271,7 +270,9 @@ def lack_of_fit(y, fitted, weight, cells, size) -> list:
     if between <= 0 or within <= 0 or pure <= 0:
         return []
     ratio = (weight * (mean - fitted) ** 2).sum() / between / (pure / within)
-    chance = fisher.sf(ratio, between, within)
+    from scipy.special import fdtrc  # Fisher's F, the upper tail
+
+    chance = fdtrc(between, within, ratio)
     if chance >= 0.05:
         return []
     return [

@@ -11,7 +11,6 @@ B problems   K terms   E exponents   P = K + 1 + E parameters   n points
 """
 
 import numpy as np
-from scipy.optimize import nnls
 
 LOG_COEFFICIENT = (-60.0, 30.0)
 FLOOR = (0.0, 1.0)  # D is an error that no size removes
@@ -119,6 +118,8 @@ def solve(design, y, weight, start, *, fixed=None, huber=None, iterations=300):
 
 def starts(design, y, weight, count, rng) -> np.ndarray:
     """float64[count, P]: exponents drawn from a plausible range, the rest by non-negative fits."""
+    from scipy.optimize import nnls
+
     terms, exponents, _ = design.shape
     signs = np.where(rng.random((count, exponents)) < 0.85, 1.0, -1.0)
     drawn = signs * np.exp(rng.uniform(np.log(0.003), np.log(2.0), (count, exponents)))

@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from vlm_jax.cost import flops as cost
 from vlm_jax.cost import roofline
@@ -296,6 +295,8 @@ class Search:
 
     def continuous(self, compressor: str, low: Number, high: Number) -> list[Candidate]:
         """The best candidate over V from `low` to `high`, in a list; empty if there is none."""
+        from scipy.optimize import minimize_scalar  # slow to import, and a list of V needs none
+
         grid = np.unique([low, *np.geomspace(low, high, 129), high])
         found = self.listed(compressor, [float(v) for v in grid])
         if not found:

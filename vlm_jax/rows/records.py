@@ -250,6 +250,23 @@ def points(
     return of_cells(cells(rows, blind=blind, method=method, by=by), family)
 
 
+def doubts(rows, chip: str) -> list[str]:
+    """What is doubtful about times of this chip that are fitted to these rows."""
+    found = []
+    machines = sorted({row.machine for row in rows if ("cpu" in row.machine) != (chip == "cpu")})
+    if machines:
+        found.append(
+            f"the rows of --measured were evaluated on {', '.join(machines)}, "
+            f"not on {chip}: their efficiency says nothing of it"
+        )
+    if not any(row.timing for row in rows):
+        found.append(
+            "the rows of --measured have no times of single batches: "
+            "loading and compiling count against the chip"
+        )
+    return found
+
+
 def is_rows(path) -> bool:
     """Whether the file holds rows of this project (as opposed to somebody's table)."""
     if Path(path).suffix not in (".jsonl", ".ndjson"):

@@ -19,14 +19,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from vlm_jax import arguments
 from vlm_jax import mesh as meshes
 from vlm_jax.data.example import Example
 from vlm_jax.data.pictures import check_exif
 from vlm_jax.data.processor import Processor
-from vlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from vlm_jax.models import vlm
 from vlm_jax.serving.decoder import Decoder, Sampling
 from vlm_jax.serving.requests import (
@@ -41,7 +39,8 @@ from vlm_jax.serving.requests import (
     picture,
 )
 from vlm_jax.training import memory, runs
-from vlm_jax.weights import ends, folder, names, preprocessor
+from vlm_jax.weights import folder, names
+from vlm_jax.weights.processors import processor_of
 from vlm_jax.weights.stored import NAMES
 
 MOST_NEW_TOKENS = 256  # of an answer to whose length nobody set a limit, where they fit
@@ -64,6 +63,18 @@ class Answer:
     first_token_seconds: float
     tokens_per_second: float
     batch: int
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How answers are drawn and batched, as `VLM.answer` has it."""
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    visual_tokens: int | None = None
+    batch: int = 8
 
 
 class VLM:
@@ -349,29 +360,3 @@ class VLM:
                 )
             )
         return answers
-
-
-def processor_of(stored: folder.Model) -> Processor:
-    """What makes the tokens and pixels of a model folder. ValueError where it has no tokenizer."""
-    if stored.tokenizer is None or not folder.has_tokenizer(stored.tokenizer):
-        raise ValueError(
-            "this model folder has no tokenizer: convert it again with --tokenizer=DIR"
-        )
-    facts, length = stored.facts, stored.facts["max_length"]
-    data = dict(
-        template=facts.get("template", "vicuna_v1"),
-        text_length=length,
-        question_length=length // 2,
-        **preprocessor.configured(facts["image"]),
-        images_per_row=1,  # of rows made by `Processor.text`; a request has as many as it needs
-        blind=False,
-    )
-    sections = dict(vit=stored.vit, llm=stored.llm, compressor=stored.compressor)
-    tokenizer, image_token = load_tokenizer(stored.tokenizer), facts.get("image_token")
-    check_vocabulary(tokenizer, stored.llm["vocab"], image=image_token)
-    processor = Processor(tokenizer, ConfigDict(sections | dict(data=data)), image_token)
-    more = ends.stops(stored.tokenizer)
-    if more is None:
-        more = facts.get("ends", {}).get("stop", [])
-    processor.stop_ids = tuple(dict.fromkeys([*processor.stop_ids, *more]))
-    return processor

@@ -14,13 +14,13 @@ from vlm_jax.data.processor import Processor, load_tokenizer
 from vlm_jax.data.tokenizer import hash_of
 from vlm_jax.models import vlm
 from vlm_jax.models.vlm import VLM
-from vlm_jax.serving.model import processor_of
 from vlm_jax.training import fields, memory, runs
 from vlm_jax.training.cells import cells_of
 from vlm_jax.training.fields import Change
 from vlm_jax.training.workdir import finished, flat
 from vlm_jax.weights import folder as model_folders
 from vlm_jax.weights import names, preprocessor
+from vlm_jax.weights.processors import processor_of
 from vlm_jax.weights.stored import NAMES
 
 # Changes that make another evaluation of a model.

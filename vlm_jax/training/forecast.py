@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from scipy.optimize import nnls
 
 from vlm_jax import mesh as meshes
 from vlm_jax.models import vlm
@@ -125,6 +124,8 @@ def remaining(
       done: FLOPs and seconds of every model that was trained. evaluated: seconds of every
         evaluation, one at least. left: FLOPs of every model to train. cells: evaluations to make.
     """
+    from scipy.optimize import nnls
+
     flops, seconds = np.array(done, float).T
     scale = flops.max()
     if len(set(flops)) > 1:

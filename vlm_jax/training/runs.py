@@ -18,6 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vlm_jax import mesh
+from vlm_jax.models.vlm import VLM
 from vlm_jax.training.cells import cells_of
 from vlm_jax.training.checkpoint import numbered
 from vlm_jax.training.fields import STAGES
@@ -177,6 +178,22 @@ def read(path: str | Path, flag: str) -> folder.Model:
 def trained(run: Run) -> folder.Model:
     """The model of a finished run, adapters merged into its LLM."""
     return sources.of_run(run.root, run.config, finished(run.home, run.config))
+
+
+def adapted(path: str | Path | None, flag: str) -> tuple[VLM, folder.Model]:
+    """The model of a finished training with its adapters apart, and what its folder is about.
+
+    ValueError for a folder that is no training, or one without adapters.
+    """
+    if path is None or not is_run(path):
+        raise ValueError(
+            f"--to-peft needs {flag}=WORKDIR, the folder of a `vlm-jax train` with "
+            f"config.lora.rank, and got {path}"
+        )
+    run = of(path, flag)
+    if not run.config.lora.rank:
+        raise ValueError(f"{path} has no adapters to export: it was trained with lora.rank=0")
+    return finished(run.home, run.config, merge=False), described(path, flag)
 
 
 def one_device() -> AbstractContextManager:

@@ -1,59 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every cell of a scaling run: train, evaluate, one row; then the law and the report.
 
-    vlm-jax grid --config=configs/demo.py --workdir=runs/demo [--config.grid.seeds="(0,1)"]
+    vlm-jax grid --config=configs/demo.py --workdir=runs/demo
+    vlm-jax grid --config=configs/demo.py --workdir=runs/demo --config.grid.seeds="(0,1)"
+    vlm-jax grid --config=configs/demo.py --dry-run
 
 A cell is an LLM size x a number of visual tokens x a seed, or one of the baselines. All cells share
 one frozen encoder, pretrained first, and its cached features. Repeating the command goes on where
 it stopped.
 """
 
+import argparse
 import json
-import sys
 
-import jax
-
-from vlm_jax import mesh
-from vlm_jax.grids import run
-from vlm_jax.training import fields, stages
-from vlm_jax.training.cells import cells_of, dry_run
-from vlm_jax.training.forecast import memory_of
-from vlm_jax.training.workdir import claim, flat
-from vlm_jax.verbs import cli
+from vlm_jax.verbs import cli, configuration
+from vlm_jax.verbs.parser import Parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    config, flags = cli.parse(
-        "grid",
-        __doc__,
-        argv,
-        strings={"workdir": "where the run lives"},
-        booleans={"dry-run": "print the cells and stop"},
-    )
+def add_flags(parser: Parser) -> None:
+    """The flags of the verb."""
+    add = parser.add_argument
+    add("--workdir", metavar="DIR", help="the folder of the run (needed but for --dry-run)")
+    add("--dry-run", action="store_true", help="print the cells and the memory, and stop")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains and evaluates all cells; 0."""
+    config = configuration.read(options.config).config
+    folder = None if options.dry_run else cli.workdir_of(options.workdir)
+    cli.keep_freed_memory()
     cli.say_warnings()
+    import jax
 
-    def body() -> int:
-        fields.check_names(flat(config))
-        fields.check(flat(config))
-        if config.start_from:
-            raise ValueError(
-                f"start_from={config.start_from}: a grid makes models of its own sizes; only "
-                "`vlm-jax train` starts from a model that is there"
-            )
-        with jax.set_mesh(mesh.make(**config.mesh)):
-            if flags["dry-run"].value:
-                stages.check(config)
-                cells = cells_of(config)
-                dry_run(config, cells)
-                print(memory_of(cells))
-                return 0
-            folder = cli.workdir_of(flags)
-            # Cells of one size and V are one program, and a restart compiles nothing twice.
-            if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
-                jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-            with claim(folder, config, grid=True) as claimed:
-                print(json.dumps(run.run(claimed, " ".join(["vlm-jax grid", *argv]))))
-        return 0
+    from vlm_jax import mesh
+    from vlm_jax.grids import run as grids
+    from vlm_jax.training import fields, stages
+    from vlm_jax.training.cells import cells_of, dry_run
+    from vlm_jax.training.forecast import memory_of
+    from vlm_jax.training.workdir import claim, flat
 
-    return cli.report_errors("grid", body)
+    fields.check_names(flat(config))
+    fields.check(flat(config))
+    if config.start_from:
+        raise ValueError(
+            f"start_from={config.start_from}: a grid makes models of its own sizes; only "
+            "`vlm-jax train` starts from a model that is there"
+        )
+    with jax.set_mesh(mesh.make(**config.mesh)):
+        if folder is None:
+            stages.check(config)
+            cells = cells_of(config)
+            dry_run(config, cells)
+            print(memory_of(cells))
+            return 0
+        # Cells of one size and V are one program, and a restart compiles nothing twice.
+        if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
+            jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+        with claim(folder, config, grid=True) as claimed:
+            print(json.dumps(grids.run(claimed, " ".join(["vlm-jax grid", *options.words]))))
+    return 0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Law and budget in, configuration out: which LLM size, how many visual tokens, at what error.
 
-  vlm-jax plan --law=law.json --flops=1e12 --text-tokens=50
-  vlm-jax plan --law=law.json --ms=40 --chip=v5e --text-tokens=50 --llms=0.5,1.8,4,7
+    vlm-jax plan --law=law.json --flops=1e12 --text-tokens=50
+    vlm-jax plan --law=law.json --ms=40 --chip=v5e --text-tokens=50 --llms=0.5,1.8,4,7
 
 Prints one JSON object on stdout and the same in words on stderr (on a terminal, without --json: in
 words only). Every field is explained in docs/planning.md.
@@ -10,351 +10,175 @@ words only). Every field is explained in docs/planning.md.
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from vlm_jax.cost import chips, described, roofline
-from vlm_jax.cost import flops as cost
-from vlm_jax.law.law import Law
-from vlm_jax.planning import answers, planner
-from vlm_jax.rows import records
-from vlm_jax.verbs import cli
-
-MOST_TOKENS = 576  # patches of CLIP ViT-L/14-336: the paper's largest V
-FAMILY = "qwen1.5-"  # the paper's LLMs: what a plan without a configuration interpolates between
-QUERIES = tuple(2**i for i in range(9))  # what MQT is run at: any prefix of its 256 queries works
+from vlm_jax.cost import chips
+from vlm_jax.verbs import configuration
+from vlm_jax.verbs.parser import Parser
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of `vlm-jax plan`."""
-    p = argparse.ArgumentParser(
-        prog="vlm-jax plan",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def add_flags(parser: Parser) -> None:
+    """The flags of the verb."""
+    budget = parser.add_argument_group("budget, exactly one")
+    budget = budget.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--flops", type=float, metavar="FLOPS", help="FLOPs of one request")
+    budget.add_argument(
+        "--ms", type=float, metavar="MS", help="milliseconds of one batch; needs --chip"
     )
-    p.add_argument(
-        "--law", required=True, help="law.json of vlm-jax fit, or family:FILE,family:FILE"
-    )
-    p.add_argument(
-        "--text-tokens", required=True, help="Q: a number, or shares such as 25:0.5,100:0.5"
-    )
-    budget = p.add_argument_group("budget, exactly one").add_mutually_exclusive_group(required=True)
-    budget.add_argument("--flops", type=float, help="FLOPs of one request")
-    budget.add_argument("--ms", type=float, help="milliseconds of one batch; needs --chip")
     budget.add_argument(
         "--dollars-per-million",
         type=float,
+        metavar="USD",
         help="dollars for a million requests; needs --chip and --price-per-hour",
     )
-    budget.add_argument("--hbm-gb", type=float, help="1e9 bytes of memory for one batch")
-    p.add_argument(
+    budget.add_argument(
+        "--hbm-gb", type=float, metavar="GB", help="memory for one batch, in 1e9 bytes"
+    )
+    add = parser.add_argument
+    add(
+        "--law",
+        required=True,
+        metavar="FILE",
+        help="law.json of vlm-jax fit, or family:FILE,family:FILE",
+    )
+    add(
+        "--text-tokens",
+        required=True,
+        metavar="Q",
+        help="text tokens of a request: a number, or shares such as 25:0.5,100:0.5",
+    )
+    add(
         "--cost",
         choices=("paper", "full"),
         help="paper: 2N(Q+V), the default for --flops; full: every phase, the default else",
     )
-    p.add_argument(
-        "--chip", help=f"{', '.join(chips.CHIPS)}, or cpu (measured now); its memory is a limit"
+    add(
+        "--chip",
+        metavar="CHIP",
+        help=f"{', '.join(chips.CHIPS)}, or cpu (measured now); its memory is a limit (default: "
+        "none)",
     )
-    p.add_argument("--chips", type=int, default=1, help="chips taken together, communication free")
-    p.add_argument("--price-per-hour", type=float, help="dollars for one chip for one hour")
-    p.add_argument(
-        "--efficiency", help="reached fraction of the roofline: 0.5, or prefill:0.6,decode:0.8"
+    add(
+        "--chips", type=int, metavar="N", default=1, help="chips taken together, communication free"
     )
-    p.add_argument("--measured", help="rows.jsonl evaluated on this chip: fits --efficiency")
-    p.add_argument("--batch", type=int, default=1, help="requests at a time")
-    p.add_argument(
-        "--new-tokens", type=float, default=0, help="G, generated tokens; 0 is prefill only"
+    add(
+        "--price-per-hour",
+        type=float,
+        metavar="USD",
+        help="dollars for one chip for one hour (default: none)",
     )
-    p.add_argument(
-        "--cached-text", action="store_true", help="keys and values of the text are kept"
+    add(
+        "--efficiency",
+        metavar="SHARE",
+        help="reached fraction of the roofline: 0.5, or prefill:0.6,decode:0.8 (default: 1)",
     )
-    p.add_argument("--mix", help="weights over the law's families: reasoning:0.3,ocr:0.7")
-    p.add_argument(
-        "--llms", default="continuous", help="continuous, or a list: 0.5,1.8 (billions) or names"
+    add(
+        "--measured",
+        metavar="FILE",
+        help="rows.jsonl evaluated on this chip: fits --efficiency (default: none)",
     )
-    p.add_argument("--tokens", help="continuous, or a list of V")
-    p.add_argument("--compressors", help="a list; the law's error is taken for each of them")
-    p.add_argument(
-        "--config", help="take encoder, compressor and LLM sizes from this configuration"
+    add("--batch", type=int, metavar="N", default=1, help="requests at a time")
+    add(
+        "--new-tokens",
+        type=float,
+        metavar="G",
+        default=0,
+        help="generated tokens of a request; 0 is prefill only",
     )
-    p.add_argument("--out", help="folder for plan.png, plan.svg and plan.csv")
-    p.add_argument("--json", action="store_true", help="JSON on stdout, warnings only on stderr")
-    return p
+    add("--cached-text", action="store_true", help="keys and values of the text are kept")
+    add(
+        "--mix",
+        metavar="SHARES",
+        help="weights over the law's families: reasoning:0.3,ocr:0.7 (default: the law of the "
+        "file itself, equal weights for several files)",
+    )
+    add(
+        "--llms",
+        default="continuous",
+        metavar="LIST",
+        help="continuous, or a list: 0.5,1.8 (billions) or names",
+    )
+    add(
+        "--tokens",
+        metavar="LIST",
+        help="V to choose from: continuous, or a list (default: what the compressor can give)",
+    )
+    add(
+        "--compressors",
+        metavar="LIST",
+        help="methods; the law's error is taken for each (default: the configuration's)",
+    )
+    add("--out", metavar="DIR", help="folder for plan.png, plan.svg and plan.csv (default: none)")
+    add("--json", action="store_true", help="JSON on stdout, warnings only on stderr")
 
 
-def shares(text: str, flag: str) -> dict[str, float]:
-    """name -> share of "a:1,b:3", shares made to sum to 1. Raises ValueError naming the flag."""
-    try:
-        pairs = [item.rsplit(":", 1) for item in text.split(",")]
-        found = {name.strip(): float(weight) for name, weight in pairs}
-    except ValueError:
-        raise ValueError(f"{flag}={text}: expected name:weight,name:weight") from None
-    total = sum(found.values())
-    if len(found) < len(pairs) or min(found.values()) < 0 or not 0 < total < float("inf"):
-        raise ValueError(f"{flag}={text}: weights must be positive, each name once")
-    return {name: weight / total for name, weight in found.items()}
+def run(options: argparse.Namespace) -> int:
+    """Plans, and prints the plan; 0."""
+    from vlm_jax.planning import answers, question, spelled
 
-
-def number(text: str, flag: str, *, least: float = 0.0) -> float:
-    """A finite number of at least `least`. Raises ValueError naming the flag."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not least <= value < float("inf"):
-        raise ValueError(f"{flag}: {text!r} is not a number of at least {least:g}")
-    return value
-
-
-def read_laws(text: str, mix: str | None) -> planner.Mixture:
-    """The law of a file, of the families in it, or of several files, weighted as `mix` says."""
-    if Path(text).is_file() or ":" not in text:
-        fields = _json(Path(text))
-        named = {
-            family: law_of(f, f"{text} families.{family}")
-            for family, f in fields.get("families", {}).items()
-        }
-        if mix is None:
-            return planner.Mixture({"all": law_of(fields, text)}, {"all": 1.0})
-        if not named:
-            raise ValueError(
-                f"--mix={mix} needs a law with families, and {text} has none: "
-                "fit rows of several families, or pass --law=family:FILE,family:FILE"
-            )
+    law = spelled.read_laws(options.law, options.mix)
+    config = configuration.read(options.config).config if options.config else None
+    efficiency, warnings = efficiency_of(options)
+    hbm = options.hbm_gb
+    plan = question.plan(
+        law,
+        text_tokens=spelled.texts(options.text_tokens),
+        flops=options.flops,
+        ms=options.ms,
+        dollars_per_million=options.dollars_per_million,
+        hbm_bytes=None if hbm is None else hbm * 1e9,
+        new_tokens=options.new_tokens,
+        batch=options.batch,
+        cached_text=options.cached_text,
+        cost_model=options.cost,
+        llms=spelled.sizes(options.llms),
+        tokens=spelled.counts(options.tokens),
+        compressors=options.compressors.split(",") if options.compressors else None,
+        config=config,
+        chip=options.chip,
+        chips_together=options.chips,
+        price_per_hour=options.price_per_hour,
+        efficiency=efficiency,
+        warnings=warnings,
+    )
+    if options.out:
+        plan.fields["figures"] = draw(plan, options.out)
+    words = answers.in_words(plan.fields)
+    if sys.stdout.isatty() and not options.json:
+        print(words)
     else:
-        paths = dict(item.split(":", 1) for item in text.split(","))
-        named = {family: law_of(_json(Path(path)), path) for family, path in paths.items()}
-    weights = {family: 1 / len(named) for family in named} if mix is None else shares(mix, "--mix")
-    if unknown := [family for family in weights if family not in named]:
-        raise ValueError(f"--mix: no law for {', '.join(unknown)}; there are {', '.join(named)}")
-    return planner.Mixture(named, weights)
+        print(json.dumps(plan.fields, allow_nan=False))
+        if not options.json:
+            print(words, file=sys.stderr)
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return 0
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if path.is_dir():
-        path = path / "law.json"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as problem:
-        raise ValueError(f"{path} is not JSON: {problem}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} is not a law: it holds a {type(fields).__name__}")
-    return fields
+def efficiency_of(options: argparse.Namespace) -> tuple[Any, list[str]]:
+    """The reached fraction of the roofline, given or fitted to measured rows, and warnings."""
+    from vlm_jax.cost import roofline
+    from vlm_jax.planning import question, spelled
+    from vlm_jax.rows import records
+
+    if not options.measured:
+        return spelled.efficiency(options.efficiency), []
+    if options.cost == "paper" or options.cost is None and options.flops is not None:
+        question.refuse_chip(True)
+    if options.chip is None or options.efficiency:
+        raise ValueError("--measured needs --chip, and replaces --efficiency")
+    rows = records.read(options.measured)
+    chip = chips.named(options.chip).times(options.chips)
+    return roofline.calibrate_rows(rows, chip), records.doubts(rows, options.chip)
 
 
-def law_of(fields: Mapping[str, Any], place: str) -> Law:
-    """The law in parsed JSON; one without residuals or draws is accepted and has no interval."""
-    try:
-        return Law.from_dict({"sse": 0.0, "rmse": 0.0, "n": 0} | dict(fields))
-    except (ValueError, TypeError, KeyError) as problem:
-        raise ValueError(f"{place}: {problem}") from None
-
-
-def described_llms(config: Any | None) -> dict[str, tuple[float, cost.LLM]]:
-    """name -> (N, shape): of a configuration's grid, else published sizes by their nominal N."""
-    own = config is not None and len(config.grid.llms) > 0
-    return described.grid_llms(config) if own else described.published_llms()
-
-
-def chosen_llms(text: str, known: Mapping[str, tuple[float, cost.LLM]], own: bool):
-    """(list of N or None for every size, name -> (N, shape) to interpolate between) from --llms."""
-    family = {name: sized for name, sized in known.items() if own or name.startswith(FAMILY)}
-    if text == "continuous":
-        return None, family
-    names = [name.strip() for name in text.split(",")]
-    if all(re.fullmatch(r"[\d.eE+-]+", name) for name in names):
-        return tuple(number(name, "--llms", least=1e-9) for name in names), family
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(
-            f"--llms: {', '.join(unknown)} unknown; there are {', '.join(known)}, "
-            "or give sizes in billions"
-        )
-    family = {name: known[name] for name in names}
-    sizes = tuple(N for N, _ in family.values())
-    if len(set(sizes)) < len(names):
-        raise ValueError(
-            f"--llms={text}: two LLMs with one N cannot be told apart by a law; name one"
-        )
-    return sizes, family
-
-
-def token_choices(args: argparse.Namespace, kinds: Sequence[str], vit: cost.ViT | None):
-    """Compressor -> the V to look through."""
-    most = vit.patches if vit else MOST_TOKENS
-    text = args.tokens or (
-        "continuous" if args.cost == "paper" and args.llms == "continuous" else None
-    )
-    if text == "continuous":
-        if args.llms != "continuous":
-            raise ValueError(
-                "--tokens=continuous needs --llms=continuous: with a list of LLMs, list V too"
-            )
-        return {kind: ("continuous", (1.0, float(most))) for kind in kinds}
-    special = {"none": [most], "mqt": list(QUERIES)}
-    offered = {kind: special.get(kind) or cost.tilings(most) for kind in kinds}
-    if text is None:
-        return {kind: [float(v) for v in V] for kind, V in offered.items()}
-    wanted = [number(v, "--tokens", least=1.0) for v in text.split(",")]
-    if args.cost == "paper":
-        return dict.fromkeys(kinds, wanted)
-    found = {
-        kind: [v for v in wanted if v in offered[kind] or kind.startswith("prumerge")]
-        for kind in kinds
-    }
-    if not any(found.values()):
-        raise ValueError(
-            f"--tokens={text}: none fits; allowed are "
-            + "; ".join(f"{kind} {offered[kind]}" for kind in kinds)
-        )
-    return {kind: V for kind, V in found.items() if V}
-
-
-def search_of(args: argparse.Namespace) -> tuple[planner.Search, dict[float, str], list[str]]:
-    """The search that the flags describe, the names of LLMs by N, and warnings.
-
-    Raises ValueError for flags that clash.
-    """
-    unit, limit = next(
-        (u, x)
-        for u, x in (
-            ("flops", args.flops),
-            ("ms", args.ms),
-            ("hbm", args.hbm_gb),
-            ("dollars", args.dollars_per_million),
-        )
-        if x is not None
-    )
-    number(str(limit), "the budget", least=1e-300)
-    limit = limit * 1e9 if unit == "hbm" else limit
-    args.cost = args.cost or ("paper" if unit == "flops" else "full")
-    if args.batch < 1:
-        raise ValueError(f"--batch={args.batch}: at least 1")
-    texts = (
-        shares(args.text_tokens, "--text-tokens")
-        if ":" in args.text_tokens
-        else {args.text_tokens: 1.0}
-    )
-    work = planner.Workload(
-        tuple((number(q, "--text-tokens"), s) for q, s in texts.items()),
-        number(str(args.new_tokens), "--new-tokens"),
-        args.batch,
-        args.cached_text,
-    )
-    config = described.load(args.config, "get_config")() if args.config else None
-    law = read_laws(args.law, args.mix)
-    kinds = args.compressors.split(",") if args.compressors else None
-    limits, doubts = [(unit, float(limit))], []
-    if args.cost == "paper":
-        if args.chip or args.efficiency or args.measured:
-            raise ValueError(
-                "the paper's cost knows no chip: add --cost=full, or leave the chip out"
-            )
-        needless = re.fullmatch(r"continuous|[\d.eE+,\s-]+", args.llms)  # no shapes are looked up
-        llms, family = chosen_llms(
-            args.llms, {} if needless else described_llms(config), bool(config)
-        )
-        spent: planner.Cost = planner.PaperCost(work)
-        vit = cost.ViT.of(config.vit) if config else None
-        kinds = kinds or [config.compressor.kind if config else "token_packer"]
-    else:
-        base = config if config is not None else described.base()
-        llms, family = chosen_llms(
-            args.llms, described_llms(config), config is not None and len(config.grid.llms) > 0
-        )
-        vit = cost.ViT.of(base.vit)
-        chip = chips.named(args.chip).times(args.chips) if args.chip else None
-        if unit in ("ms", "dollars") and chip is None:
-            raise ValueError(f"a budget in {planner.UNITS[unit]} needs --chip")
-        if unit == "dollars" and not args.price_per_hour:
-            raise ValueError("--dollars-per-million needs --price-per-hour, the price of one chip")
-        if chip is not None and unit != "hbm":
-            limits.append(("hbm", chip.hbm_bytes))
-        efficiency, doubts = efficiency_of(args, chip)
-        spent = planner.FullCost(
-            work,
-            dict(family.values()),
-            vit,
-            query=base.compressor.query,
-            heads=base.compressor.heads,
-            chip=chip,
-            efficiency=efficiency,
-            dollars_per_hour=(args.price_per_hour or 0.0) * args.chips,
-        )
-        kinds = kinds or [base.compressor.kind]
-    for kind in kinds:
-        cost.Compressor(kind, 1, 1, "none")  # names the choices where a kind is unknown
-    search = planner.Search(
-        law, spent, planner.Budget(tuple(limits)), llms, token_choices(args, kinds, vit)
-    )
-    return search, {N: name for name, (N, _) in family.items()}, doubts
-
-
-def efficiency_of(
-    args: argparse.Namespace, chip: chips.Chip | None
-) -> tuple[dict[str, float] | None, list[str]]:
-    """The reached fraction of the roofline by phase, given or fitted to measured rows; warnings."""
-    if args.measured:
-        if chip is None or args.efficiency:
-            raise ValueError("--measured needs --chip, and replaces --efficiency")
-        rows = records.read(args.measured)
-        return roofline.calibrate_rows(rows, chip), doubts_of(rows, args.chip)
-    if not args.efficiency:
-        return None, []
-    if ":" not in args.efficiency:
-        return dict.fromkeys(roofline.PHASES, number(args.efficiency, "--efficiency")), []
-    pairs = [item.split(":", 1) for item in args.efficiency.split(",")]
-    if bad := [":".join(pair) for pair in pairs if len(pair) < 2]:
-        raise ValueError(f"--efficiency: {', '.join(bad)} is not phase:fraction")
-    return {phase: number(value, "--efficiency") for phase, value in pairs}, []
-
-
-def doubts_of(rows: Sequence[records.Row], chip: str) -> list[str]:
-    """What is doubtful about times of this chip that are fitted to these rows."""
-    found = []
-    machines = sorted({row.machine for row in rows if ("cpu" in row.machine) != (chip == "cpu")})
-    if machines:
-        found.append(f"the rows of --measured were evaluated on {', '.join(machines)}, "
-                     f"not on {chip}: their efficiency says nothing of it")  # fmt: skip
-    if not any(row.timing for row in rows):
-        found.append("the rows of --measured have no times of single batches: "
-                     "loading and compiling count against the chip")  # fmt: skip
-    return found
-
-
-def draw(search: planner.Search, out: str) -> list[str]:
+def draw(plan: Any, out: str) -> list[str]:
     """The paths of the plan's figure; none, said on stderr, where matplotlib is missing."""
     from vlm_jax.reports import plan_figure
 
     try:
-        return [str(path) for path in plan_figure.draw(search, out).paths]
+        return [str(path) for path in plan_figure.draw(plan.search, out).paths]
     except ModuleNotFoundError as missing:
         print(f"no figure: {missing}", file=sys.stderr)
         return []
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the verb; 0, or 2 after a message about what the user can fix."""
-    args = parser().parse_args(argv)
-
-    def body() -> int:
-        search, names, doubts = search_of(args)
-        answer = answers.plan(search, names)
-        answer["warnings"] += doubts
-        if args.out:
-            answer["figures"] = draw(search, args.out)
-        words = answers.in_words(answer)
-        if sys.stdout.isatty() and not args.json:
-            print(words)
-        else:
-            print(json.dumps(answer, allow_nan=False))
-            if not args.json:
-                print(words, file=sys.stderr)
-        for warning in answer["warnings"]:
-            print(f"warning: {warning}", file=sys.stderr)
-        return 0
-
-    return cli.report_errors("plan", body)

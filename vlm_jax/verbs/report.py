@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a run's rows into figures and one HTML page: vlm-jax report --workdir=DIR.
+"""A run's rows become figures and one HTML page, DIR/report/index.html.
+
+    vlm-jax report --workdir=runs/demo
 
 What it reads and writes stands in vlm_jax/reports/report.py.
 """
@@ -9,25 +11,25 @@ import json
 import sys
 
 from vlm_jax import progress
-from vlm_jax.reports import report
-from vlm_jax.verbs import cli
+from vlm_jax.verbs.parser import Parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="vlm-jax report", description=__doc__.split("\n")[0], allow_abbrev=False
+def add_flags(parser: Parser) -> None:
+    """The flags of the verb."""
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="a grid's folder, which holds rows.jsonl"
     )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="holds rows.jsonl")
-    options = parser.parse_args(argv)
 
-    def body() -> int:
-        with progress.doing("fitting the law, and drawing"):
-            made = report.write(options.workdir)
-        for family, why in made["no_law"].items():
-            print(f"no law for {family}: {why}", file=sys.stderr)
-        if made["no_figures"]:
-            print(made["no_figures"], file=sys.stderr)
-        print(json.dumps(made))
-        return 0
 
-    return cli.report_errors("report", body)
+def run(options: argparse.Namespace) -> int:
+    """Writes the report; 0."""
+    from vlm_jax.reports import report
+
+    with progress.doing("fitting the law, and drawing"):
+        made = report.write(options.workdir)
+    for family, why in made["no_law"].items():
+        print(f"no law for {family}: {why}", file=sys.stderr)
+    if made["no_figures"]:
+        print(made["no_figures"], file=sys.stderr)
+    print(json.dumps(made))
+    return 0

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration to checkpoint: the encoder where it is to be made, then align, then finetune.
 
-    vlm-jax train --config=configs/demo.py --workdir=runs/one [--config.llm.depth=4]
+    vlm-jax train --config=configs/demo.py --workdir=runs/one --config.llm.depth=4
     vlm-jax train --config=configs/finetune.py --dry-run
 
 The same command resumes: a finished stage is read back, a broken one goes on behind its newest
@@ -9,41 +9,46 @@ whole checkpoint, with the same numbers as if it had never stopped. The folder i
 its first step on: an attempt that failed before that claims nothing.
 """
 
-import jax
+import argparse
 
-from vlm_jax import mesh, progress
-from vlm_jax.training import fields, forecast, stages
-from vlm_jax.training.workdir import flat
-from vlm_jax.verbs import cli
+from vlm_jax import progress
+from vlm_jax.verbs import cli, configuration
+from vlm_jax.verbs.parser import Parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    config, flags = cli.parse(
-        "train",
-        __doc__,
-        argv,
-        strings={"workdir": "where the run lives"},
-        booleans={"dry-run": "print what the run would take and stop"},
-    )
+def add_flags(parser: Parser) -> None:
+    """The flags of the verb."""
+    add = parser.add_argument
+    add("--workdir", metavar="DIR", help="the folder of the run (needed but for --dry-run)")
+    add("--dry-run", action="store_true", help="print what the run would take, and stop")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains; 0."""
+    given = configuration.read(options.config)
+    workdir = None if options.dry_run else cli.workdir_of(options.workdir)
+    cli.keep_freed_memory()
     cli.say_warnings()
+    import jax
 
-    def body() -> int:
-        asked = flat(config)
-        fields.check_names(asked)
-        fields.check(asked)
-        made = stages.adopted(config)
-        found = flat(made)
-        for name, value in cli.overrides(flags).items():
-            if found.get(name) != asked.get(name):
-                progress.say(
-                    f"start: {name}={fields.shown(value)} gives way to "
-                    f"{fields.shown(found[name])} of start_from={config.start_from}"
-                )
-        if flags["dry-run"].value:
-            with jax.set_mesh(mesh.make(**made.mesh)):
-                stages.check(made)
-                forecast.dry_run(made)
-            return 0
-        return stages.run(made, cli.workdir_of(flags))
+    from vlm_jax import mesh
+    from vlm_jax.training import fields, forecast, stages
+    from vlm_jax.training.workdir import flat
 
-    return cli.report_errors("train", body)
+    asked = flat(given.config)
+    fields.check_names(asked)
+    fields.check(asked)
+    made = stages.adopted(given.config)
+    found = flat(made)
+    for name, value in given.overrides.items():
+        if found.get(name) != asked.get(name):
+            progress.say(
+                f"start: {name}={fields.shown(value)} gives way to "
+                f"{fields.shown(found[name])} of start_from={made.start_from}"
+            )
+    if workdir is None:
+        with jax.set_mesh(mesh.make(**made.mesh)):
+            stages.check(made)
+            forecast.dry_run(made)
+        return 0
+    return stages.run(made, workdir)

@@ -13,7 +13,7 @@ from vlm_jax.data import jinja
 from vlm_jax.data.example import IMAGE_MARK, Example
 from vlm_jax.data.templates import TEMPLATES
 from vlm_jax.data.tokenizer import Encoder, check_vocabulary, load_tokenizer, mark_of
-from vlm_jax.weights import architectures, ends, folder, sources
+from vlm_jax.weights import architectures, ends, folder, processors, sources
 from vlm_jax.weights.files import read_json
 from vlm_jax.weights.folder import Model
 
@@ -88,11 +88,8 @@ def export(model: Model, fresh: Path, *, add_image_token: bool) -> tuple[int, st
     if had is None or not _alike(words, load_tokenizer(fresh)):
         words.save_pretrained(fresh)
     theirs = load_tokenizer(fresh)
-    # Deferred: serving imports the verb that calls this.
-    from vlm_jax.serving import model as serving
-
     try:
-        ours = serving.processor_of(model)
+        ours = processors.processor_of(model)
     except ValueError as error:
         model.notes["chat_template"] = f"no chat template was written: {error}"
         return theirs.get_vocab()[name], name

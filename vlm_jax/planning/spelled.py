@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a question spells: numbers, shares such as reasoning:0.3,ocr:0.7, and files of laws."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.cost.flops import Number
+from vlm_jax.law.law import Law
+from vlm_jax.planning.planner import Mixture
+
+
+def shares(text: str, flag: str) -> dict[str, float]:
+    """name -> share of "a:1,b:3", shares made to sum to 1. Raises ValueError naming the flag."""
+    try:
+        pairs = [item.rsplit(":", 1) for item in text.split(",")]
+        found = {name.strip(): float(weight) for name, weight in pairs}
+    except ValueError:
+        raise ValueError(f"{flag}={text}: expected name:weight,name:weight") from None
+    total = sum(found.values())
+    if len(found) < len(pairs) or min(found.values()) < 0 or not 0 < total < float("inf"):
+        raise ValueError(f"{flag}={text}: weights must be positive, each name once")
+    return {name: weight / total for name, weight in found.items()}
+
+
+def number(text: str | Number, flag: str, *, least: float = 0.0) -> float:
+    """A finite number of at least `least`. Raises ValueError naming the flag."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not least <= value < float("inf"):
+        raise ValueError(f"{flag}: {str(text)!r} is not a number of at least {least:g}")
+    return value
+
+
+def texts(text: str) -> dict[Number, Number]:
+    """Q -> its share of the requests, of "50" or "25:0.5,100:0.5"."""
+    if ":" not in text:
+        return {number(text, "--text-tokens"): 1.0}
+    return {number(q, "--text-tokens"): share for q, share in shares(text, "--text-tokens").items()}
+
+
+def sizes(text: str) -> list[str] | list[Number] | None:
+    """LLMs by name, or by billions of parameters; None for "continuous", every size."""
+    if text == "continuous":
+        return None
+    names = [name.strip() for name in text.split(",")]
+    if all(re.fullmatch(r"[\d.eE+-]+", name) for name in names):
+        return [number(name, "--llms", least=1e-9) for name in names]
+    return names
+
+
+def counts(text: str | None) -> list[Number] | str | None:
+    """A list of V, or "continuous"; None for none."""
+    if text is None or text == "continuous":
+        return text
+    return [number(v, "--tokens", least=1.0) for v in text.split(",")]
+
+
+def efficiency(text: str | None) -> float | dict[str, float] | None:
+    """The reached fraction of the roofline, of "0.5" or by phase of "prefill:0.6,decode:0.8"."""
+    if not text:
+        return None
+    if ":" not in text:
+        return number(text, "--efficiency")
+    pairs = [item.split(":", 1) for item in text.split(",")]
+    if bad := [":".join(pair) for pair in pairs if len(pair) < 2]:
+        raise ValueError(f"--efficiency: {', '.join(bad)} is not phase:fraction")
+    return {phase: number(value, "--efficiency") for phase, value in pairs}
+
+
+def read_laws(text: str, mix: str | None) -> Mixture:
+    """The law of a file, of the families in it, or of several files, weighted as `mix` says."""
+    if Path(text).is_file() or ":" not in text:
+        fields = law_fields(Path(text))
+        named = {
+            family: law_of(f, f"{text} families.{family}")
+            for family, f in fields.get("families", {}).items()
+        }
+        if mix is None:
+            return Mixture({"all": law_of(fields, text)}, {"all": 1.0})
+        if not named:
+            raise ValueError(
+                f"--mix={mix} needs a law with families, and {text} has none: "
+                "fit rows of several families, or pass --law=family:FILE,family:FILE"
+            )
+    else:
+        paths = dict(item.split(":", 1) for item in text.split(","))
+        named = {family: law_of(law_fields(Path(path)), path) for family, path in paths.items()}
+    weights = {family: 1 / len(named) for family in named} if mix is None else shares(mix, "--mix")
+    if unknown := [family for family in weights if family not in named]:
+        raise ValueError(f"--mix: no law for {', '.join(unknown)}; there are {', '.join(named)}")
+    return Mixture(named, weights)
+
+
+def law_fields(path: Path) -> dict[str, Any]:
+    """The parsed JSON of a law.json, or of the folder that holds one."""
+    if path.is_dir():
+        path = path / "law.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as problem:
+        raise ValueError(f"{path} is not JSON: {problem}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is not a law: it holds a {type(fields).__name__}")
+    return fields
+
+
+def law_of(fields: Mapping[str, Any], place: str) -> Law:
+    """The law in parsed JSON; one without residuals or draws is accepted and has no interval."""
+    try:
+        return Law.from_dict({"sse": 0.0, "rmse": 0.0, "n": 0} | dict(fields))
+    except (ValueError, TypeError, KeyError) as problem:
+        raise ValueError(f"{place}: {problem}") from None

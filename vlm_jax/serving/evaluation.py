@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model answers a split: predictions.jsonl and scores.json in its folder."""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vlm_jax import mesh, progress
+from vlm_jax.data import loader, sources
+from vlm_jax.evals import tasks
+from vlm_jax.serving.predict import predict, write_predictions
+from vlm_jax.serving.subject import Subject, name_of
+from vlm_jax.training import fields
+from vlm_jax.training.workdir import flat, lock, write_json
+
+log = logging.getLogger(__name__)
+
+
+def mesh_of(config: ConfigDict, overrides: Mapping[str, Any]) -> jax.sharding.Mesh:
+    """The configured mesh; all devices side by side where it is that of another machine."""
+    try:
+        return mesh.make(**config.mesh)
+    except ValueError as error:
+        if any(name.startswith("mesh.") for name in overrides):
+            raise
+        print(f"{error}; here all devices stand side by side", file=sys.stderr)
+        return mesh.make()
+
+
+def evaluate(subject: Subject, given: ConfigDict, overrides: Mapping[str, Any]) -> None:
+    """Writes predictions and scores of `subject` into its folder, and prints the scores.
+
+    Args:
+      given: the configuration; `overrides` are the fields that were set on the command line, by
+        dotted name: what was trained cannot be changed, all else makes another evaluation.
+    Raises:
+      ValueError: for a field that is none, or belongs to what was trained, and for a folder that
+        holds the scores of another evaluation under this one's name.
+    """
+    fields.check_names(flat(given))
+    config = subject.asked(given, overrides)
+    fields.check(flat(config))
+    settings = subject.settings(config, overrides)
+    with jax.set_mesh(mesh_of(config, overrides)), lock(subject.folder):
+        processor = subject.processor(config)
+        with progress.doing("opening the data"):
+            source = sources.open_source(config, config.evaluate.split)
+        progress.say(f"data: {json.dumps(source.describe())}")
+        name = name_of(settings, source.data_hash)
+        settings |= {"data_hash": source.data_hash} if name else {}
+        ending = f"-{name}" if name else ""
+        path = subject.folder / f"scores{ending}.json"
+        before = json.loads(path.read_text()).get("settings") if path.exists() else None
+        if before not in (None, json.loads(json.dumps(settings))):
+            raise ValueError(
+                f"{path} is of another evaluation ({fields.shown(before)}): move it away, "
+                "or give the data another name"
+            )
+        with progress.doing("loading the model"):
+            model = subject.model(config)
+        faults: loader.Faults = {}
+        records = list(predict(config, model, source, processor, faults=faults))
+        scores = tasks.score(source.protocol, records, loader.not_answered(source, faults))
+        if said := tasks.told(scores):
+            log.warning(said)
+        write_predictions(subject.folder / f"predictions{ending}.jsonl", records)
+        scores |= {"settings": settings} if name else {}
+        write_json(path, scores)
+        print(json.dumps(scores, indent=1, sort_keys=True))
+        print(f"predictions{ending}.jsonl and {path.name} are in {subject.folder}", file=sys.stderr)

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file of requests becomes a file of answers, batch by batch; a bad line costs only itself.
+
+A line has `prompt` (a text, or a conversation [question, answer, ..., question]) and may have
+`image` (a path beside the file, or a list of several) and `id`.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from vlm_jax import errors, progress
+from vlm_jax.data import rows
+from vlm_jax.serving.model import VLM, Drawing
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a file of requests: where it stands, its id, and its fields or what is wrong."""
+
+    number: int
+    id: Any
+    row: dict[str, Any]
+    wrong: str = ""
+
+
+def answer_file(
+    model: VLM, requests: Path, out: Path | None, *, drawing: Drawing, exif: str = "apply"
+) -> int:
+    """Answers a file of requests into `out`, or stdout; 2 if one could not be answered.
+
+    What cannot be answered, for whatever reason, costs its own line only.
+    """
+    how = dataclasses.asdict(drawing)
+    model.answer([], **how)  # what is wrong with the flags is wrong with every line
+    bad: list[str] = []
+    seen, repeated = set[str](), 0
+    with opened(out) as file, progress.doing("answers", count(requests)) as task:
+        waiting: list[tuple[Line, Any]] = []
+
+        def write(line: Line, fields: dict[str, Any]) -> None:
+            row = {"id": line.id, "line": line.number} | fields
+            try:
+                text = json.dumps(row, ensure_ascii=False)
+                text.encode()
+            except UnicodeEncodeError:  # half a character, which an id may hold
+                text = json.dumps(row)
+            file.write(text + "\n")
+
+        def refuse(line: Line, error: BaseException | str) -> None:
+            said = error if isinstance(error, str) else errors.sentence(error)
+            named = "" if line.id == line.number else f", id {line.id}"
+            where = f"{requests}, line {line.number}{named}: {said}"
+            bad.append(where)
+            write(line, {"error": where})
+
+        def answer(lines: list[tuple[Line, Any]]) -> None:
+            try:
+                found = model.answer([request for _, request in lines], **how)
+            # Whatever one of them raised, of the device or of ours, the others are sound.
+            except Exception as error:
+                if len(lines) == 1:
+                    refuse(lines[0][0], error)
+                else:
+                    for one in lines:
+                        answer([one])
+                return
+            for (line, _), said in zip(lines, found, strict=True):
+                write(
+                    line,
+                    dict(
+                        text=said.text,
+                        stopped=said.stopped,
+                        prompt_tokens=said.prompt_tokens,
+                        visual_tokens=said.visual_tokens,
+                        new_tokens=len(said.ids),
+                        first_token_seconds=round(said.first_token_seconds, 4),
+                        tokens_per_second=round(said.tokens_per_second, 2),
+                    ),
+                )
+
+        def flush() -> None:
+            if waiting:
+                answer(waiting)
+            file.flush()
+            waiting.clear()
+
+        task.note(0)
+        for line in lines_of(requests):
+            repeated += (name := json.dumps(line.id)) in seen
+            seen.add(name)
+            try:
+                if line.wrong:
+                    raise ValueError(line.wrong)
+                image, where = line.row.get("image"), requests.parent
+                if isinstance(image, list):
+                    image = [where / x if isinstance(x, str) else x for x in image]
+                elif isinstance(image, str):
+                    image = where / image
+                request = model.request(image, line.row["prompt"], exif=exif)
+                model.room(request, new_tokens=drawing.max_new_tokens,
+                           visual_tokens=drawing.visual_tokens)  # fmt: skip
+            except (ValueError, OSError) as error:
+                refuse(line, error)
+                continue
+            waiting.append((line, request))
+            if len(waiting) == drawing.batch:
+                flush()
+                task.note(line.number)
+        flush()
+    if repeated:
+        print(f"{repeated} requests repeat the id of an earlier one: `line` in the answers tells "
+              "them apart", file=sys.stderr)  # fmt: skip
+    if bad:
+        first = "".join(f"\n  {where}" for where in bad[:3])
+        print(f"{len(bad)} requests were not answered, the first:{first}", file=sys.stderr)
+    return 2 if bad else 0
+
+
+def check_files(requests: Path, out: Path | None) -> None:
+    """Raises ValueError for a file of no request, and for answers that would replace them."""
+    if out is not None and out.exists() and out.samefile(requests):
+        raise ValueError(
+            f"--out={out} is the file of --requests, which it would replace: choose another"
+        )
+    if next(lines_of(requests), None) is None:
+        raise ValueError(
+            f"--requests={requests} holds no request: give an object with a `prompt` on each line"
+        )
+
+
+def count(path: Path) -> int:
+    """The lines of a file."""
+    with path.open("rb") as lines:
+        return sum(1 for _ in lines)
+
+
+def lines_of(path: Path) -> Iterator[Line]:
+    """Every line of a file of requests that is not empty; an id that is not given is its number."""
+    with path.open("rb") as lines:  # a line that is no text is one bad request
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            row: Any = None
+            try:
+                row = rows.json_value(line.decode(json.detect_encoding(line), "surrogatepass"))
+                if not isinstance(row, dict) or "prompt" not in row:
+                    kind = "object without one" if isinstance(row, dict) else type(row).__name__
+                    raise ValueError(
+                        f"a request is an object with a `prompt`, on a line of its own, and this "
+                        f"is a {kind}"
+                    )
+                rows.check_keys("the request", row)
+                if unknown := sorted(row.keys() - {"id", "image", "prompt"}):
+                    raise ValueError(
+                        f"a request has id, image and prompt, and this one {', '.join(unknown)}"
+                    )
+                if isinstance(row.get("id"), (list, dict)):
+                    del row["id"]
+                    raise ValueError("its id is a list or an object: give a text or a number")
+                wrong = ""
+            except RecursionError:
+                wrong = "its JSON is nested too deep"
+            except (ValueError, rows.Fault) as error:
+                wrong = str(error)
+            row = row if isinstance(row, dict) else {}
+            yield Line(number, row.get("id", number), row, wrong)
+
+
+@contextmanager
+def opened(path: Path | None) -> Iterator[TextIO]:
+    """The file to write, or stdout."""
+    if path is None:
+        yield sys.stdout
+        return
+    with path.open("w", encoding="utf-8") as out:
+        yield out

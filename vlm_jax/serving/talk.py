@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One question, or a conversation, answered for a person: text on stdout, numbers on stderr."""
+
+import dataclasses
+import io
+import sys
+from collections.abc import Sequence
+
+from vlm_jax import progress
+from vlm_jax.data.example import IMAGE_MARK
+from vlm_jax.serving.model import VLM, Answer, Drawing
+
+
+def say(
+    model: VLM,
+    images: Sequence[str] | None,
+    turns: Sequence[str],
+    *,
+    drawing: Drawing,
+    exif: str = "apply",
+    stream: bool = False,
+) -> str:
+    """Answers a conversation on stdout, with the numbers on stderr; the answer.
+
+    `turns` are question, answer, ..., question; with `stream` the text is printed as it comes.
+    """
+
+    def show(index: int, piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    (answer,) = model.generate(
+        [images],
+        [list(turns)],
+        exif=exif,
+        told=show if stream else None,
+        **dataclasses.asdict(drawing),
+    )
+    print("" if stream else answer.text, flush=True)
+    print(numbers(answer), file=sys.stderr)
+    return answer.text
+
+
+def numbers(answer: Answer) -> str:
+    """What an answer took, in one line."""
+    return (
+        f"{answer.visual_tokens} visual tokens, {answer.prompt_tokens} of the prompt, "
+        f"{len(answer.ids)} new; first token after {answer.first_token_seconds:.3f} s, then "
+        f"{answer.tokens_per_second:.1f} tokens/s"
+    )
+
+
+def chat(
+    model: VLM,
+    images: Sequence[str] | None,
+    lines: io.TextIOBase,
+    *,
+    drawing: Drawing,
+    exif: str = "apply",
+    stream: bool = False,
+) -> int:
+    """Answers line after line until there are none; a conversation that is full says so."""
+    turns: list[str] = []
+    prompt = "> " if lines.isatty() else ""
+    while True:
+        print(prompt, end="", file=sys.stderr, flush=True)
+        try:
+            with progress.listening():
+                line = lines.readline()
+        except KeyboardInterrupt:  # as a person ends a chat
+            return 0
+        if not line:
+            return 0
+        asked = line.strip()
+        if asked:
+            try:
+                if turns and IMAGE_MARK in line:
+                    raise ValueError(
+                        f"{IMAGE_MARK} in a later question: the images of a chat belong to its "
+                        "first; a conversation of --requests has them anywhere"
+                    )
+                said = say(
+                    model, images, [*turns, asked], drawing=drawing, exif=exif, stream=stream
+                )
+                turns += [asked, said]
+            except ValueError as error:
+                if not turns:
+                    raise
+                print(f"not answered: {error}", file=sys.stderr)

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One command line for all verbs: their flags, what they are called, and what a typo meant.
+
+A verb is a file of this folder with `add_flags(parser)` and `run(options) -> exit status`. It
+imports libraries inside `run`: help, completion and the refusal of a wrong flag need none.
+
+--config.FIELD=VALUE is not known to argparse: those words, and --config itself, go to
+`vlm_jax/verbs/configuration.py` as `options.config`.
+"""
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from types import ModuleType
+from typing import Any, NoReturn
+
+from vlm_jax import __version__
+
+# Each verb with what it does, in the order of a project.
+VERBS = {
+    "train": "train one model: encoder, alignment, finetuning",
+    "evaluate": "answer a split with a trained model, and score the answers",
+    "grid": "train and evaluate a grid of LLM sizes x visual tokens; fit the law; make the report",
+    "report": "figures and one HTML page of a grid's rows",
+    "fit": "fit the scaling law to results, with intervals",
+    "plan": "the best LLM size and number of visual tokens for a budget",
+    "convert": "published weights to a model folder, and back",
+    "generate": "answer prompts about images",
+}
+# Verbs with a configuration, and what stands for one that is not named.
+USES_CONFIG = {
+    "train": "needed",
+    "evaluate": "default: the one that the folder was made with; a model folder needs one",
+    "grid": "needed",
+    "plan": "default: the published sizes and CLIP ViT-L/14-336",
+}
+# --config=FILE, --config FILE, --config.FIELD=VALUE, --config.FIELD VALUE, --config.FIELD and
+# --noconfig.FIELD of a boolean: what ml_collections reads.
+CONFIG_WORD = re.compile(r"--?(no)?config(\.[^=]*)?(=|$)")
+
+
+def module(verb: str) -> ModuleType:
+    """The file of a verb."""
+    match verb:
+        case "train":
+            from vlm_jax.verbs import train as found
+        case "evaluate":
+            from vlm_jax.verbs import evaluate as found
+        case "grid":
+            from vlm_jax.verbs import grid as found
+        case "report":
+            from vlm_jax.verbs import report as found
+        case "fit":
+            from vlm_jax.verbs import fit as found
+        case "plan":
+            from vlm_jax.verbs import plan as found
+        case "convert":
+            from vlm_jax.verbs import convert as found
+        case "generate":
+            from vlm_jax.verbs import generate as found
+        case _:
+            raise KeyError(verb)
+    return found
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written; the default of a flag behind its text."""
+
+    def __init__(self, prog: str, **how: Any):
+        super().__init__(prog, max_help_position=28, width=100, **how)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        shown = not action.required and action.nargs != 0 and "default" not in text
+        if shown and action.default is not None and action.default != "":
+            text += " (default: %(default)s)"
+        return text
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line with the nearest name, and exit status 2."""
+
+    def __init__(self, **how: Any):
+        super().__init__(formatter_class=Help, allow_abbrev=False, **how)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(
+                action,
+                f"{value!r} is no choice{meant(str(value), choices)}: choose one of "
+                f"{', '.join(choices)}",
+            )
+
+    def check(self, words: Iterable[str]) -> None:
+        """Refuses a flag that is not there, and an empty value, as of an unset shell variable."""
+        for word in words:
+            name, given, value = word.partition("=")
+            if not re.match(r"--?[A-Za-z]", name):
+                continue
+            action = self._option_string_actions.get(name)
+            if action is None:
+                known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+                self.error(f"unknown flag {name}{meant(name, known)} ({self.prog} --help)")
+            if given and not value and action.default != "" and action.metavar != "TEXT":
+                self.error(f"{name}= is empty: give it a value ({action.help})")
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """ ", did you mean X?" where a known word is near, else nothing."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+class PrintCompletion(argparse.Action):
+    """Prints what a shell completes `vlm-jax` by, and exits."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        try:
+            import shtab
+        except ModuleNotFoundError:
+            parser.error(f"{option_string} needs shtab: pip install shtab")
+        from vlm_jax.cost import described
+
+        whole, verbs = build(VERBS)
+        for verb in USES_CONFIG:
+            for name, value in fields(described.base()):
+                text = f"configuration (default: {value!r:.40})".replace("%", "%%")
+                verbs[verb].add_argument(f"--config.{name}", dest="field", help=text)
+        kinds = {"FILE": shtab.FILE, "DIR": shtab.DIRECTORY}
+        for found in verbs.values():
+            for action in found._actions:
+                kind = kinds.get(str(action.metavar))
+                if kind is not None:
+                    action.complete = kind  # type: ignore[attr-defined]  # shtab reads it there
+        print(shtab.complete(whole, shell=values))
+        parser.exit(0)
+
+
+def fields(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every field of a configuration."""
+    for name, value in section.items():
+        if hasattr(value, "items"):
+            yield from fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def build(filled: Iterable[str]) -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the command and those of its verbs; the verbs `filled` with their flags."""
+    whole = Parser(
+        prog="vlm-jax",
+        description="For an inference budget: which language model, and how many visual tokens?",
+        epilog="Each verb has --help. Completion of a shell: vlm-jax --print-completion bash",
+    )
+    whole.add_argument("--version", action="version", version=f"vlm-jax {__version__}")
+    whole.add_argument(
+        "--print-completion", choices=("bash", "zsh"), metavar="SHELL", action=PrintCompletion,
+        help="print what the shell completes this command by: bash or zsh",
+    )  # fmt: skip
+    under = whole.add_subparsers(title="verbs", dest="verb", metavar="VERB")
+    verbs: dict[str, Parser] = {}
+    for verb, summary in VERBS.items():
+        verbs[verb] = under.add_parser(verb, prog=f"vlm-jax {verb}", help=summary)
+        if verb in filled:
+            found = module(verb)
+            verbs[verb].description = found.__doc__
+            found.add_flags(verbs[verb])
+            if verb in USES_CONFIG:
+                configuration_flags(verbs[verb], USES_CONFIG[verb])
+    return whole, verbs
+
+
+def configuration_flags(parser: Parser, otherwise: str) -> None:
+    """Shows the flags of a configuration, which are read elsewhere."""
+    group = parser.add_argument_group("configuration")
+    group.add_argument(
+        "--config", metavar="FILE",
+        help="Python file whose get_config() returns the configuration, such as configs/demo.py "
+        f"({otherwise})",
+    )  # fmt: skip
+    group.add_argument(
+        "--config.FIELD", dest="config_field", metavar="VALUE",
+        help="a field of it by its dotted name, such as --config.llm.depth=4; configs/base.py has "
+        "all of them with their defaults and units",
+    )  # fmt: skip
+
+
+def apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a configuration, and the others.
+
+    --config.FIELD without a value is that of a boolean, or has it in the next word.
+    """
+    configuration, others = [], []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not CONFIG_WORD.match(word):
+            others.append(word)
+            continue
+        configuration.append(word)
+        if "=" not in word and rest and not re.match("--?[A-Za-z]", rest[0]):
+            configuration.append(rest.pop(0))
+    return configuration, others
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """What a command line says: `verb`, its flags, `config` (the words of a configuration) and
+    `words`, all that follow the verb.
+
+    A wrong word ends the process with status 2 and one line on stderr that says the way out;
+    --help and --version with status 0.
+    """
+    words = list(words) or ["--help"]
+    words = ["--help", *words[1:]] if words[0] == "help" else words
+    verb, *rest = words
+    if verb.startswith("-"):
+        whole, _ = build([])
+        whole.check([verb])
+        whole.parse_args(words)
+        whole.error(f"{verb} goes before no verb: flags follow the verb")
+    whole, verbs = build([verb])
+    if verb not in verbs:
+        whole.error(f"unknown verb {verb!r}{meant(verb, verbs)}: choose one of {', '.join(verbs)}")
+    configuration, others = apart(rest) if verb in USES_CONFIG else ([], rest)
+    verbs[verb].check(others)
+    options, unexpected = whole.parse_known_args([verb, *others])
+    if unexpected:
+        verbs[verb].error(f"unexpected argument {unexpected[0]!r}: flags are written --name=value")
+    options.config, options.words = configuration, rest
+    return options
+
+
+def command(words: Sequence[str] | None) -> tuple[argparse.Namespace, ModuleType]:
+    """The options of a command line (of this process where None) and the verb that takes them."""
+    options = parse(sys.argv[1:] if words is None else words)
+    return options, module(options.verb)

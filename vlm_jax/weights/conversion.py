@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model that was read becomes a folder: its words settled, adapters merged, every tensor checked.
+
+Tensors pass through one at a time, whatever the size of the model.
+"""
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.weights import adapters, chats, folder, hf, names, sources
+from vlm_jax.weights.classes import within
+from vlm_jax.weights.folder import Model
+from vlm_jax.weights.methods import Wish
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was made: `facts` in JSON's values, `notes` in sentences that a person should read."""
+
+    facts: dict[str, Any]
+    notes: list[str]
+
+
+def gathered(
+    source: Path | None, *, vision: Path | None, llm: Path | None, wish: Wish
+) -> folder.Model:
+    """The published model of a folder, or of the folders of its parts; its tensors unread.
+
+    Raises:
+      FileNotFoundError, ValueError: for folders that are none, and a wish that cannot be met.
+    """
+    if wish.replace and wish.kind not in (None, "none") and wish.tokens is None:
+        raise ValueError(f"--compressor={wish.kind} needs --tokens=V")
+    if source is None:
+        if not (vision and llm):
+            raise ValueError("give --from=DIR, or --vision=DIR and --llm=DIR")
+        return sources.assembled(vision, llm, wish)
+    if llm:
+        raise ValueError("--from=DIR is a whole model: leave --llm out")
+    if not source.is_dir():
+        raise FileNotFoundError(f"there is no folder --from={source}")
+    return sources.llava(source, vision=vision, wish=wish)
+
+
+def convert(
+    model: Model,
+    target: Path,
+    *,
+    name: str,
+    published: Path | None = None,
+    tokenizer: Path | None = None,
+    adapter: Path | None = None,
+    to_hf: bool = False,
+    dtype: str | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_surplus: Sequence[str] = (),
+    add_image_token: bool = False,
+    seed: int = 0,
+) -> Converted:
+    """Makes the folder `target` of a model.
+
+    Args:
+      name: what errors call the model.
+      published: the folder whose files say how a conversation is written.
+      tokenizer: a folder that goes before the model's own.
+      adapter: the folder of a published LoRA adapter, merged into the model.
+      to_hf: make a llava-hf folder where that can hold the model; else a model folder is made.
+      dtype: of the weights, as `folder.kind_of` names it; as they are stored unless given.
+      allow_missing, allow_surplus: patterns of tensors that may stay fresh or be left out.
+      add_image_token: to a tokenizer that has none, of a llava-hf folder.
+      seed: of fresh weights.
+    Raises:
+      OSError: where the disk has no room, before anything is written.
+      ValueError: for tensors that are missing, left over or of another shape.
+    """
+    chats.settle(model, published=published, tokenizer=tokenizer)
+    patterns = dict(allow_missing=list(allow_missing), allow_surplus=list(allow_surplus))
+    model.tie()
+    apart: list[list[str]] = [[], []]
+    if adapter:
+        apart = adapters.merge(model, adapter, **patterns)
+    with within(name):
+        missing, surplus = model.check(**patterns)
+    if missing:
+        model.tensors |= folder.fresh(model.config(), missing, seed=seed)
+    model.notes |= {
+        name: list(of) for name, of in (("fresh", missing), ("left_out", surplus)) if of
+    }
+    reason = hf.inexpressible(model) if to_hf else None
+    room(target, sum(x.dtype.itemsize * math.prod(x.shape) for x in model.tensors.values()))
+    as_hf = to_hf and reason is None
+    if as_hf:
+        words = partial(chats.export, model, add_image_token=add_image_token)
+        hf.write(model, target, words=words, dtype=dtype)
+    else:
+        folder.write(model, target, dtype=dtype)
+    facts = dict(
+        to=str(target),
+        layout="llava-hf" if as_hf else folder.MODEL_TYPE,
+        tensors=len(model.tensors),
+        parameters=sum(math.prod(x.shape) for x in model.tensors.values()),
+        compressor=model.compressor["kind"],
+        visual_tokens=model.compressor["tokens"],
+    )
+    notes = [about] if (about := model.notes.get("images")) else []
+    if reason:
+        notes.append(f"{target} is a model folder, not a llava-hf one: {reason}")
+    if model.tokenizer is None or not folder.has_tokenizer(model.tokenizer):
+        notes.append("no tokenizer was found: to generate, repeat with --tokenizer=DIR")
+    if about := model.notes.get("chat_template"):
+        notes.append(about)
+    for kind in ("replaced", "new", "tower", "untied", "adapted"):
+        if about := model.notes.get(kind):
+            notes.append(f"{kind}: {about}")
+    lists = {"fresh": missing, "left out": surplus + apart[1], "of the adapter absent": apart[0]}
+    notes += [f"{len(of)} tensors {kind}: {names.shown(of)}" for kind, of in lists.items() if of]
+    return Converted(facts, notes)
+
+
+def room(target: Path, size: int) -> None:
+    """OSError unless the disk of `target` has `size` bytes left, before anything is written."""
+    parent = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
+    if (free := shutil.disk_usage(parent).free) < size:
+        raise OSError(
+            f"{target} needs about {size / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left: "
+            "make room, or choose another disk"
+        )
