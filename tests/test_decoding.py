@@ -17,7 +17,7 @@ def case(mesh1):
     c = tiny.config(llm=dict(depth=4, width=64, mlp=256))
     batch = {k: v for k, v in tiny.batch(c, rows=2).items() if k != "loss_mask"}
     with jax.set_mesh(mesh1):
-        model = vlm.create(c, seed=0)
+        model = vlm.create(tiny.size(c), seed=0)
         return model, Decoder(model, stop_ids=()), tiny.placed(batch)
 
 

@@ -26,7 +26,7 @@ def setting(trained, mesh1):
     c = tiny.get_config()
     source = sources.open_source(c, "test")
     with jax.set_mesh(mesh1):
-        model = tiny.roughened(vlm.create(c, seed=0), scale=0.3)
+        model = tiny.roughened(vlm.create(tiny.size(c), seed=0), scale=0.3)
     return c, source, Processor(load_tokenizer(trained / "tokenizer"), c), model
 
 

@@ -33,7 +33,7 @@ def made(path, trained, **changes):
     """A model folder whose answers differ from prompt to prompt and image to image."""
     c = tiny.config(**changes)
     with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
-        model = tiny.roughened(vlm.create(c, seed=0), scale=0.4)
+        model = tiny.roughened(vlm.create(tiny.size(c), seed=0), scale=0.4)
         stored = sources.of_run(trained, c, model)
         stored.facts["max_length"] = 128
         folder.write(stored, path)

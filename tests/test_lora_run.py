@@ -83,7 +83,7 @@ def test_the_base_is_where_it_began_and_the_adapters_are_not(unbroken, mesh1):
     path, returned = unbroken
     c = config(**SHORT)
     with jax.set_mesh(mesh1):
-        before = literal_models.of(vlm.create(c, seed=0))
+        before = literal_models.of(vlm.create(tiny.size(c), seed=0))
         adapted = workdir.finished(path, c, merge=False)
         after = {n.replace(".base.", "."): x for n, x in literal_models.of(adapted).items()}
         for name in (n for n in before if not n.startswith("compressor")):
@@ -102,7 +102,7 @@ def test_a_run_is_converted_and_exported_without_loss(unbroken, tmp_path, mesh1)
     assert convert.main([f"--from={path}", "--to-peft", f"--to={tmp_path}/peft"]) == 0
     merged = folder.read(tmp_path / "merged").tensors
     with jax.set_mesh(mesh1):
-        base = vlm.create(c, seed=0)
+        base = vlm.create(tiny.size(c), seed=0)
         for name, expected in folder.tensors_of(returned).items():
             np.testing.assert_array_equal(merged[name].read(), expected, err_msg=name)
         folder.write(sources_of.of_run(path, c, base), tmp_path / "base")

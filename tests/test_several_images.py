@@ -48,7 +48,7 @@ def kind(request, mesh1):
     """Configuration, model and batch of one compressor."""
     c = tiny.config(compressor=KINDS[request.param])
     with jax.set_mesh(mesh1):
-        return c, tiny.roughened(vlm.create(c, seed=0), scale=0.2), several(c, COUNTS)
+        return c, tiny.roughened(vlm.create(tiny.size(c), seed=0), scale=0.2), several(c, COUNTS)
 
 
 LOGITS = jax.jit(lambda model, batch: model.logits(batch))
@@ -74,7 +74,7 @@ def test_splicing_is_cutting_and_joining_at_every_place(mesh1):
     visual = draw.normal(size=(len(rows), 2, 2, 3)).astype("f4")
     count = np.where(at < 4, count, 0).astype("i4")
     with jax.set_mesh(mesh1):
-        model = vlm.shapes(tiny.config())
+        model = vlm.shapes(tiny.size(tiny.config()))
         placed = tiny.placed((text, visual.reshape(len(rows), 4, 3), count, at))
         ours = np.asarray(model.splice(placed[0], Visual(*placed[1:3]), placed[3]))
         read = dict(ids=placed[0][..., 0], image_at=placed[3])
@@ -142,7 +142,7 @@ def test_eight_devices_give_the_logits_of_one(kind, whole, mesh8):
     c, _, batch = kind
     seen = np.arange(32) < batch["length"][:, None]
     with jax.set_mesh(mesh8):
-        many = tiny.roughened(vlm.create(c, seed=0), scale=0.2)
+        many = tiny.roughened(vlm.create(tiny.size(c), seed=0), scale=0.2)
         np.testing.assert_allclose(logits_of(many, batch)[seen], whole[seen], atol=1e-4)
 
 
@@ -156,7 +156,7 @@ def test_decoding_goes_on_behind_every_image_on_eight_devices(kind, mesh8):
     prompt = {k: v for k, v in batch.items() if k != "loss_mask"}
     prompt |= dict(image_at=at, length=start)
     with jax.set_mesh(mesh8):
-        model = tiny.roughened(vlm.create(c, seed=0), scale=0.2)
+        model = tiny.roughened(vlm.create(tiny.size(c), seed=0), scale=0.2)
         expected = logits_of(model, prompt | dict(length=batch["length"]))
         prefill = jax.jit(lambda m, b: m.prefill(b, new_tokens=new))
         decode = jax.jit(lambda m, *x: m.decode(*x), donate_argnums=2)

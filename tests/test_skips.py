@@ -212,7 +212,7 @@ def test_an_encoder_is_trained_on_the_images_that_can_be_read(llava, mesh1, tmp_
     batches.close()
     assert batches.skipped == 2 and batches.fields()["first_skipped"][0]["image"] == "image 0"
     with jax.set_mesh(mesh1):
-        encoder = vlm.create(c, seed=0).vit
+        encoder = vlm.create(tiny.size(c), seed=0).vit
         made = features.features_of(
             encoder, source, processor, features.Sight(), tmp_path, skip=True
         )

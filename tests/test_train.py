@@ -56,7 +56,7 @@ def weights_of(folder):
     c = tiny.get_config()
     with jax.set_mesh(meshes.make(devices=jax.devices()[:1])):
         _, like = optimizer.start(
-            vlm.create(c, seed=0), "finetune", optimizer.optimizer(c.finetune)
+            vlm.create(tiny.size(c), seed=0), "finetune", optimizer.optimizer(c.finetune)
         )
         state, notes = Checkpoints(folder / "finetune").restore(like)
     return {name: np.asarray(x) for name, x in named(state).items()}, notes
@@ -99,7 +99,7 @@ def setting(mesh1):
     texts = [text for i in range(len(source)) for turn in source[i].turns for text in turn]
     inputs = stages.Inputs(source, Processor(train_tokenizer(texts, c.llm.vocab), c))
     with jax.set_mesh(mesh1):
-        return c, inputs, vlm.create(c, seed=0)
+        return c, inputs, vlm.create(tiny.size(c), seed=0)
 
 
 def stage(setting, folder, *, poisoned=()):

@@ -24,7 +24,7 @@ def born(c, mesh1, mesh8):
     made = {}
     for mesh in (mesh1, mesh8):
         with jax.set_mesh(mesh):
-            made[mesh.size] = vlm.create(c, seed=0)
+            made[mesh.size] = vlm.create(tiny.size(c), seed=0)
     return made
 
 
@@ -65,7 +65,7 @@ def test_every_row_equals_the_literal_model_from_its_pixels(compressor, mesh1):
     c = tiny.config(compressor=compressor)
     batch = tiny.batch(c, rows=3, levels=False)
     with jax.set_mesh(mesh1):
-        model = tiny.roughened(vlm.create(c, seed=0), scale=0.2)
+        model = tiny.roughened(vlm.create(tiny.size(c), seed=0), scale=0.2)
         ours = logits_of(model, batch)
     for index in range(3):
         row = row_of(batch, index)
@@ -171,7 +171,7 @@ def test_splicing_is_cutting_and_joining(models, mesh1):
 def test_bfloat16_computes_near_float32_with_float32_parameters(c, batch, whole, models, mesh1):
     low = tiny.config(compute_dtype="bfloat16")
     with jax.set_mesh(mesh1):
-        model = tiny.roughened(vlm.create(low, seed=0), scale=0.2)
+        model = tiny.roughened(vlm.create(tiny.size(low), seed=0), scale=0.2)
         out = jax.jit(lambda m, b: m.logits(b))(model, tiny.placed(batch))
         hidden = jax.eval_shape(
             lambda m, ids: m.llm(m.llm.embed(ids)), model, tiny.placed(batch["ids"])
@@ -186,7 +186,7 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(c, batch, whole,
 
 def test_a_seed_decides_the_weights_wherever_they_live(c, born, mesh1):
     with jax.set_mesh(mesh1):
-        other = vlm.create(c, seed=1)
+        other = vlm.create(tiny.size(c), seed=1)
     for one, eight, another in zip(*map(jax.tree.leaves, (born[1], born[8], other)), strict=True):
         np.testing.assert_allclose(one, eight, atol=1e-6)
         # Biases and the scales of norms start at one value.
@@ -200,8 +200,9 @@ def test_parameters_of_a_published_whole(name, mesh1):
     c = base.get_config()
     c.llm.update(sizes.LLM[name])
     with jax.set_mesh(mesh1):
-        shapes = vlm.shapes(c)
-    parts = cost.ViT.of(c.vit), cost.Compressor.of(c.compressor), cost.LLM.of(c.llm)
+        shapes = vlm.shapes(tiny.size(c))
+    size = tiny.size(c)
+    parts = size.vit, size.compressor, size.llm
     assert vlm.parameters(shapes.vit) == cost.vit_parameters(parts[0])
     assert vlm.parameters(shapes.llm) == cost.llm_parameters(parts[2]) == sizes.LLM_PARAMETERS[name]
     assert vlm.parameters(shapes.compressor) == cost.compressor_parameters(
@@ -216,7 +217,7 @@ def test_parameters_of_a_published_whole(name, mesh1):
 ])  # fmt: skip
 def test_impossible_compressors_are_refused_with_the_way_out(change, words, mesh1):
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match=words):
-        vlm.shapes(tiny.config(compressor=change))
+        vlm.shapes(tiny.size(tiny.config(compressor=change)))
 
 
 # --- A single row ---------------------------------------------------------------------------------
@@ -235,7 +236,7 @@ def test_one_row_is_trained_and_answered_like_many(kind, tokens, kv_heads, mesh1
         return model.decode(jnp.argmax(scores, -1).astype(jnp.int32), caches, place)[0]
 
     with jax.set_mesh(mesh1):
-        model, batch = vlm.shapes(c), tiny.placed(batch)
+        model, batch = vlm.shapes(tiny.size(c)), tiny.placed(batch)
         gradient = jax.eval_shape(jax.grad(lambda m, b: m.logits(b).sum()), model, batch)
         same = zip(jax.tree.leaves(gradient), jax.tree.leaves(model), strict=True)
         assert all(slope.shape == weight.shape for slope, weight in same)

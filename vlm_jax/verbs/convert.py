@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> dict:
     with within(str(options.source or f"{options.vision} and {options.llm}")):
         missing, surplus = model.check(**patterns)
     if missing:
-        model.tensors |= folder.fresh(model.config(), missing, seed=options.seed)
+        model.tensors |= folder.fresh(model.size(), missing, seed=options.seed)
     model.notes |= {
         name: list(of) for name, of in (("fresh", missing), ("left_out", surplus)) if of
     }
@@ -149,7 +149,8 @@ def gather(options: argparse.Namespace) -> folder.Model:
         options.seed,
         options.replace_compressor,
     )
-    if wish.replace and wish.kind not in (None, "none") and wish.tokens is None:
+    compresses = wish.kind is not None and COMPRESSORS[wish.kind].compresses
+    if wish.replace and compresses and wish.tokens is None:
         raise ValueError(f"--compressor={wish.kind} needs --tokens=V")
     if options.source is None:
         if not (options.vision and options.llm):

@@ -15,10 +15,10 @@ import numpy as np
 import scipy
 
 from vlm_jax.cost import chips, described
-from vlm_jax.cost import flops as cost
 from vlm_jax.law import compare, intervals, law, published
 from vlm_jax.law.forms import FORMS
 from vlm_jax.law.points import of_cells
+from vlm_jax.models.sizes import ViTSize
 from vlm_jax.rows import records, tables
 from vlm_jax.verbs import cli
 
@@ -248,7 +248,7 @@ def draw(families, laws, out, *, rows, chip) -> list[Path]:
         return []
 
 
-def described_sizes(points) -> tuple[dict, cost.ViT] | None:
+def described_sizes(points) -> tuple[dict, ViTSize] | None:
     """Label -> shape of every point's LLM, and the encoder; None, said on stderr, without one."""
     try:
         known = described.published_llms()
@@ -257,7 +257,7 @@ def described_sizes(points) -> tuple[dict, cost.ViT] | None:
                 f"{', '.join(map(repr, unknown))} is none of {', '.join(known)}: "
                 "name the LLM of every line in a column `label`"
             )
-        encoder = cost.ViT.of(described.base().vit)
+        encoder = ViTSize.of(described.base().vit)
     except (ValueError, ModuleNotFoundError) as problem:
         print(f"no figures of the whole cost and of latency: {problem}", file=sys.stderr)
         return None

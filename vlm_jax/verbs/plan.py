@@ -10,22 +10,23 @@ words only). Every field is explained in docs/planning.md.
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_jax import compressors
 from vlm_jax.cost import chips, described, roofline
-from vlm_jax.cost import flops as cost
 from vlm_jax.law.law import Law
+from vlm_jax.models.sizes import LLMSize, ViTSize
 from vlm_jax.planning import answers, planner
 from vlm_jax.rows import records
 from vlm_jax.verbs import cli
 
 MOST_TOKENS = 576  # patches of CLIP ViT-L/14-336: the paper's largest V
 FAMILY = "qwen1.5-"  # the paper's LLMs: what a plan without a configuration interpolates between
-QUERIES = tuple(2**i for i in range(9))  # what MQT is run at: any prefix of its 256 queries works
 
 
 def parser() -> argparse.ArgumentParser:
@@ -154,13 +155,13 @@ def law_of(fields: Mapping[str, Any], place: str) -> Law:
         raise ValueError(f"{place}: {problem}") from None
 
 
-def described_llms(config: Any | None) -> dict[str, tuple[float, cost.LLM]]:
+def described_llms(config: Any | None) -> dict[str, tuple[float, LLMSize]]:
     """name -> (N, shape): of a configuration's grid, else published sizes by their nominal N."""
     own = config is not None and len(config.grid.llms) > 0
     return described.grid_llms(config) if own else described.published_llms()
 
 
-def chosen_llms(text: str, known: Mapping[str, tuple[float, cost.LLM]], own: bool):
+def chosen_llms(text: str, known: Mapping[str, tuple[float, LLMSize]], own: bool):
     """(list of N or None for every size, name -> (N, shape) to interpolate between) from --llms."""
     family = {name: sized for name, sized in known.items() if own or name.startswith(FAMILY)}
     if text == "continuous":
@@ -182,7 +183,7 @@ def chosen_llms(text: str, known: Mapping[str, tuple[float, cost.LLM]], own: boo
     return sizes, family
 
 
-def token_choices(args: argparse.Namespace, kinds: Sequence[str], vit: cost.ViT | None):
+def token_choices(args: argparse.Namespace, kinds: Sequence[str], vit: ViTSize | None):
     """Compressor -> the V to look through."""
     most = vit.patches if vit else MOST_TOKENS
     text = args.tokens or (
@@ -194,17 +195,15 @@ def token_choices(args: argparse.Namespace, kinds: Sequence[str], vit: cost.ViT 
                 "--tokens=continuous needs --llms=continuous: with a list of LLMs, list V too"
             )
         return {kind: ("continuous", (1.0, float(most))) for kind in kinds}
-    special = {"none": [most], "mqt": list(QUERIES)}
-    offered = {kind: special.get(kind) or cost.tilings(most) for kind in kinds}
+    side = math.isqrt(most)
+    methods = {kind: compressors.named(kind) for kind in kinds}
+    offered = {kind: method.planned(side) for kind, method in methods.items()}
     if text is None:
         return {kind: [float(v) for v in V] for kind, V in offered.items()}
     wanted = [number(v, "--tokens", least=1.0) for v in text.split(",")]
     if args.cost == "paper":
         return dict.fromkeys(kinds, wanted)
-    found = {
-        kind: [v for v in wanted if v in offered[kind] or kind.startswith("prumerge")]
-        for kind in kinds
-    }
+    found = {kind: [v for v in wanted if method.gives(side, v)] for kind, method in methods.items()}
     if not any(found.values()):
         raise ValueError(
             f"--tokens={text}: none fits; allowed are "
@@ -258,14 +257,14 @@ def search_of(args: argparse.Namespace) -> tuple[planner.Search, dict[float, str
             args.llms, {} if needless else described_llms(config), bool(config)
         )
         spent: planner.Cost = planner.PaperCost(work)
-        vit = cost.ViT.of(config.vit) if config else None
+        vit = ViTSize.of(config.vit) if config else None
         kinds = kinds or [config.compressor.kind if config else "token_packer"]
     else:
         base = config if config is not None else described.base()
         llms, family = chosen_llms(
             args.llms, described_llms(config), config is not None and len(config.grid.llms) > 0
         )
-        vit = cost.ViT.of(base.vit)
+        vit = ViTSize.of(base.vit)
         chip = chips.named(args.chip).times(args.chips) if args.chip else None
         if unit in ("ms", "dollars") and chip is None:
             raise ValueError(f"a budget in {planner.UNITS[unit]} needs --chip")
@@ -286,7 +285,7 @@ def search_of(args: argparse.Namespace) -> tuple[planner.Search, dict[float, str
         )
         kinds = kinds or [base.compressor.kind]
     for kind in kinds:
-        cost.Compressor(kind, 1, 1, "none")  # names the choices where a kind is unknown
+        compressors.named(kind)  # says the choices where it is unknown
     search = planner.Search(
         law, spent, planner.Budget(tuple(limits)), llms, token_choices(args, kinds, vit)
     )
