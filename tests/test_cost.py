@@ -32,7 +32,9 @@ def test_llm_parameters_equal_the_published_count(name):
 
 
 def test_vit_parameters_equal_the_published_count():
-    assert cost.vit_parameters(CLIP) == sizes.VIT_PARAMETERS["clip-vit-large-patch14-336"]
+    for name, of in sizes.VIT.items():
+        counted = cost.vit_parameters(ViTSize.of(of | dict(levels=(1,))))
+        assert counted == sizes.VIT_PARAMETERS[name]
 
 
 def test_exact_parameter_counts_of_the_published_modules():

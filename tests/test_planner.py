@@ -21,7 +21,7 @@ from vlm_jax.planning.planner import Budget, FullCost, Mixture, PaperCost, Searc
 
 CLIP = ViTSize.of(base.get_config().vit)
 QWEN = {
-    float(name[8:-1]): LLMSize.of(s) for name, s in sizes.LLM.items() if name.startswith("qwen")
+    float(name[8:-1]): LLMSize.of(s) for name, s in sizes.LLM.items() if name.startswith("qwen1.5")
 }
 EVERY_V = {"token_packer": ("continuous", (1.0, 576.0))}
 WINDOWS = {"token_packer": [1.0, 4.0, 9.0, 16.0, 36.0, 64.0, 144.0, 576.0]}

@@ -181,8 +181,8 @@ def test_the_middles_of_squares_are_bilinear_interpolation(side, times):
     np.testing.assert_allclose(ours, interpolated(grid, side // times).reshape(-1, 3), atol=1e-6)
 
 
-def test_parameters_of_the_published_tower(mesh1):
-    name = "clip-vit-large-patch14-336"
+@pytest.mark.parametrize("name", sizes.VIT)
+def test_parameters_of_the_published_towers(name, mesh1):
     of = sizes.VIT[name] | dict(levels=(12, 16, 22, 23))
     with jax.set_mesh(mesh1):
         counted = parameters(jax.eval_shape(lambda: ViT(ViTSize.of(of), rngs=nnx.Rngs(0))))
