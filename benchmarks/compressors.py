@@ -74,6 +74,7 @@ class Contest:
         from benchmarks.peers import torch_compressors
         from vlm_jax import compressors, mesh
         from vlm_jax.compressors.matryoshka import Matryoshka
+        from vlm_jax.compressors.method import Interface
         from vlm_jax.compressors.window import window_order
         from vlm_jax.layers import RUN_ONCE
         from vlm_jax.models.vit import class_attention
@@ -83,9 +84,12 @@ class Contest:
         # MQT has 16 heads, the windowed ones 8; QueCC is the one that reads the question.
         self.heads, self.query = 16 if method == "mqt" else 8, "separate"
         sizes = {k: v for k, v in sizes.items() if k != "batch"}
+        interface = Interface(**sizes)
         sizes |= dict(tokens=tokens, heads=self.heads, query=self.query)
+        self.described, self.interface = compressors.describe(dict(kind=method) | sizes), interface
+        described = self.described
         module = jax.jit(
-            lambda: compressors.build(method, **sizes, rngs=nnx.Rngs(0)),
+            lambda: described.build(interface, rngs=nnx.Rngs(0)),
             compiler_options=mesh.known(RUN_ONCE),
         )()
         peer = torch_compressors.load(module, sizes)
@@ -142,36 +146,13 @@ class Contest:
         return ours / 1e9, counter.get_total_flops() / 1e9
 
 
-def derived(method: str, tokens: int, contest: Contest, sizes: dict) -> dict[str, float]:
+def derived(contest: Contest, part: str) -> dict[str, float]:
     """GFLOP of one image from the sizes alone, as published and as inference runs it here."""
-    from vlm_jax.cost import flops as cost
+    from vlm_jax.compressors.method import FORMS
 
-    width, llm_width = sizes["width"], sizes["llm_width"]
-    vit = cost.ViT(
-        image_size=sizes["side"],
-        patch_size=1,
-        depth=1,
-        width=width,
-        mlp=width,
-        heads=1,
-        levels=(1,) * sizes["levels"],
-    )
-    llm = cost.LLM(
-        vocab=1,
-        depth=1,
-        width=llm_width,
-        mlp=1,
-        heads=1,
-        kv_heads=1,
-        head_size=1,
-        qkv_bias=False,
-        tied_embeddings=True,
-    )
-    method, _, part = method.partition("/")
-    compressor = cost.Compressor(method, tokens, contest.heads, contest.query)
     found = {}
-    for form in cost.FORMS:
-        products = cost.compressor_products(compressor, vit, llm, form=form)
+    for form in FORMS:
+        products = contest.described.products(contest.interface, form)
         found[form] = (products.fixed if part == "merging" else products.forward(math.inf)) / 1e9
     return found
 
@@ -218,7 +199,7 @@ def measure(method: str, tokens: int, *, sizes: dict, rounds: int) -> dict:
     return dict(
         method=method,
         V=tokens,
-        gflop=derived(method, tokens, contest, sizes) | dict(by_xla=by_xla, by_torch=by_torch),
+        gflop=derived(contest, method.partition("/")[2]) | dict(by_xla=by_xla, by_torch=by_torch),
         difference=difference,
         sides=sides,
         speedup=speedup,

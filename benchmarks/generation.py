@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,11 @@ def ours(folder: Path, dtype: str, scales: tuple[int, ...]):
 
     stored = sources.llava(folder, vision=None, wish=Wish())
     stored.compressor |= dict(kind="m3", tokens=max(scales), scales=scales)
-    config = stored.config()
-    with config.unlocked():
-        config.compute_dtype, config.kernels = dtype, "auto"
+    size = replace(stored.size(), compute_dtype=dtype, kernels="auto")
     one = mesh.make(devices=jax.devices()[:1])
     with jax.set_mesh(one):
         stored.check()
-        shapes = vlm.shapes(config)
+        shapes = vlm.shapes(size)
         model = place(shapes, names.model_table(shapes), stored.tensors, dtype=dtype)
     fields = ConfigDict(
         dict(data=base.get_config().data, vit=stored.vit, compressor=stored.compressor)

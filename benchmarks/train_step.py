@@ -81,10 +81,11 @@ def contestants(config) -> dict[str, Callable[[], SupportsFloat]]:
     from benchmarks.peers import torch_vlm
     from vlm_jax import mesh
     from vlm_jax.models import vlm
+    from vlm_jax.models.sizes import VLMSize
     from vlm_jax.training import objective, optimizer
 
     batch = random_batch(config)
-    model = vlm.create(config, seed=0)
+    model = vlm.create(VLMSize.of(config), seed=0)
     peers = [torch_vlm.load(config, model) for _ in range(2)]
     graph, state = optimizer.start(model, "finetune", optimizer.optimizer(config.finetune))
     advance = optimizer.make_step(graph, optimizer.optimizer(config.finetune), objective.next_token)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tests/tiny.py with one LLM size: the smallest grid, --config=tests/one_size.py"""
+"""tests/tiny.py with one LLM size: the smallest grid (--config=tests/one_size.py)."""
 
 from tests import tiny
 

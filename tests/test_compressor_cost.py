@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
+import tiny
 from test_cost import (
     CLIP,
     SMALL_LLM,
@@ -21,6 +21,7 @@ from test_cost import (
 
 from vlm_jax import compressors
 from vlm_jax.cost import flops as cost
+from vlm_jax.models.sizes import LLMSize, ViTSize
 
 TOKENS = (1, 4, 16, 36, 144)
 # GFLOP of one image at these V, of the published modules for CLIP ViT-L/14-336 into an LLM of width
@@ -107,13 +108,12 @@ def name_of(section):
 
 
 def build(section, vit, llm):
-    return compressors.build(
+    return tiny.compressor(
         **section,
         side=vit["image_size"] // vit["patch_size"],
         width=vit["width"],
         levels=len(vit["levels"]),
         llm_width=llm["width"],
-        rngs=nnx.Rngs(0),
     )
 
 
@@ -121,7 +121,7 @@ def build(section, vit, llm):
 def test_compressor_parameters_equal_the_models(section, mesh1):
     with jax.set_mesh(mesh1):
         model = jax.eval_shape(lambda: build(section, SMALL_VIT, SMALL_LLM))
-    parts = cost.Compressor.of(section), cost.ViT.of(SMALL_VIT), cost.LLM.of(SMALL_LLM)
+    parts = compressors.describe(section), ViTSize.of(SMALL_VIT), LLMSize.of(SMALL_LLM)
     assert count(model) == cost.compressor_parameters(*parts)
 
 
@@ -145,7 +145,7 @@ def question_shape(batch):
 
 
 def parts_of(section):
-    return cost.Compressor.of(section), cost.ViT.of(LEVELS_VIT), cost.LLM.of(LEVELS_LLM)
+    return compressors.describe(section), ViTSize.of(LEVELS_VIT), LLMSize.of(LEVELS_LLM)
 
 
 @pytest.mark.parametrize("section", KINDS, ids=name_of)

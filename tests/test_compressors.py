@@ -13,17 +13,18 @@ import literal_compressors
 import literal_prumerge
 import numpy as np
 import pytest
-from flax import nnx
+import tiny
 from made_numbers import filled, numbers
 
-from vlm_jax import compressors, mesh
-from vlm_jax.compressors import COMPRESSORS, mqt, pretrained, projector, quecc
-from vlm_jax.compressors.m3 import M3
-from vlm_jax.compressors.mqt import MQT
-from vlm_jax.compressors.quecc import QueCC
-from vlm_jax.compressors.token_packer import TokenPacker
+from vlm_jax import mesh
+from vlm_jax.compressors import COMPRESSORS, pretrained, projector
+from vlm_jax.compressors.m3.module import M3
+from vlm_jax.compressors.mqt import module as mqt
+from vlm_jax.compressors.mqt.module import MQT
+from vlm_jax.compressors.quecc import module as quecc
+from vlm_jax.compressors.quecc.module import QueCC
+from vlm_jax.compressors.token_packer.module import TokenPacker
 from vlm_jax.compressors.window import window_order
-from vlm_jax.cost import flops as cost
 
 GATE = 1e-4  # absolute, on activations of order one, in float32
 
@@ -48,7 +49,7 @@ def literal(module, levels, question, *, width, heads, tensors=None):
                                        tokens=module.tokens)  # fmt: skip
     if module.reads_keys:
         tokens = 0 if module.adaptive else module.tokens
-        merged = literal_prumerge.of_levels(levels, module.kind, tokens, width)
+        merged = literal_prumerge.of_levels(levels, module.method.kind, tokens, width)
         return literal_compressors.mlp(tensors, "0", "2", merged)
     plain = literal_compressors.m3 if isinstance(module, M3) else literal_compressors.pool
     return plain(tensors, levels, width=width, tokens=module.tokens)
@@ -139,7 +140,7 @@ def difference(module, of, levels, question):
 ], ids=lambda of: f"{of['kind']}-{of['tokens']}-of-{of['side']}x{of['side']}")  # fmt: skip
 def test_window_major_equals_the_literal_raster_form(of, mesh1):
     with jax.set_mesh(mesh1):
-        module = roughened(jax.eval_shape(lambda: compressors.build(**of, rngs=nnx.Rngs(0))))
+        module = roughened(jax.eval_shape(lambda: tiny.compressor(**of)))
         assert difference(module, of, *inputs(of)) < 1e-5
 
 
@@ -155,7 +156,7 @@ def test_gradients_are_the_slopes_of_the_literal_raster_form(of, mesh1):
     levels, question = inputs(of, batch=1)
     draw = np.random.default_rng(3)
     with jax.set_mesh(mesh1):
-        module = roughened(jax.eval_shape(lambda: compressors.build(**of, rngs=nnx.Rngs(0))))
+        module = roughened(jax.eval_shape(lambda: tiny.compressor(**of)))
         towards = draw.normal(size=apply(module, of, levels, question).shape)
 
         def loss(module, levels, question):
@@ -187,10 +188,9 @@ def test_gradients_are_the_slopes_of_the_literal_raster_form(of, mesh1):
 @pytest.mark.parametrize("kernel, stride, tokens", [(3, 4, 36), (9, 4, 16), (5, 5, 16), (1, 6, 16)])
 def test_a_convolution_that_does_not_match_the_windows(kernel, stride, tokens, mesh1):
     of = sizes(tokens=tokens, side=24)
-    built = {k: v for k, v in of.items() if k != "kind"}
     with jax.set_mesh(mesh1):
         module = roughened(
-            jax.eval_shape(lambda: QueCC(**built, kernel=kernel, stride=stride, rngs=nnx.Rngs(0)))
+            jax.eval_shape(lambda: tiny.compressor(**of, kernel=kernel, stride=stride))
         )
         assert difference(module, of, *inputs(of, batch=1)) < 1e-5
 
@@ -239,7 +239,7 @@ def test_values_at_the_published_width(kind, mesh1):
         of = sizes(kind, tokens, side=24, width=1024, levels=4, llm_width=4096,
                    heads=16 if kind == "mqt" else 8)  # fmt: skip
         with jax.set_mesh(mesh1):
-            module = jax.eval_shape(lambda of=of: compressors.build(**of, rngs=nnx.Rngs(0)))
+            module = jax.eval_shape(lambda of=of: tiny.compressor(**of))
             for t, (name, shape) in enumerate(pretrained.shapes(module).items()):
                 if kind == "quecc" and name.startswith(("1.", "3.")):
                     kept[name] = np.zeros(shape, np.float32)
@@ -264,7 +264,7 @@ def test_values_at_the_published_width(kind, mesh1):
 def test_parameters_equal_the_published_count(kind, tokens, millions, mesh1):
     of = sizes(kind, tokens, side=24, width=1024, levels=4, llm_width=4096, heads=8)
     with jax.set_mesh(mesh1):
-        module = jax.eval_shape(lambda: compressors.build(**of, rngs=nnx.Rngs(0)))
+        module = jax.eval_shape(lambda: tiny.compressor(**of))
     count = sum(leaf.size for leaf in jax.tree.leaves(module))
     digits = len(str(millions).split(".")[1])
     assert round(count / 1e6, digits) == millions
@@ -274,25 +274,10 @@ def test_parameters_equal_the_published_count(kind, tokens, millions, mesh1):
 @pytest.mark.parametrize("kind", COMPRESSORS)
 def test_parameters_equal_the_closed_form(kind, query, mesh1):
     of = sizes(kind, query=query)
-    vit = cost.ViT(
-        image_size=12, patch_size=1, depth=2, width=of["width"], mlp=1, heads=1, levels=(1, 2)
-    )
-    llm = cost.LLM(
-        vocab=1,
-        depth=1,
-        width=of["llm_width"],
-        mlp=1,
-        heads=1,
-        kv_heads=1,
-        head_size=1,
-        qkv_bias=False,
-        tied_embeddings=False,
-    )
     with jax.set_mesh(mesh1):
-        module = jax.eval_shape(lambda: compressors.build(**of, rngs=nnx.Rngs(0)))
-    compressor = cost.Compressor(kind=kind, tokens=of["tokens"], heads=of["heads"], query=query)
+        module = jax.eval_shape(lambda: tiny.compressor(**of))
     count = sum(leaf.size for leaf in jax.tree.leaves(module))
-    assert count == cost.compressor_parameters(compressor, vit, llm)
+    assert count == module.method.parameters(module.interface)
 
 
 # --- The comparison sees what it must -------------------------------------------------------------
@@ -306,7 +291,7 @@ def test_another_epsilon_of_the_norms_is_caught(mesh1, monkeypatch):
         errors = []
         for eps in (1e-6, 1e-5):
             monkeypatch.setattr(quecc, "EPS", eps)
-            module = jax.eval_shape(lambda: compressors.build(**of, rngs=nnx.Rngs(0)))
+            module = jax.eval_shape(lambda: tiny.compressor(**of))
             weights = pretrained.export(roughened(module))
             weights["0.v_proj.2.weight"] *= 1e-3
             weights["0.v_proj.2.bias"] *= 0
@@ -318,7 +303,7 @@ def test_another_epsilon_of_the_norms_is_caught(mesh1, monkeypatch):
 def test_the_tanh_form_of_gelu_is_caught(kind, mesh1, monkeypatch):
     of = sizes(kind, tokens=36)
     with jax.set_mesh(mesh1):
-        module = roughened(jax.eval_shape(lambda: compressors.build(**of, rngs=nnx.Rngs(0))))
+        module = roughened(jax.eval_shape(lambda: tiny.compressor(**of)))
         assert difference(module, of, *inputs(of)) < 1e-5
         monkeypatch.setattr(projector, "gelu", lambda x: jax.nn.gelu(x, approximate=True))
         assert difference(module, of, *inputs(of)) > GATE
@@ -336,7 +321,7 @@ def trained(request, mesh1, mesh8):
 
 def loss_and_gradients(of, meshes, levels, question):
     with jax.set_mesh(meshes):
-        module = roughened(jax.eval_shape(lambda: compressors.build(**of, rngs=nnx.Rngs(0))))
+        module = roughened(jax.eval_shape(lambda: tiny.compressor(**of)))
         towards = np.random.default_rng(2).normal(size=(of["tokens"], of["llm_width"]))
 
         def loss(module, levels, question):
@@ -371,7 +356,7 @@ def test_every_parameter_has_a_gradient(trained):
 def test_bfloat16_stays_near_float32(kind, mesh1):
     of = sizes(kind)
     with jax.set_mesh(mesh1):
-        module = roughened(jax.eval_shape(lambda: compressors.build(**of, rngs=nnx.Rngs(0))))
+        module = roughened(jax.eval_shape(lambda: tiny.compressor(**of)))
         exact, rounded = (
             np.asarray(apply(module, of, *inputs(of), dtype=dtype), np.float32)
             for dtype in (jnp.float32, jnp.bfloat16)
@@ -391,7 +376,7 @@ def test_supported_tokens_are_those_that_can_be_built(kind, mesh1):
         for tokens in range(1, 40):
             of = sizes(kind, tokens)
             try:
-                jax.eval_shape(lambda of=of: compressors.build(**of, rngs=nnx.Rngs(0)))
+                jax.eval_shape(lambda of=of: tiny.compressor(**of))
             except ValueError as error:
                 assert str(COMPRESSORS[kind].supported(12)) in str(error)
             else:
@@ -408,25 +393,25 @@ def test_supported_tokens_are_those_that_can_be_built(kind, mesh1):
 ])  # fmt: skip
 def test_what_cannot_be_built_is_refused_with_the_choices(change, said, mesh1):
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match=said):
-        jax.eval_shape(lambda: compressors.build(**(sizes() | change), rngs=nnx.Rngs(0)))
+        jax.eval_shape(lambda: tiny.compressor(**(sizes() | change)))
 
 
 def test_a_convolution_that_misses_the_tokens_is_refused(mesh1):
-    of = {k: v for k, v in sizes(side=24, tokens=36).items() if k != "kind"}
+    of = sizes(side=24, tokens=36)
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match="gives 5x5 queries.*not 36"):
-        QueCC(**of, kernel=6, stride=4, rngs=nnx.Rngs(0))
+        tiny.compressor(**of, kernel=6, stride=4)
 
 
 def test_a_missing_question_is_refused(mesh1):
     of = sizes()
     with jax.set_mesh(mesh1):
-        module = roughened(jax.eval_shape(lambda: compressors.build(**of, rngs=nnx.Rngs(0))))
+        module = roughened(jax.eval_shape(lambda: tiny.compressor(**of)))
         with pytest.raises(ValueError, match="pass its feature"):
             module(placed(inputs(of)[0], "batch", "len", "feature"))
 
 
 @pytest.mark.parametrize("kind", COMPRESSORS)
 def test_the_example_in_the_docstring(kind):
-    cls = COMPRESSORS[kind]
+    cls = COMPRESSORS[kind].module()
     (example,) = (e for e in doctest.DocTestFinder(recurse=False).find(cls) if e.examples)
     assert doctest.DocTestRunner().run(example).failed == 0

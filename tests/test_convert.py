@@ -69,7 +69,7 @@ def test_eight_devices_hold_the_shards_of_what_one_holds(tmp_path, mesh1, mesh8)
         one = folder.load(tmp_path / "ours", dtype="bfloat16")
     with jax.set_mesh(mesh8):
         many = folder.load(tmp_path / "ours", dtype="bfloat16")
-        born = vlm.shapes(folder.read(tmp_path / "ours").config())
+        born = vlm.shapes(folder.read(tmp_path / "ours").size())
     for a, b, like in zip(*map(jax.tree.leaves, (one, many, born)), strict=True):
         assert a.dtype == "bfloat16" and b.sharding.spec == like.sharding.spec
         np.testing.assert_array_equal(np.asarray(a, "f4"), np.asarray(b, "f4"))
@@ -147,7 +147,7 @@ def test_a_new_compressor_is_born_and_its_model_keeps_our_layout(
     assert all(np.array_equal(one[name], two[name]) for name in one)  # of the same seed
     with jax.set_mesh(mesh1):
         model = folder.load(tmp_path / "c")
-    assert model.compressor.tokens == tokens and model.vit.levels == levels
+    assert model.compressor.tokens == tokens and model.vit.size.levels == levels
 
 
 def test_a_run_of_train_becomes_a_model_folder_with_its_tokenizer(trained, tmp_path, mesh1):

@@ -49,7 +49,7 @@ def large(tmp_path_factory, mesh1):
     described = architectures.describe(config)
     model = folder.Model(described.vit, described.llm, folder.PLAIN | dict(tokens=4), {}, {})
     with jax.set_mesh(mesh1):
-        shapes = names.shapes(vlm.shapes(model.config()))
+        shapes = names.shapes(vlm.shapes(model.size()))
     draw = np.random.default_rng(0)
     noise = draw.normal(size=2**20).astype(ml_dtypes.bfloat16)
 

@@ -6,32 +6,35 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 from flax import nnx
 from jax.sharding import NamedSharding
 
 from configs import base, sizes
 from vlm_jax import mesh
-from vlm_jax.compressors.token_packer import TokenPacker
 from vlm_jax.cost import flops as cost
 from vlm_jax.models.cache import KV
 from vlm_jax.models.llm import LLM
+from vlm_jax.models.sizes import LLMSize, ViTSize
 from vlm_jax.models.vit import ViT
 
-CLIP = cost.ViT.of(base.get_config().vit)
-VICUNA = cost.LLM.of(sizes.LLM["vicuna-1.5-7b"])
+CLIP = ViTSize.of(base.get_config().vit)
+VICUNA = LLMSize.of(sizes.LLM["vicuna-1.5-7b"])
 
 
 def compressor(kind, tokens, query="separate", heads=8):
-    return cost.Compressor(kind, tokens, heads, query)
+    return tiny.method(kind, tokens, heads, query)
 
 
 @pytest.mark.parametrize("name", sizes.LLM)
 def test_llm_parameters_equal_the_published_count(name):
-    assert cost.llm_parameters(cost.LLM.of(sizes.LLM[name])) == sizes.LLM_PARAMETERS[name]
+    assert cost.llm_parameters(LLMSize.of(sizes.LLM[name])) == sizes.LLM_PARAMETERS[name]
 
 
 def test_vit_parameters_equal_the_published_count():
-    assert cost.vit_parameters(CLIP) == sizes.VIT_PARAMETERS["clip-vit-large-patch14-336"]
+    for name, of in sizes.VIT.items():
+        counted = cost.vit_parameters(ViTSize.of(of | dict(levels=(1,))))
+        assert counted == sizes.VIT_PARAMETERS[name]
 
 
 def test_exact_parameter_counts_of_the_published_modules():
@@ -89,18 +92,18 @@ def test_cached_text_and_no_question_pass_leave_what_the_visual_tokens_cost():
 
 def test_a_small_request_costs_the_papers_2nt_once_embeddings_are_left_out():
     """Prefill of few tokens is 2 x non-embedding parameters per token; attention is the rest."""
-    llm = cost.LLM.of(sizes.LLM["qwen1.5-7b"])
+    llm = LLMSize.of(sizes.LLM["qwen1.5-7b"])
     body = (cost.llm_parameters(llm) - 2 * llm.vocab * llm.width) / 1e9
     prefill = cost.llm_flops(llm, 62, logits=0)
     assert prefill == pytest.approx(cost.paper_flops(body, 12, Q=50), rel=0.01)
 
 
 def test_bad_sections_and_kinds_are_named():
-    with pytest.raises(ValueError, match=r"LLM needs .*'kv_heads'.* missing"):
-        cost.LLM.of({k: v for k, v in sizes.LLM["vicuna-1.5-7b"].items() if k != "kv_heads"})
-    with pytest.raises(ValueError, match="'perceiver' has no cost: choose one of"):
+    with pytest.raises(ValueError, match=r"llm needs .*'kv_heads'.* missing"):
+        LLMSize.of({k: v for k, v in sizes.LLM["vicuna-1.5-7b"].items() if k != "kv_heads"})
+    with pytest.raises(ValueError, match="compressor.kind='perceiver': choose one of"):
         compressor("perceiver", 4)
-    with pytest.raises(ValueError, match="query 'twice' has no cost: choose one of"):
+    with pytest.raises(ValueError, match="compressor.query='twice': choose one of"):
         compressor("quecc", 4, "twice")
     with pytest.raises(ValueError, match="form 'fast' of a compressor: choose one of"):
         cost.compressor_flops(compressor("quecc", 4), CLIP, VICUNA, form="fast")
@@ -157,14 +160,14 @@ def flops(function, *arguments):
 def test_llm_parameters_equal_the_models(change, mesh1):
     sizes = SMALL_LLM | change
     with jax.set_mesh(mesh1):
-        model = jax.eval_shape(lambda: LLM(**sizes, rngs=nnx.Rngs(0)))
-    assert count(model) == cost.llm_parameters(cost.LLM.of(sizes))
+        model = jax.eval_shape(lambda: LLM(LLMSize.of(sizes), rngs=nnx.Rngs(0)))
+    assert count(model) == cost.llm_parameters(LLMSize.of(sizes))
 
 
 def test_vit_parameters_equal_the_models(mesh1):
     with jax.set_mesh(mesh1):
-        model = jax.eval_shape(lambda: ViT(**SMALL_VIT, rngs=nnx.Rngs(0)))
-    assert count(model) == cost.vit_parameters(cost.ViT.of(SMALL_VIT))
+        model = jax.eval_shape(lambda: ViT(ViTSize.of(SMALL_VIT), rngs=nnx.Rngs(0)))
+    assert count(model) == cost.vit_parameters(ViTSize.of(SMALL_VIT))
 
 
 # Wide enough that norms, softmax and activations, which the compiler counts and `cost` does not,
@@ -182,9 +185,9 @@ def shape(*sizes, dims=("batch", "len", "feature"), dtype=jnp.float32):
 
 def test_prefill_flops_are_the_compilers(mesh1):
     with jax.set_mesh(mesh1):
-        model = jax.eval_shape(lambda: LLM(**WIDE_LLM, rngs=nnx.Rngs(0)))
+        model = jax.eval_shape(lambda: LLM(LLMSize.of(WIDE_LLM), rngs=nnx.Rngs(0)))
         got = flops(lambda model, x: model.logits(model(x)[:, -1:]), model, shape(1, 64, 2048))
-    assert got == pytest.approx(cost.llm_flops(cost.LLM.of(WIDE_LLM), 64), rel=0.01)
+    assert got == pytest.approx(cost.llm_flops(LLMSize.of(WIDE_LLM), 64), rel=0.01)
 
 
 def test_prefill_behind_the_question_is_the_compilers(mesh1):
@@ -196,10 +199,10 @@ def test_prefill_behind_the_question_is_the_compilers(mesh1):
         return model.logits(hidden[:, -1:]), past.hidden  # which the compressor reads
 
     with jax.set_mesh(mesh1):
-        model = jax.eval_shape(lambda: LLM(**WIDE_LLM, rngs=nnx.Rngs(0)))
+        model = jax.eval_shape(lambda: LLM(LLMSize.of(WIDE_LLM), rngs=nnx.Rngs(0)))
         length = shape(1, dims=("batch",), dtype=jnp.int32)
         got = flops(prefill, model, shape(1, 32, 2048), shape(1, 64, 2048), length)
-    parts = cost.ViT.of(WIDE_VIT), compressor("quecc", 9, "prefix"), cost.LLM.of(WIDE_LLM)
+    parts = ViTSize.of(WIDE_VIT), compressor("quecc", 9, "prefix"), LLMSize.of(WIDE_LLM)
     request = cost.request_flops(*parts, Q=87, G=1, question=32)
     assert got == pytest.approx(request.prefill, rel=0.01)
     assert request.question == 0
@@ -210,7 +213,7 @@ def test_prefill_behind_the_question_is_the_compilers(mesh1):
 def test_decode_flops_are_the_compilers(mesh1):
     """One token against a cache of 64 slots, all of which the compiled step reads."""
     with jax.set_mesh(mesh1):
-        model = jax.eval_shape(lambda: LLM(**WIDE_LLM, rngs=nnx.Rngs(0)))
+        model = jax.eval_shape(lambda: LLM(LLMSize.of(WIDE_LLM), rngs=nnx.Rngs(0)))
         slots = shape(1, 64, 4, 128, dims=("batch", "len", "kv_heads", "head"))
         got = flops(
             lambda model, x, kv, at: model.logits(model.decode(x, [kv], at)[0]),
@@ -219,16 +222,16 @@ def test_decode_flops_are_the_compilers(mesh1):
             KV(slots, slots),
             shape(1, dims=("batch",), dtype=jnp.int32),
         )
-    assert got == pytest.approx(cost.decode_flops(cost.LLM.of(WIDE_LLM), context=63, G=2), rel=0.01)
+    assert got == pytest.approx(cost.decode_flops(LLMSize.of(WIDE_LLM), context=63, G=2), rel=0.01)
 
 
 def test_encoder_flops_are_the_compilers(mesh1):
     with jax.set_mesh(mesh1):
-        model = jax.eval_shape(lambda: ViT(**WIDE_VIT, rngs=nnx.Rngs(0)))
+        model = jax.eval_shape(lambda: ViT(ViTSize.of(WIDE_VIT), rngs=nnx.Rngs(0)))
         pixels = shape(1, 48, 48, 3, dims=("batch", "len", "len", "none"))
         got = flops(lambda model, x: model(x), model, pixels)
     assert got == pytest.approx(
-        cost.encoder_flops(cost.ViT.of(WIDE_VIT), compressor("none", 144)), rel=0.01
+        cost.encoder_flops(ViTSize.of(WIDE_VIT), compressor("none", 144)), rel=0.01
     )
 
 
@@ -238,17 +241,17 @@ def test_training_flops_are_the_compilers(stage, images, mesh1):
     vit = WIDE_VIT | {"depth": 3, "levels": (1, 3)}
     with jax.set_mesh(mesh1):
         packer = jax.eval_shape(
-            lambda: TokenPacker(
+            lambda: tiny.compressor(
+                "token_packer",
                 tokens=9,
                 side=12,
                 width=vit["width"],
                 levels=2,
                 llm_width=WIDE_LLM["width"],
                 heads=4,
-                rngs=nnx.Rngs(0),
             )
         )
-        model = jax.eval_shape(lambda: LLM(**WIDE_LLM, rngs=nnx.Rngs(0)))
+        model = jax.eval_shape(lambda: LLM(LLMSize.of(WIDE_LLM), rngs=nnx.Rngs(0)))
 
         def loss(packer, model, levels, text):
             place = mesh.spec("batch", "len", "feature")
@@ -262,8 +265,8 @@ def test_training_flops_are_the_compilers(stage, images, mesh1):
     counted = cost.train_step_flops(
         True,
         compressor("token_packer", 9, "none", heads=4),
-        cost.LLM.of(WIDE_LLM),
-        vit=cost.ViT.of(vit),
+        LLMSize.of(WIDE_LLM),
+        vit=ViTSize.of(vit),
         tokens=87 + 9 * images,
         stage=stage,
         images=images,

@@ -8,12 +8,14 @@ import sys
 import made_rows
 import numpy as np
 import pytest
+import tiny
 from matplotlib.colors import to_rgba
 
 from configs import sizes
 from vlm_jax.cost import flops as cost
 from vlm_jax.cost.chips import CHIPS
 from vlm_jax.law import law, published
+from vlm_jax.models.sizes import LLMSize, ViTSize
 from vlm_jax.reports import canvas as canvases
 from vlm_jax.reports import cells, cost_figures, figures, score_figures
 from vlm_jax.reports import run as runs
@@ -188,12 +190,12 @@ def test_equal_compute_finds_the_diagonal_of_the_published_grid(tmp_path):
 
 def test_a_described_request_costs_what_the_cost_model_says(reasoning, tmp_path):
     points, fitted = reasoning
-    vit = cost.ViT.of(sizes.VIT["clip-vit-large-patch14-336"] | {"levels": (12, 16, 22, 23)})
-    llms = {name: cost.LLM.of(fields) for name, fields in sizes.LLM.items()}
+    vit = ViTSize.of(sizes.VIT["clip-vit-large-patch14-336"] | {"levels": (12, 16, 22, 23)})
+    llms = {name: LLMSize.of(fields) for name, fields in sizes.LLM.items()}
     counted, asked, latency = cost_figures.described_figures(
         points, fitted, tmp_path, "reasoning", llms=llms, vit=vit, chip=CHIPS["v5e"], Q=50, G=16
     )
-    packer = cost.Compressor(kind="token_packer", tokens=576, heads=8, query="none")
+    packer = tiny.method("token_packer", 576)
     flops = cost.request_flops(vit, packer, llms["qwen1.5-7b"], Q=50, G=16).total
     assert column(read(counted), "x", series="7B", kind="point")[-1] == pytest.approx(flops)
     separate = cost.llm_flops(llms["qwen1.5-7b"], 50, logits=0)

@@ -17,7 +17,7 @@ from vlm_jax.evals import tasks
 from vlm_jax.grids import run as grid_run
 from vlm_jax.models import vlm
 from vlm_jax.rows import records
-from vlm_jax.training.cells import cells_of, describe, sizes
+from vlm_jax.training.cells import cells_of, describe
 from vlm_jax.training.features import blind_to
 from vlm_jax.training.stages import Inputs
 from vlm_jax.training.workdir import claim, digest
@@ -142,8 +142,9 @@ def test_a_row_says_what_its_model_is_and_cost(unbroken, mesh1):
     for name, row in rows_of(folder).items():
         c.llm.depth, c.compressor.tokens = 1, row.V
         with jax.set_mesh(mesh1):
-            shapes = vlm.shapes(c)
-        vit, compressor, llm = sizes(c)
+            shapes = vlm.shapes(tiny.size(c))
+        size = tiny.size(c)
+        vit, compressor, llm = size.vit, size.compressor, size.llm
         assert row.llm_parameters == vlm.parameters(shapes.llm) == cost.llm_parameters(llm)
         assert row.vit_parameters == vlm.parameters(shapes.vit)
         assert row.compressor_parameters == vlm.parameters(shapes.compressor)

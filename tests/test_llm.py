@@ -14,6 +14,7 @@ from vlm_jax.cost import flops as cost
 from vlm_jax.models import llm as llms
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.rope import Rope, rotate
+from vlm_jax.models.sizes import LLMSize
 from vlm_jax.models.vlm import parameters
 
 LLAMA = dict(heads=2, kv_heads=2, qkv_bias=False, tied_embeddings=False, rope_theta=1e4)
@@ -22,7 +23,7 @@ QWEN = dict(heads=4, kv_heads=1, qkv_bias=True, tied_embeddings=True, rope_theta
 
 def rough(c, mesh):
     with jax.set_mesh(mesh):
-        return tiny.roughened(jax.jit(lambda: LLM(**c.llm.to_dict(), rngs=nnx.Rngs(0)))())
+        return tiny.roughened(jax.jit(lambda: LLM(LLMSize.of(c.llm), rngs=nnx.Rngs(0)))())
 
 
 def ids_of(c, rows=2, length=9):
@@ -107,8 +108,8 @@ def test_a_cache_gives_every_row_what_a_whole_pass_gives(mesh1):
 def test_parameters_of_the_published_models(name, mesh1):
     of = sizes.LLM[name]
     with jax.set_mesh(mesh1):
-        counted = parameters(jax.eval_shape(lambda: LLM(**of, rngs=nnx.Rngs(0))))
-    assert counted == sizes.LLM_PARAMETERS[name] == cost.llm_parameters(cost.LLM.of(of))
+        counted = parameters(jax.eval_shape(lambda: LLM(LLMSize.of(of), rngs=nnx.Rngs(0))))
+    assert counted == sizes.LLM_PARAMETERS[name] == cost.llm_parameters(LLMSize.of(of))
 
 
 @pytest.mark.parametrize("change, words", [
@@ -119,4 +120,4 @@ def test_parameters_of_the_published_models(name, mesh1):
 def test_impossible_sizes_are_refused_with_the_way_out(change, words, mesh1):
     c = tiny.config(llm=change)
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match=words):
-        jax.eval_shape(lambda: LLM(**c.llm.to_dict(), rngs=nnx.Rngs(0)))
+        jax.eval_shape(lambda: LLM(LLMSize.of(c.llm), rngs=nnx.Rngs(0)))

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 
 from vlm_jax.cost import flops as cost
 from vlm_jax.models import lora, vlm
+from vlm_jax.models.sizes import LLMSize
 from vlm_jax.training import cells, objective, optimizer
 from vlm_jax.weights import names
 
@@ -180,12 +181,12 @@ def test_adapters_and_the_compressor_are_trained_and_nothing_else_has_moments(me
     c = config(targets=SOME, compressor=dict(kind="mqt", tokens=4))
 
     def start():
-        model = lora.adapt(vlm.build(c, nnx.Rngs(0)), c.lora, seed=0)
+        model = lora.adapt(vlm.build(tiny.size(c), nnx.Rngs(0)), c.lora, seed=0)
         return model, optimizer.start(model, "finetune", optimizer.optimizer(c.finetune))[1]
 
     with jax.set_mesh(mesh1):
         model, state = jax.eval_shape(start)
-    counted = cost.lora_parameters(cost.LLM.of(c.llm), RANK, SOME)
+    counted = cost.lora_parameters(LLMSize.of(c.llm), RANK, SOME)
     held = names.parameters(state.trained)
     adapters = [x.size for name, x in held.items() if name.startswith("llm.")]
     assert sum(adapters) == counted and len(adapters) == 2 * len(SOME)
@@ -255,12 +256,15 @@ def test_training_flops_are_the_compilers(mesh1):
         return objective.next_token(nnx.merge(graph, trained, frozen), batch).nll
 
     with jax.set_mesh(mesh1):
-        model = jax.eval_shape(lambda: lora.adapt(vlm.build(c, nnx.Rngs(0)), c.lora, seed=0))
+        model = jax.eval_shape(
+            lambda: lora.adapt(vlm.build(tiny.size(c), nnx.Rngs(0)), c.lora, seed=0)
+        )
         graph, trained, frozen = nnx.split(model, optimizer.ADAPTERS, ...)
         batch = tiny.placed(tiny.batch(c, rows=1))
         compiled = jax.jit(jax.grad(loss)).lower(trained, frozen, batch).compile()
         adapters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.LoRAParam)))
-    vit, compressor, llm = cells.sizes(c)
+    size = tiny.size(c)
+    vit, compressor, llm = size.vit, size.compressor, size.llm
     assert adapters == cost.lora_parameters(llm, 128, SOME)
     text = c.data.text_length
     sizes = dict(vit=vit, stage="finetune", tokens=text + 16, logits=text)
@@ -270,4 +274,4 @@ def test_training_flops_are_the_compilers(mesh1):
     assert counted < 0.85 * cost.train_step_flops(True, compressor, llm, **sizes)
     steps = c.finetune.steps * c.finetune.batch * counted
     c.align.steps = 0
-    assert cells.train_flops(c, model.compressor) == pytest.approx(steps)
+    assert cells.train_flops(c) == pytest.approx(steps)

@@ -7,17 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_jax import mesh
-from vlm_jax.compressors import m3 as m3s
-from vlm_jax.compressors import mqt as mqts
 from vlm_jax.compressors import pretrained
-from vlm_jax.compressors.m3 import M3
-from vlm_jax.compressors.mqt import MQT
+from vlm_jax.compressors.m3 import M3Method
+from vlm_jax.compressors.m3 import module as m3s
+from vlm_jax.compressors.mqt import MQTMethod
+from vlm_jax.compressors.mqt import module as mqts
 
+M3, MQT = M3Method, MQTMethod
 SIZES = dict(side=6, width=16, llm_width=24)
 
 
@@ -32,8 +33,8 @@ def roughened(module, seed=0):
 
 
 def made(method, tokens, **sizes):
-    return roughened(jax.eval_shape(lambda: method(tokens=tokens, **(SIZES | sizes),
-                                                   rngs=nnx.Rngs(0))))  # fmt: skip
+    return roughened(jax.eval_shape(lambda: tiny.compressor(
+        method.kind, tokens=tokens, **(SIZES | sizes))))  # fmt: skip
 
 
 def levels(batch=2, side=6, width=16, seed=1):
@@ -182,7 +183,7 @@ def test_the_pyramid_repeats_no_work(mesh1):
         module = made(M3, 1)
         text = jax.jit(lambda m, x: m.every_scale(x)).lower(module, levels()).as_text()
         assert text.count("stablehlo.dot_general") == 2
-        assert m3s.M3.nested(24) == (1, 9, 36, 144, 576)
+        assert M3.nested(24) == (1, 9, 36, 144, 576)
         seen = []
         with pytest.MonkeyPatch.context() as patch:
             pool = m3s.pool
@@ -234,8 +235,8 @@ def test_a_folded_mqt_computes_no_scores(mesh1):
 ])  # fmt: skip
 def test_a_request_runs_in_the_smallest_bucket_that_holds_it(method, side, buckets, mesh1):
     with jax.set_mesh(mesh1):
-        module = jax.eval_shape(lambda: method(tokens=1, rngs=nnx.Rngs(0), heads=1,
-                                               **(SIZES | dict(side=side))))  # fmt: skip
+        module = jax.eval_shape(lambda: tiny.compressor(
+            method.kind, tokens=1, **(SIZES | dict(side=side))))  # fmt: skip
         assert module.buckets == buckets
         for tokens in method.supported(side):
             slots = module.slots(tokens)
@@ -246,7 +247,7 @@ def test_a_request_runs_in_the_smallest_bucket_that_holds_it(method, side, bucke
 def test_what_training_shows():
     with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
         shapes = lambda method, **of: jax.eval_shape(  # noqa: E731
-            lambda: method(tokens=1, rngs=nnx.Rngs(0), heads=1, **(SIZES | of)))  # fmt: skip
+            lambda: tiny.compressor(method.kind, tokens=1, **(SIZES | of)))  # fmt: skip
         assert shapes(MQT, side=24).prefixes == tuple(range(2, 257, 2))
         assert shapes(MQT, side=5).prefixes == tuple(range(1, 26, 2))
         assert shapes(M3, side=24).scales == (1, 9, 36, 144, 576)
@@ -269,13 +270,13 @@ def test_what_training_shows():
 def test_what_cannot_be_built_is_refused_with_the_choices(method, change, said, mesh1):
     sizes = dict(tokens=1, heads=4, **SIZES) | change
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match=said):
-        jax.eval_shape(lambda: method(**sizes, rngs=nnx.Rngs(0)))
+        jax.eval_shape(lambda: tiny.compressor(method.kind, **sizes))
 
 
 def test_weights_that_are_not_of_the_method_are_listed(mesh1):
     with jax.set_mesh(mesh1):
         mqt, m3 = (
-            jax.eval_shape(lambda of=of: of(tokens=1, heads=4, **SIZES, rngs=nnx.Rngs(0)))
+            jax.eval_shape(lambda of=of: tiny.compressor(of.kind, tokens=1, heads=4, **SIZES))
             for of in (MQT, M3)
         )
         drawn = {name: np.zeros(shape, "f4") for name, shape in pretrained.shapes(mqt).items()}

@@ -20,7 +20,7 @@ from vlm_jax.models import vlm
 from vlm_jax.rows import records
 from vlm_jax.serving.decoder import Decoder
 from vlm_jax.training import objective, optimizer
-from vlm_jax.training.cells import sizes, train_flops
+from vlm_jax.training.cells import train_flops
 
 # --- Prefixes as data, all scales at once, requests of any size -----------------------------------
 
@@ -228,14 +228,15 @@ def test_what_training_costs_is_what_is_run(mesh1):
     def steps(kind, tokens, **fields):
         c = tiny.config(compressor=dict(kind=kind, tokens=tokens, **fields))
         with jax.set_mesh(mesh1):
-            return c, train_flops(c, vlm.shapes(c).compressor)
+            return c, train_flops(c)
 
     # MQT: all queries in every step. M3: every patch at first, then the sum of its scales, which
     # read the features once.
     assert steps("mqt", 1)[1] == steps("mqt", 16)[1]
     c, total = steps("m3", 1)
     assert total == steps("m3", 4)[1]
-    vit, compressor, llm = sizes(c)
+    size = tiny.size(c)
+    vit, compressor, llm = size.vit, size.compressor, size.llm
 
     def of(stage, tokens):
         made = dataclasses.replace(compressor, tokens=tokens)

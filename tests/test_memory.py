@@ -33,7 +33,7 @@ def compiled(c, name):
     tx, graphs = optimizer.optimizer(c[name]), []
 
     def made():
-        model = vlm.build(c, nnx.Rngs(0))
+        model = vlm.build(tiny.size(c), nnx.Rngs(0))
         model = lora.adapt(model, c.lora, seed=0) if name == "finetune" else model
         graph, state = optimizer.start(model, name, tx)
         graphs.append(graph)
@@ -70,7 +70,7 @@ def test_the_estimate_is_near_the_compilers_count(changes, name, mesh1):
 def test_each_device_has_its_shard_of_what_is_kept(mesh1, mesh8):
     c = small()
     with jax.set_mesh(mesh1):
-        whole, shapes = memory.of_stage(c, "finetune"), vlm.shapes(c)
+        whole, shapes = memory.of_stage(c, "finetune"), vlm.shapes(tiny.size(c))
     with jax.set_mesh(mesh8):  # 2 x 2 x 2: fsdp and tensor cut weights, data and fsdp the batch
         part = memory.of_stage(c, "finetune")
     assert whole.parameters == 4 * vlm.parameters(shapes)

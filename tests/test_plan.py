@@ -235,7 +235,10 @@ BAD = [
         ["--text-tokens=50", "--flops=1e12", "--llms=vicuna-1.5-7b,qwen1.5-7b"],
         "two LLMs with one N",
     ),
-    (["--text-tokens=50", "--flops=1e12", "--compressors=zip"], "'zip' has no cost: choose one of"),
+    (
+        ["--text-tokens=50", "--flops=1e12", "--compressors=zip"],
+        "kind='zip': choose one of",
+    ),
     (
         ["--text-tokens=50", "--flops=9e12", "--cost=full", "--tokens=5"],
         "none fits; allowed are token_packer [1, 4",

@@ -8,18 +8,20 @@ import itertools
 
 import numpy as np
 import pytest
+import tiny
 
 from configs import base, sizes
 from vlm_jax.cost import chips
 from vlm_jax.cost import flops as cost
 from vlm_jax.law import published
 from vlm_jax.law.law import Law, fit
+from vlm_jax.models.sizes import LLMSize, ViTSize
 from vlm_jax.planning import planner
 from vlm_jax.planning.planner import Budget, FullCost, Mixture, PaperCost, Search, Workload
 
-CLIP = cost.ViT.of(base.get_config().vit)
+CLIP = ViTSize.of(base.get_config().vit)
 QWEN = {
-    float(name[8:-1]): cost.LLM.of(s) for name, s in sizes.LLM.items() if name.startswith("qwen")
+    float(name[8:-1]): LLMSize.of(s) for name, s in sizes.LLM.items() if name.startswith("qwen1.5")
 }
 EVERY_V = {"token_packer": ("continuous", (1.0, 576.0))}
 WINDOWS = {"token_packer": [1.0, 4.0, 9.0, 16.0, 36.0, 64.0, 144.0, 576.0]}
@@ -104,9 +106,7 @@ def test_generated_tokens_count_like_text_and_cached_text_costs_nothing():
 
 def test_full_cost_is_exact_at_described_sizes_and_lies_between_them_elsewhere():
     spent = FullCost(Workload(((50.0, 1.0),), G=4), QWEN, CLIP, chip=chips.CHIPS["v5e"])
-    request = cost.request_flops(
-        CLIP, cost.Compressor("token_packer", 36, 8, "none"), QWEN[4.0], Q=50.0, G=4
-    )
+    request = cost.request_flops(CLIP, tiny.method("token_packer", 36), QWEN[4.0], Q=50.0, G=4)
     assert spent.amount("flops", 4.0, 36, "token_packer") == pytest.approx(request.total)
     for unit in ("flops", "ms", "hbm"):
         low, middle, high = (spent.amount(unit, N, 36, "token_packer") for N in (4.0, 5.0, 7.0))
@@ -148,15 +148,12 @@ def test_a_cost_that_every_configuration_pays_moves_the_budget_and_not_the_optim
     """The encoder is the same for all: a budget larger by its FLOPs buys what was bought without
     it.
     """
-    it, tiny = law(0.077, 0.015), dataclasses.replace(CLIP, mlp=16, levels=(1, 2, 3, 4))
-    counted = [
-        cost.encoder_flops(vit, cost.Compressor("token_packer", 1, 8, "none"))
-        for vit in (CLIP, tiny)
-    ]
+    it, small = law(0.077, 0.015), dataclasses.replace(CLIP, mlp=16, levels=(1, 2, 3, 4))
+    counted = [cost.encoder_flops(vit, tiny.method("token_packer", 1)) for vit in (CLIP, small)]
     heavy = full(it, 50.0, "flops", 1.5e12)
     light = dataclasses.replace(
         heavy,
-        cost=dataclasses.replace(heavy.cost, vit=tiny),
+        cost=dataclasses.replace(heavy.cost, vit=small),
         budget=Budget((("flops", 1.5e12 - counted[0] + counted[1]),)),
     )
     best = [search.candidates()[0] for search in (heavy, light)]

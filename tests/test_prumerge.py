@@ -10,13 +10,12 @@ import literal_prumerge
 import numpy as np
 import pytest
 import tiny
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_numbers import numbers
 
-from vlm_jax.compressors.downsample import Downsample
-from vlm_jax.compressors.prumerge import PruMerge, PruMergePlus, behind, most_outliers
+from vlm_jax.compressors.prumerge import most_outliers
+from vlm_jax.compressors.prumerge.module import behind
 from vlm_jax.models import vlm
 from vlm_jax.models.vit import class_attention
 from vlm_jax.models.vlm import VLM
@@ -25,12 +24,12 @@ from vlm_jax.serving.decoder import Decoder
 from vlm_jax.training import optimizer
 from vlm_jax.training.objective import next_token
 
-KINDS = {"prumerge": PruMerge, "prumerge_plus": PruMergePlus}
+KINDS = ("prumerge", "prumerge_plus")
 
 
 def built(kind, mesh, *, side, width=6, tokens=0):
     with jax.set_mesh(mesh):
-        return KINDS[kind](tokens=tokens, side=side, width=width, llm_width=width, rngs=nnx.Rngs(0))
+        return tiny.compressor(kind, tokens=tokens, side=side, width=width, llm_width=width)
 
 
 _compress = jax.jit(lambda module, *given: module.compress(*given))
@@ -154,7 +153,7 @@ def test_features_that_were_made_for_another_method_are_refused(mesh1):
     with jax.set_mesh(mesh1):
         with pytest.raises(ValueError, match=r"prumerge reads 13 channels .*not 24: encode with"):
             built("prumerge", mesh1, side=4)(jnp.ones((1, 16, 24)))
-        small = Downsample(tokens=4, side=4, width=6, llm_width=6, rngs=nnx.Rngs(0))
+        small = tiny.compressor("downsample", tokens=4, side=4, width=6, llm_width=6)
         with pytest.raises(ValueError, match="features of 16 patches.*tokens=4.*shrink=2"):
             small(jnp.ones((1, 16, 6)))
 
@@ -273,7 +272,7 @@ def test_it_learns_and_answers(devices, case, request):
 def test_an_encoder_that_cannot_serve_it_is_refused_before_anything_is_run(change, said, mesh1):
     c = tiny.config(compressor=dict(kind="prumerge", tokens=0), vit=change)
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match=said):
-        vlm.shapes(c)
+        vlm.shapes(tiny.size(c))
 
 
 def test_a_grid_with_images_that_choose_and_images_that_were_shrunk(tmp_path):

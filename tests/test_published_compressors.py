@@ -12,10 +12,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
-from vlm_jax.compressors import M3, MQT, PruMerge, PruMergePlus, QueCC, TokenPacker, pretrained
-from vlm_jax.compressors.m3 import pyramid
+from vlm_jax.compressors import pretrained
+from vlm_jax.compressors.m3.module import pyramid
 from vlm_jax.compressors.window import window_order
 from vlm_jax.models.vit import class_attention
 
@@ -43,7 +44,8 @@ def read(path: Path) -> tuple[dict, dict, dict, dict]:
 
 def quecc(meta: dict) -> nnx.Module:
     kernel, stride = meta["kernel"], meta["stride"]
-    return QueCC(
+    return tiny.compressor(
+        "quecc",
         tokens=((meta["grid"] - kernel) // stride + 1) ** 2,
         side=meta["grid"],
         width=meta["dim"],
@@ -53,38 +55,37 @@ def quecc(meta: dict) -> nnx.Module:
         query="separate",
         kernel=kernel,
         stride=stride,
-        rngs=nnx.Rngs(0),
     )
 
 
 def token_packer(meta: dict) -> nnx.Module:
-    return TokenPacker(
+    return tiny.compressor(
+        "token_packer",
         tokens=(meta["grid"] // meta["scale_factor"]) ** 2,
         side=meta["grid"],
         width=meta["dim"],
         levels=meta["levels"],
         llm_width=meta["hidden"],
         heads=meta["heads"],
-        rngs=nnx.Rngs(0),
     )
 
 
 def mqt(meta: dict) -> nnx.Module:
     queries = meta["query_grid"] ** 2
-    return MQT(
+    return tiny.compressor(
+        "mqt",
         tokens=queries,
         queries=queries,
         side=meta["grid"],
         width=meta["dim"],
         llm_width=meta["hidden"],
         heads=meta["heads"],
-        rngs=nnx.Rngs(0),
     )
 
 
 def m3(meta: dict) -> nnx.Module:
     sizes = dict(side=meta["grid"], width=meta["dim"], llm_width=meta["dim"])
-    return M3(tokens=1, **sizes, rngs=nnx.Rngs(0))
+    return tiny.compressor("m3", tokens=1, **sizes)
 
 
 def side(meta: dict) -> int:
@@ -95,13 +96,13 @@ def side(meta: dict) -> int:
 def prumerge(meta: dict) -> nnx.Module:
     plus = meta["method"] == "prumerge_plus"
     selected = int(meta["tokens_in"] * meta["reduction_ratio"]) * (2 if plus else 1)
-    return (PruMergePlus if plus else PruMerge)(
+    return tiny.compressor(
+        "prumerge_plus" if plus else "prumerge",
         tokens=0 if meta["adaptive"] else selected + 1,
         side=side(meta),
         width=meta["dim"],
         llm_width=meta["dim"],
         neighbours=meta["neighbours"],
-        rngs=nnx.Rngs(0),
     )
 
 

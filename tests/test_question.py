@@ -12,13 +12,14 @@ import pytest
 import tiny
 from flax import nnx
 
-from vlm_jax import compressors, mesh
+from vlm_jax import mesh
 from vlm_jax.compressors import pretrained
 from vlm_jax.compressors.projector import MLP
 from vlm_jax.cost import flops as cost
 from vlm_jax.data import sources
 from vlm_jax.data.processor import Processor
 from vlm_jax.models import vlm
+from vlm_jax.models.sizes import LLMSize
 from vlm_jax.serving.predict import predict
 from vlm_jax.training import stages
 from vlm_jax.training.objective import score
@@ -143,10 +144,10 @@ def test_the_prompt_costs_no_second_reading(mesh1):
     for query in ("none", "prefix", "separate"):
         c = config(query, llm=dict(depth=1, width=64, mlp=128, kv_heads=4, head_size=16))
         with jax.set_mesh(mesh1):
-            shapes, batch = vlm.shapes(c), tiny.placed(batch_of(c))
+            shapes, batch = vlm.shapes(tiny.size(c)), tiny.placed(batch_of(c))
             lowered = jax.jit(lambda m, b: m.logits(b)).lower(shapes, batch)
             flops[query] = lowered.cost_analysis()["flops"]
-    llm, rows = cost.LLM.of(c.llm), 8
+    llm, rows = LLMSize.of(c.llm), 8
     # The feature into the queries, and the pass that the prompt makes unnecessary.
     projected = rows * 2 * (c.llm.width * c.vit.width + c.vit.width**2)
     again = rows * cost.llm_flops(llm, U, logits=0)
@@ -195,7 +196,7 @@ def test_a_vector_shared_by_all_positions_is_multiplied_once(mesh1):
 
 def quecc(tokens=4, **options):
     sizes = dict(tokens=tokens, side=4, width=8, levels=2, llm_width=6, heads=2, query="none")
-    return compressors.build("quecc", **(sizes | options), rngs=nnx.Rngs(0))
+    return tiny.compressor("quecc", **(sizes | options))
 
 
 def test_pooling_is_the_convolution_with_equal_taps(mesh1):
@@ -221,10 +222,9 @@ def test_pooling_is_the_convolution_with_equal_taps(mesh1):
 ])  # fmt: skip
 def test_unknown_choices_are_refused(change, words, mesh1):
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match=words):
-        vlm.shapes(tiny.config(compressor=dict(kind="quecc") | change))
+        vlm.shapes(tiny.size(tiny.config(compressor=dict(kind="quecc") | change)))
 
 
 def test_a_pool_has_no_kernel(mesh1):
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match="kernel=2 and stride=None"):
-        compressors.QueCC(tokens=4, side=4, width=8, levels=2, llm_width=6, heads=2, query="none",
-                          downsample="pool", kernel=2, rngs=nnx.Rngs(0))  # fmt: skip
+        quecc(downsample="pool", kernel=2)

@@ -9,19 +9,21 @@ from types import SimpleNamespace
 import made_rows
 import numpy as np
 import pytest
+import tiny
 
 from configs import base, sizes
 from vlm_jax.cost import chips, roofline
 from vlm_jax.cost import flops as cost
 from vlm_jax.cost.roofline import Request
+from vlm_jax.models.sizes import LLMSize, ViTSize
 
-CLIP = cost.ViT.of(base.get_config().vit)
-VICUNA = cost.LLM.of(sizes.LLM["vicuna-1.5-7b"])
+CLIP = ViTSize.of(base.get_config().vit)
+VICUNA = LLMSize.of(sizes.LLM["vicuna-1.5-7b"])
 V5E = chips.CHIPS["v5e"]
 
 
 def compressor(V):
-    return cost.Compressor("none" if V == 576 else "quecc", V, 8, "separate")
+    return tiny.method("none" if V == 576 else "quecc", V)
 
 
 # Milliseconds of encoder + question pass + prefill for 64 text tokens, 24 of them the question, at
@@ -94,7 +96,7 @@ def test_memory_is_weights_cache_and_activations():
     assert need.weights == 2 * (towers + cost.compressor_parameters(compressor(36), CLIP, VICUNA))
     assert need.total == need.weights + need.cache + need.activations < V5E.hbm_bytes
     # 13B in bf16 does not fit on one v5e chip, whatever is asked of it.
-    big = cost.LLM.of(sizes.LLM["vicuna-1.5-13b"])
+    big = LLMSize.of(sizes.LLM["vicuna-1.5-13b"])
     assert roofline.memory(CLIP, compressor(1), big, Request(1)).total > V5E.hbm_bytes
 
 

@@ -74,7 +74,7 @@ def test_splicing_is_cutting_and_joining_at_every_place(mesh1):
     visual = draw.normal(size=(len(rows), 2, 2, 3)).astype("f4")
     count = np.where(at < 4, count, 0).astype("i4")
     with jax.set_mesh(mesh1):
-        model = vlm.shapes(tiny.config())
+        model = vlm.shapes(tiny.size(tiny.config()))
         placed = tiny.placed((text, visual.reshape(len(rows), 4, 3), count, at))
         ours = np.asarray(model.splice(placed[0], Visual(*placed[1:3]), placed[3]))
         read = dict(ids=placed[0][..., 0], image_at=placed[3])

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
 from benchmarks.compressors import EXPECTED, arguments
-from vlm_jax import compressors
 from vlm_jax.compressors.window import window_order
 from vlm_jax.models.vit import class_attention
 
@@ -49,7 +49,7 @@ def test_the_peer_is_the_same_function(kind, tokens, more, mesh1):
 
     sizes = dict(SIZES, tokens=tokens, query="none") | more
     with jax.set_mesh(mesh1):
-        module = compressors.COMPRESSORS[kind](**sizes, rngs=nnx.Rngs(1))
+        module = tiny.compressor(kind, **sizes, rngs=nnx.Rngs(1))
         # Norms start at one and zero, many biases at zero: what is drawn tells them apart.
         module = jax.tree.map(lambda w: w + 0.1 * drawn(w.size, *w.shape), module)
         peer = torch_compressors.load(module, sizes)

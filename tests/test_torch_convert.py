@@ -11,6 +11,7 @@ from flax import nnx
 from vlm_jax.__main__ import main
 from vlm_jax.models import vlm
 from vlm_jax.models.llm import LLM
+from vlm_jax.models.sizes import LLMSize, ViTSize
 from vlm_jax.models.vit import ViT
 from vlm_jax.weights import architectures, folder, names, sources
 
@@ -62,7 +63,7 @@ def tower_levels(path, config, pixels, mesh, **changes):
     depth = config.num_hidden_layers
     vit |= dict(levels=tuple(range(1, depth + 1)), **changes)
     with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(lambda: ViT(**vit, rngs=nnx.Rngs(0)))
+        shapes = jax.eval_shape(lambda: ViT(ViTSize.of(vit), rngs=nnx.Rngs(0)))
         table = {f"vit.{name}": row for name, row in names.vit_table(shapes).items()}
         strange = [n for n in tensors if n not in table and not names.matches(n, names.UNREAD)]
         assert not strange
@@ -220,7 +221,7 @@ def test_the_table_of_a_published_tower_is_every_tensor_of_it(name, mesh1):
     clip = kind == "clip_vision_model"
     vit = architectures.vit_section(fields, kind) | dict(levels=(1,))
     with jax.set_mesh(mesh1):
-        shapes = jax.eval_shape(lambda: ViT(**vit, rngs=nnx.Rngs(0)))
+        shapes = jax.eval_shape(lambda: ViT(ViTSize.of(vit), rngs=nnx.Rngs(0)))
     table = {f"vit.{key}": row for key, row in names.vit_table(shapes).items()}
     config = published.config_of(kind, fields)
     covered(published.meta(CLIPVisionModel if clip else SiglipVisionModel, config), table, shapes)
@@ -236,7 +237,7 @@ def test_the_table_of_a_published_llm_is_every_tensor_of_it(name, mesh1):
     kind, fields = published.PUBLISHED_LLMS[name]
     llm = architectures.llm_section(fields | dict(model_type=kind))
     with jax.set_mesh(mesh1):
-        shapes = jax.eval_shape(lambda: LLM(**llm, rngs=nnx.Rngs(0)))
+        shapes = jax.eval_shape(lambda: LLM(LLMSize.of(llm), rngs=nnx.Rngs(0)))
     table = {f"llm.{key}": row for key, row in names.llm_table(shapes).items()}
     config = published.config_of(kind, fields)
     found = published.meta(AutoModelForCausalLM.from_config, config)
@@ -252,7 +253,7 @@ def test_the_table_of_a_published_llava_is_every_tensor_of_it(name, mesh1):
     rows = folder.PLAIN | dict(tokens=576)
     model = folder.Model(described.vit, described.llm, rows, {}, {})
     with jax.set_mesh(mesh1):
-        shapes = vlm.shapes(model.config())
+        shapes = vlm.shapes(model.size())
     covered(
         published.meta(LlavaForConditionalGeneration, config), names.model_table(shapes), shapes
     )

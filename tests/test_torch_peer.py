@@ -10,6 +10,7 @@ from benchmarks.train_step import random_batch
 from configs import demo
 from vlm_jax import mesh
 from vlm_jax.models import vlm
+from vlm_jax.models.sizes import VLMSize
 from vlm_jax.training import cells, objective, optimizer
 
 pytestmark = pytest.mark.torch
@@ -33,7 +34,7 @@ def pair(request, mesh1):
     batch = random_batch(config)
     batch["image_at"][0] = config.data.text_length  # a row without an image
     with jax.set_mesh(mesh1):
-        model = vlm.create(config, seed=0)
+        model = vlm.create(VLMSize.of(config), seed=0)
         ours = jax.device_put(batch, mesh.sharding(mesh1, "batch"))
         yield config, model, torch_vlm.load(config, model), ours, torch_vlm.tensors(batch)
 

@@ -70,7 +70,7 @@ def test_a_whole_model_keeps_its_trained_compressor_and_gives_the_published_toke
     state = {n.removeprefix("compressor."): x.read() for n, x in made.tensors.items()
              if n.startswith("compressor.")}  # fmt: skip
     with jax.set_mesh(mesh1):
-        module = pretrained.load(vlm.shapes(made.config()).compressor, state)
+        module = pretrained.load(vlm.shapes(made.size()).compressor, state)
         counts = {"counts": tuple(meta["token_counts"])} if kind == "mqt" else {}
         found = METHODS[kind][1](
             module, window_order(meta["grid"], module.window), **inputs, **counts

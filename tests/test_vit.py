@@ -12,6 +12,7 @@ from flax import nnx
 from configs import sizes
 from vlm_jax.compressors.window import window_order
 from vlm_jax.cost import flops as cost
+from vlm_jax.models.sizes import ViTSize
 from vlm_jax.models.vit import ViT, class_attention, middles, patchify
 from vlm_jax.models.vlm import parameters
 
@@ -23,7 +24,7 @@ def c():
 
 def rough(c, mesh):
     with jax.set_mesh(mesh):
-        return tiny.roughened(jax.jit(lambda: ViT(**c.vit.to_dict(), rngs=nnx.Rngs(0)))())
+        return tiny.roughened(jax.jit(lambda: ViT(ViTSize.of(c.vit), rngs=nnx.Rngs(0)))())
 
 
 @pytest.fixture(scope="module")
@@ -180,12 +181,12 @@ def test_the_middles_of_squares_are_bilinear_interpolation(side, times):
     np.testing.assert_allclose(ours, interpolated(grid, side // times).reshape(-1, 3), atol=1e-6)
 
 
-def test_parameters_of_the_published_tower(mesh1):
-    name = "clip-vit-large-patch14-336"
+@pytest.mark.parametrize("name", sizes.VIT)
+def test_parameters_of_the_published_towers(name, mesh1):
     of = sizes.VIT[name] | dict(levels=(12, 16, 22, 23))
     with jax.set_mesh(mesh1):
-        counted = parameters(jax.eval_shape(lambda: ViT(**of, rngs=nnx.Rngs(0))))
-    assert counted == sizes.VIT_PARAMETERS[name] == cost.vit_parameters(cost.ViT.of(of))
+        counted = parameters(jax.eval_shape(lambda: ViT(ViTSize.of(of), rngs=nnx.Rngs(0))))
+    assert counted == sizes.VIT_PARAMETERS[name] == cost.vit_parameters(ViTSize.of(of))
 
 
 @pytest.mark.parametrize("change, words", [
@@ -200,7 +201,7 @@ def test_parameters_of_the_published_tower(mesh1):
 ])  # fmt: skip
 def test_impossible_sizes_are_refused_with_the_way_out(change, words, c, mesh1):
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match=words):
-        jax.eval_shape(lambda: ViT(**c.vit.to_dict() | change, rngs=nnx.Rngs(0)))
+        jax.eval_shape(lambda: ViT(ViTSize.of(c.vit.to_dict() | change), rngs=nnx.Rngs(0)))
 
 
 @pytest.mark.parametrize("asked, change, words", [
@@ -214,7 +215,8 @@ def test_what_an_encoder_cannot_give_is_refused_with_the_way_out(
 ):
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match=words):
         jax.eval_shape(
-            lambda x: ViT(**c.vit.to_dict() | change, rngs=nnx.Rngs(0))(x, **asked), pixels
+            lambda x: ViT(ViTSize.of(c.vit.to_dict() | change), rngs=nnx.Rngs(0))(x, **asked),
+            pixels,
         )
 
 

@@ -24,7 +24,7 @@ def born(c, mesh1, mesh8):
     made = {}
     for mesh in (mesh1, mesh8):
         with jax.set_mesh(mesh):
-            made[mesh.size] = vlm.create(c, seed=0)
+            made[mesh.size] = vlm.create(tiny.size(c), seed=0)
     return made
 
 
@@ -202,8 +202,9 @@ def test_parameters_of_a_published_whole(name, mesh1):
     c = base.get_config()
     c.llm.update(sizes.LLM[name])
     with jax.set_mesh(mesh1):
-        shapes = vlm.shapes(c)
-    parts = cost.ViT.of(c.vit), cost.Compressor.of(c.compressor), cost.LLM.of(c.llm)
+        shapes = vlm.shapes(tiny.size(c))
+    size = tiny.size(c)
+    parts = size.vit, size.compressor, size.llm
     assert vlm.parameters(shapes.vit) == cost.vit_parameters(parts[0])
     assert vlm.parameters(shapes.llm) == cost.llm_parameters(parts[2]) == sizes.LLM_PARAMETERS[name]
     assert vlm.parameters(shapes.compressor) == cost.compressor_parameters(
@@ -218,7 +219,7 @@ def test_parameters_of_a_published_whole(name, mesh1):
 ])  # fmt: skip
 def test_impossible_compressors_are_refused_with_the_way_out(change, words, mesh1):
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match=words):
-        vlm.shapes(tiny.config(compressor=change))
+        vlm.shapes(tiny.size(tiny.config(compressor=change)))
 
 
 # --- A single row ---------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ def test_one_row_is_trained_and_answered_like_many(kind, tokens, kv_heads, mesh1
         return model.decode(jnp.argmax(scores, -1).astype(jnp.int32), caches, place)[0]
 
     with jax.set_mesh(mesh1):
-        model, batch = vlm.shapes(c), tiny.placed(batch)
+        model, batch = vlm.shapes(tiny.size(c)), tiny.placed(batch)
         gradient = jax.eval_shape(jax.grad(lambda m, b: m.logits(b).sum()), model, batch)
         same = zip(jax.tree.leaves(gradient), jax.tree.leaves(model), strict=True)
         assert all(slope.shape == weight.shape for slope, weight in same)

@@ -81,6 +81,36 @@ def config(**changes):
     return c
 
 
+def size(c):
+    """The description of the model of a configuration."""
+    from vlm_jax.models.sizes import VLMSize
+
+    return VLMSize.of(c)
+
+
+def method(kind, tokens, heads=8, query="separate", **more):
+    """The description of a compressor."""
+    from vlm_jax import compressors
+
+    return compressors.describe(dict(kind=kind, tokens=tokens, heads=heads, query=query) | more)
+
+
+def compressor(kind, *, side, width, llm_width, levels=1, heads=1, query="none", rngs=None, **more):
+    """The flax module of a compressor alone; `more` is of its description or of its module."""
+    from flax import nnx
+
+    from vlm_jax.compressors.method import Interface
+
+    described = method(kind, heads=heads, query=query, **more)
+    of_module = ("kernels", "kernel", "stride", "neighbours")
+    return described.module()(
+        described,
+        Interface(side, width, levels, llm_width),
+        rngs=rngs or nnx.Rngs(0),
+        **{name: value for name, value in more.items() if name in of_module},
+    )
+
+
 def batch(c, *, rows=8, seed=0, levels=True):
     """A random batch in the loader's form, on no device yet; row 0 has no image.
 
@@ -117,7 +147,7 @@ def placed(made):
 
 
 def created(c, *, seed=0):
-    """The numbers of `vlm.create(c, seed=seed)`, bit by bit, on the current mesh.
+    """The numbers of `vlm.create(size(c), seed=seed)`, bit by bit, on the current mesh.
 
     They are drawn weight by weight on one device, which compiles one small program for each shape
     and not a large one for each model and mesh; tests/test_vlm.py compares.
@@ -128,14 +158,14 @@ def created(c, *, seed=0):
     from vlm_jax.models import vlm
 
     with jax.set_mesh(meshes.make(devices=jax.devices()[:1])):
-        drawn = vlm.build(c, nnx.Rngs(seed))
+        drawn = vlm.build(size(c), nnx.Rngs(seed))
     now = jax.sharding.get_mesh()
     return jax.tree.map(
         lambda x, like: jax.device_put(
             np.asarray(x), jax.sharding.NamedSharding(now, like.sharding.spec)
         ),
         drawn,
-        vlm.shapes(c),
+        vlm.shapes(size(c)),
     )
 
 

@@ -16,7 +16,6 @@ from flax import nnx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm_jax import compressors
 from vlm_jax.compressors import pretrained
 
 EPS = 1e-6  # of every LayerNorm here, as published
@@ -229,9 +228,9 @@ PEERS = {
 
 def load(module: nnx.Module, sizes: dict) -> nn.Module:
     """The peer of one of our compressors, built from the same sizes, with its weights."""
-    kind = next(name for name, ours in compressors.COMPRESSORS.items() if type(module) is ours)
-    known = inspect.signature(PEERS[kind]).parameters
-    peer = PEERS[kind](**{name: value for name, value in sizes.items() if name in known})
+    peer = PEERS[module.method.kind]
+    known = inspect.signature(peer).parameters
+    peer = peer(**{name: value for name, value in sizes.items() if name in known})
     peer.load_state_dict(
         {name: torch.tensor(x) for name, x in pretrained.export(module).items()}, strict=True
     )

@@ -4,8 +4,6 @@
 V visual tokens
 """
 
-from abc import abstractmethod
-
 import jax
 
 from vlm_jax.compressors.compressor import Compressor
@@ -18,9 +16,9 @@ class Matryoshka(Compressor):
     therefore run in the slots of a bucket, and say as data how many of them count.
     """
 
-    @abstractmethod
     def check(self, tokens: int) -> None:
         """Raises ValueError, with the numbers that would do, for one that it cannot give."""
+        self.method.at(tokens).check(self.interface)
 
     def at(self, tokens: int) -> "Matryoshka":
         """The same weights giving `tokens` visual tokens.
@@ -29,7 +27,7 @@ class Matryoshka(Compressor):
         """
         self.check(tokens)
         other = jax.tree.map(lambda x: x, self)
-        other.tokens = tokens
+        other.tokens, other.method = tokens, self.method.at(tokens)
         return other
 
     def slots(self, tokens: int) -> int:

@@ -17,25 +17,6 @@ from vlm_jax.kernels import window_attention
 from vlm_jax.layers import Initializer, Linear, uniform
 
 
-def tilings(side: int) -> list[int]:
-    """Ascending numbers of equal square windows that tile a `side` x `side` grid of patches."""
-    return [n * n for n in range(1, side + 1) if side % n == 0]
-
-
-def check_tokens(kind: str, tokens: int, side: int, supported: list[int]) -> None:
-    """Raises, with the token counts that would do, unless `tokens` is among them."""
-    if tokens not in supported:
-        raise ValueError(
-            f"compressor {kind!r} cannot make {tokens} visual tokens from a {side}x{side} patch "
-            f"grid: choose one of {supported}"
-        )
-
-
-def window_side(tokens: int, side: int) -> int:
-    """Side in patches of each of `tokens` windows on a `side` x `side` grid."""
-    return side // math.isqrt(tokens)
-
-
 def windows(x: Float[Array, "B P *rest"], tokens: int) -> Float[Array, "B V S *rest"]:
     """The patches of each window; patches are window-major, so this is a reshape."""
     # Said, because of a single image the sharding that a reshape would guess is another.

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.cost.flops import LLM, ViT, llm_parameters
+from vlm_jax.cost.parameters import llm_parameters
+from vlm_jax.models.sizes import LLMSize, ViTSize
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Beside the package in a checkout; a wheel has its own copy (setup.py). The folder that holds
@@ -59,9 +60,9 @@ class Models:
     the published sizes. The others are of its encoder and its compressor.
     """
 
-    llms: Mapping[str, tuple[float, LLM]]
+    llms: Mapping[str, tuple[float, LLMSize]]
     own: bool
-    vit: ViT
+    vit: ViTSize
     kind: str
     query: str
     heads: int
@@ -77,21 +78,23 @@ def models(config: Any = None) -> Models:
     return Models(
         grid_llms(config) if own else published_llms(),
         own,
-        ViT.of(config.vit),
+        ViTSize.of(config.vit),
         config.compressor.kind,
         config.compressor.query,
         config.compressor.heads,
     )
 
 
-def published_llms() -> dict[str, tuple[float, LLM]]:
+def published_llms() -> dict[str, tuple[float, LLMSize]]:
     """Name -> (nominal billions of parameters, shape) of configs/sizes.py."""
     published = load(CONFIGS / "sizes.py", "LLM")
     nominal = {name: float(re.search(r"([\d.]+)b$", name).group(1)) for name in published}
-    return {name: (nominal[name], LLM.of(fields)) for name, fields in published.items()}
+    return {name: (nominal[name], LLMSize.of(fields)) for name, fields in published.items()}
 
 
-def grid_llms(config: Any) -> dict[str, tuple[float, LLM]]:
+def grid_llms(config: Any) -> dict[str, tuple[float, LLMSize]]:
     """Name -> (billions of parameters, shape) of the sizes in a configuration's grid."""
-    shapes = {name: LLM.of({**config.llm, **fields}) for name, fields in config.grid.llms.items()}
+    shapes = {
+        name: LLMSize.of({**config.llm, **fields}) for name, fields in config.grid.llms.items()
+    }
     return {name: (llm_parameters(llm) / 1e9, llm) for name, llm in shapes.items()}

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from vlm_jax.compressors.method import Method, Number
 from vlm_jax.cost import flops as cost
 from vlm_jax.cost.chips import Chip
-from vlm_jax.cost.flops import LLM, Compressor, Number, ViT
+from vlm_jax.models.sizes import LLMSize, ViTSize
 
 PHASES = tuple(field.name for field in dataclasses.fields(cost.Flops))
 
@@ -48,16 +49,16 @@ class Memory:
         return self.weights + self.cache + self.activations
 
 
-def cache_numbers(llm: LLM) -> int:
+def cache_numbers(llm: LLMSize) -> int:
     """Numbers that the key-value cache keeps per token and sequence."""
     return 2 * llm.depth * llm.kv_heads * llm.head_size
 
 
-def _encoder_weights(vit: ViT) -> int:
+def _encoder_weights(vit: ViTSize) -> int:
     return cost.vit_parameters(dataclasses.replace(vit, depth=max(vit.levels)))
 
 
-def request_flops(vit: ViT, compressor: Compressor, llm: LLM, request: Request) -> cost.Flops:
+def request_flops(vit: ViTSize, compressor: Method, llm: LLMSize, request: Request) -> cost.Flops:
     """FLOPs by phase of one request of the batch."""
     return cost.request_flops(
         vit,
@@ -71,7 +72,7 @@ def request_flops(vit: ViT, compressor: Compressor, llm: LLM, request: Request) 
 
 
 def request_bytes(
-    vit: ViT, compressor: Compressor, llm: LLM, request: Request, *, bytes_per_number: int = 2
+    vit: ViTSize, compressor: Method, llm: LLMSize, request: Request, *, bytes_per_number: int = 2
 ) -> dict[str, Number]:
     """Bytes that each phase moves to or from memory for a whole batch."""
     flops = request_flops(vit, compressor, llm, request)
@@ -93,9 +94,9 @@ def request_bytes(
 
 
 def seconds(
-    vit: ViT,
-    compressor: Compressor,
-    llm: LLM,
+    vit: ViTSize,
+    compressor: Method,
+    llm: LLMSize,
     request: Request,
     chip: Chip,
     *,
@@ -125,7 +126,7 @@ def seconds(
 
 
 def memory(
-    vit: ViT, compressor: Compressor, llm: LLM, request: Request, *, bytes_per_number: int = 2
+    vit: ViTSize, compressor: Method, llm: LLMSize, request: Request, *, bytes_per_number: int = 2
 ) -> Memory:
     """Bytes needed at once: all weights, the cache at its fullest, the larger phase's live
     activations.
@@ -135,10 +136,10 @@ def memory(
     V, batch = cost.visual_tokens(compressor, vit), request.batch
     weights = _encoder_weights(vit) + cost.llm_parameters(llm)
     weights += cost.compressor_parameters(compressor, vit, llm)
-    patches, tokens = vit.patches + 1, request.Q + V
-    encode = patches * (2 * vit.width + max(vit.mlp, 4 * vit.width) + len(vit.levels) * vit.width)
+    rows, tokens = vit.patches + vit.first, request.Q + V
+    encode = rows * (2 * vit.width + max(vit.mlp, 4 * vit.width) + len(vit.levels) * vit.width)
     prefill = tokens * (2 * llm.width + max(2 * llm.mlp, 2 * llm.heads * llm.head_size))
-    scores = (vit.heads * patches**2, llm.heads * tokens**2)
+    scores = (vit.heads * rows**2, llm.heads * tokens**2)
     live = max(
         encode * bytes_per_number + 4 * scores[0], prefill * bytes_per_number + 4 * scores[1]
     )

@@ -7,6 +7,7 @@ A row is a list of parts, each with whether it is supervised: the answers, and w
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vlm_jax import compressors
 from vlm_jax.data.chat import Chat, Turn
 from vlm_jax.data.example import IMAGE_MARK, Example
 
@@ -170,7 +171,7 @@ def query_of(config: Any) -> str:
       ValueError: for "prefix" with a template whose question does not stand before the image, with
         several images in a row, or with lengths that leave no room behind it.
     """
-    query = config.compressor.query if config.compressor.kind == "quecc" else "none"
+    query = compressors.describe(config.compressor).query
     if query == "prefix":
         before, mark, _ = template_of(config).user.partition("{image}")
         if not mark or "{question}" not in before:

@@ -20,19 +20,20 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import progress
+from vlm_jax import compressors, progress
 from vlm_jax.compressors.compressor import Compressor
 from vlm_jax.cost import flops as cost
 from vlm_jax.data import loader, sources, targets
 from vlm_jax.evals import tasks
 from vlm_jax.kernels import window_attention
 from vlm_jax.models import lora, vlm
+from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vit import ViT
 from vlm_jax.reports import report
 from vlm_jax.rows import records
 from vlm_jax.serving.predict import Clock, predict, write_predictions
 from vlm_jax.training import fields, fingerprint, memory, stages
-from vlm_jax.training.cells import Cell, cells_of, describe, sizes, train_flops
+from vlm_jax.training.cells import Cell, cells_of, describe, train_flops
 from vlm_jax.training.features import (
     Features,
     Sight,
@@ -79,7 +80,7 @@ def sights_of(cells: Sequence[Cell]) -> list[Sight]:
     """How the images are encoded for these cells, each way once."""
     # It depends on the compressor alone: cells of one LLM and seed have them all.
     distinct = [c for c in cells if (c.llm, c.seed) == (cells[0].llm, cells[0].seed)]
-    found = [Sight.of(vlm.shapes(cell.config).compressor) for cell in distinct]
+    found = [Sight.of(vlm.shapes(VLMSize.of(cell.config)).compressor) for cell in distinct]
     return list(dict.fromkeys(found))
 
 
@@ -120,7 +121,7 @@ def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),))
 def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.Row:
     """Trains and evaluates one cell; its row, which `facts` are a part of."""
     config = cell.config
-    found = shared.features[Sight.of(vlm.shapes(config).compressor)]
+    found = shared.features[Sight.of(vlm.shapes(VLMSize.of(config)).compressor)]
     inputs, test = (
         replace(
             i,
@@ -166,7 +167,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     method = method_of(config)
     Q, G, question = request_lengths(test, prefix=method["query"] == "prefix")
     steps = config.align.steps + config.finetune.steps
-    vit, compressor, llm = sizes(config)
+    size = VLMSize.of(config)
     return records.Row(
         cell=cell.name,
         llm=cell.llm,
@@ -181,11 +182,13 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         seed=cell.seed,
         tasks=scores,
         families=records.families_of(scores),
-        flops=vars(cost.request_flops(vit, compressor, llm, Q=Q, G=G, question=question)),
+        flops=vars(
+            cost.request_flops(size.vit, size.compressor, size.llm, Q=Q, G=G, question=question)
+        ),
         train=dict(
             steps=steps,
             examples=sum(config[s].steps * config[s].batch for s in ("align", "finetune")),
-            flops=train_flops(config, model.compressor),
+            flops=train_flops(config),
             seconds=round(train_seconds, 2),
             **fingerprint.of_run(home, [s for s in ("align", "finetune") if config[s].steps]),
             **({"lora": adapters_of(config)} if config.lora.rank else {}),
@@ -226,17 +229,10 @@ def tokens_read(compressor: Compressor, features: np.ndarray) -> int | float:
 
 
 def method_of(config: ConfigDict) -> dict[str, str]:
-    """What a row says of its compressor: kind, how it reads the question, what is not its default.
-
-    The variant is how QueCC makes its queries, where that is not the published way.
-    """
-    made = cost.Compressor.of(config.compressor)
-    pooled = made.kind == "quecc" and made.downsample != "conv"
-    return dict(
-        compressor=made.kind,
-        query=made.query if made.reads_question else "none",
-        variant=made.downsample if pooled else "",
-    )
+    """What a row says of its compressor: kind, who reads the question for it, what is not its
+    published form."""
+    made = compressors.describe(config.compressor)
+    return dict(compressor=made.kind, query=made.query, variant=made.variant)
 
 
 def request_lengths(

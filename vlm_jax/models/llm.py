@@ -26,28 +26,24 @@ from vlm_jax.layers import (
 )
 from vlm_jax.models.cache import KV, Cache, Past, kept, positions_of, write
 from vlm_jax.models.rope import Rope, Turns, rotate
+from vlm_jax.models.sizes import LLMSize
 
 HIDDEN = ("batch", "len", "feature")
 # How many queries attend at a time: the keys behind the last of them are not multiplied.
 QUERIES = 128
 
 
+def out_std(size: LLMSize) -> float:
+    """Standard deviation of what is added to the stream: it adds up over twice the depth."""
+    return size.width**-0.5 * (2 * size.depth) ** -0.5
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions; keys and values are returned for a cache."""
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        heads: int,
-        kv_heads: int,
-        head_size: int,
-        qkv_bias: bool,
-        qk_norm: bool,
-        norm_eps: float,
-        out_std: float,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, size: LLMSize, *, rngs: nnx.Rngs):
+        width, heads, kv_heads = size.width, size.heads, size.kv_heads
+        head_size, qkv_bias, eps = size.head_size, size.qkv_bias, size.norm_eps
         std = normal(width**-0.5)
         q = dict(dims=("embed", "heads", "head"), out=("batch", "len", "heads", "head"))
         kv = dict(dims=("embed", "kv_heads", "head"), out=("batch", "len", "kv_heads", "head"))
@@ -64,13 +60,13 @@ class Attention(nnx.Module):
             "BTNH,NHD->BTD",
             (heads, head_size, width),
             bias=False,
-            init=normal(out_std),
+            init=normal(out_std(size)),
             dims=("heads", "head", "embed"),
             out=HIDDEN,
             rngs=rngs,
         )
-        self.query_norm = RMSNorm(head_size, eps=norm_eps, rngs=rngs) if qk_norm else None
-        self.key_norm = RMSNorm(head_size, eps=norm_eps, rngs=rngs) if qk_norm else None
+        self.query_norm = RMSNorm(head_size, eps=eps, rngs=rngs) if size.qk_norm else None
+        self.key_norm = RMSNorm(head_size, eps=eps, rngs=rngs) if size.qk_norm else None
 
     def project(
         self,
@@ -143,14 +139,11 @@ def mix(
 class Block(nnx.Module):
     """One pre-norm block: grouped-query attention, then SwiGLU."""
 
-    def __init__(
-        self, *, width: int, mlp: int, norm_eps: float, out_std: float, rngs: nnx.Rngs, **attention
-    ):
-        self.norm1 = RMSNorm(width, eps=norm_eps, rngs=rngs)
-        self.attention = Attention(
-            width=width, norm_eps=norm_eps, out_std=out_std, rngs=rngs, **attention
-        )
-        self.norm2 = RMSNorm(width, eps=norm_eps, rngs=rngs)
+    def __init__(self, size: LLMSize, *, rngs: nnx.Rngs):
+        width, mlp = size.width, size.mlp
+        self.norm1 = RMSNorm(width, eps=size.norm_eps, rngs=rngs)
+        self.attention = Attention(size, rngs=rngs)
+        self.norm2 = RMSNorm(width, eps=size.norm_eps, rngs=rngs)
         inward = dict(
             dims=("embed", "mlp"), out=("batch", "len", "mlp"), bias=False, init=normal(width**-0.5)
         )
@@ -162,7 +155,7 @@ class Block(nnx.Module):
             dims=("mlp", "embed"),
             out=HIDDEN,
             bias=False,
-            init=normal(out_std),
+            init=normal(out_std(size)),
             rngs=rngs,
         )
 
@@ -208,76 +201,27 @@ class LLM(nnx.Module):
 
     def __init__(
         self,
+        size: LLMSize,
         *,
-        vocab: int,
-        depth: int,
-        width: int,
-        mlp: int,
-        heads: int,
-        kv_heads: int,
-        head_size: int,
-        rope_theta: float,
-        norm_eps: float,
-        qkv_bias: bool,
-        tied_embeddings: bool,
         rngs: nnx.Rngs,
-        qk_norm: bool = False,
-        rope_kind: str = "default",
-        rope_factor: float = 1.0,
-        rope_low_frequency: float = 1.0,
-        rope_high_frequency: float = 4.0,
-        rope_original_length: int = 8192,
         remat_policy: str = "none",
         dtype: str = "float32",
     ):
-        if heads % kv_heads:
-            raise ValueError(
-                f"llm.kv_heads={kv_heads} does not divide llm.heads={heads}: "
-                f"choose one of {[n for n in range(1, heads + 1) if heads % n == 0]}"
-            )
-        if head_size % 2:
-            raise ValueError(f"llm.head_size={head_size} is odd: rotary positions need pairs")
-        self.remat_policy, self.dtype = remat_policy, dtype
-        self.head_size = head_size
-        self.rope = Rope(
-            rope_theta,
-            rope_kind,
-            rope_factor,
-            rope_low_frequency,
-            rope_high_frequency,
-            rope_original_length,
-        )
-        std = width**-0.5
-        self.embedding = weight(rngs, (vocab, width), ("vocab", "embed"), normal(std))
-        self.blocks = stack(
-            lambda r: Block(
-                width=width,
-                mlp=mlp,
-                heads=heads,
-                kv_heads=kv_heads,
-                head_size=head_size,
-                qkv_bias=qkv_bias,
-                qk_norm=qk_norm,
-                norm_eps=norm_eps,
-                out_std=std * (2 * depth) ** -0.5,
-                rngs=r,
-            ),
-            depth,
-            rngs,
-        )
-        self.norm = RMSNorm(width, eps=norm_eps, rngs=rngs)
+        self.size, self.remat_policy, self.dtype = size, remat_policy, dtype
+        self.rope = Rope.of(size)
+        std = size.width**-0.5
+        table = (size.vocab, size.width)
+        self.embedding = weight(rngs, table, ("vocab", "embed"), normal(std))
+        self.blocks = stack(lambda r: Block(size, rngs=r), size.depth, rngs)
+        self.norm = RMSNorm(size.width, eps=size.norm_eps, rngs=rngs)
         self.head = (
-            None
-            if tied_embeddings
-            else weight(rngs, (vocab, width), ("vocab", "embed"), normal(std))
+            None if size.tied_embeddings else weight(rngs, table, ("vocab", "embed"), normal(std))
         )
 
     @property
     def depth(self) -> int:
         """Number of blocks."""
-        if isinstance(self.blocks, nnx.List):
-            return len(self.blocks)
-        return self.blocks.norm1.scale[...].shape[0]
+        return self.size.depth
 
     def unrolled(self, *, consume: bool = False) -> "LLM":
         """The same model with the weights of each layer apart, for generation.
@@ -347,7 +291,7 @@ class LLM(nnx.Module):
             mask = jnp.concatenate([read, mask], axis=2)
             turned = positions + past.length[:, None]
             before = KV(past.keys, past.values)
-        turns = self.rope.turns(turned, self.head_size // 2)
+        turns = self.rope.turns(turned, self.size.head_size // 2)
 
         def step(x, layer):
             block, before = layer
@@ -375,7 +319,7 @@ class LLM(nnx.Module):
         """
         slots = positions_of(x.shape[0], caches[0].slots)
         mask = (slots <= position[:, None])[:, None]
-        turns = self.rope.turns(position[:, None], self.head_size // 2)
+        turns = self.rope.turns(position[:, None], self.size.head_size // 2)
         grown = []
         for i, cache in enumerate(caches):
             x, cache = layer(self.blocks, i).extend(x, position, turns, cache, mask)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vlm_jax.models.sizes import LLMSize
+
 
 class Turns(NamedTuple):
     """Cosine and sine of every angle, computed once for all layers; one row may serve all."""
@@ -38,6 +40,18 @@ class Rope:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"llm.rope_kind={self.kind!r}: choose one of {sorted(KINDS)}")
+
+    @classmethod
+    def of(cls, size: LLMSize) -> "Rope":
+        """That of a decoder."""
+        return cls(
+            size.rope_theta,
+            size.rope_kind,
+            size.rope_factor,
+            size.rope_low_frequency,
+            size.rope_high_frequency,
+            size.rope_original_length,
+        )
 
     def turns(self, positions: Int[Array, "B T"], half: int) -> "Turns":
         """How far the `half` pairs of a head are turned at these positions."""

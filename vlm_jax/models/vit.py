@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from vlm_jax import mesh
 from vlm_jax.compressors.window import check_window, window_order
 from vlm_jax.layers import ACTIVATIONS, LayerNorm, Linear, layer, normal, remat, stack, weight
+from vlm_jax.models.sizes import ViTSize
 
 HIDDEN = ("batch", "len", "feature")
 
@@ -100,74 +101,42 @@ class ViT(nnx.Module):
 
     def __init__(
         self,
+        size: ViTSize,
         *,
-        image_size: int,
-        patch_size: int,
-        depth: int,
-        width: int,
-        mlp: int,
-        heads: int,
-        norm_eps: float,
-        levels: tuple[int, ...],
         rngs: nnx.Rngs,
-        activation: str = "quick_gelu",
-        class_token: bool = True,
-        keep_class: bool = False,
-        patch_bias: bool = False,
-        pre_norm: bool = True,
-        final_norm: bool = False,
-        cut_border: bool = False,
         remat_policy: str = "none",
         dtype: str = "float32",
     ):
-        if image_size % patch_size and not cut_border:
+        if size.activation not in ACTIVATIONS:
             raise ValueError(
-                f"patches of {patch_size} pixels do not tile an image of {image_size}: choose "
-                "others, or vit.cut_border=True to leave pixels at the right and bottom out"
+                f"vit.activation={size.activation!r}: choose one of {sorted(ACTIVATIONS)}"
             )
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"vit.activation={activation!r}: choose one of {sorted(ACTIVATIONS)}")
-        if keep_class and not class_token:
-            raise ValueError(
-                "vit.keep_class=True, but vit.class_token=False: there is none to keep"
-            )
-        if width % heads:
-            raise ValueError(
-                f"vit.heads={heads} does not divide vit.width={width}: "
-                f"choose one of {[n for n in range(1, 65) if width % n == 0]}"
-            )
-        if sorted(set(levels)) != list(levels) or not levels or levels[0] < 1 or levels[-1] > depth:
-            raise ValueError(f"vit.levels={levels}: ascending block numbers from 1 to {depth}")
-        if final_norm and levels[-1] != depth:
-            raise ValueError(
-                f"vit.final_norm=True is for the output of the last block, and vit.levels={levels} "
-                f"ends before block {depth}: set one or the other"
-            )
-        self.patch_size, self.side = patch_size, image_size // patch_size
-        self.levels, self.remat_policy, self.dtype = tuple(levels), remat_policy, dtype
-        self.depth, self.final_norm = depth, final_norm
-        self.first = int(class_token)  # rows before those of the patches
-        self.kept = int(keep_class)  # of them, those that the levels keep
+        self.size, self.remat_policy, self.dtype = size, remat_policy, dtype
+        width, eps = size.width, size.norm_eps
         std = width**-0.5
         self.patch = Linear(
             "BPC,CE->BPE",
-            (3 * patch_size**2, width),
+            (3 * size.patch_size**2, width),
             dims=("none", "embed"),
             out=HIDDEN,
-            bias=patch_bias,
+            bias=size.patch_bias,
             rngs=rngs,
         )
-        self.class_token = weight(rngs, (width,), ("none",), normal(std)) if class_token else None
-        rows = self.first + self.side**2
+        self.class_token = (
+            weight(rngs, (width,), ("none",), normal(std)) if size.class_token else None
+        )
+        rows = size.first + size.patches
         self.position = weight(rngs, (rows, width), ("none", "none"), normal(std))
-        self.pre_norm = LayerNorm(width, eps=norm_eps, rngs=rngs) if pre_norm else None
+        self.pre_norm = LayerNorm(width, eps=eps, rngs=rngs) if size.pre_norm else None
         self.blocks = stack(
-            lambda r: Block(width, mlp, heads, eps=norm_eps, activation=activation, rngs=r),
-            depth,
+            lambda r: Block(
+                width, size.mlp, size.heads, eps=eps, activation=size.activation, rngs=r
+            ),
+            size.depth,
             rngs,
         )
         # Always there, though only `final_norm` applies it: a tower converts back whole.
-        self.post_norm = LayerNorm(width, eps=norm_eps, rngs=rngs)
+        self.post_norm = LayerNorm(width, eps=eps, rngs=rngs)
 
     def __call__(
         self,
@@ -190,13 +159,13 @@ class ViT(nnx.Module):
         token to it, of which the rest is for other patches and the class token itself (Y = Z + E +
         1, all in float32). ValueError where there is no such block or no such shrinking.
         """
-        side = self.side // self.check_shrink(shrink)
-        order = window_order(side, window)
-        covered = self.side * self.patch_size
+        size, whole = self.size, self.size.side
+        order = window_order(whole // self.check_shrink(shrink), window)
+        covered = whole * size.patch_size
         x = shrunk(pixels[:, :covered, :covered].astype(self.dtype), shrink)
-        x = self.patch(patchify(x, self.patch_size, window))
+        x = self.patch(patchify(x, size.patch_size, window))
         position = self.position[...].astype(x.dtype)
-        x = x + middles(position[self.first :], self.side, shrink)[order]
+        x = x + middles(position[size.first :], whole, shrink)[order]
         if self.class_token is not None:
             first = jnp.broadcast_to(
                 self.class_token[...].astype(x.dtype) + position[0],
@@ -208,17 +177,17 @@ class ViT(nnx.Module):
             x = self.pre_norm(x)
         step = remat(self.remat_policy)(lambda x, block: (block(x), None))
         kept = []
-        for start, stop in itertools.pairwise((0, *self.levels)):
+        for start, stop in itertools.pairwise((0, *size.levels)):
             blocks = jax.tree.map(lambda w, a=start, b=stop: w[a:b], self.blocks)
             x, _ = lax.scan(step, x, blocks)
-            kept.append(x[:, self.first - self.kept :])
-        if self.final_norm:
+            kept.append(x[:, size.first - size.kept :])
+        if size.final_norm:
             kept[-1] = self.post_norm(kept[-1])
         if not keys:
             return jnp.concatenate(kept, axis=-1)
-        self.check_keys()
+        size.check_keys()
         # In float32: of what is nearly equal, rounding would decide what is kept.
-        behind = layer(self.blocks, self.levels[-1])
+        behind = layer(self.blocks, size.levels[-1])
         found, query = behind.attention.keys(behind.norm1(x.astype(jnp.float32)))
         seen = class_attention(query, found)[..., None]
         kept = [y.astype(jnp.float32) for y in kept]
@@ -226,29 +195,16 @@ class ViT(nnx.Module):
 
     def order(self, window: int, shrink: int = 1) -> np.ndarray:
         """Which row of a level in raster order each row of it in window-major order is, int [P]."""
-        order = window_order(self.side // self.check_shrink(shrink), window)
-        return np.concatenate([np.arange(self.kept), self.kept + order])
-
-    def check_keys(self) -> None:
-        """Raises unless there is a block behind the last level, and a class token to ask it."""
-        if self.kept or not self.first:
-            raise ValueError(
-                "PruMerge asks the class token which patches matter: it needs an encoder with "
-                "vit.class_token=True and vit.keep_class=False, such as CLIP"
-            )
-        if self.levels[-1] == self.depth:
-            raise ValueError(
-                f"PruMerge reads the keys of the block behind the last level, and "
-                f"vit.levels={self.levels} ends with the last of vit.depth={self.depth} blocks: "
-                f"raise vit.depth to {self.depth + 1}, or let vit.levels end at {self.depth - 1}"
-            )
+        order = window_order(self.size.side // self.check_shrink(shrink), window)
+        return np.concatenate([np.arange(self.size.kept), self.size.kept + order])
 
     def check_shrink(self, shrink: int) -> int:
         """`shrink`; raises unless the patches of the shrunk image tile it."""
-        if shrink < 1 or self.side % shrink:
+        side = self.size.side
+        if shrink < 1 or side % shrink:
             raise ValueError(
-                f"an image of {self.side}x{self.side} patches cannot be shrunk {shrink} times: "
-                f"choose one of {[k for k in range(1, self.side + 1) if self.side % k == 0]}"
+                f"an image of {side}x{side} patches cannot be shrunk {shrink} times: "
+                f"choose one of {[k for k in range(1, side + 1) if side % k == 0]}"
             )
         return shrink
 

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
-from ml_collections import ConfigDict
 
-from vlm_jax import compressors, mesh
+from vlm_jax import mesh
 from vlm_jax.compressors.compressor import Visual
 from vlm_jax.layers import RUN_ONCE
 from vlm_jax.models.cache import KV, Cache, Past, repeated
 from vlm_jax.models.llm import LLM
+from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vit import ViT
 
 Batch = Mapping[str, Array]
@@ -226,47 +226,26 @@ def rows(x: Shaped[Array, "B X *D"], index: Int[Array, "B Y"]) -> Shaped[Array, 
     return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(x, index)
 
 
-def build(config: ConfigDict, rngs: nnx.Rngs) -> VLM:
-    """The model that a configuration describes, with fresh float32 parameters."""
-    shared = dict(rngs=rngs, remat_policy=config.remat, dtype=config.compute_dtype)
-    vit = ViT(**config.vit.to_dict(), **shared)
-    if vit.kept and config.compressor.kind != "none":
-        raise ValueError(
-            f"compressor.kind={config.compressor.kind!r} reads patches alone: vit.keep_class=True "
-            "is for compressor.kind='none'"
-        )
-    compressor = compressors.build(
-        config.compressor.kind,
-        tokens=config.compressor.tokens - vit.kept,
-        side=vit.side,
-        width=config.vit.width,
-        levels=len(config.vit.levels),
-        llm_width=config.llm.width,
-        heads=config.compressor.heads,
-        query=config.compressor.query,
-        downsample=config.compressor.downsample,
-        scales=config.compressor.scales,
-        queries=config.compressor.queries,
-        kernels=config.kernels,
-        rngs=rngs,
-    )
-    if compressor.reads_keys:
-        vit.check_keys()
-    return VLM(vit, compressor, LLM(**config.llm.to_dict(), **shared))
+def build(size: VLMSize, rngs: nnx.Rngs) -> VLM:
+    """The model of a description, with fresh float32 parameters."""
+    shared = dict(rngs=rngs, remat_policy=size.remat, dtype=size.compute_dtype)
+    vit = ViT(size.vit, **shared)
+    compressor = size.compressor.build(size.interface, rngs=rngs, kernels=size.kernels)
+    return VLM(vit, compressor, LLM(size.llm, **shared))
 
 
-def create(config: ConfigDict, *, seed: int, of: Callable[[VLM], Any] = lambda model: model) -> Any:
+def create(size: VLMSize, *, seed: int, of: Callable[[VLM], Any] = lambda model: model) -> Any:
     """`build` on the current mesh in one compiled call, every parameter born in its shard.
 
     `of` may take a part of the model: no more than that is computed.
     """
     once = mesh.known(RUN_ONCE)
-    return jax.jit(lambda: of(build(config, nnx.Rngs(seed))), compiler_options=once)()
+    return jax.jit(lambda: of(build(size, nnx.Rngs(seed))), compiler_options=once)()
 
 
-def shapes(config: ConfigDict) -> VLM:
-    """The model that a configuration describes, parameters as shapes: nothing is computed."""
-    return jax.eval_shape(lambda: build(config, nnx.Rngs(0)))
+def shapes(size: VLMSize) -> VLM:
+    """The model of a description, parameters as shapes: nothing is computed."""
+    return jax.eval_shape(lambda: build(size, nnx.Rngs(0)))
 
 
 def parameters(module: nnx.Module) -> int:

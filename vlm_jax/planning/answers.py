@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from vlm_jax.compressors.method import Number, tilings
 from vlm_jax.cost import flops as cost
-from vlm_jax.cost.flops import Number
 from vlm_jax.planning import planner
 
 
@@ -70,7 +70,9 @@ def buildable(search: planner.Search, chosen: planner.Candidate) -> list[planner
         candidate
         for kind, V in search.tokens.items()
         if V[0] == "continuous"
-        for candidate in search.listed(kind, [float(v) for v in cost.tilings(round(V[1][1]))])
+        for candidate in search.listed(
+            kind, [float(v) for v in tilings(math.isqrt(round(V[1][1])))]
+        )
         if (candidate.N, candidate.V) != (chosen.N, chosen.V)
     ]
 

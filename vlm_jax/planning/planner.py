@@ -14,11 +14,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from vlm_jax import compressors
+from vlm_jax.compressors.method import Method, Number
 from vlm_jax.cost import flops as cost
 from vlm_jax.cost import roofline
 from vlm_jax.cost.chips import Chip
-from vlm_jax.cost.flops import Number
 from vlm_jax.law.law import Law
+from vlm_jax.models.sizes import LLMSize, ViTSize
 
 UNITS = {
     "flops": "FLOPs per request",
@@ -137,8 +139,8 @@ class FullCost:
     """
 
     workload: Workload
-    sizes: Mapping[Number, cost.LLM]
-    vit: cost.ViT
+    sizes: Mapping[Number, LLMSize]
+    vit: ViTSize
     query: str = "none"  # of the compressors that read the question
     heads: int = 8
     chip: Chip | None = None
@@ -153,11 +155,11 @@ class FullCost:
     def lowest(self) -> float:
         return min(self.sizes)
 
-    def compressor(self, kind: str, V: Number) -> cost.Compressor:
+    def compressor(self, kind: str, V: Number) -> Method:
         """The compressor `kind` at V tokens."""
-        return cost.Compressor(kind, V, self.heads, self.query)
+        return compressors.describe(dict(kind=kind, tokens=V, heads=self.heads, query=self.query))
 
-    def details(self, llm: cost.LLM, V: Number, compressor: str) -> dict[str, dict[str, Number]]:
+    def details(self, llm: LLMSize, V: Number, compressor: str) -> dict[str, dict[str, Number]]:
         """FLOPs and milliseconds by phase and bytes by kind, averaged over text lengths."""
         found: dict[str, dict[str, Number]] = {}
         for Q, share in self.workload.texts:

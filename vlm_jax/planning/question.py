@@ -4,23 +4,24 @@
 N LLM parameters in billions   V visual tokens   Q text tokens   G generated tokens
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_jax import compressors as methods
+from vlm_jax.compressors.method import Number
 from vlm_jax.cost import chips, described
-from vlm_jax.cost import flops as cost
 from vlm_jax.cost.chips import Chip
 from vlm_jax.cost.described import Models
-from vlm_jax.cost.flops import Number
 from vlm_jax.law.law import Law
+from vlm_jax.models.sizes import LLMSize
 from vlm_jax.planning import answers, planner
 from vlm_jax.planning.spelled import number
 
 MOST_TOKENS = 576  # patches of CLIP ViT-L/14-336: the paper's largest V
 FAMILY = "qwen1.5-"  # the paper's LLMs: what a plan without a configuration interpolates between
-QUERIES = tuple(2**i for i in range(9))  # what MQT is run at: any prefix of its 256 queries works
 COSTS = ("paper", "full")
 
 Choice = Mapping[str, Sequence[Number] | tuple[str, tuple[Number, Number]]]
@@ -157,7 +158,7 @@ def plan(
         )
     kinds = list(compressors) if compressors else [models.kind if models else "token_packer"]
     for kind in kinds:
-        cost.Compressor(kind, 1, 1, "none")  # names the choices where a kind is unknown
+        methods.named(kind)  # says the choices where it is unknown
     choices = token_choices(
         tokens, kinds, most=models.vit.patches if models else MOST_TOKENS,
         paper=model == "paper", every_size=llms is None,
@@ -209,9 +210,9 @@ def by_phase(efficiency: Number | Mapping[str, Number] | None) -> Mapping[str, N
 
 def chosen_llms(
     llms: Sequence[str] | Sequence[Number] | None, models: Models | None
-) -> tuple[tuple[Number, ...] | None, dict[str, tuple[Number, cost.LLM]]]:
+) -> tuple[tuple[Number, ...] | None, dict[str, tuple[Number, LLMSize]]]:
     """The N to choose from, None for every size, and name -> (N, shape) to interpolate between."""
-    known: Mapping[str, tuple[Number, cost.LLM]] = models.llms if models else {}
+    known: Mapping[str, tuple[Number, LLMSize]] = models.llms if models else {}
     own = models is not None and models.own
     family = {name: sized for name, sized in known.items() if own or name.startswith(FAMILY)}
     if llms is None:
@@ -252,17 +253,14 @@ def token_choices(
                 "--tokens=continuous needs --llms=continuous: with a list of LLMs, list V too"
             )
         return {kind: ("continuous", (1.0, float(most))) for kind in kinds}
-    special = {"none": [most], "mqt": list(QUERIES)}
-    offered = {kind: special.get(kind) or cost.tilings(most) for kind in kinds}
+    side = math.isqrt(most)
+    offered = {kind: methods.named(kind).planned(side) for kind in kinds}
     if tokens is None:
         return {kind: [float(v) for v in V] for kind, V in offered.items()}
     wanted = [number(v, "--tokens", least=1.0) for v in tokens]
     if paper:
         return dict.fromkeys(kinds, wanted)
-    found = {
-        kind: [v for v in wanted if v in offered[kind] or kind.startswith("prumerge")]
-        for kind in kinds
-    }
+    found = {kind: [v for v in wanted if methods.named(kind).gives(side, v)] for kind in kinds}
     if not any(found.values()):
         raise ValueError(
             f"--tokens={','.join(f'{v:g}' for v in wanted)}: none fits; allowed are "

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vlm_jax import compressors
 from vlm_jax.cost import flops as cost
 from vlm_jax.cost import roofline
 from vlm_jax.cost.chips import CHIPS
@@ -129,13 +130,13 @@ def described_figures(
 ) -> list[Figure]:
     """Error against what a described model costs: every phase, a question pass too, and seconds.
 
-    `llms` maps each of `points.label` to a cost.LLM, `vit` is a cost.ViT, `chip` a chips.Chip; Q
+    `llms` maps each of `points.label` to an LLMSize, `vit` is a ViTSize, `chip` a chips.Chip; Q
     text tokens, G generated ones, one request at a time. The compressors are TokenPacker and, with
     the question pass, QueCC.
     """
 
     def compressor(kind, query, V):
-        return cost.Compressor(kind=kind, tokens=V, heads=8, query=query)
+        return compressors.describe(dict(kind=kind, tokens=V, heads=8, query=query))
 
     def flops(kind, query):
         return np.array(

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.cost import described
-from vlm_jax.cost import flops as cost
 from vlm_jax.cost.chips import Chip
 from vlm_jax.law import compare
 from vlm_jax.law.families import Fitted
 from vlm_jax.law.law import Law
 from vlm_jax.law.points import Points
+from vlm_jax.models.sizes import LLMSize, ViTSize
 from vlm_jax.rows import records
 
 
@@ -71,7 +71,7 @@ def draw(
     return drawn, notes
 
 
-def described_sizes(points: Points) -> tuple[dict[str, cost.LLM], cost.ViT]:
+def described_sizes(points: Points) -> tuple[dict[str, LLMSize], ViTSize]:
     """Label -> shape of every point's LLM, and the encoder.
 
     ValueError for an LLM without a published shape.
@@ -82,7 +82,7 @@ def described_sizes(points: Points) -> tuple[dict[str, cost.LLM], cost.ViT]:
             f"{', '.join(map(repr, unknown))} is none of {', '.join(known)}: "
             "name the LLM of every line in a column `label`"
         )
-    encoder = cost.ViT.of(described.base().vit)
+    encoder = ViTSize.of(described.base().vit)
     return {label: known[label][1] for label in set(points.label)}, encoder
 
 

@@ -3,11 +3,12 @@
 tokens.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
 
-from vlm_jax.cost import flops as cost
+from vlm_jax.compressors.method import tilings
 from vlm_jax.planning import planner
 from vlm_jax.reports.canvas import (
     MARKERS,
@@ -48,7 +49,7 @@ def draw(search: planner.Search, out_dir: Path | str) -> Figure:
         )
         curve = search.listed(kind, [float(v) for v in grid])
         marks = (
-            search.listed(kind, [float(v) for v in cost.tilings(round(V[1][1]))])
+            search.listed(kind, [float(v) for v in tilings(math.isqrt(round(V[1][1])))])
             if continuous
             else curve
         )

@@ -12,7 +12,7 @@ docs/generation.md says what is compiled when, and what was measured.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +120,10 @@ class VLM:
         dtype = dtype or ("float32" if kind == "F32" else "bfloat16")
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
-        config = stored.config()
-        with config.unlocked():
-            config.compute_dtype, config.kernels = dtype, "auto"
         with jax.set_mesh(mesh):
             stored.check()
-            shapes = vlm.shapes(config)
+            described = replace(stored.size(), compute_dtype=dtype, kernels="auto")
+            shapes = vlm.shapes(described)
             size = {"float32": 4, "bfloat16": 2}[dtype]
             need = memory.Need("the model", memory.in_shards(shapes) // 4 * size)
             memory.check(need, "load it as bfloat16 (--dtype=bfloat16), or over more devices")

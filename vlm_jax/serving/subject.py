@@ -9,10 +9,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlm_jax.compressors import serves_any_tokens
 from vlm_jax.data.processor import Processor, load_tokenizer
 from vlm_jax.data.tokenizer import hash_of
 from vlm_jax.models import vlm
+from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vlm import VLM
 from vlm_jax.training import fields, memory, runs
 from vlm_jax.training.cells import cells_of
@@ -109,10 +109,9 @@ class Subject:
 
     def free(self, name: str, then: fields.Flat, now: fields.Flat) -> bool:
         """Whether an evaluation may choose a field."""
-        any_tokens = serves_any_tokens(self.config.compressor.kind)
         if self.stored is not None and name == "data.image_fit":
             return False  # a model folder prepares images by its own description
-        return fields.change_of(name, then, now, any_tokens=any_tokens) is not Change.RUN
+        return fields.change_of(name, then, now) is not Change.RUN
 
     def settings(self, config: ConfigDict, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """The fields in which an evaluation differs from the folder's own, with their values.
@@ -121,18 +120,16 @@ class Subject:
           ValueError: for a field that belongs to what was trained.
         """
         then, now = flat(self.config), flat(config)
-        any_tokens = serves_any_tokens(self.config.compressor.kind)
         if self.stored is not None:
             named = {"evaluate.split", "data.source", "data.path", *overrides}
             return {
                 name: now[name]
                 for name in sorted(named & now.keys())
-                if now[name] != ""
-                and fields.change_of(name, now, now, any_tokens=any_tokens) in NAMED
+                if now[name] != "" and fields.change_of(name, now, now) in NAMED
             }
         found, refused = {}, []
         for name in fields.differing(then, now):
-            change = fields.change_of(name, then, now, any_tokens=any_tokens)
+            change = fields.change_of(name, then, now)
             if change is Change.RUN:
                 refused.append(name)
             elif change in NAMED:
@@ -179,7 +176,7 @@ class Subject:
             return finished(self.run.home, config)
         stored = self.stored
         stored.check()
-        shapes = vlm.shapes(config)
+        shapes = vlm.shapes(VLMSize.of(config))
         kept = NAMES[stored.tensors["llm.embed_tokens.weight"].dtype]
         dtype, size = ("float32", 4) if kept == "F32" else ("bfloat16", 2)
         need = memory.Need(f"the model in {self.folder}", memory.in_shards(shapes) // 4 * size)

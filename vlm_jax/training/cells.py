@@ -6,18 +6,17 @@ Cells that differ in V alone have one model between them where the compressor se
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vlm_jax import arguments
-from vlm_jax.compressors import serves_any_tokens
-from vlm_jax.compressors.compressor import Compressor
+from vlm_jax import arguments, compressors
 from vlm_jax.cost import flops as cost
 from vlm_jax.data.templates import query_of
 from vlm_jax.models import vlm
+from vlm_jax.models.sizes import LLMSize, ViTSize, VLMSize
 
 # A small model reaches about this share of the machine's matrix-product speed (dry runs only).
 SMALL_MODEL_EFFICIENCY = 0.15
@@ -80,7 +79,7 @@ def by_size(config: ConfigDict) -> list[str]:
 
     def parameters(name: str) -> int:
         fields = config.llm.to_dict() | config.grid.llms[name].to_dict()
-        return cost.llm_parameters(cost.LLM.of(fields))
+        return cost.llm_parameters(LLMSize.of(fields))
 
     return sorted(config.grid.llms, key=parameters)
 
@@ -102,7 +101,7 @@ def cell_of(
     c.compressor.update(compressor)
     method = "-".join([kind, *map(str, compressor.values())])
     name = f"{llm}-v{tokens}-{method}-s{seed}"
-    shares = serves_any_tokens(c.compressor.kind)
+    shares = compressors.named(c.compressor.kind).any_tokens
     return Cell(name, c, llm, seed, f"{llm}-{method}-s{seed}" if shares else name)
 
 
@@ -110,30 +109,26 @@ def describe(cell: Cell) -> tuple[int, dict[str, int], float]:
     """LLM parameters, parameters by part, and training FLOPs of one cell; nothing is allocated."""
     config = cell.config
     query_of(config)  # raises for a template that leaves nothing to be read
-    shapes = vlm.shapes(config)
+    shapes = vlm.shapes(VLMSize.of(config))
     parts = {name: vlm.parameters(getattr(shapes, name)) for name in ("vit", "compressor", "llm")}
-    return parts["llm"], parts, train_flops(config, shapes.compressor)
+    return parts["llm"], parts, train_flops(config)
 
 
-def sizes(config: ConfigDict) -> tuple[cost.ViT, cost.Compressor, cost.LLM]:
-    """The model as the cost model knows it."""
-    return cost.ViT.of(config.vit), cost.Compressor.of(config.compressor), cost.LLM.of(config.llm)
+def train_flops(config: ConfigDict) -> float:
+    """FLOPs of both stages on cached features."""
+    return sum(stage_flops(config, stage, cached=True) for stage in ("align", "finetune"))
 
 
-def train_flops(config: ConfigDict, module: Compressor) -> float:
-    """FLOPs of both stages on cached features; `module` is the compressor, or its shapes."""
-    return sum(stage_flops(config, module, stage, cached=True) for stage in ("align", "finetune"))
-
-
-def stage_flops(config: ConfigDict, module: Compressor, stage: str, *, cached: bool) -> float:
+def stage_flops(config: ConfigDict, stage: str, *, cached: bool) -> float:
     """FLOPs of one stage, on features that are `cached` or with the encoder in every step."""
-    vit, compressor, llm = sizes(config)
-    shown = [compressor.tokens]  # V of each pass of the LLM over an example
-    if module.buckets:
-        shown = [module.buckets[-1]]
-    if stage == "finetune" and module.scales:
-        shown = module.scales
-    made = [replace(compressor, tokens=tokens) for tokens in shown]
+    size = VLMSize.of(config)
+    vit, compressor, llm = size.vit, size.compressor, size.llm
+    shown = (compressor.tokens,)  # V of each pass of the LLM over an example
+    if buckets := compressor.buckets(vit.side):
+        shown = buckets[-1:]
+    if stage == "finetune":
+        shown = compressor.shown(vit.side) or shown
+    made = [compressor.at(tokens) for tokens in shown]
     images, batch = config.data.images_per_row, config[stage].batch // config[stage].accumulate
     example = sum(
         cost.train_step_flops(
@@ -161,8 +156,8 @@ def stage_flops(config: ConfigDict, module: Compressor, stage: str, *, cached: b
 
 def encoder_stage_flops(config: ConfigDict) -> float:
     """FLOPs of an encoder's own pretraining: forward and backward."""
-    vit = cost.ViT.of(config.vit)
-    plain = cost.Compressor(kind="none", tokens=vit.patches, heads=1, query="none")
+    vit = ViTSize.of(config.vit)
+    plain = compressors.describe(dict(kind="none", tokens=vit.rows))
     images = config.encoder.steps * config.encoder.batch
     return float(3 * images * cost.encoder_flops(vit, plain))
 

@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
+from vlm_jax.compressors import COMPRESSORS
+from vlm_jax.compressors.method import Method
+
 STAGES = ("encoder", "align", "finetune")  # in the order in which they run
 SYNTHETIC = ("data.train_images", "data.val_images", "data.test_images")
 
@@ -278,17 +281,15 @@ def differing(then: Flat, now: Flat) -> Iterator[str]:
             yield name
 
 
-def change_of(name: str, then: Flat, now: Flat, *, any_tokens: bool) -> Change:
-    """What it means that field `name` differs between two configurations.
-
-    `any_tokens` says whether the compressor serves any number of visual tokens.
-    """
+def change_of(name: str, then: Flat, now: Flat) -> Change:
+    """What it means that field `name` differs between two configurations."""
     if unread(name, then) and unread(name, now):
         return Change.NOTHING
-    if name == "compressor.tokens" and any_tokens:
+    method = COMPRESSORS.get(then.get("compressor.kind"), Method)
+    if name == "compressor.tokens" and method.any_tokens:
         return Change.BATCH
-    # MQT shows each micro-batch a number of tokens of its own.
-    if name == "finetune.accumulate" and now.get("compressor.kind") == "mqt":
+    # Each micro-batch is shown a number of tokens of its own.
+    if name == "finetune.accumulate" and method.draws_tokens:
         return Change.RUN
     return rule(name).change
 

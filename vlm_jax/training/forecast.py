@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax import mesh as meshes
 from vlm_jax.models import vlm
+from vlm_jax.models.sizes import VLMSize
 from vlm_jax.progress import duration
 from vlm_jax.rows.records import Row
 from vlm_jax.training import memory
@@ -41,11 +42,12 @@ def speed(config: ConfigDict) -> tuple[float, str]:
 
 def dry_run(config: ConfigDict) -> None:
     """Prints what a training would take on the current mesh; nothing of the model is allocated."""
-    shapes = vlm.shapes(config)
+    size = VLMSize.of(config)
+    shapes = vlm.shapes(size)
     parts = {name: vlm.parameters(getattr(shapes, name)) for name in ("vit", "compressor", "llm")}
     named = "   ".join(f"{name} {count:,}" for name, count in parts.items())
     print(f"parameters  {named}   together {sum(parts.values()):,}")
-    visual = f"{config.data.images_per_row} x {shapes.compressor.tokens}"
+    visual = f"{config.data.images_per_row} x {size.visual_tokens}"
     print(f"rows        {config.data.text_length} tokens of text and {visual} of images")
     rate, how = speed(config)
     columns = ("parameters", "gradients", "optimizer", "activations")
@@ -60,7 +62,7 @@ def dry_run(config: ConfigDict) -> None:
         flops = (
             encoder_stage_flops(config)
             if name == "encoder"
-            else stage_flops(config, shapes.compressor, name, cached=False)
+            else stage_flops(config, name, cached=False)
         )
         total += flops
         sizes = [*(getattr(need, column) for column in columns), need.total]

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax import mesh as meshes
 from vlm_jax.models import lora, vlm
+from vlm_jax.models.sizes import VLMSize
 from vlm_jax.training import optimizer
 from vlm_jax.training.objective import reader
 
@@ -97,7 +98,7 @@ def of_stage(config: ConfigDict, name: str) -> Need:
         if name == "encoder":
             model = reader(config, PATCH_CLASSES)
         else:
-            model = vlm.build(config, nnx.Rngs(0))
+            model = vlm.build(VLMSize.of(config), nnx.Rngs(0))
         if name == "finetune":
             model = lora.adapt(model, config.lora, seed=0)
         return optimizer.start(model, name, tx)[1]
@@ -133,7 +134,8 @@ def activations(config: ConfigDict, name: str) -> int:
     if name == "encoder":
         kept = 2 * scores + size * patches * (4 * vit.mlp + 8 * vit.width)
         return round(vit.depth * kept * (config.remat != "full") + seen)
-    visual = vlm.shapes(config).compressor.tokens * config.data.images_per_row
+    described = VLMSize.of(config)
+    visual = described.visual_tokens * config.data.images_per_row
     tokens = rows * (config.data.text_length + visual)
     attention = 4 * tokens * (config.data.text_length + visual) * llm.heads / tensor
     mlp, width = size * tokens * llm.mlp / tensor, size * tokens * llm.width
@@ -143,8 +145,8 @@ def activations(config: ConfigDict, name: str) -> int:
         "full": width,
     }[config.remat]
     logits = 4 * rows * config.data.text_length * llm.vocab / tensor
-    passes = len(config.compressor.scales) if config.compressor.kind == "m3" else 1
-    passes = max(passes, 1) if name == "finetune" else 1
+    shown = described.compressor.shown(side) if name == "finetune" else ()
+    passes = max(len(shown), 1)
     language = passes * (llm.depth * kept + 2.5 * logits) + 2 * attention + 3 * mlp
     return round(max(language, seen) + 4 * patches * len(vit.levels) * vit.width)
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax import mesh
 from vlm_jax.layers import RUN_ONCE, Linear
+from vlm_jax.models.sizes import ViTSize
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM, Batch
 
@@ -59,11 +60,11 @@ def every_scale(model: VLM, batch: Batch) -> Sums:
 class PatchReader(nnx.Module):
     """An encoder under a linear classifier of what each patch shows."""
 
-    def __init__(self, vit: ViT, width: int, classes: int, *, rngs: nnx.Rngs):
+    def __init__(self, vit: ViT, classes: int, *, rngs: nnx.Rngs):
         self.vit = vit
         self.head = Linear(
             "BPZ,ZW->BPW",
-            (len(vit.levels) * width, classes),
+            (len(vit.size.levels) * vit.size.width, classes),
             dims=("embed", "none"),
             out=("batch", "len", "none"),
             rngs=rngs,
@@ -79,10 +80,9 @@ def patch_reader(config: ConfigDict, classes: int) -> PatchReader:
 def reader(config: ConfigDict, classes: int) -> PatchReader:
     """`patch_reader` as it is traced."""
     rngs = nnx.Rngs(config.seed)
-    vit = ViT(
-        **config.vit.to_dict(), rngs=rngs, remat_policy=config.remat, dtype=config.compute_dtype
-    )
-    return PatchReader(vit, config.vit.width, classes, rngs=rngs)
+    size = ViTSize.of(config.vit)
+    vit = ViT(size, rngs=rngs, remat_policy=config.remat, dtype=config.compute_dtype)
+    return PatchReader(vit, classes, rngs=rngs)
 
 
 def patch_class(model: PatchReader, batch: Batch) -> Sums:

@@ -28,6 +28,7 @@ from vlm_jax.data.images import Preparation
 from vlm_jax.data.texts import Texts
 from vlm_jax.data.tokenizer import check_vocabulary, hash_of, keep_tokenizer
 from vlm_jax.models import lora, vlm
+from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM
 from vlm_jax.training import memory, optimizer, runs
@@ -236,7 +237,7 @@ def train(
             model = weights_start.load(config, stored, seed=seed)
     else:
         with progress.doing("drawing the first weights"):
-            model = vlm.create(config, seed=seed)
+            model = vlm.create(VLMSize.of(config), seed=seed)
     if encoder is not None:
         model = VLM(encoder, model.compressor, model.llm)
     if model.compressor.buckets:
@@ -338,7 +339,7 @@ def run(config: ConfigDict, folder: Path) -> int:
     with jax.set_mesh(mesh.make(**config.mesh)), claim(folder, config) as claimed:
         check(config)
         # An impossible model, or one too large, is found before anything is made of it.
-        vlm.shapes(config)
+        vlm.shapes(VLMSize.of(config))
         for warning in memory.check_training(config):
             log.warning(warning)
         inputs, begin = opened(claimed)

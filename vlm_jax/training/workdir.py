@@ -19,8 +19,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from vlm_jax import __version__
-from vlm_jax.compressors import serves_any_tokens
 from vlm_jax.models import lora, vlm
+from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vlm import VLM
 from vlm_jax.training import fields, fingerprint, memory, optimizer
 from vlm_jax.training.checkpoint import Checkpoints, numbered
@@ -166,11 +166,10 @@ def lock(folder: Path) -> Iterator[None]:
 def compare(claimed: Claim, *, grid: bool) -> None:
     """Raises ValueError where the configuration is another run than the one that was begun."""
     then, now = fields.flat(claimed.begun), flat(claimed.config)
-    any_tokens = serves_any_tokens(now.get("compressor.kind"))
     later = [] if grid else untouched(claimed.folder)
     refused = []
     for name in fields.differing(then, now):
-        change = fields.change_of(name, then, now, any_tokens=any_tokens)
+        change = fields.change_of(name, then, now)
         section = name.partition(".")[0]
         if ("finetune" if section == "lora" else section) in later:
             claimed.other.append(section)
@@ -277,7 +276,7 @@ def finished(workdir: Path, config: ConfigDict, *, merge: bool = True) -> VLM:
     graphs: list[tuple] = []
 
     def made() -> optimizer.State:
-        model = vlm.build(config, nnx.Rngs(config.seed))
+        model = vlm.build(VLMSize.of(config), nnx.Rngs(config.seed))
         if stage == "finetune":
             model = lora.adapt(model, config.lora, seed=config.seed)
         graph, state = optimizer.start(model, stage, optimizer.optimizer(config[stage]))

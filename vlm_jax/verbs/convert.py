@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax import progress
-from vlm_jax.cost.sizes import KINDS
+from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.verbs import cli
 from vlm_jax.verbs.parser import Parser
 
@@ -59,9 +59,9 @@ def add_flags(parser: Parser) -> None:
     )
     add(
         "--compressor",
-        choices=sorted(KINDS),
+        choices=sorted(COMPRESSORS),
         metavar="METHOD",
-        help=f"{', '.join(sorted(KINDS))} (default: what --from has)",
+        help=f"{', '.join(sorted(COMPRESSORS))} (default: what --from has)",
     )
     add(
         "--tokens",

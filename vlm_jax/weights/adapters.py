@@ -17,7 +17,7 @@ import numpy as np
 import regex
 
 from vlm_jax.compressors import pretrained
-from vlm_jax.compressors.pretrained import Table, Tensor
+from vlm_jax.compressors.tensors import Table, Tensor
 from vlm_jax.models import lora
 from vlm_jax.models.vlm import VLM
 from vlm_jax.weights import folder, hf, names

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.weights import adapters, chats, folder, hf, names, sources
 from vlm_jax.weights.classes import within
 from vlm_jax.weights.folder import Model
@@ -34,7 +35,8 @@ def gathered(
     Raises:
       FileNotFoundError, ValueError: for folders that are none, and a wish that cannot be met.
     """
-    if wish.replace and wish.kind not in (None, "none") and wish.tokens is None:
+    compresses = wish.kind is not None and COMPRESSORS[wish.kind].compresses
+    if wish.replace and compresses and wish.tokens is None:
         raise ValueError(f"--compressor={wish.kind} needs --tokens=V")
     if source is None:
         if not (vision and llm):
@@ -87,7 +89,7 @@ def convert(
     with within(name):
         missing, surplus = model.check(**patterns)
     if missing:
-        model.tensors |= folder.fresh(model.config(), missing, seed=seed)
+        model.tensors |= folder.fresh(model.size(), missing, seed=seed)
     model.notes |= {
         name: list(of) for name, of in (("fresh", missing), ("left_out", surplus)) if of
     }

@@ -6,7 +6,8 @@ Nothing trained goes without a flag that says so by name, and what went is noted
 
 from pathlib import Path
 
-from vlm_jax.compressors import pretrained
+from vlm_jax.compressors import COMPRESSORS, pretrained
+from vlm_jax.compressors.none import NoneMethod
 from vlm_jax.models import vlm
 from vlm_jax.weights import folder, methods, names, sizes
 from vlm_jax.weights.classes import within
@@ -47,13 +48,14 @@ def same_projector(model: Model, wish: Wish) -> None:
 
 def with_compressor(model: Model, wish: Wish) -> Model:
     """`model` with the weights of another compressor, from a file or fresh."""
-    kind = wish.kind or "none"
+    method = COMPRESSORS[wish.kind] if wish.kind else NoneMethod
+    kind = method.kind
     fields = dict(
         kind=kind,
         heads=8 if wish.heads is None else wish.heads,
         query="separate" if wish.query is None else wish.query,
     )
-    if kind == "none":
+    if not method.compresses:
         fields = dict(kind=kind)
     elif wish.tokens is None:
         raise ValueError(f"--compressor={kind} needs --tokens=V")
@@ -63,7 +65,7 @@ def with_compressor(model: Model, wish: Wish) -> Model:
     model.vit |= dict(levels=levels, keep_class=False, final_norm=False)
     model.compressor = folder.PLAIN | fields
     rows = sizes.patches(model.vit)
-    if kind == "none":
+    if not method.compresses:
         if wish.tokens not in (None, rows):
             raise ValueError(f"--tokens={wish.tokens}: without a compressor there are {rows}")
         if wish.heads is not None or wish.query is not None:
@@ -75,13 +77,14 @@ def with_compressor(model: Model, wish: Wish) -> Model:
         made = projector(wish.projector)
         with within(f"--projector={wish.projector}"):
             held = methods.found({n: x.shape for n, x in made.items()})
-            if held != kind and not (held == "none" and kind in methods.PROJECTED):
+            if held is not method and not (held and not held.compresses and method.projected):
+                held = held and held.kind
                 raise ValueError(
                     f"its tensors are of {held}, and not of --compressor={kind}: give "
                     f"--compressor={held} --tokens=V"
                 )
     else:
-        made = vlm.create(model.config(), seed=wish.seed, of=lambda model: model.compressor)
+        made = vlm.create(model.size(), seed=wish.seed, of=lambda model: model.compressor)
         made = {f"compressor.{name}": x for name, x in pretrained.export(made).items()}
         model.notes["new"] = (
             f"{len(made)} tensors of the compressor {kind}, drawn with seed {wish.seed}"

@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax.compressors.pretrained import Table
+from vlm_jax import compressors
+from vlm_jax.compressors.tensors import Table
 from vlm_jax.models import vlm
+from vlm_jax.models.sizes import LLMSize, ViTSize, VLMSize
 from vlm_jax.models.vlm import VLM
 from vlm_jax.weights import names, sections, sizes
 from vlm_jax.weights.classes import within
@@ -76,6 +78,12 @@ class Model:
     tokenizer: Path | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
+    def size(self) -> VLMSize:
+        """The description of the model."""
+        compressor = compressors.describe(PLAIN | self.compressor)
+        vit, llm = ViTSize.of(self.vit), LLMSize.of(self.llm)
+        return VLMSize(vit, compressor, llm, kernels="xla")
+
     def config(self) -> ConfigDict:
         """The part of a configuration that makes the model."""
         made = dict(vit=self.vit, llm=self.llm, compressor=PLAIN | self.compressor)
@@ -90,7 +98,7 @@ class Model:
         Surplus tensors are dropped, and so are those that nothing reads.
         """
         self.tie()
-        wanted = names.shapes(vlm.shapes(self.config()))
+        wanted = names.shapes(vlm.shapes(self.size()))
         found = {name: tensor.shape for name, tensor in self.tensors.items()}
         missing, surplus = names.fit(wanted, found, **allowed)
         self.tensors = {name: x for name, x in self.tensors.items() if name in wanted}
@@ -246,7 +254,7 @@ def load(folder: str | Path, *, dtype: str | None = None) -> VLM:
     """
     model = read(folder)
     model.check()
-    shapes = vlm.shapes(model.config())
+    shapes = vlm.shapes(model.size())
     return place(shapes, names.model_table(shapes), model.tensors, dtype=dtype)
 
 
@@ -299,16 +307,16 @@ def _put(stack: jax.Array, layer: jax.Array, index: int | jax.Array, axis: int) 
     return jax.lax.dynamic_update_slice_in_dim(stack, layer, index, axis)
 
 
-def fresh(config: ConfigDict, wanted: list[str], *, seed: int) -> dict[str, np.ndarray]:
+def fresh(size: VLMSize, wanted: list[str], *, seed: int) -> dict[str, np.ndarray]:
     """Published tensors of a new model; of the others no number is computed."""
-    shapes = vlm.shapes(config)
+    shapes = vlm.shapes(size)
     table = names.model_table(shapes)
     keys = {".".join(path) for name in wanted for path in table[name].paths}
 
     def of(model: VLM) -> dict[str, jax.Array]:
         return {key: x for key, x in names.parameters(model).items() if key in keys}
 
-    ours = vlm.create(config, seed=seed, of=of)
+    ours = vlm.create(size, seed=seed, of=of)
     return published({name: table[name] for name in wanted}, ours)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax import compressors
 from vlm_jax.weights import architectures, preprocessor
 from vlm_jax.weights.folder import Model, appearing, pending
 from vlm_jax.weights.stored import Stored, write_safetensors
@@ -27,8 +28,8 @@ PRECISION = {4: "float32", 2: "bfloat16"}
 
 def inexpressible(model: Model) -> str | None:
     """Why transformers has no class for this model; None where it has one."""
-    if (kind := model.compressor["kind"]) != "none":
-        return f"transformers knows no compressor {kind!r}"
+    if (method := compressors.named(model.compressor["kind"])).compresses:
+        return f"transformers knows no compressor {method.kind!r}"
     try:
         architectures.hf_vision(model.vit)
         architectures.hf_text(model.llm, length=1)

@@ -6,12 +6,13 @@ CircleRadon/TokenPacker (c38f140), gordonhu608/MQT-LLaVA (92c35d0), mu-cai/matry
 PruMerge has no weights and no field of its own: a plain LLaVA is what it runs on.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.compressors import COMPRESSORS, serves_any_tokens
+from vlm_jax.compressors import COMPRESSORS
+from vlm_jax.compressors.method import Method
+from vlm_jax.compressors.none import NoneMethod
 from vlm_jax.weights import sizes
 from vlm_jax.weights.classes import allow
 from vlm_jax.weights.sizes import Shapes
@@ -19,19 +20,8 @@ from vlm_jax.weights.values import shown, whole
 
 Section = dict[str, Any]
 
-# Tensors that one method alone has, behind `compressor.`; the first that fits is taken.
-MARKS = {
-    "quecc": ("0.clip_attn.", "0.q_downsample."),
-    "token_packer": ("q_proj_1.", "clip_attn.", "ln_q_1."),
-    "mqt": ("query", "pos_embed", "attn.", "proj"),
-}
 PLAIN = ("0.weight", "0.bias", "2.weight", "2.bias")  # LLaVA's own projector
-# Methods whose only weights are LLaVA's projector.
-PROJECTED = ("none", "m3", "pool", "downsample", "prumerge", "prumerge_plus")
-LEVELS = (12, 16, 22, 23)  # what QueCC and TokenPacker read of a tower of 24 blocks
-HEADS = {"quecc": 8, "token_packer": 8, "mqt": 16}  # in the published code, at width 1024
-RAW_WIDTH = 1024
-TEXTED = "compressor.0.text_projection.0.weight"  # QueCC's, where it reads the question
+RAW_WIDTH = 1024  # of the published towers
 
 
 @dataclass(frozen=True)
@@ -64,246 +54,194 @@ class Wish:
 
 @dataclass(frozen=True)
 class Trained:
-    """A compressor with the weights it was trained to: its `compressor` section and its levels."""
+    """A compressor with the weights it was trained to, and its levels."""
 
-    section: Section
+    method: Method
     levels: tuple[int, ...]
 
     def said(self) -> str:
         """It in words."""
-        section = self.section
+        section = self.method.section()
         words = [f"{section['tokens']} tokens", f"levels {','.join(map(str, self.levels))}"]
-        words += [f"{section['heads']} heads"] * (section["kind"] in HEADS)
-        words += [f"query {section['query']}"] * (section["kind"] == "quecc")
-        return f"{section['kind']} ({', '.join(words)})"
+        words += [f"{section[name]} heads" for name in ("heads",) if name in section]
+        words += [f"query {section[name]}" for name in ("query",) if name in section]
+        return f"{self.method.kind} ({', '.join(words)})"
 
 
-def found(shapes: Shapes) -> str | None:
+@dataclass(frozen=True)
+class Published:
+    """A published LLaVA, as `Method.of_published` reads the compressor inside it.
+
+    `fields` is its config.json where that is flat, else nothing; `shapes` has the compressor's
+    tensors under the names in `mm_projector`; `vit` has the one level that its configuration names.
+    Of the flags (`wish`) only those are heard that say what files do not.
+    """
+
+    fields: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    vit: Section
+    wish: Wish
+
+    @property
+    def side(self) -> int:
+        """Patches on each side; ValueError where a class token stays beside them."""
+        if self.vit["keep_class"]:
+            raise ValueError(
+                "mm_vision_select_feature='cls_patch' keeps the class token, which only a LLaVA "
+                "without compression reads; supported is patch"
+            )
+        return self.vit["image_size"] // self.vit["patch_size"]
+
+    @property
+    def rows(self) -> int:
+        """What the tower keeps of an image, a class token with it."""
+        return sizes.patches(self.vit) + self.vit["keep_class"]
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The one block that the configuration names."""
+        return self.vit["levels"]
+
+    @property
+    def tokens(self) -> int | None:
+        """V that a flag asks for."""
+        return self.wish.tokens
+
+    def whole(self, name: str, value: Any, **limits: int) -> int:
+        """A whole number that a field has; ValueError by the field's name."""
+        return whole(name, value, **limits)
+
+    def shown(self, value: Any) -> str:
+        """A value as it is written in a message."""
+        return shown(value)
+
+    def heads(self, kind: str, published: int, *, fixed: bool = False) -> int:
+        """How many heads a trained compressor has, which neither config nor tensors say.
+
+        Those `published` are written into its code where they are `fixed`, else go with the
+        published width, and for another width the flag may say more.
+        """
+        width = self.vit["width"]
+        fixed = fixed or width == RAW_WIDTH
+        if self.wish.heads is not None and (not fixed or width % published):
+            return self.wish.heads
+        if width % published:
+            raise ValueError(
+                f"the {published} heads of the published {kind} do not divide the tower's width of "
+                f"{width}: say with --heads=N how many it has"
+            )
+        return published
+
+    def levels_of(self, name: str, published: tuple[int, ...]) -> tuple[int, ...]:
+        """The blocks that the keys read whose first layer has the tensor `name`: those `published`
+        of a tower that has them, and else those that a flag says."""
+        vit, wish = self.vit, self.wish
+        width, shape = vit["width"], self.shapes.get(name)
+        inputs = shape[-1] if shape else 0
+        count = inputs // width
+        if count < 1 or inputs % width:
+            raise ValueError(
+                f"compressor.{name} is {shape or 'missing'}: its inputs are channels of several "
+                f"blocks, {width} of each"
+            )
+        levels = published
+        if vit["depth"] < published[-1] or count != len(published):
+            if wish.levels is None:
+                raise ValueError(
+                    f"it reads {count} blocks of a tower of {vit['depth']}, and the published ones "
+                    f"are {','.join(map(str, published))} of 24: say with --levels which they are"
+                )
+            levels = wish.levels
+            if len(levels) != count:
+                raise ValueError(
+                    f"--levels={','.join(map(str, levels))}: its keys read {count} blocks"
+                )
+        if vit["levels"] != levels[-1:]:
+            raise ValueError(
+                f"mm_vision_select_layer is block {vit['levels'][0]} of {vit['depth']}, and the "
+                f"last of the blocks that its keys read is {levels[-1]}: they must be the same"
+            )
+        return levels
+
+
+def found(shapes: Shapes) -> type[Method] | None:
     """The method whose tensors these are; None where there are none of a compressor.
 
     Raises:
       ValueError: for tensors of two methods, or of none that is known.
     """
     names = [n.removeprefix("compressor.") for n in shapes if n.startswith("compressor.")]
-    kinds = {kind: sorted(n for n in names if n.startswith(marks)) for kind, marks in MARKS.items()}
-    kinds = {kind: of for kind, of in kinds.items() if of}
+    marked = {method: method.marks for method in COMPRESSORS.values() if method.marks}
+    kinds = {of: sorted(n for n in names if n.startswith(marks)) for of, marks in marked.items()}
+    kinds = {method: of for method, of in kinds.items() if of}
     if len(kinds) > 1:
-        said = "; ".join(f"of {kind}: {', '.join(of[:3])}" for kind, of in kinds.items())
+        said = "; ".join(f"of {method.kind}: {', '.join(of[:3])}" for method, of in kinds.items())
         raise ValueError(f"it has the tensors of several compressors ({said}): keep one of them")
     if kinds or not names:
         return next(iter(kinds), None)
     if strange := sorted(set(names) - set(PLAIN)):
         raise ValueError(
             f"its projector is of no known method: it has {', '.join(strange[:4])}; known are "
-            f"LLaVA's of two layers (mlp2x_gelu) and those of {', '.join(MARKS)}"
+            "LLaVA's of two layers (mlp2x_gelu) and those of "
+            f"{', '.join(method.kind for method in marked)}"
         )
-    return "none"
+    return NoneMethod
 
 
-def named(fields: dict) -> tuple[str | None, str]:
+def named(fields: dict) -> tuple[type[Method] | None, str]:
     """The method that a flat config.json names, and the field that names it; None where none does.
 
     Raises:
       ValueError: for one that is not known, and where two fields name different ones.
     """
-    said: dict[str, str] = {}
-    for field, known in (
-        ("mm_vision_token_compression_type", {"quecc": "quecc", "token-packer": "token_packer"}),
-        ("query_abstractor_type", {"matry_query": "mqt"}),
-        ("mm_projector_type", {"tokenpacker": "token_packer"}),
-    ):
+    known: dict[str, dict[str | None, type[Method]]] = {}
+    for method in COMPRESSORS.values():
+        for field, value in method.named_by:
+            known.setdefault(field, {})[value] = method
+    said: dict[str, type[Method]] = {}
+    for field, methods in known.items():
         value = fields.get(field)
         plain = ("mlp2x_gelu", "linear") if field == "mm_projector_type" else ()
         if value is None or value in plain:
             continue
-        allow(field, value, (*known, *plain[:1]))
-        said[f"{field}={shown(value)}"] = known[value]
-    if fields.get("matryoshka_vis_token_scale") is not None:
-        said["matryoshka_vis_token_scale"] = "m3"
+        if None in methods:
+            said[field] = methods[None]
+            continue
+        allow(field, value, (*methods, *plain[:1]))
+        said[f"{field}={shown(value)}"] = methods[value]
     if len(set(said.values())) > 1:
         raise ValueError(f"{' and '.join(said)} name different compressors")
-    return next(((kind, field) for field, kind in said.items()), (None, ""))
+    return next(((method, field) for field, method in said.items()), (None, ""))
 
 
 def inside(fields: dict, shapes: Shapes, vit: Section, wish: Wish) -> Trained | None:
     """The trained compressor of a published LLaVA; None where no tensor of one is there.
 
-    `fields` is its config.json where that is flat, else nothing; `vit` has the one level that its
-    configuration names. Of the flags only those are heard that say what files do not.
+    Arguments as the attributes of `Published`, `shapes` of the whole model.
 
     Raises:
       ValueError: where config and tensors do not agree, and for what our models do not have.
     """
-    (claimed, field), there = named(fields), found(shapes)
-    if there is None:
+    (claimed, field), method = named(fields), found(shapes)
+    if method is None:
         if claimed and not wish.replace and not wish.projector:
             raise ValueError(
-                f"{field} names the compressor {claimed}, and none of its tensors is there: give "
-                "--projector=FILE with them, or --replace-compressor for fresh ones"
+                f"{field} names the compressor {claimed.kind}, and none of its tensors is there: "
+                "give --projector=FILE with them, or --replace-compressor for fresh ones"
             )
         return None
-    kind = "m3" if (there, claimed) == ("none", "m3") else there
-    if claimed not in (None, kind):
-        raise ValueError(f"{field} names the compressor {claimed}, and the tensors are of {kind}")
-    # The code of these two never looks at the field.
-    if fields and kind not in ("token_packer", "mqt"):
+    if claimed and claimed.projected and not method.compresses:
+        method = claimed  # its tensors are LLaVA's
+    if claimed not in (None, method):
+        raise ValueError(
+            f"{field} names the compressor {claimed.kind}, and the tensors are of {method.kind}"
+        )
+    if fields and method.heeds_projector_type:
         allow("mm_projector_type", fields.get("mm_projector_type", "linear"), ("mlp2x_gelu",))
-    return READERS[kind](fields, shapes, vit, wish)
-
-
-def heads_of(kind: str, vit: Section, wish: Wish) -> int:
-    """How many heads a trained compressor has, which neither config nor tensors say.
-
-    QueCC's are written into its code; those of the others go with the published width, and for
-    another width the flag may say more.
-    """
-    heads, fixed = HEADS[kind], kind == "quecc" or vit["width"] == RAW_WIDTH
-    if wish.heads is not None and (not fixed or vit["width"] % heads):
-        return wish.heads
-    if vit["width"] % heads:
-        raise ValueError(
-            f"the {heads} heads of the published {kind} do not divide the tower's width of "
-            f"{vit['width']}: say with --heads=N how many it has"
-        )
-    return heads
-
-
-def levels_of(shapes: Shapes, name: str, vit: Section, wish: Wish) -> tuple[int, ...]:
-    """The blocks that QueCC and TokenPacker read: written into their code, for 24 blocks."""
-    width, inputs = vit["width"], shapes.get(name, (0, 0))[-1]
-    count = inputs // width
-    if count < 1 or inputs % width:
-        raise ValueError(
-            f"{name} is {shapes.get(name, 'missing')}: its inputs are channels of several blocks, "
-            f"{width} of each"
-        )
-    levels = LEVELS
-    if vit["depth"] < LEVELS[-1] or count != len(LEVELS):
-        if wish.levels is None:
-            raise ValueError(
-                f"it reads {count} blocks of a tower of {vit['depth']}, and the published ones are "
-                f"{','.join(map(str, LEVELS))} of 24: say with --levels which they are"
-            )
-        levels = wish.levels
-        if len(levels) != count:
-            raise ValueError(f"--levels={','.join(map(str, levels))}: its keys read {count} blocks")
-    if vit["levels"] != levels[-1:]:
-        raise ValueError(
-            f"mm_vision_select_layer is block {vit['levels'][0]} of {vit['depth']}, and the last "
-            f"of the blocks that its keys read is {levels[-1]}: they must be the same"
-        )
-    return levels
-
-
-def quecc(fields: dict, shapes: Shapes, vit: Section, wish: Wish) -> Trained:
-    """QueCC of the paper's own code."""
-    side = patches(vit)
-    counted = fields.get("mm_vision_output_token_count", 576)
-    if whole("mm_vision_output_token_count", counted) != side**2:
-        raise ValueError(
-            f"mm_vision_output_token_count={counted}, and the tower has {side**2} patches"
-        )
-    taps = shapes.get("compressor.0.q_downsample.weight", ())
-    if len(taps) != 4 or taps[2] != taps[3]:
-        raise ValueError(f"compressor.0.q_downsample.weight is {taps or 'missing'}, no convolution")
-    kernel = whole("mm_vision_token_compression_kernel_size",
-                   fields.get("mm_vision_token_compression_kernel_size", taps[3]))  # fmt: skip
-    stride = whole("mm_vision_token_compression_stride",
-                   fields.get("mm_vision_token_compression_stride", 4))  # fmt: skip
-    if kernel != taps[3]:
-        raise ValueError(
-            f"mm_vision_token_compression_kernel_size={kernel}, and compressor.0.q_downsample."
-            f"weight is {taps}"
-        )
-    if kernel != stride or side % kernel:
-        raise ValueError(
-            f"mm_vision_token_compression_kernel_size={kernel} with mm_vision_token_compression_"
-            f"stride={stride} on a {side}x{side} grid is not supported: both must be one number "
-            f"that divides {side}"
-        )
-    if TEXTED in shapes:
-        size = fields.get("mm_vision_output_text_embedding_size")
-        if size is not None and size != shapes[TEXTED][-1]:
-            raise ValueError(
-                f"mm_vision_output_text_embedding_size={shown(size)}, and {TEXTED} is "
-                f"{shapes[TEXTED]}"
-            )
-    query = "separate" if TEXTED in shapes else "none"
-    levels = levels_of(shapes, "compressor.0.k_proj.0.weight", vit, wish)
-    heads = heads_of("quecc", vit, wish)
-    return Trained(
-        dict(kind="quecc", tokens=(side // kernel) ** 2, heads=heads, query=query), levels
-    )
-
-
-def token_packer(fields: dict, shapes: Shapes, vit: Section, wish: Wish) -> Trained:
-    """TokenPacker: the field was renamed, and before it had a name it was 2."""
-    side = patches(vit)
-    names = ("scale_factor", "down_rate", "token_packer_down_rate")
-    name = next((n for n in names if fields.get(n) is not None), names[0])
-    factor = whole(name, fields.get(name, 2))
-    if side % factor:
-        raise ValueError(f"{name}={factor} does not divide the {side}x{side} grid of the tower")
-    levels = levels_of(shapes, "compressor.k_proj_1.0.weight", vit, wish)
-    heads = heads_of("token_packer", vit, wish)
-    section = dict(kind="token_packer", tokens=(side // factor) ** 2, heads=heads, query="none")
-    return Trained(section, levels)
-
-
-def mqt(fields: dict, shapes: Shapes, vit: Section, wish: Wish) -> Trained:
-    """MQT: one model for any number of tokens, of which all are made unless somebody says less."""
-    side, queries = patches(vit), shapes.get("compressor.query", ())
-    if len(queries) != 2 or math.isqrt(queries[0]) ** 2 != queries[0]:
-        raise ValueError(f"compressor.query is {queries or 'missing'}: a square grid of queries")
-    asked = fields.get("num_visual_tokens")
-    # What training showed says nothing about requests.
-    if asked in (None, "first_stage", "second_stage"):
-        asked = queries[0]
-    if isinstance(asked, str) and asked.isdecimal() and len(asked) < 9:
-        asked = int(asked)
-    tokens = whole("num_visual_tokens", asked, most=queries[0])
-    tokens = tokens if wish.tokens is None else wish.tokens
-    section = dict(kind="mqt", tokens=tokens, heads=heads_of("mqt", vit, wish), query="none")
-    # 0 stands for as many as a new model of these sizes has.
-    usual = len(COMPRESSORS["mqt"].supported(side))
-    section["queries"] = 0 if queries[0] == usual else queries[0]
-    return Trained(section, vit["levels"])
-
-
-def m3(fields: dict, shapes: Shapes, vit: Section, wish: Wish) -> Trained:
-    """M3: a LLaVA whose config.json lists the numbers of tokens that it was trained to give."""
-    del shapes
-    scales = fields["matryoshka_vis_token_scale"]
-    if isinstance(scales, str):
-        scales = [int(x) if x.strip().isdecimal() and len(x) < 9 else x for x in scales.split(",")]
-    scales = scales if isinstance(scales, list) else [scales]
-    scales = tuple(whole("matryoshka_vis_token_scale", x, most=patches(vit) ** 2) for x in scales)
-    if not scales:
-        raise ValueError("matryoshka_vis_token_scale=[]: numbers of tokens are needed")
-    tokens = max(scales) if wish.tokens is None else wish.tokens
-    return Trained(
-        dict(kind="m3", tokens=tokens, heads=1, query="none", scales=scales), vit["levels"]
-    )
-
-
-def plain(fields: dict, shapes: Shapes, vit: Section, wish: Wish) -> Trained:
-    """LLaVA's own projector."""
-    del fields, shapes, wish
-    rows = sizes.patches(vit) + vit["keep_class"]
-    return Trained(dict(kind="none", tokens=rows, heads=1, query="none"), vit["levels"])
-
-
-READERS = {"none": plain, "m3": m3, "mqt": mqt, "quecc": quecc, "token_packer": token_packer}
-
-
-def patches(vit: Section) -> int:
-    """Patches on each side of an image; ValueError where a class token stays beside them."""
-    if vit["keep_class"]:
-        raise ValueError(
-            "mm_vision_select_feature='cls_patch' keeps the class token, which only a LLaVA "
-            "without compression reads; supported is patch"
-        )
-    return vit["image_size"] // vit["patch_size"]
+    own = {
+        n.removeprefix("compressor."): s for n, s in shapes.items() if n.startswith("compressor.")
+    }
+    return Trained(*method.of_published(Published(fields, own, vit, wish)))
 
 
 def chosen(trained: Trained, wish: Wish, vit: Section, path: Path) -> Trained:
@@ -315,17 +253,18 @@ def chosen(trained: Trained, wish: Wish, vit: Section, path: Path) -> Trained:
     Raises:
       ValueError: with what is there, for flags that ask for something else.
     """
-    section, wanted = trained.section, wish.kind or trained.section["kind"]
+    method = trained.method
+    wanted = COMPRESSORS[wish.kind] if wish.kind else type(method)
     other = []
-    if wanted != section["kind"]:
-        if section["kind"] in PROJECTED and wanted in PROJECTED and not vit["keep_class"]:
-            section = projected(wish, wanted, vit)
+    if wanted is not type(method):
+        if method.projected and wanted.projected and not vit["keep_class"]:
+            method = projected(wish, wanted, vit)
         else:
-            other.append(f"--compressor={wanted}")
-    if wish.tokens not in (None, section["tokens"]) and not serves_any_tokens(section["kind"]):
+            other.append(f"--compressor={wanted.kind}")
+    if wish.tokens not in (None, method.tokens) and not method.any_tokens:
         other.append(f"--tokens={wish.tokens}")
-    for name in ("heads", "query"):
-        if getattr(wish, name) not in (None, section[name]):
+    for name, plain in (("heads", 1), ("query", "none")):
+        if getattr(wish, name) not in (None, getattr(method, name, plain)):
             other.append(f"--{name}={getattr(wish, name)}")
     if wish.levels not in (None, trained.levels):
         other.append(f"--levels={','.join(map(str, wish.levels))}")
@@ -334,14 +273,14 @@ def chosen(trained: Trained, wish: Wish, vit: Section, path: Path) -> Trained:
             f"{path} has a trained compressor, {trained.said()}, and not {' '.join(other)}: leave "
             "these flags out, or add --replace-compressor to drop its weights for fresh ones"
         )
-    return Trained(section, trained.levels)
+    return Trained(method, trained.levels)
 
 
-def projected(wish: Wish, kind: str, vit: Section) -> Section:
-    """The section of another method around LLaVA's trained projector."""
+def projected(wish: Wish, wanted: type[Method], vit: Section) -> Method:
+    """Another method around LLaVA's trained projector."""
     tokens = wish.tokens
-    if tokens is None and kind in ("none", "m3"):
-        tokens = patches(vit) ** 2
     if tokens is None:
-        raise ValueError(f"--compressor={kind} needs --tokens=V")
-    return dict(kind=kind, tokens=tokens, heads=1, query="none")
+        tokens = wanted.usual(vit["image_size"] // vit["patch_size"])
+    if tokens is None:
+        raise ValueError(f"--compressor={wanted.kind} needs --tokens=V")
+    return wanted(tokens=tokens)

@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from vlm_jax.compressors import pretrained
-from vlm_jax.compressors.pretrained import Table, Tensor, linear, norm
+from vlm_jax.compressors.tensors import Table, Tensor, linear, norm
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM
@@ -90,7 +89,7 @@ def vit_table(vit: ViT) -> Table:
         table["embeddings.class_embedding"] = Tensor((("class_token",),))
     if vit.pre_norm is not None:
         table |= norm("pre_layrnorm", "pre_norm")  # published with this spelling
-    for k in range(vit.depth):
+    for k in range(vit.size.depth):
         block = {
             **linear("self_attn.q_proj", "attention", "query", outputs=2),
             **linear("self_attn.k_proj", "attention", "key", outputs=2),
@@ -115,7 +114,7 @@ def llm_table(llm: LLM) -> Table:
     }
     if llm.head is not None:
         table["lm_head.weight"] = Tensor((("head",),), ours=True)
-    for k in range(jax.tree.leaves(llm.blocks)[0].shape[0]):
+    for k in range(llm.size.depth):
         block = {
             "input_layernorm.weight": Tensor((("norm1", "scale"),)),
             "post_attention_layernorm.weight": Tensor((("norm2", "scale"),)),
@@ -149,7 +148,7 @@ def model_table(model: VLM) -> Table:
     parts = {
         "vit": vit_table(model.vit),
         "llm": llm_table(model.llm),
-        "compressor": pretrained.table(model.compressor),
+        "compressor": model.compressor.method.published(),
     }
     return {
         f"{part}.{name}": replace(row, paths=tuple((part, *path) for path in row.paths))

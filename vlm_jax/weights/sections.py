@@ -1,27 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The config.json of a model folder: every field is of its kind, none is missing or strange.
 
-What a field may be is what the module that takes it says: the annotations of its parameters.
+What a field may be is what the description that has it says: its annotation there.
 """
 
-import inspect
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.compressors import COMPRESSORS
-from vlm_jax.models.llm import LLM
-from vlm_jax.models.vit import ViT
+from vlm_jax.models.sizes import LLMSize, ViTSize
 from vlm_jax.weights import ends
 from vlm_jax.weights.classes import DEEPEST, allow
 from vlm_jax.weights.preprocessor import FILTERS, OLDER
 from vlm_jax.weights.values import LARGEST, finite, number, shown, table, text, whole
 
-ELSEWHERE = ("self", "rngs", "remat_policy", "dtype")  # parameters that no folder says
 MOST = {"depth": DEEPEST, "image_size": 2**16, "patch_size": 2**16}
-COMPRESSOR = {
-    "kind": str, "tokens": int, "heads": int, "query": str, "downsample": str, "queries": int,
-    "scales": tuple[int, ...],
-}  # fmt: skip
 ZERO = ("compressor.tokens", "compressor.queries")  # sizes of which 0 means something
 
 
@@ -58,15 +52,22 @@ def check_model(fields: dict[str, Any]) -> None:
 
     A field of `vit` or `llm` that is absent gets the value that changed nothing when it was born.
     """
-    for name, cls in (("vit", ViT), ("llm", LLM)):
-        said = inspect.signature(cls.__init__).parameters.items()
-        taken = {key: of for key, of in said if key not in ELSEWHERE}
-        needed = [key for key, of in taken.items() if of.default is inspect.Parameter.empty]
-        section(name, fields, {key: of.annotation for key, of in taken.items()}, needed)
-        born = {key: of.default for key, of in taken.items() if key not in needed}
+    for name, cls in (("vit", ViTSize), ("llm", LLMSize)):
+        taken = dataclasses.fields(cls)
+        born = {of.name: of.default for of in taken if of.default is not dataclasses.MISSING}
+        needed = [of.name for of in taken if of.name not in born]
+        section(name, fields, {of.name: of.type for of in taken}, needed)
         fields[name] = born | fields[name]
-    section("compressor", fields, COMPRESSOR, ("kind", "tokens"))
+    section("compressor", fields, compressor_fields(), ("kind", "tokens"))
     allow("compressor.kind", fields["compressor"]["kind"], tuple(sorted(COMPRESSORS)))
+
+
+def compressor_fields() -> dict[str, Any]:
+    """Every field that some method reads, and of which kind it is: a folder has all of them."""
+    found: dict[str, Any] = {"kind": str}
+    for method in COMPRESSORS.values():
+        found |= {of.name: of.type for of in dataclasses.fields(method)}
+    return found | {"tokens": int}  # never a part of one, as a plan may ask for
 
 
 def section(

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax.models import vlm
+from vlm_jax.models.sizes import VLMSize
 from vlm_jax.weights import architectures, ends, folder, methods, names, preprocessor, sizes
 from vlm_jax.weights.classes import within
 from vlm_jax.weights.files import read_json, read_tensors
@@ -70,7 +71,7 @@ def llava(path: Path, *, vision: Path | None, wish: Wish) -> Model:
     if trained is None or wish.replace:
         return fitted(model, wish) if wish.said() else model
     trained = methods.chosen(trained, wish, vit, path)
-    model.compressor |= trained.section
+    model.compressor |= folder.PLAIN | trained.method.section()
     model.vit |= dict(levels=trained.levels)
     if wish.projector:
         same_projector(model, wish)
@@ -200,7 +201,7 @@ def of_run(path: Path, config: ConfigDict, model: vlm.VLM) -> Model:
 
 def described_run(path: Path, config: ConfigDict) -> Model:
     """What a run's configuration says of its model; no tensor is in it."""
-    compressor = vlm.shapes(config).compressor
+    compressor = vlm.shapes(VLMSize.of(config)).compressor
     # Rows had room for as many as it can give: of a request's V, or of an image that chooses.
     most = max(compressor.tokens, config.compressor.tokens, *compressor.buckets)
     return Model(

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training that starts from a model that is there: its sizes, its weights, its tokenizer."""
 
+import dataclasses
 import sys
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlm_jax.compressors import serves_any_tokens
+from vlm_jax import compressors
 from vlm_jax.models import vlm
+from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vlm import VLM
-from vlm_jax.weights import folder, methods, names, preprocessor
+from vlm_jax.weights import folder, names, preprocessor
 
 
 def adopt(config: ConfigDict, model: folder.Model) -> ConfigDict:
@@ -66,18 +68,18 @@ def prepared(config: ConfigDict, model: folder.Model) -> dict[str, Any]:
 
 def replaced(config: ConfigDict, model: folder.Model) -> bool:
     """Whether the compressor is a fresh one in place of none."""
-    return model.compressor["kind"] == "none" != config.compressor.kind
+    old, new = (
+        compressors.named(kind) for kind in (model.compressor["kind"], config.compressor.kind)
+    )
+    return not old.compresses and new is not old
 
 
 def matters(field: str, kind: str) -> bool:
     """Whether a field of the section changes a compressor of this kind."""
+    method = compressors.named(kind)
     if field == "tokens":
-        return not serves_any_tokens(kind)  # of requests
-    readers = {
-        "heads": tuple(methods.HEADS), "query": ("quecc",), "downsample": ("quecc",),
-        "queries": ("mqt",), "scales": ("m3",),
-    }  # fmt: skip
-    return kind in readers.get(field, (kind,))
+        return not method.any_tokens  # of requests
+    return field == "kind" or field in (of.name for of in dataclasses.fields(method))
 
 
 def keeps_projector(config: ConfigDict, model: folder.Model) -> bool:
@@ -85,7 +87,7 @@ def keeps_projector(config: ConfigDict, model: folder.Model) -> bool:
     reads what it was trained on."""
     last = tuple(config.vit.levels)[-1:]
     return (
-        config.compressor.kind in methods.PROJECTED
+        compressors.named(config.compressor.kind).projected
         and last == tuple(model.vit["levels"])[-1:]
         and not (model.vit["keep_class"] or model.vit["final_norm"])
     )
@@ -108,7 +110,8 @@ def load(config: ConfigDict, model: folder.Model, *, seed: int) -> VLM:
             "`vlm-jax train` starts from a folder, a grid makes its own sizes"
         )
     model.check()
-    shapes = vlm.shapes(config)
+    size = VLMSize.of(config)
+    shapes = vlm.shapes(size)
     if not replaced(config, model):
         return folder.place(shapes, names.model_table(shapes), model.tensors)
     kept = keeps_projector(config, model)
@@ -129,5 +132,5 @@ def load(config: ConfigDict, model: folder.Model, *, seed: int) -> VLM:
         )
         for part, table in tables.items()
     }
-    fresh = vlm.create(config, seed=seed, of=lambda model: model.compressor)
+    fresh = vlm.create(size, seed=seed, of=lambda model: model.compressor)
     return VLM(parts["vit"], fresh, parts["llm"])

@@ -10,8 +10,10 @@ from jaxtyping import Array, Float
 
 from vlm_jax import mesh
 from vlm_jax.compressors.compressor import Compressor
+from vlm_jax.compressors.method import Interface, window_side
 from vlm_jax.compressors.projector import MLP, KeysAndValues
-from vlm_jax.compressors.window import WindowAttention, check_tokens, window_side
+from vlm_jax.compressors.token_packer import TokenPackerMethod
+from vlm_jax.compressors.window import WindowAttention
 from vlm_jax.layers import LayerNorm, Linear, normal
 
 EPS = 1e-6  # of every LayerNorm here, as published
@@ -21,42 +23,35 @@ STD = 0.02  # of every published kernel but the attention's in-projections, at e
 class TokenPacker(Compressor):
     """Windowed cross-attention whose queries are the bilinear downsampling of the last level.
 
-    No weight depends on the number of tokens; linear layers start with zero biases. `query` is
-    accepted so that every compressor is built alike; TokenPacker does not read the question.
+    No weight depends on the number of tokens; linear layers start with zero biases.
 
     Source: arXiv 2407.02392; `mm_projector` of CircleRadon/TokenPacker at 771a16e7.
 
         >>> import jax, jax.numpy as jnp
         >>> from flax import nnx
         >>> from vlm_jax import mesh
-        >>> from vlm_jax.compressors.token_packer import TokenPacker
-        >>> sizes = dict(tokens=4, side=12, width=32, levels=2, llm_width=64, heads=4)
+        >>> from vlm_jax.compressors.method import Interface
+        >>> from vlm_jax.compressors.token_packer import TokenPackerMethod
+        >>> between = Interface(side=12, width=32, levels=2, llm_width=64)
         >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
-        ...     packer = TokenPacker(**sizes, rngs=nnx.Rngs(0))
-        ...     jax.jit(TokenPacker.__call__)(packer, jnp.ones((2, 144, 64))).shape
+        ...     packer = TokenPackerMethod(tokens=4, heads=4).build(between, rngs=nnx.Rngs(0))
+        ...     jax.jit(lambda m, x: m(x))(packer, jnp.ones((2, 144, 64))).shape
         (2, 4, 64)
         >>> packer.window
         6
     """
 
-    options = ("kernels",)
-
     def __init__(
         self,
+        method: TokenPackerMethod,
+        interface: Interface,
         *,
-        tokens: int,
-        side: int,
-        width: int,
-        levels: int,
-        llm_width: int,
-        heads: int,
         rngs: nnx.Rngs,
-        query: str = "none",
         kernels: str = "auto",
     ):
-        del query
-        check_tokens("token_packer", tokens, side, self.supported(side))
-        self.tokens, self.width, self.window = tokens, width, window_side(tokens, side)
+        super().__init__(method, interface)
+        width, llm_width, tokens = interface.width, interface.llm_width, self.tokens
+        self.window = window_side(tokens, interface.side)
         # The published gain at any width: narrow demonstration encoders would start at almost zero.
         init = normal(STD * (1024 / width) ** 0.5)
         self.query = Linear(
@@ -69,11 +64,17 @@ class TokenPacker(Compressor):
             rngs=rngs,
         )
         self.query_norm = LayerNorm(width, eps=EPS, rngs=rngs)
-        self.keys_values = KeysAndValues(levels * width, width, init=init, rngs=rngs)
+        self.keys_values = KeysAndValues(interface.levels * width, width, init=init, rngs=rngs)
         self.key_norm = LayerNorm(width, eps=EPS, rngs=rngs)
         self.value_norm = LayerNorm(width, eps=EPS, rngs=rngs)
         self.attention = WindowAttention(
-            width, heads, tokens=tokens, patches=side**2, kernels=kernels, out_init=init, rngs=rngs
+            width,
+            method.heads,
+            tokens=tokens,
+            patches=interface.patches,
+            kernels=kernels,
+            out_init=init,
+            rngs=rngs,
         )
         self.projector = MLP(width, llm_width, llm_width, init=init, rngs=rngs)
 

@@ -15,21 +15,14 @@ class Projector(LastLevel):
     >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
     >>> from vlm_jax import mesh
-    >>> from vlm_jax.compressors.none import Projector
-    >>> Projector.supported(side=12)
-    [144]
+    >>> from vlm_jax.compressors.method import Interface
+    >>> from vlm_jax.compressors.none import NoneMethod
+    >>> between = Interface(side=12, width=32, levels=1, llm_width=64)
     >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
-    ...     keep = Projector(tokens=144, side=12, width=32, llm_width=64, rngs=nnx.Rngs(0))
+    ...     keep = NoneMethod(tokens=144).build(between, rngs=nnx.Rngs(0))
     ...     keep(jnp.ones((2, 144, 32))).shape
     (2, 144, 64)
     """
-
-    kind = "none"
-
-    @staticmethod
-    def supported(side: int) -> list[int]:
-        """The one number of visual tokens on a `side` x `side` patch grid: its patches."""
-        return [side**2]
 
     def __call__(
         self,

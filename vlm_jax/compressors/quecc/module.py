@@ -12,19 +12,13 @@ from jaxtyping import Array, Float
 
 from vlm_jax import mesh
 from vlm_jax.compressors.compressor import Compressor
+from vlm_jax.compressors.method import Interface, window_side
 from vlm_jax.compressors.projector import MLP, KeysAndValues
-from vlm_jax.compressors.window import (
-    WindowAttention,
-    check_tokens,
-    window_order,
-    window_side,
-    windows,
-)
+from vlm_jax.compressors.quecc import QueCCMethod
+from vlm_jax.compressors.window import WindowAttention, window_order, windows
 from vlm_jax.layers import LayerNorm, Linear, uniform, weight
 
 EPS = 1e-6  # of every LayerNorm here, as published
-QUERIES = ("none", "separate", "prefix")  # where the feature of the question comes from
-DOWNSAMPLES = ("conv", "pool")  # what makes one query out of a window
 
 
 class QueCC(Compressor):
@@ -45,51 +39,40 @@ class QueCC(Compressor):
         >>> import jax, jax.numpy as jnp
         >>> from flax import nnx
         >>> from vlm_jax import mesh
-        >>> from vlm_jax.compressors.quecc import QueCC
-        >>> sizes = dict(tokens=4, side=12, width=32, levels=2, llm_width=64, heads=4)
+        >>> from vlm_jax.compressors.method import Interface
+        >>> from vlm_jax.compressors.quecc import QueCCMethod
+        >>> method = QueCCMethod(tokens=4, heads=4, query="separate")
+        >>> between = Interface(side=12, width=32, levels=2, llm_width=64)
         >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
-        ...     quecc = QueCC(**sizes, query="separate", rngs=nnx.Rngs(0))
-        ...     jax.jit(QueCC.__call__)(quecc, jnp.ones((2, 144, 64)), jnp.ones((2, 64))).shape
+        ...     quecc, levels = method.build(between, rngs=nnx.Rngs(0)), jnp.ones((2, 144, 64))
+        ...     jax.jit(lambda m, *x: m(*x))(quecc, levels, jnp.ones((2, 64))).shape
         (2, 4, 64)
         >>> quecc.window
         6
     """
 
-    options = ("downsample", "kernels")
-
     def __init__(
         self,
+        method: QueCCMethod,
+        interface: Interface,
         *,
-        tokens: int,
-        side: int,
-        width: int,
-        levels: int,
-        llm_width: int,
-        heads: int,
-        query: str,
         rngs: nnx.Rngs,
-        downsample: str = "conv",
         kernels: str = "auto",
         kernel: int | None = None,
         stride: int | None = None,
     ):
-        check_tokens("quecc", tokens, side, self.supported(side))
-        if query not in QUERIES:
-            raise ValueError(f"compressor.query={query!r}: choose one of {list(QUERIES)}")
-        if downsample not in DOWNSAMPLES:
-            raise ValueError(
-                f"compressor.downsample={downsample!r}: choose one of {list(DOWNSAMPLES)}"
-            )
-        if downsample == "pool" and (kernel or stride):
+        super().__init__(method, interface)
+        conv = method.downsample == "conv"
+        if not conv and (kernel or stride):
             raise ValueError(
                 f"quecc: kernel={kernel} and stride={stride} are the convolution's, and "
                 "downsample='pool' has none: leave both out, or choose downsample='conv'"
             )
-        self.tokens, self.side, self.width = tokens, side, width
+        tokens, side, width = self.tokens, interface.side, interface.width
+        llm_width = interface.llm_width
         self.window = window_side(tokens, side)
         self.kernel, self.stride = kernel or self.window, stride or self.window
         check_convolution(side, self.kernel, self.stride, tokens)
-        self.reads_question, self.reads_prefix = query != "none", query == "prefix"
         self.text = (
             Linear(
                 "BD,DE->BE",
@@ -106,14 +89,18 @@ class QueCC(Compressor):
         self.query_norm = LayerNorm(width, eps=EPS, rngs=rngs)
         # torch's default for a depthwise convolution: U(+-1/kernel), one row of taps per offset.
         init, taps = uniform(1 / self.kernel), (self.kernel**2, width)
-        conv = downsample == "conv"
         self.taps = weight(rngs, taps, ("none", "none"), init) if conv else None
         self.taps_bias = weight(rngs, (width,), ("none",), init) if conv else None
-        self.keys_values = KeysAndValues(levels * width, width, rngs=rngs)
+        self.keys_values = KeysAndValues(interface.levels * width, width, rngs=rngs)
         self.key_norm = LayerNorm(width, eps=EPS, rngs=rngs)
         self.value_norm = LayerNorm(width, eps=EPS, rngs=rngs)
         self.attention = WindowAttention(
-            width, heads, tokens=tokens, patches=side**2, kernels=kernels, rngs=rngs
+            width,
+            method.heads,
+            tokens=tokens,
+            patches=interface.patches,
+            kernels=kernels,
+            rngs=rngs,
         )
         self.projector = MLP(width, llm_width, llm_width, rngs=rngs)
 

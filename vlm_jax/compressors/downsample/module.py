@@ -7,7 +7,6 @@ B batch  V visual tokens  Z = levels x E  E vit width  D llm width
 from jaxtyping import Array, Float
 
 from vlm_jax.compressors.last_level import LastLevel
-from vlm_jax.compressors.window import window_side
 
 
 class Downsample(LastLevel):
@@ -21,20 +20,16 @@ class Downsample(LastLevel):
         >>> import jax, jax.numpy as jnp
         >>> from flax import nnx
         >>> from vlm_jax import mesh
-        >>> from vlm_jax.compressors.downsample import Downsample
-        >>> Downsample.supported(side=12)
+        >>> from vlm_jax.compressors.downsample import DownsampleMethod
+        >>> from vlm_jax.compressors.method import Interface
+        >>> DownsampleMethod.supported(side=12)
         [1, 4, 9, 16, 36, 144]
+        >>> between = Interface(side=12, width=32, levels=1, llm_width=64)
         >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
-        ...     small = Downsample(tokens=9, side=12, width=32, llm_width=64, rngs=nnx.Rngs(0))
+        ...     small = DownsampleMethod(tokens=9).build(between, rngs=nnx.Rngs(0))
         ...     small.shrink, small(jnp.ones((2, 9, 32))).shape
         (4, (2, 9, 64))
     """
-
-    kind = "downsample"
-
-    def __init__(self, **sizes):
-        super().__init__(**sizes)
-        self.shrink = window_side(self.tokens, self.side)
 
     def __call__(
         self,

@@ -7,7 +7,8 @@ B batch  P patches, window-major  V visual tokens  Z = levels x E  E vit width  
 from jaxtyping import Array, Float
 
 from vlm_jax.compressors.last_level import LastLevel
-from vlm_jax.compressors.window import window_side, windows
+from vlm_jax.compressors.method import window_side
+from vlm_jax.compressors.window import windows
 
 
 class AveragePool(LastLevel):
@@ -16,19 +17,19 @@ class AveragePool(LastLevel):
     >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
     >>> from vlm_jax import mesh
-    >>> from vlm_jax.compressors.pool import AveragePool
-    >>> AveragePool.supported(side=12)
+    >>> from vlm_jax.compressors.method import Interface
+    >>> from vlm_jax.compressors.pool import PoolMethod
+    >>> PoolMethod.supported(side=12)
     [1, 4, 9, 16, 36, 144]
+    >>> between = Interface(side=12, width=32, levels=1, llm_width=64)
     >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
-    ...     pool = AveragePool(tokens=9, side=12, width=32, llm_width=64, rngs=nnx.Rngs(0))
+    ...     pool = PoolMethod(tokens=9).build(between, rngs=nnx.Rngs(0))
     ...     pool(jnp.ones((2, 144, 32))).shape
     (2, 9, 64)
     """
 
-    kind = "pool"
-
-    def __init__(self, **sizes):
-        super().__init__(**sizes)
+    def __init__(self, method, interface, **options):
+        super().__init__(method, interface, **options)
         self.window = window_side(self.tokens, self.side)
 
     def __call__(

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax import mesh
 from vlm_jax.compressors.compressor import Compressor, Visual
+from vlm_jax.compressors.method import Interface
 from vlm_jax.compressors.projector import MLP
-
-NEIGHBOURS = 32  # merged into each selected patch, as published
+from vlm_jax.compressors.prumerge import NEIGHBOURS, PruMergeMethod, evenly
 
 
 class PruMerge(Compressor):
@@ -30,69 +30,43 @@ class PruMerge(Compressor):
     A selected patch becomes itself plus the attention-weighted sum of the 32 patches with the most
     similar keys, whether selected or not; the last token is the attention-weighted sum of what was
     not selected. Tokens stand in the order of attention. All in float32, as whole numbers of tokens
-    hang on it. `heads` and `query` are accepted so that every compressor is built alike.
+    hang on it.
 
     Source: arXiv 2403.15388; `token_prune_merge_advanced` of 42Shawn/LLaVA-PruMerge at 097c0411.
 
         >>> import jax, jax.numpy as jnp
         >>> from flax import nnx
         >>> from vlm_jax import mesh
-        >>> from vlm_jax.compressors.prumerge import PruMerge
+        >>> from vlm_jax.compressors.method import Interface
+        >>> from vlm_jax.compressors.prumerge import PruMergeMethod
+        >>> between = Interface(side=12, width=32, levels=1, llm_width=64)
         >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
-        ...     fixed = PruMerge(tokens=9, side=12, width=32, llm_width=64, rngs=nnx.Rngs(0))
+        ...     fixed = PruMergeMethod(tokens=9).build(between, rngs=nnx.Rngs(0))
         ...     levels = jnp.ones((2, 144, 32 + 32 + 1))  # features, keys, attention
-        ...     jax.jit(PruMerge.__call__)(fixed, levels).shape
-        ...     free = PruMerge(tokens=0, side=12, width=32, llm_width=64, rngs=nnx.Rngs(0))
-        ...     made = jax.jit(PruMerge.__call__)(free, levels)
+        ...     jax.jit(lambda m, x: m(x))(fixed, levels).shape
+        ...     free = PruMergeMethod(tokens=0).build(between, rngs=nnx.Rngs(0))
+        ...     made = jax.jit(lambda m, x: m(x))(free, levels)
         ...     made.tokens.shape, made.count.tolist()
         (2, 9, 64)
         ((2, 37, 64), [1, 1])
     """
 
-    kind = "prumerge"
-    reads_keys = True
-
     def __init__(
         self,
+        method: PruMergeMethod,
+        interface: Interface,
         *,
-        tokens: int,
-        side: int,
-        width: int,
-        llm_width: int,
         rngs: nnx.Rngs,
-        levels: int = 1,
-        heads: int = 1,
-        query: str = "none",
+        kernels: str = "auto",
         neighbours: int = NEIGHBOURS,
     ):
-        del heads, query
-        supported = self.supported(side)
-        if tokens not in supported:
-            raise ValueError(
-                f"compressor {self.kind!r} cannot make {tokens} visual tokens from a "
-                f"{side}x{side} patch grid: choose 0 (as many as each image needs) or one of "
-                f"{supported[1:]}"
-            )
-        self.patches, self.width, self.neighbours = side**2, width, neighbours
-        self.channels = (levels + 1) * width + 1
-        self.adaptive, self.kept = tokens == 0, self.selected(tokens)
-        self.tokens = tokens or self.most(self.patches)
+        del kernels
+        super().__init__(method, interface)
+        width, llm_width = interface.width, interface.llm_width
+        self.patches, self.neighbours = interface.patches, neighbours
+        self.channels = (interface.levels + 1) * width + 1
+        self.kept = method.selected(method.tokens)
         self.projector = MLP(width, llm_width, llm_width, rngs=rngs)
-
-    @staticmethod
-    def supported(side: int) -> list[int]:
-        """Ascending numbers of visual tokens on a `side` x `side` patch grid; 0 is adaptive."""
-        return list(range(side**2 + 1))
-
-    @staticmethod
-    def selected(tokens: int) -> int:
-        """How many patches are selected by their attention, where `tokens` are made."""
-        return tokens - 1
-
-    @staticmethod
-    def most(patches: int) -> int:
-        """The most tokens that an image of `patches` patches can get, where it chooses."""
-        return most_outliers(patches) + 1
 
     def __call__(
         self,
@@ -105,8 +79,8 @@ class PruMerge(Compressor):
         width = self.width
         if levels.shape[-1] != self.channels:
             raise ValueError(
-                f"{self.kind} reads {self.channels} channels (all levels, keys, attention), not "
-                f"{levels.shape[-1]}: encode with ViT's keys=True"
+                f"{self.method.kind} reads {self.channels} channels (all levels, keys, attention), "
+                f"not {levels.shape[-1]}: encode with ViT's keys=True"
             )
         features = levels[..., -2 * width - 1 : -width - 1]
         merged = self.compress(features, levels[..., -width - 1 : -1], levels[..., -1])
@@ -131,8 +105,9 @@ class PruMerge(Compressor):
         if attention.shape[1] != features.shape[1]:
             raise ValueError(
                 f"{features.shape[1]} patches, but the class token's attention to "
-                f"{attention.shape[1]}: {self.kind} ranks patches by the attention of a class "
-                "token that stands first among the keys; an encoder without one cannot serve it"
+                f"{attention.shape[1]}: {self.method.kind} ranks patches by the attention of a "
+                "class token that stands first among the keys; an encoder without one cannot serve "
+                "it"
             )
 
         def one(features, keys, attention):
@@ -169,33 +144,16 @@ class PruMergePlus(PruMerge):
         >>> import jax, jax.numpy as jnp
         >>> from flax import nnx
         >>> from vlm_jax import mesh
-        >>> from vlm_jax.compressors.prumerge import PruMergePlus
+        >>> from vlm_jax.compressors.method import Interface
+        >>> from vlm_jax.compressors.prumerge import PruMergePlusMethod
+        >>> between = Interface(side=6, width=32, levels=1, llm_width=64)
         >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
-        ...     plus = PruMergePlus(tokens=9, side=6, width=32, llm_width=64, rngs=nnx.Rngs(0))
-        ...     jax.jit(PruMergePlus.__call__)(plus, jnp.ones((2, 36, 32 + 32 + 1))).shape
+        ...     plus = PruMergePlusMethod(tokens=9).build(between, rngs=nnx.Rngs(0))
+        ...     jax.jit(lambda m, x: m(x))(plus, jnp.ones((2, 36, 32 + 32 + 1))).shape
         (2, 9, 64)
-        >>> PruMergePlus.supported(side=6)
+        >>> PruMergePlusMethod.supported(side=6)
         [0, 3, 5, 7, 9, 11, 13, 15, 19, 25, 35]
     """
-
-    kind = "prumerge_plus"
-
-    @staticmethod
-    def supported(side: int) -> list[int]:
-        """Ascending numbers of visual tokens on a `side` x `side` patch grid; 0 is adaptive."""
-        patches = side**2
-        every = (k for k in range(1, patches // 2 + 1) if len(evenly(patches, k)) == k)
-        return [0, *(2 * k + 1 for k in every)]
-
-    @staticmethod
-    def selected(tokens: int) -> int:
-        """How many patches are selected by their attention, where `tokens` are made."""
-        return (tokens - 1) // 2
-
-    @staticmethod
-    def most(patches: int) -> int:
-        """The most tokens that an image of `patches` patches can get, where it chooses."""
-        return patches + 1
 
     def select(self, attention: Float[Array, " P"]) -> tuple[Int[Array, " P"], Int[Array, ""]]:
         """All patches of an image, the selected first and in their final order; how many those
@@ -215,12 +173,6 @@ class PruMergePlus(PruMerge):
         return order, kept + (sampled & (rank >= kept)).sum()
 
 
-def evenly(patches: int, count: int) -> range:
-    """About `count` patches at equal distances, the last patch never among them, as published."""
-    step = patches // count
-    return range(step // 2, patches - 1, step)
-
-
 def behind(first: Int[Array, " S"], patches: int) -> Int[Array, " P"]:
     """The selected patches and behind them the others, ascending, `patches` in all.
 
@@ -228,11 +180,6 @@ def behind(first: Int[Array, " S"], patches: int) -> Int[Array, " P"]:
     """
     others = jnp.argsort(jnp.arange(patches).at[first].set(-1))[len(first) :]
     return jnp.concatenate([first, others])
-
-
-def most_outliers(patches: int) -> int:
-    """How many of `patches` values can lie above their third quartile."""
-    return patches - 1 - 3 * (patches - 1) // 4
 
 
 def outliers(x: Float[Array, " P"]) -> Int[Array, ""]:

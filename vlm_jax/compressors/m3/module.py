@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 from vlm_jax import mesh
 from vlm_jax.compressors.last_level import LastLevel
 from vlm_jax.compressors.matryoshka import Matryoshka
-from vlm_jax.compressors.window import check_tokens
 
 
 class M3(LastLevel, Matryoshka):
@@ -29,40 +28,20 @@ class M3(LastLevel, Matryoshka):
         >>> import jax, jax.numpy as jnp
         >>> from flax import nnx
         >>> from vlm_jax import mesh
-        >>> from vlm_jax.compressors.m3 import M3
-        >>> M3.supported(side=12), M3.nested(side=12)
+        >>> from vlm_jax.compressors.m3 import M3Method
+        >>> from vlm_jax.compressors.method import Interface
+        >>> M3Method.supported(side=12), M3Method.nested(side=12)
         ([1, 4, 9, 16, 36, 144], (1, 9, 36, 144))
+        >>> between = Interface(side=12, width=32, levels=1, llm_width=64)
         >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
-        ...     m3 = M3(tokens=9, side=12, width=32, llm_width=64, rngs=nnx.Rngs(0))
+        ...     m3 = M3Method(tokens=9).build(between, rngs=nnx.Rngs(0))
         ...     m3(jnp.ones((2, 144, 32))).shape, m3.at(36)(jnp.ones((2, 144, 32))).shape
         ((2, 9, 64), (2, 36, 64))
     """
 
-    kind, options = "m3", ("scales",)
-
-    def __init__(self, *, scales: Sequence[int] = (), **sizes):
-        super().__init__(**sizes)
-        self.buckets = tuple(self.supported(self.side))
-        self.scales = tuple(scales) or self.nested(self.side)
-        for shown in self.scales:
-            self.check(shown)
-
-    @staticmethod
-    def nested(side: int) -> tuple[int, ...]:
-        """Ascending numbers of tokens that training uses unless told: each divides the last's side.
-
-        Downwards from all patches, the side is divided by its smallest prime factor each time: 576,
-        144, 36, 9 and 1 of 24 x 24 patches, as published.
-        """
-        sides = [side]
-        while sides[-1] > 1:
-            n = sides[-1]
-            sides.append(n // next(k for k in range(2, n + 1) if n % k == 0))
-        return tuple(n * n for n in reversed(sides))
-
-    def check(self, tokens: int) -> None:
-        """Raises ValueError, with the numbers that would do, for one that it cannot give."""
-        check_tokens(self.kind, tokens, self.side, self.supported(self.side))
+    def __init__(self, method, interface, **options):
+        super().__init__(method, interface, **options)
+        self.buckets, self.scales = method.buckets(self.side), method.shown(self.side)
 
     def __call__(
         self,

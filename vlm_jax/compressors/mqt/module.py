@@ -15,6 +15,8 @@ from jaxtyping import Array, Float
 
 from vlm_jax import mesh
 from vlm_jax.compressors.matryoshka import Matryoshka
+from vlm_jax.compressors.method import Interface
+from vlm_jax.compressors.mqt import MQTMethod
 from vlm_jax.layers import (
     Initializer,
     LayerNorm,
@@ -27,8 +29,6 @@ from vlm_jax.layers import (
 )
 
 EPS = 1e-6  # of every LayerNorm here, as published
-QUERIES = 256  # learned, a 16 x 16 grid
-BUCKETS = (1, 4, 16, 36, 144)  # and all queries
 STD = 0.02  # of queries, and of the attention's out-projection at encoder width 1024
 
 
@@ -39,8 +39,8 @@ class MQT(Matryoshka):
     image. Each head's attention [V P] is therefore computed from the weights alone, once for a
     batch and not for every image. Queries do not see each other: V tokens are exactly the first V
     of any larger number. Published: 256 queries for 24 x 24 patches, 16 heads; a smaller patch grid
-    has one query per patch unless `queries` says otherwise. `levels` and `query` are accepted so
-    that every compressor is built alike: only the last level is read, the question is not.
+    has one query per patch unless `queries` says otherwise.
+    Only the last level is read, and no question.
 
     Source: `query_abstractor` of gordonhu608/MQT-LLaVA at 92c35d06. There the resampled table is
     rounded to the checkpoint's type; here it stays float32.
@@ -48,45 +48,24 @@ class MQT(Matryoshka):
         >>> import jax, jax.numpy as jnp
         >>> from flax import nnx
         >>> from vlm_jax import mesh
-        >>> from vlm_jax.compressors.mqt import MQT
-        >>> sizes = dict(side=12, width=32, llm_width=64, heads=4)
+        >>> from vlm_jax.compressors.method import Interface
+        >>> from vlm_jax.compressors.mqt import MQTMethod
+        >>> between = Interface(side=12, width=32, levels=1, llm_width=64)
         >>> with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
-        ...     mqt = MQT(tokens=9, **sizes, rngs=nnx.Rngs(0))
-        ...     run, levels = jax.jit(MQT.__call__), jnp.ones((2, 144, 32))
+        ...     mqt = MQTMethod(tokens=9, heads=4).build(between, rngs=nnx.Rngs(0))
+        ...     run, levels = jax.jit(lambda m, x: m(x)), jnp.ones((2, 144, 32))
         ...     run(mqt, levels).shape, run(mqt.at(100), levels).shape
         ((2, 9, 64), (2, 100, 64))
     """
 
-    options = ("queries",)
-
     def __init__(
-        self,
-        *,
-        tokens: int,
-        side: int,
-        width: int,
-        llm_width: int,
-        heads: int,
-        rngs: nnx.Rngs,
-        levels: int = 1,
-        query: str = "none",
-        queries: int = 0,
+        self, method: MQTMethod, interface: Interface, *, rngs: nnx.Rngs, kernels: str = "auto"
     ):
-        del levels, query
-        self.queries = queries or len(self.supported(side))
-        if math.isqrt(max(self.queries, 0)) ** 2 != self.queries or self.queries < 1:
-            raise ValueError(
-                f"mqt: {self.queries} queries are no square grid: choose 1, 4, 9, ... {QUERIES}"
-            )
-        if width % 4:
-            raise ValueError(
-                f"mqt: vit.width={width} is not a multiple of 4, as the sines and cosines of rows "
-                "and columns need"
-            )
-        self.side, self.width = side, width
-        self.buckets = (*(slots for slots in BUCKETS if slots < self.queries), self.queries)
-        self.check(tokens)
-        self.tokens = tokens
+        del kernels
+        super().__init__(method, interface)
+        width, llm_width = interface.width, interface.llm_width
+        self.queries, self.buckets = method.learned(self.side), method.buckets(self.side)
+        self.prefixes = method.prefixes(self.side)
         table = sines(math.isqrt(self.queries), width)
         # Trained in the first stage, as published; frozen behind it.
         self.position = weight(rngs, table.shape, ("none", "none"), lambda _, __: jnp.array(table))
@@ -96,7 +75,7 @@ class MQT(Matryoshka):
         self.value_norm = LayerNorm(width, eps=EPS, rngs=rngs)
         # The published gain at any width: narrow demonstration encoders would start at almost zero.
         out_init = normal(STD * (1024 / width) ** 0.5)
-        self.attention = ConstantAttention(width, heads, out_init=out_init, rngs=rngs)
+        self.attention = ConstantAttention(width, method.heads, out_init=out_init, rngs=rngs)
         self.projector = Linear(
             "BVE,ED->BVD",
             (width, llm_width),
@@ -106,26 +85,6 @@ class MQT(Matryoshka):
             init=normal(llm_width**-0.5),
             rngs=rngs,
         )
-
-    @staticmethod
-    def supported(side: int) -> list[int]:
-        """Ascending numbers of visual tokens on a `side` x `side` patch grid: any up to the
-        queries."""
-        return list(range(1, min(QUERIES, side**2) + 1))
-
-    @property
-    def prefixes(self) -> tuple[int, ...]:
-        """Numbers of tokens that second-stage steps draw from, alike: 2, 4, ... 256 as published;
-        1, 3, ... where the queries are odd in number."""
-        return tuple(range(self.queries, 0, -2))[::-1]
-
-    def check(self, tokens: int) -> None:
-        """Raises ValueError, with the numbers that would do, for one that it cannot give."""
-        if not 1 <= tokens <= self.queries:
-            raise ValueError(
-                f"compressor 'mqt' cannot make {tokens} visual tokens from a {self.side}x"
-                f"{self.side} patch grid: choose any of 1 to {self.queries}"
-            )
 
     def __call__(
         self,
@@ -247,8 +206,8 @@ class FoldedMQT(Matryoshka):
 
     def __init__(self, whole: MQT):
         attention, norm = whole.attention, whole.value_norm
-        self.tokens, self.queries, self.buckets = whole.tokens, whole.queries, whole.buckets
-        self.side, self.width = whole.side, whole.width
+        super().__init__(whole.method, whole.interface)
+        self.queries, self.buckets = whole.queries, whole.buckets
         self.scores = nnx.Param(whole.at(whole.queries).scores())
         value, out = attention.value.kernel[...], attention.out.kernel[...]
         replicated = mesh.spec("none", "none")
@@ -265,8 +224,6 @@ class FoldedMQT(Matryoshka):
             jnp.einsum("NH,NHD->D", shift, product, out_sharding=mesh.spec("feature"))
             + attention.out.bias[...] @ last
         )
-
-    check = MQT.check
 
     def __call__(
         self,

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""M3: the projected patches, averaged over windows of any side that tiles the grid."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vlm_jax.compressors.method import Interface, Products, Projected
+
+
+@dataclass(frozen=True)
+class M3Method(Projected):
+    """LLaVA-1.5's projector, its outputs averaged over windows of patches (arXiv 2405.17430).
+
+    `scales` are the numbers of tokens that training shows, all at every step; none are `nested`.
+    """
+
+    kind: ClassVar[str] = "m3"
+    any_tokens: ClassVar[bool] = True
+    named_by: ClassVar = (("matryoshka_vis_token_scale", None),)
+    scales: tuple[int, ...] = ()
+
+    @staticmethod
+    def module() -> type:
+        from vlm_jax.compressors.m3.module import M3
+
+        return M3
+
+    @staticmethod
+    def nested(side: int) -> tuple[int, ...]:
+        """Ascending numbers of tokens that training uses unless told: each divides the last's side.
+
+        Downwards from all patches, the side is divided by its smallest prime factor each time: 576,
+        144, 36, 9 and 1 of 24 x 24 patches, as published.
+        """
+        sides = [side]
+        while sides[-1] > 1:
+            n = sides[-1]
+            sides.append(n // next(k for k in range(2, n + 1) if n % k == 0))
+        return tuple(n * n for n in reversed(sides))
+
+    @classmethod
+    def usual(cls, side: int) -> int:
+        return side**2
+
+    @classmethod
+    def of_published(cls, llava):
+        """A LLaVA whose config.json lists the numbers of tokens that it was trained to give."""
+        name = "matryoshka_vis_token_scale"
+        scales, side = llava.fields[name], llava.side
+        if isinstance(scales, str):
+            parts = scales.split(",")
+            scales = [int(x) if x.strip().isdecimal() and len(x) < 9 else x for x in parts]
+        scales = scales if isinstance(scales, list) else [scales]
+        scales = tuple(llava.whole(name, x, most=side**2) for x in scales)
+        if not scales:
+            raise ValueError(f"{name}=[]: numbers of tokens are needed")
+        tokens = max(scales) if llava.tokens is None else llava.tokens
+        return cls(tokens=tokens, scales=scales), llava.levels
+
+    def buckets(self, side: int) -> tuple[int, ...]:
+        return tuple(self.supported(side))
+
+    def shown(self, side: int) -> tuple[int, ...]:
+        return self.scales or self.nested(side)
+
+    def check(self, interface: Interface) -> None:
+        for tokens in (self.tokens, *self.shown(interface.side)):
+            Projected.check(self.at(tokens), interface)
+
+    def products(self, interface: Interface, form: str) -> Products:
+        """As published, what the whole MLP made is pooled; here it is before the last layer."""
+        P = interface.patches
+        last = P if form == "published" else self.tokens
+        return Products(reading=P * interface.up, other=last * interface.down)

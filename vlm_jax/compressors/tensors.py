@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published tensors: their names, the parameters of ours that they hold, and their layout.
+
+A table has one row per published tensor. torch writes a kernel as (outputs, inputs); ours have the
+inputs first and may cut either into heads, so every conversion is one transpose and reshapes.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One published tensor: the parameters of ours stacked in its rows, and its layout.
+
+    `outputs` counts the trailing dimensions of our kernels that are outputs; 0 is for vectors.
+    `square` is for a depthwise convolution, published as [E 1 K K] and kept as taps [K^2 E];
+    `patches` for one that cuts an image, published as [E 3 K K] and kept as [K^2 x 3, E]; `ours`
+    for a tensor that is published in our own layout. `layer` is its place in what is stacked in
+    ours along `axis`: the blocks of a model, or kernels that share their input.
+    """
+
+    paths: tuple[Path, ...]
+    outputs: int = 0
+    square: bool = False
+    patches: bool = False
+    ours: bool = False
+    layer: int | None = None
+    axis: int = 0
+
+    def one(self, shape: Sequence) -> tuple:
+        """The shape (or the axes' names) of one of what is stacked, where it is."""
+        return tuple(x for i, x in enumerate(shape) if self.layer is None or i != self.axis)
+
+    def taken(self, ours: Any) -> np.ndarray:
+        """The part of an array of ours, of numpy or JAX, that the tensor holds."""
+        if self.layer is None:
+            return np.asarray(ours)
+        return np.asarray(ours[(slice(None),) * self.axis + (self.layer,)])
+
+    def split(self, published: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+        """Our arrays, from the published one."""
+        if self.patches:
+            return [published.transpose(2, 3, 1, 0).reshape(shapes[0])]
+        parts = np.split(published, len(self.paths))
+        if self.outputs:
+            parts = [part.reshape(part.shape[0], -1).T for part in parts]
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+        """The published shape, from ours."""
+        if self.ours:
+            return shapes[0]
+        if self.patches:
+            side = math.isqrt(shapes[0][0] // 3)
+            return (shapes[0][1], 3, side, side)
+        if not self.outputs:
+            return (sum(math.prod(shape) for shape in shapes),)
+        inputs = math.prod(shapes[0][: -self.outputs])
+        rows = sum(math.prod(shape[-self.outputs :]) for shape in shapes)
+        return (rows, 1, math.isqrt(inputs), math.isqrt(inputs)) if self.square else (rows, inputs)
+
+    def join(self, ours: list[np.ndarray]) -> np.ndarray:
+        """The published array, from ours."""
+        shapes = [part.shape for part in ours]
+        if self.ours:
+            return ours[0]
+        if self.patches:
+            width, _, side, _ = self.shape(shapes)
+            return ours[0].reshape(side, side, 3, width).transpose(3, 2, 0, 1)
+        if self.outputs:
+            columns = [math.prod(shape[-self.outputs :]) for shape in shapes]
+            ours = [part.reshape(-1, n).T for part, n in zip(ours, columns, strict=True)]
+        return np.concatenate([part.reshape(len(part), -1) for part in ours]).reshape(
+            self.shape(shapes)
+        )
+
+
+Table = dict[str, Tensor]
+
+
+def linear(name: str, *path: str, bias: bool = True, outputs: int = 1) -> Table:
+    """The tensors of one linear layer."""
+    kernel = {f"{name}.weight": Tensor(((*path, "kernel"),), outputs=outputs)}
+    return kernel | ({f"{name}.bias": Tensor(((*path, "bias"),))} if bias else {})
+
+
+def norm(name: str, *path: str) -> Table:
+    """The tensors of one LayerNorm."""
+    return {
+        f"{name}.weight": Tensor(((*path, "scale"),)),
+        f"{name}.bias": Tensor(((*path, "bias"),)),
+    }
+
+
+def attention(name: str, *path: str) -> Table:
+    """The tensors of torch's MultiheadAttention: query, key and value stacked in that order."""
+    inward = [(*path, part) for part in ("query", "key", "value")]
+    return {
+        f"{name}.in_proj_weight": Tensor(tuple((*p, "kernel") for p in inward), outputs=2),
+        f"{name}.in_proj_bias": Tensor(tuple((*p, "bias") for p in inward)),
+        **linear(f"{name}.out_proj", *path, "out"),
+    }
+
+
+def mlp(first: str, second: str, *path: str) -> Table:
+    """The tensors of a two-layer MLP."""
+    return linear(first, *path, "up") | linear(second, *path, "down")
+
+
+def joined_mlp(first: str, second: str, part: str) -> Table:
+    """The tensors of the keys' or the values' MLP, whose first layers are one parameter of ours."""
+    up, layer = ("keys_values", "up"), ("key", "value").index(part)
+    return {
+        f"{first}.weight": Tensor(((*up, "kernel"),), outputs=1, layer=layer, axis=1),
+        f"{first}.bias": Tensor(((*up, "bias"),), layer=layer),
+        **linear(second, "keys_values", part),
+    }
+
+
+# Of haotian-liu/LLaVA (c121f043), which `pool` and `m3` have too.
+LLAVA = mlp("0", "2", "projector")
