@@ -34,7 +34,7 @@ ARROWS = {
     "models": {"compressors", "kernels", "layers", "mesh"},
     "cost": {"compressors", "models"},  # of these two the descriptions alone: they need no JAX
     "planning": {"cost", "law", "compressors", "models"},
-    "reports": {"cost", "law", "rows", "planning", "compressors"},
+    "reports": {"cost", "law", "rows", "planning", "compressors", "models"},
     "data": {"mesh", "progress", "compressors"},
     "weights": {"data", "models", "compressors", "layers", "mesh", "progress"},
     "training": {"weights", "data", "models", "compressors", "layers", "cost", "rows"} | GROUND,
@@ -303,15 +303,18 @@ def test_no_config_field_has_a_second_default():
     assert not wrong, f"read the field itself, its default is in configs/base.py: {wrong}"
 
 
-@pytest.mark.parametrize("path", OURS, ids=where)
-def test_the_head_of_a_file(path):
-    text = path.read_text()
-    assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n")
-    docstring = ast.get_docstring(tree(path)) or ""
-    if tree(path).body:  # an __init__.py may say nothing
-        assert docstring.split("\n\n")[0].endswith((".", "?", ":")), "begin with a promise"
-    count = len(text.splitlines())
-    assert count <= 400 or "400 lines" in docstring, f"{count} lines: say why, or split the file"
+def test_every_file_begins_with_a_license_and_a_promise_and_a_long_one_says_why():
+    wrong = []
+    for path in OURS:
+        text, docstring = path.read_text(), ast.get_docstring(tree(path)) or ""
+        if not text.startswith("# SPDX-License-Identifier: Apache-2.0\n"):
+            wrong.append(f"{where(path)}: no license")
+        # An __init__.py may say nothing.
+        if tree(path).body and not docstring.split("\n\n")[0].endswith((".", "?", ":")):
+            wrong.append(f"{where(path)}: its docstring begins with no sentence")
+        if (count := len(text.splitlines())) > 400 and "400 lines" not in docstring:
+            wrong.append(f"{where(path)}: {count} lines: say why, or split the file")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_no_file_is_a_drawer():
@@ -345,12 +348,11 @@ WORDS = files(
 ]
 
 
-@pytest.mark.parametrize("path", WORDS, ids=where)
-def test_no_unfinished_word_and_no_path_of_a_machine(path):
-    lines = path.read_text().splitlines()
+def test_no_unfinished_word_and_no_path_of_a_machine():
     found = [
         f"{where(path, number)}: {match.group()}"
-        for number, line in enumerate(lines, start=1)
+        for path in WORDS
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
         for match in [UNFINISHED.search(line) or MACHINE.search(line)]
         if match
     ]
@@ -361,17 +363,22 @@ PAGES = [path for path in WORDS if path.suffix == ".md"]
 TOPS = "vlm_jax|configs|constraints|docs|launch|benchmarks|tests"
 
 
-@pytest.mark.parametrize("path", PAGES, ids=where)
-def test_what_a_page_points_at_exists(path):
-    text = path.read_text()
-    links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link]
-    named = re.findall(rf"`((?:{TOPS})/[\w./-]*)`", text) + re.findall(r"tests/test_\w+\.py", text)
-    missing = [link for link in links if not (path.parent / link).exists()]
-    missing += [name for name in named if not (HOME / name).exists()]
+def test_what_a_page_points_at_exists():
+    missing = []
+    for path in PAGES:
+        text = path.read_text()
+        links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link]
+        named = re.findall(rf"`((?:{TOPS})/[\w./-]*)`", text)
+        named += re.findall(r"tests/test_\w+\.py", text)
+        missing += [f"{where(path)}: {x}" for x in links if not (path.parent / x).exists()]
+        missing += [f"{where(path)}: {x}" for x in named if not (HOME / x).exists()]
     assert not missing
 
 
-@pytest.mark.parametrize("path", PAGES, ids=where)
-def test_a_verb_that_a_page_uses_exists(path):
-    verbs = set(re.findall(r"\bvlm-jax ([a-z]+) --", path.read_text()))
-    assert not [verb for verb in verbs if not (PACKAGE / f"verbs/{verb}.py").exists()]
+def test_a_verb_that_a_page_uses_exists():
+    used = {
+        (verb, where(path))
+        for path in PAGES
+        for verb in re.findall(r"\bvlm-jax ([a-z]+) --", path.read_text())
+    }
+    assert not [pair for pair in sorted(used) if not (PACKAGE / f"verbs/{pair[0]}.py").exists()]
