@@ -293,12 +293,15 @@ def test_a_file_of_requests_keeps_what_is_finished(checkpoint, photo, tmp_path, 
 
 
 def test_answers_never_replace_the_requests_and_no_requests_are_told(checkpoint, tmp_path, capsys):
-    file, empty, other = (tmp_path / name for name in ("r.jsonl", "empty.jsonl", "o.jsonl"))
+    names = ("r.jsonl", "empty.jsonl", "o.jsonl", "list.json")
+    file, empty, other, listed = (tmp_path / name for name in names)
     file.write_text(text := json.dumps(dict(prompt="a")))
     empty.write_text("\n \n")
+    listed.write_text(json.dumps([dict(prompt="a")], indent=1))
     other.symlink_to(file)
     for requests, out, words in ((file, file, "is the file of --requests"),
                                  (file, other, "is the file of --requests"),
+                                 (listed, tmp_path / "new.jsonl", "is a JSON list"),
                                  (empty, tmp_path / "new.jsonl", "holds no request")):  # fmt: skip
         argv = [f"--checkpoint={checkpoint}", f"--requests={requests}", f"--out={out}"]
         assert main(["generate", *argv]) == 2 and words in capsys.readouterr().err

@@ -123,10 +123,18 @@ def answer_file(
 
 
 def check_files(requests: Path, out: Path | None) -> None:
-    """Raises ValueError for a file of no request, and for answers that would replace them."""
+    """Raises ValueError for a file of no request or of one JSON list, and for answers that would
+    replace the requests."""
     if out is not None and out.exists() and out.samefile(requests):
         raise ValueError(
             f"--out={out} is the file of --requests, which it would replace: choose another"
+        )
+    with requests.open("rb") as lines:
+        first = next((line.strip() for line in lines if line.strip()), b"")
+    if first.startswith(b"["):
+        raise ValueError(
+            f"--requests={requests} is a JSON list: give each request a line of its own, as "
+            f"`jq -c '.[]' {requests.name}` writes them"
         )
     if next(lines_of(requests), None) is None:
         raise ValueError(
