@@ -128,7 +128,7 @@ def visual_tokens(compressor: Compressor, vit: ViT) -> Number:
     return compressor.tokens
 
 
-def _linear(inputs: Number, outputs: Number) -> Number:
+def _linear(inputs: int, outputs: int) -> int:
     return inputs * outputs + outputs
 
 

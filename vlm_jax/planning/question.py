@@ -23,7 +23,7 @@ FAMILY = "qwen1.5-"  # the paper's LLMs: what a plan without a configuration int
 QUERIES = tuple(2**i for i in range(9))  # what MQT is run at: any prefix of its 256 queries works
 COSTS = ("paper", "full")
 
-Choice = Mapping[str, Sequence[Number] | tuple[str, tuple[Number, Number]]]
+Choice = Mapping[str, Sequence[Number] | planner.Between]
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def token_choices(
             raise ValueError(
                 "--tokens=continuous needs --llms=continuous: with a list of LLMs, list V too"
             )
-        return {kind: ("continuous", (1.0, float(most))) for kind in kinds}
+        return {kind: planner.Between(1.0, float(most)) for kind in kinds}
     special = {"none": [most], "mqt": list(QUERIES)}
     offered = {kind: special.get(kind) or cost.tilings(most) for kind in kinds}
     if tokens is None:
