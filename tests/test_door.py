@@ -51,6 +51,13 @@ def test_arguments_are_named_typed_and_explained(call):
         assert name == "self" or parameter.annotation is not parameter.empty, name
 
 
+def test_a_model_is_asked_for_without_notices_of_libraries():
+    program = "import vlm_jax; vlm_jax.load; import transformers"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tiny.ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_each_type_says_what_it_is():
     assert all(getattr(vlm_jax, name).__doc__ for name in CLASSES)
 

@@ -17,6 +17,7 @@
 Everything is imported when it is asked for: fitting and planning need no JAX.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -66,10 +67,12 @@ def __getattr__(name: str) -> Any:
     """What the catalogue names, imported when it is asked for."""
     match name:
         case "VLM" | "Answer" | "load":
+            without_notices()
             from vlm_jax.serving import model as serving
 
             return getattr(serving, name)
         case "cell_names" | "train_cell":
+            without_notices()
             from vlm_jax.grids import run
 
             return getattr(run, name)
@@ -102,6 +105,11 @@ def __getattr__(name: str) -> Any:
 
             return read
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def without_notices() -> None:
+    """Keeps transformers from saying that PyTorch is missing: only its tokenizers are used."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def __dir__() -> list[str]:

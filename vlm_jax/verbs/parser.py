@@ -126,7 +126,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """ ", did you mean X?" where a known word is near, else nothing."""
+    """The end of a refusal: the known word that is nearest, or nothing where none is near."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f", did you mean {near[0]}?" if near else ""
 
