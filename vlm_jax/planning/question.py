@@ -14,9 +14,10 @@ from vlm_jax.cost import flops as cost
 from vlm_jax.cost.chips import Chip
 from vlm_jax.cost.described import Models
 from vlm_jax.cost.flops import Number
+from vlm_jax.cost.roofline import PHASES
 from vlm_jax.law.law import Law
 from vlm_jax.planning import answers, planner
-from vlm_jax.planning.spelled import number
+from vlm_jax.planning.spelled import law_fields, law_of, number
 
 MOST_TOKENS = 576  # patches of CLIP ViT-L/14-336: the paper's largest V
 FAMILY = "qwen1.5-"  # the paper's LLMs: what a plan without a configuration interpolates between
@@ -200,8 +201,6 @@ def refuse_chip(asked: bool) -> None:
 
 def by_phase(efficiency: Number | Mapping[str, Number] | None) -> Mapping[str, Number] | None:
     """The reached fraction of the roofline by phase."""
-    from vlm_jax.cost.roofline import PHASES
-
     if efficiency is None or isinstance(efficiency, Mapping):
         return efficiency
     return dict.fromkeys(PHASES, efficiency)
@@ -277,6 +276,4 @@ def read_law(path: str | Path) -> Law:
     Raises:
       OSError, ValueError: for a file that is none.
     """
-    from vlm_jax.planning.spelled import law_fields, law_of
-
     return law_of(law_fields(Path(path)), str(path))
