@@ -30,7 +30,7 @@ help:
 	@echo "make test-tpu    what the TPU compiler says; needs no TPU (installs libtpu)"
 	@echo "make test-torch  comparisons with PyTorch (installs torch and peft)"
 	@echo "make bench       training steps, compressors and generation against PyTorch (installs torch)"
-	@echo "make lint        ruff"
+	@echo "make lint        ruff, and mypy over the public door and the ground floors"
 	@echo "make venv        .venv with every extra that runs on a CPU; the targets above call it"
 	@echo "make clean       removes .venv and caches, never runs/"
 	@echo "PYTHON=python3.13 VENV=.venv-3.13 chooses another Python and a place for its packages;"
@@ -98,6 +98,7 @@ demo-full: $(ENV)
 lint: $(ENV)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
+	$(RUN) mypy
 
 bench: $(ENV) $(VENV)/torch
 	$(VENV)/bin/python benchmarks/train_step.py
@@ -105,5 +106,5 @@ bench: $(ENV) $(VENV)/torch
 	$(VENV)/bin/python benchmarks/generation.py
 
 clean:
-	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -46,6 +46,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["vlm_jax", "vlm_jax.*"]),
+    package_data={"vlm_jax": ["py.typed"]},  # types of the package are its own
     cmdclass={"build_py": WithConfigs},
     entry_points={"console_scripts": ["vlm-jax = vlm_jax.__main__:main"]},
     install_requires=[
@@ -82,6 +83,7 @@ setup(
         "test": [
             "beartype>=0.23",
             "hypothesis>=6.170",
+            "mypy>=2.4",
             "pytest>=9.2",
             "pytest-xdist>=3.8",
             "ruff>=0.17",

@@ -8,11 +8,12 @@ import sys
 import pytest
 import tiny
 
+from vlm_jax.verbs import parser
+
 HEAVY = {
     "PIL", "absl", "flax", "grain", "jax", "matplotlib", "ml_collections", "optax", "orbax",
     "scipy", "tokenizers", "transformers",
 }  # fmt: skip
-VERBS = ("train", "evaluate", "grid", "fit", "plan", "report", "convert", "generate")
 
 
 def imported(*argv, code=0):
@@ -33,7 +34,15 @@ def imported(*argv, code=0):
     return set(modules), done.stderr
 
 
-@pytest.mark.parametrize("argv", [[verb, "--help"] for verb in VERBS] + [["--help"], ["--version"]])
+@pytest.mark.parametrize("verb", parser.VERBS)
+def test_a_wrong_flag_is_refused_before_anything_heavy_is_imported(verb):
+    modules, err = imported(verb, "--wrong-flag=1", code=2)
+    assert not HEAVY & modules and err.count("\n") == 1 and "--wrong-flag" in err
+
+
+@pytest.mark.parametrize(
+    "argv", [[verb, "--help"] for verb in parser.VERBS] + [["--help"], ["--version"]]
+)
 def test_help_imports_no_heavy_library_and_says_nothing_else(argv):
     modules, err = imported(*argv)
     assert not HEAVY & modules and err == ""

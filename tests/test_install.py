@@ -204,6 +204,7 @@ def test_a_wheel_has_the_package_its_configurations_and_nothing_else(installed):
     package = {path.relative_to(tiny.ROOT) for path in (tiny.ROOT / "vlm_jax").rglob("*.py")}
     configs = {Path("vlm_jax/shipped/configs", p.name) for p in tiny.ROOT.glob("configs/*.py")}
     assert configs and files == package | configs
+    assert (installed / "vlm_jax" / "py.typed").is_file()
 
 
 def test_a_wheel_fits_and_plans_with_published_sizes_and_with_its_own_configuration(

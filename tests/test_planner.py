@@ -23,7 +23,7 @@ CLIP = ViTSize.of(base.get_config().vit)
 QWEN = {
     float(name[8:-1]): LLMSize.of(s) for name, s in sizes.LLM.items() if name.startswith("qwen1.5")
 }
-EVERY_V = {"token_packer": ("continuous", (1.0, 576.0))}
+EVERY_V = {"token_packer": planner.Between(1.0, 576.0)}
 WINDOWS = {"token_packer": [1.0, 4.0, 9.0, 16.0, 36.0, 64.0, 144.0, 576.0]}
 
 
@@ -170,7 +170,7 @@ def test_reading_the_question_twice_doubles_the_text_and_so_the_optimum():
     once = full(law(0.077, 0.015), 100.0, "flops", 2e12)
     twice = dataclasses.replace(
         once,
-        tokens={"quecc": ("continuous", (1.0, 576.0))},
+        tokens={"quecc": planner.Between(1.0, 576.0)},
         cost=dataclasses.replace(once.cost, query="separate"),
     )
     half = dataclasses.replace(

@@ -227,7 +227,7 @@ def test_every_way_to_write_the_same_table_gives_the_same_points(tmp_path):
                                for n, v, e in zip(PAPER.N, PAPER.V, error, strict=True)]), {}),
     ]  # fmt: skip
     for name, text, how in ways:
-        points = records.load_points(table(tmp_path, name, text), **how)
+        points = records.read_points(table(tmp_path, name, text), **how)
         for column in ("N", "V", "error"):
             np.testing.assert_allclose(
                 getattr(points, column), getattr(PAPER, column), rtol=1e-12, err_msg=name
@@ -238,7 +238,7 @@ def test_every_way_to_write_the_same_table_gives_the_same_points(tmp_path):
 def test_our_own_rows_load_as_points(tmp_path):
     path = tmp_path / "rows.jsonl"
     records.write(path, grid())
-    own, direct = records.load_points(path, "text"), records.points(grid(), "text")
+    own, direct = records.read_points(path, "text"), records.points(grid(), "text")
     assert sorted(own.error) == sorted(direct.error) and len(own) == 24
 
 
@@ -248,7 +248,7 @@ def test_a_long_table_holds_families_and_stderr(tmp_path):
         for family, plus in (("vqa", 0.0), ("ocr", 0.1)):
             lines.append(f"{PAPER.N[i]},{PAPER.V[i]},{family},{PAPER.error[i] + plus},0.01,3")
     path = table(tmp_path, "long.csv", "\n".join(lines))
-    mean, vqa = records.load_points(path), records.load_points(path, "vqa")
+    mean, vqa = records.read_points(path), records.read_points(path, "vqa")
     np.testing.assert_allclose(mean.error, vqa.error - 0.05)
     np.testing.assert_allclose(vqa.stderr, 0.01)
     np.testing.assert_allclose(mean.stderr, 0.01 / np.sqrt(2))
@@ -279,30 +279,30 @@ def test_a_long_table_holds_families_and_stderr(tmp_path):
 )  # fmt: skip
 def test_bad_tables_are_refused_with_the_line_and_the_way_out(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
-        records.load_points(table(tmp_path, "bad.csv", text))
+        records.read_points(table(tmp_path, "bad.csv", text))
 
 
 def test_an_identical_line_counts_once(tmp_path):
     path = table(tmp_path, "twice.csv", "N,V,error\n.5,1,.3\n.5,4,.2\n.5,1,.3\n")
-    assert len(records.load_points(path)) == 2
+    assert len(records.read_points(path)) == 2
     path = table(tmp_path, "seeds.csv", "N,V,error,seed\n.5,1,.3,0\n.5,1,.31,1\n")
-    assert len(records.load_points(path)) == 2
+    assert len(records.read_points(path)) == 2
 
 
 def test_unknown_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown kind of table '.txt'"):
-        records.load_points(table(tmp_path, "a.txt", "N V"))
+        records.read_points(table(tmp_path, "a.txt", "N V"))
     with pytest.raises(ValueError, match="not JSON"):
-        records.load_points(table(tmp_path, "a.json", "{"))
+        records.read_points(table(tmp_path, "a.json", "{"))
     with pytest.raises(ValueError, match="a.jsonl:2: not JSON"):
-        records.load_points(table(tmp_path, "a.jsonl", '{"N": 1, "V": 1, "error": 0.3}\nhello\n'))
+        records.read_points(table(tmp_path, "a.jsonl", '{"N": 1, "V": 1, "error": 0.3}\nhello\n'))
     (tmp_path / "utf16.csv").write_bytes("N,V,error".encode("utf-16"))
     with pytest.raises(ValueError, match="utf16.csv: not text in UTF-8"):
-        records.load_points(tmp_path / "utf16.csv")
+        records.read_points(tmp_path / "utf16.csv")
     with pytest.raises(FileNotFoundError):
-        records.load_points(tmp_path / "none.csv")
+        records.read_points(tmp_path / "none.csv")
     with pytest.raises(ValueError, match="billions, millions, parameters, got 'thousands'"):
-        records.load_points(table(tmp_path, "a.csv", "N,V,error\n1,1,.3\n"), n_unit="thousands")
+        records.read_points(table(tmp_path, "a.csv", "N,V,error\n1,1,.3\n"), n_unit="thousands")
 
 
 def lmms_eval(accuracy, **more):
@@ -328,7 +328,7 @@ def test_lmms_eval_results_named_in_a_table_or_carrying_their_cell(tmp_path):
         (tmp_path / f"r{i}.json").write_text(json.dumps(lmms_eval(1 - PAPER.error[i])))
         lines.append(f"{PAPER.N[i]},{PAPER.V[i]},50,r{i}.json")
     path = table(tmp_path, "cells.csv", "\n".join(lines))
-    gqa, mme, mean = (records.load_points(path, name) for name in ("gqa", "mme", None))
+    gqa, mme, mean = (records.read_points(path, name) for name in ("gqa", "mme", None))
     for points in (gqa, mme, mean):
         np.testing.assert_allclose(points.error, PAPER.error)
     assert gqa.stderr[0] == 0.004 and np.isnan(mme.stderr[0])
@@ -337,7 +337,7 @@ def test_lmms_eval_results_named_in_a_table_or_carrying_their_cell(tmp_path):
     )
 
     own = table(tmp_path, "one.json", json.dumps(lmms_eval(0.6, N=7, V=36)))
-    assert records.load_points(own, "gqa").error.tolist() == pytest.approx([0.4])
+    assert records.read_points(own, "gqa").error.tolist() == pytest.approx([0.4])
     # Names that lmms-eval has had for one metric, and a group without metrics of its own.
     renamed = lmms_eval(0.6, N=7, V=36)
     renamed["results"] = {
@@ -357,14 +357,14 @@ def test_lmms_eval_results_named_in_a_table_or_carrying_their_cell(tmp_path):
     with pytest.raises(
         ValueError, match="does not say how large the LLM is.*add N and V at its top level"
     ):
-        records.load_points(bare)
+        records.read_points(bare)
     several = lmms_eval(0.6, N=7, V=36)
     several["results"]["vizwiz"] = {"exact_match,none": 0.5, "bleu,none": 0.3}
     with pytest.raises(ValueError, match="task vizwiz has metrics exact_match, bleu: keep one"):
-        records.load_points(table(tmp_path, "several.json", json.dumps(several)))
+        records.read_points(table(tmp_path, "several.json", json.dumps(several)))
     with pytest.raises(ValueError, match="gqa's exact_match = 1.2 is not in 0..1"):
-        records.load_points(
+        records.read_points(
             table(tmp_path, "high.json", json.dumps(lmms_eval(1.2, N=7, V=36))), "mme"
         )
     with pytest.raises(ValueError, match="results file .*gone.json does not exist"):
-        records.load_points(table(tmp_path, "gone.csv", "N,V,results\n7,36,gone.json\n"))
+        records.read_points(table(tmp_path, "gone.csv", "N,V,results\n7,36,gone.json\n"))

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vlm-jax VERB ...` is `python -m vlm_jax VERB ...`."""
 
-import os
 import sys
 from collections.abc import Sequence
 
-from vlm_jax import progress
+from vlm_jax import progress, without_notices
 from vlm_jax.verbs import cli, parser
 
 
@@ -15,8 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0, or 2 after one line on stderr about what the user can fix. Raises SystemExit where the words
     themselves say nothing more: --help, --version and a wrong flag.
     """
-    # Its tokenizers are used here; that its models lack PyTorch is no news to anyone.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    without_notices()
     with progress.speaking("starting"):
         options, verb = parser.command(argv)
         return cli.report_errors(options.verb, lambda: verb.run(options))

@@ -75,7 +75,9 @@ class Voice:
         now = self.clock()
         if self.waiting or now - self.spoken < self.every:
             return
-        *around, task = self.tasks or [self.base]
+        under_way: list[Task | None] = [*self.tasks]
+        task = under_way[-1] if under_way else self.base
+        around = self.tasks[:-1]
         if task is not None:
             self.say(": ".join([*(outer.what for outer in around), task.line(now)]))
 

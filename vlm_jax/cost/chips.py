@@ -9,6 +9,7 @@ import dataclasses
 import os
 import platform
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -93,7 +94,7 @@ def measure_cpu(*, side: int = 1024, copy_bytes: int = 2**27, repeats: int = 5) 
     return Chip("cpu", 2 * side**3 / product, 2 * copy_bytes / copy, float(memory), 4, source)
 
 
-def _fastest(work, repeats: int) -> float:
+def _fastest(work: Callable[[], object], repeats: int) -> float:
     """Seconds of the quickest of `repeats` runs, after one that is not counted."""
     work()
     seconds = []

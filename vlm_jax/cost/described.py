@@ -88,7 +88,7 @@ def models(config: Any = None) -> Models:
 def published_llms() -> dict[str, tuple[float, LLMSize]]:
     """Name -> (nominal billions of parameters, shape) of configs/sizes.py."""
     published = load(CONFIGS / "sizes.py", "LLM")
-    nominal = {name: float(re.search(r"([\d.]+)b$", name).group(1)) for name in published}
+    nominal = {name: float(re.sub(r".*?([\d.]+)b$", r"\1", name)) for name in published}
     return {name: (nominal[name], LLMSize.of(fields)) for name, fields in published.items()}
 
 

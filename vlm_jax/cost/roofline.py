@@ -10,6 +10,7 @@ V and Q are visual and text tokens, G generated tokens, P patches.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -185,7 +186,7 @@ def calibrate(
 
 
 def row_seconds(
-    row, chip: Chip, *, batch: int = 1, new_tokens: Number | None = None
+    row: Any, chip: Chip, *, batch: int = 1, new_tokens: Number | None = None
 ) -> dict[str, Number]:
     """Seconds of each phase below which `chip` cannot answer a batch like a results row's requests.
 
@@ -212,7 +213,7 @@ def row_seconds(
     }
 
 
-def calibrate_rows(rows: Sequence, chip: Chip) -> dict[str, Number]:
+def calibrate_rows(rows: Sequence[Any], chip: Chip) -> dict[str, Number]:
     """`calibrate` from a grid's results rows, evaluated on `chip` with cached features.
 
     Rows with `timing` are taken where there are any: their batch is known, and loading and

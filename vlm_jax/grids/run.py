@@ -20,8 +20,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import compressors, progress
+from vlm_jax import compressors, mesh, progress
 from vlm_jax.compressors.compressor import Compressor
+from vlm_jax.cost import described
 from vlm_jax.cost import flops as cost
 from vlm_jax.data import loader, sources, targets
 from vlm_jax.evals import tasks
@@ -44,7 +45,16 @@ from vlm_jax.training.features import (
 )
 from vlm_jax.training.forecast import largest, standing
 from vlm_jax.training.stages import Inputs
-from vlm_jax.training.workdir import Claim, another, digest, flat, of_json, provenance, write_json
+from vlm_jax.training.workdir import (
+    Claim,
+    another,
+    claim,
+    digest,
+    flat,
+    of_json,
+    provenance,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 
@@ -278,8 +288,64 @@ def keep(folder: Path, cells: Sequence[Cell], rows: Mapping[str, records.Row]) -
     records.write(folder / "rows.jsonl", [rows[c.name] for c in cells if c.name in rows])
 
 
-def run(claimed: Claim, command: str) -> dict:
-    """All cells that have no row yet, then the law and the report; what the report says of it."""
+def checked(config: ConfigDict) -> ConfigDict:
+    """The configuration of a grid; ValueError for a field that is none, or that no grid has."""
+    fields.check_names(flat(config))
+    fields.check(flat(config))
+    if config.start_from:
+        raise ValueError(
+            f"start_from={config.start_from}: a grid makes models of its own sizes; only "
+            "`vlm-jax train` starts from a model that is there"
+        )
+    return config
+
+
+def opened(config: Any) -> ConfigDict:
+    """A configuration, or the one of a file, checked as that of a grid."""
+    if isinstance(config, (str, Path)):
+        config = described.load(config, "get_config")()
+    return checked(config)
+
+
+def cell_names(config: Any) -> list[str]:
+    """The cells of a configuration's grid, LLM size x visual tokens x seed, in their order.
+
+    Args:
+      config: a configuration, or the path of one.
+    Raises:
+      ValueError: for a configuration of no grid.
+    """
+    return [cell.name for cell in cells_of(opened(config))]
+
+
+def train_cell(config: Any, workdir: str | Path, *, cell: str) -> records.Row:
+    """Trains and evaluates one cell of a grid; its row, which is read back where it is finished.
+
+    What cells share (encoder, features, tokenizer) is made at the first call. `workdir` is the
+    folder of the grid: `vlm-jax grid` with the same configuration goes on from it. A call that was
+    killed goes on when it is repeated.
+
+    Args:
+      config: a configuration, or the path of one.
+      workdir: a folder, made if it is not there.
+      cell: one of `cell_names(config)`.
+    Raises:
+      ValueError: for another cell, and a folder of another run.
+      Diverged: where the loss is no longer finite.
+    """
+    config, folder = opened(config), Path(workdir).absolute()
+    known = [one.name for one in cells_of(config)]
+    if cell not in known:
+        raise ValueError(f"cell={cell!r}: choose one of {', '.join(known)}")
+    command = f"vlm_jax.train_cell(config, {str(workdir)!r}, cell={cell!r})"
+    with jax.set_mesh(mesh.make(**config.mesh)), claim(folder, config, grid=True) as claimed:
+        run(claimed, command, only=cell)
+    return records.Row.from_json((folder / "cells" / cell / "row.json").read_text())
+
+
+def run(claimed: Claim, command: str, *, only: str | None = None) -> dict[str, Any]:
+    """All cells that have no row yet, or `only` one, then the law and the report; what the report
+    says of it."""
     begun = time.monotonic()
     config, folder, cells = claimed.config, claimed.folder, cells_of(claimed.config)
     same_cells(claimed, cells)
@@ -289,8 +355,8 @@ def run(claimed: Claim, command: str) -> dict:
     # What changes no result changes no hash: rows of one run have one.
     first = claimed.first()
     hashes = {cell.name: digest(cell.config) for cell in cells_of(first)}
-    described = dict(command=command, config=digest(first), method=method)
-    phase = Phases(folder / "run.json", described | facts)
+    about = dict(command=command, config=digest(first), method=method)
+    phase = Phases(folder / "run.json", about | facts)
     stages.check(config)
     for cell in cells:
         describe(cell)  # an impossible cell is found before the first is trained
@@ -307,7 +373,7 @@ def run(claimed: Claim, command: str) -> dict:
     if rows:
         progress.say(f"{len(rows)} of {len(cells)} cells were finished before")
     for number, cell in enumerate(cells, 1):
-        if cell.name in rows:
+        if cell.name in rows or only not in (None, cell.name):
             continue
         home, which = homes[cell.name], f"cell {number}/{len(cells)}: {cell.name}"
         progress.say(which)

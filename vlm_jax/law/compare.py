@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forms are judged by what they say about cells they were not fitted to, beside AIC and BIC."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from vlm_jax.law.forms import FORMS
@@ -19,8 +22,15 @@ FOLD_STARTS = 12  # beside the fit to all points, which is nearly always in the 
 
 
 def leave_out(
-    points: Points, form: str, column: str, *, seed=0, huber=None, weighting="stderr", near=None
-) -> dict:
+    points: Points,
+    form: str,
+    column: str,
+    *,
+    seed: int = 0,
+    huber: float | int | None = None,
+    weighting: str = "stderr",
+    near: np.ndarray | None = None,
+) -> dict[float, np.ndarray]:
     """Value of `column` ("N" or "V") -> the errors predicted at its points by a fit without them.
 
     `near` is the solver vector of the fit to all points, if it is known. Raises ValueError when a
@@ -46,11 +56,15 @@ def leave_out(
 
 def compare(
     points: Points, *, seed: int = 0, huber: float | None = None, weighting: str = "stderr"
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """One row per form with the fields COLUMNS; None, with a note, where the points are too few."""
     weight, rows = weights(points, weighting), []
     for name, form in FORMS.items():
-        row = dict.fromkeys(COLUMNS) | {"form": name, "formula": form.formula, "note": ""}
+        row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
+            "form": name,
+            "formula": form.formula,
+            "note": "",
+        }
         row["parameters"] = len(form.names)
         rows.append(row)
         try:
@@ -60,8 +74,8 @@ def compare(
             continue
         design = form.design(points.N, points.V, points.Q)
         theta, loss = minimum(design, points.error, weight, seed=seed, huber=huber)
-        row["sse"] = float(((points.error - predict(design, theta[None])[0]) ** 2).sum())
-        row["rmse"] = float(np.sqrt(row["sse"] / len(points)))
+        row["sse"] = sse = float(((points.error - predict(design, theta[None])[0]) ** 2).sum())
+        row["rmse"] = float(np.sqrt(sse / len(points)))
         row |= criteria(loss, len(points), len(theta))
         for column, field in (("N", "leave_one_size_out_rmse"), ("V", "leave_one_V_out_rmse")):
             try:
@@ -79,13 +93,13 @@ def compare(
     return rows
 
 
-def _rmse(points, column, folds):
+def _rmse(points: Points, column: str, folds: Mapping[float, np.ndarray]) -> float:
     values = getattr(points, column)
     misses = [predicted - points.error[values == value] for value, predicted in folds.items()]
     return float(np.sqrt(np.mean(np.concatenate(misses) ** 2)))
 
 
-def with_exponents(points: Points, law: Law, exponents: dict) -> dict:
+def with_exponents(points: Points, law: Law, exponents: Mapping[str, float]) -> dict[str, Any]:
     """How well given exponents (name -> value) fit when the rest of the law is fitted around them.
 
     Returns sse, the limit of the joint 95 % region (F statistic), inside (sse <= limit), A and D.
@@ -96,7 +110,7 @@ def with_exponents(points: Points, law: Law, exponents: dict) -> dict:
 
     form = FORMS[law.form]
     design = form.design(points.N, points.V, points.Q)
-    theta = to_vector(law.form, law.params | exponents | {"A": 1.0, "D": 0.0})
+    theta = to_vector(law.form, law.params | dict(exponents) | {"A": 1.0, "D": 0.0})
     columns = np.stack([predict(design, theta[None])[0], np.ones(len(points))], axis=1)
     solved = lsq_linear(columns, points.error, bounds=([0.0, FLOOR[0]], [np.inf, FLOOR[1]]))
     dof, held = len(points) - len(form.names), len(exponents)
@@ -106,7 +120,7 @@ def with_exponents(points: Points, law: Law, exponents: dict) -> dict:
     return {"sse": sse, "limit": float(limit), "inside": bool(sse <= limit), "A": A, "D": D}
 
 
-def without_floor(points: Points, law: Law) -> dict:
+def without_floor(points: Points, law: Law) -> dict[str, list[float]]:
     """Name -> [low, high], the 95 % intervals of an unweighted fit with D held at 0."""
     design = FORMS[law.form].design(points.N, points.V, points.Q)
     names, equal = FORMS[law.form].names, np.ones(len(points))
@@ -117,18 +131,32 @@ def without_floor(points: Points, law: Law) -> dict:
     return {name: ends[names.index(name)].tolist() for name in law.params if name in EFFECTS}
 
 
-def extrapolate(points: Points, law: Law, *, bootstrap: int, **how) -> dict:
+def extrapolate(
+    points: Points,
+    law: Law,
+    *,
+    bootstrap: int,
+    resample: str = "residuals",
+    seed: int = 0,
+    huber: float | int | None = None,
+    weighting: str = "stderr",
+) -> dict[str, Any]:
     """The largest size predicted by a fit without it, and twice that size by the law.
 
-    `how` goes to `law.fit`. Bands are 95 %: of a new cell for the held-out size, which was
-    measured, of the law for the size beyond. An entry is missing where the points or the draws are.
+    The other arguments are those of `law.fit`. Bands are 95 %: of a new cell for the held-out size,
+    which was measured, of the law for the size beyond. An entry is missing where the points or the
+    draws are.
     """
     if not bootstrap:
         return {}
-    largest, found = points.N.max(), {}
+    largest = points.N.max()
+    found: dict[str, Any] = {}
     kept, away = points.where(points.N < largest), points.where(points.N == largest)
     try:
-        without = fit(kept, law.form, bootstrap=bootstrap, intervals=False, **how)
+        without = fit(
+            kept, law.form, bootstrap=bootstrap, seed=seed, huber=huber, weighting=weighting,
+            resample=resample, intervals=False,
+        )  # fmt: skip
     except ValueError:
         pass
     else:

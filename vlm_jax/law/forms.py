@@ -5,12 +5,16 @@ serve all.
 N LLM parameters in billions   V visual tokens   Q text tokens   T the tokens a form counts
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+Numbers = int | float | np.number | np.ndarray | Sequence[Any]  # one place, or many
+
 # What an exponent multiplies inside exp(-...): T is V, or Q+V for the forms that say so.
-REGRESSORS = {
+REGRESSORS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "lnN": lambda log_n, log_t: log_n,
     "-lnN": lambda log_n, log_t: -log_n,
     "lnT": lambda log_n, log_t: log_t,
@@ -28,22 +32,22 @@ class Form:
 
     formula: str
     why: str
-    terms: dict
+    terms: dict[str, dict[str, str]]
     total_tokens: bool = False  # T = Q+V instead of V
 
     @property
-    def coefficients(self) -> list:
+    def coefficients(self) -> list[str]:
         return list(self.terms)
 
     @property
-    def exponents(self) -> list:
+    def exponents(self) -> list[str]:
         return list(dict.fromkeys(e for term in self.terms.values() for e in term))
 
     @property
-    def names(self) -> list:
+    def names(self) -> list[str]:
         return [*self.coefficients, "D", *self.exponents]
 
-    def design(self, N, V, Q) -> np.ndarray:
+    def design(self, N: Numbers, V: Numbers, Q: Numbers) -> np.ndarray:
         """float64[terms, exponents, n]: what each exponent multiplies in each term at n places."""
         log_n = np.log(np.asarray(N, dtype=np.float64))
         tokens = np.asarray(V, dtype=np.float64) + (

@@ -7,14 +7,25 @@ Watts, Nonlinear Regression Analysis, 1988, chapter 6). It follows curvature and
 estimate plus-minus two standard errors does not.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
-from vlm_jax.law.solve import FLOOR, bounds, jacobian, loss_of, predict, solve
+from vlm_jax.law.solve import FLOOR, Array, bounds, jacobian, loss_of, predict, solve
 
 RESAMPLINGS = ("residuals", "rows", "cells")
 
 
-def profile(design, y, weight, best, *, level=0.95, huber=None, held=None):
+def profile(
+    design: Array,
+    y: Array,
+    weight: Array,
+    best: Array,
+    *,
+    level: float = 0.95,
+    huber: float | int | None = None,
+    held: Array | None = None,
+) -> tuple[Array, Array]:
     """Each parameter's interval float64[P, 2], and whether each end is closed, bool[P, 2].
 
     `best` is the fitted parameter vector; `held` bool[P] keeps parameters at it. An end that is not
@@ -37,7 +48,7 @@ def profile(design, y, weight, best, *, level=0.95, huber=None, held=None):
     fixed[np.arange(count), which] = True
 
     # sqrt(profile - floor) is close to linear in the parameter, so brackets are cut in that scale.
-    def height(loss):
+    def height(loss: Array) -> Array:
         return np.sqrt(np.maximum(loss - floor, 0.0) / max(limit - floor, 1e-300)) - 1.0
 
     # The last solution below the limit is a warm start for the next.
@@ -81,7 +92,18 @@ def profile(design, y, weight, best, *, level=0.95, huber=None, held=None):
     return ends, closed.reshape(size, 2)
 
 
-def _held(design, y, weight, inside, fixed, which, problems, at, huber, height):
+def _held(
+    design: Array,
+    y: Array,
+    weight: Array,
+    inside: Array,
+    fixed: Array,
+    which: Array,
+    problems: Array,
+    at: Array,
+    huber: float | int | None,
+    height: Callable[[Array], Array],
+) -> tuple[Array, Array]:
     start = inside[problems].copy()
     start[np.arange(len(problems)), which[problems]] = at
     theta, loss = solve(
@@ -90,7 +112,7 @@ def _held(design, y, weight, inside, fixed, which, problems, at, huber, height):
     return theta, height(loss)
 
 
-def _tangent(design, weight, best):
+def _tangent(design: Array, weight: Array, best: Array) -> Array:
     """The law's derivative at each point, float64[P, n], in units of the noise; 0 for a D of 0."""
     columns = jacobian(design, best[None])[0][0] * np.sqrt(weight)
     if best[design.shape[0]] <= FLOOR[0]:
@@ -98,7 +120,7 @@ def _tangent(design, weight, best):
     return columns
 
 
-def _spread(design, y, weight, best):
+def _spread(design: Array, y: Array, weight: Array, best: Array) -> Array:
     """A first step for each parameter: its standard error if the law were linear, within reason."""
     low, high = bounds(design)
     columns = _tangent(design, weight, best)
@@ -108,8 +130,17 @@ def _spread(design, y, weight, best):
 
 
 def draws(
-    design, y, weight, best, *, count, rng, resample="residuals", cells=None, huber=None
-) -> np.ndarray:
+    design: Array,
+    y: Array,
+    weight: Array,
+    best: Array,
+    *,
+    count: int,
+    rng: np.random.Generator,
+    resample: str = "residuals",
+    cells: Array | None = None,
+    huber: float | int | None = None,
+) -> Array:
     """`count` bootstrap parameter vectors, float64[count, P].
 
     "residuals" keeps the grid and adds resampled residuals to the fit, each divided by sqrt(1 -
@@ -132,13 +163,15 @@ def draws(
         widen = np.sqrt((n - size) / rng.chisquare(n - size, (count, 1)))
         noise = pure[rng.integers(0, n, (count, n))] * widen / root
         return solve(design, fitted + noise, weight[None], start, huber=huber)[0]
-    cells = np.arange(n) if resample == "rows" else np.unique(cells, return_inverse=True)[1]
+    if resample == "rows" or cells is None:
+        cells = np.arange(n)
+    cells = np.unique(cells, return_inverse=True)[1]
     members = cells.max() + 1
     picked = rng.multinomial(members, np.full(members, 1 / members), count)
     return solve(design, y[None], weight * picked[:, cells], start, huber=huber)[0]
 
 
-def _leverage(design, weight, best):
+def _leverage(design: Array, weight: Array, best: Array) -> Array:
     """float64[n]: how far each point pulls its own fitted value, from the law's tangent plane."""
     columns = _tangent(design, weight, best)
     directions, lengths, _ = np.linalg.svd(columns.T, full_matrices=False)

@@ -5,12 +5,14 @@ N LLM parameters in billions   V visual tokens   Q text tokens   P parameters   
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from vlm_jax.law import intervals as likely
-from vlm_jax.law.forms import FORMS
+from vlm_jax.law.forms import FORMS, Numbers
 from vlm_jax.law.points import Points
 from vlm_jax.law.solve import LOG_COEFFICIENT, predict, solve, starts
 
@@ -30,30 +32,38 @@ class Law:
     """
 
     form: str
-    params: dict
+    params: dict[str, float]
     sse: float
     rmse: float
     n: int
-    intervals: dict = field(default_factory=dict)
-    bootstrap_intervals: dict = field(default_factory=dict)
-    identified: dict = field(default_factory=dict)
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+    bootstrap_intervals: dict[str, list[float]] = field(default_factory=dict)
+    identified: dict[str, bool] = field(default_factory=dict)
     samples: np.ndarray | None = None
-    domain: dict = field(default_factory=dict)
-    notes: list = field(default_factory=list)
-    criteria: dict = field(default_factory=dict)
+    domain: dict[str, list[float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    criteria: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def scatter(self) -> float:
         """The standard deviation of a measured cell around the law: sqrt(sse / (n - P))."""
         return float(np.sqrt(self.sse / (self.n - len(self.params))))
 
-    def error(self, N, V, Q=0):
+    def error(self, N: Numbers, V: Numbers, Q: Numbers = 0) -> np.ndarray:
         """The predicted error, a fraction, shaped as N, V and Q broadcast."""
         shape = np.broadcast_shapes(np.shape(N), np.shape(V), np.shape(Q))
         design = self._design(N, V, Q)
         return predict(design, to_vector(self.form, self.params)[None])[0].reshape(shape)
 
-    def band(self, N, V, Q=0, *, level: float = 0.95, measured: bool = False):
+    def band(
+        self,
+        N: Numbers,
+        V: Numbers,
+        Q: Numbers = 0,
+        *,
+        level: float = 0.95,
+        measured: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(low, high) between which the law lies at `level`.
 
         `measured` adds the scatter of one new cell. Quantiles of the bootstrap draws, shaped as N,
@@ -71,12 +81,16 @@ class Law:
         low, high = np.quantile(errors, [0.5 - level / 2, 0.5 + level / 2], axis=0)
         return low.reshape(shape), high.reshape(shape)
 
-    def _design(self, N, V, Q):
+    def _design(self, N: Numbers, V: Numbers, Q: Numbers) -> np.ndarray:
         return FORMS[self.form].design(*(x.ravel() for x in np.broadcast_arrays(N, V, Q)))
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain fields for JSON; the parameters stand beside the others at the top level."""
-        fields = {"form": self.form, "formula": FORMS[self.form].formula, **self.params}
+        fields: dict[str, Any] = {
+            "form": self.form,
+            "formula": FORMS[self.form].formula,
+            **self.params,
+        }
         for name in ("sse", "rmse", "n", *OPTIONAL):
             fields[name] = getattr(self, name)
         if self.samples is not None:
@@ -89,7 +103,7 @@ class Law:
         return json.dumps(self.to_dict(), allow_nan=False)
 
     @classmethod
-    def from_dict(cls, fields: dict) -> "Law":
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Law":
         """The law in parsed JSON; other fields are ignored. Raises ValueError."""
         form = fields.get("form")
         if form not in FORMS:
@@ -120,26 +134,26 @@ class Law:
 OPTIONAL = ("intervals", "bootstrap_intervals", "identified", "domain", "notes", "criteria")
 
 
-def ordered(form: str) -> list:
+def ordered(form: str) -> list[str]:
     """Parameter names as people read them: A, alpha, beta, D, then what else the form has."""
     names = FORMS[form].names
     first = [name for name in ("A", "alpha", "beta", "D") if name in names]
     return first + [name for name in names if name not in first]
 
 
-def to_vector(form: str, params: dict) -> np.ndarray:
+def to_vector(form: str, params: Mapping[str, float]) -> np.ndarray:
     """The solver's parameter vector, float64[P], of parameters by name."""
     return _logarithmic(form, [[params[name] for name in FORMS[form].names]])[0]
 
 
-def _logarithmic(form, vectors):
+def _logarithmic(form: str, vectors: Numbers) -> np.ndarray:
     terms = len(FORMS[form].coefficients)
     vectors = np.array(vectors, dtype=np.float64)
     vectors[:, :terms] = np.log(np.maximum(vectors[:, :terms], 1e-300))
     return vectors
 
 
-def _linear(form, vectors):
+def _linear(form: str, vectors: Numbers) -> np.ndarray:
     """Solver vectors [m, P] with coefficients for their logarithms; 0 at the search bound."""
     terms = len(FORMS[form].coefficients)
     vectors = np.array(vectors, dtype=np.float64)
@@ -148,7 +162,7 @@ def _linear(form, vectors):
     return vectors
 
 
-def _by_name(form, rows) -> dict:
+def _by_name(form: str, rows: np.ndarray) -> dict[str, Any]:
     """Name -> its row (a number or [low, high]) as plain Python, in reading order."""
     named = dict(zip(FORMS[form].names, rows.tolist(), strict=True))
     return {name: named[name] for name in ordered(form)}
@@ -190,7 +204,15 @@ def weights(points: Points, weighting: str = "stderr") -> np.ndarray:
     return weight / weight.mean()
 
 
-def minimum(design, y, weight, *, seed: int = 0, huber=None, near=None):
+def minimum(
+    design: np.ndarray,
+    y: np.ndarray,
+    weight: np.ndarray,
+    *,
+    seed: int = 0,
+    huber: float | int | None = None,
+    near: np.ndarray | None = None,
+) -> tuple[np.ndarray, float]:
     """The best of many starts (and of `near`, a solver vector): vector float64[P] and its loss."""
     many = starts(design, y, weight, STARTS, np.random.default_rng(seed))
     if near is not None:
@@ -224,7 +246,7 @@ def fit(
     design = FORMS[form].design(points.N, points.V, points.Q)
     best, loss = minimum(design, y, weight, seed=seed, huber=huber)
     sse = float(((y - predict(design, best[None])[0]) ** 2).sum())
-    found = {
+    found: dict[str, Any] = {
         "form": form,
         "params": _by_name(form, _linear(form, best[None])[0]),
         "sse": sse,
@@ -234,8 +256,8 @@ def fit(
         "criteria": criteria(loss, len(y), len(best)),
     }
     if intervals:
-        ends, closed = likely.profile(design, y, weight, best, huber=huber)
-        ends, closed = _by_name(form, _linear(form, ends.T).T), _by_name(form, closed)
+        limits, bounded = likely.profile(design, y, weight, best, huber=huber)
+        ends, closed = _by_name(form, _linear(form, limits.T).T), _by_name(form, bounded)
         found["intervals"] = ends
         found["identified"] = {name: all(sides) for name, sides in closed.items()}
         found["notes"] = in_words(found["params"], ends, closed) + lack_of_fit(
@@ -249,18 +271,20 @@ def fit(
             count=bootstrap, rng=rng, resample=resample, cells=cells, huber=huber,
         )  # fmt: skip
         found["samples"] = _linear(form, samples)
-        ends = np.quantile(found["samples"], [0.025, 0.975], axis=0).T
-        found["bootstrap_intervals"] = _by_name(form, ends)
+        quantiles = np.quantile(found["samples"], [0.025, 0.975], axis=0).T
+        found["bootstrap_intervals"] = _by_name(form, quantiles)
     return Law(**found)
 
 
-def _places(points) -> np.ndarray:
+def _places(points: Points) -> np.ndarray:
     """int[n]: equal numbers where N, V and Q are equal, as they are for the seeds of one cell."""
     places = np.stack([points.N, points.V, points.Q])
     return np.unique(places, axis=1, return_inverse=True)[1].ravel()
 
 
-def lack_of_fit(y, fitted, weight, cells, size) -> list:
+def lack_of_fit(
+    y: np.ndarray, fitted: np.ndarray, weight: np.ndarray, cells: np.ndarray, size: int
+) -> list[str]:
     """A note if repeated cells show that the form is wrong: the classical F test at 5 %."""
     total = np.bincount(cells, weight)
     mean = (np.bincount(cells, weight * y) / total)[cells]
@@ -281,7 +305,7 @@ def lack_of_fit(y, fitted, weight, cells, size) -> list:
     ]
 
 
-def criteria(loss: float, n: int, size: int) -> dict:
+def criteria(loss: float, n: int, size: int) -> dict[str, float | None]:
     """AIC, AICc (None where n is too small for it) and BIC of Gaussian residuals, from a weighted
     loss.
 
@@ -301,7 +325,9 @@ EFFECTS = {
 }
 
 
-def in_words(params: dict, intervals: dict, closed: dict) -> list:
+def in_words(
+    params: Mapping[str, float], intervals: Mapping[str, Any], closed: Mapping[str, Any]
+) -> list[str]:
     """What the points determine and what they do not: one sentence for each parameter in doubt."""
     notes = []
     for name, (low, high) in intervals.items():

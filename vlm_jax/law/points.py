@@ -4,6 +4,7 @@
 N LLM parameters in billions   V visual tokens   Q text tokens   error = 1 - score, a fraction
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +24,9 @@ class Points:
     Q: np.ndarray
     error: np.ndarray
     stderr: np.ndarray
-    label: list
+    label: list[str]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         lengths = {
             name: len(getattr(self, name)) for name in ("N", "V", "Q", "error", "stderr", "label")
         }
@@ -50,21 +51,21 @@ class Points:
         )
         for name, good, rule in rules:
             if not np.all(good):
-                bad = np.flatnonzero(~good)
+                bad = np.flatnonzero(~good).tolist()
                 values = ", ".join(f"{v:g}" for v in getattr(self, name)[bad][:5])
                 raise ValueError(f"{rule}, got {name} = {values} in {self._where(bad)}")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.error)
 
-    def where(self, keep) -> "Points":
+    def where(self, keep: np.ndarray) -> "Points":
         """The points whose `keep` (bool[n]) is true."""
         columns = {k: getattr(self, k)[keep] for k in ("N", "V", "Q", "error", "stderr")}
         return Points(
             **columns, label=[label for label, k in zip(self.label, keep, strict=True) if k]
         )
 
-    def _where(self, indices):
+    def _where(self, indices: list[int]) -> str:
         shown = ", ".join(
             f"{i + 1} ({self.label[i] or 'N=' + format(self.N[i], 'g')}, V={self.V[i]:g})"
             for i in indices[:5]
@@ -83,10 +84,10 @@ class Cell:
     Q: float
     label: str
     seed: int
-    errors: dict
+    errors: dict[str, tuple[float, float]]
 
 
-def of_cells(cells, family: str | None = None) -> Points:
+def of_cells(cells: Sequence[Cell], family: str | None = None) -> Points:
     """The points of one family, or of the unweighted mean over all families when it is None.
 
     Standard errors of families are combined as independent. Raises ValueError when a cell lacks the

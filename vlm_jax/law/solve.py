@@ -12,30 +12,32 @@ B problems   K terms   E exponents   P = K + 1 + E parameters   n points
 
 import numpy as np
 
+Array = np.ndarray
+
 LOG_COEFFICIENT = (-60.0, 30.0)
 FLOOR = (0.0, 1.0)  # D is an error that no size removes
 EXPONENT = (-2.0, 5.0)  # negative: the error grows with size; a fit must be able to say so
 
 
-def bounds(design) -> tuple[np.ndarray, np.ndarray]:
+def bounds(design: Array) -> tuple[Array, Array]:
     """Lowest and highest parameter vectors, float64[P] each."""
     terms, exponents, _ = design.shape
     box = np.array([LOG_COEFFICIENT] * terms + [FLOOR] + [EXPONENT] * exponents)
     return box[:, 0], box[:, 1]
 
 
-def predict(design, theta) -> np.ndarray:
+def predict(design: Array, theta: Array) -> Array:
     """float64[B, n]: the errors at the n places of `design` [K, E, n] under `theta` [B, P]."""
     return _terms(design, theta).sum(1) + theta[:, design.shape[0], None]
 
 
-def _terms(design, theta):
+def _terms(design: Array, theta: Array) -> Array:
     terms, exponents, n = design.shape
     powers = theta[:, terms + 1 :] @ design.transpose(1, 0, 2).reshape(exponents, terms * n)
     return np.exp(theta[:, :terms, None] - powers.reshape(-1, terms, n))
 
 
-def jacobian(design, theta):
+def jacobian(design: Array, theta: Array) -> tuple[Array, Array]:
     """The derivative of `predict`, float64[B, P, n], and its value, float64[B, n]."""
     terms, exponents, n = design.shape
     each = _terms(design, theta)
@@ -47,7 +49,7 @@ def jacobian(design, theta):
     return columns, each.sum(1) + theta[:, terms, None]
 
 
-def loss_of(residual, weight, huber) -> np.ndarray:
+def loss_of(residual: Array, weight: Array, huber: float | int | None) -> Array:
     """float64[B]: weighted sum of squares, or with `huber` (in units of error) linear beyond it."""
     if huber is None:
         return (weight * residual**2).sum(-1)
@@ -55,7 +57,16 @@ def loss_of(residual, weight, huber) -> np.ndarray:
     return np.where(size <= huber, size**2, huber * (2 * size - huber)).sum(-1)
 
 
-def solve(design, y, weight, start, *, fixed=None, huber=None, iterations=300):
+def solve(
+    design: Array,
+    y: Array,
+    weight: Array,
+    start: Array,
+    *,
+    fixed: Array | None = None,
+    huber: float | int | None = None,
+    iterations: int = 300,
+) -> tuple[Array, Array]:
     """The parameters float64[B, P] and losses float64[B] of B least-squares problems, from B
     starts.
 
@@ -116,7 +127,7 @@ def solve(design, y, weight, start, *, fixed=None, huber=None, iterations=300):
     return theta, loss
 
 
-def starts(design, y, weight, count, rng) -> np.ndarray:
+def starts(design: Array, y: Array, weight: Array, count: int, rng: np.random.Generator) -> Array:
     """float64[count, P]: exponents drawn from a plausible range, the rest by non-negative fits."""
     from scipy.optimize import nnls
 

@@ -69,10 +69,8 @@ def buildable(search: planner.Search, chosen: planner.Candidate) -> list[planner
     return [
         candidate
         for kind, V in search.tokens.items()
-        if V[0] == "continuous"
-        for candidate in search.listed(
-            kind, [float(v) for v in tilings(math.isqrt(round(V[1][1])))]
-        )
+        if isinstance(V, planner.Between)
+        for candidate in search.listed(kind, [float(v) for v in tilings(math.isqrt(round(V.high)))])
         if (candidate.N, candidate.V) != (chosen.N, chosen.V)
     ]
 

@@ -11,6 +11,7 @@ allows, then refines V. tests/test_planner.py holds it to the closed form.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from vlm_jax.compressors.method import Method, Number
 from vlm_jax.cost import flops as cost
 from vlm_jax.cost import roofline
 from vlm_jax.cost.chips import Chip
+from vlm_jax.law.forms import Numbers
 from vlm_jax.law.law import Law
 from vlm_jax.models.sizes import LLMSize, ViTSize
 
@@ -38,7 +40,7 @@ class Mixture:
     laws: Mapping[str, Law]
     weights: Mapping[str, Number]
 
-    def error(self, N, V, Q=0):
+    def error(self, N: Numbers, V: Numbers, Q: Numbers = 0) -> Any:
         """The weighted predicted error, a fraction."""
         return sum(w * self.laws[name].error(N, V, Q) for name, w in self.weights.items())
 
@@ -60,10 +62,11 @@ class Mixture:
         low = high = 0.0
         for name, weight in self.weights.items():
             law = self.laws[name]
+            ends: Sequence[np.ndarray]
             if law.samples is not None:
                 ends = law.band(N, V, Q, level=level, measured=measured)
             elif law.rmse > 0:
-                ends = law.error(N, V, Q) + 1.96 * law.rmse * np.array([-1, 1])
+                ends = list(law.error(N, V, Q) + 1.96 * law.rmse * np.array([-1, 1]))
             else:
                 return None
             low, high = low + weight * float(ends[0]), high + weight * float(ends[1])
@@ -239,6 +242,14 @@ class Budget:
 
 
 @dataclasses.dataclass(frozen=True)
+class Between:
+    """Any V from `low` to `high`, whole or not."""
+
+    low: Number
+    high: Number
+
+
+@dataclasses.dataclass(frozen=True)
 class Candidate:
     """One affordable configuration with its predicted error and cost in the budget's unit."""
 
@@ -254,16 +265,16 @@ class Search:
     """Everything the search looks through.
 
     `llms` is a list of N, or None for every size; `tokens` maps each compressor to its list of V,
-    or to a pair ("continuous", (low, high)).
+    or to all V `Between` two.
     """
 
     law: Mixture
     cost: Cost
     budget: Budget
     llms: tuple[Number, ...] | None
-    tokens: Mapping[str, Sequence[Number] | tuple[str, tuple[Number, Number]]]
+    tokens: Mapping[str, Sequence[Number] | Between]
 
-    def predicted(self, N: Number | np.ndarray, V: Number) -> Number | np.ndarray:
+    def predicted(self, N: Numbers, V: Number) -> Any:
         """The error averaged over text lengths, in the shape of N."""
         return sum(share * self.law.error(N, V, q) for q, share in self.cost.workload.texts)
 
@@ -322,8 +333,8 @@ class Search:
         """Every candidate, best first. Raises ValueError naming the cheapest where nothing fits."""
         found: list[Candidate] = []
         for compressor, V in self.tokens.items():
-            if V[0] == "continuous":
-                found += self.continuous(compressor, *V[1])
+            if isinstance(V, Between):
+                found += self.continuous(compressor, V.low, V.high)
             else:
                 found += self.listed(compressor, V)
         if not found:
@@ -332,7 +343,7 @@ class Search:
 
     def _nothing(self) -> str:
         N = self.cost.lowest if self.llms is None else min(self.llms)
-        lows = {c: V[1][0] if V[0] == "continuous" else min(V) for c, V in self.tokens.items()}
+        lows = {c: V.low if isinstance(V, Between) else min(V) for c, V in self.tokens.items()}
         words = []
         for unit, limit in self.budget.limits:
             amount, kind, V = min((self.cost.amount(unit, N, V, c), c, V) for c, V in lows.items())

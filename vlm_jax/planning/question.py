@@ -15,16 +15,17 @@ from vlm_jax.compressors.method import Number
 from vlm_jax.cost import chips, described
 from vlm_jax.cost.chips import Chip
 from vlm_jax.cost.described import Models
+from vlm_jax.cost.roofline import PHASES
 from vlm_jax.law.law import Law
 from vlm_jax.models.sizes import LLMSize
 from vlm_jax.planning import answers, planner
-from vlm_jax.planning.spelled import number
+from vlm_jax.planning.spelled import law_fields, law_of, number
 
 MOST_TOKENS = 576  # patches of CLIP ViT-L/14-336: the paper's largest V
 FAMILY = "qwen1.5-"  # the paper's LLMs: what a plan without a configuration interpolates between
 COSTS = ("paper", "full")
 
-Choice = Mapping[str, Sequence[Number] | tuple[str, tuple[Number, Number]]]
+Choice = Mapping[str, Sequence[Number] | planner.Between]
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,6 @@ def refuse_chip(asked: bool) -> None:
 
 def by_phase(efficiency: Number | Mapping[str, Number] | None) -> Mapping[str, Number] | None:
     """The reached fraction of the roofline by phase."""
-    from vlm_jax.cost.roofline import PHASES
-
     if efficiency is None or isinstance(efficiency, Mapping):
         return efficiency
     return dict.fromkeys(PHASES, efficiency)
@@ -252,7 +251,7 @@ def token_choices(
             raise ValueError(
                 "--tokens=continuous needs --llms=continuous: with a list of LLMs, list V too"
             )
-        return {kind: ("continuous", (1.0, float(most))) for kind in kinds}
+        return {kind: planner.Between(1.0, float(most)) for kind in kinds}
     side = math.isqrt(most)
     offered = {kind: methods.named(kind).planned(side) for kind in kinds}
     if tokens is None:
@@ -275,6 +274,4 @@ def read_law(path: str | Path) -> Law:
     Raises:
       OSError, ValueError: for a file that is none.
     """
-    from vlm_jax.planning.spelled import law_fields, law_of
-
     return law_of(law_fields(Path(path)), str(path))

@@ -43,13 +43,15 @@ def draw(search: planner.Search, out_dir: Path | str) -> Figure:
         title=f"What {amount_text(limit)}{planner.UNITS[unit]} buys",
     )
     for number, (kind, V) in enumerate(search.tokens.items()):
-        continuous = V[0] == "continuous"
+        continuous = isinstance(V, planner.Between)
         grid = (
-            np.unique([*np.geomspace(*V[1], 65), chosen.V]) if continuous else np.array(sorted(V))
+            np.unique([*np.geomspace(V.low, V.high, 65), chosen.V])
+            if continuous
+            else np.array(sorted(V))
         )
         curve = search.listed(kind, [float(v) for v in grid])
         marks = (
-            search.listed(kind, [float(v) for v in tilings(math.isqrt(round(V[1][1])))])
+            search.listed(kind, [float(v) for v in tilings(math.isqrt(round(V.high)))])
             if continuous
             else curve
         )

@@ -6,8 +6,10 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vlm_jax.law.points import Cell, Points, of_cells
 from vlm_jax.rows import tables
@@ -38,12 +40,12 @@ class Row:
     Q: float
     G: float
     seed: int
-    tasks: dict  # task -> family, metric, score, stderr, n
-    families: dict  # family -> score, stderr, n
-    flops: dict  # FLOP_PARTS -> FLOPs of one request
+    tasks: dict[str, dict[str, Any]]  # task -> family, metric, score, stderr, n
+    families: dict[str, dict[str, Any]]  # family -> score, stderr, n
+    flops: dict[str, int | float]  # FLOP_PARTS -> FLOPs of one request
     # steps, examples, flops, seconds; lora where adapters were trained; initial_weights, first_loss
     # and last_loss, which differ in some digit where two rows were not trained alike.
-    train: dict
+    train: dict[str, Any]
     evaluate_seconds: float
     protocol: str
     prompt: str
@@ -51,14 +53,14 @@ class Row:
     data_hash: str
     config_hash: str
     commit: str
-    versions: dict
+    versions: dict[str, str]
     machine: str
     created: str
     schema: int = SCHEMA
     variant: str = ""  # what sets the compressor apart from its default, "pool" for instance
     # batch, seconds_per_example once everything is compiled, and new_tokens per batch (the closing
     # one included), which the longest answer decides; empty where only one batch was run.
-    timing: dict = field(default_factory=dict)
+    timing: dict[str, Any] = field(default_factory=dict)
     trained_with: str = ""  # names the one trained model that rows of several V share; else empty
 
     @property
@@ -99,9 +101,9 @@ def method_of(compressor: str, query: str, variant: str = "") -> str:
     return ", ".join(word for word in (compressor, variant, asked) if word)
 
 
-def families_of(tasks: dict) -> dict:
+def families_of(tasks: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Family -> score, stderr, n: the unweighted mean over its tasks, taken as independent."""
-    grouped = {}
+    grouped: dict[str, list[dict[str, Any]]] = {}
     for task in tasks.values():
         grouped.setdefault(task["family"], []).append(task)
     return {
@@ -114,7 +116,7 @@ def families_of(tasks: dict) -> dict:
     }
 
 
-def read(path) -> list[Row]:
+def read(path: str | Path) -> list[Row]:
     """The rows of a rows.jsonl file, in file order.
 
     A last line that is torn (a writer was killed) is left out with a warning. Raises ValueError for
@@ -122,7 +124,8 @@ def read(path) -> list[Row]:
     """
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    rows, seen = [], {}
+    rows: list[Row] = []
+    seen: dict[str, int] = {}
     for number, line in numbered:
         try:
             row = Row.from_json(line)
@@ -145,12 +148,12 @@ def read(path) -> list[Row]:
     return rows
 
 
-def write(path, rows) -> None:
+def write(path: str | Path, rows: Iterable[Row]) -> None:
     """Replaces the file by these rows, sorted by cell, as `replace` does."""
     replace(path, "".join(row.to_json() + "\n" for row in sorted(rows, key=lambda row: row.cell)))
 
 
-def replace(path, text: str) -> None:
+def replace(path: str | Path, text: str) -> None:
     """Writes the file so that a reader, and a crash, sees all of the old text or all of the new."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -164,9 +167,9 @@ def replace(path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def methods(rows) -> dict[str, int]:
+def methods(rows: Iterable[Row]) -> dict[str, int]:
     """Method -> its number of sighted cells, most first, then by name; blind rows do not count."""
-    cells = {}
+    cells: dict[str, set[tuple[int, int | float, int]]] = {}
     for row in rows:
         if not row.blind:
             cells.setdefault(row.method, set()).add((row.llm_parameters, row.V, row.seed))
@@ -174,7 +177,7 @@ def methods(rows) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def main_method(rows) -> str:
+def main_method(rows: Sequence[Row]) -> str:
     """The method of the grid proper: the one with most sighted cells. ValueError when two tie."""
     counts = methods(rows)
     if not counts:
@@ -189,7 +192,7 @@ def main_method(rows) -> str:
     return tied[0]
 
 
-def of_method(rows, name: str) -> list[Row]:
+def of_method(rows: Sequence[Row], name: str) -> list[Row]:
     """The rows of one method, or of a compressor where all of its rows are one method.
 
     Raises ValueError for a name that no row has, and for a compressor with several methods.
@@ -207,7 +210,7 @@ def of_method(rows, name: str) -> list[Row]:
 
 
 def cells(
-    rows, *, blind: bool = False, method: str | None = None, by: str = "families"
+    rows: Sequence[Row], *, blind: bool = False, method: str | None = None, by: str = "families"
 ) -> list[Cell]:
     """The fit's cells: sighted rows (or blind ones) of one method, by default the grid's main one.
 
@@ -219,7 +222,7 @@ def cells(
         method = main_method(rows)
     if method is not None:
         kept = of_method(kept, method)
-    seen = {}
+    seen: dict[tuple[int, int | float, str, int], str] = {}
     for row in kept:
         key = (row.llm_parameters, row.V, row.method, row.seed)
         if key in seen:
@@ -242,7 +245,11 @@ def cells(
 
 
 def points(
-    rows, family: str | None = None, *, blind: bool = False, method: str | None = None
+    rows: Sequence[Row],
+    family: str | None = None,
+    *,
+    blind: bool = False,
+    method: str | None = None,
 ) -> Points:
     """The points of one family or task (None: the mean over families), filtered as `cells` does."""
     task = family is not None and any(family in row.tasks for row in rows)
@@ -250,7 +257,7 @@ def points(
     return of_cells(cells(rows, blind=blind, method=method, by=by), family)
 
 
-def doubts(rows, chip: str) -> list[str]:
+def doubts(rows: Sequence[Row], chip: str) -> list[str]:
     """What is doubtful about times of this chip that are fitted to these rows."""
     found = []
     machines = sorted({row.machine for row in rows if ("cpu" in row.machine) != (chip == "cpu")})
@@ -267,7 +274,7 @@ def doubts(rows, chip: str) -> list[str]:
     return found
 
 
-def is_rows(path) -> bool:
+def is_rows(path: str | Path) -> bool:
     """Whether the file holds rows of this project (as opposed to somebody's table)."""
     if Path(path).suffix not in (".jsonl", ".ndjson"):
         return False
@@ -279,10 +286,23 @@ def is_rows(path) -> bool:
         return False
 
 
-def load_points(
-    path, family: str | None = None, *, method: str | None = None, **how_to_read
+def read_points(
+    path: str | Path,
+    family: str | None = None,
+    *,
+    method: str | None = None,
+    n_unit: str | None = None,
+    text_tokens: float = 0.0,
 ) -> Points:
-    """The points of a results file: our own rows.jsonl, or a foreign table (`tables.read`)."""
+    """The points of a results file: our own rows.jsonl, or somebody's table.
+
+    Args:
+      family: one family or task; the mean over families unless given.
+      method: of a grid's rows; the one with most cells unless given.
+      n_unit, text_tokens: of a table, as `tables.read` has them.
+    Raises:
+      OSError, ValueError: for a file that is none, saying where.
+    """
     if is_rows(path):
         return points(read(path), family, method=method)
-    return of_cells(tables.read(path, **how_to_read), family)
+    return of_cells(tables.read(path, n_unit=n_unit, text_tokens=text_tokens), family)

@@ -11,9 +11,14 @@ also be given themselves, with N and V (and Q) added at their top level.
 import csv
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vlm_jax.law.points import Cell
+
+Line = Mapping[str, Any]  # column -> value
+Place = tuple[float, float, float, str, int]  # N, V, Q, label, seed
 
 N_UNITS = {"billions": 1.0, "millions": 1e-3, "parameters": 1e-9}
 LARGEST_N_BILLIONS = 3e3  # three trillion parameters: beyond it N was given in another unit
@@ -40,7 +45,7 @@ LMMS_EVAL = {
 }
 
 
-def read(path, *, n_unit: str | None = None, text_tokens: float = 0.0) -> list[Cell]:
+def read(path: str | Path, *, n_unit: str | None = None, text_tokens: float = 0.0) -> list[Cell]:
     """The cells of a foreign table; repeated identical lines count once.
 
     `n_unit` is one of N_UNITS; None means billions and refuses numbers that cannot be.
@@ -63,7 +68,8 @@ def read(path, *, n_unit: str | None = None, text_tokens: float = 0.0) -> list[C
     unit = 1.0
     if given != "results":
         unit = _unit(path, [(where, score) for where, _, _, score, _ in long], given)
-    found, cells = {}, {}
+    found: dict[tuple[Place, str], tuple[int, tuple[float, float]]] = {}
+    cells: dict[Place, Cell] = {}
     for where, line, family, score, stderr in long:
         N = _size(_number(path, where, line, "N"), n_unit, f"{path}:{where}")
         V = _number(path, where, line, "V")
@@ -94,7 +100,7 @@ def read(path, *, n_unit: str | None = None, text_tokens: float = 0.0) -> list[C
     return list(cells.values())
 
 
-def _lines(path):
+def _lines(path: Path) -> list[tuple[int, Line]]:
     """(line number, fields) of each row of the file."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -125,7 +131,7 @@ def _lines(path):
     return rows
 
 
-def _score_column(path, lines):
+def _score_column(path: Path, lines: Sequence[tuple[int, Line]]) -> str:
     columns = {column for _, line in lines for column in line}
     given = [name for name in SCORES if name in columns]
     missing = [name for name in ("N", "V") if name not in columns]
@@ -148,7 +154,7 @@ def _score_column(path, lines):
     return given[0]
 
 
-def _scores(path, where, line, given):
+def _scores(path: Path, where: int, line: Line, given: str) -> list[tuple[str, float, float]]:
     """(family, score, stderr) of one line; several for an lmms-eval file."""
     if given != "results":
         stderr = math.nan
@@ -175,7 +181,7 @@ def _scores(path, where, line, given):
     return [(task, *_lmms_eval(path, where, task, metrics)) for task, metrics in tasks.items()]
 
 
-def _lmms_eval(path, where, task, metrics):
+def _lmms_eval(path: Path, where: int, task: str, metrics: Line) -> tuple[float, float]:
     """(score, stderr) as fractions of one task's `metric,filter` entries."""
     values = {
         key.split(",")[0]: value
@@ -201,8 +207,8 @@ def _lmms_eval(path, where, task, metrics):
     return score, stderr / largest
 
 
-def _number(path, where, line, name):
-    value = line.get(name)
+def _number(path: Path, where: int, line: Line, name: str) -> float:
+    value: Any = line.get(name)
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -218,7 +224,7 @@ def _number(path, where, line, name):
     return number
 
 
-def _unit(path, scores, given):
+def _unit(path: Path, scores: Sequence[tuple[int, float]], given: str) -> float:
     """What to multiply the column with to get fractions: 1, or 0.01 where every score is plainly a
     percentage; `scores` are (line, score)."""
     for where, score in scores:
@@ -237,7 +243,7 @@ def _unit(path, scores, given):
     return 0.01 if large else 1.0
 
 
-def _size(N, n_unit, where):
+def _size(N: float, n_unit: str | None, where: str) -> float:
     if n_unit is None and N >= LARGEST_N_BILLIONS:
         raise ValueError(
             f"{where}: N = {N:g} billion parameters is more than any LLM has: if N counts "

@@ -136,7 +136,13 @@ class VLM:
         prompts: Prompt | Sequence[Prompt],
         *,
         exif: str = "apply",
-        **how,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        visual_tokens: int | None = None,
+        batch: int = 8,
+        told: Callable[[int, str], None] | None = None,
     ) -> list["Answer"]:
         """Answers, one for each prompt, in order.
 
@@ -148,7 +154,7 @@ class VLM:
             the first question, whose template places them.
           exif: "apply" turns an image upright as its EXIF orientation says, "ignore" takes the
             pixels as they lie.
-          how: as `answer` has it.
+          max_new_tokens, temperature, top_p, seed, visual_tokens, batch, told: as in `answer`.
         Raises:
           ValueError, OSError: for what cannot be answered, before anything is; of an image with its
             number.
@@ -172,7 +178,16 @@ class VLM:
                 except (ValueError, OSError) as error:
                     raise type(error)(f"{name}: {error}") from error
             made.append(self.request(found, prompt))
-        return self.answer(made, **how)
+        return self.answer(
+            made,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            visual_tokens=visual_tokens,
+            batch=batch,
+            told=told,
+        )
 
     def request(self, image: Any, prompt: Any, *, exif: str = "apply") -> Request:
         """A Picture or a list of them, and a Prompt, made ready.
@@ -358,3 +373,8 @@ class VLM:
                 )
             )
         return answers
+
+
+def load(path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> VLM:
+    """The model of a folder, as `VLM.from_checkpoint` reads it."""
+    return VLM.from_checkpoint(path, dtype=dtype, mesh=mesh)

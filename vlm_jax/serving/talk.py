@@ -5,6 +5,7 @@ import dataclasses
 import io
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from vlm_jax import progress
 from vlm_jax.data.example import IMAGE_MARK
@@ -52,7 +53,7 @@ def numbers(answer: Answer) -> str:
 def chat(
     model: VLM,
     images: Sequence[str] | None,
-    lines: io.TextIOBase,
+    lines: TextIO | io.TextIOBase,
     *,
     drawing: Drawing,
     exif: str = "apply",

@@ -74,7 +74,8 @@ def read(words: Sequence[str], *, default: Any = None) -> Given:
         if not isinstance(values.config, ConfigDict):
             raise ValueError(f"no configuration at {path}: {CONFIGURATION}")
         seed_of("seed", values.config.seed)
-        return Given(values.config, dict(values["config"].override_values))
+        flag: Any = values["config"]  # ml_collections' own kind of flag
+        return Given(values.config, dict(flag.override_values))
     except Exception as error:  # a configuration is a program, which may raise anything
         # str(KeyError) is the repr of its message.
         message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
@@ -103,8 +104,8 @@ def in_one_line(message: str, path: str) -> str:
         where = f"{path}, line {lines[-1]}" if lines else path
         message = f"{where}: {message.strip().splitlines()[-1]}"
     message = message.replace("\\n", "\n").replace("\\'", "'")
-    for said, meant in PARSERS.items():
-        message = re.sub(said, meant, message)
+    for said, better in PARSERS.items():
+        message = re.sub(said, better, message)
     if meant := re.search(r'Did you mean "(.+?)" instead of "(.+?)"', message):
         return f'"{meant[2]}", did you mean "{meant[1]}"?'
     return re.sub(r"\s*Other \w+ present:.*", "", message, flags=re.DOTALL)

@@ -34,18 +34,12 @@ def run(options: argparse.Namespace) -> int:
 
     from vlm_jax import mesh
     from vlm_jax.grids import run as grids
-    from vlm_jax.training import fields, stages
+    from vlm_jax.training import stages
     from vlm_jax.training.cells import cells_of, dry_run
     from vlm_jax.training.forecast import memory_of
-    from vlm_jax.training.workdir import claim, flat
+    from vlm_jax.training.workdir import claim
 
-    fields.check_names(flat(config))
-    fields.check(flat(config))
-    if config.start_from:
-        raise ValueError(
-            f"start_from={config.start_from}: a grid makes models of its own sizes; only "
-            "`vlm-jax train` starts from a model that is there"
-        )
+    grids.checked(config)
     with jax.set_mesh(mesh.make(**config.mesh)):
         if folder is None:
             stages.check(config)
@@ -54,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
             print(memory_of(cells))
             return 0
         # Cells of one size and V are one program, and a restart compiles nothing twice.
-        if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
+        if not jax.config.values["jax_compilation_cache_dir"]:  # JAX_COMPILATION_CACHE_DIR
             jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
         with claim(folder, config, grid=True) as claimed:
             print(json.dumps(grids.run(claimed, " ".join(["vlm-jax grid", *options.words]))))

@@ -45,24 +45,38 @@ def module(verb: str) -> ModuleType:
     """The file of a verb."""
     match verb:
         case "train":
-            from vlm_jax.verbs import train as found
+            from vlm_jax.verbs import train
+
+            return train
         case "evaluate":
-            from vlm_jax.verbs import evaluate as found
+            from vlm_jax.verbs import evaluate
+
+            return evaluate
         case "grid":
-            from vlm_jax.verbs import grid as found
+            from vlm_jax.verbs import grid
+
+            return grid
         case "report":
-            from vlm_jax.verbs import report as found
+            from vlm_jax.verbs import report
+
+            return report
         case "fit":
-            from vlm_jax.verbs import fit as found
+            from vlm_jax.verbs import fit
+
+            return fit
         case "plan":
-            from vlm_jax.verbs import plan as found
+            from vlm_jax.verbs import plan
+
+            return plan
         case "convert":
-            from vlm_jax.verbs import convert as found
+            from vlm_jax.verbs import convert
+
+            return convert
         case "generate":
-            from vlm_jax.verbs import generate as found
-        case _:
-            raise KeyError(verb)
-    return found
+            from vlm_jax.verbs import generate
+
+            return generate
+    raise KeyError(verb)
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -112,7 +126,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """ ", did you mean X?" where a known word is near, else nothing."""
+    """The end of a refusal: the known word that is nearest, or nothing where none is near."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f", did you mean {near[0]}?" if near else ""
 
