@@ -89,11 +89,10 @@ def peer(sizes: dict[str, Any], dtype: str):
 def ours(folder: Path, dtype: str, scales: tuple[int, ...]):
     """The same weights, as a model that serves M3's numbers of visual tokens."""
     import jax
-    from ml_collections import ConfigDict
 
     from configs import base
     from vlm_jax import mesh
-    from vlm_jax.data.processor import Processor
+    from vlm_jax.data.processor import Processor, RowFormat
     from vlm_jax.data.word_tokenizer import train_tokenizer
     from vlm_jax.models import vlm
     from vlm_jax.serving import model as serving
@@ -109,11 +108,10 @@ def ours(folder: Path, dtype: str, scales: tuple[int, ...]):
         stored.check()
         shapes = vlm.shapes(size)
         model = place(shapes, names.model_table(shapes), stored.tensors, dtype=dtype)
-    fields = ConfigDict(
-        dict(data=base.get_config().data, vit=stored.vit, compressor=stored.compressor)
-    )
-    fields.data.update(dict(template="plain", text_length=2048))
-    processor = Processor(train_tokenizer(["a"], 100), fields)
+    c = base.get_config()
+    c.vit.update(stored.vit)
+    c.data.update(dict(template="plain", text_length=2048))
+    processor = Processor(train_tokenizer(["a"], 100), replace(RowFormat.of(c), vocab=None))
     made = serving.VLM(model, processor, max_length=2048, mesh=one)
     made.prefix, made.begun = [], None  # transformers has no common beginning either
     made.decoder.stop_ids = made.decoder.stop_ids[:0]

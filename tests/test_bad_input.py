@@ -11,8 +11,8 @@ from PIL import Image
 from configs import base
 from vlm_jax.data.example import BadExample
 from vlm_jax.data.loader import Batches, evaluation_batches
-from vlm_jax.data.processor import Processor
-from vlm_jax.data.sources import open_source
+from vlm_jax.data.processor import Processor, RowFormat
+from vlm_jax.data.sources import Origin, open_source
 from vlm_jax.data.word_tokenizer import train_tokenizer
 
 
@@ -43,8 +43,8 @@ def opened(folder, rows, **fields):
     config.data.template, config.vit.image_size = "bare", 8
     with config.unlocked():
         config.data.update(fields)
-    source = open_source(config, "train")
-    return source, Processor(train_tokenizer(["what is it?", "a"], 200), config)
+    source = open_source(Origin.of(config), "train")
+    return source, Processor(train_tokenizer(["what is it?", "a"], 200), RowFormat.of(config))
 
 
 FAULTS = {

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vlm_jax.data.chat import Chat, Turn
 from vlm_jax.data.example import Example
-from vlm_jax.data.processor import Processor
+from vlm_jax.data.processor import Processor, RowFormat
 
 THOUGHT = "{% set said = m.content.split('</think>')[-1].lstrip('\n') %}"
 OPEN = "{% if add_generation_prompt %}"
@@ -133,8 +133,8 @@ def made():
         words = real.qwen(bos_token="<|endoftext|>")
         words.eos_token = EOS
         words.chat_template = TEMPLATES[name]
-        return Processor(real.with_image(words), tiny.config(
-            data=dict(template="checkpoint", text_length=400, question_length=40)))  # fmt: skip
+        return Processor(real.with_image(words), RowFormat.of(tiny.config(
+            data=dict(template="checkpoint", text_length=400, question_length=40))))  # fmt: skip
 
     return {name: build(name) for name in TEMPLATES}
 

@@ -11,7 +11,8 @@ import tiny
 
 from vlm_jax.__main__ import main
 from vlm_jax.data import loader, sources
-from vlm_jax.data.processor import Processor, load_tokenizer
+from vlm_jax.data.processor import Processor, RowFormat, load_tokenizer
+from vlm_jax.data.sources import Origin
 from vlm_jax.evals import tasks
 from vlm_jax.serving import predict as predictions
 from vlm_jax.serving.decoder import Decoder
@@ -23,10 +24,10 @@ NEW = 4
 def setting(trained, mesh1):
     """Configuration, test split, processor, and a model whose answers differ from row to row."""
     c = tiny.get_config()
-    source = sources.open_source(c, "test")
+    source = sources.open_source(Origin.of(c), "test")
     with jax.set_mesh(mesh1):
         model = tiny.roughened(tiny.created(c), scale=0.3)
-    return c, source, Processor(load_tokenizer(trained / "tokenizer"), c), model
+    return c, source, Processor(load_tokenizer(trained / "tokenizer"), RowFormat.of(c)), model
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def evaluated(trained, tmp_path_factory):
 def test_the_verb_writes_predictions_and_their_scores(evaluated):
     folder, printed = evaluated
     records = [json.loads(line) for line in (folder / "predictions.jsonl").open()]
-    assert len(records) == len(sources.open_source(tiny.get_config(), "test"))
+    assert len(records) == len(sources.open_source(Origin.of(tiny.get_config()), "test"))
     assert (
         printed
         == json.loads((folder / "scores.json").read_text())

@@ -12,7 +12,8 @@ import tiny
 from vlm_jax.__main__ import main
 from vlm_jax.cost import flops as cost
 from vlm_jax.data import loader, sources
-from vlm_jax.data.processor import Processor, load_tokenizer
+from vlm_jax.data.processor import Processor, RowFormat, load_tokenizer
+from vlm_jax.data.sources import Origin
 from vlm_jax.evals import tasks
 from vlm_jax.grids import run as grid_run
 from vlm_jax.models import vlm
@@ -134,8 +135,8 @@ def test_the_answer_of_a_grid_is_one_object_and_its_times_are_said(unbroken):
 def test_a_row_says_what_its_model_is_and_cost(unbroken, mesh1):
     folder, _ = unbroken
     c = tiny.config(finetune=dict(steps=3), align=dict(steps=2))
-    test = sources.open_source(c, "test")
-    processor = Processor(load_tokenizer(folder / "tokenizer"), c)
+    test = sources.open_source(Origin.of(c), "test")
+    processor = Processor(load_tokenizer(folder / "tokenizer"), RowFormat.of(c))
     lengths = [[int(processor.text(test[i], answer=a)["length"]) for a in (False, True)]
                for i in range(len(test))]  # fmt: skip
     Q, G = np.mean([p for p, _ in lengths]), np.mean([w - p for p, w in lengths])
@@ -163,8 +164,8 @@ def test_a_row_says_what_its_model_is_and_cost(unbroken, mesh1):
 def test_request_lengths_are_those_of_prompts_answers_and_what_is_asked(unbroken):
     folder, _ = unbroken
     c = tiny.config()
-    test = sources.open_source(c, "test")
-    inputs = Inputs(test, Processor(load_tokenizer(folder / "tokenizer"), c))
+    test = sources.open_source(Origin.of(c), "test")
+    inputs = Inputs(test, Processor(load_tokenizer(folder / "tokenizer"), RowFormat.of(c)))
     made = [inputs.processor.text(test[i], answer=False) for i in range(len(test))]
     for prefix, field in ((False, "question_length"), (True, "image_at")):
         Q, G, question = grid_run.request_lengths(inputs, prefix=prefix)

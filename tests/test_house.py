@@ -271,11 +271,13 @@ def leaves(config: ConfigDict, prefix: str = "") -> dict[str, str]:
 
 
 def read_names(module: ast.Module) -> set[str]:
-    """What a file reads as `.name`, and the parameters it uses: sections arrive as **section."""
+    """What a file reads as `.name` or `["name"]`, and the parameters that it uses."""
     names = set()
     for node in ast.walk(module):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             names.add(node.attr)
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            names.add(node.slice.value)
         if isinstance(node, ast.FunctionDef):
             given = {a.arg for a in [*node.args.args, *node.args.kwonlyargs]}
             used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}

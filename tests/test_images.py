@@ -9,7 +9,7 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from vlm_jax.data.images import Preparation
 from vlm_jax.data.pictures import read_image
-from vlm_jax.data.processor import Processor
+from vlm_jax.data.processor import Processor, RowFormat
 from vlm_jax.data.word_tokenizer import train_tokenizer
 
 HALF = (0.5, 0.5, 0.5)
@@ -65,10 +65,11 @@ def test_a_processor_prepares_as_the_configuration_says():
     fields = dict(image_mean=HALF, image_std=(0.5, 0.25, 0.5), image_fit="stretch")
     c = tiny.config(data=fields)
     words = train_tokenizer(["a"], 100)
-    made, image = Processor(words, c), published()
+    made, image = Processor(words, RowFormat.of(c)), published()
     expected = Preparation(32, "stretch", HALF, (0.5, 0.25, 0.5))
     np.testing.assert_array_equal(made.pixels(image), expected.normalise(expected.square(image)))
-    blind = Processor(words, tiny.config(data=fields | dict(blind=True))).pixels(image)
+    rows = RowFormat.of(tiny.config(data=fields | dict(blind=True)))
+    blind = Processor(words, rows).pixels(image)
     np.testing.assert_allclose(blind, np.zeros((32, 32, 3)), atol=0.02)
 
 
@@ -88,7 +89,7 @@ def test_a_processor_prepares_as_the_configuration_says():
 )
 def test_a_wrong_preparation_is_named(field, value, words):
     with pytest.raises(ValueError, match=words):
-        Preparation.of(tiny.config(data={field: value}))
+        Preparation.of(tiny.config(data={field: value}).data, 32)
 
 
 @pytest.mark.parametrize("shape", [(300, 701), (513, 40), (257, 256), (1, 60)])

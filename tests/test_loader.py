@@ -12,7 +12,7 @@ from vlm_jax import mesh as meshes
 from vlm_jax.data import loader
 from vlm_jax.data.benchmark.synthetic import Synthetic
 from vlm_jax.data.loader import Batches, evaluation_batches
-from vlm_jax.data.processor import Processor
+from vlm_jax.data.processor import Processor, RowFormat
 from vlm_jax.data.word_tokenizer import train_tokenizer
 
 
@@ -28,7 +28,7 @@ def processor(source):
     config.data.text_length = config.data.question_length = 32
     config.vit.image_size = 96
     texts = (text for i in range(len(source)) for turn in source[i].turns for text in turn)
-    return Processor(train_tokenizer(texts, 1000), config)
+    return Processor(train_tokenizer(texts, 1000), RowFormat.of(config))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_evaluation_sees_every_example_once(source, processor, features, batch, 
 def test_cut_rows_are_counted(source, processor, features):
     config = base.get_config()
     config.data.template, config.data.text_length, config.vit.image_size = "bare", 9, 96
-    short = Processor(processor.tokenizer, config)
+    short = Processor(processor.tokenizer, RowFormat.of(config))
     batches = Batches(source, short, batch=len(source), seed=1, features=features)
     next(batches)
     longer = sum(processor.text(source[i])["length"] > 9 for i in range(len(source)))

@@ -13,7 +13,8 @@ from flax import nnx
 
 from vlm_jax.__main__ import main
 from vlm_jax.data import sources
-from vlm_jax.data.processor import Processor
+from vlm_jax.data.processor import Processor, RowFormat
+from vlm_jax.data.sources import Origin
 from vlm_jax.data.word_tokenizer import train_tokenizer
 from vlm_jax.models import lora
 from vlm_jax.training import optimizer, stages, workdir
@@ -35,9 +36,9 @@ def config(**changes):
 @pytest.fixture(scope="module")
 def inputs():
     c = config()
-    source = sources.open_source(c, "train")
+    source = sources.open_source(Origin.of(c), "train")
     texts = [text for i in range(len(source)) for turn in source[i].turns for text in turn]
-    return stages.Inputs(source, Processor(train_tokenizer(texts, c.llm.vocab), c))
+    return stages.Inputs(source, Processor(train_tokenizer(texts, c.llm.vocab), RowFormat.of(c)))
 
 
 SHORT = dict(

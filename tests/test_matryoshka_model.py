@@ -15,7 +15,8 @@ from vlm_jax import mesh
 from vlm_jax.__main__ import main
 from vlm_jax.cost import flops as cost
 from vlm_jax.data import loader, prefixes, sources
-from vlm_jax.data.processor import Processor, load_tokenizer
+from vlm_jax.data.processor import Processor, RowFormat, load_tokenizer
+from vlm_jax.data.sources import Origin
 from vlm_jax.models import vlm
 from vlm_jax.rows import records
 from vlm_jax.serving.decoder import Decoder
@@ -108,8 +109,8 @@ def test_a_model_of_one_size_is_not_asked_for_another(mesh1):
 def batches(trained, mesh8):
     """Training batches of 8 rows, and how to draw prefixes for them."""
     c = tiny.get_config()
-    source = sources.open_source(c, "train")
-    processor = Processor(load_tokenizer(trained / "tokenizer"), c)
+    source = sources.open_source(Origin.of(c), "train")
+    processor = Processor(load_tokenizer(trained / "tokenizer"), RowFormat.of(c))
 
     def draw(mesh, **options):
         plain = loader.Batches(source, processor, batch=8, seed=3, mesh=mesh)

@@ -13,7 +13,7 @@ import tiny
 from PIL import Image
 
 from configs import demo
-from vlm_jax.data.sources import BadExample, open_source
+from vlm_jax.data.sources import BadExample, Origin, open_source
 from vlm_jax.training import fields
 from vlm_jax.training.workdir import flat
 from vlm_jax.verbs import configuration, parser
@@ -40,7 +40,7 @@ def opened(folder, text, **changed):
             Image.new("RGB", (8, 8)).save(folder / name)
     (folder / "rows.json").write_text(text)
     own = dict(source="llava", path=f"{folder}/rows.json", images=str(folder))
-    return open_source(tiny.config(data=own | changed), "train")
+    return open_source(Origin.of(tiny.config(data=own | changed)), "train")
 
 
 def test_the_rows_of_the_page_are_counted_as_it_says(tmp_path):
@@ -77,7 +77,7 @@ def test_the_snippet_makes_the_rows_that_the_page_says(tmp_path, monkeypatch):
     assert printed.getvalue() in PAGE and printed.getvalue().count("100 rows") == 2
     own = dict(source="llava", path="runs/own/{split}.json", images="runs/own/images")
     for split in ("train", "test"):
-        assert len(open_source(tiny.config(data=own), split).images) == 100
+        assert len(open_source(Origin.of(tiny.config(data=own)), split).images) == 100
 
 
 def test_the_page_has_commands_of_every_verb_that_it_needs():

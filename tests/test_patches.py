@@ -7,7 +7,8 @@ import pytest
 import tiny
 
 from vlm_jax.data import patches, sources
-from vlm_jax.data.processor import Processor
+from vlm_jax.data.processor import Processor, RowFormat
+from vlm_jax.data.sources import Origin
 from vlm_jax.data.word_tokenizer import train_tokenizer
 
 SIDE = 4
@@ -15,14 +16,14 @@ SIDE = 4
 
 @pytest.fixture(scope="module")
 def source():
-    return sources.open_source(tiny.get_config(), "train")
+    return sources.open_source(Origin.of(tiny.get_config()), "train")
 
 
 @pytest.fixture(scope="module")
 def processor(source):
     c = tiny.get_config()
     texts = [text for i in range(len(source)) for turn in source[i].turns for text in turn]
-    return Processor(train_tokenizer(texts, c.llm.vocab), c)
+    return Processor(train_tokenizer(texts, c.llm.vocab), RowFormat.of(c))
 
 
 def batches(source, processor, **options):

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from configs import base
 from vlm_jax.data.benchmark.synthetic import Synthetic
 from vlm_jax.data.example import Example
-from vlm_jax.data.processor import Processor, load_tokenizer
+from vlm_jax.data.processor import Processor, RowFormat, load_tokenizer
 from vlm_jax.data.templates import TEMPLATES
 from vlm_jax.data.word_tokenizer import train_tokenizer
 
@@ -19,14 +19,14 @@ SYSTEM = TEMPLATES["vicuna_v1"].start
 
 
 def configured(query=None, **fields):
-    """The base configuration with these data fields; with a query, of QueCC, which reads it."""
+    """Rows of the base configuration with these data fields; with a query those of QueCC."""
     config = base.get_config()
     config.data.text_length, config.data.question_length = 160, 12
     if query:
         config.compressor.update(dict(kind="quecc", query=query))
     with config.unlocked():
         config.data.update(fields)
-    return config
+    return RowFormat.of(config)
 
 
 @pytest.fixture(scope="module")
@@ -308,11 +308,11 @@ def test_a_prefix_needs_a_question_before_the_image_and_room_behind(small):
         with pytest.raises(ValueError, match=words):
             Processor(small, configured("prefix", template=template))
     with pytest.raises(ValueError, match="question_length=160 of data.text_length=160"):
-        Processor(small, configured("prefix", template="question_first", question_length=160))
+        configured("prefix", template="question_first", question_length=160)
     # Other compressors have no question, whatever the field says.
-    other = configured(template="bare")
+    other = base.get_config()
     other.compressor.query = "prefix"
-    assert Processor(small, other).query == "none"
+    assert Processor(small, RowFormat.of(other)).query == "none"
 
 
 def test_long_rows_are_cut_and_long_prompts_refused(small):

@@ -17,7 +17,8 @@ from vlm_jax.compressors import pretrained
 from vlm_jax.compressors.projector import MLP
 from vlm_jax.cost import flops as cost
 from vlm_jax.data import sources
-from vlm_jax.data.processor import Processor
+from vlm_jax.data.processor import Processor, RowFormat
+from vlm_jax.data.sources import Origin
 from vlm_jax.models import vlm
 from vlm_jax.models.sizes import LLMSize
 from vlm_jax.serving.predict import predict
@@ -164,9 +165,9 @@ def test_a_model_with_a_prefix_trains_and_answers(tmp_path, mesh8, caplog):
         finetune=dict(steps=2),
         llm=dict(depth=1),
     )
-    train, test = (sources.open_source(c, split) for split in ("train", "test"))
+    train, test = (sources.open_source(Origin.of(c), split) for split in ("train", "test"))
     with jax.set_mesh(mesh8):
-        processor = Processor(stages.tokenizer_of(c, None, train), c)
+        processor = Processor(stages.tokenizer_of(c, None, train), RowFormat.of(c))
         model = stages.train(c, tmp_path, stages.Inputs(train, processor))
         found = list(predict(c, model, test, processor))
     assert len(found) == len(test) and {f["answer"] for f in found} > {"yes", "no"}

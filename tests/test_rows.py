@@ -15,7 +15,7 @@ from configs import base
 from vlm_jax.data.example import BadExample
 from vlm_jax.data.paths import Folder, spelled
 from vlm_jax.data.rows import own_ids, read_rows
-from vlm_jax.data.sources import open_source
+from vlm_jax.data.sources import Origin, open_source
 
 DEEP = "[" * 100_000 + "]" * 100_000
 
@@ -42,7 +42,7 @@ def opened(folder, data, **fields):
     config.data.path, config.data.images = str(path), str(folder / "images")
     with config.unlocked():
         config.data.update(fields)
-    return open_source(config, "train")
+    return open_source(Origin.of(config), "train")
 
 
 def ids(source):

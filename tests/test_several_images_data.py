@@ -13,8 +13,8 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor
 from configs import demo
 from vlm_jax.data.example import BadExample, Example
 from vlm_jax.data.loader import Batches, evaluation_batches
-from vlm_jax.data.processor import Processor
-from vlm_jax.data.sources import open_source
+from vlm_jax.data.processor import Processor, RowFormat
+from vlm_jax.data.sources import Origin, open_source
 from vlm_jax.data.word_tokenizer import train_tokenizer
 from vlm_jax.training.cells import cells_of
 from vlm_jax.training.workdir import digest
@@ -174,7 +174,7 @@ def opened(tmp_path, rows):
         )  # fmt: skip
         c = tiny.config(data=fields | data, vit=dict(image_size=16))
         words = train_tokenizer(["what is it?", "red or blue?"], 200)
-        return open_source(c, "train"), Processor(words, c)
+        return open_source(Origin.of(c), "train"), Processor(words, RowFormat.of(c))
 
     return open_
 
@@ -294,8 +294,8 @@ def test_more_images_than_a_row_has_room_for_are_refused(opened):
     with pytest.raises(ValueError, match="data.images_per_row=0: at least 1"):
         opened(images_per_row=0)
     with pytest.raises(ValueError, match="images_per_row=2 goes with compressor.query='separate'"):
-        Processor(words(), tiny.config(data=dict(images_per_row=2, template="question_first"),
-                                       compressor=dict(kind="quecc", query="prefix")))  # fmt: skip
+        RowFormat.of(tiny.config(data=dict(images_per_row=2, template="question_first"),
+                                 compressor=dict(kind="quecc", query="prefix")))  # fmt: skip
 
 
 def test_a_grid_of_rows_with_several_images_is_refused_as_its_law_is_of_one():

@@ -13,9 +13,9 @@ from PIL import Image
 from vlm_jax.data.example import Images
 from vlm_jax.data.loader import Batches, evaluation_batches, not_answered
 from vlm_jax.data.patches import PatchBatches
-from vlm_jax.data.processor import Processor
+from vlm_jax.data.processor import Processor, RowFormat
 from vlm_jax.data.skips import Skip, Skips
-from vlm_jax.data.sources import BadExample, open_source
+from vlm_jax.data.sources import BadExample, Origin, open_source
 from vlm_jax.data.word_tokenizer import train_tokenizer
 from vlm_jax.evals import tasks
 from vlm_jax.training import features
@@ -153,8 +153,10 @@ def llava(tmp_path_factory):
     write(folder, "train", bad=(), gone=(), row5=dict(conversations=long))
     changes = dict(source="llava", path=f"{folder}/train.json", images=f"{folder}/images")
     c = tiny.config(data=dict(**changes, template="question_first"))
-    source = open_source(c, "train")
-    return source, Processor(train_tokenizer(["what colour is it?", *COLOURS], 256), c)
+    source = open_source(Origin.of(c), "train")
+    return source, Processor(
+        train_tokenizer(["what colour is it?", *COLOURS], 256), RowFormat.of(c)
+    )
 
 
 @pytest.mark.parametrize("table", [True, False])
@@ -202,7 +204,7 @@ def torn(source, bad):
 
 def test_an_encoder_is_trained_on_the_images_that_can_be_read(llava, mesh1, tmp_path):
     c = tiny.get_config()
-    source, processor = torn(open_source(c, "train"), {0, 7}), llava[1]
+    source, processor = torn(open_source(Origin.of(c), "train"), {0, 7}), llava[1]
     with pytest.raises(BadExample):
         list(itertools.islice(PatchBatches(source, processor, batch=8, seed=0, side=4), 5))
     batches = PatchBatches(source, processor, batch=8, seed=0, side=4, skip=True)

@@ -4,6 +4,7 @@
 import itertools
 import json
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from configs import base
 from vlm_jax.data import nlvr
-from vlm_jax.data.sources import SOURCES, open_source
+from vlm_jax.data.sources import SOURCES, Origin, open_source
 
 
 def configured(source, **fields):
@@ -19,7 +20,7 @@ def configured(source, **fields):
     config.data.source = source
     with config.unlocked():
         config.data.update(fields)
-    return config
+    return Origin.of(config)
 
 
 def said(*values):
@@ -71,7 +72,7 @@ def test_llava_splits_are_files(llava, tmp_path):
     with pytest.raises(ValueError, match="'val'.*{split}"):
         open_source(llava, "val")
     (tmp_path / "val.json").write_text((tmp_path / "rows.json").read_text())
-    llava.data.path = str(tmp_path / "{split}.json")
+    llava = replace(llava, path=str(tmp_path / "{split}.json"))
     assert len(open_source(llava, "val")) == 3
 
 
@@ -79,7 +80,7 @@ def test_synthetic_splits_have_the_configured_sizes():
     config = configured("synthetic", train_images=7, val_images=3, test_images=4)
     sizes = [len(open_source(config, split).images) for split in ("train", "val", "test")]
     assert sizes == [7, 3, 4]
-    config.seed = 1
+    config = replace(config, seed=1)
     assert (
         open_source(config, "val").data_hash
         != open_source(configured("synthetic", val_images=3), "val").data_hash

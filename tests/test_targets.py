@@ -13,8 +13,8 @@ from vlm_jax import mesh
 from vlm_jax.__main__ import main
 from vlm_jax.data import targets
 from vlm_jax.data.example import BadExample
-from vlm_jax.data.processor import Processor
-from vlm_jax.data.sources import open_source
+from vlm_jax.data.processor import Processor, RowFormat
+from vlm_jax.data.sources import Origin, open_source
 from vlm_jax.data.word_tokenizer import train_tokenizer
 from vlm_jax.training import stages
 from vlm_jax.training.log import Log
@@ -40,8 +40,8 @@ def write(folder, questions, answers=("a cat",)):
 def opened(folder, *, compressor=(), **data):
     changes = dict(source="llava", path=f"{folder}/rows.json", images=str(folder))
     c = tiny.config(data=changes | data, compressor=dict(compressor))
-    source = open_source(c, "train")
-    return source, Processor(train_tokenizer([*WORDS, "and?"], 256), c)
+    source = open_source(Origin.of(c), "train")
+    return source, Processor(train_tokenizer([*WORDS, "and?"], 256), RowFormat.of(c))
 
 
 def survey(folder, **how):
@@ -70,7 +70,7 @@ def test_rows_are_counted_by_what_is_left_of_them_when_they_are_cut(name, tmp_pa
     if name in ("bare", "vicuna_v1"):
         length, question = found.lengths[0]
         data = dict(template=name, text_length=length, question_length=question)
-        longer = Processor(processor.tokenizer, tiny.config(data=data))
+        longer = Processor(processor.tokenizer, RowFormat.of(tiny.config(data=data)))
         assert 0 < without < 37 and targets.survey(source, longer, skip=False).without == 0
         longer.text_length -= 8  # what is advised is rounded up to a multiple of 8
         assert targets.survey(source, longer, skip=False).without > 0

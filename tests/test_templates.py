@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from vlm_jax.data.example import Example
-from vlm_jax.data.processor import Processor
+from vlm_jax.data.processor import Processor, RowFormat
 
 TURNS = (("what is it?", "a red cat"), ("is it big?", "no"))
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -53,7 +53,7 @@ def tokenizer(*, template=None, bos=None, specials=("<|im_start|>", "<|im_end|>"
 
 def processor(tokenizer, template, **changes):
     data = dict(template=template, text_length=400, question_length=40) | changes.pop("data", {})
-    return Processor(tokenizer, tiny.config(data=data, **changes))
+    return Processor(tokenizer, RowFormat.of(tiny.config(data=data, **changes)))
 
 
 def supervised(made, words):

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
 
 from vlm_jax.data import tokenizer as tokenizers
 from vlm_jax.data.example import BadExample, Example
-from vlm_jax.data.processor import Processor
+from vlm_jax.data.processor import Processor, RowFormat
 from vlm_jax.data.tokenizer import Encoder, load_tokenizer
 from vlm_jax.data.word_tokenizer import train_tokenizer
 
@@ -28,7 +28,7 @@ TALK = Example("talk", 0, TURNS, "f", "t")
 
 def processor(tokenizer, template, **changes):
     data = dict(template=template, text_length=900, question_length=40) | changes
-    return Processor(tokenizer, tiny.config(data=data))
+    return Processor(tokenizer, RowFormat.of(tiny.config(data=data)))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ import tiny
 from vlm_jax import mesh as meshes
 from vlm_jax.__main__ import main
 from vlm_jax.data import loader, sources, tokenizer
-from vlm_jax.data.processor import Processor
+from vlm_jax.data.processor import Processor, RowFormat
+from vlm_jax.data.sources import Origin
 from vlm_jax.data.word_tokenizer import train_tokenizer
 from vlm_jax.training import objective, optimizer, stages
 from vlm_jax.training.checkpoint import Checkpoints, named
@@ -92,9 +93,9 @@ def test_a_killed_run_ends_bit_identical_to_an_unbroken_one(trained, tmp_path):
 def setting(mesh1):
     """A configuration, its inputs, and the model before its first stage."""
     c = tiny.config(align=dict(steps=6), checkpoint=dict(every=2), log=dict(every=2))
-    source = sources.open_source(c, "train")
+    source = sources.open_source(Origin.of(c), "train")
     texts = [text for i in range(len(source)) for turn in source[i].turns for text in turn]
-    inputs = stages.Inputs(source, Processor(train_tokenizer(texts, c.llm.vocab), c))
+    inputs = stages.Inputs(source, Processor(train_tokenizer(texts, c.llm.vocab), RowFormat.of(c)))
     with jax.set_mesh(mesh1):
         return c, inputs, tiny.created(c)
 

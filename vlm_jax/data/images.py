@@ -96,18 +96,17 @@ class Preparation:
             raise ValueError(f"data.image_normalize={self.normalize}: choose True or False")
 
     @classmethod
-    def of(cls, config: Any) -> "Preparation":
-        """As a configuration says."""
-        data = config.data
+    def of(cls, section: Any, size: int) -> "Preparation":
+        """As a `data` section says, for an encoder of `size` pixels."""
         return cls(
-            config.vit.image_size,
-            data.image_fit,
-            tuple(data.image_mean),
-            tuple(data.image_std),
-            data.image_resample,
-            tuple(data.image_resize),
-            data.image_rescale,
-            data.image_normalize,
+            size,
+            section["image_fit"],
+            tuple(section["image_mean"]),
+            tuple(section["image_std"]),
+            section["image_resample"],
+            tuple(section["image_resize"]),
+            section["image_rescale"],
+            section["image_normalize"],
         )
 
     @property

@@ -5,13 +5,16 @@ Shapes: T text tokens, Tq question tokens, S pixels of the encoder's side.
 """
 
 import copy
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlm_jax import compressors
+from vlm_jax.data import templates
 from vlm_jax.data.example import IMAGE_MARK, BadExample, Example
 from vlm_jax.data.images import Preparation
-from vlm_jax.data.templates import OwnTemplate, Part, query_of, template_of
+from vlm_jax.data.templates import OwnTemplate, Part
 from vlm_jax.data.tokenizer import Encoder, mark_of
 from vlm_jax.data.tokenizer import load_tokenizer as load_tokenizer
 
@@ -37,35 +40,91 @@ class Tokens(NamedTuple):
         return self.questions[0]
 
 
+@dataclass(frozen=True)
+class RowFormat:
+    """How an example becomes a row: fields of config.data, and what the model asks of its rows.
+
+    Attributes:
+      images: how an image is prepared.
+      query: who reads the question for the compressor: "none", "separate" or "prefix".
+      vocab: rows of the LLM's embedding, where they are known.
+    Raises:
+      ValueError: for an unknown template; for query "prefix" with a template whose question does
+        not stand before the image, with several images in a row, or with lengths that leave no room
+        behind it.
+    """
+
+    template: str
+    text_length: int
+    question_length: int
+    images_per_row: int
+    blind: bool
+    images: Preparation
+    query: str = "none"
+    vocab: int | None = None
+
+    def __post_init__(self) -> None:
+        templates.named(self.template)
+        if self.query != "prefix":
+            return
+        templates.check_prefix(self.template)
+        if self.images_per_row > 1:
+            raise ValueError(
+                "compressor.query='prefix' reads the text before the one image of a row once; "
+                f"data.images_per_row={self.images_per_row} goes with "
+                "compressor.query='separate' or 'none'"
+            )
+        if self.question_length >= self.text_length:
+            raise ValueError(
+                f"compressor.query='prefix' keeps data.question_length={self.question_length} of "
+                f"data.text_length={self.text_length} tokens for the text before the image: raise "
+                "data.text_length by what follows the image, the answer and its end included"
+            )
+
+    @classmethod
+    def of(cls, config: Any) -> "RowFormat":
+        """As a configuration says."""
+        data = config.data
+        return cls(
+            data.template,
+            data.text_length,
+            data.question_length,
+            data.images_per_row,
+            data.blind,
+            Preparation.of(data, config.vit.image_size),
+            compressors.describe(config.compressor).query,
+            config.llm.vocab,
+        )
+
+
 class Processor:
     """Prepares examples for one model: its tokenizer, template, lengths and encoder size.
 
     Args:
       tokenizer: a fast transformers tokenizer.
-      config: the whole configuration; `data`, `vit.image_size` and the compressor's query are read.
+      rows: how an example becomes a row.
       image_token: the token that stands for an image in the chat template of the tokenizer; <image>
         unless given.
     Raises:
-      ValueError: for an unknown template or image_fit, a tokenizer without the eos token it needs,
-        or a template without a question before the image where the compressor reads that.
+      ValueError: for a tokenizer without the eos token that the template needs.
     """
 
-    def __init__(self, tokenizer: Any, config: Any, image_token: int | None = None):
-        data = config.data
+    def __init__(self, tokenizer: Any, rows: RowFormat, image_token: int | None = None):
         self.mark = mark_of(tokenizer, image_token)
-        self.template, self.query = template_of(config).of(tokenizer, self.mark), query_of(config)
+        self.template = templates.named(rows.template).of(tokenizer, self.mark)
+        self.query = rows.query
         self.tokenizer, self.encode = tokenizer, Encoder(tokenizer)
-        self.text_length, self.question_length = data.text_length, data.question_length
-        self.images_per_row = data.images_per_row
-        self.images = Preparation.of(config)
-        self.blind = data.blind
+        self.text_length, self.question_length = rows.text_length, rows.question_length
+        self.images_per_row = rows.images_per_row
+        self.images = rows.images
+        self.blind = rows.blind
         if self.template.eos and tokenizer.eos_token is None:
             raise ValueError(
-                f"template {data.template!r} closes answers with an end-of-sequence token, and the "
+                f"template {rows.template!r} closes answers with an end-of-sequence token, and the "
                 "tokenizer has none: set its eos_token, or choose data.template=plain"
             )
         self.eos_id = tokenizer.eos_token_id
-        self.stop_ids = self._stop_ids(data.template)
+        self.stop_ids = self._stop_ids(rows.template)
         # Where the tokenizer knows the mark as a token, its own template is tokenised with it.
         own = isinstance(self.template, OwnTemplate)
         self.image_id = tokenizer.get_vocab().get(self.mark) if own else None
@@ -73,13 +132,13 @@ class Processor:
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else tokenizer.unk_token_id or 0
         # Nobody reads it, but it is embedded: a token that was made up for padding may have no row.
-        if "llm" in config and self.pad_id >= config.llm.vocab:
+        if rows.vocab is not None and self.pad_id >= rows.vocab:
             self.pad_id = 0
 
-    def reading_as(self, config: Any) -> "Processor":
-        """This processor for a model of the same data whose compressor reads as `config` says."""
+    def reading_as(self, query: str) -> "Processor":
+        """This processor for a model of the same data whose compressor is read the question so."""
         other = copy.copy(self)
-        other.query = query_of(config)
+        other.query = query
         return other
 
     def _tokens(self, parts: list[Part]) -> tuple[list[int], list[bool]]:

@@ -3,6 +3,7 @@
 
 import logging
 from collections import Counter, defaultdict
+from dataclasses import dataclass, fields
 from typing import Any
 
 from vlm_jax.data.benchmark.synthetic import Synthetic
@@ -14,58 +15,78 @@ from vlm_jax.data.pictures import check_exif
 
 log = logging.getLogger(__name__)
 
-__all__ = ["SOURCES", "BadExample", "Example", "Source", "majority", "open_source"]
+__all__ = ["SOURCES", "BadExample", "Example", "Origin", "Source", "majority", "open_source"]
 
 
-def _llava(config: Any, split: str) -> Llava:
-    data = config.data
+@dataclass(frozen=True)
+class Origin:
+    """Where examples come from: fields of config.data, and the seed of what is made from one.
+
+    ValueError for an unknown source, on_bad_example or image_exif, and for no image in a row.
+    """
+
+    source: str
+    path: str
+    images: str
+    text_only: bool
+    images_per_row: int
+    on_bad_example: str
+    image_exif: str
+    train_images: int
+    val_images: int
+    test_images: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ValueError(f"data.source={self.source!r}: choose one of {', '.join(SOURCES)}")
+        if self.on_bad_example not in ("fail", "skip"):
+            raise ValueError(f"data.on_bad_example={self.on_bad_example!r}: choose fail or skip")
+        if self.images_per_row < 1:
+            raise ValueError(f"data.images_per_row={self.images_per_row}: at least 1")
+        check_exif("data.image_exif", self.image_exif)
+
+    @classmethod
+    def of(cls, config: Any) -> "Origin":
+        """As a configuration says."""
+        named = [field.name for field in fields(cls) if field.name != "seed"]
+        return cls(**{name: config.data[name] for name in named}, seed=config.seed)
+
+
+def _llava(origin: Origin, split: str) -> Llava:
     return Llava(
-        data.path,
+        origin.path,
         split,
-        images=data.images,
-        text_only=data.text_only,
-        images_per_row=data.images_per_row,
-        skip=data.on_bad_example == "skip",
-        exif=data.image_exif,
+        images=origin.images,
+        text_only=origin.text_only,
+        images_per_row=origin.images_per_row,
+        skip=origin.on_bad_example == "skip",
+        exif=origin.image_exif,
     )
 
 
-def _synthetic(config: Any, split: str) -> Synthetic:
-    data = config.data
-    images = {"train": data.train_images, "val": data.val_images, "test": data.test_images}
-    return Synthetic(split, images=images.get(split, 0), seed=config.seed)
+def _synthetic(origin: Origin, split: str) -> Synthetic:
+    images = {"train": origin.train_images, "val": origin.val_images, "test": origin.test_images}
+    return Synthetic(split, images=images.get(split, 0), seed=origin.seed)
 
 
-def _nlvr(config: Any, split: str) -> Nlvr:
-    return Nlvr(config.data.path, split)
+def _nlvr(origin: Origin, split: str) -> Nlvr:
+    return Nlvr(origin.path, split)
 
 
 SOURCES = {"llava": _llava, "synthetic": _synthetic, "nlvr": _nlvr}
 
 
-def check(config: Any) -> None:
-    """ValueError for an unknown source, on_bad_example or image_exif, or no image in a row."""
-    if config.data.source not in SOURCES:
-        raise ValueError(f"data.source={config.data.source!r}: choose one of {', '.join(SOURCES)}")
-    if config.data.on_bad_example not in ("fail", "skip"):
-        raise ValueError(f"data.on_bad_example={config.data.on_bad_example!r}: choose fail or skip")
-    if config.data.images_per_row < 1:
-        raise ValueError(f"data.images_per_row={config.data.images_per_row}: at least 1")
-    check_exif("data.image_exif", config.data.image_exif)
-
-
-def open_source(config: Any, split: str) -> Source:
-    """The split ("train", "val" or "test") of the source that config.data names.
+def open_source(origin: Origin, split: str) -> Source:
+    """The split ("train", "val" or "test") of a source.
 
     What is not as it was given is a warning: rows left out, ids of our own.
 
     Raises:
-      ValueError: for an unknown source, split, data.on_bad_example or data.image_exif, no image
-        in a row, or a split without examples.
+      ValueError: for an unknown split, or one without examples.
       FileNotFoundError, BadExample: for data that is missing or bad, saying which.
     """
-    check(config)
-    source = SOURCES[config.data.source](config, split)
+    source = SOURCES[origin.source](origin, split)
     if not len(source):
         raise ValueError(
             f"the {split} split of data.source={source.name!r} has no examples"

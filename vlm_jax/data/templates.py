@@ -7,7 +7,6 @@ A row is a list of parts, each with whether it is supervised: the answers, and w
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vlm_jax import compressors
 from vlm_jax.data.chat import Chat, Turn
 from vlm_jax.data.example import IMAGE_MARK, Example
 
@@ -155,43 +154,20 @@ TEMPLATES = {
 }
 
 
-def template_of(config: Any) -> Template:
-    """The template that `config.data.template` names. ValueError for an unknown one."""
-    if config.data.template not in TEMPLATES:
+def named(name: str) -> Template:
+    """The template of this name. ValueError, with the choices, for an unknown one."""
+    if name not in TEMPLATES:
+        raise ValueError(f"data.template={name!r}: choose one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def check_prefix(name: str) -> None:
+    """ValueError for a template whose question does not stand before the image."""
+    before, mark, _ = named(name).user.partition("{image}")
+    if not mark or "{question}" not in before:
+        good = [name for name, t in TEMPLATES.items() if "{question}{image}" in t.user]
         raise ValueError(
-            f"data.template={config.data.template!r}: choose one of {', '.join(TEMPLATES)}"
+            "compressor.query='prefix' reads the question that stands before the image, and "
+            f"data.template={name!r} has none there: choose one of "
+            f"{', '.join(good)}, or compressor.query='separate'"
         )
-    return TEMPLATES[config.data.template]
-
-
-def query_of(config: Any) -> str:
-    """Who reads the question for the compressor: "none", "separate" or "prefix" (QueCC alone).
-
-    Raises:
-      ValueError: for "prefix" with a template whose question does not stand before the image, with
-        several images in a row, or with lengths that leave no room behind it.
-    """
-    query = compressors.describe(config.compressor).query
-    if query == "prefix":
-        before, mark, _ = template_of(config).user.partition("{image}")
-        if not mark or "{question}" not in before:
-            good = [name for name, t in TEMPLATES.items() if "{question}{image}" in t.user]
-            raise ValueError(
-                "compressor.query='prefix' reads the question that stands before the image, and "
-                f"data.template={config.data.template!r} has none there: choose one of "
-                f"{', '.join(good)}, or compressor.query='separate'"
-            )
-        if config.data.images_per_row > 1:
-            raise ValueError(
-                "compressor.query='prefix' reads the text before the one image of a row once; "
-                f"data.images_per_row={config.data.images_per_row} goes with "
-                "compressor.query='separate' or 'none'"
-            )
-        if config.data.question_length >= config.data.text_length:
-            raise ValueError(
-                f"compressor.query='prefix' keeps data.question_length="
-                f"{config.data.question_length} of data.text_length={config.data.text_length} "
-                "tokens for the text before the image: raise data.text_length by what follows the "
-                "image, the answer and its end included"
-            )
-    return query

@@ -99,7 +99,7 @@ def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),))
     config, folder = claimed.config, claimed.folder
     with phase("data"):
         with progress.doing("opening the evaluation data"):
-            test = sources.open_source(config, config.evaluate.split)
+            test = sources.open_source(sources.Origin.of(config), config.evaluate.split)
         inputs, begin = stages.opened(claimed, evaluation=test.data_hash)
         train, processor = inputs.source, inputs.processor
         progress.say(f"data: {json.dumps(test.describe())}")
@@ -130,12 +130,12 @@ def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),))
 
 def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.Row:
     """Trains and evaluates one cell; its row, which `facts` are a part of."""
-    config = cell.config
-    found = shared.features[Sight.of(vlm.shapes(VLMSize.of(config)).compressor)]
+    config, size = cell.config, VLMSize.of(cell.config)
+    found = shared.features[Sight.of(vlm.shapes(size).compressor)]
     inputs, test = (
         replace(
             i,
-            processor=i.processor.reading_as(config),
+            processor=i.processor.reading_as(size.compressor.query),
             features=blind_to(seen, found.blind) if cell.blind else seen,
         )
         for i, seen in ((shared.train, found.train), (shared.test, found.test))
@@ -177,7 +177,6 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     method = method_of(config)
     Q, G, question = request_lengths(test, prefix=method["query"] == "prefix")
     steps = config.align.steps + config.finetune.steps
-    size = VLMSize.of(config)
     return records.Row(
         cell=cell.name,
         llm=cell.llm,

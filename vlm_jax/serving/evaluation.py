@@ -49,7 +49,7 @@ def evaluate(subject: Subject, given: ConfigDict, overrides: Mapping[str, Any]) 
     with jax.set_mesh(mesh_of(config, overrides)), lock(subject.folder):
         processor = subject.processor(config)
         with progress.doing("opening the data"):
-            source = sources.open_source(config, config.evaluate.split)
+            source = sources.open_source(sources.Origin.of(config), config.evaluate.split)
         progress.say(f"data: {json.dumps(source.describe())}")
         name = name_of(settings, source.data_hash)
         settings |= {"data_hash": source.data_hash} if name else {}

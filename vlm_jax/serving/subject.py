@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlm_jax.data.processor import Processor, load_tokenizer
+from vlm_jax.data.processor import Processor, RowFormat, load_tokenizer
 from vlm_jax.data.tokenizer import hash_of
 from vlm_jax.models import vlm
 from vlm_jax.models.sizes import VLMSize
@@ -168,7 +168,7 @@ class Subject:
                     f"data.tokenizer={named} is another one than the model in {self.folder} was "
                     "trained with: leave it out"
                 )
-        return Processor(tokenizer, config)
+        return Processor(tokenizer, RowFormat.of(config))
 
     def model(self, config: ConfigDict) -> VLM:
         """The model on the current mesh."""

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax import arguments, compressors
 from vlm_jax.cost import flops as cost
-from vlm_jax.data.templates import query_of
+from vlm_jax.data.processor import RowFormat
 from vlm_jax.models import vlm
 from vlm_jax.models.sizes import LLMSize, ViTSize, VLMSize
 
@@ -108,7 +108,7 @@ def cell_of(
 def describe(cell: Cell) -> tuple[int, dict[str, int], float]:
     """LLM parameters, parameters by part, and training FLOPs of one cell; nothing is allocated."""
     config = cell.config
-    query_of(config)  # raises for a template that leaves nothing to be read
+    RowFormat.of(config)  # raises for a template that leaves nothing to be read
     shapes = vlm.shapes(VLMSize.of(config))
     parts = {name: vlm.parameters(getattr(shapes, name)) for name in ("vit", "compressor", "llm")}
     return parts["llm"], parts, train_flops(config)

@@ -21,10 +21,8 @@ from vlm_jax.data import (
     processor,
     sources,
     targets,
-    templates,
     word_tokenizer,
 )
-from vlm_jax.data.images import Preparation
 from vlm_jax.data.texts import Texts
 from vlm_jax.data.tokenizer import check_vocabulary, hash_of, keep_tokenizer
 from vlm_jax.models import lora, vlm
@@ -168,10 +166,8 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             "align.steps=0 and finetune.steps=0: such a run trains no model; set one of them"
         )
-    templates.template_of(config)
-    templates.query_of(config)
-    sources.check(config)
-    Preparation.of(config)
+    processor.RowFormat.of(config)
+    sources.Origin.of(config)
     for name in ("encoder", "align", "finetune"):
         stage = config[name]
         if stage.batch % stage.accumulate:
@@ -307,7 +303,7 @@ def opened(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
     """
     config, kept = claimed.config, claimed.folder / "tokenizer"
     with progress.doing("opening the training data"):
-        source = sources.open_source(config, "train")
+        source = sources.open_source(sources.Origin.of(config), "train")
     progress.say(f"data: {json.dumps(source.describe())}")
     with progress.doing("making or reading the tokenizer"):
         tokenizer = tokenizer_of(config, kept if claimed.begun else None, source)
@@ -319,7 +315,7 @@ def opened(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
             keep_tokenizer(tokenizer, kept)
         claimed.begin()
 
-    made = processor.Processor(tokenizer, config)
+    made = processor.Processor(tokenizer, processor.RowFormat.of(config))
     with progress.doing("looking for rows without an answer"):
         note = targets.check(source, made, skip=config.data.on_bad_example == "skip")
     if note:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What makes the tokens and pixels of a model folder, by what the folder says of itself."""
 
-from ml_collections import ConfigDict
-
-from vlm_jax.data.processor import Processor
+from vlm_jax.data.images import Preparation
+from vlm_jax.data.processor import Processor, RowFormat
 from vlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from vlm_jax.weights import ends, folder, preprocessor
 
@@ -15,18 +14,20 @@ def processor_of(stored: folder.Model) -> Processor:
             "this model folder has no tokenizer: convert it again with --tokenizer=DIR"
         )
     facts, length = stored.facts, stored.facts["max_length"]
-    data = dict(
+    size = stored.size()
+    rows = RowFormat(
         template=facts.get("template", "vicuna_v1"),
         text_length=length,
         question_length=length // 2,
-        **preprocessor.configured(facts["image"]),
         images_per_row=1,  # of rows made by `Processor.text`; a request has as many as it needs
         blind=False,
+        images=Preparation.of(preprocessor.configured(facts["image"]), size.vit.image_size),
+        query=size.compressor.query,
+        vocab=size.llm.vocab,
     )
-    sections = dict(vit=stored.vit, llm=stored.llm, compressor=stored.compressor)
     tokenizer, image_token = load_tokenizer(stored.tokenizer), facts.get("image_token")
-    check_vocabulary(tokenizer, stored.llm["vocab"], image=image_token)
-    processor = Processor(tokenizer, ConfigDict(sections | dict(data=data)), image_token)
+    check_vocabulary(tokenizer, size.llm.vocab, image=image_token)
+    processor = Processor(tokenizer, rows, image_token)
     more = ends.stops(stored.tokenizer)
     if more is None:
         more = facts.get("ends", {}).get("stop", [])
