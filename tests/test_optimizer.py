@@ -161,11 +161,15 @@ def test_the_step_is_compiled_once(finetuned):
     assert finetuned[3].compiled._cache_size() == 1
 
 
-def test_what_a_step_changes_is_donated_and_frozen_weights_stay(finetuned, models, mesh1):
+def test_a_step_transfers_nothing_donates_what_it_changes_and_keeps_frozen_weights(
+    finetuned, models, mesh1
+):
     c, _, state, run = finetuned
     with jax.set_mesh(mesh1):
         state = jax.tree.map(jnp.copy, state)
-        after, _ = run(state, tiny.placed(tiny.batch(c)))
+        batch = tiny.placed(tiny.batch(c))
+        with jax.transfer_guard("disallow"):
+            after, _ = run(state, batch)
     assert all(x.is_deleted() for x in jax.tree.leaves((state.trained, state.step)))
     for old, new in zip(*map(jax.tree.leaves, (state.frozen, after.frozen)), strict=True):
         assert not old.is_deleted() and old is new

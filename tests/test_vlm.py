@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole model against literal raster-order equations, and its two ways to read a row."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import literal_models
@@ -115,6 +117,20 @@ def test_decoding_token_by_token_gives_the_teacher_forced_logits(
             logits, caches = decode(model, ids, caches, position)
             position = position + 1
         assert decode._cache_size() == 1
+
+
+def test_a_profile_names_phases_and_layers(c, models, mesh1):
+    def names(run, *given):
+        text = jax.jit(run).lower(*given).as_text(debug_info=True)
+        places = re.findall(r'loc\("([^"]*/[^"]*)"', text)
+        return {name for place in places for name in place.split("/")}
+
+    with jax.set_mesh(mesh1):
+        batch = tiny.placed(tiny.batch(c, levels=False))
+        whole = names(lambda m, b: m.logits(b), models[1], batch)
+        prompt = names(lambda m, b: m.prefill(b, new_tokens=1), models[1], batch)
+    layers = {"encoder", "compressor", "splice", "embedding", "llm", "attention", "mlp", "logits"}
+    assert layers <= whole and layers | {"prefill"} <= prompt
 
 
 # --- What may reach what --------------------------------------------------------------------------

@@ -68,6 +68,7 @@ class Attention(nnx.Module):
         self.query_norm = RMSNorm(head_size, eps=eps, rngs=rngs) if size.qk_norm else None
         self.key_norm = RMSNorm(head_size, eps=eps, rngs=rngs) if size.qk_norm else None
 
+    @jax.named_scope("attention")
     def project(
         self,
         x: Float[Array, "B T D"],
@@ -79,6 +80,7 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         return rotate(query, turns), KV(rotate(key, turns), self.value(x))
 
+    @jax.named_scope("attention")
     def attend(
         self,
         query: Float[Array, "B T N H"],
@@ -184,9 +186,12 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B 1 D"], KV | Cache]:
         """One more token per row, written into the cache at that row's position."""
         query, new = self.attention.project(self.norm1(x), turns)
-        cache = write(cache, new, position)
-        return self.feed(x + self.attention.out(mix(query, cache, mask))), cache
+        with jax.named_scope("attention"):
+            cache = write(cache, new, position)
+            x = x + self.attention.out(mix(query, cache, mask))
+        return self.feed(x), cache
 
+    @jax.named_scope("mlp")
     def feed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The SwiGLU half of the block."""
         y = self.norm2(x)
@@ -233,6 +238,7 @@ class LLM(nnx.Module):
         other.blocks = unstacked(self.blocks, self.depth, consume=consume)
         return other
 
+    @jax.named_scope("embedding")
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The embedding of each token, in the compute type."""
         # Gathered over fsdp first: a lookup whose rows are cut like its batch forces replication.
@@ -275,6 +281,7 @@ class LLM(nnx.Module):
         caches = [write(*both, past.length) for both in zip(caches, made, strict=True)]
         return hidden, caches
 
+    @jax.named_scope("llm")
     def run(self, x, past, rematerialise, *, keep: bool):
         """Every block in turn, and their keys and values if kept.
 
@@ -307,6 +314,7 @@ class LLM(nnx.Module):
             x, kvs = lax.scan(rematerialise(step), x, (self.blocks, before))
         return self.norm(x), kvs
 
+    @jax.named_scope("llm")
     def decode(
         self,
         x: Float[Array, "B 1 D"],
@@ -326,6 +334,7 @@ class LLM(nnx.Module):
             grown.append(cache)
         return self.norm(x), grown
 
+    @jax.named_scope("logits")
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
         """Float32 scores of the next token."""
         table = self.embedding if self.head is None else self.head

@@ -86,8 +86,10 @@ class Block(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
-        x = x + self.attention(self.norm1(x))
-        return x + self.down(ACTIVATIONS[self.activation](self.up(self.norm2(x))))
+        with jax.named_scope("attention"):
+            x = x + self.attention(self.norm1(x))
+        with jax.named_scope("mlp"):
+            return x + self.down(ACTIVATIONS[self.activation](self.up(self.norm2(x))))
 
 
 class ViT(nnx.Module):

@@ -56,6 +56,7 @@ class VLM(nnx.Module):
             )
         return VLM(self.vit, self.compressor.at(tokens), self.llm)
 
+    @jax.named_scope("encoder")
     def encode(self, pixels: Float[Array, "B I I 3"]) -> Float[Array, "B P Z"]:
         """Encoder levels as the compressor reads them; the encoder is frozen."""
         reader = self.compressor
@@ -76,7 +77,9 @@ class VLM(nnx.Module):
         if "visual" in batch:
             made = batch["visual"]
         else:
-            made = self.compressor(self.levels(batch), question)
+            levels = self.levels(batch)
+            with jax.named_scope("compressor"):
+                made = self.compressor(levels, question)
         tokens, count = made if self.compressor.adaptive else (made, made.shape[1])
         at, limit = batch["image_at"], batch.get("limit")
         if at.ndim > 1:
@@ -103,8 +106,9 @@ class VLM(nnx.Module):
         if not self.compressor.reads_prefix:
             question = None
             if self.compressor.reads_question:
-                asked = self.llm(self.llm.embed(each(batch, "question")))
-                question = feature(asked, each(batch, "question_length"))
+                with jax.named_scope("question"):
+                    asked = self.llm(self.llm.embed(each(batch, "question")))
+                    question = feature(asked, each(batch, "question_length"))
             visual = self.see(batch, question)
             return self.splice(self.llm.embed(ids), visual, batch["image_at"]), visual.count, None
         if batch["image_at"].ndim > 1:
@@ -118,6 +122,7 @@ class VLM(nnx.Module):
         x = self.splice(text[:, first:], visual, jnp.zeros_like(length))
         return x, visual.count, past
 
+    @jax.named_scope("splice")
     def splice(
         self, text: Float[Array, "B T D"], visual: Visual, at: Int[Array, "B *M"]
     ) -> Float[Array, "B X D"]:
@@ -151,6 +156,7 @@ class VLM(nnx.Module):
         visual = jnp.where(behind, by_image(count)[:, None], 0).sum(2)
         return jnp.maximum(text + visual - 1, 0)
 
+    @jax.named_scope("prefill")
     def prefill(
         self,
         batch: Batch,
@@ -173,6 +179,7 @@ class VLM(nnx.Module):
         last = read(hidden, past, length[:, None] - 1)
         return self.llm.logits(last)[:, 0], caches, length
 
+    @jax.named_scope("decode")
     def decode(
         self,
         ids: Int[Array, "B"],

@@ -27,6 +27,7 @@ class Sums(NamedTuple):
     correct: Float[Array, ""]  # positions whose best guess is right
 
 
+@jax.named_scope("loss")
 def score(
     logits: Float[Array, "B T W"], target: Int[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Sums:

@@ -156,8 +156,9 @@ def make_step(
         else:
             zero = jax.tree.map(jnp.zeros_like, trained), Sums(*[jnp.zeros(())] * 3)
             (grads, sums), _ = jax.lax.scan(add, zero, micro_batches(batch, accumulate))
-        updates, opt = tx.update(grads, opt, trained)
-        trained = optax.apply_updates(trained, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt = tx.update(grads, opt, trained)
+            trained = optax.apply_updates(trained, updates)
         metrics = Metrics(sums.nll / total, sums.correct / total, optax.tree.norm(grads), tokens)
         return (step + 1, trained, opt), metrics
 
