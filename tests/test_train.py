@@ -57,7 +57,9 @@ def weights_of(folder):
     c = tiny.get_config()
     with jax.set_mesh(meshes.make(devices=jax.devices()[:1])):
         _, like = optimizer.start(
-            vlm.create(tiny.size(c), seed=0), "finetune", optimizer.optimizer(c.finetune)
+            vlm.create(tiny.size(c), seed=0),
+            "finetune",
+            optimizer.optimizer(tiny.stage(c.finetune)),
         )
         state, notes = Checkpoints(folder / "finetune").restore(like)
     return {name: np.asarray(x) for name, x in named(state).items()}, notes
@@ -123,7 +125,7 @@ def stage(setting, folder, *, poisoned=()):
     # The model is shared by tests and a stage gives its weights away.
     model = jax.tree.map(jnp.copy, model)
     try:
-        return stages.run_stage("align", model, batches, c, folder, loss)
+        return stages.run_stage("align", model, batches, tiny.recipe(c), folder, loss)
     finally:
         batches.close()
 
@@ -224,7 +226,7 @@ def test_the_encoder_given_is_the_encoder_kept(setting, tmp_path, mesh1):
     with jax.set_mesh(mesh1):
         given = tiny.roughened(model.vit)
         kept = [np.asarray(x) for x in jax.tree.leaves(given)]
-        assert_same(stages.train(c, tmp_path, inputs, encoder=given).vit, kept)
+        assert_same(stages.train(tiny.recipe(c), tmp_path, inputs, encoder=given).vit, kept)
 
 
 # --- Errors before the first step -----------------------------------------------------------------
@@ -287,7 +289,7 @@ def test_a_source_that_does_not_know_its_patches_makes_no_encoder(setting, tmp_p
         jax.set_mesh(mesh1),
         pytest.raises(ValueError, match="does not know .*set encoder.steps=0"),
     ):
-        stages.pretrain_encoder(c, tmp_path, plain)
+        stages.pretrain_encoder(tiny.recipe(c), tmp_path, plain)
 
 
 def test_another_configuration_in_the_same_folder_is_refused(trained, capsys, tmp_path):
@@ -344,8 +346,8 @@ def test_a_half_written_tokenizer_is_not_taken_for_one(setting, tmp_path, monkey
         tokenizer.keep_tokenizer(inputs.processor.tokenizer, kept)
     monkeypatch.undo()
     assert not kept.exists()
-    made = stages.tokenizer_of(c, kept, inputs.source)
+    made = stages.tokenizer_of(c.data.tokenizer, c.llm.vocab, kept, inputs.source)
     tokenizer.keep_tokenizer(made, kept)
-    again = stages.tokenizer_of(c, kept, inputs.source)
+    again = stages.tokenizer_of(c.data.tokenizer, c.llm.vocab, kept, inputs.source)
     assert made.get_vocab() == again.get_vocab() == inputs.processor.tokenizer.get_vocab()
     assert tokenizer.hash_of(made) == tokenizer.hash_of(again)

@@ -21,6 +21,7 @@ from vlm_jax import mesh
 from vlm_jax.training.cells import cells_of
 from vlm_jax.training.checkpoint import numbered
 from vlm_jax.training.fields import STAGES
+from vlm_jax.training.recipe import Recipe
 from vlm_jax.training.workdir import finished, of_json
 from vlm_jax.weights import folder, sections, sources
 from vlm_jax.weights.classes import within
@@ -176,7 +177,7 @@ def read(path: str | Path, flag: str) -> folder.Model:
 
 def trained(run: Run) -> folder.Model:
     """The model of a finished run, adapters merged into its LLM."""
-    return sources.of_run(run.root, run.config, finished(run.home, run.config))
+    return sources.of_run(run.root, run.config, finished(run.home, Recipe.of(run.config)))
 
 
 def one_device() -> AbstractContextManager:

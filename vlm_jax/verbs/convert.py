@@ -30,6 +30,7 @@ from vlm_jax import progress
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.serving import chats
 from vlm_jax.training import runs
+from vlm_jax.training.recipe import Recipe
 from vlm_jax.training.workdir import finished
 from vlm_jax.verbs import cli
 from vlm_jax.weights import adapters, folder, hf, names, sources
@@ -189,7 +190,7 @@ def export_adapter(options: argparse.Namespace, dtype: str | None) -> dict:
     run = runs.of(workdir, "--from")
     if not run.config.lora.rank:
         raise ValueError(f"{workdir} has no adapters to export: it was trained with lora.rank=0")
-    model = finished(run.home, run.config, merge=False)
+    model = finished(run.home, Recipe.of(run.config), merge=False)
     about = runs.described(workdir, "--from")
     return dict(to=str(options.to)) | adapters.write(model, about, options.to, dtype=dtype)
 

@@ -158,7 +158,7 @@ def law_of(fields: Mapping[str, Any], place: str) -> Law:
 def described_llms(config: Any | None) -> dict[str, tuple[float, LLMSize]]:
     """name -> (N, shape): of a configuration's grid, else published sizes by their nominal N."""
     own = config is not None and len(config.grid.llms) > 0
-    return described.grid_llms(config) if own else described.published_llms()
+    return described.grid_llms(config.llm, config.grid.llms) if own else described.published_llms()
 
 
 def chosen_llms(text: str, known: Mapping[str, tuple[float, LLMSize]], own: bool):

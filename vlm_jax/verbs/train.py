@@ -13,6 +13,7 @@ import jax
 
 from vlm_jax import mesh, progress
 from vlm_jax.training import fields, forecast, stages
+from vlm_jax.training.recipe import Recipe
 from vlm_jax.training.workdir import flat
 from vlm_jax.verbs import cli
 
@@ -41,8 +42,9 @@ def main(argv: list[str] | None = None) -> int:
                 )
         if flags["dry-run"].value:
             with jax.set_mesh(mesh.make(**made.mesh)):
-                stages.check(made)
-                forecast.dry_run(made)
+                recipe = Recipe.of(made)
+                stages.check(recipe)
+                forecast.dry_run(recipe)
             return 0
         return stages.run(made, cli.workdir_of(flags))
 
