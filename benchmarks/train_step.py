@@ -83,12 +83,17 @@ def contestants(config) -> dict[str, Callable[[], SupportsFloat]]:
     from vlm_jax.models import vlm
     from vlm_jax.models.sizes import VLMSize
     from vlm_jax.training import objective, optimizer
+    from vlm_jax.training.recipe import Stage
 
     batch = random_batch(config)
     model = vlm.create(VLMSize.of(config), seed=0)
     peers = [torch_vlm.load(config, model) for _ in range(2)]
-    graph, state = optimizer.start(model, "finetune", optimizer.optimizer(config.finetune))
-    advance = optimizer.make_step(graph, optimizer.optimizer(config.finetune), objective.next_token)
+    graph, state = optimizer.start(
+        model, "finetune", optimizer.optimizer(Stage.of(config.finetune))
+    )
+    advance = optimizer.make_step(
+        graph, optimizer.optimizer(Stage.of(config.finetune)), objective.next_token
+    )
     on_device = jax.device_put(batch, mesh.sharding(jax.sharding.get_mesh(), "batch"))
 
     def ours() -> jax.Array:

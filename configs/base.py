@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     c.llm.rope_high_frequency = 4.0  # fast
     c.llm.rope_original_length = 8192  # llama3: tokens of the model before it was stretched
 
-    # Visual-token compressor: vlm_jax/models/compressors COMPRESSORS names the kinds.
+    # Visual-token compressor: vlm_jax/compressors COMPRESSORS names the kinds.
     c.compressor = ConfigDict()
     c.compressor.kind = "token_packer"
     # V, visual tokens handed to the LLM; 0: as many as each image needs (prumerge, prumerge_plus).

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from vlm_jax.cost import flops as cost
 from vlm_jax.models import lora, vlm
-from vlm_jax.models.sizes import LLMSize
+from vlm_jax.models.sizes import LLMSize, LoRASize
 from vlm_jax.training import cells, objective, optimizer
 from vlm_jax.weights import names
 
@@ -76,7 +76,7 @@ def test_fresh_adapters_change_no_bit_of_the_logits(bases, mesh1):
     c = config()
     batch = tiny.batch(c)
     with jax.set_mesh(mesh1):
-        adapted, other = (lora.adapt(bases[1], c.lora, seed=seed) for seed in (0, 1))
+        adapted, other = (lora.adapt(bases[1], LoRASize.of(c.lora), seed=seed) for seed in (0, 1))
         np.testing.assert_array_equal(logits(adapted, batch), logits(bases[1], batch))
     assert lora.adapted(adapted) == list(lora.TARGETS) and not lora.adapted(bases[1])
     halves = [np.asarray(lora.at(m, "up_proj").lora_a[...]) for m in (adapted, other)]
@@ -181,8 +181,10 @@ def test_adapters_and_the_compressor_are_trained_and_nothing_else_has_moments(me
     c = config(targets=SOME, compressor=dict(kind="mqt", tokens=4))
 
     def start():
-        model = lora.adapt(vlm.build(tiny.size(c), nnx.Rngs(0)), c.lora, seed=0)
-        return model, optimizer.start(model, "finetune", optimizer.optimizer(c.finetune))[1]
+        model = lora.adapt(vlm.build(tiny.size(c), nnx.Rngs(0)), LoRASize.of(c.lora), seed=0)
+        return model, optimizer.start(
+            model, "finetune", optimizer.optimizer(tiny.stage(c.finetune))
+        )[1]
 
     with jax.set_mesh(mesh1):
         model, state = jax.eval_shape(start)
@@ -205,7 +207,7 @@ def test_adapters_and_the_compressor_are_trained_and_nothing_else_has_moments(me
 def test_a_step_gives_away_the_adapters_and_shares_the_base(models, mesh1):
     c = config(finetune=dict(compressor_rate=0.25))
     with jax.set_mesh(mesh1):
-        tx = optimizer.optimizer(c.finetune)
+        tx = optimizer.optimizer(tiny.stage(c.finetune))
         graph, state = optimizer.start(copied(models[1]), "finetune", tx)
         run = optimizer.make_step(graph, tx, objective.next_token)
         after, _ = run(state, tiny.placed(tiny.batch(c)))
@@ -216,7 +218,7 @@ def test_a_step_gives_away_the_adapters_and_shares_the_base(models, mesh1):
 
 def test_the_compressor_learns_at_a_multiple_of_the_rate():
     plain, slow = (
-        optimizer.optimizer(config(finetune=dict(compressor_rate=rate)).finetune)
+        optimizer.optimizer(tiny.stage(config(finetune=dict(compressor_rate=rate)).finetune))
         for rate in (1.0, 0.1)
     )
     weights = {"compressor": {"kernel": jnp.ones(3)}, "llm": {"lora_a": jnp.ones(3)}}
@@ -234,7 +236,9 @@ def test_the_compressor_learns_at_a_multiple_of_the_rate():
 
 
 def test_weight_decay_falls_on_both_halves():
-    tx = optimizer.optimizer(config(finetune=dict(weight_decay=0.5, clip_norm=0.0)).finetune)
+    tx = optimizer.optimizer(
+        tiny.stage(config(finetune=dict(weight_decay=0.5, clip_norm=0.0)).finetune)
+    )
     weights = {"query": {"lora_a": jnp.ones(3), "lora_b": jnp.ones(3), "bias": jnp.ones(3)}}
     state = tx.init(weights)
     for _ in range(2):
@@ -257,7 +261,7 @@ def test_training_flops_are_the_compilers(mesh1):
 
     with jax.set_mesh(mesh1):
         model = jax.eval_shape(
-            lambda: lora.adapt(vlm.build(tiny.size(c), nnx.Rngs(0)), c.lora, seed=0)
+            lambda: lora.adapt(vlm.build(tiny.size(c), nnx.Rngs(0)), LoRASize.of(c.lora), seed=0)
         )
         graph, trained, frozen = nnx.split(model, optimizer.ADAPTERS, ...)
         batch = tiny.placed(tiny.batch(c, rows=1))
@@ -274,4 +278,4 @@ def test_training_flops_are_the_compilers(mesh1):
     assert counted < 0.85 * cost.train_step_flops(True, compressor, llm, **sizes)
     steps = c.finetune.steps * c.finetune.batch * counted
     c.align.steps = 0
-    assert cells.train_flops(c) == pytest.approx(steps)
+    assert cells.train_flops(tiny.recipe(c)) == pytest.approx(steps)

@@ -53,7 +53,7 @@ def unbroken(inputs, mesh1, tmp_path_factory):
     inputs.processor.tokenizer.save_pretrained(path / "tokenizer")
     with jax.set_mesh(mesh1), workdir.claim(path, c) as claimed:
         claimed.begin()
-        model = stages.train(c, path, inputs)
+        model = stages.train(tiny.recipe(c), path, inputs)
     return path, model
 
 
@@ -70,10 +70,10 @@ def test_a_run_broken_between_checkpoints_ends_bit_identical(
     with jax.set_mesh(mesh1):
         monkeypatch.setattr(Log, "__call__", die)
         with pytest.raises(KeyboardInterrupt):
-            stages.train(c, tmp_path, inputs)
+            stages.train(tiny.recipe(c), tmp_path, inputs)
         monkeypatch.undo()
         # Adapters of another seed stand ready, and those of the checkpoint take their place.
-        model = stages.train(c, tmp_path, inputs)
+        model = stages.train(tiny.recipe(c), tmp_path, inputs)
     steps = [json.loads(line)["step"] for line in (tmp_path / "finetune/metrics.jsonl").open()]
     assert steps == [1, 2, 3, 4]
     for ours, theirs in zip(*map(jax.tree.leaves, (model, unbroken[1])), strict=True):
@@ -85,13 +85,13 @@ def test_the_base_is_where_it_began_and_the_adapters_are_not(unbroken, mesh1):
     c = config(**SHORT)
     with jax.set_mesh(mesh1):
         before = literal_models.of(tiny.created(c))
-        adapted = workdir.finished(path, c, merge=False)
+        adapted = workdir.finished(path, tiny.recipe(c), merge=False)
         after = {n.replace(".base.", "."): x for n, x in literal_models.of(adapted).items()}
         for name in (n for n in before if not n.startswith("compressor")):
             np.testing.assert_array_equal(before[name], after[name], err_msg=name)
         moved = [n for n, x in after.items() if n.endswith("lora_b") and (x != 0).any()]
         assert len(moved) == len(lora.TARGETS)
-        merged = workdir.finished(path, c)
+        merged = workdir.finished(path, tiny.recipe(c))
     for ours, theirs in zip(*map(jax.tree.leaves, (merged, returned)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -124,7 +124,7 @@ def test_a_run_with_other_adapters_stops_before_its_first_step(
     c = config(**SHORT)
     c.lora.rank = 3
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match=f"{WRITTEN}LoRA of rank 3, alpha 6"):
-        stages.train(c, unbroken[0], inputs)
+        stages.train(tiny.recipe(c), unbroken[0], inputs)
 
 
 @pytest.mark.parametrize("changes, said", [
@@ -154,10 +154,10 @@ def test_adapters_that_cannot_be_are_refused(change, words, mesh1):
     c = config()
     c.lora.update(change)
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match=words):
-        stages.check(c)
+        stages.check(tiny.recipe(c))
 
 
 def test_adapters_without_a_stage_that_trains_them_are_refused(mesh1):
     c = config(finetune=dict(steps=0))
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match="but finetune.steps=0"):
-        stages.check(c)
+        stages.check(tiny.recipe(c))

@@ -151,7 +151,7 @@ def test_every_prefix_is_drawn_alike_one_for_each_micro_batch(batches):
 def test_positions_move_in_the_first_stage_alone_and_steps_compile_once(stage, batches, mesh1):
     with jax.set_mesh(mesh1):
         c, model = model_of("mqt", 16)
-        tx = optimizer.optimizer(c[stage])
+        tx = optimizer.optimizer(tiny.stage(c[stage]))
         graph, state = optimizer.start(model, stage, tx)
         before = np.array(model.compressor.position[...]), np.array(model.compressor.query[...])
         step, data = optimizer.make_step(graph, tx, objective.next_token), batches(mesh1)
@@ -170,7 +170,7 @@ def test_a_step_on_eight_devices_in_micro_batches_is_one_on_one(kind, mesh1, mes
     for meshes, accumulate in ((mesh1, 1), (mesh8, 2)):
         with jax.set_mesh(meshes):
             c, model = model_of(kind, 16)
-            tx = optimizer.optimizer(c.finetune)
+            tx = optimizer.optimizer(tiny.stage(c.finetune))
             graph, state = optimizer.start(model, "finetune", tx)
             batch = tiny.batch(c, rows=16)
             if kind == "mqt":
@@ -229,7 +229,7 @@ def test_what_training_costs_is_what_is_run(mesh1):
     def steps(kind, tokens, **fields):
         c = tiny.config(compressor=dict(kind=kind, tokens=tokens, **fields))
         with jax.set_mesh(mesh1):
-            return c, train_flops(c)
+            return c, train_flops(tiny.recipe(c))
 
     # MQT: all queries in every step. M3: every patch at first, then the sum of its scales, which
     # read the features once.

@@ -12,6 +12,7 @@ from configs import sizes
 from vlm_jax import mesh as meshes
 from vlm_jax.__main__ import main
 from vlm_jax.models import lora, vlm
+from vlm_jax.models.sizes import LoRASize
 from vlm_jax.training import memory, objective, optimizer
 from vlm_jax.training.memory import Need
 
@@ -30,11 +31,11 @@ def small(**changes):
 
 def compiled(c, name):
     """What the compiler says that a step of a stage takes: arguments and temporaries, bytes."""
-    tx, graphs = optimizer.optimizer(c[name]), []
+    tx, graphs = optimizer.optimizer(tiny.stage(c[name])), []
 
     def made():
         model = vlm.build(tiny.size(c), nnx.Rngs(0))
-        model = lora.adapt(model, c.lora, seed=0) if name == "finetune" else model
+        model = lora.adapt(model, LoRASize.of(c.lora), seed=0) if name == "finetune" else model
         graph, state = optimizer.start(model, name, tx)
         graphs.append(graph)
         return state
@@ -59,7 +60,7 @@ def compiled(c, name):
 def test_the_estimate_is_near_the_compilers_count(changes, name, mesh1):
     c = small(**changes)
     with jax.set_mesh(mesh1):
-        need = memory.of_stage(c, name)
+        need = memory.of_stage(tiny.recipe(c), name)
         arguments, temporary = compiled(c, name)
     kept = need.parameters + need.optimizer
     # The batch is an argument too, and no part of the estimate.
@@ -70,9 +71,9 @@ def test_the_estimate_is_near_the_compilers_count(changes, name, mesh1):
 def test_each_device_has_its_shard_of_what_is_kept(mesh1, mesh8):
     c = small()
     with jax.set_mesh(mesh1):
-        whole, shapes = memory.of_stage(c, "finetune"), vlm.shapes(tiny.size(c))
+        whole, shapes = memory.of_stage(tiny.recipe(c), "finetune"), vlm.shapes(tiny.size(c))
     with jax.set_mesh(mesh8):  # 2 x 2 x 2: fsdp and tensor cut weights, data and fsdp the batch
-        part = memory.of_stage(c, "finetune")
+        part = memory.of_stage(tiny.recipe(c), "finetune")
     assert whole.parameters == 4 * vlm.parameters(shapes)
     assert whole.parameters / 4 <= part.parameters < whole.parameters / 3
     assert part.optimizer < whole.optimizer / 3 and part.activations < whole.activations / 3
@@ -83,13 +84,15 @@ def test_each_device_has_its_shard_of_what_is_kept(mesh1, mesh8):
 
 def test_what_makes_a_training_smaller_makes_its_estimate_smaller(mesh1):
     with jax.set_mesh(mesh1):
-        plain = memory.of_stage(small(remat="none"), "finetune")
+        plain = memory.of_stage(tiny.recipe(small(remat="none")), "finetune")
         for changes in (
             dict(remat="full"), dict(remat="dots"), dict(remat="none", lora=dict(rank=4)),
             dict(remat="none", finetune=dict(accumulate=4)),
             dict(remat="none", finetune=dict(batch=4)),
         ):  # fmt: skip
-            assert memory.of_stage(small(**changes), "finetune").total < plain.total, changes
+            assert memory.of_stage(tiny.recipe(small(**changes)), "finetune").total < plain.total, (
+                changes
+            )
 
 
 def test_a_vicuna_on_a_laptop_is_refused_before_anything_is_allocated(tmp_path, capsys):

@@ -110,7 +110,9 @@ def test_a_new_method_goes_through_every_verb(tmp_path, capsys):
     assert (made["kind"], made["tokens"]) == ("loudest", 4)
     assert main(["convert", f"--from={model}", f"--to={back}"]) == 0
     with jax.set_mesh(meshes.make(devices=jax.devices()[:1])):
-        trained = finished(runs.of(str(cell), "--from").home, runs.of(str(cell), "--from").config)
+        trained = finished(
+            runs.of(str(cell), "--from").home, tiny.recipe(runs.of(str(cell), "--from").config)
+        )
         ours, theirs = (folder.tensors_of(m) for m in (trained, folder.load(back)))
         assert {"compressor.loud.weight", "compressor.asked.bias"} <= ours.keys() == theirs.keys()
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours)

@@ -58,7 +58,7 @@ def test_a_patch_reader_scores_each_patch_by_its_class(mesh1):
         loss_mask=draw.random((4, side**2)) < 0.5,
     )
     with jax.set_mesh(mesh1):
-        reader = objective.patch_reader(c, 5)
+        reader = objective.patch_reader(tiny.size(c), 5, seed=c.seed)
         ours = jax.jit(objective.patch_class)(reader, tiny.placed(batch))
         levels = np.asarray(jax.jit(lambda r, x: r.vit(x))(reader, tiny.placed(batch["pixels"])))
     logits = levels @ np.asarray(reader.head.kernel[...]) + np.asarray(reader.head.bias[...])

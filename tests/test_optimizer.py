@@ -126,7 +126,7 @@ def test_z_loss_adds_the_gradient_of_the_squared_log_partition_alone(stepped, mo
 
 def train(model, stage, steps, c, *, compiled=None):
     """Losses and the state after `steps` steps of the stage's own optimizer on fresh batches."""
-    tx = optimizer.optimizer(c[stage])
+    tx = optimizer.optimizer(tiny.stage(c[stage]))
     graph, state = optimizer.start(jax.tree.map(jnp.copy, model), stage, tx)
     run = compiled or optimizer.make_step(graph, tx, objective.next_token)
     losses = []
@@ -204,8 +204,10 @@ def test_a_stage_changes_its_parts_and_no_other(stage, parts, models, finetuned,
 def test_the_encoder_stage_trains_all_of_its_reader(mesh1):
     c = tiny.get_config()
     with jax.set_mesh(mesh1):
-        tx = optimizer.optimizer(c.encoder)
-        _, state = optimizer.start(objective.patch_reader(c, 5), "encoder", tx)
+        tx = optimizer.optimizer(tiny.stage(c.encoder))
+        _, state = optimizer.start(
+            objective.patch_reader(tiny.size(c), 5, seed=c.seed), "encoder", tx
+        )
     assert not jax.tree.leaves(state.frozen) and len(jax.tree.leaves(state.trained)) > 10
 
 
@@ -213,9 +215,10 @@ def test_the_encoder_stage_trains_all_of_its_reader(mesh1):
 
 
 def stage(**changes):
-    return tiny.config(
+    c = tiny.config(
         finetune=dict(steps=100, learning_rate=0.5, warmup=0.1, clip_norm=0.0) | changes
-    ).finetune
+    )
+    return tiny.stage(c.finetune)
 
 
 def test_the_rate_warms_up_linearly_then_falls_as_a_cosine():

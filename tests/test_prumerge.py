@@ -250,7 +250,7 @@ def test_it_learns_and_answers(devices, case, request):
     with jax.set_mesh(request.getfixturevalue(f"mesh{devices}")):
         model, placed = tiny.created(c), tiny.placed(batch)
         before = jax.tree.map(np.asarray, model.vit)
-        tx = optimizer.optimizer(stage)
+        tx = optimizer.optimizer(tiny.stage(stage))
         graph, state = optimizer.start(model, "finetune", tx)
         step = optimizer.make_step(graph, tx, next_token, accumulate=1, z_loss=0.0)
         losses = []

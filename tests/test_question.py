@@ -167,8 +167,8 @@ def test_a_model_with_a_prefix_trains_and_answers(tmp_path, mesh8, caplog):
     )
     train, test = (sources.open_source(Origin.of(c), split) for split in ("train", "test"))
     with jax.set_mesh(mesh8):
-        processor = Processor(stages.tokenizer_of(c, None, train), RowFormat.of(c))
-        model = stages.train(c, tmp_path, stages.Inputs(train, processor))
+        processor = Processor(stages.tokenizer_of("", c.llm.vocab, None, train), RowFormat.of(c))
+        model = stages.train(tiny.recipe(c), tmp_path, stages.Inputs(train, processor))
         found = list(predict(c, model, test, processor))
     assert len(found) == len(test) and {f["answer"] for f in found} > {"yes", "no"}
     # Captions are longer than what this configuration leaves behind the image.

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whatever is described, what is built has the parameters and the FLOPs that are counted of it."""
 
+import ast
+
 import jax
 import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cost import count, flops, shape
+from test_house import files, imports, tree, where
 
 from vlm_jax.compressors import describe
 from vlm_jax.cost import flops as cost
@@ -126,3 +129,25 @@ def test_decoder_flops_are_the_compilers(mesh1):
         model = jax.eval_shape(lambda: LLM(size, rngs=nnx.Rngs(0)))
         got = flops(lambda model, x: model.logits(model(x)[:, -1:]), model, shape(1, 32, 1024))
     assert got == pytest.approx(cost.llm_flops(size, 32), rel=0.01)
+
+
+# Where a configuration goes in: what makes a description of it, and what keeps it as a document.
+DOORS = {"of", "adopted", "run", "claim", "flat", "digest"}  # of all rooms, and of a grid:
+DOORS |= {"cells_of", "cell_of", "by_size", "dry_run"}
+
+
+def test_a_configuration_stops_at_the_door():
+    """Rooms take frozen descriptions; `ml_collections` is imported where documents are kept."""
+    wrong = []
+    for path in files(*(f"vlm_jax/{name}" for name in
+                        ("compressors", "models", "cost", "data", "training"))):  # fmt: skip
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef) and node.name not in DOORS:
+                given = {a.arg for a in [*node.args.args, *node.args.kwonlyargs]}
+                if "config" in given:
+                    wrong.append(where(path, node.lineno))
+        documents = {"cells", "runs", "stages", "workdir"} if "training" in path.parts else set()
+        if "ml_collections.ConfigDict" in imports(path) or "ml_collections" in imports(path):
+            if path.stem not in documents:
+                wrong.append(where(path))
+    assert not wrong

@@ -51,6 +51,10 @@ def test_a_finished_run_is_started_from_as_its_model_folder_is(made, trained, me
         np.testing.assert_array_equal(tensor.read(), tensors[name], err_msg=name)
 
 
+def load(c, path):
+    return start.load(tiny.size(c), folder.read(path), start_from=c.start_from, seed=0)
+
+
 def test_a_folder_without_compression_gets_a_fresh_compressor(tmp_path, mesh1):
     path = tmp_path / "llava"
     assert main(["convert", "--from", str(FROZEN / "clip_llama"), "--to", str(path)]) == 0
@@ -58,7 +62,7 @@ def test_a_folder_without_compression_gets_a_fresh_compressor(tmp_path, mesh1):
     adopted = stages.adopted(c)
     assert c.llm.width == 16 and adopted.llm.width == 24 and adopted.vit.levels == (1, 2)
     with jax.set_mesh(mesh1):
-        model = start.load(adopted, folder.read(path), seed=0)
+        model = load(adopted, path)
     assert model.compressor.tokens == 1 and model.llm.embedding.shape == (67, 24)
     tensors = folder.read(path).tensors
     np.testing.assert_array_equal(
@@ -76,7 +80,7 @@ def test_a_method_whose_only_weights_are_the_projector_starts_from_the_trained_o
         c = tiny.config(start_from=str(path), compressor=dict(kind="m3", tokens=1),
                         vit=dict(levels=levels))  # fmt: skip
         with jax.set_mesh(mesh1):
-            model = start.load(stages.adopted(c), folder.read(path), seed=0)
+            model = load(stages.adopted(c), path)
         same = np.array_equal(
             model.compressor.projector.up.kernel[...], tensors["compressor.0.weight"].read().T
         )
@@ -116,7 +120,7 @@ def test_a_grid_does_not_start_from_a_folder(made, mesh1):
     c = stages.adopted(tiny.config(start_from=str(made)))
     c.llm.depth = 1
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match="differs in depth.*grid"):
-        start.load(c, folder.read(made), seed=0)
+        load(c, made)
 
 
 def test_what_is_no_model_folder_is_refused_with_the_way_to_one(tmp_path):

@@ -190,5 +190,5 @@ def test_more_rows_in_a_batch_than_in_the_data_is_said(tmp_path, caplog, monkeyp
     monkeypatch.setattr(stages, "run_stage", lambda name, model, *rest, **how: model)
     c = tiny.config(encoder=dict(steps=0))
     with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
-        stages.train(c, tmp_path, stages.Inputs(source, processor))
+        stages.train(tiny.recipe(c), tmp_path, stages.Inputs(source, processor))
     assert "align.batch=8 is more than the 3 examples" in caplog.text

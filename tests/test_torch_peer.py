@@ -4,6 +4,7 @@
 import jax
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
 from benchmarks.train_step import random_batch
@@ -70,8 +71,12 @@ def test_both_take_the_same_steps(pair):
     from benchmarks.peers import torch_vlm
 
     config, model, peer, batch, tensors = pair
-    graph, state = optimizer.start(model, "finetune", optimizer.optimizer(config.finetune))
-    ours = optimizer.make_step(graph, optimizer.optimizer(config.finetune), objective.next_token)
+    graph, state = optimizer.start(
+        model, "finetune", optimizer.optimizer(tiny.stage(config.finetune))
+    )
+    ours = optimizer.make_step(
+        graph, optimizer.optimizer(tiny.stage(config.finetune)), objective.next_token
+    )
     theirs = torch_vlm.Trainer(peer, config.finetune, compiled=False)
     for _ in range(5):
         state, metrics = ours(state, batch)

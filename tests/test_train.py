@@ -55,7 +55,8 @@ def weights_of(folder):
     """The newest checkpoint of a finetuned run, by name."""
     c = tiny.get_config()
     with jax.set_mesh(meshes.make(devices=jax.devices()[:1])):
-        _, like = optimizer.start(tiny.created(c), "finetune", optimizer.optimizer(c.finetune))
+        tx = optimizer.optimizer(tiny.stage(c.finetune))
+        _, like = optimizer.start(tiny.created(c), "finetune", tx)
         state, notes = Checkpoints(folder / "finetune").restore(like)
     return {name: np.asarray(x) for name, x in named(state).items()}, notes
 
@@ -120,7 +121,7 @@ def stage(setting, folder, *, poisoned=()):
     # The model is shared by tests and a stage gives its weights away.
     model = jax.tree.map(jnp.copy, model)
     try:
-        return stages.run_stage("align", model, batches, c, folder, loss)
+        return stages.run_stage("align", model, batches, tiny.recipe(c), folder, loss)
     finally:
         batches.close()
 
@@ -221,7 +222,7 @@ def test_the_encoder_given_is_the_encoder_kept(setting, tmp_path, mesh1):
     with jax.set_mesh(mesh1):
         given = tiny.roughened(model.vit)
         kept = [np.asarray(x) for x in jax.tree.leaves(given)]
-        assert_same(stages.train(c, tmp_path, inputs, encoder=given).vit, kept)
+        assert_same(stages.train(tiny.recipe(c), tmp_path, inputs, encoder=given).vit, kept)
 
 
 # --- Errors before the first step -----------------------------------------------------------------
@@ -284,7 +285,7 @@ def test_a_source_that_does_not_know_its_patches_makes_no_encoder(setting, tmp_p
         jax.set_mesh(mesh1),
         pytest.raises(ValueError, match="does not know .*set encoder.steps=0"),
     ):
-        stages.pretrain_encoder(c, tmp_path, plain)
+        stages.pretrain_encoder(tiny.recipe(c), tmp_path, plain)
 
 
 def test_another_configuration_in_the_same_folder_is_refused(trained, capsys, tmp_path):
@@ -341,8 +342,8 @@ def test_a_half_written_tokenizer_is_not_taken_for_one(setting, tmp_path, monkey
         tokenizer.keep_tokenizer(inputs.processor.tokenizer, kept)
     monkeypatch.undo()
     assert not kept.exists()
-    made = stages.tokenizer_of(c, kept, inputs.source)
+    made = stages.tokenizer_of(c.data.tokenizer, c.llm.vocab, kept, inputs.source)
     tokenizer.keep_tokenizer(made, kept)
-    again = stages.tokenizer_of(c, kept, inputs.source)
+    again = stages.tokenizer_of(c.data.tokenizer, c.llm.vocab, kept, inputs.source)
     assert made.get_vocab() == again.get_vocab() == inputs.processor.tokenizer.get_vocab()
     assert tokenizer.hash_of(made) == tokenizer.hash_of(again)

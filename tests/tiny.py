@@ -88,6 +88,20 @@ def size(c):
     return VLMSize.of(c)
 
 
+def recipe(c):
+    """The description of the training of a configuration."""
+    from vlm_jax.training.recipe import Recipe
+
+    return Recipe.of(c)
+
+
+def stage(section):
+    """The description of one stage of it."""
+    from vlm_jax.training.recipe import Stage
+
+    return Stage.of(section)
+
+
 def method(kind, tokens, heads=8, query="separate", **more):
     """The description of a compressor."""
     from vlm_jax import compressors
@@ -183,13 +197,11 @@ def roughened(model, seed=0, scale=0.3):
 def adapted(model, *, rank=2, alpha=6.0, targets=(), scale=0.1):
     """`model` with adapters of which neither half is zero, and noise on its compressor: a model
     that LoRA has trained. Its encoder and its LLM are shared with `model`."""
-    from ml_collections import ConfigDict
-
     from vlm_jax.models import lora
+    from vlm_jax.models.sizes import LoRASize
     from vlm_jax.models.vlm import VLM
 
-    section = ConfigDict(dict(rank=rank, alpha=alpha, targets=targets))
-    model = lora.adapt(model, section, seed=0)
+    model = lora.adapt(model, LoRASize(rank, alpha, targets), seed=0)
     for target in lora.adapted(model):
         layer = lora.at(model, target)
         for half in ("lora_a", "lora_b"):

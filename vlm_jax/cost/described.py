@@ -76,7 +76,7 @@ def models(config: Any = None) -> Models:
         config = load(config, "get_config")()
     own = len(config.grid.llms) > 0
     return Models(
-        grid_llms(config) if own else published_llms(),
+        grid_llms(config.llm, config.grid.llms) if own else published_llms(),
         own,
         ViTSize.of(config.vit),
         config.compressor.kind,
@@ -92,9 +92,7 @@ def published_llms() -> dict[str, tuple[float, LLMSize]]:
     return {name: (nominal[name], LLMSize.of(fields)) for name, fields in published.items()}
 
 
-def grid_llms(config: Any) -> dict[str, tuple[float, LLMSize]]:
-    """Name -> (billions of parameters, shape) of the sizes in a configuration's grid."""
-    shapes = {
-        name: LLMSize.of({**config.llm, **fields}) for name, fields in config.grid.llms.items()
-    }
+def grid_llms(base: Any, sizes: Any) -> dict[str, tuple[float, LLMSize]]:
+    """Name -> (billions of parameters, shape) of a grid's sizes: `base` with each one's fields."""
+    shapes = {name: LLMSize.of({**base, **fields}) for name, fields in sizes.items()}
     return {name: (llm_parameters(llm) / 1e9, llm) for name, llm in shapes.items()}

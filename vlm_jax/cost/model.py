@@ -84,7 +84,7 @@ def describe(
         config = read_config(config)
     shape = LLMSize.of(config.llm)
     if llm is not None:
-        known = described.published_llms() | described.grid_llms(config)
+        known = described.published_llms() | described.grid_llms(config.llm, config.grid.llms)
         if llm not in known:
             raise ValueError(f"llm={llm!r}: choose one of {', '.join(known)}")
         shape = known[llm][1]

@@ -20,15 +20,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import compressors, mesh, progress
+from vlm_jax import mesh, progress
 from vlm_jax.compressors.compressor import Compressor
+from vlm_jax.compressors.method import Method
 from vlm_jax.cost import described
 from vlm_jax.cost import flops as cost
 from vlm_jax.data import loader, sources, targets
 from vlm_jax.evals import tasks
 from vlm_jax.kernels import window_attention
 from vlm_jax.models import lora, vlm
-from vlm_jax.models.sizes import VLMSize
+from vlm_jax.models.sizes import LoRASize
 from vlm_jax.models.vit import ViT
 from vlm_jax.reports import report
 from vlm_jax.rows import records
@@ -44,6 +45,7 @@ from vlm_jax.training.features import (
     features_of,
 )
 from vlm_jax.training.forecast import largest, standing
+from vlm_jax.training.recipe import Recipe
 from vlm_jax.training.stages import Inputs
 from vlm_jax.training.workdir import (
     Claim,
@@ -90,7 +92,7 @@ def sights_of(cells: Sequence[Cell]) -> list[Sight]:
     """How the images are encoded for these cells, each way once."""
     # It depends on the compressor alone: cells of one LLM and seed have them all.
     distinct = [c for c in cells if (c.llm, c.seed) == (cells[0].llm, cells[0].seed)]
-    found = [Sight.of(vlm.shapes(VLMSize.of(cell.config)).compressor) for cell in distinct]
+    found = [Sight.of(vlm.shapes(cell.recipe.model).compressor) for cell in distinct]
     return list(dict.fromkeys(found))
 
 
@@ -104,7 +106,7 @@ def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),))
         train, processor = inputs.source, inputs.processor
         progress.say(f"data: {json.dumps(test.describe())}")
     with phase("encoder"):
-        encoder = stages.pretrain_encoder(config, folder, inputs, begin=begin)
+        encoder = stages.pretrain_encoder(Recipe.of(config), folder, inputs, begin=begin)
     begin()
     write_json(folder / "baselines.json", {"majority": sources.majority(train, test)})
     with phase("features"):
@@ -130,7 +132,8 @@ def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),))
 
 def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.Row:
     """Trains and evaluates one cell; its row, which `facts` are a part of."""
-    config, size = cell.config, VLMSize.of(cell.config)
+    config, recipe = cell.config, cell.recipe
+    size = recipe.model
     found = shared.features[Sight.of(vlm.shapes(size).compressor)]
     inputs, test = (
         replace(
@@ -142,13 +145,12 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     )
     if inputs.processor.query == "prefix" != shared.train.processor.query:
         # Of such a row less is left than was found when the data was opened.
-        skip = config.data.on_bad_example == "skip"
-        if note := targets.check(inputs.source, inputs.processor, skip=skip):
+        if note := targets.check(inputs.source, inputs.processor, skip=recipe.skip):
             progress.say(f"{cell.name}: {note}")
     folder.mkdir(parents=True, exist_ok=True)
     home = folder.parent / cell.model
     then = time.monotonic()
-    model = stages.train(config, home, inputs, encoder=shared.encoder, seed=cell.seed)
+    model = stages.train(recipe, home, inputs, encoder=shared.encoder, seed=cell.seed)
     train_seconds = time.monotonic() - then
     if cell.shares:
         model = model.at(config.compressor.tokens)
@@ -163,7 +165,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
             test.source,
             test.processor,
             features=test.features,
-            texts=test.texts(answer=False, skip=config.data.on_bad_example == "skip"),
+            texts=test.texts(answer=False, skip=recipe.skip),
             clock=clock,
             faults=faults,
         )
@@ -174,7 +176,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     scores = tasks.score(protocol, found, loader.not_answered(test.source, faults))
     if said := tasks.told(scores):
         log.warning(f"{cell.name}: {said}")
-    method = method_of(config)
+    method = method_of(size.compressor)
     Q, G, question = request_lengths(test, prefix=method["query"] == "prefix")
     steps = config.align.steps + config.finetune.steps
     return records.Row(
@@ -197,10 +199,10 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         train=dict(
             steps=steps,
             examples=sum(config[s].steps * config[s].batch for s in ("align", "finetune")),
-            flops=train_flops(config),
+            flops=train_flops(recipe),
             seconds=round(train_seconds, 2),
             **fingerprint.of_run(home, [s for s in ("align", "finetune") if config[s].steps]),
-            **({"lora": adapters_of(config)} if config.lora.rank else {}),
+            **({"lora": adapters_of(recipe.lora)} if recipe.lora.rank else {}),
         ),
         evaluate_seconds=round(seconds, 2),
         timing=clock.timing(),
@@ -214,9 +216,9 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     )
 
 
-def adapters_of(config: ConfigDict) -> dict[str, Any]:
+def adapters_of(adapters: LoRASize) -> dict[str, Any]:
     """What a row says of the adapters that its model was trained by."""
-    return config.lora.to_dict() | dict(targets=lora.check(config.lora))
+    return vars(adapters) | dict(targets=lora.check(adapters))
 
 
 def once(path: Path, seconds: float) -> float:
@@ -237,10 +239,9 @@ def tokens_read(compressor: Compressor, features: np.ndarray) -> int | float:
     return float(np.concatenate(means)[: len(features)].mean())
 
 
-def method_of(config: ConfigDict) -> dict[str, str]:
+def method_of(made: Method) -> dict[str, str]:
     """What a row says of its compressor: kind, who reads the question for it, what is not its
     published form."""
-    made = compressors.describe(config.compressor)
     return dict(compressor=made.kind, query=made.query, variant=made.variant)
 
 
@@ -350,17 +351,17 @@ def run(claimed: Claim, command: str, *, only: str | None = None) -> dict[str, A
     same_cells(claimed, cells)
     facts = provenance(window_attention.form(config.kernels))
     # The law is fitted to the grid's own method, where others are run beside it.
-    method = records.method_of(**method_of(cells[0].config))
+    method = records.method_of(**method_of(cells[0].recipe.model.compressor))
     # What changes no result changes no hash: rows of one run have one.
     first = claimed.first()
     hashes = {cell.name: digest(cell.config) for cell in cells_of(first)}
     about = dict(command=command, config=digest(first), method=method)
     phase = Phases(folder / "run.json", about | facts)
-    stages.check(config)
+    stages.check(Recipe.of(config))
     for cell in cells:
         describe(cell)  # an impossible cell is found before the first is trained
     for cell in largest(cells):
-        for warning in memory.check_training(cell.config):
+        for warning in memory.check_training(cell.recipe):
             log.warning(warning)
     shared = prepare(claimed, phase, sights_of(cells))
     homes = {cell.name: folder / "cells" / cell.name for cell in cells}

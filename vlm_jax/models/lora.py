@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
-from ml_collections import ConfigDict
 
 from vlm_jax.layers import Linear, project
+from vlm_jax.models.sizes import LoRASize
 from vlm_jax.models.vlm import VLM
 
 M = TypeVar("M", bound=nnx.Module)
@@ -82,20 +82,20 @@ def _sum(kernel, a, b, *, scale: float):
     return (kernel.astype(jnp.float32) + scale * update(a, b)).astype(kernel.dtype)
 
 
-def check(section: ConfigDict) -> tuple[str, ...]:
-    """The targets of a `lora` section, all of them where it names none; ValueError for no such."""
-    targets = tuple(section.targets)
-    if section.rank < 0:
-        raise ValueError(f"lora.rank={section.rank}: 0 trains without adapters, 1 and more with")
-    if section.rank == 0:
+def check(size: LoRASize) -> tuple[str, ...]:
+    """The targets of adapters, all of them where it names none; ValueError for no such."""
+    targets = tuple(size.targets)
+    if size.rank < 0:
+        raise ValueError(f"lora.rank={size.rank}: 0 trains without adapters, 1 and more with")
+    if size.rank == 0:
         if targets:
             raise ValueError(
                 f"lora.targets={targets}, but lora.rank=0 makes no adapters: set lora.rank, or "
                 "leave lora.targets out"
             )
         return ()
-    if section.alpha <= 0:
-        raise ValueError(f"lora.alpha={section.alpha}: it scales the adapters and is positive")
+    if size.alpha <= 0:
+        raise ValueError(f"lora.alpha={size.alpha}: it scales the adapters and is positive")
     if unknown := [name for name in targets if name not in TARGETS]:
         raise ValueError(f"lora.targets names {unknown}: choose from {list(TARGETS)}, or () is all")
     if len(set(targets)) < len(targets):
@@ -103,16 +103,16 @@ def check(section: ConfigDict) -> tuple[str, ...]:
     return tuple(name for name in TARGETS if not targets or name in targets)
 
 
-def adapt(model: VLM, section: ConfigDict, *, seed: int) -> VLM:
-    """`model` with fresh adapters as a `lora` section says; of rank 0, the model itself.
+def adapt(model: VLM, size: LoRASize, *, seed: int) -> VLM:
+    """`model` with fresh adapters as described; of rank 0, the model itself.
 
     ValueError where `check` raises one. The weights are shared with `model`.
     """
     # A stream of its own: with the seed's first keys A would repeat what the weights were drawn by.
     rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
-    size = dict(rank=section.rank, alpha=float(section.alpha))
-    for target in check(section):
-        layer = Adapted(at(model, target), rngs=rngs, **size)
+    fields = dict(rank=size.rank, alpha=float(size.alpha))
+    for target in check(size):
+        layer = Adapted(at(model, target), rngs=rngs, **fields)
         model = changed(model, ("llm", "blocks", *TARGETS[target]), layer)
     return model
 

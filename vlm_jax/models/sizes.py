@@ -146,6 +146,20 @@ class LLMSize:
         return cls(**read(cls, section, "llm"))
 
 
+@dataclasses.dataclass(frozen=True)
+class LoRASize:
+    """Adapters beside an LLM's linear layers, field for field config.lora; of rank 0, none."""
+
+    rank: int
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, section: Any) -> "LoRASize":
+        """The description in a `lora` section."""
+        return cls(**read(cls, section, "lora"))
+
+
 def interface(vit: ViTSize, llm: LLMSize) -> Interface:
     """What a compressor between the two stands between."""
     return Interface(vit.side, vit.width, len(vit.levels), llm.width, vit.kept)

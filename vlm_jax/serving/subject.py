@@ -17,6 +17,7 @@ from vlm_jax.models.vlm import VLM
 from vlm_jax.training import fields, memory, runs
 from vlm_jax.training.cells import cells_of
 from vlm_jax.training.fields import Change
+from vlm_jax.training.recipe import Recipe
 from vlm_jax.training.workdir import finished, flat
 from vlm_jax.weights import folder as model_folders
 from vlm_jax.weights import names, preprocessor
@@ -173,7 +174,7 @@ class Subject:
     def model(self, config: ConfigDict) -> VLM:
         """The model on the current mesh."""
         if self.run is not None:
-            return finished(self.run.home, config)
+            return finished(self.run.home, Recipe.of(config))
         stored = self.stored
         stored.check()
         shapes = vlm.shapes(VLMSize.of(config))

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 
 from vlm_jax import arguments, compressors
 from vlm_jax.cost import flops as cost
-from vlm_jax.data.processor import RowFormat
 from vlm_jax.models import vlm
-from vlm_jax.models.sizes import LLMSize, ViTSize, VLMSize
+from vlm_jax.models.sizes import LLMSize
+from vlm_jax.training.recipe import Recipe
 
 # A small model reaches about this share of the machine's matrix-product speed (dry runs only).
 SMALL_MODEL_EFFICIENCY = 0.15
@@ -39,6 +39,11 @@ class Cell:
     def shares(self) -> bool:
         """Whether other cells may have the same model."""
         return self.model != self.name
+
+    @property
+    def recipe(self) -> Recipe:
+        """Its training."""
+        return Recipe.of(self.config)
 
     @property
     def blind(self) -> bool:
@@ -107,29 +112,28 @@ def cell_of(
 
 def describe(cell: Cell) -> tuple[int, dict[str, int], float]:
     """LLM parameters, parameters by part, and training FLOPs of one cell; nothing is allocated."""
-    config = cell.config
-    RowFormat.of(config)  # raises for a template that leaves nothing to be read
-    shapes = vlm.shapes(VLMSize.of(config))
+    recipe = cell.recipe
+    shapes = vlm.shapes(recipe.model)
     parts = {name: vlm.parameters(getattr(shapes, name)) for name in ("vit", "compressor", "llm")}
-    return parts["llm"], parts, train_flops(config)
+    return parts["llm"], parts, train_flops(recipe)
 
 
-def train_flops(config: ConfigDict) -> float:
+def train_flops(recipe: Recipe) -> float:
     """FLOPs of both stages on cached features."""
-    return sum(stage_flops(config, stage, cached=True) for stage in ("align", "finetune"))
+    return sum(stage_flops(recipe, stage, cached=True) for stage in ("align", "finetune"))
 
 
-def stage_flops(config: ConfigDict, stage: str, *, cached: bool) -> float:
+def stage_flops(recipe: Recipe, stage: str, *, cached: bool) -> float:
     """FLOPs of one stage, on features that are `cached` or with the encoder in every step."""
-    size = VLMSize.of(config)
-    vit, compressor, llm = size.vit, size.compressor, size.llm
+    model, rows, trained = recipe.model, recipe.rows, recipe.stage(stage)
+    vit, compressor, llm = model.vit, model.compressor, model.llm
     shown = (compressor.tokens,)  # V of each pass of the LLM over an example
     if buckets := compressor.buckets(vit.side):
         shown = buckets[-1:]
     if stage == "finetune":
         shown = compressor.shown(vit.side) or shown
     made = [compressor.at(tokens) for tokens in shown]
-    images, batch = config.data.images_per_row, config[stage].batch // config[stage].accumulate
+    images, batch = rows.images_per_row, trained.batch // trained.accumulate
     example = sum(
         cost.train_step_flops(
             True,
@@ -137,11 +141,11 @@ def stage_flops(config: ConfigDict, stage: str, *, cached: bool) -> float:
             llm,
             vit=vit,
             stage=stage,
-            tokens=config.data.text_length + images * cost.visual_tokens(each, vit),
-            logits=config.data.text_length,
-            question=config.data.question_length,
-            recompute=config.remat == "full",
-            adapters=cost.lora_parameters(llm, config.lora.rank, config.lora.targets),
+            tokens=rows.text_length + images * cost.visual_tokens(each, vit),
+            logits=rows.text_length,
+            question=rows.question_length,
+            recompute=model.remat == "full",
+            adapters=cost.lora_parameters(llm, recipe.lora.rank, recipe.lora.targets),
             batch=batch,
             images=images,
         )
@@ -151,14 +155,14 @@ def stage_flops(config: ConfigDict, stage: str, *, cached: bool) -> float:
     example -= 2 * cost.compressor_products(made[0], vit, llm).reading * (len(made) - 1) * images
     if not cached:
         example += images * cost.encoder_flops(vit, made[0])
-    return float(config[stage].steps * config[stage].batch * example)
+    return float(trained.steps * trained.batch * example)
 
 
-def encoder_stage_flops(config: ConfigDict) -> float:
+def encoder_stage_flops(recipe: Recipe) -> float:
     """FLOPs of an encoder's own pretraining: forward and backward."""
-    vit = ViTSize.of(config.vit)
+    vit = recipe.model.vit
     plain = compressors.describe(dict(kind="none", tokens=vit.rows))
-    images = config.encoder.steps * config.encoder.batch
+    images = recipe.encoder.steps * recipe.encoder.batch
     return float(3 * images * cost.encoder_flops(vit, plain))
 
 

@@ -248,9 +248,9 @@ def rule(name: str) -> Field:
     return FIELDS.get(name, Field(RUN))
 
 
-def check(config: Flat) -> None:
+def check(values: Flat) -> None:
     """Raises ValueError for a value that its field cannot have, by the field's name."""
-    for name, value in config.items():
+    for name, value in values.items():
         if (allowed := rule(name).range) is None or allowed.holds(value):
             continue
         if allowed.many and isinstance(value, (list, tuple)):
@@ -259,10 +259,10 @@ def check(config: Flat) -> None:
         raise ValueError(f"{name}={shown(value)}: give {allowed}")
 
 
-def check_names(config: Flat) -> None:
+def check_names(values: Flat) -> None:
     """Raises ValueError unless a configuration has every field, and no other: one that nothing
     reads would be ignored. The grid's may be away, as in the configuration of a cell."""
-    found = {name for name in config if not name.startswith("grid.")}
+    found = {name for name in values if not name.startswith("grid.")}
     known = {name for name in FIELDS if not name.startswith("grid.")}
     for names, has in ((known - found, "lacks"), (found - known, "has")):
         if names:

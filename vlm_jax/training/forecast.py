@@ -5,11 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from vlm_jax import mesh as meshes
 from vlm_jax.models import vlm
-from vlm_jax.models.sizes import VLMSize
 from vlm_jax.progress import duration
 from vlm_jax.rows.records import Row
 from vlm_jax.training import memory
@@ -23,52 +21,53 @@ from vlm_jax.training.cells import (
 )
 from vlm_jax.training.fields import STAGES
 from vlm_jax.training.memory import gigabytes
+from vlm_jax.training.recipe import Recipe
 
 # Of a device's matrix products, what a training of a large model on an accelerator reaches about.
 LARGE_MODEL_EFFICIENCY = 0.4
 
 
-def speed(config: ConfigDict) -> tuple[float, str]:
+def speed(recipe: Recipe) -> tuple[float, str]:
     """FLOP/s that a training reaches here on all devices, about, and how that was estimated."""
     if meshes.platform() == "cpu":
         rate = matmul_flops_per_second() * SMALL_MODEL_EFFICIENCY
         what = "a product of two float32 matrices of 768 x 768"
         return rate, f"{SMALL_MODEL_EFFICIENCY:.0%} of what {what} reaches here now"
-    kind, count = config.compute_dtype, jax.device_count()
+    kind, count = recipe.model.compute_dtype, jax.device_count()
     rate = matmul_flops_per_second(4096, kind) * LARGE_MODEL_EFFICIENCY * count
     what = f"a product of two {kind} matrices of 4096 x 4096"
     return rate, f"{count} times {LARGE_MODEL_EFFICIENCY:.0%} of what {what} reaches here now"
 
 
-def dry_run(config: ConfigDict) -> None:
+def dry_run(recipe: Recipe) -> None:
     """Prints what a training would take on the current mesh; nothing of the model is allocated."""
-    size = VLMSize.of(config)
+    size = recipe.model
     shapes = vlm.shapes(size)
     parts = {name: vlm.parameters(getattr(shapes, name)) for name in ("vit", "compressor", "llm")}
     named = "   ".join(f"{name} {count:,}" for name, count in parts.items())
     print(f"parameters  {named}   together {sum(parts.values()):,}")
-    visual = f"{config.data.images_per_row} x {size.visual_tokens}"
-    print(f"rows        {config.data.text_length} tokens of text and {visual} of images")
-    rate, how = speed(config)
+    visual = f"{recipe.rows.images_per_row} x {size.visual_tokens}"
+    print(f"rows        {recipe.rows.text_length} tokens of text and {visual} of images")
+    rate, how = speed(recipe)
     columns = ("parameters", "gradients", "optimizer", "activations")
     heads = "".join(f"{name:>13}" for name in (*columns, "together", "FLOPs")) + f"{'time':>18}"
     print(f"{'stage':10}{'steps':>8}{'batch':>7}{heads}")
     total, needs = 0.0, []
     for name in STAGES:
-        if not config[name].steps:
+        if not recipe.stage(name).steps:
             continue
-        need = memory.of_stage(config, name)
+        need = memory.of_stage(recipe, name)
         needs.append(need)
         flops = (
-            encoder_stage_flops(config)
+            encoder_stage_flops(recipe)
             if name == "encoder"
-            else stage_flops(config, name, cached=False)
+            else stage_flops(recipe, name, cached=False)
         )
         total += flops
         sizes = [*(getattr(need, column) for column in columns), need.total]
         numbers = "".join(f"{gigabytes(n):>13}" for n in sizes)
         print(
-            f"{name:10}{config[name].steps:8,}{config[name].batch:7,}{numbers}{flops:13.3g}"
+            f"{name:10}{recipe.stage(name).steps:8,}{recipe.stage(name).batch:7,}{numbers}{flops:13.3g}"
             f"  {span(flops / rate):>16}"
         )
     there, where = memory.available()
@@ -81,22 +80,22 @@ def dry_run(config: ConfigDict) -> None:
     for need in needs:
         if need.total > 0.9 * there:
             fits = "does not fit" if need.sure > there else "may not fit"
-            print(f"{need.phase} {fits}: {memory.ways(config, need)}")
+            print(f"{need.phase} {fits}: {memory.ways(recipe, need)}")
 
 
 def largest(cells: Sequence[Cell]) -> list[Cell]:
     """Of each LLM the cell that needs most memory: that of most visual tokens."""
-    most = {c.llm: c for c in sorted(cells, key=lambda cell: cell.config.compressor.tokens)}
+    most = {c.llm: c for c in sorted(cells, key=lambda cell: cell.recipe.model.compressor.tokens)}
     return list(most.values())
 
 
 def memory_of(cells: Sequence[Cell]) -> str:
     """What the largest stage of these cells needs, in a line."""
     needs = [
-        (memory.of_stage(cell.config, stage), cell.name)
+        (memory.of_stage(cell.recipe, stage), cell.name)
         for cell in largest(cells)
         for stage in STAGES
-        if cell.config[stage].steps
+        if cell.recipe.stage(stage).steps
     ]
     need, name = max(needs, key=lambda pair: pair[0].total)
     there, where = memory.available()

@@ -16,13 +16,12 @@ from typing import Any
 
 import jax
 from flax import nnx
-from ml_collections import ConfigDict
 
 from vlm_jax import mesh as meshes
 from vlm_jax.models import lora, vlm
-from vlm_jax.models.sizes import VLMSize
 from vlm_jax.training import optimizer
 from vlm_jax.training.objective import reader
+from vlm_jax.training.recipe import Recipe
 
 GB = 1e9
 # Activations of which at least this share is sure to be needed: what is more than that is refused.
@@ -90,17 +89,17 @@ def placed(tree: Any) -> Any:
     return jax.tree.map(place, tree)
 
 
-def of_stage(config: ConfigDict, name: str) -> Need:
+def of_stage(recipe: Recipe, name: str) -> Need:
     """What a stage of training needs on each device of the current mesh; nothing is allocated."""
-    tx = optimizer.optimizer(config[name])
+    tx = optimizer.optimizer(recipe.stage(name))
 
     def made() -> optimizer.State:
         if name == "encoder":
-            model = reader(config, PATCH_CLASSES)
+            model = reader(recipe.model, PATCH_CLASSES, seed=0)
         else:
-            model = vlm.build(VLMSize.of(config), nnx.Rngs(0))
+            model = vlm.build(recipe.model, nnx.Rngs(0))
         if name == "finetune":
-            model = lora.adapt(model, config.lora, seed=0)
+            model = lora.adapt(model, recipe.lora, seed=0)
         return optimizer.start(model, name, tx)[1]
 
     state = jax.eval_shape(made)
@@ -109,43 +108,42 @@ def of_stage(config: ConfigDict, name: str) -> Need:
         name,
         parameters=trained + in_shards(state.frozen),
         # Micro-batches are added up.
-        gradients=trained * (1 if config[name].accumulate == 1 else 2),
+        gradients=trained * (1 if recipe.stage(name).accumulate == 1 else 2),
         optimizer=in_shards(state.optimizer),
-        activations=activations(config, name),
+        activations=activations(recipe, name),
     )
 
 
-def activations(config: ConfigDict, name: str) -> int:
+def activations(recipe: Recipe, name: str) -> int:
     """Bytes on one device between the forward and the backward pass of a stage, about.
 
-    What is kept of every block of the LLM by config.remat, what one block is computed from, and
+    What is kept of every block of the LLM by `remat`, what one block is computed from, and
     the scores of the vocabulary.
     """
     mesh = jax.sharding.get_mesh()
-    stage, vit, llm = config[name], config.vit, config.llm
+    stage, model = recipe.stage(name), recipe.model
+    vit, llm = model.vit, model.llm
     rows = math.ceil(stage.batch / stage.accumulate / meshes.batch_shards(mesh))
     tensor = mesh.shape["tensor"]
     # A CPU computes in float32 whatever is asked for.
-    size = 4 if meshes.platform() == "cpu" or config.compute_dtype == "float32" else 2
-    side = vit.image_size // vit.patch_size
-    patches = rows * config.data.images_per_row * side**2
-    scores = 4 * patches * side**2 * vit.heads
+    size = 4 if meshes.platform() == "cpu" or model.compute_dtype == "float32" else 2
+    patches = rows * recipe.rows.images_per_row * vit.patches
+    scores = 4 * patches * vit.patches * vit.heads
     seen = 2 * scores + 3 * size * patches * vit.mlp + 4 * patches * len(vit.levels) * vit.width
     if name == "encoder":
         kept = 2 * scores + size * patches * (4 * vit.mlp + 8 * vit.width)
-        return round(vit.depth * kept * (config.remat != "full") + seen)
-    described = VLMSize.of(config)
-    visual = described.visual_tokens * config.data.images_per_row
-    tokens = rows * (config.data.text_length + visual)
-    attention = 4 * tokens * (config.data.text_length + visual) * llm.heads / tensor
+        return round(vit.depth * kept * (model.remat != "full") + seen)
+    visual = model.visual_tokens * recipe.rows.images_per_row
+    tokens = rows * (recipe.rows.text_length + visual)
+    attention = 4 * tokens * (recipe.rows.text_length + visual) * llm.heads / tensor
     mlp, width = size * tokens * llm.mlp / tensor, size * tokens * llm.width
     kept = {
         "none": 3 * attention + 4 * mlp + 8 * width,
         "dots": 3 * width + 2 * mlp,
         "full": width,
-    }[config.remat]
-    logits = 4 * rows * config.data.text_length * llm.vocab / tensor
-    shown = described.compressor.shown(side) if name == "finetune" else ()
+    }[model.remat]
+    logits = 4 * rows * recipe.rows.text_length * llm.vocab / tensor
+    shown = model.compressor.shown(vit.side) if name == "finetune" else ()
     passes = max(len(shown), 1)
     language = passes * (llm.depth * kept + 2.5 * logits) + 2 * attention + 3 * mlp
     return round(max(language, seen) + 4 * patches * len(vit.levels) * vit.width)
@@ -222,15 +220,15 @@ def check(need: Need, advice: str, *, free: Callable[[], tuple[int, str]] = avai
     return ""
 
 
-def ways(config: ConfigDict, need: Need) -> str:
+def ways(recipe: Recipe, need: Need) -> str:
     """What makes a training smaller, the field that saves most first."""
     found = []
     learnt = need.gradients + need.optimizer
-    if need.phase == "finetune" and not config.lora.rank and learnt > need.total / 8:
+    if need.phase == "finetune" and not recipe.lora.rank and learnt > need.total / 8:
         found.append("train adapters alone (lora.rank=16)")
-    if need.activations > need.parameters and config.remat != "full":
+    if need.activations > need.parameters and recipe.model.remat != "full":
         found.append("recompute activations (remat=full)")
-    stage = config[need.phase]
+    stage = recipe.stage(need.phase)
     if need.activations > need.parameters and stage.batch > stage.accumulate:
         found.append(f"raise {need.phase}.accumulate, or lower {need.phase}.batch")
     devices = jax.sharding.get_mesh().size
@@ -241,9 +239,9 @@ def ways(config: ConfigDict, need: Need) -> str:
     return "; ".join([*found, "or choose a smaller llm"])
 
 
-def check_training(config: ConfigDict) -> list[str]:
+def check_training(recipe: Recipe) -> list[str]:
     """Warnings of the stages that may not fit on the current mesh; ValueError where one cannot."""
-    needs = [of_stage(config, name) for name in ("encoder", "align", "finetune")
-             if config[name].steps]  # fmt: skip
-    told = [check(need, ways(config, need)) for need in needs]
+    needs = [of_stage(recipe, name) for name in ("encoder", "align", "finetune")
+             if recipe.stage(name).steps]  # fmt: skip
+    told = [check(need, ways(recipe, need)) for need in needs]
     return [line for line in told if line]

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
-from ml_collections import ConfigDict
 
 from vlm_jax import mesh
 from vlm_jax.layers import RUN_ONCE, Linear
-from vlm_jax.models.sizes import ViTSize
+from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM, Batch
 
@@ -72,17 +71,16 @@ class PatchReader(nnx.Module):
         )
 
 
-def patch_reader(config: ConfigDict, classes: int) -> PatchReader:
-    """A fresh encoder of the configured sizes under its classifier, on the current mesh."""
-    make = jax.jit(lambda: reader(config, classes), compiler_options=mesh.known(RUN_ONCE))
+def patch_reader(size: VLMSize, classes: int, *, seed: int) -> PatchReader:
+    """A fresh encoder of a model under its classifier, on the current mesh."""
+    make = jax.jit(lambda: reader(size, classes, seed=seed), compiler_options=mesh.known(RUN_ONCE))
     return make()
 
 
-def reader(config: ConfigDict, classes: int) -> PatchReader:
+def reader(size: VLMSize, classes: int, *, seed: int) -> PatchReader:
     """`patch_reader` as it is traced."""
-    rngs = nnx.Rngs(config.seed)
-    size = ViTSize.of(config.vit)
-    vit = ViT(size, rngs=rngs, remat_policy=config.remat, dtype=config.compute_dtype)
+    rngs = nnx.Rngs(seed)
+    vit = ViT(size.vit, rngs=rngs, remat_policy=size.remat, dtype=size.compute_dtype)
     return PatchReader(vit, classes, rngs=rngs)
 
 

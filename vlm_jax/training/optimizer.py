@@ -12,12 +12,12 @@ import optax
 from flax import nnx
 from flax.nnx import filterlib
 from jaxtyping import Array, Float, Int
-from ml_collections import ConfigDict
 
 from vlm_jax import mesh
 from vlm_jax.models import lora
 from vlm_jax.models.vlm import Batch
 from vlm_jax.training.objective import Sums
+from vlm_jax.training.recipe import Stage
 
 
 class State(NamedTuple):
@@ -60,13 +60,13 @@ MATRICES = (
 )  # parts of their names; `head` alone may also hold a bias
 
 
-def schedule(stage: ConfigDict) -> optax.Schedule:
+def schedule(stage: Stage) -> optax.Schedule:
     """Linear warm-up over a fraction of the steps, all but one at most, then cosine to zero."""
     warmup = min(math.ceil(stage.warmup * stage.steps), stage.steps - 1)
     return optax.warmup_cosine_decay_schedule(0.0, stage.learning_rate, warmup, stage.steps)
 
 
-def optimizer(stage: ConfigDict) -> optax.GradientTransformation:
+def optimizer(stage: Stage) -> optax.GradientTransformation:
     """AdamW; weight decay falls on matrices only, as in the published recipes."""
 
     def decays(tree):

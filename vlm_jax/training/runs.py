@@ -22,6 +22,7 @@ from vlm_jax.models.vlm import VLM
 from vlm_jax.training.cells import cells_of
 from vlm_jax.training.checkpoint import numbered
 from vlm_jax.training.fields import STAGES
+from vlm_jax.training.recipe import Recipe
 from vlm_jax.training.workdir import finished, of_json
 from vlm_jax.weights import folder, sections, sources
 from vlm_jax.weights.classes import within
@@ -177,7 +178,7 @@ def read(path: str | Path, flag: str) -> folder.Model:
 
 def trained(run: Run) -> folder.Model:
     """The model of a finished run, adapters merged into its LLM."""
-    return sources.of_run(run.root, run.config, finished(run.home, run.config))
+    return sources.of_run(run.root, run.config, finished(run.home, Recipe.of(run.config)))
 
 
 def adapted(path: str | Path | None, flag: str) -> tuple[VLM, folder.Model]:
@@ -193,7 +194,7 @@ def adapted(path: str | Path | None, flag: str) -> tuple[VLM, folder.Model]:
     run = of(path, flag)
     if not run.config.lora.rank:
         raise ValueError(f"{path} has no adapters to export: it was trained with lora.rank=0")
-    return finished(run.home, run.config, merge=False), described(path, flag)
+    return finished(run.home, Recipe.of(run.config), merge=False), described(path, flag)
 
 
 def one_device() -> AbstractContextManager:

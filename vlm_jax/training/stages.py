@@ -26,7 +26,6 @@ from vlm_jax.data import (
 from vlm_jax.data.texts import Texts
 from vlm_jax.data.tokenizer import check_vocabulary, hash_of, keep_tokenizer
 from vlm_jax.models import lora, vlm
-from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM
 from vlm_jax.training import memory, optimizer, runs
@@ -34,6 +33,7 @@ from vlm_jax.training.checkpoint import Checkpoints
 from vlm_jax.training.fingerprint import Beginning
 from vlm_jax.training.log import Log
 from vlm_jax.training.objective import Sums, every_scale, next_token, patch_class, patch_reader
+from vlm_jax.training.recipe import Recipe
 from vlm_jax.training.workdir import Claim, claim
 from vlm_jax.weights import start as weights_start
 
@@ -65,7 +65,7 @@ def run_stage(
     name: str,
     model: Any,
     batches: loader.Batches,
-    config: ConfigDict,
+    recipe: Recipe,
     folder: Path,
     objective: Callable[[Any, Any], Sums],
     *,
@@ -75,10 +75,10 @@ def run_stage(
 
     `begin` is called when the first step of this process is seen to be finite.
     """
-    stage = config[name]
+    stage = recipe.stage(name)
     tx = optimizer.optimizer(stage)
     graph, state = optimizer.start(model, name, tx)
-    checkpoints = Checkpoints(folder / name, keep=config.checkpoint.keep)
+    checkpoints = Checkpoints(folder / name, keep=recipe.checkpoint_keep)
     # Of a stage without adapters the notes are what they were before there were any.
     adapters = lora.described(model) if name == "finetune" else None
     described = {"stage": name} | ({"lora": adapters} if adapters else {})
@@ -101,9 +101,9 @@ def run_stage(
             name,
             first=first,
             last=stage.steps,
-            every=config.log.every,
+            every=recipe.log_every,
             batch=stage.batch,
-            tensorboard=config.log.tensorboard,
+            tensorboard=recipe.tensorboard,
             more=batches.fields,
         )
         waiting, news = None, [begin] if begin else []
@@ -126,7 +126,7 @@ def run_stage(
                 if waiting:
                     seen(*waiting)
                 waiting = (step, metrics)
-                if step % config.checkpoint.every == 0 or step == stage.steps:
+                if step % recipe.checkpoint_every == 0 or step == stage.steps:
                     # Never save what has not been seen to be finite.
                     seen(*waiting)
                     waiting = None
@@ -149,27 +149,25 @@ def skipped(name: str, batches: loader.Batches, path: Path) -> str:
     return f"{name}: {batches.skips.told(of, what)}\nall of them: {path}"
 
 
-def check(config: ConfigDict) -> None:
-    """Raises for a configuration that no later step could serve."""
-    layers.remat(config.remat)
-    lora.check(config.lora)
-    if config.lora.rank and not config.finetune.steps:
+def check(recipe: Recipe) -> None:
+    """Raises for a training that no later step could serve."""
+    layers.remat(recipe.model.remat)
+    lora.check(recipe.lora)
+    if recipe.lora.rank and not recipe.finetune.steps:
         raise ValueError(
-            f"lora.rank={config.lora.rank}, but finetune.steps=0: adapters are trained in finetune"
+            f"lora.rank={recipe.lora.rank}, but finetune.steps=0: adapters are trained in finetune"
         )
-    if config.start_from and config.encoder.steps:
+    if recipe.start_from and recipe.encoder.steps:
         raise ValueError(
-            f"encoder.steps={config.encoder.steps}: start_from={config.start_from} has an encoder, "
+            f"encoder.steps={recipe.encoder.steps}: start_from={recipe.start_from} has an encoder, "
             "which a new one would replace: set encoder.steps=0"
         )
-    if not config.align.steps + config.finetune.steps:
+    if not recipe.align.steps + recipe.finetune.steps:
         raise ValueError(
             "align.steps=0 and finetune.steps=0: such a run trains no model; set one of them"
         )
-    processor.RowFormat.of(config)
-    sources.Origin.of(config)
     for name in ("encoder", "align", "finetune"):
-        stage = config[name]
+        stage = recipe.stage(name)
         if stage.batch % stage.accumulate:
             raise ValueError(
                 f"{name}.accumulate={stage.accumulate} does not divide {name}.batch={stage.batch}"
@@ -184,7 +182,7 @@ def check(config: ConfigDict) -> None:
 
 
 def pretrain_encoder(
-    config: ConfigDict,
+    recipe: Recipe,
     folder: Path,
     inputs: Inputs,
     *,
@@ -194,25 +192,25 @@ def pretrain_encoder(
     source = inputs.source
     if not hasattr(source, "patch_labels"):
         raise ValueError(
-            f"encoder.steps={config.encoder.steps}, but source {source.name!r} does not "
+            f"encoder.steps={recipe.encoder.steps}, but source {source.name!r} does not "
             "know what its patches show: set encoder.steps=0"
         )
 
     batches = patches.PatchBatches(
         source,
         inputs.processor,
-        batch=config.encoder.batch,
-        seed=config.seed,
+        batch=recipe.encoder.batch,
+        seed=recipe.seed,
         mesh=jax.sharding.get_mesh(),
-        side=config.vit.image_size // config.vit.patch_size,
-        skip=config.data.on_bad_example == "skip",
+        side=recipe.model.vit.side,
+        skip=recipe.skip,
     )
-    reader = patch_reader(config, source.patch_classes)
-    return run_stage("encoder", reader, batches, config, folder, patch_class, begin=begin).vit
+    reader = patch_reader(recipe.model, source.patch_classes, seed=recipe.seed)
+    return run_stage("encoder", reader, batches, recipe, folder, patch_class, begin=begin).vit
 
 
 def train(
-    config: ConfigDict,
+    recipe: Recipe,
     folder: Path,
     inputs: Inputs,
     *,
@@ -220,41 +218,42 @@ def train(
     seed: int | None = None,
     begin: Callable[[], None] | None = None,
 ) -> VLM:
-    """A model through both stages, its checkpoints in `folder`; `seed` defaults to the config's.
+    """A model through both stages, its checkpoints in `folder`; `seed` defaults to the recipe's.
 
     Adapters, where finetune trains them, are merged into the LLM in the end.
     Where one model serves any V it is trained alike whatever `compressor.tokens` says: by as many
     tokens as it can give in align, as its method is published in finetune.
     """
-    seed = config.seed if seed is None else seed
-    if config.start_from:
+    seed = recipe.seed if seed is None else seed
+    if recipe.start_from:
         with progress.doing("reading the weights to start from"):
-            stored = runs.read(config.start_from, "start_from")
-            model = weights_start.load(config, stored, seed=seed)
+            stored = runs.read(recipe.start_from, "start_from")
+            model = weights_start.load(
+                recipe.model, stored, start_from=recipe.start_from, seed=seed
+            )
     else:
         with progress.doing("drawing the first weights"):
-            model = vlm.create(VLMSize.of(config), seed=seed)
+            model = vlm.create(recipe.model, seed=seed)
     if encoder is not None:
         model = VLM(encoder, model.compressor, model.llm)
     if model.compressor.buckets:
         model = model.at(model.compressor.buckets[-1])
     for name in ("align", "finetune"):
-        if config[name].steps == 0:
+        if recipe.stage(name).steps == 0:
             continue
         if name == "finetune":
-            model = lora.adapt(model, config.lora, seed=seed)
-        skip = config.data.on_bad_example == "skip"
+            model = lora.adapt(model, recipe.lora, seed=seed)
         with progress.doing(f"{name}: preparing the rows"):
             batches = rows = loader.Batches(
                 inputs.source,
                 inputs.processor,
-                batch=config[name].batch,
+                batch=recipe.stage(name).batch,
                 seed=seed,
                 features=inputs.features,
-                texts=inputs.texts(answer=True, skip=skip),
-                skip=skip,
+                texts=inputs.texts(answer=True, skip=recipe.skip),
+                skip=recipe.skip,
                 mesh=jax.sharding.get_mesh(),
-                workers=config.data.workers,
+                workers=recipe.workers,
             )
         objective = next_token
         if name == "finetune" and model.compressor.prefixes:
@@ -262,36 +261,36 @@ def train(
                 batches,
                 model.compressor.prefixes,
                 seed=seed,
-                accumulate=config.finetune.accumulate,
+                accumulate=recipe.finetune.accumulate,
             )
         if name == "finetune" and model.compressor.scales:
             objective = every_scale
-        if config[name].batch > len(inputs.source):
+        if (batch := recipe.stage(name).batch) > len(inputs.source):
             log.warning(
-                f"{name}.batch={config[name].batch} is more than the {len(inputs.source)} examples "
+                f"{name}.batch={batch} is more than the {len(inputs.source)} examples "
                 "of the data: each batch has some of them more than once"
             )
-        model = run_stage(name, model, batches, config, folder, objective, begin=begin)
+        model = run_stage(name, model, batches, recipe, folder, objective, begin=begin)
         if rows.cut:
             log.warning(
                 f"{name}: {rows.cut} of {len(inputs.source)} rows were longer than "
-                f"data.text_length={config.data.text_length} and data.question_length="
-                f"{config.data.question_length} allow, and lost their end"
+                f"data.text_length={recipe.rows.text_length} and data.question_length="
+                f"{recipe.rows.question_length} allow, and lost their end"
             )
     return lora.merge(model)
 
 
-def tokenizer_of(config: ConfigDict, kept: Path | None, source: sources.Source) -> Any:
-    """The tokenizer that the configuration names, or that a run keeps in a folder, or a small one
+def tokenizer_of(named: str, vocab: int, kept: Path | None, source: sources.Source) -> Any:
+    """The tokenizer that is named, or that a run keeps in a folder, or a small one
     made from the training texts."""
-    if config.data.tokenizer:
-        tokenizer = processor.load_tokenizer(config.data.tokenizer)
+    if named:
+        tokenizer = processor.load_tokenizer(named)
     elif kept is not None and kept.is_dir():
         tokenizer = processor.load_tokenizer(kept)
     else:
         texts = (text for i in range(len(source)) for turn in source[i].turns for text in turn)
-        tokenizer = word_tokenizer.train_tokenizer(texts, config.llm.vocab)
-    check_vocabulary(tokenizer, config.llm.vocab)
+        tokenizer = word_tokenizer.train_tokenizer(texts, vocab)
+    check_vocabulary(tokenizer, vocab)
     return tokenizer
 
 
@@ -306,7 +305,8 @@ def opened(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
         source = sources.open_source(sources.Origin.of(config), "train")
     progress.say(f"data: {json.dumps(source.describe())}")
     with progress.doing("making or reading the tokenizer"):
-        tokenizer = tokenizer_of(config, kept if claimed.begun else None, source)
+        there = kept if claimed.begun else None
+        tokenizer = tokenizer_of(config.data.tokenizer, config.llm.vocab, there, source)
     claimed.reads(data=source.data_hash, tokenizer=hash_of(tokenizer), **hashes)
 
     def begin() -> None:
@@ -333,10 +333,11 @@ def adopted(config: ConfigDict) -> ConfigDict:
 def run(config: ConfigDict, folder: Path) -> int:
     """Trains as the configuration says, in `folder`."""
     with jax.set_mesh(mesh.make(**config.mesh)), claim(folder, config) as claimed:
-        check(config)
+        recipe = Recipe.of(config)
+        check(recipe)
         # An impossible model, or one too large, is found before anything is made of it.
-        vlm.shapes(VLMSize.of(config))
-        for warning in memory.check_training(config):
+        vlm.shapes(recipe.model)
+        for warning in memory.check_training(recipe):
             log.warning(warning)
         inputs, begin = opened(claimed)
         if not (config.start_from or config.encoder.steps):
@@ -346,8 +347,8 @@ def run(config: ConfigDict, folder: Path) -> int:
             )
         encoder = None
         if config.encoder.steps:
-            encoder = pretrain_encoder(config, folder, inputs, begin=begin)
-        model = train(config, folder, inputs, encoder=encoder, begin=begin)
+            encoder = pretrain_encoder(recipe, folder, inputs, begin=begin)
+        model = train(recipe, folder, inputs, encoder=encoder, begin=begin)
         tokens = f"{config.compressor.tokens}"
         if model.compressor.buckets:
             tokens = f"up to {model.compressor.tokens}"

@@ -20,11 +20,11 @@ from ml_collections import ConfigDict
 
 from vlm_jax import __version__
 from vlm_jax.models import lora, vlm
-from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vlm import VLM
 from vlm_jax.training import fields, fingerprint, memory, optimizer
 from vlm_jax.training.checkpoint import Checkpoints, numbered
 from vlm_jax.training.fields import Change
+from vlm_jax.training.recipe import Recipe
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 # What a run's hashes are of.
@@ -244,14 +244,6 @@ def of_json(tree: dict[str, Any]) -> ConfigDict:
     return config
 
 
-def last_stage(config: ConfigDict) -> str:
-    """The stage that a finished training ends with; ValueError where there is none."""
-    for stage in ("finetune", "align"):
-        if config[stage].steps:
-            return stage
-    raise ValueError("align.steps=0 and finetune.steps=0: such a run trains no model")
-
-
 def digest(config: ConfigDict) -> str:
     """Sixteen hex digits that change whenever any field does.
 
@@ -266,20 +258,20 @@ def digest(config: ConfigDict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def finished(workdir: Path, config: ConfigDict, *, merge: bool = True) -> VLM:
+def finished(workdir: Path, recipe: Recipe, *, merge: bool = True) -> VLM:
     """The model that `vlm-jax train` left in `workdir`, on the current mesh.
 
     Adapters are merged into its LLM unless `merge` is off. ValueError where training has not come
     to its end.
     """
-    stage = last_stage(config)
+    stage = recipe.last
     graphs: list[tuple] = []
 
     def made() -> optimizer.State:
-        model = vlm.build(VLMSize.of(config), nnx.Rngs(config.seed))
+        model = vlm.build(recipe.model, nnx.Rngs(recipe.seed))
         if stage == "finetune":
-            model = lora.adapt(model, config.lora, seed=config.seed)
-        graph, state = optimizer.start(model, stage, optimizer.optimizer(config[stage]))
+            model = lora.adapt(model, recipe.lora, seed=recipe.seed)
+        graph, state = optimizer.start(model, stage, optimizer.optimizer(recipe.stage(stage)))
         graphs.append((graph, lora.described(model)))
         return state._replace(optimizer=())
 
@@ -294,9 +286,9 @@ def finished(workdir: Path, config: ConfigDict, *, merge: bool = True) -> VLM:
     if numbered(workdir / stage):
         restored = Checkpoints(workdir / stage).restore(like, lora=adapters)
     steps = int(restored[0].step) if restored else 0
-    if steps != config[stage].steps:
+    if steps != (wanted := recipe.stage(stage).steps):
         raise ValueError(
-            f"{workdir}/{stage} holds {steps} of {config[stage].steps} steps: repeat the command "
+            f"{workdir}/{stage} holds {steps} of {wanted} steps: repeat the command "
             "that trains it (`vlm-jax train` or `vlm-jax grid`) to finish it"
         )
     model = optimizer.finish(graph, restored[0])

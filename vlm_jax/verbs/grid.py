@@ -37,12 +37,13 @@ def run(options: argparse.Namespace) -> int:
     from vlm_jax.training import stages
     from vlm_jax.training.cells import cells_of, dry_run
     from vlm_jax.training.forecast import memory_of
+    from vlm_jax.training.recipe import Recipe
     from vlm_jax.training.workdir import claim
 
     grids.checked(config)
     with jax.set_mesh(mesh.make(**config.mesh)):
         if folder is None:
-            stages.check(config)
+            stages.check(Recipe.of(config))
             cells = cells_of(config)
             dry_run(config, cells)
             print(memory_of(cells))

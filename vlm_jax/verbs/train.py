@@ -33,6 +33,7 @@ def run(options: argparse.Namespace) -> int:
 
     from vlm_jax import mesh
     from vlm_jax.training import fields, forecast, stages
+    from vlm_jax.training.recipe import Recipe
     from vlm_jax.training.workdir import flat
 
     asked = flat(given.config)
@@ -48,7 +49,8 @@ def run(options: argparse.Namespace) -> int:
             )
     if workdir is None:
         with jax.set_mesh(mesh.make(**made.mesh)):
-            stages.check(made)
-            forecast.dry_run(made)
+            recipe = Recipe.of(made)
+            stages.check(recipe)
+            forecast.dry_run(recipe)
         return 0
     return stages.run(made, workdir)

@@ -8,8 +8,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax import compressors
+from vlm_jax.compressors.method import Method
 from vlm_jax.models import vlm
-from vlm_jax.models.sizes import VLMSize
+from vlm_jax.models.sizes import LLMSize, VLMSize
 from vlm_jax.models.vlm import VLM
 from vlm_jax.weights import folder, names, preprocessor
 
@@ -27,7 +28,7 @@ def adopt(config: ConfigDict, model: folder.Model) -> ConfigDict:
     """
     config = config.copy_and_resolve_references()
     vit, compressor = model.vit, folder.PLAIN | model.compressor
-    if replaced(config, model):
+    if replaced(compressors.named(config.compressor.kind), model):
         vit = vit | dict(levels=config.vit.levels, keep_class=False, final_norm=False)
     elif changed := [
         k
@@ -66,12 +67,10 @@ def prepared(config: ConfigDict, model: folder.Model) -> dict[str, Any]:
     return preprocessor.configured(preprocessor.refitted(theirs, chosen))
 
 
-def replaced(config: ConfigDict, model: folder.Model) -> bool:
-    """Whether the compressor is a fresh one in place of none."""
-    old, new = (
-        compressors.named(kind) for kind in (model.compressor["kind"], config.compressor.kind)
-    )
-    return not old.compresses and new is not old
+def replaced(method: type[Method], model: folder.Model) -> bool:
+    """Whether a compressor of this method is a fresh one in place of none."""
+    old = compressors.named(model.compressor["kind"])
+    return not old.compresses and method is not old
 
 
 def matters(field: str, kind: str) -> bool:
@@ -82,13 +81,12 @@ def matters(field: str, kind: str) -> bool:
     return field == "kind" or field in (of.name for of in dataclasses.fields(method))
 
 
-def keeps_projector(config: ConfigDict, model: folder.Model) -> bool:
+def keeps_projector(size: VLMSize, model: folder.Model) -> bool:
     """Whether the compressor in place of none has the weights that the folder's projector has, and
     reads what it was trained on."""
-    last = tuple(config.vit.levels)[-1:]
     return (
-        compressors.named(config.compressor.kind).projected
-        and last == tuple(model.vit["levels"])[-1:]
+        size.compressor.projected
+        and size.vit.levels[-1:] == tuple(model.vit["levels"])[-1:]
         and not (model.vit["keep_class"] or model.vit["final_norm"])
     )
 
@@ -99,25 +97,26 @@ def same(ours: Any, theirs: Any) -> bool:
     return list(ours) == list(theirs) if sequences else ours == theirs
 
 
-def load(config: ConfigDict, model: folder.Model, *, seed: int) -> VLM:
-    """`model` as an adopted configuration starts from it, on the current mesh, in float32.
+def load(size: VLMSize, model: folder.Model, *, start_from: str, seed: int) -> VLM:
+    """`model` as the training of an adopted configuration starts from it, on the current mesh, in
+    float32; `start_from` names it.
 
-    ValueError for a configuration that has other sizes, as the cells of a grid do.
+    ValueError for another LLM, as the cells of a grid have.
     """
-    if other := [k for k, v in model.llm.items() if config.llm[k] != v]:
+    theirs = dataclasses.asdict(LLMSize.of(model.llm))
+    if other := [k for k, v in theirs.items() if getattr(size.llm, k) != v]:
         raise ValueError(
-            f"start_from={config.start_from} has an LLM that differs in {', '.join(other)}: only "
+            f"start_from={start_from} has an LLM that differs in {', '.join(other)}: only "
             "`vlm-jax train` starts from a folder, a grid makes its own sizes"
         )
     model.check()
-    size = VLMSize.of(config)
     shapes = vlm.shapes(size)
-    if not replaced(config, model):
+    if not replaced(type(size.compressor), model):
         return folder.place(shapes, names.model_table(shapes), model.tensors)
-    kept = keeps_projector(config, model)
+    kept = keeps_projector(size, model)
     print(
-        f"start: encoder{', projector' * kept} and LLM of {config.start_from}, "
-        + f"{'as' if kept else 'a fresh'} {config.compressor.kind}"
+        f"start: encoder{', projector' * kept} and LLM of {start_from}, "
+        + f"{'as' if kept else 'a fresh'} {size.compressor.kind}"
         + " in place of its trained projector" * (not kept),
         file=sys.stderr,
     )

@@ -2,9 +2,9 @@
 """M3: the projected patches, averaged over windows of any side that tiles the grid."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from vlm_jax.compressors.method import Interface, Products, Projected
+from vlm_jax.compressors.method import Interface, Method, Products, Projected
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class M3Method(Projected):
         return side**2
 
     @classmethod
-    def of_published(cls, llava):
+    def of_published(cls, llava: Any) -> tuple[Method, tuple[int, ...]]:
         """A LLaVA whose config.json lists the numbers of tokens that it was trained to give."""
         name = "matryoshka_vis_token_scale"
         scales, side = llava.fields[name], llava.side

@@ -6,6 +6,7 @@ B batch  P patches, raster order  V visual tokens  Z = levels x E  E vit width  
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float
 from vlm_jax import mesh
 from vlm_jax.compressors.last_level import LastLevel
 from vlm_jax.compressors.matryoshka import Matryoshka
+from vlm_jax.compressors.method import Interface, Method
 
 
 class M3(LastLevel, Matryoshka):
@@ -39,7 +41,7 @@ class M3(LastLevel, Matryoshka):
         ((2, 9, 64), (2, 36, 64))
     """
 
-    def __init__(self, method, interface, **options):
+    def __init__(self, method: Method, interface: Interface, **options: Any):
         super().__init__(method, interface, **options)
         self.buckets, self.scales = method.buckets(self.side), method.shown(self.side)
 

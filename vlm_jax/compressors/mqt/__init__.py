@@ -6,7 +6,7 @@ V visual tokens (`tokens`)  P patches  E vit width
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vlm_jax.compressors.method import Interface, Method, Products, linear
 from vlm_jax.compressors.tensors import Table, Tensor, attention, norm
@@ -116,7 +116,7 @@ class MQTMethod(Method):
         )
 
     @classmethod
-    def of_published(cls, llava):
+    def of_published(cls, llava: Any) -> tuple[Method, tuple[int, ...]]:
         """One model for any number of tokens, of which all are made unless somebody says less."""
         side, shape = llava.side, llava.shapes.get("query", ())
         if len(shape) != 2 or math.isqrt(shape[0]) ** 2 != shape[0]:

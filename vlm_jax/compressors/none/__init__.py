@@ -2,9 +2,9 @@
 """No compression: every patch becomes a visual token, as in LLaVA-1.5."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from vlm_jax.compressors.method import Interface, Projected
+from vlm_jax.compressors.method import Interface, Method, Projected
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class NoneMethod(Projected):
         return side**2
 
     @classmethod
-    def of_published(cls, llava):
+    def of_published(cls, llava: Any) -> tuple[Method, tuple[int, ...]]:
         """LLaVA's own projector."""
         return cls(tokens=llava.rows), llava.levels
 

@@ -4,10 +4,12 @@
 B batch  P patches, window-major  V visual tokens  Z = levels x E  E vit width  D llm width
 """
 
+from typing import Any
+
 from jaxtyping import Array, Float
 
 from vlm_jax.compressors.last_level import LastLevel
-from vlm_jax.compressors.method import window_side
+from vlm_jax.compressors.method import Interface, Method, window_side
 from vlm_jax.compressors.window import windows
 
 
@@ -28,7 +30,7 @@ class AveragePool(LastLevel):
     (2, 9, 64)
     """
 
-    def __init__(self, method, interface, **options):
+    def __init__(self, method: Method, interface: Interface, **options: Any):
         super().__init__(method, interface, **options)
         self.window = window_side(self.tokens, self.side)
 

@@ -5,7 +5,7 @@ V visual tokens (`tokens`)  P patches  E vit width  D llm width
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vlm_jax.compressors.method import (
     LEVELS,
@@ -114,7 +114,7 @@ class QueCCMethod(Method):
         )
 
     @classmethod
-    def of_published(cls, llava):
+    def of_published(cls, llava: Any) -> tuple[Method, tuple[int, ...]]:
         """QueCC of the paper's own code."""
         side, fields, shapes = llava.side, llava.fields, llava.shapes
         prefix = "mm_vision_token_compression"

@@ -5,7 +5,7 @@ V visual tokens (`tokens`)  P patches  E vit width
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vlm_jax.compressors.method import (
     LEVELS,
@@ -76,7 +76,7 @@ class TokenPackerMethod(Method):
         )
 
     @classmethod
-    def of_published(cls, llava):
+    def of_published(cls, llava: Any) -> tuple[Method, tuple[int, ...]]:
         """The field of the window's side was renamed, and before it had a name it was 2."""
         side = llava.side
         names = ("scale_factor", "down_rate", "token_packer_down_rate")

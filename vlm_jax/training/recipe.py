@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen description of one training: its model, the rows it reads, its stages."""
+
+import dataclasses
+from typing import Any
+
+from vlm_jax.compressors.method import read
+from vlm_jax.data.processor import RowFormat
+from vlm_jax.data.sources import Origin
+from vlm_jax.models.sizes import LoRASize, VLMSize
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage, field for field config.finetune, which explains them."""
+
+    steps: int
+    batch: int
+    accumulate: int
+    learning_rate: float
+    compressor_rate: float
+    warmup: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    clip_norm: float
+    z_loss: float
+
+    @classmethod
+    def of(cls, section: Any) -> "Stage":
+        """The description in the section of a stage; ValueError for a field that is missing."""
+        return cls(**read(cls, section, "a stage"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One training.
+
+    Attributes:
+      model: what is trained. lora: adapters of its LLM.
+      origin: where examples come from. rows: how one becomes a row. skip: whether bad examples
+        are passed over. workers: processes that read.
+      encoder, align, finetune: the stages, in this order.
+      seed: of weights and order. start_from: the folder with the first weights, or "".
+      checkpoint_every, checkpoint_keep, log_every: steps, checkpoints, steps.
+      tensorboard: whether it is written too.
+    """
+
+    model: VLMSize
+    lora: LoRASize
+    origin: Origin
+    rows: RowFormat
+    skip: bool
+    workers: int
+    encoder: Stage
+    align: Stage
+    finetune: Stage
+    seed: int
+    start_from: str
+    checkpoint_every: int
+    checkpoint_keep: int
+    log_every: int
+    tensorboard: bool
+
+    @classmethod
+    def of(cls, config: Any) -> "Recipe":
+        """As a configuration says. ValueError where it describes no model or no rows for it."""
+        return cls(
+            model=VLMSize.of(config),
+            lora=LoRASize.of(config.lora),
+            origin=Origin.of(config),
+            rows=RowFormat.of(config),
+            skip=config.data.on_bad_example == "skip",
+            workers=config.data.workers,
+            encoder=Stage.of(config.encoder),
+            align=Stage.of(config.align),
+            finetune=Stage.of(config.finetune),
+            seed=config.seed,
+            start_from=config.start_from,
+            checkpoint_every=config.checkpoint.every,
+            checkpoint_keep=config.checkpoint.keep,
+            log_every=config.log.every,
+            tensorboard=config.log.tensorboard,
+        )
+
+    def stage(self, name: str) -> Stage:
+        """The stage of this name."""
+        return getattr(self, name)
+
+    @property
+    def last(self) -> str:
+        """The stage that a finished training ends with; ValueError where there is none."""
+        for name in ("finetune", "align"):
+            if self.stage(name).steps:
+                return name
+        raise ValueError("align.steps=0 and finetune.steps=0: such a run trains no model")
