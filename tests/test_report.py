@@ -7,11 +7,11 @@ import os
 import re
 import shutil
 import sys
-from html import escape
 from html.parser import HTMLParser
 
 import made_rows
 import pytest
+from markupsafe import escape
 
 from vlm_jax.__main__ import main
 from vlm_jax.law import law
