@@ -46,14 +46,17 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["vlm_jax", "vlm_jax.*"]),
-    package_data={"vlm_jax": ["py.typed"]},  # types of the package are its own
+    package_data={
+        "vlm_jax": ["py.typed"],  # types of the package are its own
+        "vlm_jax.reports": ["templates/*"],
+    },
     cmdclass={"build_py": WithConfigs},
     entry_points={"console_scripts": ["vlm-jax = vlm_jax.__main__:main"]},
     install_requires=[
         *JAX_AND_FLAX,
         "absl-py>=2.5",
         "grain>=0.2.18",
-        "jinja2>=3.1",  # for the chat templates of checkpoints; transformers does not ask for it
+        "jinja2>=3.1",  # the report page, chat templates (transformers does not ask for it)
         "jaxtyping>=0.3.11",
         "ml_collections>=1.1",
         "numpy>=2.1",

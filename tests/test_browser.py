@@ -40,7 +40,8 @@ frame.onload = () => {
     overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
     width: page.documentElement.clientWidth, focused, up, down, first, second, wide,
     broken: [...page.images].filter(i => !i.naturalWidth).length,
-    images: page.images.length, ink: getComputedStyle(page.body).color});
+    images: page.images.length, ink: getComputedStyle(page.body).color,
+    filters: [...new Set([...page.images].map(i => getComputedStyle(i).filter))]});
 };
 frame.srcdoc = PAGE;
 </script>"""
@@ -98,9 +99,12 @@ def test_a_head_sorts_up_then_down_and_says_so(chromium, page, tmp_path):
 
 
 @pytest.mark.parametrize("width", [360, 1280])
-def test_dark_ink_turns_light_where_dark_is_preferred(chromium, page, tmp_path, width):
+def test_dark_ink_turns_light_where_dark_is_preferred_and_figures_follow(
+    chromium, page, tmp_path, width
+):
     flags = ["--blink-settings=preferredColorScheme=0"]
     light = probe(chromium, page, tmp_path, width=width)
     dark = probe(chromium, page, tmp_path, width=width, flags=flags)
     assert light["ink"] == "rgb(27, 29, 33)" and dark["ink"] == "rgb(232, 234, 238)"
+    assert light["filters"] == ["none"] and dark["filters"] == ["invert(0.917) hue-rotate(180deg)"]
     assert dark["overflow"] == 0 and dark["wide"] == []

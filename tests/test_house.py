@@ -54,7 +54,7 @@ LIGHT = {
     "law": {"numpy", "scipy"},
     "rows": {"numpy"},
     "planning": {"numpy", "scipy"},
-    "reports": {"numpy", "matplotlib"},
+    "reports": {"numpy", "matplotlib", "jinja2"},
 }
 
 

@@ -205,6 +205,11 @@ def test_a_wheel_has_the_package_its_configurations_and_nothing_else(installed):
     configs = {Path("vlm_jax/shipped/configs", p.name) for p in tiny.ROOT.glob("configs/*.py")}
     assert configs and files == package | configs
     assert (installed / "vlm_jax" / "py.typed").is_file()
+    templates = "vlm_jax/reports/templates"
+    shipped, ours = (
+        {p.name for p in (top / templates).iterdir()} for top in (installed, tiny.ROOT)
+    )
+    assert shipped == ours
 
 
 def test_a_wheel_fits_and_plans_with_published_sizes_and_with_its_own_configuration(

@@ -7,15 +7,16 @@ import os
 import re
 import shutil
 import sys
-from html import escape
 from html.parser import HTMLParser
 
 import made_rows
 import pytest
+from markupsafe import escape
 
 from vlm_jax.__main__ import main
 from vlm_jax.law import law
-from vlm_jax.reports import figures, findings
+from vlm_jax.reports import figures, findings, tables
+from vlm_jax.reports import page as pages
 from vlm_jax.reports import report as reports
 from vlm_jax.rows import records
 
@@ -288,6 +289,22 @@ def test_names_from_rows_cannot_become_markup(tmp_path):
     shown = [e["data-cell"] for e in page.all("tr") if "data-cell" in e]
     assert sorted(shown) == sorted(row.cell for row in rows)
     assert escape(evil) in (tmp_path / "report/index.html").read_text()
+
+
+def test_no_template_marks_a_text_as_safe():
+    assert pages.TEMPLATES.autoescape is True
+    names = pages.TEMPLATES.list_templates()
+    assert {"page.html", "parts.html", "style.css", "sort.js"} == set(names)
+    texts = [pages.TEMPLATES.loader.get_source(pages.TEMPLATES, name)[0] for name in names]
+    assert not any(re.search(r"\|\s*safe\b|autoescape", text) for text in texts)
+
+
+def test_a_table_has_as_many_cells_in_a_row_as_titles():
+    row = [tables.words("a"), tables.numeral(1)]
+    assert tables.Table("c", ["x", "y"], [row]).textual == [True, False]
+    for titles in (["x"], ["x", "y", "z"]):
+        with pytest.raises(ValueError, match="zip"):
+            _ = tables.Table("c", titles, [row]).textual
 
 
 @pytest.mark.parametrize(

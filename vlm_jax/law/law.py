@@ -72,7 +72,7 @@ class Law:
         if self.samples is None:
             raise ValueError("this law carries no bootstrap draws: fit it with bootstrap=1000")
         shape = np.broadcast_shapes(np.shape(N), np.shape(V), np.shape(Q))
-        errors = predict(self._design(N, V, Q), _logarithmic(self.form, self.samples))
+        errors = predict(self._design(N, V, Q), logarithmic(self.form, self.samples))
         if measured:
             random = np.random.default_rng(0)
             errors = errors + self.scatter * random.standard_t(
@@ -143,10 +143,11 @@ def ordered(form: str) -> list[str]:
 
 def to_vector(form: str, params: Mapping[str, float]) -> np.ndarray:
     """The solver's parameter vector, float64[P], of parameters by name."""
-    return _logarithmic(form, [[params[name] for name in FORMS[form].names]])[0]
+    return logarithmic(form, [[params[name] for name in FORMS[form].names]])[0]
 
 
-def _logarithmic(form: str, vectors: Numbers) -> np.ndarray:
+def logarithmic(form: str, vectors: Numbers) -> np.ndarray:
+    """Vectors [m, P] as the solver holds them, from plain ones: coefficients as logarithms."""
     terms = len(FORMS[form].coefficients)
     vectors = np.array(vectors, dtype=np.float64)
     vectors[:, :terms] = np.log(np.maximum(vectors[:, :terms], 1e-300))

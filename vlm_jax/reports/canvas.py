@@ -118,12 +118,13 @@ class Canvas:
         y: str,
         title: str,
         height: int | float = 2.75,
-        width: int | float = COLUMN_INCHES,
     ):
         self.matplotlib = require_matplotlib()
         self.title, self.rows, self.labels, self.extras, self.marks = title, [], [], [], []
         with self.matplotlib.rc_context(STYLE):
-            self.figure = self.matplotlib.figure.Figure((width, height), layout="constrained")
+            self.figure = self.matplotlib.figure.Figure(
+                (COLUMN_INCHES, height), layout="constrained"
+            )
             # Words are measured before saving.
             self.matplotlib.backends.backend_agg.FigureCanvasAgg(self.figure)
             self.axes = self.figure.add_subplot()
@@ -148,12 +149,10 @@ class Canvas:
         self.axes.plot(x, y, dash, color=colour, label=name, linewidth=1.3, zorder=2)
         self.note(series, "line", x, y=y, **extra)
 
-    def band(
-        self, series: str, x, low, high, *, colour="black", name=None, strength=0.15, **extra
-    ) -> None:
+    def band(self, series: str, x, low, high, *, colour="black", name=None, **extra) -> None:
         """A shaded interval between `low` and `high`."""
         self.axes.fill_between(
-            x, low, high, color=colour, alpha=strength, linewidth=0, label=name, zorder=1
+            x, low, high, color=colour, alpha=0.15, linewidth=0, label=name, zorder=1
         )
         self.note(series, "band", x, low=low, high=high, **extra)
 
@@ -217,21 +216,19 @@ class Canvas:
         low, high = (np.where(known, y + sign * stderr, None) for sign in (-1, 1))
         self.note(series, "bar", x, y=y, low=low, high=high, **extra)
 
-    def write(self, text: str, x: int | float, y: int | float, *, colour="black", size=7.0) -> None:
+    def write(self, text: str, x: int | float, y: int | float, *, colour="black") -> None:
         """A word to the right of a mark, moved up at saving where it would cover another one."""
         red, green, blue, _ = self.matplotlib.colors.to_rgba(colour)
         # Light colours that serve for marks are too pale for thin letters.
         dark = (0.65 * red, 0.65 * green, 0.65 * blue)
         self.labels.append(
-            self._annotate(text, x, y, dark, size, xytext=(5, 0), ha="left", va="center")
+            self._annotate(text, x, y, dark, 7.5, xytext=(5, 0), ha="left", va="center")
         )
 
-    def write_above(
-        self, text: str, x: int | float, y: int | float, *, colour="0.25", size=6.8, gap=1.5
-    ) -> None:
+    def write_above(self, text: str, x: int | float, y: int | float, *, size=6.8, gap=1.5) -> None:
         """A word above a mark, left out where it would cover another mark or an earlier word."""
         self.extras.append(
-            self._annotate(text, x, y, colour, size, xytext=(0, gap), ha="center", va="bottom")
+            self._annotate(text, x, y, "0.25", size, xytext=(0, gap), ha="center", va="bottom")
         )
 
     def _annotate(self, text, x, y, colour, size, **placing):

@@ -9,6 +9,7 @@ import dataclasses
 import numpy as np
 
 from vlm_jax.law.forms import FORMS
+from vlm_jax.law.law import logarithmic
 from vlm_jax.law.solve import predict
 
 
@@ -137,11 +138,7 @@ def error_draws(law, N, V, Q):
     """float[draws, n]: the error at n places under each bootstrap draw; None without draws."""
     if law.samples is None:
         return None
-    form = FORMS[law.form]
-    theta = np.array(law.samples, float)
-    terms = len(form.coefficients)
-    theta[:, :terms] = np.log(np.maximum(theta[:, :terms], 1e-300))  # as the solver holds them
-    return predict(form.design(N, V, Q), theta)
+    return predict(FORMS[law.form].design(N, V, Q), logarithmic(law.form, law.samples))
 
 
 def equal_compute(flops, N, *, spread: int | float = 1.5) -> list[int]:

@@ -63,7 +63,7 @@ def size_curves(canvas, cells, cost, law) -> None:
             V=mine.V,
             Q=mine.Q,
         )
-        canvas.write(text, *end, colour=colour, size=7.5)
+        canvas.write(text, *end, colour=colour)
         if i == 0:
             top = mine.error + np.nan_to_num(mine.stderr)
             for j, (v, at, y) in enumerate(zip(mine.V, x, top, strict=True)):

@@ -323,9 +323,7 @@ def optimal_tokens(cells, law, out_dir, *, family, name) -> list[Figure]:
     return [canvas.save(out_dir, name, caption=caption, alt=alt)]
 
 
-def equal_compute(
-    groups: Mapping[str, "table.Cells"], out_dir, *, name, Q=None, title=None
-) -> list[Figure]:
+def equal_compute(groups: Mapping[str, "table.Cells"], out_dir, *, name, Q=None) -> list[Figure]:
     """Figure 4: a bar per LLM size for each group, V such that all cost about the same.
 
     `groups` maps a family or task to its cells, all with the same (N, V). None where no two sizes
@@ -336,7 +334,7 @@ def equal_compute(
     if len(chosen) < 2:
         return []
     q, spent = float(first.Q.mean()), first.flops[chosen]
-    canvas = Canvas(x="", y="mean score", title=title or f"Equal compute, Q = {q:.3g}")
+    canvas = Canvas(x="", y="mean score", title=f"Equal compute, Q = {q:.3g}")
     width = 0.8 / len(chosen)
     for i, (at, colour) in enumerate(zip(chosen, size_colours(len(chosen)), strict=True)):
         n, v = first.N[at], first.V[at]
@@ -369,8 +367,8 @@ def equal_compute(
     caption = (
         "Scores where every LLM size spends about the same: 2N(Q+V) between "
         f"{amount_text(spent.min())}FLOPs and {amount_text(spent.max())}FLOPs at Q = {q:.3g}. "
-        "Larger LLMs (lighter bars) pay with fewer visual tokens. Bars start at zero; error bars "
-        "are one standard error."
+        "Larger LLMs (further right in a group) pay with fewer visual tokens. Bars start at zero; "
+        "error bars are one standard error."
     )
     alt = f"Bar chart of scores at equal compute for {', '.join(groups)}."
     return [canvas.save(out_dir, name, caption=caption, alt=alt)]

@@ -1,20 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of one run: question, answer, figures, tables, how it was made, how to repeat it."""
+"""The page of one run: question, answer, figures, tables, how it was made, how to repeat it.
 
+The values are collected here; templates/page.html says where they stand, style.css how they look.
+"""
+
+import base64
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from html import escape
+from pathlib import Path
 
+import jinja2
 import numpy as np
 
-from vlm_jax.reports import findings, markup, score_tables
+from vlm_jax.reports import findings, score_tables
 from vlm_jax.reports.canvas import Figure, seconds_text
-from vlm_jax.reports.markup import Cell, numeral, words
 from vlm_jax.reports.run import Run
+from vlm_jax.reports.tables import Table, TableCell, numeral, words
 
 MOST_VALUES = 5  # of one fact, before they are counted instead of listed
 QUESTION = "For a given inference budget, which language model and how many visual tokens?"
+# Field of a row that says how it was made -> what the page calls it.
+ORIGIN = {
+    "commit": "commit", "config_hash": "configuration (hash)", "data_hash": "data (hash)",
+    "machine": "machine", "seed": "seed", "protocol": "protocol", "prompt": "prompt",
+    "parser": "answer parser",
+}  # fmt: skip
+KINDS = {".svg": "image/svg+xml", ".csv": "text/csv"}
 # Figures that a reader wants first; the others of a family are folded away.
 FIRST = ("_scores", "_methods", "_flops_measured_q", "_optimal_v", "_total_flops")
+
+
+def data_uri(file: Path) -> str:
+    """A file as an address that holds it."""
+    return f"data:{KINDS[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+def size(svg: Path) -> dict[str, int]:
+    """Width and height as matplotlib wrote them: the page does not jump while it loads."""
+    sides = re.search(r'<svg[^>]* width="(.+?)pt" height="(.+?)pt"', svg.read_text())
+    return {"width": round(float(sides[1])), "height": round(float(sides[2]))}
+
+
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,  # every word from rows, whatever the file is called
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters |= {"data_uri": data_uri, "size": size}
 
 
 def build(
@@ -39,20 +74,28 @@ def build(
     """
     rows = run.rows
     said = findings.derive(run, laws, reasons=reasons, majority=by_family(rows, majority))
-    parts = [
-        ("answer", "The answer of this run", _answer(said)),
-        ("figures", "Figures", _figures(figures, missing)),
-        ("methods", "Methods side by side", score_tables.methods(run)),
-        ("cells", "All cells", _cells(run)),
-        ("baselines", "Baselines", _baselines(run, majority)),
-        ("law", "The law's parameters", _laws(run, laws, reasons)),
-        ("tasks", "Tasks", _tasks(run, majority)),
-        ("made", "How it was made", _made(rows, facts)),
-        ("repeat", "How to repeat it", _repeat(rows, facts)),
-    ]
     created = max((row.created for row in rows), default="")
-    lead = f"Run {name}, {len(rows)} finished cells" + (f", last at {created}." if created else ".")
-    return markup.page(QUESTION, lead, parts)
+    return TEMPLATES.get_template("page.html").render(
+        question=QUESTION,
+        lead=f"Run {name}, {len(rows)} finished cells{created and ', last at '}{created}.",
+        answer=_grouped(said.answer),
+        shows=_grouped(said.shows),
+        open=_grouped(said.open),
+        galleries=_galleries(figures),
+        missing=missing,
+        methods=score_tables.methods(run),
+        cells=_cells(run),
+        baselines=_baselines(run),
+        commonest=_commonest(majority),
+        fitted_to=_fitted_to(run),
+        reasons=sorted(reasons.items()),
+        laws=_laws(run, laws),
+        notes=[(family, law.notes) for family, law in sorted(laws.items()) if law.notes],
+        tasks=_tasks(run, majority),
+        origin=_origin(rows, facts),
+        commit=next((commit for commit, _ in _distinct(row.commit for row in rows)), ""),
+        command=facts.get("command"),
+    )
 
 
 def by_family(rows: Sequence, majority: Mapping[str, int | float]) -> dict[str, float]:
@@ -68,58 +111,23 @@ def by_family(rows: Sequence, majority: Mapping[str, int | float]) -> dict[str, 
     }
 
 
-def _answer(said: findings.Findings) -> str:
-    note = (
-        "Brackets hold 95 % intervals; ± is one standard error. N is LLM parameters, V visual "
-        "and Q text tokens."
-    )
-    parts = [f'<p class="soft">{note}</p>', _sentences(said.answer)]
-    for title, sentences in (
-        ("What this run shows", said.shows),
-        ("What it does not show", said.open),
-    ):
-        nothing = "<p>Nothing that its intervals allow to say.</p>"
-        parts.append(f"<h3>{title}</h3>" + (_sentences(sentences) if sentences else nothing))
-    return "\n".join(parts)
+def _grouped(said: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """(family, its sentences), those about all families last."""
+    families = sorted({family for family, _ in said}, key=lambda family: (not family, family))
+    return [(family, [words for about, words in said if about == family]) for family in families]
 
 
-def _sentences(said: Sequence[tuple[str, str]]) -> str:
-    """Sentences grouped by family, those about all families last."""
-    families = sorted(dict.fromkeys(family for family, _ in said), key=lambda f: (not f, f))
-    parts = []
-    for family in families:
-        mine = [sentence for about, sentence in said if about == family]
-        head = f"<dt>{escape(family or 'all families')}</dt>"
-        parts.append(head + "".join(f"<dd>{escape(sentence)}</dd>" for sentence in mine))
-    return f"<dl>{''.join(parts)}</dl>"
+def _galleries(figures: Sequence[Figure]) -> list[tuple[str, list[Figure], list[Figure]]]:
+    """(family, the figures that a reader wants first, the others)."""
+    galleries = {}
+    for figure in figures:
+        first, rest = galleries.setdefault(figure.section, ([], []))
+        wanted = not figure.section or figure.name.endswith(FIRST)
+        (first if wanted else rest).append(figure)
+    return [(family, *both) for family, both in galleries.items()]
 
 
-def _figures(figures: Sequence[Figure], missing: str) -> str:
-    if not figures:
-        why = missing or "no cell is finished, so there is nothing to draw."
-        return f"<p>None: {escape(why)}</p>"
-    parts = []
-    for family in dict.fromkeys(figure.section for figure in figures):
-        mine = [figure for figure in figures if figure.section == family]
-        first = [f for f in mine if not family or f.name.endswith(FIRST)]
-        rest = [f for f in mine if f not in first]
-        parts.append(f"<h3>{escape(family or 'All families')}</h3>" + _gallery(first))
-        if rest:
-            about = "the paper's Q = 0 and 50, extrapolation, other costs"
-            parts.append(
-                f"<details><summary>{len(rest)} more figures of {escape(family)}: {about}</summary>"
-                f"{_gallery(rest)}</details>"
-            )
-    return "\n".join(parts)
-
-
-def _gallery(figures: Sequence[Figure]) -> str:
-    return '<div class="figures">' + "\n".join(markup.figure(f) for f in figures) + "</div>"
-
-
-def _cells(run: Run) -> str:
-    if not run.main:
-        return "<p>No cell of the grid is finished.</p>"
+def _cells(run: Run) -> Table:
     caption = (
         f"Cells of the grid: {run.method}. Scores are fractions ± one standard error of the test "
         "questions; a grey margin above the blind score of the same LLM is within 1.96 standard "
@@ -129,56 +137,44 @@ def _cells(run: Run) -> str:
     return score_tables.row_table(caption, kept, run.rows)
 
 
-def _baselines(run: Run, majority: Mapping[str, int | float]) -> str:
-    parts = []
-    if others := [*run.blind, *run.other]:
-        caption = (
-            "Baseline cells. Blind models see the mean image instead of the image; the other "
-            "methods stand beside the grid's own at the same LLM and V."
-        )
-        kept = sorted(others, key=lambda r: (score_tables.kind(r), r.llm_parameters, r.V, r.seed))
-        parts.append(score_tables.row_table(caption, kept, run.rows))
-    else:
-        parts.append("<p>No blind model and no other method was run.</p>")
-    if majority:
-        caption = "Always giving the commonest answer of a task."
-        lines = [[words(t), numeral(s, f"{s:.3f}")] for t, s in sorted(majority.items())]
-        parts.append(markup.table(caption, ["task", "score"], lines))
-    else:
-        parts.append("<p>The score of always giving the commonest answer was not recorded.</p>")
-    return "\n".join(parts)
+def _baselines(run: Run) -> Table:
+    caption = (
+        "Baseline cells. Blind models see the mean image instead of the image; the other "
+        "methods stand beside the grid's own at the same LLM and V."
+    )
+    others = [*run.blind, *run.other]
+    kept = sorted(others, key=lambda r: (score_tables.kind(r), r.llm_parameters, r.V, r.seed))
+    return score_tables.row_table(caption, kept, run.rows)
 
 
-def _laws(run: Run, laws: Mapping, reasons: Mapping[str, str]) -> str:
-    parts = [f"<p>{escape(_rows_of_the_law(run))}</p>"] if run.main else []
-    parts += [
-        f"<p>{escape(family)}: no law. {escape(why)}</p>" for family, why in sorted(reasons.items())
-    ]
-    if laws:
-        names = list(dict.fromkeys(name for law in laws.values() for name in law.params))
-        titles = ["family", "form", *names, "best V at the measured Q", "misfit (RMSE)", "points"]
-        lines = [_law_line(family, law, names, run) for family, law in sorted(laws.items())]
-        caption = (
-            "Parameters of the fitted law. Each has its 95 % interval beside it. N is in billions "
-            "of parameters; the best V minimises the error at fixed 2N(Q+V) within the measured V."
-        )
-        parts.append(markup.table(caption, titles, lines))
-        parts += [_notes(family, law) for family, law in sorted(laws.items())]
-    return "\n".join(parts)
+def _commonest(majority: Mapping[str, int | float]) -> Table:
+    lines = [[words(t), numeral(s, f"{s:.3f}")] for t, s in sorted(majority.items())]
+    return Table("Always giving the commonest answer of a task.", ["task", "score"], lines)
 
 
-def _rows_of_the_law(run: Run) -> str:
+def _laws(run: Run, laws: Mapping) -> Table:
+    names = list(dict.fromkeys(name for law in laws.values() for name in law.params))
+    titles = ["family", "form", *names, "best V at the measured Q", "misfit (RMSE)", "points"]
+    lines = [_law_line(family, law, names, run) for family, law in sorted(laws.items())]
+    caption = (
+        "Parameters of the fitted law. Each has its 95 % interval beside it. N is in billions "
+        "of parameters; the best V minimises the error at fixed 2N(Q+V) within the measured V."
+    )
+    return Table(caption, titles, lines)
+
+
+def _fitted_to(run: Run) -> str:
     """Which rows the law was fitted to, and which it leaves out."""
+    if not run.main:
+        return ""
     said = f"The law is fitted to the {len(run.main)} rows of {run.method}."
-    left = {method: 0 for method in sorted({row.method for row in run.other})}
-    for row in run.other:
-        left[row.method] += 1
-    counts = [f"{count} of {method}" for method, count in left.items()]
+    left = sorted(Counter(row.method for row in run.other).items())
+    counts = [f"{count} of {method}" for method, count in left]
     counts += [f"{len(run.blind)} of blind models"] * bool(run.blind)
     return said + (f" Not used: {', '.join(counts)}." if counts else "")
 
 
-def _law_line(family: str, law, names: Sequence[str], run: Run) -> list[Cell]:
+def _law_line(family: str, law, names: Sequence[str], run: Run) -> list[TableCell]:
     line = [words(family), words(law.form)]
     for name in names:
         value, ends = law.params.get(name), law.intervals.get(name)
@@ -189,12 +185,7 @@ def _law_line(family: str, law, names: Sequence[str], run: Run) -> list[Cell]:
     return [*line, numeral(law.rmse), numeral(law.n, str(law.n))]
 
 
-def _notes(family: str, law) -> str:
-    notes = [law.notes] if isinstance(law.notes, str) else list(law.notes or ())
-    return f"<h3>{escape(family)}</h3>" + markup.bullets(notes) if notes else ""
-
-
-def _tasks(run: Run, majority: Mapping[str, int | float]) -> str:
+def _tasks(run: Run, majority: Mapping[str, int | float]) -> Table:
     rows, lines = run.rows, []
     for task in score_tables.names(rows)[1]:
         known = next(row.tasks[task] for row in rows if task in row.tasks)
@@ -203,41 +194,21 @@ def _tasks(run: Run, majority: Mapping[str, int | float]) -> str:
         counts = sorted({row.tasks[task]["n"] for row in rows if task in row.tasks})
         best = max(seen, key=lambda s: s["score"], default=None)
         worst = min(seen, key=lambda s: s["score"], default=None)
+        blind = max(floor, key=lambda s: s["score"], default=None)
         line = [words(task), words(known["family"]), words(known["metric"])]
-        line += [
-            numeral(counts[-1], " or ".join(map(str, counts))),
-            score_tables.score_cell(worst),
-            score_tables.score_cell(best),
-        ]
-        line.append(score_tables.score_cell(max(floor, key=lambda s: s["score"], default=None)))
+        line.append(numeral(counts[-1], " or ".join(map(str, counts))))
+        line += [score_tables.score_cell(score) for score in (worst, best, blind)]
         lines.append([*line, numeral(majority.get(task))])
     caption = "Tasks and the range of their scores over the grid; blind is the best blind model."
-    titles = [
-        "task",
-        "family",
-        "metric",
-        "questions",
-        "worst cell",
-        "best cell",
-        "blind",
-        "commonest",
-    ]
-    return markup.table(caption, titles, lines) if lines else "<p>No task was scored yet.</p>"
+    titles = ["task", "family", "metric", "questions"]
+    titles += ["worst cell", "best cell", "blind", "commonest"]
+    return Table(caption, titles, lines)
 
 
-def _made(rows: Sequence, run_facts: Mapping) -> str:
+def _origin(rows: Sequence, run_facts: Mapping) -> Table:
     """What made the rows; where rows disagree, every value with the number of rows that have it."""
     facts = []
-    for title, field in (
-        ("commit", "commit"),
-        ("configuration (hash)", "config_hash"),
-        ("data (hash)", "data_hash"),
-        ("machine", "machine"),
-        ("seed", "seed"),
-        ("protocol", "protocol"),
-        ("prompt", "prompt"),
-        ("answer parser", "parser"),
-    ):
+    for field, title in ORIGIN.items():
         found = _distinct(getattr(row, field) for row in rows)
         if len(found) > MOST_VALUES:  # every cell has a configuration of its own
             found = [(f"{len(found)} different ones, in rows.jsonl", len(rows))]
@@ -254,35 +225,8 @@ def _made(rows: Sequence, run_facts: Mapping) -> str:
         facts.append((f"wall time: {phase}", seconds_text(float(seconds)), None))
     lines = [[words(title), words(value), numeral(n, n and str(n))] for title, value, n in facts]
     caption = "Origin of every number above. A fact with several lines differs between rows."
-    return markup.table(caption, ["what", "value", "rows"], lines)
+    return Table(caption, ["what", "value", "rows"], lines)
 
 
 def _distinct(values) -> list[tuple[str, int]]:
-    found = {}
-    for value in values:
-        found[str(value)] = found.get(str(value), 0) + 1
-    return sorted(found.items(), key=lambda item: -item[1])
-
-
-def _repeat(rows: Sequence, facts: Mapping) -> str:
-    command = facts.get("command")
-    commits = [commit for commit, _ in _distinct(row.commit for row in rows)]
-    parts = []
-    if commits:
-        # Rows made with an installed package name its version.
-        way = "Install" if commits[0].startswith("vlm_jax ") else "Check out commit"
-        parts.append(f"<p>{way} <code>{escape(commits[0])}</code> and run:</p>")
-    if command:
-        parts.append(f"<pre><code>{escape(str(command))}</code></pre>")
-        parts.append(
-            "<p>The same command in the same folder continues a run that was stopped; finished "
-            "cells are not repeated.</p>"
-        )
-    else:
-        parts.append("<p>The command that started this run was not recorded.</p>")
-    parts.append(
-        "<p>This page is made from <code>rows.jsonl</code> and <code>law.json</code> beside the "
-        "folder it lies in: <code>vlm-jax report --workdir=DIR</code>. Each figure is there as "
-        "PNG, SVG and CSV.</p>"
-    )
-    return "\n".join(parts)
+    return Counter(map(str, values)).most_common()

@@ -37,7 +37,7 @@ def scores_against_tokens(
         if len(V):
             canvas.line(text, V, score, colour=colours[n], N_billions=n / 1e9, V=V)
             canvas.points(text, V, score, stderr=stderr, V=V, **style)
-            canvas.write(text, V[-1], score[-1], colour=colours[n], size=7.5)
+            canvas.write(text, V[-1], score[-1], colour=colours[n])
         blind = [r.families[family] for r in run.blind if r.llm_parameters == n
                  and family in r.families]  # fmt: skip
         if blind:

@@ -5,30 +5,29 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from vlm_jax.reports import findings, markup
-from vlm_jax.reports.canvas import amount_text, parameters_text, seconds_text
+from vlm_jax.reports import findings
 from vlm_jax.reports.cost_figures import PHASES
-from vlm_jax.reports.markup import Cell, numeral, words
 from vlm_jax.reports.run import Run, mean_over_seeds
+from vlm_jax.reports.tables import Table, TableCell, amount, numeral, parameters, seconds, words
 
 
-def score_cell(score: Mapping | None) -> Cell:
+def score_cell(score: Mapping | None) -> TableCell:
     if score is None:
         return numeral(None)
-    return Cell(f"{score['score']:.3f} ± {score['stderr']:.3f}", score["score"])
+    return TableCell(f"{score['score']:.3f} ± {score['stderr']:.3f}", score["score"])
 
 
-def margin_cell(row, family: str, blind: Mapping) -> Cell:
+def margin_cell(row, family: str, blind: Mapping) -> TableCell:
     """A row's score minus the blind score of its LLM; open within 1.96 standard errors."""
     if row.blind or family not in row.families or row.llm not in blind:
         return numeral(None)
     score = row.families[family]
     difference, spread = findings.margin((score["score"], score["stderr"]), blind[row.llm])
     text = f"{difference:+.3f} ± {spread:.3f}".replace("-", "−")
-    return Cell(text, difference, open=difference <= findings.SURE * spread)
+    return TableCell(text, difference, open=difference <= findings.SURE * spread)
 
 
-def methods(run: Run) -> str:
+def methods(run: Run) -> Table:
     """Score by method and V: a line each; means over LLMs first, then each family and LLM."""
     llms = list(dict.fromkeys(r.llm for r in sorted(run.rows, key=lambda r: r.llm_parameters)))
     grouped = {}
@@ -37,7 +36,7 @@ def methods(run: Run) -> str:
         place = ("blind", None) if row.blind else (row.method, row.V)
         grouped.setdefault(place, {}).setdefault(row.llm, []).append(row)
     if not grouped:
-        return "<p>No cell is finished.</p>"
+        return Table("", [], [])
     several = len(llms) > 1
     titles = ["method", "V"] + [f"{family}, mean" for family in run.families if several]
     titles += ["question pass, FLOPs", "request, FLOPs"]
@@ -70,7 +69,7 @@ def methods(run: Run) -> str:
         f"FLOPs are of one request at {llms[-1]}. The law is fitted to the lines of "
         f"{run.method or 'no method yet'} alone."
     )
-    return markup.table(caption, titles, lines)
+    return Table(caption, titles, lines)
 
 
 def mean_of(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -79,7 +78,7 @@ def mean_of(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return float(values.mean()), float(np.sqrt((errors**2).sum()) / len(errors))
 
 
-def mean_cell(score: tuple[float, float] | None) -> Cell:
+def mean_cell(score: tuple[float, float] | None) -> TableCell:
     return score_cell(score and {"score": score[0], "stderr": score[1]})
 
 
@@ -89,7 +88,7 @@ def names(rows: Sequence) -> tuple[list[str], list[str]]:
     return families, sorted({task for row in rows for task in row.tasks})
 
 
-def row_table(caption: str, rows: Sequence, every: Sequence) -> str:
+def row_table(caption: str, rows: Sequence, every: Sequence) -> Table:
     """A line per row, the blind score of its LLM beside each family; `every` has all rows."""
     families, tasks = names(every)
     blind = {
@@ -119,19 +118,7 @@ def row_table(caption: str, rows: Sequence, every: Sequence) -> str:
         line += [numeral(steps, steps and f"{steps:,}"), amount(row.train.get("flops"))]
         line += [seconds(row.train.get("seconds")), seconds(row.evaluate_seconds)]
         lines.append(line)
-    return markup.table(caption, titles, lines, keys=[row.cell for row in rows])
-
-
-def parameters(count: int) -> Cell:
-    return numeral(count, parameters_text(count / 1e9))
-
-
-def amount(value: int | float | None) -> Cell:
-    return numeral(value, value is not None and amount_text(value) or None)
-
-
-def seconds(value: int | float | None) -> Cell:
-    return numeral(value, value is not None and seconds_text(value) or None)
+    return Table(caption, titles, lines, keys=[row.cell for row in rows])
 
 
 def kind(row) -> str:
