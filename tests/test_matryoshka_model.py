@@ -83,7 +83,7 @@ def test_requests_of_any_size_from_one_model_compile_once_for_each_bucket(kind, 
         made = tiny.batch(c)
         batch = tiny.placed({k: v for k, v in made.items() if k != "loss_mask"})
         answer = Decoder(model, stop_ids=())
-        asked = model.compressor.supported(4)
+        asked = model.compressor.method.supported(4)
         found = {tokens: answer(batch, tokens, new_tokens=2) for tokens in asked}
         buckets = model.compressor.buckets
         assert len(asked) == {"mqt": 16, "m3": 3}[kind]

@@ -125,12 +125,13 @@ def test_what_cannot_be_asked_of_several_images_says_why(one, images, tmp_path):
     refused("there is no image", [[a, tmp_path / "gone.png"]], ["which?"])
     refused("an image is a path.*not None", [[a, None]], ["which?"])
     refused("12 of the 3 images and .*made for 128: shorten", [[a, b, c]], ["a " * 120])
-    one.compressor.reads_prefix = True
+    method = one.compressor.method
+    one.compressor.method = tiny.method("quecc", method.tokens, query="prefix")
     try:
         refused("2 images, and this model's compressor.*one at a time.*'separate'", [[a, b]],
                 ["which?"])  # fmt: skip
     finally:
-        one.compressor.reads_prefix = False
+        one.compressor.method = method
 
 
 # --- The verbs ------------------------------------------------------------------------------------
