@@ -33,6 +33,7 @@ from vlm_jax.training.checkpoint import Checkpoints
 from vlm_jax.training.fingerprint import Beginning
 from vlm_jax.training.log import Log
 from vlm_jax.training.objective import Sums, every_scale, next_token, patch_class, patch_reader
+from vlm_jax.training.overview import overview
 from vlm_jax.training.recipe import Recipe
 from vlm_jax.training.workdir import Claim, claim
 from vlm_jax.weights import start as weights_start
@@ -336,9 +337,10 @@ def run(config: ConfigDict, folder: Path) -> int:
         recipe = Recipe.of(config)
         check(recipe)
         # An impossible model, or one too large, is found before anything is made of it.
-        vlm.shapes(recipe.model)
+        shapes = vlm.shapes(recipe.model)
         for warning in memory.check_training(recipe):
             log.warning(warning)
+        progress.say(overview(shapes, recipe))
         inputs, begin = opened(claimed)
         if not (config.start_from or config.encoder.steps):
             log.warning(
