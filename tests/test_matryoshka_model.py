@@ -76,7 +76,7 @@ def test_every_scale_is_the_mean_of_each_from_one_pass(mesh1, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *found)
 
 
-@pytest.mark.parametrize("kind", ["mqt", "m3"])
+@pytest.mark.parametrize("kind", ["mqt", pytest.param("m3", marks=pytest.mark.slow)])
 def test_requests_of_any_size_from_one_model_compile_once_for_each_bucket(kind, mesh1):
     with jax.set_mesh(mesh1):
         c, model = model_of(kind, 16)
@@ -163,7 +163,7 @@ def test_positions_move_in_the_first_stage_alone_and_steps_compile_once(stage, b
         assert (np.asarray(after.query[...]) != before[1]).any()
 
 
-@pytest.mark.parametrize("kind", ["mqt", "m3"])
+@pytest.mark.parametrize("kind", ["mqt", pytest.param("m3", marks=pytest.mark.slow)])
 def test_a_step_on_eight_devices_in_micro_batches_is_one_on_one(kind, mesh1, mesh8):
     run = {"mqt": objective.next_token, "m3": objective.every_scale}[kind]
     found = []

@@ -303,12 +303,12 @@ def test_a_typo_does_not_claim_the_folder(capsys, tmp_path):
     assert "data.source" in message(capsys, tmp_path, "--config.data.source=coco")
 
 
-def test_what_is_kept_can_go_on_with_another_log_and_other_workers(trained, tmp_path, capsys):
+def test_what_is_kept_can_go_on_with_another_log_and_other_workers(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     before = json.loads((tmp_path / "run/config.json").read_text())
-    argv = [COMMAND[1], f"--workdir={tmp_path}/run", "--config.log.every=5",
-            "--config.data.workers=1", "--config.checkpoint.keep=1"]  # fmt: skip
-    assert main(["train", *argv]) == 0  # finished: it is read back
+    done = tiny.run(*COMMAND, f"--workdir={tmp_path}/run", "--config.log.every=5",
+                    "--config.data.workers=1", "--config.checkpoint.keep=1")  # fmt: skip
+    assert done.returncode == 0, done.stderr  # finished: it is read back
     assert json.loads((tmp_path / "run/config.json").read_text()) == before
 
 
