@@ -132,7 +132,16 @@ def test_decoder_flops_are_the_compilers(mesh1):
 
 
 # Where a configuration goes in: what makes a description of it, and what keeps it as a document.
-DOORS = {"of", "adopted", "run", "claim", "flat", "digest"}  # of all rooms, and of a grid:
+DOORS = {
+    "of",
+    "adopted",
+    "run",
+    "claim",
+    "flat",
+    "digest",
+    "describe",
+    "models",
+}  # of all rooms, and of a grid:
 DOORS |= {"cells_of", "cell_of", "by_size", "dry_run"}
 
 
