@@ -197,7 +197,7 @@ def test_a_prompt_without_an_image_is_answered_and_sees_none(one, images):
     "kind, fields, asked",
     [
         ("mqt", {}, (1, 7, 16)),
-        ("m3", dict(scales=(1, 4, 16)), (1, 4, 16)),
+        pytest.param("m3", dict(scales=(1, 4, 16)), (1, 4, 16), marks=pytest.mark.slow),
         ("quecc", dict(query="separate"), (4,)),
         ("quecc", dict(query="prefix"), (4,)),
         ("none", {}, (16,)),

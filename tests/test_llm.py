@@ -65,7 +65,7 @@ def test_a_score_of_two_rotated_tokens_depends_on_their_distance_alone(mesh1):
         )
 
 
-@pytest.mark.parametrize("queries", [1, 4])
+@pytest.mark.parametrize("queries", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_queries_that_attend_some_at_a_time_give_what_all_at_once_give(queries, mesh1, monkeypatch):
     # Behind a past too, whose padding no query may see.
     c = tiny.config(llm=QWEN)

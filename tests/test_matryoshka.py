@@ -113,7 +113,7 @@ def test_mqt_equals_attention_made_anew_for_every_image(tokens, mesh1):
         assert np.std(ours["out"]) > 0.1
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.data())
 def test_both_orders_of_mixing_give_the_same(mesh1, data):
     heads, size, batch = (data.draw(st.integers(1, n)) for n in (4, 6, 3))
@@ -127,7 +127,8 @@ def test_both_orders_of_mixing_give_the_same(mesh1, data):
         for first in (True, False):
             patch.setattr(mqts, "mixing_first_pays", lambda *_, first=first: first)
             grads = jax.grad(lambda *x: (mqts.mix(*x) ** 2).sum(), argnums=(0, 1, 2))
-            found.append([mqts.mix(scores, values, kernel), *grads(scores, values, kernel)])
+            both = jax.jit(lambda *x, grads=grads: [mqts.mix(*x), *grads(*x)])
+            found.append(both(scores, values, kernel))
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
@@ -199,9 +200,10 @@ def test_the_pyramid_repeats_no_work(mesh1):
 def test_fewer_tokens_of_mqt_are_the_first_of_more(heads, mesh1):
     with jax.set_mesh(mesh1):
         module, x = made(MQT, 36, heads=heads), levels()
-        whole = module(x)
-        for tokens in (1, 2, 7, 35):
-            np.testing.assert_allclose(module.at(tokens)(x), whole[:, :tokens], atol=1e-6)
+        run = jax.jit(lambda module, x: module(x))
+        whole = run(module, x)
+        for tokens in (1, 7, 35):
+            np.testing.assert_allclose(run(module.at(tokens), x), whole[:, :tokens], atol=1e-6)
         assert module.tokens == 36  # a module is a value: `at` leaves it as it was
 
 

@@ -61,12 +61,13 @@ def weights_of(folder):
     return {name: np.asarray(x) for name, x in named(state).items()}, notes
 
 
-def test_a_killed_run_ends_bit_identical_to_an_unbroken_one(trained, tmp_path):
+KILLS = [IN_A_WRITE.format(stage="align", step=2), AT_A_STEP.format(stage="finetune", step=3)]
+
+
+@pytest.mark.parametrize("kills", [KILLS[1:], pytest.param(KILLS, marks=pytest.mark.slow)])
+def test_a_killed_run_ends_bit_identical_to_an_unbroken_one(kills, trained, tmp_path):
     folder = tmp_path / "run"
-    for before in (
-        IN_A_WRITE.format(stage="align", step=2),
-        AT_A_STEP.format(stage="finetune", step=3),
-    ):
+    for before in kills:
         killed = tiny.run(*COMMAND, f"--workdir={folder}", before=before)
         assert killed.returncode == -9, killed.stderr
     assert not (folder / "finetune/6").exists()
@@ -74,9 +75,7 @@ def test_a_killed_run_ends_bit_identical_to_an_unbroken_one(trained, tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert "[transformers]" not in finished.stderr  # the libraries below have nothing to say
     # The finished stages were read back: no step of theirs was done again.
-    assert "encoder 1/3" not in finished.stderr and "align" not in re.sub(
-        str(folder), "", finished.stderr
-    )
+    assert not re.search(r"(encoder|align) \d", finished.stderr)
     assert "finetune 3/6" in finished.stderr and "finetune 2/6" not in finished.stderr
     for stage, steps in (("encoder", 3), ("align", 4), ("finetune", 6)):
         ours, theirs = tiny.losses(folder / stage), tiny.losses(trained / stage)
