@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is set is what the configuration says; a wrong field or value is one line with its cure."""
+"""Fields that are set reach the configuration; a wrong one is refused in one line with a way out."""
 
 import subprocess
 import sys

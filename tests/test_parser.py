@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One command line: every flag has its text and default, every example works, a typo its cure."""
+"""One command line: flags have texts and defaults, examples work, a typo gets a suggestion."""
 
 import argparse
 import re

@@ -140,6 +140,7 @@ DOORS = {
     "flat",
     "digest",
     "describe",
+    "opened",
     "models",
 }  # of all rooms, and of a grid:
 DOORS |= {"cells_of", "cell_of", "by_size", "dry_run"}

@@ -52,6 +52,16 @@ def base() -> Any:
     return load(CONFIGS / "base.py", "get_config")()
 
 
+def opened(config: Any = None) -> Any:
+    """A configuration as it is, the one at a path, or configs/base.py.
+
+    Raises ValueError where there is no such file.
+    """
+    if config is None:
+        return base()
+    return load(config, "get_config")() if isinstance(config, (str, Path)) else config
+
+
 @dataclass(frozen=True)
 class Models:
     """The models that a configuration lets one choose among.
@@ -70,10 +80,7 @@ class Models:
 
 def models(config: Any = None) -> Models:
     """The models of a configuration, of the one at a path, or of configs/base.py."""
-    if config is None:
-        config = base()
-    elif isinstance(config, (str, Path)):
-        config = load(config, "get_config")()
+    config = opened(config)
     own = len(config.grid.llms) > 0
     return Models(
         grid_llms(config.llm, config.grid.llms) if own else published_llms(),

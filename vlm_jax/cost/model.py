@@ -62,7 +62,7 @@ def read_config(path: str | Path) -> Any:
     Raises:
       ValueError: where there is no such file.
     """
-    return described.load(path, "get_config")()
+    return described.opened(path)
 
 
 def describe(
@@ -78,10 +78,7 @@ def describe(
     Raises:
       ValueError: for a name that is neither, and for sizes that are none.
     """
-    if config is None:
-        config = described.base()
-    elif isinstance(config, (str, Path)):
-        config = read_config(config)
+    config = described.opened(config)
     shape = LLMSize.of(config.llm)
     if llm is not None:
         known = described.published_llms() | described.grid_llms(config.llm, config.grid.llms)

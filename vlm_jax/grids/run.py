@@ -302,9 +302,7 @@ def checked(config: ConfigDict) -> ConfigDict:
 
 def opened(config: Any) -> ConfigDict:
     """A configuration, or the one of a file, checked as that of a grid."""
-    if isinstance(config, (str, Path)):
-        config = described.load(config, "get_config")()
-    return checked(config)
+    return checked(described.opened(config))
 
 
 def cell_names(config: Any) -> list[str]:

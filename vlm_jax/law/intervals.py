@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intervals that keep their word on a dozen points: profile likelihood, and draws for bands.
+"""Confidence intervals calibrated for about 12 points: profile likelihood, and draws for bands.
 
 The profile of a parameter is the least loss with that parameter held; its interval is where the
 profile stays below loss (1 + t^2 / dof), t being Student's at dof = points - parameters (Bates and

@@ -193,7 +193,7 @@ class VLM:
         """A Picture or a list of them, and a Prompt, made ready.
 
         Raises:
-          ValueError, OSError: for what is none of them, or what this model cannot read.
+          ValueError, OSError: for anything else, or what this model cannot read.
         """
         images = listed(image)
         pairs = conversation(prompt, images=len(images))

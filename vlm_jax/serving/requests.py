@@ -179,7 +179,7 @@ def picture(image: Any, *, exif: str = "apply") -> np.ndarray:
     """A Picture as uint8 [H, W, 3], RGB; `exif` as read_image has it.
 
     Raises:
-      ValueError, FileNotFoundError: for what is none, with the way to one.
+      ValueError, FileNotFoundError: for anything else, with what is accepted.
     """
     if isinstance(image, np.ndarray):
         return array(image)
