@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fields that are set reach the configuration; a wrong one is refused in one line with a way out."""
+"""Fields that are set reach a configuration; a wrong one is one line with the way out."""
 
 import subprocess
 import sys
