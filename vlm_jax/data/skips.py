@@ -83,7 +83,7 @@ class Skips:
             first_skipped=[asdict(skip) for skip in self.first.values()],
         )
 
-    def told(self, of: int, what: str) -> str:
+    def summary(self, of: int, what: str) -> str:
         """A sentence and the first by name, such as "3 of 40 examples were skipped ..."."""
         reasons = ", ".join(f"{kind} {count}" for kind, count in sorted(self.kinds.items()))
         head = f"{len(self)} of {of} {what} ({reasons}); the first:"

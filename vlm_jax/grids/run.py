@@ -102,7 +102,7 @@ def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),))
     with phase("data"):
         with progress.doing("opening the evaluation data"):
             test = sources.open_source(sources.Origin.of(config), config.evaluate.split)
-        inputs, begin = stages.opened(claimed, evaluation=test.data_hash)
+        inputs, begin = stages.open_inputs(claimed, evaluation=test.data_hash)
         train, processor = inputs.source, inputs.processor
         progress.say(f"data: {json.dumps(test.describe())}")
     with phase("encoder"):
@@ -174,7 +174,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     write_predictions(folder / "predictions.jsonl", found)
     protocol = test.source.protocol
     scores = tasks.score(protocol, found, loader.not_answered(test.source, faults))
-    if said := tasks.told(scores):
+    if said := tasks.summary(scores):
         log.warning(f"{cell.name}: {said}")
     method = method_of(size.compressor)
     Q, G, question = request_lengths(test, prefix=method["query"] == "prefix")
@@ -300,9 +300,9 @@ def checked(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def opened(config: Any) -> ConfigDict:
+def open_config(config: Any) -> ConfigDict:
     """A configuration, or the one of a file, checked as that of a grid."""
-    return checked(described.opened(config))
+    return checked(described.open_config(config))
 
 
 def cell_names(config: Any) -> list[str]:
@@ -313,7 +313,7 @@ def cell_names(config: Any) -> list[str]:
     Raises:
       ValueError: for a configuration of no grid.
     """
-    return [cell.name for cell in cells_of(opened(config))]
+    return [cell.name for cell in cells_of(open_config(config))]
 
 
 def train_cell(config: Any, workdir: str | Path, *, cell: str) -> records.Row:
@@ -331,7 +331,7 @@ def train_cell(config: Any, workdir: str | Path, *, cell: str) -> records.Row:
       ValueError: for another cell, and a folder of another run.
       Diverged: where the loss is no longer finite.
     """
-    config, folder = opened(config), Path(workdir).absolute()
+    config, folder = open_config(config), Path(workdir).absolute()
     known = [one.name for one in cells_of(config)]
     if cell not in known:
         raise ValueError(f"cell={cell!r}: choose one of {', '.join(known)}")

@@ -43,7 +43,7 @@ def evaluate(subject: Subject, given: ConfigDict, overrides: Mapping[str, Any]) 
         holds the scores of another evaluation under this one's name.
     """
     fields.check_names(flat(given))
-    config = subject.asked(given, overrides)
+    config = subject.requested(given, overrides)
     fields.check(flat(config))
     settings = subject.settings(config, overrides)
     with jax.set_mesh(mesh_of(config, overrides)), lock(subject.folder):
@@ -58,7 +58,7 @@ def evaluate(subject: Subject, given: ConfigDict, overrides: Mapping[str, Any]) 
         before = json.loads(path.read_text()).get("settings") if path.exists() else None
         if before not in (None, json.loads(json.dumps(settings))):
             raise ValueError(
-                f"{path} is of another evaluation ({fields.shown(before)}): move it away, "
+                f"{path} is of another evaluation ({fields.value_text(before)}): move it away, "
                 "or give the data another name"
             )
         with progress.doing("loading the model"):
@@ -66,7 +66,7 @@ def evaluate(subject: Subject, given: ConfigDict, overrides: Mapping[str, Any]) 
         faults: loader.Faults = {}
         records = list(predict(config, model, source, processor, faults=faults))
         scores = tasks.score(source.protocol, records, loader.not_answered(source, faults))
-        if said := tasks.told(scores):
+        if said := tasks.summary(scores):
             log.warning(said)
         write_predictions(subject.folder / f"predictions{ending}.jsonl", records)
         scores |= {"settings": settings} if name else {}
