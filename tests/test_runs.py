@@ -11,11 +11,12 @@ import tiny
 from PIL import Image
 
 from vlm_jax.__main__ import main
+from vlm_jax.files import write_json
 from vlm_jax.serving import evaluation
 from vlm_jax.serving.subject import Subject, name_of
 from vlm_jax.training import runs
 from vlm_jax.training.cells import cells_of
-from vlm_jax.training.workdir import of_json, write_json
+from vlm_jax.training.workdir import of_json
 from vlm_jax.verbs import configuration
 from vlm_jax.weights import folder
 

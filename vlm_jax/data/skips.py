@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_jax import files
+
 SHOWN = 3
 
 
@@ -70,7 +72,7 @@ class Skips:
                 number, kind = fields.pop("number"), fields.pop("kind")
                 self.add(number, kind, Skip(**fields))
             if whole != text:
-                path.write_text(whole, encoding="utf-8")
+                files.write_text(path, whole)
         self._path = path
 
     def fields(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import mesh, progress
+from vlm_jax import files, mesh, progress
 from vlm_jax.compressors.compressor import Compressor
 from vlm_jax.compressors.method import Method
 from vlm_jax.cost import described
@@ -55,7 +55,6 @@ from vlm_jax.training.workdir import (
     flat,
     of_json,
     provenance,
-    write_json,
 )
 
 log = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ class Phases:
         yield
         phases = self.facts["phases"]
         phases[name] = round(phases.get(name, 0.0) + time.monotonic() - then, 1)
-        write_json(self.path, self.facts)
+        files.write_json(self.path, self.facts)
 
 
 def sights_of(cells: Sequence[Cell]) -> list[Sight]:
@@ -108,7 +107,7 @@ def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),))
     with phase("encoder"):
         encoder = stages.pretrain_encoder(Recipe.of(config), folder, inputs, begin=begin)
     begin()
-    write_json(folder / "baselines.json", {"majority": sources.majority(train, test)})
+    files.write_json(folder / "baselines.json", {"majority": sources.majority(train, test)})
     with phase("features"):
         made = {
             sight: Features(
@@ -224,7 +223,7 @@ def adapters_of(adapters: LoRASize) -> dict[str, Any]:
 def once(path: Path, seconds: float) -> float:
     """What the file holds; it is written with `seconds` where it is not there."""
     if not path.exists():
-        write_json(path, {"seconds": seconds})
+        files.write_json(path, {"seconds": seconds})
     return json.loads(path.read_text())["seconds"]
 
 
@@ -379,7 +378,7 @@ def run(claimed: Claim, command: str, *, only: str | None = None) -> dict[str, A
             made = facts | dict(config_hash=hashes[cell.name])
             row = run_cell(cell, home, shared, made)
         # The row is written whole or not at all, and rows.jsonl is always all rows so far.
-        write_json(home / "row.json", json.loads(row.to_json()))
+        files.write_json(home / "row.json", json.loads(row.to_json()))
         rows[cell.name] = records.Row.from_json((home / "row.json").read_text())
         keep(folder, cells, rows)
         scores = "  ".join(f"{name} {s['score']:.3f}" for name, s in row.families.items())

@@ -10,13 +10,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vlm_jax import mesh, progress
+from vlm_jax import files, mesh, progress
 from vlm_jax.data import loader, sources
 from vlm_jax.evals import tasks
 from vlm_jax.serving.predict import predict, write_predictions
 from vlm_jax.serving.subject import Subject, name_of
 from vlm_jax.training import fields
-from vlm_jax.training.workdir import flat, lock, write_json
+from vlm_jax.training.workdir import flat, lock
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,6 @@ def evaluate(subject: Subject, given: ConfigDict, overrides: Mapping[str, Any]) 
             log.warning(said)
         write_predictions(subject.folder / f"predictions{ending}.jsonl", records)
         scores |= {"settings": settings} if name else {}
-        write_json(path, scores)
+        files.write_json(path, scores)
         print(json.dumps(scores, indent=1, sort_keys=True))
         print(f"predictions{ending}.jsonl and {path.name} are in {subject.folder}", file=sys.stderr)

@@ -7,7 +7,6 @@ writer takes a whole shard in memory; here no more than one tensor or one piece 
 
 import json
 import math
-import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -270,8 +269,6 @@ def write_file(path: Path, tensors: list[Pending]) -> None:
                         "choose --dtype=bfloat16 or float32"
                     )
                 file.write(cast.reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def finite_as(before: np.ndarray, after: np.ndarray) -> bool:
