@@ -31,7 +31,7 @@ def windows(x: Float[Array, "B P *rest"], tokens: int) -> Float[Array, "B V S *r
 class WindowAttention(nnx.Module):
     """Multi-head attention of one query per window to the patches of that window.
 
-    Every projection is biased. Initialisation is that of torch's MultiheadAttention; `out_init`
+    Every projection is biased. Initialization is that of torch's MultiheadAttention; `out_init`
     replaces it for the output projection. No residual, no norm, no positions.
 
     With one query per window the key and value projections may be absorbed: each head asks the

@@ -26,20 +26,20 @@ def place(path: str | Path) -> Path:
     return ours if named and ours.is_file() and not Path(path).is_file() else Path(path)
 
 
-def neighbours(path: Path) -> tuple[str, str]:
+def neighbors(path: Path) -> tuple[str, str]:
     """What goes first and last on the path of a configuration: `from configs import base` works."""
     return str(path.resolve().parent.parent), str(CONFIGS.parent)
 
 
 def load(path: str | Path, name: str) -> Any:
-    """What `name` is in a configuration file, which may import its neighbours.
+    """What `name` is in a configuration file, which may import its neighbors.
 
     Raises ValueError where there is no such file.
     """
     path, before = place(path), list(sys.path)
     if not path.is_file():
         raise ValueError(f"no configuration at {path}: name a file that exists")
-    first, last = neighbours(path)
+    first, last = neighbors(path)
     sys.path[:] = [first, *before, last]
     try:
         return runpy.run_path(str(path))[name]

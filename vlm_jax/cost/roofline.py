@@ -160,7 +160,7 @@ def calibrate(
         ideal: seconds of each phase at 100 % of the roofline, one mapping per measurement.
         measured: seconds of the same requests, all phases together.
 
-    Phases that the measurements cannot tell apart share one factor (a weak pull towards the common
+    Phases that the measurements cannot tell apart share one factor (a weak pull toward the common
     one). Efficiencies are at most 1. Raises ValueError for no measurement or one that is not
     positive.
     """

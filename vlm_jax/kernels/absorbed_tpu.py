@@ -131,9 +131,9 @@ def _forward(q_ref, k_ref, v_ref, o_ref, *, windows, keys, heads, scale):
 def _backward(q_ref, g_ref, k_ref, v_ref, dq_ref, dk_ref, dv_ref, *, windows, keys, heads, scale):
     for some, key, mask in _parts(windows, keys, heads):
         weights = tiles.softmax(_scores(q_ref, k_ref, some, key) * scale, mask)
-        towards = _scores(g_ref, v_ref, some, key)
-        mean = (weights * towards).sum(1, keepdims=True)
-        scores = (weights * (towards - mean) * scale).astype(k_ref.dtype)
+        toward = _scores(g_ref, v_ref, some, key)
+        mean = (weights * toward).sum(1, keepdims=True)
+        scores = (weights * (toward - mean) * scale).astype(k_ref.dtype)
         weights = weights.astype(v_ref.dtype)
         for part in _columns(q_ref.shape[-1]):
             q, g, k = _rows(q_ref, some, part), _rows(g_ref, some, part), k_ref[0, 0, key, part]

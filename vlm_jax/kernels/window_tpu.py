@@ -97,9 +97,9 @@ def _backward(q_ref, g_ref, k_ref, v_ref, dq_ref, dk_ref, dv_ref, *, windows, ke
         q, g = q_ref[0, 0, row, lanes], g_ref[0, 0, row, lanes]
         k, v = k_ref[0, 0, key, lanes], v_ref[0, 0, key, lanes]
         weights = tiles.softmax(tiles.product(q, k, (1, 1)) * size**-0.5, mask)
-        towards = tiles.product(g, v, (1, 1))
-        mean = (weights * towards).sum(1, keepdims=True)
-        scores = (weights * (towards - mean) * size**-0.5).astype(k.dtype)
+        toward = tiles.product(g, v, (1, 1))
+        mean = (weights * toward).sum(1, keepdims=True)
+        scores = (weights * (toward - mean) * size**-0.5).astype(k.dtype)
         dq_ref[0, 0, row, lanes] = tiles.product(scores, k, (1, 0)).astype(k.dtype)
         dk_ref[0, 0, key, lanes] = tiles.product(scores, q, (0, 0)).astype(k.dtype)
         weights = weights.astype(k.dtype)

@@ -40,7 +40,7 @@ EXPONENTS = {
 NOTES = {
     "reasoning": (
         "Mean accuracy over nine benchmarks (MME, GQA, AI2D, MMBench, MMMU, ScienceQA, MathVista, "
-        "POPE, ChartQA); how each was normalised to 0..1 is not published.",
+        "POPE, ChartQA); how each was normalized to 0..1 is not published.",
         "One model per cell, TokenPacker on a frozen CLIP encoder; no seeds and no standard "
         "errors.",
         "The authors' older list lacks (7B, V=576); its .5354 was added later.",
@@ -58,7 +58,7 @@ NOTES = {
         "The (7B, V=576) score .3461 equals the 4B one digit for digit and is missing in the "
         "older list.",
         "(4B, V=4) .1359 in the older list became .1559; (7B, V=16) .205 is rounded, unlike its "
-        "neighbours.",
+        "neighbors.",
         "Text tokens Q of the evaluations are not published; the authors fit T = V and use Q for "
         "costs only.",
         "The published beta .048 lies at the edge (.05) of the authors' search range.",

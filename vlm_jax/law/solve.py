@@ -72,7 +72,7 @@ def solve(
 
     `y` and `weight` are float64[B, n] or broadcast to it (weight 0 leaves a point out); `fixed`
     bool[B, P] holds parameters at their start. Bounds are kept by freezing a parameter at its bound
-    while the gradient pushes outwards.
+    while the gradient pushes outward.
     """
     low, high = bounds(design)
     theta = np.clip(start, low, high)

@@ -23,7 +23,7 @@ from vlm_jax.layers import (
     Linear,
     normal,
     project,
-    standardise,
+    standardize,
     uniform,
     weight,
 )
@@ -113,7 +113,7 @@ class MQT(Matryoshka):
 class ConstantAttention(nnx.Module):
     """Multi-head attention of queries to keys that no image enters; only values are of the image.
 
-    Initialised as torch's MultiheadAttention but for the out-projection.
+    Initialized as torch's MultiheadAttention but for the out-projection.
     """
 
     def __init__(self, width: int, heads: int, *, out_init: Initializer, rngs: nnx.Rngs):
@@ -232,7 +232,7 @@ class FoldedMQT(Matryoshka):
     ) -> Float[Array, "B V D"]:
         """The answers to the first V queries; the question is not read."""
         del question
-        values = standardise(levels[..., -self.width :], EPS).astype(levels.dtype)
+        values = standardize(levels[..., -self.width :], EPS).astype(levels.dtype)
         mixed = mix(self.scores[...][:, : self.tokens], values, self.value[...])
         out = project(mixed, self.out[...], 2, ("batch", "len", "feature"))
         return out + self.bias[...].astype(out.dtype)
@@ -253,7 +253,7 @@ def sines(grid: int, width: int) -> np.ndarray:
 def cubic(old: int, new: int) -> np.ndarray:
     """The matrix [new old] of torch's bicubic resampling along one axis.
 
-    Cubic convolution with a = -0.75, half-pixel centres, no antialias, borders repeated.
+    Cubic convolution with a = -0.75, half-pixel centers, no antialias, borders repeated.
     """
     a, taps = -0.75, np.zeros((new, old))
     for i in range(new):

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from vlm_jax.compressors.method import Interface, Number, Products, Projected, tilings
 
-NEIGHBOURS = 32  # merged into each selected patch, as published (arXiv 2403.15388 and its code)
+NEIGHBORS = 32  # merged into each selected patch, as published (arXiv 2403.15388 and its code)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PruMergeMethod(Projected):
 
     @classmethod
     def supports(cls, side: int, tokens: Number) -> bool:
-        """Any number; what rounding leaves out has a neighbour of the same cost."""
+        """Any number; what rounding leaves out has a neighbor of the same cost."""
         return True
 
     @property
@@ -79,7 +79,7 @@ class PruMergeMethod(Projected):
         V, P, width = self.visual_tokens(interface.rows), interface.patches, interface.width
         scores = 2 * (P + 1) * (P + 1 if published else 1) * width
         alike = 2 * (V - 1) * P * width
-        added = 2 * (V - 1) * (NEIGHBOURS if published else P) * width
+        added = 2 * (V - 1) * (NEIGHBORS if published else P) * width
         fixed = scores + alike + added + 2 * P * width
         return Products(fixed=fixed, reading=V * interface.up, other=V * interface.down)
 

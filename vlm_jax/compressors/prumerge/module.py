@@ -15,7 +15,7 @@ from vlm_jax import mesh
 from vlm_jax.compressors.compressor import Compressor, Visual
 from vlm_jax.compressors.method import Interface
 from vlm_jax.compressors.projector import MLP
-from vlm_jax.compressors.prumerge import NEIGHBOURS, PruMergeMethod, evenly
+from vlm_jax.compressors.prumerge import NEIGHBORS, PruMergeMethod, evenly
 
 
 class PruMerge(Compressor):
@@ -58,12 +58,12 @@ class PruMerge(Compressor):
         *,
         rngs: nnx.Rngs,
         kernels: str = "auto",
-        neighbours: int = NEIGHBOURS,
+        neighbors: int = NEIGHBORS,
     ):
         del kernels
         super().__init__(method, interface)
         width, llm_width = interface.width, interface.llm_width
-        self.patches, self.neighbours = interface.patches, neighbours
+        self.patches, self.neighbors = interface.patches, neighbors
         self.channels = (interface.levels + 1) * width + 1
         self.kept = method.selected(method.tokens)
         self.projector = MLP(width, llm_width, llm_width, rngs=rngs)
@@ -114,7 +114,7 @@ class PruMerge(Compressor):
             order, count = self.select(attention)
             return merge(
                 features, keys, attention, order, count,
-                slots=self.tokens, neighbours=self.neighbours,
+                slots=self.tokens, neighbors=self.neighbors,
             ), count + 1  # fmt: skip
 
         # Nothing passes from image to image: each device serves its own, as if it were alone.
@@ -196,7 +196,7 @@ def merge(
     count: Int[Array, ""],
     *,
     slots: int,
-    neighbours: int,
+    neighbors: int,
 ) -> Float[Array, "M E"]:
     """The tokens of one image: `count` merged patches, one of all others, what is behind is noise.
 
@@ -208,7 +208,7 @@ def merge(
     place, rows = jnp.arange(len(order)), jnp.arange(slots - 1)
     alike = jnp.matmul(keys[: slots - 1], keys.T, precision=lax.Precision.HIGHEST)
     alike = jnp.where(rows[:, None] == place, -jnp.inf, alike)
-    _, near = lax.top_k(alike, min(neighbours, len(order) - 1))
+    _, near = lax.top_k(alike, min(neighbors, len(order) - 1))
     weights = jnp.zeros_like(alike).at[rows[:, None], near].set(attention[near])
     merged = features[: slots - 1] + weights @ features
     others = jnp.where(place >= count, attention, 0) @ features
