@@ -100,7 +100,7 @@ def test_a_plan_is_what_the_command_prints(law, tmp_path, capsys):
     (dict(), "0 budgets: give one of flops"),
     (dict(flops=1e12, ms=4.0), "2 budgets: give one of"),
     (dict(flops=1e12, cost_model="half"), "choose one of paper, full"),
-    (dict(flops=1e12, chip="v5e"), "knows no chip"),
+    (dict(flops=1e12, chip="v5e"), "has no chip"),
     (dict(flops=1e12, tokens="many"), "give a list of V, or continuous"),
     (dict(ms=4.0, chip="v5e", llms=["qwen9"]), "qwen9 unknown"),
 ])  # fmt: skip

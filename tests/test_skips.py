@@ -235,5 +235,5 @@ def test_scores_say_of_how_many_they_are():
     assert (whole["nlvr"]["skipped"], tasks.summary(whole)) == (0, "")
     with pytest.raises(ValueError, match="no example was answered of 1; the first: cut short"):
         tasks.score("nlvr", [], skipped)
-    with pytest.raises(ValueError, match="not one example of task 'x' was answered: cut short"):
+    with pytest.raises(ValueError, match="no example of task 'x' was answered: cut short"):
         tasks.score("embedded", records, [skipped[0] | dict(task="x")])

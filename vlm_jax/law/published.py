@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's own measurements and exponents (arXiv 2411.03312), as data, with what is known to be
-odd about them.
+"""The paper's measurements and exponents (arXiv 2411.03312) as data, with their known oddities.
 
 Scores: locuslab/llava-token-compression, scaling_law_code/values.py at commit bdedebd; older lists
 at a9c45ae.
@@ -69,7 +68,7 @@ NOTES = {
 def points(name: str, *, text_tokens: float = 0.0) -> Points:
     """The 28 published points of "reasoning" or "ocr", LLM by LLM, V rising.
 
-    `text_tokens` is the Q to assume, since none is published; forms with T = V do not read it.
+    `text_tokens` is the Q to assume, because none is published; forms with T = V do not read it.
     """
     if name not in ACCURACY:
         raise ValueError(f"no published points {name!r}: choose one of {', '.join(ACCURACY)}")
