@@ -19,10 +19,11 @@ PACKAGE = HOME / "vlm_jax"
 OUTSIDE = {".venv", "runs", "build", "__pycache__", ".git"}
 
 # What a room may import of the package, besides itself. docs/architecture.md draws the same.
-GROUND = {"mesh", "progress", "arguments", "errors"}
+GROUND = {"mesh", "preemption", "progress", "arguments", "errors"}
 ARROWS = {
     "errors": set(),
     "mesh": set(),
+    "preemption": set(),
     "progress": set(),
     "arguments": set(),
     "evals": set(),
