@@ -107,7 +107,7 @@ def test_a_stopped_stage_goes_on_on_another_mesh(setting, unbroken, tmp_path, me
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
-def child(body, *, again=0.0):
+def child(body, *, again=()):
     """The exit status and stderr of a process that is sent SIGTERM, and again `again` s later."""
     process = subprocess.Popen(
         [sys.executable, "-c", CHILD.format(body=body)],
@@ -118,8 +118,8 @@ def child(body, *, again=0.0):
     )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    if again:
-        time.sleep(again)
+    for seconds in again:
+        time.sleep(seconds)
         process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     return process.returncode, err
@@ -149,6 +149,10 @@ def test_a_loop_stops_where_it_asks():
     assert code == preemption.STATUS and "Traceback" not in err
 
 
-@pytest.mark.parametrize("again, code", [(0.05, preemption.STATUS), (1.0, -signal.SIGTERM)])
-def test_a_second_signal_ends_a_process_at_once_unless_it_is_the_first_sent_twice(again, code):
-    assert child(HELD.format(loop="time.sleep(2.0)"), again=again)[0] == code
+def test_a_second_signal_ends_a_process_at_once():
+    # Sent more than once: a busy machine may take its time with the first.
+    assert child(HELD.format(loop="time.sleep(50)"), again=[1.0] * 5)[0] == -signal.SIGTERM
+
+
+def test_a_signal_sent_twice_is_one():
+    assert child(HELD.format(loop="time.sleep(1.5)"), again=[0.02])[0] == preemption.STATUS
