@@ -27,12 +27,12 @@ from vlm_jax import preemption
 from vlm_jax.verbs import cli
 preemption.ONE_NOTICE, preemption.PATIENCE = 0.3, 0.6
 def body():
-    print("ready", flush=True)
 {body}
 sys.exit(cli.report_errors("train", body))
 """
 HELD = """
     with preemption.held():
+        print("ready", flush=True)
         {loop}
 """
 
@@ -126,15 +126,15 @@ def child(body, *, again=()):
 
 
 def test_a_process_with_nothing_to_save_stops_at_once():
-    code, err = child("    time.sleep(60)")
+    code, err = child("    print('ready', flush=True); time.sleep(60)")
     assert code == preemption.STATUS
     assert err.endswith("vlm-jax train: SIGTERM: nothing was to be saved\n")
 
 
 def test_a_process_stops_while_it_compiles():
     # The main thread is away in C: the signal goes to another thread, and no sleep is interrupted.
-    away = "    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); time.sleep(60)"
-    code, err = child(away)
+    away = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])"
+    code, err = child(f"    {away}; print('ready', flush=True); time.sleep(60)")
     assert code == preemption.STATUS and err.endswith("SIGTERM: nothing was to be saved\n")
 
 
