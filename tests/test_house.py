@@ -19,12 +19,13 @@ PACKAGE = HOME / "vlm_jax"
 OUTSIDE = {".venv", "runs", "build", "__pycache__", ".git"}
 
 # What a room may import of the package, besides itself. docs/architecture.md draws the same.
-GROUND = {"mesh", "progress", "arguments", "errors"}
+GROUND = {"mesh", "progress", "arguments", "errors", "hosts"}
 ARROWS = {
     "errors": set(),
     "mesh": set(),
     "progress": set(),
     "arguments": set(),
+    "hosts": {"progress", "errors"},
     "evals": set(),
     "law": set(),
     "rows": {"law"},
@@ -35,8 +36,8 @@ ARROWS = {
     "cost": {"compressors", "models"},  # of these two the descriptions alone: they need no JAX
     "planning": {"cost", "law", "compressors", "models"},
     "reports": {"cost", "law", "rows", "planning", "compressors", "models"},
-    "data": {"mesh", "progress", "compressors"},
-    "weights": {"data", "models", "compressors", "layers", "mesh", "progress"},
+    "data": {"mesh", "progress", "hosts", "compressors"},
+    "weights": {"data", "models", "compressors", "layers", "mesh", "progress", "hosts"},
     "training": {"weights", "data", "models", "compressors", "layers", "cost", "rows"} | GROUND,
     "serving": {"training", "weights", "data", "models", "compressors", "layers", "evals"} | GROUND,
     "grids": {"training", "serving", "data", "models", "compressors", "kernels", "evals", "cost",
