@@ -121,3 +121,22 @@ def test_impossible_sizes_are_refused_with_the_way_out(change, words, mesh1):
     c = tiny.config(llm=change)
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match=words):
         jax.eval_shape(lambda: LLM(LLMSize.of(c.llm), rngs=nnx.Rngs(0)))
+
+
+def test_examples_of_one_row_are_computed_as_if_each_were_alone(mesh1, mesh8):
+    c = tiny.config(llm=QWEN | dict(kv_heads=2))
+    draw, lengths = np.random.default_rng(3), (5, 1, 7)
+    parts = [draw.integers(0, c.llm.vocab, (2, n)).astype(np.int32) for n in lengths]
+    row = np.concatenate([*parts, np.zeros((2, 3), np.int32)], axis=1)
+    segments = np.repeat([1, 2, 3, 0], [*lengths, 3])[None].repeat(2, 0).astype(np.int32)
+    alone = rough(c, mesh1)
+    with jax.set_mesh(mesh1):
+        one = jax.jit(lambda m, i: m(m.embed(i)))
+        expected = np.concatenate([one(alone, tiny.placed(p)) for p in parts], axis=1)
+    for mesh in (mesh1, mesh8):
+        with jax.set_mesh(mesh):
+            llm = rough(c, mesh)
+            rows = [tiny.placed(np.tile(x, (2, 1))) for x in (row, segments)]
+            packed = np.asarray(jax.jit(lambda m, i, s: m(m.embed(i), segments=s))(llm, *rows))
+        np.testing.assert_allclose(packed[:2, : sum(lengths)], expected, atol=2e-5)
+        assert np.isfinite(packed).all()

@@ -26,6 +26,7 @@ from vlm_jax.layers import (
 )
 from vlm_jax.models.cache import KV, Cache, Past, kept, positions_of, write
 from vlm_jax.models.rope import Rope, Turns, rotate
+from vlm_jax.models.segments import same, starts
 from vlm_jax.models.sizes import LLMSize
 
 HIDDEN = ("batch", "len", "feature")
@@ -247,9 +248,21 @@ class LLM(nnx.Module):
         )
         return table.at[ids].get(out_sharding=mesh.spec(*HIDDEN))
 
-    def __call__(self, x: Float[Array, "B T D"], past: Past | None = None) -> Float[Array, "B T D"]:
-        """Hidden states of a causal pass over whole rows, or over what follows their `past`."""
-        return self.run(x, past, remat(self.remat_policy), keep=False)[0]
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        past: Past | None = None,
+        segments: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states of a causal pass over whole rows, or over what follows their `past`.
+
+        With `segments` a row holds several examples, the tokens of each side by side under a number
+        of its own: no token sees another example's, and positions begin anew with each. ValueError
+        for segments behind a `past`.
+        """
+        if past is not None and segments is not None:
+            raise ValueError("rows of several examples (segments) cannot go on from a past")
+        return self.run(x, past, remat(self.remat_policy), keep=False, segments=segments)[0]
 
     def start(self, x: Float[Array, "B T D"], length: Int[Array, "B"]) -> Past:
         """The pass over the first `length` tokens of each row, for a second one to go on from.
@@ -282,7 +295,7 @@ class LLM(nnx.Module):
         return hidden, caches
 
     @jax.named_scope("llm")
-    def run(self, x, past, rematerialise, *, keep: bool):
+    def run(self, x, past, rematerialise, *, keep: bool, segments=None):
         """Every block in turn, and their keys and values if kept.
 
         By a scan over stacked weights, which gives stacked keys and values; a list of blocks is
@@ -298,6 +311,9 @@ class LLM(nnx.Module):
             mask = jnp.concatenate([read, mask], axis=2)
             turned = positions + past.length[:, None]
             before = KV(past.keys, past.values)
+        if segments is not None:
+            mask &= same(segments)
+            turned = positions - starts(segments)
         turns = self.rope.turns(turned, self.size.head_size // 2)
 
         def step(x, layer):

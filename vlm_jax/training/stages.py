@@ -146,7 +146,7 @@ def skipped(name: str, batches: loader.Batches, path: Path) -> str:
     if name == "encoder":
         what, of = "images", len(batches.source.images)
     what += " were skipped, the next good one taken instead"
-    return f"{name}: {batches.skips.told(of, what)}\nall of them: {path}"
+    return f"{name}: {batches.skips.summary(of, what)}\nall of them: {path}"
 
 
 def check(recipe: Recipe) -> None:
@@ -294,7 +294,7 @@ def tokenizer_of(named: str, vocab: int, kept: Path | None, source: sources.Sour
     return tokenizer
 
 
-def opened(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
+def open_inputs(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
     """The training split of a claimed folder's run, and what makes the folder its own.
 
     ValueError where the folder was begun with other data or another tokenizer, or with anything
@@ -323,7 +323,7 @@ def opened(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
     return Inputs(source, made), begin
 
 
-def adopted(config: ConfigDict) -> ConfigDict:
+def with_start(config: ConfigDict) -> ConfigDict:
     """The configuration with what the folder that it starts from decides."""
     if not config.start_from:
         return config
@@ -340,7 +340,7 @@ def run(config: ConfigDict, folder: Path) -> int:
         for warning in memory.check_training(recipe):
             log.warning(warning)
         progress.say(overview(shapes, recipe))
-        inputs, begin = opened(claimed)
+        inputs, begin = open_inputs(claimed)
         if not (config.start_from or config.encoder.steps):
             log.warning(
                 "the encoder has random weights and keeps them: name a model that has one "

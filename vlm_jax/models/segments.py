@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several examples in one row: where each begins, and which tokens may see which.
+
+B batch  X tokens of a row
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from vlm_jax.models.cache import positions_of
+
+
+def starts(segments: Int[Array, "B X"]) -> Int[Array, "B X"]:
+    """Where in its row the segment of each token begins.
+
+    The tokens of a segment stand side by side and have one number, another than their neighbours'.
+    """
+    place = positions_of(*segments.shape)
+    first = segments != jnp.concatenate([segments[:, :1], segments[:, :-1]], axis=1)
+    return lax.cummax(jnp.where(first, place, 0), axis=1)
+
+
+def same(segments: Int[Array, "B X"]) -> Bool[Array, "B X X"]:
+    """Whether two tokens belong to one segment."""
+    return segments[:, :, None] == segments[:, None, :]
