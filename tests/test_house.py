@@ -19,11 +19,12 @@ PACKAGE = HOME / "vlm_jax"
 OUTSIDE = {".venv", "runs", "build", "__pycache__", ".git"}
 
 # What a room may import of the package, besides itself. docs/architecture.md draws the same.
-GROUND = {"mesh", "progress", "arguments", "errors", "files", "hosts"}
+GROUND = {"arguments", "errors", "files", "hosts", "mesh", "preemption", "progress"}
 ARROWS = {
     "errors": set(),
     "files": set(),
     "mesh": set(),
+    "preemption": set(),
     "progress": set(),
     "arguments": set(),
     "hosts": {"progress", "errors"},

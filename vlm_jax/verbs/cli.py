@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from vlm_jax import errors, progress
+from vlm_jax import errors, preemption, progress
 from vlm_jax.arguments import seed_of
 
 
@@ -77,11 +77,15 @@ def join(options: argparse.Namespace) -> None:
 def report_errors(verb: str, body: Callable[[], int]) -> int:
     """Runs `body`; what a user can fix is one line on stderr and exit status 2, not a traceback.
 
-    While it runs, it says at least every 20 seconds what it is doing.
+    While it runs, it says at least every 20 seconds what it is doing, and SIGTERM is a notice to
+    save and stop: exit status 42.
     """
     try:
-        with progress.speaking(f"vlm-jax {verb} is at work"):
+        with progress.speaking(f"vlm-jax {verb} is at work"), preemption.listening():
             return body()
+    except preemption.Preempted as notice:
+        print(f"vlm-jax {verb}: {notice}", file=sys.stderr)
+        return preemption.STATUS
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         said = errors.sentence(error)
         print(f"vlm-jax {verb}: {said}", file=sys.stderr)
