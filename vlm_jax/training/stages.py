@@ -3,7 +3,6 @@
 
 import json
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -365,10 +364,9 @@ def run(config: ConfigDict, folder: Path) -> int:
         if model.compressor.buckets:
             tokens = f"up to {model.compressor.tokens}"
         merged = f" (LoRA of rank {config.lora.rank} merged in)" if config.lora.rank else ""
-        print(
+        progress.say(
             f"llm {vlm.parameters(model.llm):,} parameters{merged}, compressor "
             f"{vlm.parameters(model.compressor):,}, {tokens} visual tokens: "
-            f"checkpoints in {folder}",
-            file=sys.stderr,
+            f"checkpoints in {folder}"
         )
     return 0
