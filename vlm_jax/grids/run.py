@@ -7,7 +7,6 @@ found again by a restart.
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import files, mesh, preemption, progress
+from vlm_jax import files, hosts, mesh, preemption, progress
 from vlm_jax.compressors.compressor import Compressor
 from vlm_jax.compressors.method import Method
 from vlm_jax.cost import described
@@ -84,7 +83,8 @@ class Phases:
         yield
         phases = self.facts["phases"]
         phases[name] = round(phases.get(name, 0.0) + time.monotonic() - then, 1)
-        files.write_json(self.path, self.facts)
+        if hosts.is_writer():
+            files.write_json(self.path, self.facts)
 
 
 def sights_of(cells: Sequence[Cell]) -> list[Sight]:
@@ -107,7 +107,9 @@ def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),))
     with phase("encoder"):
         encoder = stages.pretrain_encoder(Recipe.of(config), folder, inputs, begin=begin)
     begin()
-    files.write_json(folder / "baselines.json", {"majority": sources.majority(train, test)})
+    hosts.check_same("evaluation data", test.data_hash)
+    if hosts.is_writer():
+        files.write_json(folder / "baselines.json", {"majority": sources.majority(train, test)})
     with phase("features"):
         made = {
             sight: Features(
@@ -154,7 +156,8 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     if cell.shares:
         model = model.at(config.compressor.tokens)
         # The first cell trains; the others find the model, and say what it took.
-        train_seconds = once(home / "trained.json", train_seconds)
+        took = train_seconds
+        train_seconds = hosts.from_writer(lambda: once(home / "trained.json", took))
     then = time.monotonic()
     clock, faults = Clock(), {}
     found = list(
@@ -170,7 +173,8 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         )
     )
     seconds = time.monotonic() - then
-    write_predictions(folder / "predictions.jsonl", found)
+    if hosts.is_writer():
+        write_predictions(folder / "predictions.jsonl", found)
     protocol = test.source.protocol
     scores = tasks.score(protocol, found, loader.not_answered(test.source, faults))
     if said := tasks.summary(scores):
@@ -178,6 +182,9 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     method = method_of(size.compressor)
     Q, G, question = request_lengths(test, prefix=method["query"] == "prefix")
     steps = config.align.steps + config.finetune.steps
+    # What the writer wrote of the losses is read by it alone.
+    stages_run = [s for s in ("align", "finetune") if config[s].steps]
+    began = hosts.from_writer(lambda: fingerprint.of_run(home, stages_run))
     return records.Row(
         cell=cell.name,
         llm=cell.llm,
@@ -200,7 +207,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
             examples=sum(config[s].steps * config[s].batch for s in ("align", "finetune")),
             flops=train_flops(recipe),
             seconds=round(train_seconds, 2),
-            **fingerprint.of_run(home, [s for s in ("align", "finetune") if config[s].steps]),
+            **began,
             **({"lora": adapters_of(recipe.lora)} if recipe.lora.rank else {}),
         ),
         evaluate_seconds=round(seconds, 2),
@@ -234,7 +241,7 @@ def tokens_read(compressor: Compressor, features: np.ndarray) -> int | float:
     count = jax.jit(lambda module, levels: module(levels).count)
     unread = np.isnan(features[:, 0, 0])
     features = features[~unread] if unread.any() else features
-    means = [count(compressor, part) for part in batches_of(features)]
+    means = [hosts.fetched(count(compressor, part)) for part in batches_of(features)]
     return float(np.concatenate(means)[: len(features)].mean())
 
 
@@ -362,11 +369,14 @@ def run(claimed: Claim, command: str, *, only: str | None = None) -> dict[str, A
             log.warning(warning)
     shared = prepare(claimed, phase, sights_of(cells))
     homes = {cell.name: folder / "cells" / cell.name for cell in cells}
-    rows = {
-        name: records.Row.from_json((home / "row.json").read_text())
-        for name, home in homes.items()
-        if (home / "row.json").exists()
-    }
+    written = hosts.from_writer(
+        lambda: {
+            name: (home / "row.json").read_text()
+            for name, home in homes.items()
+            if (home / "row.json").exists()
+        }
+    )
+    rows = {name: records.Row.from_json(text) for name, text in written.items()}
     if rows:
         progress.say(f"{len(rows)} of {len(cells)} cells were finished before")
     for number, cell in enumerate(cells, 1):
@@ -379,19 +389,20 @@ def run(claimed: Claim, command: str, *, only: str | None = None) -> dict[str, A
             made = facts | dict(config_hash=hashes[cell.name])
             row = run_cell(cell, home, shared, made)
         # The row is written whole or not at all, and rows.jsonl is always all rows so far.
-        files.write_json(home / "row.json", json.loads(row.to_json()))
-        rows[cell.name] = records.Row.from_json((home / "row.json").read_text())
-        keep(folder, cells, rows)
+        rows[cell.name] = records.Row.from_json(row.to_json())
+        if hosts.is_writer():
+            files.write_json(home / "row.json", json.loads(row.to_json()))
+            keep(folder, cells, rows)
         scores = "  ".join(f"{name} {s['score']:.3f}" for name, s in row.families.items())
         progress.say(f"{which}  {scores}")
         progress.say(standing(cells, rows, time.monotonic() - begun))
-    keep(folder, cells, rows)
+    if hosts.is_writer():
+        keep(folder, cells, rows)
     with phase("law and report"), progress.doing("law and report"):
-        made = report.write(folder)
-    print(
+        made = hosts.from_writer(lambda: report.write(folder))
+    progress.say(
         "seconds per phase: "
         + "  ".join(f"{k} {v:.0f}" for k, v in phase.facts["phases"].items())
-        + f"  total {sum(phase.facts['phases'].values()):.0f}",
-        file=sys.stderr,
+        + f"  total {sum(phase.facts['phases'].values()):.0f}"
     )
     return made

@@ -69,6 +69,7 @@ def join(options: argparse.Namespace) -> None:
         join_timeout=options.join_timeout,
         heartbeat_timeout=options.heartbeat_timeout,
     )
+    preemption.install()  # JAX took SIGTERM for itself
     if not hosts.is_writer():
         sys.stdout = open(os.devnull, "w")
         logging.root.setLevel(logging.ERROR)
