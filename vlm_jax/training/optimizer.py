@@ -132,6 +132,7 @@ def make_step(
 
     `accumulate` micro-batches give the gradient of the whole batch (to rounding), because sums and
     not means are added up. What the step changes is donated; frozen weights may be shared.
+    Where the loss or the gradient is not finite, the step counts and changes nothing else.
     """
 
     def loss(trained, frozen, batch, total):
@@ -156,10 +157,14 @@ def make_step(
         else:
             zero = jax.tree.map(jnp.zeros_like, trained), Sums(*[jnp.zeros(())] * 3)
             (grads, sums), _ = jax.lax.scan(add, zero, micro_batches(batch, accumulate))
+        norm = optax.tree.norm(grads)
         with jax.named_scope("optimizer"):
-            updates, opt = tx.update(grads, opt, trained)
-            trained = optax.apply_updates(trained, updates)
-        metrics = Metrics(sums.nll / total, sums.correct / total, optax.tree.norm(grads), tokens)
+            updates, moved = tx.update(grads, opt, trained)
+            new = optax.apply_updates(trained, updates), moved
+            # One number that is not finite would be in every weight after it.
+            finite = jnp.isfinite(sums.nll) & jnp.isfinite(norm)
+            trained, opt = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (trained, opt))
+        metrics = Metrics(sums.nll / total, sums.correct / total, norm, tokens)
         return (step + 1, trained, opt), metrics
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
