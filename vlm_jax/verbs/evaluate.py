@@ -33,7 +33,9 @@ def add_flags(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluates; 0."""
-    cli.keep_freed_memory()
+    from vlm_jax import cpu
+
+    cpu.keep_freed_memory()
     from vlm_jax.serving.evaluation import evaluate
     from vlm_jax.serving.subject import Subject
 

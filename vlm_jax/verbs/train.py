@@ -27,7 +27,9 @@ def run(options: argparse.Namespace) -> int:
     """Trains; 0."""
     given = configuration.read(options.config)
     workdir = None if options.dry_run else cli.workdir_of(options.workdir)
-    cli.keep_freed_memory()
+    from vlm_jax import cpu
+
+    cpu.keep_freed_memory()
     cli.say_warnings()
     import jax
 
