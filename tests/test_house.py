@@ -19,14 +19,16 @@ PACKAGE = HOME / "vlm_jax"
 OUTSIDE = {".venv", "runs", "build", "__pycache__", ".git"}
 
 # What a room may import of the package, besides itself. docs/architecture.md draws the same.
-GROUND = {"mesh", "cpu", "progress", "arguments", "errors", "files"}
+GROUND = {"arguments", "cpu", "errors", "files", "hosts", "mesh", "preemption", "progress"}
 ARROWS = {
     "errors": set(),
     "files": set(),
     "mesh": set(),
     "cpu": {"mesh"},
+    "preemption": set(),
     "progress": set(),
     "arguments": set(),
+    "hosts": {"progress", "errors"},
     "evals": set(),
     "law": set(),
     "rows": {"law", "files"},
@@ -37,12 +39,10 @@ ARROWS = {
     "cost": {"compressors", "models"},  # of these two the descriptions alone: they need no JAX
     "planning": {"cost", "law", "compressors", "models"},
     "reports": {"files", "cost", "law", "rows", "planning", "compressors", "models"},
-    "data": {"mesh", "progress", "files", "compressors"},
-    "weights": {"data", "models", "compressors", "layers", "mesh", "progress", "files"},
-    "training": {"weights", "data", "models", "compressors", "layers", "cost",
-                 "rows"} | GROUND,
-    "serving": {"training", "weights", "data", "models", "compressors", "layers",
-                "evals"} | GROUND,
+    "data": {"mesh", "progress", "hosts", "files", "compressors"},
+    "weights": {"data", "models", "compressors", "layers", "mesh", "progress", "files", "hosts"},
+    "training": {"weights", "data", "models", "compressors", "layers", "cost", "rows"} | GROUND,
+    "serving": {"training", "weights", "data", "models", "compressors", "layers", "evals"} | GROUND,
     "grids": {"training", "serving", "data", "models", "compressors", "kernels", "evals", "cost",
               "rows", "reports"} | GROUND,
     # What `import vlm_jax` names, imported when it is asked for.
