@@ -13,7 +13,7 @@ from flax import nnx
 from flax.nnx import filterlib
 from jaxtyping import Array, Float, Int
 
-from vlm_jax import mesh
+from vlm_jax import cpu, mesh
 from vlm_jax.models import lora
 from vlm_jax.models.vlm import Batch
 from vlm_jax.training.objective import Sums
@@ -115,11 +115,6 @@ def finish(graph: nnx.GraphDef, state: State) -> nnx.Module:
     return nnx.merge(graph, state.trained, state.frozen)
 
 
-# Compiler options of a training step by platform. XLA's newer loop emitters make the many small
-# loops of a small model's step 1.2 times as slow on a CPU (benchmarks/train_step.py).
-STEP_OPTIONS = {"cpu": {"xla_cpu_use_fusion_emitters": False}}
-
-
 def make_step(
     graph: nnx.GraphDef,
     tx: optax.GradientTransformation,
@@ -139,7 +134,7 @@ def make_step(
         sums = objective(nnx.merge(graph, trained, frozen), batch)
         return (sums.nll + z_loss * sums.log_z_squared) / total, sums
 
-    options = mesh.known(STEP_OPTIONS.get(mesh.platform(), {}))
+    options = mesh.known(cpu.STEP_OPTIONS.get(mesh.platform(), {}))
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
     def update(changed, frozen, batch: Batch):
