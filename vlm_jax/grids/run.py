@@ -16,19 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax import files, hosts, mesh, preemption, progress
-from vlm_jax.compressors.compressor import Compressor
-from vlm_jax.compressors.method import Method
 from vlm_jax.cost import described
 from vlm_jax.cost import flops as cost
 from vlm_jax.data import loader, sources, targets
 from vlm_jax.evals import tasks
+from vlm_jax.grids import details
 from vlm_jax.kernels import window_attention
-from vlm_jax.models import lora, vlm
-from vlm_jax.models.sizes import LoRASize
+from vlm_jax.models import vlm
 from vlm_jax.models.vit import ViT
 from vlm_jax.reports import report
 from vlm_jax.rows import records
@@ -38,7 +35,6 @@ from vlm_jax.training.cells import Cell, cells_of, describe, train_flops
 from vlm_jax.training.features import (
     Features,
     Sight,
-    batches_of,
     blind_of,
     blind_to,
     features_of,
@@ -179,8 +175,8 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     scores = tasks.score(protocol, found, loader.not_answered(test.source, faults))
     if said := tasks.summary(scores):
         log.warning(f"{cell.name}: {said}")
-    method = method_of(size.compressor)
-    Q, G, question = request_lengths(test, prefix=method["query"] == "prefix")
+    method = details.method_of(size.compressor)
+    Q, G, question = details.request_lengths(test, prefix=method["query"] == "prefix")
     steps = config.align.steps + config.finetune.steps
     # What the writer wrote of the losses is read by it alone.
     stages_run = [s for s in ("align", "finetune") if config[s].steps]
@@ -193,7 +189,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         compressor_parameters=vlm.parameters(model.compressor),
         **method,
         blind=cell.blind,
-        V=tokens_read(model.compressor, test.features),
+        V=details.tokens_read(model.compressor, test.features),
         Q=Q,
         G=G,
         seed=cell.seed,
@@ -208,7 +204,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
             flops=train_flops(recipe),
             seconds=round(train_seconds, 2),
             **began,
-            **({"lora": adapters_of(recipe.lora)} if recipe.lora.rank else {}),
+            **({"lora": details.adapters_of(recipe.lora)} if recipe.lora.rank else {}),
         ),
         evaluate_seconds=round(seconds, 2),
         timing=clock.timing(),
@@ -222,49 +218,11 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     )
 
 
-def adapters_of(adapters: LoRASize) -> dict[str, Any]:
-    """What a row says of the adapters that its model was trained by."""
-    return vars(adapters) | dict(targets=lora.check(adapters))
-
-
 def once(path: Path, seconds: float) -> float:
     """What the file holds; it is written with `seconds` where it is not there."""
     if not path.exists():
         files.write_json(path, {"seconds": seconds})
     return json.loads(path.read_text())["seconds"]
-
-
-def tokens_read(compressor: Compressor, features: np.ndarray) -> int | float:
-    """V: visual tokens of an image, their mean over these features where an image chooses."""
-    if not compressor.adaptive:
-        return compressor.tokens
-    count = jax.jit(lambda module, levels: module(levels).count)
-    unread = np.isnan(features[:, 0, 0])
-    features = features[~unread] if unread.any() else features
-    means = [hosts.fetched(count(compressor, part)) for part in batches_of(features)]
-    return float(np.concatenate(means)[: len(features)].mean())
-
-
-def method_of(made: Method) -> dict[str, str]:
-    """What a row says of its compressor: kind, who reads the question for it, what is not its
-    published form."""
-    return dict(compressor=made.kind, query=made.query, variant=made.variant)
-
-
-def request_lengths(
-    test: Inputs, *, prefix: bool = False, sample: int = 500
-) -> tuple[float, float, float]:
-    """Mean tokens of prompts, answers and questions of the evaluation split (an even sample of it).
-
-    The question is what a question-reading compressor reads, or with `prefix` all text before the
-    image.
-    """
-    picked = np.linspace(0, len(test.source) - 1, min(sample, len(test.source))).astype(int)
-    prompts = [test.processor.text(test.source[int(i)], answer=False) for i in picked]
-    wholes = [int(test.processor.text(test.source[int(i)])["length"]) for i in picked]
-    prompt = np.mean([int(made["length"]) for made in prompts])
-    question = np.mean([int(made["image_at" if prefix else "question_length"]) for made in prompts])
-    return float(prompt), float(np.mean(wholes) - prompt), float(question)
 
 
 def same_cells(claimed: Claim, cells: Sequence[Cell]) -> None:
@@ -355,7 +313,7 @@ def run(claimed: Claim, command: str, *, only: str | None = None) -> dict[str, A
     same_cells(claimed, cells)
     facts = provenance(window_attention.form(config.kernels))
     # The law is fitted to the grid's own method, where others are run beside it.
-    method = records.method_of(**method_of(cells[0].recipe.model.compressor))
+    method = records.method_of(**details.method_of(cells[0].recipe.model.compressor))
     # What changes no result changes no hash: rows of one run have one.
     first = claimed.first()
     hashes = {cell.name: digest(cell.config) for cell in cells_of(first)}
