@@ -21,7 +21,7 @@ HloModule jit_step, is_scheduled=true
   ROOT %compare.1 = pred[]{:T(512)} compare(%get-tuple-element.1, %constant.1), direction=LT
 }
 
-%piece (p0: bf16[8,32], p1: bf16[8,128]) -> bf16[8,128] {
+%async_collective_fusion.1 (p0: bf16[8,32], p1: bf16[8,128]) -> bf16[8,128] {
   %p0 = bf16[8,32]{1,0:T(8,128)(2,1)} parameter(0)
   %all-gather.1 = bf16[8,128]{1,0:T(8,128)(2,1)} all-gather(%p0), channel_id=7, replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, dimensions={1}, metadata={op_name="jit(step)/jvp(llm)/mlp/dot_general"}
   ROOT %custom-call.1 = bf16[8,128]{1,0:T(8,128)(2,1)} custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
@@ -41,12 +41,18 @@ HloModule jit_step, is_scheduled=true
   %stack = bf16[3,8,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%q), index=1
   %x = bf16[8,32]{1,0:T(8,128)(2,1)} constant({...})
   %w = bf16[128,128]{1,0:T(8,128)(2,1)S(1)} constant({...})
-  %start = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%piece
-  %step.1 = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%piece
-  %done = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%piece
+  %start = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%async_collective_fusion.1
+  %step.1 = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%async_collective_fusion.1
+  %done = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%async_collective_fusion.1
   %fusion.1 = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%done, %w), kind=kOutput, calls=%product, metadata={op_name="jit(step)/jvp(llm)/mlp/dot_general"}, backend_config={"estimated_cycles":"100"}
   %dynamic-update-slice.1 = bf16[3,8,128]{2,1,0:T(8,128)(2,1)} dynamic-update-slice(%stack, %fusion.1, %counter)
   ROOT %tuple.1 = (s32[]{:T(128)}, bf16[3,8,128]{2,1,0:T(8,128)(2,1)}) tuple(%add.1, %dynamic-update-slice.1)
+}
+
+%all-reduce-scatter.1 (g: f32[6,128]) -> f32[3,128] {
+  %g = f32[6,128]{1,0:T(8,128)} parameter(0)
+  %all-reduce.2 = f32[6,128]{1,0:T(8,128)} all-reduce(%g), channel_id=2, replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0'}, to_apply=%sum
+  ROOT %dynamic-slice.1 = f32[3,128]{1,0:T(8,128)} dynamic-slice(%all-reduce.2)
 }
 
 %windowed.condition (p: (f32[4], u32[])) -> pred[] {
@@ -76,6 +82,7 @@ ENTRY %main (p: bf16[8,32]) -> f32[6,128] {
   %scale = f32[128]{0:T(128)} constant({...})
   %all-reduce.1 = (f32[6,128]{1,0:T(8,128)}, f32[128]{0:T(128)}) all-reduce(%gradient, /*index=1*/%scale), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%sum, metadata={op_name="jit(step)/optimizer/add"}
   %kernel = f32[6,128]{1,0:T(8,128)} custom-call(%gradient), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"x","cost_estimate":{"flops":"50","transcendentals":"1","bytes_accessed":"60"}}}
+  %fusion.2 = f32[3,128]{1,0:T(8,128)} fusion(%gradient), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %copy.1 = f32[6,128]{1,0:T(8,128)} copy(%gradient), backend_config={"estimated_cycles":"7"}
 }
 """
@@ -97,10 +104,12 @@ def test_collectives_are_counted_by_kind_once_each(facts):
     assert found == {
         ("all-gather", True, 3): (8 * 128 * 2, 4),  # in three pieces, one tensor
         ("collective-permute", True, 4): (16, 1),  # 8 in steps of 2
+        ("reduce-scatter", False, 1): (6 * 128 * 4, 2),  # as the compiler writes it
         ("all-reduce", False, 1): (6 * 128 * 4 + 128 * 4, 8),
     }
     sent = {c.kind: c.sent for c in facts.collectives}
     assert sent["all-gather"] == 8 * 128 * 2 * 3 / 4
+    assert sent["reduce-scatter"] == 6 * 128 * 4 / 2
     assert sent["all-reduce"] == 2 * (6 * 128 * 4 + 128 * 4) * 7 / 8
 
 

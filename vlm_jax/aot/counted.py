@@ -143,7 +143,7 @@ def group_of(op: Operation) -> int:
     counted = re.search(r"replica_groups=\[(\d+),(\d+)\]", op.rest)
     if counted:
         return int(counted[2])
-    axes = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", op.rest)
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", op.rest)
     if axes:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
         return math.prod(int(sizes.get(name, 1)) for name in re.findall(r"'(\w+)'", axes[2]))
@@ -189,13 +189,16 @@ def facts(text: str, scope_of: Callable[[str], str] = lambda scope: "all") -> Fa
         if op.opcode not in FREE and not op.opcode.endswith(("-start", "-done")):
             for type in whole_arrays(op.type):
                 made.setdefault((type, op.scope), Tensor(type, int(in_hbm(type)), op.scope))
-        fused = op.opcode in ("fusion", "async-start")
+        beside = op.opcode == "async-start" or "async" in f"{op.name} {op.called('calls')}"
         for inner, names in [(op, table), *module.inside(op)]:
             flops += times * flops_of(inner, names)
             kernels = [a + times * b for a, b in zip(kernels, declared(inner), strict=True)]
-            sent = collective_of(inner, names, times, fused and inner is not op)
+            sent = collective_of(inner, names, times, beside and inner is not op)
             if sent is None:
                 continue
+            if "all-reduce-scatter" in str(op.called("calls")):
+                # The compiler's form of it: a reduction whose shard alone is kept.
+                sent = dataclasses.replace(sent, kind="reduce-scatter", sent=sent.sent / 2)
             # What runs beside computing is spread over several fusions, each of which repeats it.
             channel = re.search(r"channel_id=(\d+)", inner.rest)
             place = (next(iter(table)), channel and channel[1])

@@ -4,7 +4,6 @@ asked."""
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from vlm_jax import progress
+from vlm_jax import files, progress
 from vlm_jax.training.optimizer import Metrics
 
 
@@ -131,9 +130,7 @@ def drop_after(path: Path, step: int) -> None:
     for line in path.read_text().splitlines(keepends=True):
         if line.endswith("\n") and json.loads(line)["step"] <= step:
             kept.append(line)
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(kept))
-    os.replace(fresh, path)
+    files.write_text(path, "".join(kept))
 
 
 def board(folder: Path):

@@ -153,7 +153,7 @@ def activations(recipe: Recipe, name: str) -> int:
         "full": width,
     }[model.remat]
     logits = 4 * rows * recipe.rows.text_length * llm.vocab / tensor
-    shown = model.compressor.shown(vit.side) if name == "finetune" else ()
+    shown = model.compressor.trained_tokens(vit.side) if name == "finetune" else ()
     passes = max(len(shown), 1)
     language = passes * (llm.depth * kept + 2.5 * logits) + 2 * attention + 3 * mlp
     return round(max(language, seen) + 4 * patches * len(vit.levels) * vit.width)

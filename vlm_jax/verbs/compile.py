@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     asked = flat(given.config)
     fields.check_names(asked)
     fields.check(asked)
-    config = stages.adopted(given.config)
+    config = stages.with_start(given.config)
     if options.search:
         found = search.search(config, options.mode, slice_, most=options.most)
         print(json.dumps(found))

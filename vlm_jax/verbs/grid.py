@@ -30,6 +30,7 @@ def run(options: argparse.Namespace) -> int:
     folder = None if options.dry_run else cli.workdir_of(options.workdir)
     cli.keep_freed_memory()
     cli.say_warnings()
+    cli.join(options)
     import jax
 
     from vlm_jax import mesh
