@@ -19,11 +19,12 @@ PACKAGE = HOME / "vlm_jax"
 OUTSIDE = {".venv", "runs", "build", "__pycache__", ".git"}
 
 # What a room may import of the package, besides itself. docs/architecture.md draws the same.
-GROUND = {"arguments", "errors", "files", "hosts", "mesh", "preemption", "progress"}
+GROUND = {"arguments", "cpu", "errors", "files", "hosts", "mesh", "preemption", "progress"}
 ARROWS = {
     "errors": set(),
     "files": set(),
     "mesh": set(),
+    "cpu": {"mesh"},
     "preemption": set(),
     "progress": set(),
     "arguments": set(),
@@ -32,9 +33,9 @@ ARROWS = {
     "law": set(),
     "rows": {"law", "files"},
     "kernels": {"mesh"},
-    "layers": {"mesh"},
-    "compressors": {"kernels", "layers", "mesh"},
-    "models": {"compressors", "kernels", "layers", "mesh"},
+    "layers": {"cpu", "mesh"},
+    "compressors": {"kernels", "layers", "cpu", "mesh"},
+    "models": {"compressors", "kernels", "layers", "cpu", "mesh"},
     "cost": {"compressors", "models"},  # of these two the descriptions alone: they need no JAX
     "planning": {"cost", "law", "compressors", "models"},
     "reports": {"files", "cost", "law", "rows", "planning", "compressors", "models"},

@@ -73,7 +73,7 @@ def run_stage(
 ) -> Any:
     """The model after stage `name` (encoder, align or finetune), resumed from `folder` if begun.
 
-    `begin` is called when the first step of this process is seen to be finite.
+    `begin` is called when the first step of this process has ended.
     """
     stage = recipe.stage(name)
     tx = optimizer.optimizer(stage)
@@ -88,6 +88,7 @@ def run_stage(
         state, notes = restored
         batches.position = notes["position"]
     first = int(state.step)
+    skipped_before = restored[1].get("skipped_updates", 0) if restored else 0
     if first < stage.steps:
         told = folder / name / "skipped.jsonl"
         if first == 0:  # an attempt that left nothing else may have been another run
@@ -104,6 +105,8 @@ def run_stage(
             every=recipe.log_every,
             batch=stage.batch,
             tensorboard=recipe.tensorboard,
+            patience=stage.max_nonfinite,
+            skipped=skipped_before,
             more=batches.fields,
         )
         waiting, news = None, [begin] if begin else []
@@ -129,10 +132,12 @@ def run_stage(
                     waiting = (step, metrics)
                     stops = preemption.reached()
                     if stops or step % recipe.checkpoint_every == 0 or step == stage.steps:
-                        # Never save what has not been seen to be finite.
-                        seen(*waiting)
+                        seen(*waiting)  # it raises where the run is to end without a save
                         waiting = None
-                        checkpoints.save(state, {"position": batches.position} | described)
+                        notes = {"position": batches.position} | described
+                        if lines.skipped:
+                            notes |= {"skipped_updates": lines.skipped}
+                        checkpoints.save(state, notes)
                     if stops:
                         checkpoints.close()
                         lines.close()

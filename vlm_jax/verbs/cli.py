@@ -2,7 +2,6 @@
 """What verbs share: errors in one line with exit status 2, warnings, types of flags, memory."""
 
 import argparse
-import ctypes
 import logging
 import os
 import sys
@@ -33,21 +32,6 @@ def say_warnings() -> None:
             handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
 
 
-def keep_freed_memory() -> None:
-    """Freed memory stays with this process and is reused; must be called before jax starts.
-
-    XLA on a CPU allocates the temporaries of every call afresh. Large blocks go back to the system
-    when freed, and the page faults of the next call took 40 % of a training step of a demo with 144
-    patches. One arena, because only the first can grow beyond 64 MB. Does nothing without glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # M_... of glibc's malloc.h
-        mallopt(mmap_threshold, 2**31 - 1)
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(arena_max, 1)
-
-
 def workdir_of(workdir: str | None) -> Path:
     """The folder of --workdir; ValueError where it is missing, which only a dry run allows."""
     if workdir is None:
@@ -56,11 +40,13 @@ def workdir_of(workdir: str | None) -> Path:
 
 
 def join(options: argparse.Namespace) -> None:
-    """Joins the other processes of this command, where there are any; before JAX sees a device.
+    """Keeps freed memory and joins the other processes, if any; before JAX sees a device.
 
     One process writes to stdout and warns; errors come from all.
     """
-    from vlm_jax import hosts
+    from vlm_jax import cpu, hosts
+
+    cpu.keep_freed_memory()
 
     hosts.join(
         options.coordinator,

@@ -33,7 +33,6 @@ def add_flags(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluates; 0."""
-    cli.keep_freed_memory()
     cli.say_warnings()
     cli.join(options)
     from vlm_jax.serving.evaluation import evaluate
