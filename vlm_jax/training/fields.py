@@ -27,6 +27,7 @@ LATER = {
     "data.image_normalize": True,
     "data.image_exif": "ignore",
     "compressor.queries": 0,
+    **{f"{stage}.max_nonfinite": 3 for stage in ("encoder", "align", "finetune")},
 }
 
 Flat = Mapping[str, Any]  # dotted name of a field -> its value, as JSON gives it back
@@ -134,7 +135,10 @@ def _stage(name: str) -> dict[str, Field]:
         epsilon=POSITIVE,
         clip_norm=NOT_NEGATIVE,
         z_loss=NOT_NEGATIVE,
-    ) | {f"{name}.accumulate": Field(ROUNDING, COUNT)}  # sums, not means: the whole batch's step
+    ) | {
+        f"{name}.accumulate": Field(ROUNDING, COUNT),  # sums, not means: the whole batch's step
+        f"{name}.max_nonfinite": Field(NOTHING, COUNT),  # when to give up, not what is computed
+    }
 
 
 FIELDS: dict[str, Field] = {
