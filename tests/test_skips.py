@@ -136,7 +136,7 @@ def test_each_is_counted_once_and_a_restart_goes_on_counting(tmp_path):
     assert (len(first), len(second)) == (4, 5)
     assert [skip.id for skip in second.first.values()] == ["r1", "r3", "r5"]
     assert second.fields()["skipped_reasons"] == {"image": 4, "text": 1}
-    assert "5 of 20 rows (image 4, text 1); the first:\n  too long\n  3.jpg: cut" in second.told(
+    assert "5 of 20 rows (image 4, text 1); the first:\n  too long\n  3.jpg: cut" in second.summary(
         20, "rows"
     )
     assert not Skips() and Skips().fields() == {}

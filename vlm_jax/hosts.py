@@ -26,7 +26,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from vlm_jax import errors, progress
 
@@ -276,9 +275,15 @@ def fetched(tree: Any) -> Any:
 
     def one(x: Any) -> np.ndarray:
         spread = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
-        return multihost_utils.process_allgather(x, tiled=True) if spread else np.asarray(x)
+        return np.asarray(_everywhere(x)) if spread else np.asarray(x)
 
     return jax.tree.map(one, tree)
+
+
+def _everywhere(x: jax.Array) -> jax.Array:
+    """The array, whole on every device."""
+    with jax.set_mesh(x.sharding.mesh):
+        return jax.jit(lambda x: jax.sharding.reshard(x, jax.P()))(x)
 
 
 def fail(code: int, message: str) -> None:

@@ -55,8 +55,14 @@ def join(options: argparse.Namespace) -> None:
         join_timeout=options.join_timeout,
         heartbeat_timeout=options.heartbeat_timeout,
     )
+    if not hosts.joined():
+        return
+    preemption.install()  # JAX took SIGTERM for itself
+    # Between processes XLA adds up by Gloo, which prints on the descriptor of stdout.
+    stdout, silence = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    sys.stdout = os.fdopen(stdout if hosts.is_writer() else silence, "w")
     if not hosts.is_writer():
-        sys.stdout = open(os.devnull, "w")
         logging.root.setLevel(logging.ERROR)
 
 
