@@ -23,6 +23,16 @@ from vlm_jax.training.optimizer import State
 log = logging.getLogger(__name__)
 
 
+class Manager(ocp.CheckpointManager):
+    """Orbax's manager, which leaves it to the loop to ask whether the machine is taken back.
+
+    The service behind that wants the rising numbers of one asker.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class OtherAdapters(ValueError):
     """A checkpoint whose model has other adapters: whole, and of no use here."""
 
@@ -32,7 +42,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int = 2):
         self.folder = Path(folder).absolute()
-        self.manager = ocp.CheckpointManager(
+        self.manager = Manager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, create=True, enable_async_checkpointing=True
@@ -132,8 +142,9 @@ class Checkpoints:
         notes = self.manager.restore(step, args=args)["notes"]
         if (theirs := notes.get("lora")) != lora:
             raise OtherAdapters(
-                f"checkpoint {self.folder}/{step} was written with {said(theirs)}, and the "
-                f"configuration says {said(lora)}: give the same, or choose another folder"
+                f"checkpoint {self.folder}/{step} was written with {adapters_text(theirs)}, and "
+                "the "
+                f"configuration says {adapters_text(lora)}: give the same, or choose another folder"
             )
         wanted = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), named(like)
@@ -183,7 +194,7 @@ def numbered(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and any(p.iterdir()))
 
 
-def said(lora: dict[str, Any] | None) -> str:
+def adapters_text(lora: dict[str, Any] | None) -> str:
     """The adapters of a model, for a message."""
     if lora is None:
         return "no LoRA"
