@@ -211,9 +211,9 @@ def test_cached_features_are_the_encoders_levels_of_every_image(shared, mesh1):
                 pixels = inputs.processor.pixels(inputs.source.images[i])
                 levels = encode(found.encoder, tiny.placed(pixels[None]))
                 np.testing.assert_allclose(features[i], levels[0], atol=1e-5)
-        # The blind image is the mean colour: nearly zero once normalised, and the same for all.
-        grey = np.full((32, 32, 3), (122, 116, 104), np.uint8)
-        levels = encode(found.encoder, tiny.placed(found.train.processor.pixels(grey)[None]))
+        # The blind image is the mean color: nearly zero once normalized, and the same for all.
+        gray = np.full((32, 32, 3), (122, 116, 104), np.uint8)
+        levels = encode(found.encoder, tiny.placed(found.train.processor.pixels(gray)[None]))
         np.testing.assert_allclose(kept.blind, levels, atol=1e-5)
 
 

@@ -39,7 +39,7 @@ class Features(NamedTuple):
 
     train: np.ndarray  # [images, P, Y]
     test: np.ndarray  # [images, P, Y]
-    blind: np.ndarray  # [1, P, Y], of an image of the mean colour
+    blind: np.ndarray  # [1, P, Y], of an image of the mean color
 
 
 def features_of(
@@ -110,9 +110,9 @@ def picture(source: sources.Source, index: int, *, skip: bool) -> np.ndarray | N
 
 
 def blind_of(encoder: ViT, processor: Processor, sight: Sight) -> np.ndarray:
-    """Encoder outputs of an image of the mean colour, [1, P, Y]."""
-    grey = processor.images.normalise(processor.images.blank())
-    return encode(encoder, np.broadcast_to(grey, (BATCH, *grey.shape)), sight)[:1]
+    """Encoder outputs of an image of the mean color, [1, P, Y]."""
+    gray = processor.images.normalized(processor.images.blank())
+    return encode(encoder, np.broadcast_to(gray, (BATCH, *gray.shape)), sight)[:1]
 
 
 def blind_to(seen: np.ndarray, blind: np.ndarray) -> np.ndarray:
