@@ -146,9 +146,12 @@ def add_up_alike() -> None:
     count = max(int((simulated or ["1"])[-1]), jax.config.jax_num_cpu_devices)
     if os.environ.get("JAX_PLATFORMS") != "cpu" or count < 2:
         return
-    # Not through a proxy to this machine itself.
-    direct = os.environ.get("no_grpc_proxy", os.environ.get("no_proxy", ""))
-    os.environ["no_grpc_proxy"] = f"{direct},127.0.0.1".lstrip(",")
+    if any(name.lower().endswith("_proxy") for name in os.environ):
+        # Not through a proxy to this machine itself, of which JAX would warn.
+        direct = os.environ.get("no_grpc_proxy", os.environ.get("no_proxy", ""))
+        os.environ["no_grpc_proxy"] = f"{direct},127.0.0.1".lstrip(",")
+        with suppress(AttributeError):
+            jax.config.update("jax_check_proxy_envs", False)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{found.getsockname()[1]}"
