@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import layers, mesh, preemption, progress
+from vlm_jax import hosts, layers, mesh, preemption, progress
 from vlm_jax.data import (
     loader,
     patches,
@@ -91,9 +91,10 @@ def run_stage(
     skipped_before = restored[1].get("skipped_updates", 0) if restored else 0
     if first < stage.steps:
         told = folder / name / "skipped.jsonl"
-        if first == 0:  # an attempt that left nothing else may have been another run
-            told.unlink(missing_ok=True)
-        batches.skips.keep(told)
+        if hosts.is_writer():
+            if first == 0:  # an attempt that left nothing else may have been another run
+                told.unlink(missing_ok=True)
+            batches.skips.keep(told)
         step_of = optimizer.make_step(
             graph, tx, objective, accumulate=stage.accumulate, z_loss=stage.z_loss
         )
@@ -134,6 +135,7 @@ def run_stage(
                     if stops or step % recipe.checkpoint_every == 0 or step == stage.steps:
                         seen(*waiting)  # it raises where the run is to end without a save
                         waiting = None
+                        batches.skips.share()
                         notes = {"position": batches.position} | described
                         if lines.skipped:
                             notes |= {"skipped_updates": lines.skipped}
@@ -286,9 +288,10 @@ def train(
                 "of the data: each batch has some of them more than once"
             )
         model = run_stage(name, model, batches, recipe, folder, objective, begin=begin)
-        if rows.cut:
+        cut = set().union(*hosts.collected(sorted(rows.cut_rows)))
+        if cut:
             log.warning(
-                f"{name}: {rows.cut} of {len(inputs.source)} rows were longer than "
+                f"{name}: {len(cut)} of {len(inputs.source)} rows were longer than "
                 f"data.text_length={recipe.rows.text_length} and data.question_length="
                 f"{recipe.rows.question_length} allow, and lost their end"
             )
@@ -326,7 +329,7 @@ def open_inputs(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], Non
 
     def begin() -> None:
         fresh = claimed.begun is None
-        if fresh and not config.data.tokenizer and jax.process_index() == 0:
+        if fresh and not config.data.tokenizer and hosts.is_writer():
             keep_tokenizer(tokenizer, kept)
         claimed.begin()
 
