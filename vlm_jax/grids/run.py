@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -68,7 +68,7 @@ class Shared:
 class Phases:
     """Seconds of each phase of a run over all its restarts, kept in run.json."""
 
-    def __init__(self, path: Path, facts: dict):
+    def __init__(self, path: PurePath, facts: dict):
         self.path = path
         before = json.loads(path.read_text()) if path.exists() else {}
         self.facts = {**facts, "phases": before.get("phases", {})}
@@ -127,7 +127,7 @@ def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),))
     return Shared(inputs, Inputs(test, processor), made, encoder)
 
 
-def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.Row:
+def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> records.Row:
     """Trains and evaluates one cell; its row, which `facts` are a part of."""
     config, recipe = cell.config, cell.recipe
     size = recipe.model
@@ -218,7 +218,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     )
 
 
-def once(path: Path, seconds: float) -> float:
+def once(path: PurePath, seconds: float) -> float:
     """What the file holds; it is written with `seconds` where it is not there."""
     if not path.exists():
         files.write_json(path, {"seconds": seconds})
@@ -247,7 +247,7 @@ def same_cells(claimed: Claim, cells: Sequence[Cell]) -> None:
             raise ValueError(another(claimed.folder, f"cell {cell.name}: {named}"))
 
 
-def keep(folder: Path, cells: Sequence[Cell], rows: Mapping[str, records.Row]) -> None:
+def keep(folder: PurePath, cells: Sequence[Cell], rows: Mapping[str, records.Row]) -> None:
     """Writes rows.jsonl: the rows that there are, in the order of the cells."""
     records.write(folder / "rows.jsonl", [rows[c.name] for c in cells if c.name in rows])
 
@@ -280,7 +280,7 @@ def cell_names(config: Any) -> list[str]:
     return [cell.name for cell in cells_of(open_config(config))]
 
 
-def train_cell(config: Any, workdir: str | Path, *, cell: str) -> records.Row:
+def train_cell(config: Any, workdir: str | PurePath, *, cell: str) -> records.Row:
     """Trains and evaluates one cell of a grid; its row, which is read back where it is finished.
 
     What cells share (encoder, features, tokenizer) is made at the first call. `workdir` is the
@@ -295,7 +295,7 @@ def train_cell(config: Any, workdir: str | Path, *, cell: str) -> records.Row:
       ValueError: for another cell, and a folder of another run.
       Diverged: where the loss is no longer finite.
     """
-    config, folder = open_config(config), Path(workdir).absolute()
+    config, folder = open_config(config), files.path_of(workdir)
     known = [one.name for one in cells_of(config)]
     if cell not in known:
         raise ValueError(f"cell={cell!r}: choose one of {', '.join(known)}")

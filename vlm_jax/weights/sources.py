@@ -2,11 +2,12 @@
 """What a user has, gathered into one model: a published LLaVA, or tower, compressor and LLM."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from vlm_jax import files
 from vlm_jax.models import vlm
 from vlm_jax.models.sizes import VLMSize
 from vlm_jax.weights import architectures, ends, folder, methods, names, preprocessor, sizes
@@ -192,14 +193,14 @@ def numbers(text: str | None) -> tuple[int, ...] | None:
     return tuple(int(part) for part in parts)
 
 
-def of_run(path: Path, config: ConfigDict, model: vlm.VLM) -> Model:
+def of_run(path: PurePath, config: ConfigDict, model: vlm.VLM) -> Model:
     """A model that `vlm-jax train` made, from its configuration and its weights in memory."""
     about = described_run(path, config)
     about.tensors = folder.tensors_of(model)
     return about
 
 
-def described_run(path: Path, config: ConfigDict) -> Model:
+def described_run(path: PurePath, config: ConfigDict) -> Model:
     """What a run's configuration says of its model; no tensor is in it."""
     compressor = vlm.shapes(VLMSize.of(config)).compressor
     # Rows had room for as many as it can give: of a request's V, or of an image that chooses.
@@ -216,5 +217,5 @@ def described_run(path: Path, config: ConfigDict) -> Model:
             ends=ends.of_run(config.start_from),
         ),
         {},
-        Path(config.data.tokenizer) if config.data.tokenizer else path / "tokenizer",
+        files.on_disk(config.data.tokenizer or path / "tokenizer"),
     )
