@@ -141,7 +141,7 @@ def test_a_new_compressor_is_born_and_its_model_keeps_our_layout(
             "--replace-compressor"]  # fmt: skip
     assert run(*made, "--to", tmp_path / "a") == 0 and run(*made, "--to", tmp_path / "b") == 0
     assert run("--from", tmp_path / "a", "--to-hf", "--to", tmp_path / "c") == 0
-    assert f"transformers knows no compressor '{kind}'" in capsys.readouterr().err
+    assert f"transformers has no compressor '{kind}'" in capsys.readouterr().err
     one, two, three = (all_tensors(tmp_path / path) for path in "abc")
     assert one.keys() == two.keys() == three.keys()
     assert all(np.array_equal(one[name], two[name]) for name in one)  # of the same seed
@@ -290,11 +290,11 @@ def test_folders_that_are_no_whole_checkpoint_are_refused(copy, tmp_path, capsys
     assert "has no config.json" in refused(capsys, "--from", tmp_path / "empty", *to)
     (copy / "model.safetensors").rename(copy / "weights.txt")
     said = refused(capsys, "--from", copy, *to)
-    assert "is no checkpoint" in said and "only config.json" in said and "weights.txt" in said
+    assert "is not a checkpoint" in said and "only config.json" in said and "weights.txt" in said
     sharded = Path(shutil.copytree(FROZEN / "siglip_llama3", tmp_path / "sharded"))
     (sharded / "model-00002-of-00003.safetensors").unlink()
     said = refused(capsys, "--from", sharded, *to)
-    assert "is not whole" in said and "model-00002-of-00003.safetensors" in said
+    assert "is incomplete" in said and "model-00002-of-00003.safetensors" in said
     whole = (FROZEN / "siglip_llama3/model-00002-of-00003.safetensors").read_bytes()
     (sharded / "model-00002-of-00003.safetensors").write_bytes(whole[:-1])
     assert "model-00002-of-00003.safetensors" in refused(capsys, "--from", sharded, *to)

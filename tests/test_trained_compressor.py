@@ -139,7 +139,7 @@ def test_a_projector_of_stage_1_with_other_numbers_needs_the_flag(quecc, tmp_pat
     ours = made.tensors[f"compressor.{name}"].read()
     np.testing.assert_array_equal(ours, other[f"model.mm_projector.{name}"])
     said = refused(capsys, *given(quecc), *flags[:2], "--replace-compressor")
-    assert "its tensors are of quecc, and not of --compressor=none" in said
+    assert "its tensors belong to quecc, and not to --compressor=none" in said
 
 
 def without(path, *parts):
@@ -250,4 +250,4 @@ def test_parts_are_not_lost_from_a_folder_that_is_named_as_another(wholes, tmp_p
     fields, _ = whole_models.llm(48)
     (path / "model/config.json").write_text(json.dumps(fields | dict(model_type="llama")))
     said = refused(capsys, "--llm", path / "model", "--vision", path / "tower")
-    assert "it is no language model alone: it also has compressor." in said
+    assert "it is not only a language model: it also has compressor." in said
