@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes of colored shapes for questions that need reasoning: drawn, described and labeled by
-patch.
+"""Scenes of colored shapes for questions that need reasoning: drawn, and labeled by patch.
 
 A scene is a tuple of shapes on a jittered grid, so that "left of" and "above" are never in doubt:
 two shapes of one column are at most 2 JITTER pixels apart in x, two of different columns at least
@@ -36,6 +35,8 @@ SHAPE_CLASSES = len(KINDS) * len(COLORS) * len(SIZES)  # patch classes 1 .. SHAP
 
 
 class Shape(NamedTuple):
+    """One shape: kind, color and size are indices into KINDS, COLOR_NAMES and SIZES."""
+
     kind: int
     color: int
     size: int
@@ -46,6 +47,8 @@ class Shape(NamedTuple):
 
 
 class Scene(NamedTuple):
+    """A scene: its background and its shapes in reading order."""
+
     background: tuple[int, int, int]
     shapes: tuple[Shape, ...]
 
