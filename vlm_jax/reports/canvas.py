@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A drawing whose CSV is the drawing: every mark is drawn and noted by the same call."""
+"""Figures with a CSV of the same data: every mark is drawn and recorded by the same call."""
 
 import csv
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ COLUMNS = ("series", "kind", "x", "y", "low", "high", "N_billions", "V", "Q", "l
 
 @dataclass(frozen=True)
 class Figure:
-    """One finished figure: its three files and the words that stand beside it."""
+    """One finished figure: its three files, caption and alternative text."""
 
     name: str
     title: str
@@ -49,7 +49,7 @@ class Figure:
     png: Path
     svg: Path
     csv: Path
-    section: str = ""  # the family it is about; "" is all of them
+    section: str = ""  # the family it shows; "" is all families
 
     @property
     def paths(self) -> list[Path]:
@@ -57,8 +57,8 @@ class Figure:
 
 
 def parameters_text(billions: int | float) -> str:
-    """A parameter count as people write it: 2.5e-5 (billions) is "25k", 7 is "7B"."""
-    # 0.5B, not 500M: published sizes are called so.
+    """A parameter count in short form: 2.5e-5 (billions) is "25k", 7 is "7B"."""
+    # 0.5B, not 500M, as published sizes are named.
     for least, factor, unit in ((0.0995, 1.0, "B"), (0.9995e-3, 1e-3, "M"), (0.9995e-6, 1e-6, "k")):
         if billions >= least:
             return f"{billions / factor:.3g}{unit}"
@@ -93,7 +93,7 @@ def size_colors(count: int) -> list:
 
 
 def require_matplotlib():
-    """The matplotlib module; where missing, ModuleNotFoundError saying how to get it."""
+    """The matplotlib module. Raises ModuleNotFoundError, with the way to install it."""
     try:
         import matplotlib
         import matplotlib.backends.backend_agg
@@ -107,7 +107,7 @@ def require_matplotlib():
 
 
 class Canvas:
-    """One pair of axes; what is drawn on it is exactly what `save` writes to the CSV.
+    """One pair of axes; `save` writes exactly what is drawn to the CSV.
 
     `x` and `y` are axis labels with units. Columns of the CSV are COLUMNS: x and y of each mark,
     low and high of its bar or band, and the N (billions), V, Q it stands for where they apply.
@@ -127,7 +127,7 @@ class Canvas:
             self.figure = self.matplotlib.figure.Figure(
                 (COLUMN_INCHES, height), layout="constrained"
             )
-            # Words are measured before saving.
+            # Texts are measured before saving.
             self.matplotlib.backends.backend_agg.FigureCanvasAgg(self.figure)
             self.axes = self.figure.add_subplot()
             self.axes.set(xlabel=x, ylabel=y, title=title)
@@ -204,7 +204,7 @@ class Canvas:
     def bars(
         self, series: str, x, y, *, width, stderr=None, color="black", hatch="", name=None, **extra
     ):
-        """Upright bars from zero, with one standard error where known, the value written on top."""
+        """Vertical bars from zero, with one standard error if known and the value on top."""
         x, y = np.asarray(x, float), np.asarray(y, float)
         stderr = np.full(y.shape, np.nan) if stderr is None else np.asarray(stderr, float)
         known = np.isfinite(stderr)
@@ -219,7 +219,7 @@ class Canvas:
         self.note(series, "bar", x, y=y, low=low, high=high, **extra)
 
     def write(self, text: str, x: int | float, y: int | float, *, color="black") -> None:
-        """A word to the right of a mark, moved up at saving where it would cover another one."""
+        """A text to the right of a mark, moved up when saving if it would cover another one."""
         red, green, blue, _ = self.matplotlib.colors.to_rgba(color)
         # Light colors that serve for marks are too pale for thin letters.
         dark = (0.65 * red, 0.65 * green, 0.65 * blue)
@@ -228,7 +228,7 @@ class Canvas:
         )
 
     def write_above(self, text: str, x: int | float, y: int | float, *, size=6.8, gap=1.5) -> None:
-        """A word above a mark, left out where it would cover another mark or an earlier word."""
+        """A text above a mark, left out if it would cover another mark or an earlier text."""
         self.extras.append(
             self._annotate(text, x, y, "0.25", size, xytext=(0, gap), ha="center", va="bottom")
         )
@@ -267,13 +267,13 @@ class Canvas:
             marks = marks[(marks >= low) & (marks <= high)]
             if len(marks) >= 3:
                 break
-        # An axis so narrow that no mark falls on it (every row costs the same) names its ends.
+        # An axis too narrow for a tick (every row costs the same) labels its ends.
         marks = marks if len(marks) else np.array([low, high])
         self.axes.set_xticks(marks[:: int(np.ceil(len(marks) / 6))])
         axis.set_major_formatter(ticker.EngFormatter(unit, sep=""))
 
     def legend(self, columns: int = 2) -> None:
-        """A legend below the axes, where it covers nothing, for the marks that were named."""
+        """A legend below the axes for the named marks."""
         named = {}
         for handle, name in zip(*self.axes.get_legend_handles_labels(), strict=True):
             named.setdefault(name, []).append(handle)  # a line and its marks are one entry
@@ -292,12 +292,14 @@ class Canvas:
             )
 
     def _settle_words(self) -> None:
-        """Moves words on the right up until none covers another; drops words above that do.
+        """Moves texts on the right up until none covers another; drops texts above marks that do.
 
         Words above that cover a mark are dropped as well.
         """
         self.figure.draw_without_rendering()
-        self.figure.set_layout_engine("none")  # the layout stands; saving twice need not redo it
+        self.figure.set_layout_engine(
+            "none"
+        )  # the layout is final: saving twice must not change it
         renderer = self.figure.canvas.get_renderer()
         points_per_pixel = 72 / self.figure.dpi
         boxes = [(word, word.get_window_extent(renderer)) for word in self.labels]
@@ -327,7 +329,7 @@ class Canvas:
                 placed.append(box)
 
     def save(self, out_dir: Path | str, name: str, *, caption: str, alt: str) -> Figure:
-        """Writes NAME.png, NAME.svg and NAME.csv into `out_dir`, which is made where missing."""
+        """Writes NAME.png, NAME.svg and NAME.csv into `out_dir`, which is created if missing."""
         out_dir = Path(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
         paths = {kind: out_dir / f"{name}.{kind}" for kind in ("png", "svg", "csv")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores against visual tokens: the grid beside its blind models, and every method beside it."""
+"""Figures of scores against visual tokens: the grid with its blind models, and all methods."""
 
 import numpy as np
 
@@ -19,7 +19,7 @@ DASHES = ("-", "--", ":", "-.")
 def scores_against_tokens(
     run: Run, family: str, out_dir, *, name: str, majority: int | float | None = None
 ) -> Figure:
-    """Mean score of the grid's method against V per LLM size, beside the blind score of that size.
+    """Mean score of the grid's method against V per LLM size, with the blind score of that size.
 
     `majority` is the score of always answering the commonest answer.
     """
@@ -65,34 +65,34 @@ def scores_against_tokens(
 def methods(run: Run, family: str, out_dir, *, name: str) -> list[Figure]:
     """Mean score against V, a curve per method, at the LLM size that most methods were run with.
 
-    None where there is one method only.
+    Returns an empty list if there is only one method.
     """
     sighted = [row for row in [*run.main, *run.other] if family in row.families]
-    at = {}
+    methods_of_size = {}
     for row in sighted:
-        at.setdefault(row.llm_parameters, set()).add(row.method)
-    if not at or max(map(len, at.values())) < 2:
+        methods_of_size.setdefault(row.llm_parameters, set()).add(row.method)
+    if not methods_of_size or max(map(len, methods_of_size.values())) < 2:
         return []
-    size = max(at, key=lambda n: (len(at[n]), n))
-    shown = [method for method in sorted(at[size]) if method != run.method]
-    if run.method in at[size]:
-        shown.insert(0, run.method)
+    size = max(methods_of_size, key=lambda n: (len(methods_of_size[n]), n))
+    drawn = [method for method in sorted(methods_of_size[size]) if method != run.method]
+    if run.method in methods_of_size[size]:
+        drawn.insert(0, run.method)
     text = parameters_text(size / 1e9)
     canvas = Canvas(
         x="visual tokens V",
         y=f"mean score on {family}",
         title=f"{family}: methods at {text}",
-        height=2.75 + 0.13 * len(shown),
+        height=2.75 + 0.13 * len(drawn),
     )
     tokens = set()
-    for i, method in enumerate(shown):
-        mine = [row for row in sighted if row.llm_parameters == size and row.method == method]
-        V, score, stderr = _by_tokens(mine, family)
+    for i, method in enumerate(drawn):
+        of_method = [row for row in sighted if row.llm_parameters == size and row.method == method]
+        V, score, stderr = _by_tokens(of_method, family)
         tokens |= set(V.tolist())
-        # Black first, for the grid's own; yellow does not print.
+        # Black first, for the grid's own method; no yellow, which does not print.
         color = OKABE_ITO[(6, 0, 1, 2, 3, 4, 5)[i % 7]]
-        # Methods share their V: moved apart a little, so that no bar hides another.
-        x = V * 1.04 ** (i - (len(shown) - 1) / 2)
+        # Methods share their V: shifted a little, so that no bar hides another.
+        x = V * 1.04 ** (i - (len(drawn) - 1) / 2)
         common = {"color": color, "N_billions": size / 1e9, "V": V}
         canvas.line(method, x, score, dash=DASHES[i // 7 % 4], name=method, **common)
         marker = {"marker": MARKERS[i % len(MARKERS)], "area": 34.0, "name": method}
@@ -106,10 +106,10 @@ def methods(run: Run, family: str, out_dir, *, name: str) -> list[Figure]:
     _token_axis(canvas, sorted(v for v in tokens if v.is_integer()))
     caption = (
         f"Mean score on {family} with the LLM of {text} parameters: one curve per method, bars of "
-        "one standard error, points of equal V moved apart a little. The table of methods has the "
+        "one standard error, points of equal V shifted a little. The table of methods has the "
         "other LLM sizes."
     )
-    alt = f"Mean score on {family} against visual tokens for {len(shown)} methods at {text}."
+    alt = f"Mean score on {family} against visual tokens for {len(drawn)} methods at {text}."
     return [canvas.save(out_dir, name, caption=caption, alt=alt)]
 
 
@@ -130,10 +130,10 @@ def _level(canvas, series, start, stop, score, *, dash=":", **style) -> None:
 
 def _by_tokens(rows, family) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(V, mean score, standard error) over seeds, by rising V."""
-    found = {}
+    scores = {}
     for row in rows:
         if family in row.families:
-            found.setdefault(row.V, []).append(row.families[family])
-    V = sorted(found)
-    means = np.array([mean_over_seeds(found[v]) for v in V]).reshape(-1, 2)
+            scores.setdefault(row.V, []).append(row.families[family])
+    V = sorted(scores)
+    means = np.array([mean_over_seeds(scores[v]) for v in V]).reshape(-1, 2)
     return np.array(V, float), means[:, 0], means[:, 1]

@@ -44,7 +44,7 @@ class _Balance:
         self.keys = collections.defaultdict(collections.Counter)
 
     def choose(self, candidates: list[questions.Question]) -> questions.Question | None:
-        """The question whose answer is rarest in its form and key; None if none keeps the balance."""
+        """The question with the rarest answer in its form and key; None if none keeps balance."""
 
         def lead(q):
             form, key = self.forms[q.form], self.keys[q.key]
