@@ -6,7 +6,7 @@ Nothing trained goes without a flag that says so by name, and what went is noted
 
 from pathlib import Path
 
-from vlm_jax.compressors import COMPRESSORS, pretrained
+from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.compressors.none import NoneMethod
 from vlm_jax.models import vlm
 from vlm_jax.weights import folder, methods, names, sizes
@@ -85,7 +85,7 @@ def with_compressor(model: Model, wish: Wish) -> Model:
                 )
     else:
         made = vlm.create(model.size(), seed=wish.seed, of=lambda model: model.compressor)
-        made = {f"compressor.{name}": x for name, x in pretrained.export(made).items()}
+        made = {f"compressor.{name}": x for name, x in folder.compressor_tensors(made).items()}
         model.notes["new"] = (
             f"{len(made)} tensors of the compressor {kind}, drawn with seed {wish.seed}"
         )

@@ -168,11 +168,11 @@ def dotted(path: Sequence) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
-def shapes(model: VLM) -> dict[str, tuple[int, ...]]:
-    """The published shape of every tensor of a model, which may be abstract."""
-    ours = parameters(model)
+def shapes(table: Table, module: Any) -> dict[str, tuple[int, ...]]:
+    """The published shape of every tensor of a module, which may be abstract."""
+    ours = parameters(module)
     found = {}
-    for name, row in model_table(model).items():
+    for name, row in table.items():
         of = [ours[".".join(path)].shape for path in row.paths]
         found[name] = row.shape([row.one(shape) for shape in of])
     return found
