@@ -126,7 +126,7 @@ def measure(config, *, rounds: int, steps: int) -> dict:
     wall = {name: [] for name in sides}
     cpu = {name: [] for name in sides}
     for number in range(rounds):
-        # The order turns, so that no side always runs behind the same neighbour.
+        # The order turns, so that no side always runs behind the same neighbor.
         names = list(sides)[number % len(sides) :] + list(sides)[: number % len(sides)]
         for name in names:
             waiting = float(sides[name]())  # threads of the side before go to sleep meanwhile
@@ -161,10 +161,10 @@ def measure(config, *, rounds: int, steps: int) -> dict:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     facts.use_threads(args.threads)
-    from vlm_jax.verbs import cli
+    from vlm_jax import cpu
 
     if args.malloc == "keep":
-        cli.keep_freed_memory()
+        cpu.keep_freed_memory()
     import jax
     import torch
 

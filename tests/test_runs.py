@@ -152,7 +152,7 @@ def asked(path, *flags):
     """What an evaluation by these flags would differ in from the folder's own, and its name."""
     subject = Subject.of(str(path))
     given = configuration.read(flags, default=subject.default())
-    config = subject.asked(given.config, given.overrides)
+    config = subject.requested(given.config, given.overrides)
     settings = subject.settings(config, given.overrides)
     return settings, name_of(settings, "abcdef0123")
 

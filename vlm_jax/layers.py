@@ -15,12 +15,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from vlm_jax import mesh
+from vlm_jax import cpu, mesh
 
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
-
-# Compiler options of what runs once: drawing the weights of a toy takes 13 s of CPU to optimise.
-RUN_ONCE = {"xla_backend_optimization_level": 0}
 
 
 def normal(std: float) -> Initializer:
@@ -52,7 +49,7 @@ class Linear(nnx.Module):
     The equation contracts the activation's last dimensions with the weight's first ones; the rest
     of the weight's come last in the result. `dims` names the weight's dimensions, `out` the
     result's; the bias has the output dimensions that the weight shares with the result. Default
-    initialisation is torch's: U(+-1/sqrt(fan in)).
+    initialization is torch's: U(+-1/sqrt(fan in)).
     """
 
     def __init__(
@@ -83,48 +80,12 @@ class Linear(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        y = project(x, self.kernel[...], self.read, self.out)
+        y = cpu.project(x, self.kernel[...], self.read, self.out)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-def project(
-    x: Float[Array, "..."], kernel: Float[Array, "..."], read: int, out: tuple[str, ...]
-) -> Float[Array, "..."]:
-    """Contracts the last `read` dimensions of x with the kernel's first; `out` names the result's.
-
-    Leading dimensions are merged meanwhile: kept apart, XLA's CPU backend transposes the larger
-    factor of every weight gradient, element by element. TPU programs are the same either way.
-    """
-    lead, given = x.shape[: x.ndim - read], x.shape[x.ndim - read :]
-    place = jax.typeof(x).sharding.spec
-    rows = jnp.reshape(
-        x, (math.prod(lead), *given), out_sharding=jax.P(place[0], *place[len(lead) :])
-    )
-    emulated = emulates(x.dtype)
-    if alone := emulated and len(rows) == 1:
-        rows = jnp.concatenate([rows, rows])
-    y = jnp.tensordot(
-        rows,
-        kernel.astype(x.dtype),
-        axes=read,
-        out_sharding=mesh.spec(out[0], *out[len(lead) :]),
-        preferred_element_type=jnp.float32 if emulated else None,
-    )
-    y = (y[:1] if alone else y).astype(x.dtype)
-    return jnp.reshape(y, lead + y.shape[1:], out_sharding=mesh.spec(*out))
-
-
-def emulates(dtype: jnp.dtype) -> bool:
-    """Whether products of this type want two rows and a float32 result, or are made by casts.
-
-    XLA's CPU backend has kernels for such products of bfloat16, twice as fast as those of float32;
-    any other product of bfloat16 it makes in float32, casting both factors in every call.
-    """
-    return dtype == jnp.bfloat16 and mesh.platform() == "cpu"
-
-
 class LayerNorm(nnx.Module):
-    """Normalised over the last axis in float32, biased variance; result in the input's type."""
+    """Normalized over the last axis in float32, biased variance; result in the input's type."""
 
     def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
         self.eps = eps
@@ -132,19 +93,19 @@ class LayerNorm(nnx.Module):
         self.bias = weight(rngs, (width,), ("none",), constant(0.0))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        y = standardise(x, self.eps)
+        y = standardize(x, self.eps)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
-def standardise(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
+def standardize(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
     """Zero mean and unit biased variance over the last axis, in float32."""
     y = x.astype(jnp.float32)
-    centred = y - y.mean(-1, keepdims=True)
-    return centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    centered = y - y.mean(-1, keepdims=True)
+    return centered * lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + eps)
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation in float32; result in the input's type."""
+    """Root-mean-square normalization in float32; result in the input's type."""
 
     def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
         self.eps = eps
@@ -219,7 +180,7 @@ REMAT = {
 
 
 def remat(policy: str) -> Callable[[Callable], Callable]:
-    """The rematerialisation that `config.remat` names."""
+    """The rematerialization that `config.remat` names."""
     if policy not in REMAT:
         raise ValueError(f"remat={policy!r}: choose one of {sorted(REMAT)}")
     return REMAT[policy]

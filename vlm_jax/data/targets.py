@@ -17,7 +17,7 @@ from vlm_jax.data.templates import OwnTemplate
 
 log = logging.getLogger(__name__)
 
-LOOKED_AT = 10_000  # most rows that are tokenised; of more an even sample
+LOOKED_AT = 10_000  # most rows that are tokenized; of more an even sample
 WORTH_A_WARNING = 0.01  # of the rows
 # A byte of text is one token at most; a character may become several in a tokenizer's normal form
 # (U+FDFA, three bytes: eighteen letters of two bytes).
@@ -29,7 +29,7 @@ class Targets:
     """Rows that no token of an answer is left of, and what would keep them.
 
     Attributes:
-      rows: of the source. doubtful: rows that may be too long; looked_at of them were tokenised.
+      rows: of the source. doubtful: rows that may be too long; looked_at of them were tokenized.
       without: how many of those have no target.
       lengths: the (data.text_length, data.question_length) that keep them whole, and those that
         keep all but one in a hundred of all rows; None where no row is without.
@@ -87,7 +87,7 @@ def survey(source: Source, processor: Processor, *, skip: bool) -> Targets:
     return Targets(len(source), len(doubtful), len(picked), len(needs), lengths, misfit)
 
 
-def told(targets: Targets, processor: Processor, *, skip: bool = False) -> str:
+def warning(targets: Targets, processor: Processor, *, skip: bool = False) -> str:
     """What `survey` found, in a sentence; "" where every row has a target.
 
     Raises:
@@ -180,7 +180,7 @@ def check(source: Source, processor: Processor, *, skip: bool) -> str:
       ValueError, BadExample: as `survey` and `told` have it.
     """
     found = survey(source, processor, skip=skip)
-    said = told(found, processor, skip=skip)
+    said = warning(found, processor, skip=skip)
     if found.share > WORTH_A_WARNING:
         log.warning(said)
         return ""

@@ -11,11 +11,10 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax import mesh
+from vlm_jax import cpu, mesh
 from vlm_jax.layers import (
     Linear,
     RMSNorm,
-    emulates,
     layer,
     normal,
     remat,
@@ -295,7 +294,7 @@ class LLM(nnx.Module):
         return hidden, caches
 
     @jax.named_scope("llm")
-    def run(self, x, past, rematerialise, *, keep: bool, segments=None):
+    def run(self, x, past, rematerialize, *, keep: bool, segments=None):
         """Every block in turn, and their keys and values if kept.
 
         By a scan over stacked weights, which gives stacked keys and values; a list of blocks is
@@ -327,7 +326,7 @@ class LLM(nnx.Module):
                 x, kv = step(x, (block, before and layer(before, i)))
                 kvs.append(kv)
         else:
-            x, kvs = lax.scan(rematerialise(step), x, (self.blocks, before))
+            x, kvs = lax.scan(rematerialize(step), x, (self.blocks, before))
         return self.norm(x), kvs
 
     @jax.named_scope("llm")
@@ -354,13 +353,14 @@ class LLM(nnx.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
         """Float32 scores of the next token."""
         table = self.embedding if self.head is None else self.head
-        if alone := emulates(hidden.dtype) and hidden.shape[:2] == (1, 1):
-            hidden = jnp.concatenate([hidden, hidden], axis=1)
-        scores = jnp.einsum(
-            "BTD,WD->BTW",
-            hidden,
-            table[...].astype(hidden.dtype),
-            out_sharding=mesh.spec("batch", "len", "vocab"),
-            preferred_element_type=jnp.float32,
-        )
-        return scores[:, :1] if alone else scores
+
+        def product(hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
+            return jnp.einsum(
+                "BTD,WD->BTW",
+                hidden,
+                table[...].astype(hidden.dtype),
+                out_sharding=mesh.spec("batch", "len", "vocab"),
+                preferred_element_type=jnp.float32,
+            )
+
+        return cpu.two_rows(product, hidden, 1)

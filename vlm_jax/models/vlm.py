@@ -14,9 +14,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from vlm_jax import mesh
+from vlm_jax import cpu, mesh
 from vlm_jax.compressors.compressor import Visual
-from vlm_jax.layers import RUN_ONCE
 from vlm_jax.models.cache import KV, Cache, Past, repeated
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.sizes import VLMSize
@@ -72,7 +71,7 @@ class VLM(nnx.Module):
         dtype = "float32" if self.compressor.reads_keys else self.llm.dtype
         return each(batch, "levels")[:, order].astype(dtype)
 
-    def see(self, batch: Batch, question: Float[Array, "BM D"] | None) -> Visual:
+    def visual_tokens(self, batch: Batch, question: Float[Array, "BM D"] | None) -> Visual:
         """The visual tokens of each row's images, and how many: none of one that is not there."""
         if "visual" in batch:
             made = batch["visual"]
@@ -96,7 +95,9 @@ class VLM(nnx.Module):
         there = at < batch["ids"].shape[1]
         return Visual(tokens.astype(self.llm.dtype), count * there)
 
-    def lay(self, batch: Batch) -> tuple[Float[Array, "B X D"], Int[Array, "B *M"], Past | None]:
+    def assemble(
+        self, batch: Batch
+    ) -> tuple[Float[Array, "B X D"], Int[Array, "B *M"], Past | None]:
         """What the LLM's last pass reads, the visual tokens of each image, what was read before.
 
         A compressor that reads the text before the image gets it from a first pass over it, and the
@@ -109,7 +110,7 @@ class VLM(nnx.Module):
                 with jax.named_scope("question"):
                     asked = self.llm(self.llm.embed(each(batch, "question")))
                     question = feature(asked, each(batch, "question_length"))
-            visual = self.see(batch, question)
+            visual = self.visual_tokens(batch, question)
             return self.splice(self.llm.embed(ids), visual, batch["image_at"]), visual.count, None
         if batch["image_at"].ndim > 1:
             raise ValueError("a compressor that reads the text before the image has one in a row")
@@ -118,7 +119,7 @@ class VLM(nnx.Module):
         ids = jnp.concatenate([ids[:, :first], rows(ids, rest)], axis=1)
         text = self.llm.embed(ids)
         past = self.llm.start(text[:, :first], length)
-        visual = self.see(batch, feature(past.hidden, length))
+        visual = self.visual_tokens(batch, feature(past.hidden, length))
         x = self.splice(text[:, first:], visual, jnp.zeros_like(length))
         return x, visual.count, past
 
@@ -146,7 +147,7 @@ class VLM(nnx.Module):
 
     def logits(self, batch: Batch) -> Float[Array, "B T W"]:
         """For every text token the scores given all before it; the first has none before it."""
-        x, count, past = self.lay(batch)
+        x, count, past = self.assemble(batch)
         return self.llm.logits(read(self.llm(x, past), past, self.before(batch, count)))
 
     def before(self, batch: Batch, count: Int[Array, "B *M"]) -> Int[Array, "B T"]:
@@ -162,17 +163,17 @@ class VLM(nnx.Module):
         batch: Batch,
         *,
         new_tokens: int,
-        begun: Past | None = None,
+        prefix: Past | None = None,
     ) -> tuple[Float[Array, "B W"], list[KV | Cache], Int[Array, "B"]]:
         """Scores of the first new token, caches with room for `new_tokens` more, row lengths.
 
-        `begun` is a pass over tokens that stand before those of the batch, the same in every row
+        `prefix` is a pass over tokens that stand before those of the batch, the same in every row
         [1 S D]; not for a compressor that reads the prompt from its first token.
         """
-        x, count, past = self.lay(batch)
+        x, count, past = self.assemble(batch)
         length = batch["length"] + by_image(count).sum(1)
-        if begun is not None:
-            past = repeated(begun, x.shape[0])
+        if prefix is not None:
+            past = repeated(prefix, x.shape[0])
             length += past.length
         slots = x.shape[1] + new_tokens + (0 if past is None else past.hidden.shape[1])
         hidden, caches = self.llm.prefill(x, slots=slots, past=past)
@@ -246,7 +247,7 @@ def create(size: VLMSize, *, seed: int, of: Callable[[VLM], Any] = lambda model:
 
     `of` may take a part of the model: no more than that is computed.
     """
-    once = mesh.known(RUN_ONCE)
+    once = mesh.known(cpu.RUN_ONCE)
     return jax.jit(lambda: of(build(size, nnx.Rngs(seed))), compiler_options=once)()
 
 

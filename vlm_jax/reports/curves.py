@@ -5,7 +5,7 @@ import numpy as np
 
 from vlm_jax.reports import cells as table
 from vlm_jax.reports.amounts import llm_text, parameters_text
-from vlm_jax.reports.canvas import MARKERS, size_colours
+from vlm_jax.reports.canvas import MARKERS, size_colors
 
 SIMPLE_FLOPS = "FLOPs per request, 2N(Q+V)"
 ERROR = "error (1 − mean score)"
@@ -17,8 +17,8 @@ def size_curves(canvas, cells, cost, law) -> None:
 
     Where a measured cost falls as V grows, no curve joins the points.
     """
-    colours = size_colours(len(cells.sizes))
-    for i, (n, colour) in enumerate(zip(cells.sizes, colours, strict=True)):
+    colors = size_colors(len(cells.sizes))
+    for i, (n, color) in enumerate(zip(cells.sizes, colors, strict=True)):
         mine = cells.of_size(n)
         x = np.asarray(cost)[cells.N == n][np.argsort(cells.V[cells.N == n])]
         text = parameters_text(n)
@@ -35,19 +35,19 @@ def size_curves(canvas, cells, cost, law) -> None:
                     f"law {text}",
                     at,
                     *law.band(n, tokens, q),
-                    colour=colour,
+                    color=color,
                     N_billions=n,
                     V=tokens,
                     Q=q,
                 )
-            canvas.line(f"law {text}", at, curve, colour=colour, N_billions=n, V=tokens, Q=q)
+            canvas.line(f"law {text}", at, curve, color=color, N_billions=n, V=tokens, Q=q)
             end = (at[-1], curve[-1])
         elif rising:
             canvas.line(
                 f"measured {text}",
                 x,
                 mine.error,
-                colour=colour,
+                color=color,
                 dash=":",
                 N_billions=n,
                 V=mine.V,
@@ -58,7 +58,7 @@ def size_curves(canvas, cells, cost, law) -> None:
             x,
             mine.error,
             stderr=mine.stderr,
-            colour=colour,
+            color=color,
             marker=MARKERS[i % len(MARKERS)],
             area=_area(mine.V),
             name=llm_text(n),
@@ -66,7 +66,7 @@ def size_curves(canvas, cells, cost, law) -> None:
             V=mine.V,
             Q=mine.Q,
         )
-        canvas.write(llm_text(n).removesuffix(" parameters"), *end, colour=colour)
+        canvas.write(llm_text(n).removesuffix(" parameters"), *end, color=color)
 
 
 def _area(V) -> np.ndarray:

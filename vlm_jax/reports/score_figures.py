@@ -5,7 +5,7 @@ import numpy as np
 
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.reports.amounts import llm_text, parameters_text
-from vlm_jax.reports.canvas import MARKERS, OKABE_ITO, Canvas, Figure, size_colours
+from vlm_jax.reports.canvas import MARKERS, OKABE_ITO, Canvas, Figure, size_colors
 from vlm_jax.reports.run import Run, mean_over_seeds
 
 ACROSS = 3  # panels side by side
@@ -25,28 +25,28 @@ def scores_against_tokens(
         height=3.3,
     )
     sizes = sorted({row.llm_parameters for row in run.rows})
-    colours = dict(zip(sizes, size_colours(len(sizes)), strict=True))
+    colors = dict(zip(sizes, size_colors(len(sizes)), strict=True))
     tokens = sorted({row.V for row in run.main if family in row.families})
     blind_at = tokens[0] / 2.2
     for i, n in enumerate(sizes):
-        style = {"colour": colours[n], "marker": MARKERS[i % len(MARKERS)], "N_billions": n / 1e9}
+        style = {"color": colors[n], "marker": MARKERS[i % len(MARKERS)], "N_billions": n / 1e9}
         text = parameters_text(n / 1e9)
         V, score, stderr = _by_tokens([r for r in run.main if r.llm_parameters == n], family)
         if len(V):
-            canvas.line(text, V, score, colour=colours[n], N_billions=n / 1e9, V=V)
+            canvas.line(text, V, score, color=colors[n], N_billions=n / 1e9, V=V)
             canvas.points(text, V, score, stderr=stderr, V=V, name=llm_text(n / 1e9), **style)
         blind = [r.families[family] for r in run.blind if r.llm_parameters == n
                  and family in r.families]  # fmt: skip
         if blind:
             score, stderr = mean_over_seeds(blind)
             canvas.points(f"{text} blind", [blind_at], [score], stderr=[stderr], V=0, **style)
-            _level(canvas, f"{text} blind", blind_at, tokens[-1], score, colour=colours[n])
+            _level(canvas, f"{text} blind", blind_at, tokens[-1], score, color=colors[n])
     if run.blind:
         canvas.sample("without the image (blind)", dash=":")
     if majority is not None:
         _level(
             canvas, "commonest answer", blind_at, tokens[-1], majority,
-            colour="0.4", dash="-.", name="commonest answer",
+            color="0.4", dash="-.", name="commonest answer",
         )  # fmt: skip
     _token_axis(canvas, tokens, blind_at if run.blind else None)
     caption = (
@@ -103,12 +103,12 @@ def methods(run: Run, family: str, out_dir, *, name: str) -> list[Figure]:
             if other != method:
                 canvas.shadow(*curves[other][:2])
         V, score, stderr = curves[method]
-        common = {"colour": OKABE_ITO[0], "N_billions": size / 1e9, "V": V}
+        common = {"color": OKABE_ITO[0], "N_billions": size / 1e9, "V": V}
         canvas.line(method, V, score, **common)
         canvas.points(method, V, score, stderr=stderr, area=16.0, **common)
         if blind:
             _level(canvas, "blind", min(tokens), max(tokens), mean_over_seeds(blind)[0],
-                   colour="0.4", name="without the image")  # fmt: skip
+                   color="0.4", name="without the image")  # fmt: skip
         # An adaptive method has a mean V between the marks.
         canvas.log_x(base10=False, ticks=[v for v in tokens if v.is_integer()])
         canvas.axes.margins(x=0.1)

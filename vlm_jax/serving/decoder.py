@@ -7,16 +7,16 @@ one shape, and requests, whose shapes are rounded up to few (`bucket`).
 B batch  W vocabulary
 """
 
+import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
-from vlm_jax import mesh
-from vlm_jax.layers import RUN_ONCE
+from vlm_jax import cpu, hosts, mesh
 from vlm_jax.models.cache import KV, Cache, Past
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.vlm import VLM, Batch
@@ -74,6 +74,35 @@ def choose(
     return jnp.where(sampling.temperature > 0, drawn, likeliest)
 
 
+def first(
+    model: VLM, batch: Batch, prefix: Past | None, sampling: Sampling | None, new_tokens: int
+) -> tuple[Int[Array, "B"], list[KV | Cache], Int[Array, "B"]]:
+    """Reads a batch: the first new tokens, caches with room for all of them, row lengths."""
+    logits, caches, length = model.prefill(batch, new_tokens=new_tokens, prefix=prefix)
+    return choose(logits, sampling, length), caches, length
+
+
+def following(
+    model: VLM,
+    ids: Int[Array, "B"],
+    caches: list[KV | Cache],
+    position: Int[Array, "B"],
+    sampling: Sampling | None,
+) -> tuple[Int[Array, "B"], list[KV | Cache], Int[Array, "B"]]:
+    """One more token of every row."""
+    logits, caches = model.decode(ids, caches, position)
+    return choose(logits, sampling, position + 1), caches, position + 1
+
+
+def programs() -> tuple[Any, Any]:
+    """`first` and `following` as they are compiled: caches are donated."""
+    # New functions each time: what one decoder compiled is freed with it.
+    return (
+        jax.jit(functools.partial(first), static_argnames="new_tokens"),
+        jax.jit(functools.partial(following), donate_argnums=(2, 3)),
+    )
+
+
 class Decoder:
     """Generates with one model.
 
@@ -85,7 +114,7 @@ class Decoder:
     """
 
     def __init__(self, model: VLM, *, stop_ids: Sequence[int], consume: bool = False):
-        compressor, once = model.compressor, mesh.known(RUN_ONCE)
+        compressor, once = model.compressor, mesh.known(cpu.RUN_ONCE)
         if compressor.buckets:
             fold = jax.jit(lambda compressor: compressor.fold(), compiler_options=once)
             compressor = fold(compressor)
@@ -94,19 +123,9 @@ class Decoder:
         else:
             llm = jax.jit(lambda llm: llm.unrolled(), compiler_options=once)(model.llm)
         self.model, self.stop_ids = VLM(model.vit, compressor, llm), np.array(stop_ids)
+        self.first, self.following = programs()
 
-        def first(model, batch, begun, sampling, new_tokens):
-            logits, caches, length = model.prefill(batch, new_tokens=new_tokens, begun=begun)
-            return choose(logits, sampling, length), caches, length
-
-        def following(model, ids, caches, position, sampling):
-            logits, caches = model.decode(ids, caches, position)
-            return choose(logits, sampling, position + 1), caches, position + 1
-
-        self.first = jax.jit(first, static_argnames="new_tokens")
-        self.following = jax.jit(following, donate_argnums=(2, 3))
-
-    def begin(self, ids: Sequence[int]) -> Past | None:
+    def read_prefix(self, ids: Sequence[int]) -> Past | None:
         """The pass over tokens with which every row of later batches begins; None of no token."""
         if not ids:
             return None
@@ -117,10 +136,10 @@ class Decoder:
         # As many rows as the mesh cuts a batch into; they are all the same.
         now = jax.sharding.get_mesh()
         rows = np.tile(np.array(ids, np.int32), (mesh.batch_shards(now), 1))
-        placed = jax.device_put(rows, mesh.sharding(now, "batch"))
-        made = jax.device_get(jax.jit(start)(self.model.llm, placed))
+        placed = mesh.spread(rows, now, "batch")
+        made = hosts.fetched(jax.jit(start)(self.model.llm, placed))
         one = Past(made.hidden[:1], made.keys[:, :1], made.values[:, :1], made.length[:1])
-        return jax.device_put(one, mesh.sharding(now))
+        return mesh.spread(one, now)
 
     def start(
         self,
@@ -128,21 +147,21 @@ class Decoder:
         *,
         new_tokens: int,
         tokens: int | None = None,
-        begun: Past | None = None,
+        prefix: Past | None = None,
         sampling: Sampling | None = None,
     ) -> "Started":
         """Reads a batch, and chooses the first token of every row.
 
         `tokens` asks a model that serves any number of visual tokens for so many, in the slots of
         the smallest bucket that holds them: no more programs are compiled than there are buckets.
-        `begun` is what `begin` gave, `new_tokens` the most that will be asked for.
+        `prefix` is what `read_prefix` gave, `new_tokens` the most that will be asked for.
         """
         model = self.model
         if tokens is not None:
             model = model.at(model.compressor.slots(tokens) if model.compressor.buckets else tokens)
             batch = {**batch, "limit": jnp.full_like(batch["length"], tokens)}
         ids, caches, length = self.first(
-            model, batch, begun, sampling, new_tokens=bucket(new_tokens)
+            model, batch, prefix, sampling, new_tokens=bucket(new_tokens)
         )
         return Started(ids, caches, length, sampling)
 
@@ -159,7 +178,7 @@ class Decoder:
             # token is waited for.
             if 0 < step < new_tokens - 1:
                 ids, caches, place = self.following(self.model, ids, caches, place, sampling)
-            found = np.asarray(now)
+            found = hosts.fetched(now)
             yield found
             ended |= np.isin(found, self.stop_ids)
             if ended.all():
@@ -178,5 +197,5 @@ class Started(NamedTuple):
 
     ids: Int[Array, "B"]
     caches: list[KV | Cache]
-    length: Int[Array, "B"]  # tokens read, visual ones and `begun` included
+    length: Int[Array, "B"]  # tokens read, visual ones and `prefix` included
     sampling: Sampling | None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a request is made of, and how its answer becomes text."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from PIL import Image
 
 from vlm_jax.compressors.compressor import Compressor, Visual
 from vlm_jax.data.example import IMAGE_MARK
-from vlm_jax.data.paths import spelled
+from vlm_jax.data.paths import existing_path
 from vlm_jax.data.pictures import Unusable, check_shape, one_line, read_image, rgb
 from vlm_jax.serving.decoder import bucket
 
@@ -36,6 +37,16 @@ class Request:
     def image_at(self) -> int | None:
         """The place of the first image, None without one."""
         return self.places[0] if self.places else None
+
+
+def digest(requests: Sequence[Request]) -> str:
+    """Sixteen hex digits of all that requests hold."""
+    found = hashlib.sha256()
+    for request in requests:
+        found.update(repr((request.ids, request.places, request.questions)).encode())
+        for pixels in request.pixels:
+            found.update(np.ascontiguousarray(pixels))
+    return found.hexdigest()[:16]
 
 
 class Text:
@@ -195,7 +206,7 @@ def picture(image: Any, *, exif: str = "apply") -> np.ndarray:
         raise ValueError(
             f"an image is a path, a PIL image or an array uint8 [H, W, 3], not {image!r:.80}"
         )
-    path = spelled(image)
+    path = existing_path(image)
     if not os.path.lexists(path):
         raise FileNotFoundError(f"there is no image {image}")
     return read_image(str(path), "", "give another image", exif=exif)

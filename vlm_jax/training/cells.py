@@ -131,7 +131,7 @@ def stage_flops(recipe: Recipe, stage: str, *, cached: bool) -> float:
     if buckets := compressor.buckets(vit.side):
         shown = buckets[-1:]
     if stage == "finetune":
-        shown = compressor.shown(vit.side) or shown
+        shown = compressor.trained_tokens(vit.side) or shown
     made = [compressor.at(tokens) for tokens in shown]
     images, batch = rows.images_per_row, trained.batch // trained.accumulate
     example = sum(

@@ -27,6 +27,7 @@ LATER = {
     "data.image_normalize": True,
     "data.image_exif": "ignore",
     "compressor.queries": 0,
+    **{f"{stage}.max_nonfinite": 3 for stage in ("encoder", "align", "finetune")},
 }
 
 Flat = Mapping[str, Any]  # dotted name of a field -> its value, as JSON gives it back
@@ -134,7 +135,10 @@ def _stage(name: str) -> dict[str, Field]:
         epsilon=POSITIVE,
         clip_norm=NOT_NEGATIVE,
         z_loss=NOT_NEGATIVE,
-    ) | {f"{name}.accumulate": Field(ROUNDING, COUNT)}  # sums, not means: the whole batch's step
+    ) | {
+        f"{name}.accumulate": Field(ROUNDING, COUNT),  # sums, not means: the whole batch's step
+        f"{name}.max_nonfinite": Field(NOTHING, COUNT),  # when to give up, not what is computed
+    }
 
 
 FIELDS: dict[str, Field] = {
@@ -256,7 +260,7 @@ def check(values: Flat) -> None:
         if allowed.many and isinstance(value, (list, tuple)):
             allowed = allowed._replace(many=False)
             value = next(one for one in value if not allowed.holds(one))
-        raise ValueError(f"{name}={shown(value)}: give {allowed}")
+        raise ValueError(f"{name}={value_text(value)}: give {allowed}")
 
 
 def check_names(values: Flat) -> None:
@@ -308,12 +312,12 @@ def unread(name: str, values: Flat) -> bool:
     return False
 
 
-def shown(value: Any) -> str:
+def value_text(value: Any) -> str:
     """A value as a person writes it."""
     if isinstance(value, str):
         return value or '""'
     if isinstance(value, (list, tuple)):
-        return f"({', '.join(shown(v) for v in value)})"
+        return f"({', '.join(value_text(v) for v in value)})"
     return str(value)
 
 
@@ -321,8 +325,8 @@ def changes(names: list[str], then: Flat, now: Flat, *, most: int = 4) -> str:
     """How fields differ, for a message: `llm.depth was 2, is 3; ...`."""
     parts = []
     for name in names[:most]:
-        was = shown(then[name]) if name in then else "not there"
-        now_is = f"is {shown(now[name])}" if name in now else "is gone"
+        was = value_text(then[name]) if name in then else "not there"
+        now_is = f"is {value_text(now[name])}" if name in now else "is gone"
         parts.append(f"{name} was {was}, {now_is}")
     more = f"; and {len(names) - most} more" if len(names) > most else ""
     return "; ".join(parts) + more

@@ -3,7 +3,6 @@
 
 import json
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import layers, mesh, progress
+from vlm_jax import hosts, layers, mesh, preemption, progress
 from vlm_jax.data import (
     loader,
     patches,
@@ -74,7 +73,7 @@ def run_stage(
 ) -> Any:
     """The model after stage `name` (encoder, align or finetune), resumed from `folder` if begun.
 
-    `begin` is called when the first step of this process is seen to be finite.
+    `begin` is called when the first step of this process has ended.
     """
     stage = recipe.stage(name)
     tx = optimizer.optimizer(stage)
@@ -89,11 +88,13 @@ def run_stage(
         state, notes = restored
         batches.position = notes["position"]
     first = int(state.step)
+    skipped_before = restored[1].get("skipped_updates", 0) if restored else 0
     if first < stage.steps:
         told = folder / name / "skipped.jsonl"
-        if first == 0:  # an attempt that left nothing else may have been another run
-            told.unlink(missing_ok=True)
-        batches.skips.keep(told)
+        if hosts.is_writer():
+            if first == 0:  # an attempt that left nothing else may have been another run
+                told.unlink(missing_ok=True)
+            batches.skips.keep(told)
         step_of = optimizer.make_step(
             graph, tx, objective, accumulate=stage.accumulate, z_loss=stage.z_loss
         )
@@ -105,6 +106,8 @@ def run_stage(
             every=recipe.log_every,
             batch=stage.batch,
             tensorboard=recipe.tensorboard,
+            patience=stage.max_nonfinite,
+            skipped=skipped_before,
             more=batches.fields,
         )
         waiting, news = None, [begin] if begin else []
@@ -120,24 +123,37 @@ def run_stage(
             task.note(first)
             with progress.doing("the first step, which is compiled"):
                 state, metrics = step_of(state, next(batches))
-            for step in range(first + 1, stage.steps + 1):
-                if step > first + 1:
-                    state, metrics = step_of(state, next(batches))
-                task.note(step)
-                if waiting:
-                    seen(*waiting)
-                waiting = (step, metrics)
-                if step % recipe.checkpoint_every == 0 or step == stage.steps:
-                    # Never save what has not been seen to be finite.
-                    seen(*waiting)
-                    waiting = None
-                    checkpoints.save(state, {"position": batches.position} | described)
+            with preemption.held():
+                for step in range(first + 1, stage.steps + 1):
+                    if step > first + 1:
+                        state, metrics = step_of(state, next(batches))
+                    task.note(step)
+                    if waiting:
+                        seen(*waiting)
+                    waiting = (step, metrics)
+                    stops = preemption.reached()
+                    if stops or step % recipe.checkpoint_every == 0 or step == stage.steps:
+                        seen(*waiting)  # it raises where the run is to end without a save
+                        waiting = None
+                        batches.skips.share()
+                        notes = {"position": batches.position} | described
+                        if lines.skipped:
+                            notes |= {"skipped_updates": lines.skipped}
+                        checkpoints.save(state, notes)
+                    if stops:
+                        checkpoints.close()
+                        lines.close()
+                        raise preemption.stopped(
+                            f"{name} is saved at step {step} of {stage.steps}; the same command "
+                            "goes on from there"
+                        )
+                with progress.doing(f"{name}: writing its checkpoint"):
+                    checkpoints.wait()
         lines.close()
         batches.close()
         if batches.skips:
             log.warning(skipped(name, batches, told))
-    with progress.doing(f"{name}: writing its checkpoint"):
-        checkpoints.close()
+    checkpoints.close()
     return optimizer.finish(graph, state)
 
 
@@ -147,7 +163,7 @@ def skipped(name: str, batches: loader.Batches, path: Path) -> str:
     if name == "encoder":
         what, of = "images", len(batches.source.images)
     what += " were skipped, the next good one taken instead"
-    return f"{name}: {batches.skips.told(of, what)}\nall of them: {path}"
+    return f"{name}: {batches.skips.summary(of, what)}\nall of them: {path}"
 
 
 def check(recipe: Recipe) -> None:
@@ -272,9 +288,10 @@ def train(
                 "of the data: each batch has some of them more than once"
             )
         model = run_stage(name, model, batches, recipe, folder, objective, begin=begin)
-        if rows.cut:
+        cut = set().union(*hosts.collected(sorted(rows.cut_rows)))
+        if cut:
             log.warning(
-                f"{name}: {rows.cut} of {len(inputs.source)} rows were longer than "
+                f"{name}: {len(cut)} of {len(inputs.source)} rows were longer than "
                 f"data.text_length={recipe.rows.text_length} and data.question_length="
                 f"{recipe.rows.question_length} allow, and lost their end"
             )
@@ -295,7 +312,7 @@ def tokenizer_of(named: str, vocab: int, kept: Path | None, source: sources.Sour
     return tokenizer
 
 
-def opened(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
+def open_inputs(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
     """The training split of a claimed folder's run, and what makes the folder its own.
 
     ValueError where the folder was begun with other data or another tokenizer, or with anything
@@ -312,7 +329,7 @@ def opened(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
 
     def begin() -> None:
         fresh = claimed.begun is None
-        if fresh and not config.data.tokenizer and jax.process_index() == 0:
+        if fresh and not config.data.tokenizer and hosts.is_writer():
             keep_tokenizer(tokenizer, kept)
         claimed.begin()
 
@@ -324,7 +341,7 @@ def opened(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
     return Inputs(source, made), begin
 
 
-def adopted(config: ConfigDict) -> ConfigDict:
+def with_start(config: ConfigDict) -> ConfigDict:
     """The configuration with what the folder that it starts from decides."""
     if not config.start_from:
         return config
@@ -341,7 +358,7 @@ def run(config: ConfigDict, folder: Path) -> int:
         for warning in memory.check_training(recipe):
             log.warning(warning)
         progress.say(overview(shapes, recipe))
-        inputs, begin = opened(claimed)
+        inputs, begin = open_inputs(claimed)
         if not (config.start_from or config.encoder.steps):
             log.warning(
                 "the encoder has random weights and keeps them: name a model that has one "
@@ -355,10 +372,9 @@ def run(config: ConfigDict, folder: Path) -> int:
         if model.compressor.buckets:
             tokens = f"up to {model.compressor.tokens}"
         merged = f" (LoRA of rank {config.lora.rank} merged in)" if config.lora.rank else ""
-        print(
+        progress.say(
             f"llm {vlm.parameters(model.llm):,} parameters{merged}, compressor "
             f"{vlm.parameters(model.compressor):,}, {tokens} visual tokens: "
-            f"checkpoints in {folder}",
-            file=sys.stderr,
+            f"checkpoints in {folder}"
         )
     return 0

@@ -28,14 +28,19 @@ VERBS = {
     "plan": "the best LLM size and number of visual tokens for a budget",
     "convert": "published weights to a model folder, and back",
     "generate": "answer prompts about images",
+    "checkpoint": "verify the checkpoints of a run against their digests",
+    "compile": "what a step takes on a slice of TPUs, by the TPU compiler, without a TPU",
 }
 # Verbs with a configuration, and what stands for one that is not named.
 USES_CONFIG = {
     "train": "needed",
     "evaluate": "default: the one that the folder was made with; a model folder needs one",
     "grid": "needed",
+    "compile": "needed",
     "plan": "default: the published sizes and CLIP ViT-L/14-336",
 }
+# Verbs that use devices, and so may run in several processes.
+USES_DEVICES = ("train", "evaluate", "grid", "generate")
 # --config=FILE, --config FILE, --config.FIELD=VALUE, --config.FIELD VALUE, --config.FIELD and
 # --noconfig.FIELD of a boolean: what ml_collections reads.
 CONFIG_WORD = re.compile(r"--?(no)?config(\.[^=]*)?(=|$)")
@@ -76,6 +81,14 @@ def module(verb: str) -> ModuleType:
             from vlm_jax.verbs import generate
 
             return generate
+        case "checkpoint":
+            from vlm_jax.verbs import checkpoint
+
+            return checkpoint
+        case "compile":
+            from vlm_jax.verbs import compile
+
+            return compile
     raise KeyError(verb)
 
 
@@ -107,7 +120,7 @@ class Parser(argparse.ArgumentParser):
             choices = [str(choice) for choice in action.choices]
             raise argparse.ArgumentError(
                 action,
-                f"{value!r} is no choice{meant(str(value), choices)}: choose one of "
+                f"{value!r} is no choice{suggestion(str(value), choices)}: choose one of "
                 f"{', '.join(choices)}",
             )
 
@@ -120,12 +133,12 @@ class Parser(argparse.ArgumentParser):
             action = self._option_string_actions.get(name)
             if action is None:
                 known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-                self.error(f"unknown flag {name}{meant(name, known)} ({self.prog} --help)")
+                self.error(f"unknown flag {name}{suggestion(name, known)} ({self.prog} --help)")
             if given and not value and action.default != "" and action.metavar != "TEXT":
                 self.error(f"{name}= is empty: give it a value ({action.help})")
 
 
-def meant(word: str, known: Iterable[str]) -> str:
+def suggestion(word: str, known: Iterable[str]) -> str:
     """The end of a refusal: the known word that is nearest, or nothing where none is near."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f", did you mean {near[0]}?" if near else ""
@@ -187,6 +200,8 @@ def build(filled: Iterable[str]) -> tuple[Parser, dict[str, Parser]]:
             found.add_flags(verbs[verb])
             if verb in USES_CONFIG:
                 configuration_flags(verbs[verb], USES_CONFIG[verb])
+            if verb in USES_DEVICES:
+                process_flags(verbs[verb])
     return whole, verbs
 
 
@@ -202,6 +217,31 @@ def configuration_flags(parser: Parser, otherwise: str) -> None:
         "--config.FIELD", dest="config_field", metavar="VALUE",
         help="a field of it by its dotted name, such as --config.llm.depth=4; configs/base.py has "
         "all of them with their defaults and units",
+    )  # fmt: skip
+
+
+def process_flags(parser: Parser) -> None:
+    """The flags of a run of several processes, which `vlm_jax/hosts.py` reads."""
+    add = parser.add_argument_group("several hosts, the same command on each").add_argument
+    add(
+        "--coordinator", metavar="HOST:PORT",
+        help="address of process 0 (default: as JAX finds it on TPU VMs, GKE and Slurm)",
+    )  # fmt: skip
+    add(
+        "--processes", type=int, metavar="N",
+        help="how many there are; 1 alone looks for no other (default: as JAX finds)",
+    )  # fmt: skip
+    add(
+        "--process", type=int, metavar="I",
+        help="which of them this is, from 0 (default: as JAX finds)",
+    )  # fmt: skip
+    add(
+        "--join-timeout", type=int, metavar="SECONDS", default=300,
+        help="how long to wait until all have come",
+    )  # fmt: skip
+    add(
+        "--heartbeat-timeout", type=int, metavar="SECONDS", default=100,
+        help="silence after which a process counts as dead, and the others end",
     )  # fmt: skip
 
 
@@ -240,7 +280,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         whole.error(f"{verb} goes before no verb: flags follow the verb")
     whole, verbs = build([verb])
     if verb not in verbs:
-        whole.error(f"unknown verb {verb!r}{meant(verb, verbs)}: choose one of {', '.join(verbs)}")
+        whole.error(
+            f"unknown verb {verb!r}{suggestion(verb, verbs)}: choose one of {', '.join(verbs)}"
+        )
     configuration, others = apart(rest) if verb in USES_CONFIG else ([], rest)
     verbs[verb].check(others)
     options, unexpected = whole.parse_known_args([verb, *others])

@@ -80,7 +80,7 @@ def vit_table(vit: ViT) -> Table:
     """The tensors of CLIPVisionModel and SiglipVisionModel, without the latter's pooling head."""
     table = {
         "embeddings.patch_embedding.weight": Tensor((("patch", "kernel"),), patches=True),
-        "embeddings.position_embedding.weight": Tensor((("position",),), ours=True),
+        "embeddings.position_embedding.weight": Tensor((("position",),), unchanged=True),
         **norm("post_layernorm", "post_norm"),
     }
     if vit.patch.bias is not None:
@@ -109,11 +109,11 @@ def llm_table(llm: LLM) -> Table:
     attention = llm.blocks.attention
     biased = attention.query.bias is not None
     table = {
-        "embed_tokens.weight": Tensor((("embedding",),), ours=True),
+        "embed_tokens.weight": Tensor((("embedding",),), unchanged=True),
         "norm.weight": Tensor((("norm", "scale"),)),
     }
     if llm.head is not None:
-        table["lm_head.weight"] = Tensor((("head",),), ours=True)
+        table["lm_head.weight"] = Tensor((("head",),), unchanged=True)
     for k in range(llm.size.depth):
         block = {
             "input_layernorm.weight": Tensor((("norm1", "scale"),)),
@@ -174,7 +174,7 @@ def shapes(table: Table, module: Any) -> dict[str, tuple[int, ...]]:
     found = {}
     for name, row in table.items():
         of = [ours[".".join(path)].shape for path in row.paths]
-        found[name] = row.shape([row.one(shape) for shape in of])
+        found[name] = row.shape([row.item_shape(shape) for shape in of])
     return found
 
 
@@ -201,7 +201,7 @@ def fit(
         ],
     }
     if any(bad.values()):
-        said = "; ".join(f"{len(of)} {kind}: {shown(of)}" for kind, of in bad.items() if of)
+        said = "; ".join(f"{len(of)} {kind}: {names_text(of)}" for kind, of in bad.items() if of)
         raise ValueError(
             f"the tensors do not make this model: {said}. Names that may be absent or ignored are "
             "given as --allow-missing=PATTERN,... and --allow-surplus=PATTERN,..."
@@ -209,6 +209,6 @@ def fit(
     return missing, surplus
 
 
-def shown(names: Sequence[str], most: int = 12) -> str:
+def names_text(names: Sequence[str], most: int = 12) -> str:
     """A list for a message."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" * (len(names) > most))
