@@ -22,24 +22,14 @@ OUTSIDE = {".venv", "runs", "build", "__pycache__", ".git"}
 GROUND = {
     "arguments", "compiled", "cpu", "errors", "files", "hosts", "mesh", "preemption", "progress",
 }  # fmt: skip
-    "arguments",
-    "compiled",
-    "cpu",
-    "errors",
-    "files",
-    "hosts",
-    "mesh",
-    "preemption",
-    "progress",
-}
 ARROWS = {
     "errors": set(),
     "files": set(),
     "mesh": set(),
-    "compiled": {"progress"},
     "cpu": {"mesh"},
     "preemption": set(),
     "progress": set(),
+    "compiled": {"progress"},
     "arguments": set(),
     "hosts": {"progress", "errors"},
     "evals": set(),

@@ -31,7 +31,7 @@ def step_options() -> dict[str, Any]:
     """Compiler options of a training step on the current mesh; what XLA_FLAGS sets stays as set."""
     chosen = os.environ.get("XLA_FLAGS", "")
     options = STEP_OPTIONS if mesh.platform() == "cpu" else {}
-    return mesh.known({name: x for name, x in options.items() if name not in chosen})
+    return {name: x for name, x in options.items() if name not in chosen}
 
 
 def emulates(dtype: jnp.dtype) -> bool:
