@@ -20,17 +20,21 @@ OUTSIDE = {".venv", "runs", "build", "__pycache__", ".git"}
 
 # What a room may import of the package, besides itself. docs/architecture.md draws the same.
 GROUND = {
-    "arguments", "compiled", "cpu", "errors", "files", "hosts", "mesh", "preemption", "progress",
-}  # fmt: skip
+    "arguments",
+    "buckets",
+    "compiled",
+    "cpu",
+    "errors",
+    "files",
+    "hosts",
+    "mesh",
+    "preemption",
+    "progress",
+}
 ARROWS = {
-    "errors": set(),
-    "files": set(),
-    "mesh": set(),
-    "cpu": {"mesh"},
-    "preemption": set(),
-    "progress": set(),
+    "errors": set(), "mesh": set(), "preemption": set(), "progress": set(), "arguments": set(),
+    "buckets": set(), "files": {"buckets"}, "cpu": {"mesh"},
     "compiled": {"progress"},
-    "arguments": set(),
     "hosts": {"progress", "errors"},
     "evals": set(),
     "law": set(),
