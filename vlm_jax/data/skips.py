@@ -66,7 +66,7 @@ class Skips:
     def share(self) -> None:
         """Notes what the other processes of the run skipped since they last shared; all call it."""
         fresh, self._fresh = self._fresh, []
-        from vlm_jax import hosts  # needs JAX, which a command that is refused does not load
+        from vlm_jax import hosts  # the description of an example needs no JAX
 
         for found in hosts.collected(fresh):
             for number, kind, skip in found:
