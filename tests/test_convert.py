@@ -58,7 +58,7 @@ def test_a_frozen_llava_gives_the_logits_of_transformers(name, tmp_path, mesh1):
     batch, expected, visual = case(name)
     assert run("--from", FROZEN / name, "--to", tmp_path / "ours") == 0
     with jax.set_mesh(mesh1):
-        model = folder.load(tmp_path / "ours")
+        model = tiny.model_of(tmp_path / "ours")
         found = np.asarray(jax.jit(lambda m, b: m.logits(b))(model, tiny.placed(batch)))
     assert published.difference(found, expected, batch, visual) < GATE
 
@@ -66,9 +66,9 @@ def test_a_frozen_llava_gives_the_logits_of_transformers(name, tmp_path, mesh1):
 def test_eight_devices_hold_the_shards_of_what_one_holds(tmp_path, mesh1, mesh8):
     assert run("--from", FROZEN / "clip_full", "--to", tmp_path / "ours") == 0
     with jax.set_mesh(mesh1):
-        one = folder.load(tmp_path / "ours", dtype="bfloat16")
+        one = tiny.model_of(tmp_path / "ours", dtype="bfloat16")
     with jax.set_mesh(mesh8):
-        many = folder.load(tmp_path / "ours", dtype="bfloat16")
+        many = tiny.model_of(tmp_path / "ours", dtype="bfloat16")
         born = vlm.shapes(folder.read(tmp_path / "ours").size())
     for a, b, like in zip(*map(jax.tree.leaves, (one, many, born)), strict=True):
         assert a.dtype == "bfloat16" and b.sharding.spec == like.sharding.spec
@@ -146,7 +146,7 @@ def test_a_new_compressor_is_born_and_its_model_keeps_our_layout(
     assert one.keys() == two.keys() == three.keys()
     assert all(np.array_equal(one[name], two[name]) for name in one)  # of the same seed
     with jax.set_mesh(mesh1):
-        model = folder.load(tmp_path / "c")
+        model = tiny.model_of(tmp_path / "c")
     assert model.compressor.tokens == tokens and model.vit.size.levels == levels
 
 
@@ -158,7 +158,7 @@ def test_a_run_of_train_becomes_a_model_folder_with_its_tokenizer(trained, tmp_p
         "red").input_ids  # fmt: skip
     assert made.facts["template"] == "bare" and made.compressor["kind"] == "token_packer"
     with jax.set_mesh(mesh1):
-        again = folder.tensors_of(folder.load(tmp_path / "a"))
+        again = folder.tensors_of(tiny.model_of(tmp_path / "a"))
     assert all(np.array_equal(again[name], made.tensors[name].read()) for name in again)
 
 

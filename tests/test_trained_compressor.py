@@ -8,13 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 import whole_models
 from safetensors.numpy import load_file, save_file
 from test_convert import refused, run
 from test_published_compressors import METHODS
 from whole_models import edit
 
-from vlm_jax.compressors import pretrained
 from vlm_jax.compressors.window import window_order
 from vlm_jax.models import vlm
 from vlm_jax.training import runs
@@ -70,7 +70,7 @@ def test_a_whole_model_keeps_its_trained_compressor_and_gives_the_published_toke
     state = {n.removeprefix("compressor."): x.read() for n, x in made.tensors.items()
              if n.startswith("compressor.")}  # fmt: skip
     with jax.set_mesh(mesh1):
-        module = pretrained.load(vlm.shapes(made.size()).compressor, state)
+        module = tiny.filled(vlm.shapes(made.size()).compressor, state)
         counts = {"counts": tuple(meta["token_counts"])} if kind == "mqt" else {}
         found = METHODS[kind][1](
             module, window_order(meta["grid"], module.window), **inputs, **counts

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_jax import files, hosts
+from vlm_jax import files
 
 SHOWN = 3
 
@@ -66,6 +66,8 @@ class Skips:
     def share(self) -> None:
         """Notes what the other processes of the run skipped since they last shared; all call it."""
         fresh, self._fresh = self._fresh, []
+        from vlm_jax import hosts  # the description of an example needs no JAX
+
         for found in hosts.collected(fresh):
             for number, kind, skip in found:
                 self.add(number, kind, Skip(**skip))

@@ -2,6 +2,8 @@
 """Figures with a CSV of the same data: every mark is drawn and recorded by the same call."""
 
 import csv
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,36 +58,6 @@ class Figure:
         return [self.png, self.svg, self.csv]
 
 
-def parameters_text(billions: int | float) -> str:
-    """A parameter count in short form: 2.5e-5 (billions) is "25k", 7 is "7B"."""
-    # 0.5B, not 500M, as published sizes are named.
-    for least, factor, unit in ((0.0995, 1.0, "B"), (0.9995e-3, 1e-3, "M"), (0.9995e-6, 1e-6, "k")):
-        if billions >= least:
-            return f"{billions / factor:.3g}{unit}"
-    return f"{billions * 1e9:.0f}"
-
-
-def amount_text(value: int | float) -> str:
-    """A count with a metric prefix and three digits: 1.23e9 is "1.23 G"."""
-    for power, prefix in zip((18, 15, 12, 9, 6, 3), "EPTGMk", strict=True):
-        factor = 10.0**power
-        if abs(value) >= factor * 0.9995:
-            return f"{value / factor:.3g} {prefix}"
-    return f"{value:.3g} "
-
-
-def seconds_text(seconds: int | float) -> str:
-    """A duration with the unit that fits: "3 h 05 min", "2 min 10 s", "4.1 s", "12 ms"."""
-    if seconds >= 3600:
-        return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
-    if seconds >= 100:
-        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
-    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= factor:
-            return f"{seconds / factor:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
-
-
 def size_colors(count: int) -> list:
     """Colors for `count` ordered sizes, dark to light, none lighter than prints well on white."""
     matplotlib = require_matplotlib()
@@ -99,6 +71,7 @@ def require_matplotlib():
         import matplotlib.backends.backend_agg
         import matplotlib.colors
         import matplotlib.figure
+        import matplotlib.lines
     except ImportError as error:
         raise ModuleNotFoundError(
             'figures need matplotlib: pip install "vlm_jax[report]"', name="matplotlib"
@@ -107,10 +80,12 @@ def require_matplotlib():
 
 
 class Canvas:
-    """One pair of axes; `save` writes exactly what is drawn to the CSV.
+    """One pair of axes, or several alike; what is drawn is exactly what `save` writes to the CSV.
 
     `x` and `y` are axis labels with units. Columns of the CSV are COLUMNS: x and y of each mark,
     low and high of its bar or band, and the N (billions), V, Q it stands for where they apply.
+    With `panels` there are axes for each of these titles, of one scale, in rows of `across`; what
+    is drawn goes to the one that `turn_to` chose last.
     """
 
     def __init__(
@@ -120,6 +95,8 @@ class Canvas:
         y: str,
         title: str,
         height: int | float = 2.75,
+        panels: Sequence[str] = (),
+        across: int = 3,
     ):
         self.matplotlib = require_matplotlib()
         self.title, self.rows, self.labels, self.extras, self.marks = title, [], [], [], []
@@ -129,10 +106,35 @@ class Canvas:
             )
             # Texts are measured before saving.
             self.matplotlib.backends.backend_agg.FigureCanvasAgg(self.figure)
-            self.axes = self.figure.add_subplot()
-            self.axes.set(xlabel=x, ylabel=y, title=title)
-            self.axes.grid(True, axis="y", color="0.9", linewidth=0.5)
-            self.axes.set_axisbelow(True)
+            if panels:
+                rows = -(-len(panels) // across)
+                grid = self.figure.subplots(rows, across, sharex=True, sharey=True).ravel()
+                self.panels = list(grid[: len(panels)])
+                for axes, name in zip(self.panels, panels, strict=True):
+                    name = "\n".join(textwrap.wrap(name, 16))
+                    axes.set_title(name, fontsize=7, fontweight="normal", pad=2)
+                for axes in grid[len(panels) :]:
+                    axes.set_axis_off()
+                    axes.tick_params(labelbottom=True)  # rows as far apart above an empty place
+                for axes in self.panels[(rows - 1) * across :]:
+                    axes.set_xlabel(x)
+                self.figure.suptitle(title, x=0.01, ha="left", fontsize=8.5, fontweight="bold")
+                self.figure.supylabel(y, fontsize=8)
+            else:
+                self.panels = [self.figure.add_subplot()]
+                self.panels[0].set(xlabel=x, ylabel=y, title=title)
+            self.axes = self.panels[0]
+            for axes in self.panels:
+                axes.grid(True, axis="y", color="0.9", linewidth=0.5)
+                axes.set_axisbelow(True)
+
+    def turn_to(self, panel: int) -> None:
+        """What follows is drawn in the panel of this number."""
+        self.axes = self.panels[panel]
+
+    def shadow(self, x, y) -> None:
+        """A pale copy of a curve of another panel, which is in the CSV there."""
+        self.axes.plot(x, y, color="0.85", linewidth=0.8, zorder=1)
 
     def note(self, series: str, kind: str, x, *, y=None, low=None, high=None, **extra) -> None:
         """Writes marks into the CSV; arrays are taken element by element, scalars are repeated."""
@@ -272,15 +274,44 @@ class Canvas:
         self.axes.set_xticks(marks[:: int(np.ceil(len(marks) / 6))])
         axis.set_major_formatter(ticker.EngFormatter(unit, sep=""))
 
-    def legend(self, columns: int = 2) -> None:
-        """A legend below the axes for the named marks."""
+    def sample(self, name: str, *, area: int | float = 22.0, dash: str = "", band=False) -> None:
+        """A gray mark, or with `dash` a line, that the legend alone shows: what a style means."""
+        if dash:
+            self.axes.plot([], [], dash, color="0.45", label=name, linewidth=1.3)
+        else:
+            self.axes.scatter([], [], s=area, color="0.45", label=name, linewidths=0.4)
+        if band:
+            self.axes.fill_between([], [], [], color="0.45", alpha=0.15, linewidth=0, label=name)
+
+    def legend(
+        self, columns: int = 2, *, blocks: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        """A legend below the axes, where it covers nothing, for the marks that were named.
+
+        `blocks` puts names under headings, a column each, in order; what has none of these names is
+        left out, and names in no block go to the last.
+        """
         named = {}
         for handle, name in zip(*self.axes.get_legend_handles_labels(), strict=True):
             named.setdefault(name, []).append(handle)  # a line and its marks are one entry
+        blank = self.matplotlib.lines.Line2D([], [], linestyle="none")
+        if blocks:
+            listed = [[head, *(n for n in blocks[head] if n in named)] for head in blocks]
+            listed[-1] += [name for name in named if all(name not in of for of in listed)]
+            longest, columns = max(map(len, listed)), len(blocks)
+            # A name may stand once: empty ones differ in their number of spaces.
+            names = [
+                name
+                for block in listed
+                for name in [*block, *(" " * (k + 1) for k in range(longest - len(block)))]
+            ]
+        else:
+            names = list(named)
         if named:
-            self.figure.legend(
-                [handles[0] if len(handles) == 1 else tuple(handles) for handles in named.values()],
-                list(named),
+            handles = [named.get(name, [blank]) for name in names]
+            legend = self.figure.legend(
+                [handle[0] if len(handle) == 1 else tuple(handle) for handle in handles],
+                names,
                 loc="outside lower center",
                 ncols=columns,
                 fontsize=7,
@@ -290,6 +321,8 @@ class Canvas:
                 labelspacing=0.25,
                 borderpad=0.1,
             )
+            for text in legend.get_texts():
+                text.set_fontweight("bold" if text.get_text() in (blocks or ()) else "normal")
 
     def _settle_words(self) -> None:
         """Moves texts on the right up until none covers another; drops texts above marks that do.
@@ -344,7 +377,7 @@ class Canvas:
             writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows({key: _cell(value) for key, value in row.items()} for row in self.rows)
-        return Figure(name, self.title, caption, alt, **paths)
+        return Figure(name, self.title.replace("\n", " "), caption, alt, **paths)
 
 
 def _cell(value):

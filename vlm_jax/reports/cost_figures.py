@@ -14,15 +14,9 @@ from vlm_jax.cost import flops as cost
 from vlm_jax.cost import roofline
 from vlm_jax.cost.chips import CHIPS
 from vlm_jax.reports import cells as table
-from vlm_jax.reports.canvas import (
-    HATCHES,
-    OKABE_ITO,
-    Canvas,
-    Figure,
-    amount_text,
-    parameters_text,
-)
-from vlm_jax.reports.curves import ERROR, limits, ring_best, size_curves
+from vlm_jax.reports.amounts import amount_text, parameters_text
+from vlm_jax.reports.canvas import HATCHES, OKABE_ITO, Canvas, Figure
+from vlm_jax.reports.curves import ERROR, limits, ring_best, size_curves, size_legend
 
 ALL_PHASES = "counted FLOPs per request, all phases"
 PHASES = ("encoder", "compressor", "question", "prefill", "decode")
@@ -103,12 +97,12 @@ def error_against_cost(
             for n, v in zip(cells.N, cells.V, strict=True)
         ]
     )
-    canvas = Canvas(x=x, y=ERROR, title=title)
+    canvas = Canvas(x=x, y=ERROR, title=title, height=3.5)
     size_curves(canvas, cells, mean, law)
     ring_best(canvas, cells, mean)
     limits(canvas, cells)
     canvas.log_x(unit=unit)
-    canvas.legend()
+    size_legend(canvas, cells, law)
     best, simple = table.pareto(mean, cells.error), table.pareto(cells.flops, cells.error)
     listed = "; ".join(
         f"{parameters_text(n)} with V={', '.join(f'{v:g}' for v in cells.V[best & (cells.N == n)])}"

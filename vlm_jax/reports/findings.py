@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vlm_jax.reports import cells as table
-from vlm_jax.reports.canvas import parameters_text
+from vlm_jax.reports.amounts import parameters_text
 from vlm_jax.reports.run import Run, mean_over_seeds
 
 SURE = 1.96  # standard errors: 95 % two-sided under a normal error

@@ -14,7 +14,8 @@ import jinja2
 import numpy as np
 
 from vlm_jax.reports import findings, score_tables
-from vlm_jax.reports.canvas import Figure, seconds_text
+from vlm_jax.reports.amounts import seconds_text
+from vlm_jax.reports.canvas import Figure
 from vlm_jax.reports.run import Run
 from vlm_jax.reports.tables import Table, TableCell, numeral, words
 

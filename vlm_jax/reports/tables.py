@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlm_jax.reports.canvas import amount_text, parameters_text, seconds_text
+from vlm_jax.reports.amounts import amount_text, parameters_text, seconds_text
 
 
 @dataclass(frozen=True)

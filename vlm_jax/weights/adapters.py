@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import regex
 
-from vlm_jax.compressors import pretrained
 from vlm_jax.compressors.tensors import Table, Tensor
 from vlm_jax.models import lora
 from vlm_jax.models.vlm import VLM
@@ -92,7 +91,8 @@ def write(
     as_llava = hf.inexpressible(description) is None
     prefixes = LLAVA if as_llava else LANGUAGE
     adapters = folder.published(table(model), names.parameters(model))
-    compressor = {f"compressor.{n}": x for n, x in pretrained.export(model.compressor).items()}
+    compressor = folder.compressor_tensors(model.compressor)
+    compressor = {f"compressor.{name}": x for name, x in compressor.items()}
     files = (
         {WEIGHTS: adapters | compressor} if as_llava else {WEIGHTS: adapters, BESIDE: compressor}
     )

@@ -6,7 +6,7 @@ Trained weights are dropped only with an explicit flag, and the model's notes re
 
 from pathlib import Path
 
-from vlm_jax.compressors import COMPRESSORS, pretrained
+from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.compressors.none import NoneMethod
 from vlm_jax.models import vlm
 from vlm_jax.weights import folder, methods, names, sizes
@@ -90,8 +90,9 @@ def with_compressor(model: Model, wish: Wish) -> Model:
                     f"--compressor={method_of_file} --tokens=V"
                 )
     else:
-        weights = vlm.create(model.size(), seed=wish.seed, of=lambda model: model.compressor)
-        weights = {f"compressor.{name}": x for name, x in pretrained.export(weights).items()}
+        fresh = vlm.create(model.size(), seed=wish.seed, of=lambda model: model.compressor)
+        tensors = folder.compressor_tensors(fresh)
+        weights = {f"compressor.{name}": x for name, x in tensors.items()}
         model.notes["new"] = (
             f"{len(weights)} tensors of the compressor {kind}, drawn with seed {wish.seed}"
         )

@@ -23,7 +23,6 @@ PREFIXES = {
     "llm.lm_head.": "language_model.lm_head.",
     "llm.": "language_model.model.",
 }
-PRECISION = {4: "float32", 2: "bfloat16"}
 
 
 def inexpressible(model: Model) -> str | None:

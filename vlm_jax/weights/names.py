@@ -168,12 +168,12 @@ def dotted(path: Sequence) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
-def shapes(model: VLM) -> dict[str, tuple[int, ...]]:
-    """The published shape of every tensor of a model, which may be abstract."""
-    of_model = parameters(model)
+def shapes(table: Table, module: Any) -> dict[str, tuple[int, ...]]:
+    """The published shape of every tensor of a module, which may be abstract."""
+    of_module = parameters(module)
     by_name = {}
-    for name, row in model_table(model).items():
-        of_row = [of_model[".".join(path)].shape for path in row.paths]
+    for name, row in table.items():
+        of_row = [of_module[".".join(path)].shape for path in row.paths]
         by_name[name] = row.shape([row.item_shape(shape) for shape in of_row])
     return by_name
 

@@ -84,7 +84,7 @@ def draw_scene(rng: random.Random) -> Scene:
 
 def _jitter(rng: random.Random) -> int:
     """From the middle of a cell, a corner of four patches, to about the middle of one of them."""
-    return rng.choice((-1, 1)) * PATCH // 2 + rng.randint(-1, 1)
+    return rng.choice((-1, 1)) * (JITTER - 1) + rng.randint(-1, 1)
 
 
 def content(scene: Scene) -> tuple:
