@@ -57,6 +57,7 @@ setup(
         "absl-py>=2.5",
         "etils>=1.15",  # paths of checkpoints; orbax asks for both
         "tensorstore>=0.1.86",
+        "filelock>=3.16",  # the bounded folder of compiled programs
         "grain>=0.2.18",
         "jinja2>=3.1",  # the report page, chat templates (transformers does not ask for it)
         "jaxtyping>=0.3.11",
