@@ -146,8 +146,8 @@ class Lines:
 
     def __init__(self, path: Any):
         self.path, self.bucket = path, buckets.is_bucket(path)
-        self.text, self.written, self.at = "", "", time.monotonic()
         if self.bucket:
+            self.at = time.monotonic()
             self.text = self.written = path.read_text() if path.exists() else ""
         else:
             self.file = open(path, "a", encoding="utf-8")
