@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from vlm_jax import __version__, files, hosts
+from vlm_jax import __version__, files, hosts, progress
 from vlm_jax.models import lora, vlm
 from vlm_jax.models.vlm import VLM
 from vlm_jax.training import fields, fingerprint, memory, optimizer
@@ -26,6 +27,7 @@ from vlm_jax.training.fields import Change
 from vlm_jax.training.recipe import Recipe
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
+LOOK_AGAIN = 1.0  # seconds between two looks at a folder that another run holds
 # What a run's hashes are of.
 CONTENT = dict(data="training data", tokenizer="tokenizer", evaluation="evaluation data")
 
@@ -100,11 +102,14 @@ class Claim:
 
 
 @contextmanager
-def claim(workdir: Path, config: ConfigDict, *, grid: bool = False) -> Iterator[Claim]:
+def claim(
+    workdir: Path, config: ConfigDict, *, grid: bool = False, wait: bool = False
+) -> Iterator[Claim]:
     """Holds `workdir` for this process; refuses a second run, another run, a bad disk.
 
     Another run is one whose configuration differs in a field that its results depend on
-    (`vlm_jax/training/fields.py`), of a `grid` or of one training.
+    (`vlm_jax/training/fields.py`), of a `grid` or of one training. With `wait` a second run waits
+    for the first instead of being refused.
     """
     hosts.check_same("configuration or --workdir", [str(workdir), digest(config)])
     above = workdir.parent.parent
@@ -113,7 +118,7 @@ def claim(workdir: Path, config: ConfigDict, *, grid: bool = False) -> Iterator[
             f"--workdir={workdir} is a cell of the grid in {above}, which `vlm-jax grid` trains: "
             "choose another --workdir (config.start_from takes a cell to start from)"
         )
-    with lock(workdir):
+    with lock(workdir, wait=wait):
         claimed = Claim(workdir, config)
 
         def found() -> dict[str, Any]:
@@ -152,11 +157,27 @@ def kept(folder: Path) -> bool:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Holds `folder` for the processes of this run; ValueError while another run does, OSError for
-    a bad disk."""
+def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds `folder` for the processes of this run; OSError for a bad disk.
+
+    While another run holds it: ValueError, or with `wait` the end of that is waited for.
+    """
+
+    def hold() -> None:
+        said = False
+        while True:
+            try:
+                return stack.enter_context(_locked(folder))
+            except ValueError:
+                if not wait:
+                    raise
+            if not said:
+                progress.say(f"another run is at work in {folder}: waiting for it")
+            said = True
+            time.sleep(LOOK_AGAIN)
+
     with ExitStack() as stack:
-        hosts.from_writer(lambda: stack.enter_context(_locked(folder)))
+        hosts.from_writer(hold)
         # What one process writes the others read: from the same disk.
         if not all(hosts.collected((folder / ".lock").exists())):
             raise ValueError(
