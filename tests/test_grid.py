@@ -32,8 +32,8 @@ NAMES = ["only-v1-token_packer-s0", "only-v4-token_packer-s0", "only-v1-blind-s0
 
 # In the middle of the second cell: its row was computed and is being written.
 IN_A_ROW = """
-from vlm_jax.training import workdir
-replace = workdir.os.replace
+from vlm_jax import files
+replace = files.os.replace
 class Os:
     def __getattr__(self, name):
         return getattr(os, name)
@@ -42,7 +42,7 @@ class Os:
             os.truncate(old, 100)
             os.kill(os.getpid(), signal.SIGKILL)
         replace(old, new)
-workdir.os = Os()
+files.os = Os()
 """
 
 
