@@ -5,7 +5,6 @@ import hashlib
 import json
 import platform
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from vlm_jax import __version__, files, hosts, progress
+from vlm_jax import __version__, files, hosts
 from vlm_jax.models import lora, vlm
 from vlm_jax.models.vlm import VLM
 from vlm_jax.training import fields, fingerprint, lease, memory, optimizer
@@ -26,7 +25,6 @@ from vlm_jax.training.fields import Change
 from vlm_jax.training.recipe import Recipe
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
-LOOK_AGAIN = 1.0  # seconds between two looks at a folder that another run holds
 # What a run's hashes are of.
 CONTENT = dict(data="training data", tokenizer="tokenizer", evaluation="evaluation data")
 
@@ -101,13 +99,9 @@ class Claim:
 
 
 @contextmanager
-<<<<<<< HEAD
 def claim(
-    workdir: Path, config: ConfigDict, *, grid: bool = False, wait: bool = False
+    workdir: PurePath, config: ConfigDict, *, grid: bool = False, wait: bool = False
 ) -> Iterator[Claim]:
-=======
-def claim(workdir: PurePath, config: ConfigDict, *, grid: bool = False) -> Iterator[Claim]:
->>>>>>> c00902dc431d12ee17c554eb328d5cb0fa164c89
     """Holds `workdir` for this process; refuses a second run, another run, a bad disk.
 
     Another run is one whose configuration differs in a field that its results depend on
@@ -160,34 +154,10 @@ def kept(folder: PurePath) -> bool:
 
 
 @contextmanager
-<<<<<<< HEAD
-def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Holds `folder` for the processes of this run; OSError for a bad disk.
-
-    While another run holds it: ValueError, or with `wait` the end of that is waited for.
-    """
-
-    def hold() -> None:
-        said = False
-        while True:
-            try:
-                return stack.enter_context(_locked(folder))
-            except ValueError:
-                if not wait:
-                    raise
-            if not said:
-                progress.say(f"another run is at work in {folder}: waiting for it")
-            said = True
-            time.sleep(LOOK_AGAIN)
-
-    with ExitStack() as stack:
-        hosts.from_writer(hold)
-=======
 def lock(folder: PurePath, what: str = "a run", *, wait: bool = False) -> Iterator[None]:
     """Holds `folder` for the processes of this run (`lease.held`): one of them does it for all."""
     with ExitStack() as stack:
         hosts.from_writer(lambda: stack.enter_context(lease.held(folder, what, wait=wait)))
->>>>>>> c00902dc431d12ee17c554eb328d5cb0fa164c89
         # What one process writes the others read: from the same disk.
         if not all(hosts.collected((folder / lease.NAME).exists())):
             raise ValueError(
