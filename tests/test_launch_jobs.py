@@ -142,6 +142,31 @@ GOLDEN = {
 }
 
 
+CELLS = "grid --config=configs/demo.py --workdir=gs://bucket/demo"
+
+
+def of_cell(cell: str, job: str) -> str:
+    """What the dry run of a cell's job prints."""
+    text = GOLDEN[f"launch/sky/run.sh {TRAIN}"].replace(TRAIN, f"{CELLS} --cell={cell}")
+    for before, after in (("runs/", ".yaml"), ("--name ", " "), ("logs --name ", ";")):
+        text = text.replace(f"{before}vlm-jax{after}", f"{before}{job}{after}")
+    return text.replace("cancel --name vlm-jax\n", f"cancel --name {job}\n")
+
+
+GOLDEN["launch/cells.sh sky configs/demo.py gs://bucket/demo"] = (
+    "+ .venv/bin/vlm-jax grid --config=configs/demo.py --list-cells\n"
+    + of_cell("a-v1-s0", "vlm-jax-a-v1-s0")
+    + of_cell("a_b-v4-s0", "vlm-jax-a-b-v4-s0-3463548953")
+    + f"when all are finished, law and report: .venv/bin/vlm-jax {CELLS}\n"
+)
+
+
+def test_every_script_has_a_golden_text():
+    scripts = [p for p in LAUNCH.rglob("*.sh") if p.parent.name in ("gke", "sky")]
+    named = {f"launch/{p.relative_to(LAUNCH)}" for p in [*scripts, LAUNCH / "cells.sh"]}
+    assert {re.search(r"launch/\S+", words)[0] for words in GOLDEN} == named - {"launch/gke/env.sh"}
+
+
 @pytest.mark.parametrize("words", GOLDEN, ids=lambda words: re.search(r"\w+/\w+\.sh", words)[0])
 def test_a_dry_run_prints_the_golden_text_and_does_nothing(words, cloud):
     before = sorted(cloud.checkout.rglob("*"))
