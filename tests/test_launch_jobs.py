@@ -223,7 +223,7 @@ def test_a_slice_has_a_pod_for_each_machine(settings, label, workers, chips, clo
     "words, told",
     [
         (f"launch/gke/run.sh {TRAIN}", "set IMAGE"),
-        (f"{IMAGE} launch/gke/run.sh train --workdir=/tmp/run", "must outlive the TPU"),
+        (f"{IMAGE} launch/gke/run.sh train --workdir=/disk/run", "must outlive the TPU"),
         (f"{IMAGE} TOPOLOGY=4x4 launch/gke/run.sh {TRAIN}", "has 16 chips"),
         (f"{IMAGE} JOB=My_Job launch/gke/run.sh {TRAIN}", "lower-case"),
         (f"{IMAGE} launch/gke/xpk.sh {TRAIN}", "set CLUSTER"),
