@@ -85,6 +85,9 @@ def get_config() -> ConfigDict:
     # Of activations and matmuls; parameters, norms, softmax and loss are float32.
     c.compute_dtype = "bfloat16"
     c.remat = "full"  # what the backward pass recomputes: none, dots, full
+    # Positions of a row whose scores over the vocabulary are there at a time in training, and made
+    # twice. 0: all of a row, made once; -1: all where a device's scores stay under 268 MB.
+    c.loss_chunk = -1
     c.kernels = "auto"  # windowed attention by "pallas" (TPU alone) or "xla"; "auto" by the devices
 
     # Data.

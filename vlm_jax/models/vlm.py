@@ -146,8 +146,17 @@ class VLM(nnx.Module):
 
     def logits(self, batch: Batch) -> Float[Array, "B T W"]:
         """For every text token the scores given all before it; the first has none before it."""
+        return self.llm.logits(self.states(batch))
+
+    def states(
+        self, batch: Batch, order: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """For every text token the hidden state of what stands before it, in the order of the text
+        or in this `order` of its places."""
         x, count, past = self.lay(batch)
-        return self.llm.logits(read(self.llm(x, past), past, self.before(batch, count)))
+        index = self.before(batch, count)
+        index = index if order is None else rows(index, order)
+        return read(self.llm(x, past), past, index)
 
     def before(self, batch: Batch, count: Int[Array, "B *M"]) -> Int[Array, "B T"]:
         """Where in the spliced row the token before each text token stands."""

@@ -27,6 +27,7 @@ LATER = {
     "data.image_normalize": True,
     "data.image_exif": "ignore",
     "compressor.queries": 0,
+    "loss_chunk": -1,
 }
 
 Flat = Mapping[str, Any]  # dotted name of a field -> its value, as JSON gives it back
@@ -193,6 +194,7 @@ FIELDS: dict[str, Field] = {
     # In 16 bits of another kind gradients vanish, and whole numbers have none.
     "compute_dtype": Field(SHOWN, Choice(("float32", "bfloat16"))),
     "remat": Field(ROUNDING),  # the same numbers, computed once or twice
+    "loss_chunk": Field(ROUNDING, Range(True, -1)),  # one sum, in parts or at once
     "kernels": Field(ROUNDING),  # two forms of one formula
     "data.source": Field(SHOWN),
     "data.path": Field(PLACE),

@@ -19,7 +19,7 @@ from flax import nnx
 
 from vlm_jax import mesh as meshes
 from vlm_jax.models import lora, vlm
-from vlm_jax.training import optimizer
+from vlm_jax.training import chunked_loss, optimizer
 from vlm_jax.training.objective import reader
 from vlm_jax.training.recipe import Recipe
 
@@ -142,10 +142,15 @@ def activations(recipe: Recipe, name: str) -> int:
         "dots": 3 * width + 2 * mlp,
         "full": width,
     }[model.remat]
-    logits = 4 * rows * recipe.rows.text_length * llm.vocab / tensor
     shown = model.compressor.shown(vit.side) if name == "finetune" else ()
     passes = max(len(shown), 1)
-    language = passes * (llm.depth * kept + 2.5 * logits) + 2 * attention + 3 * mlp
+    language = passes * llm.depth * kept + 2 * attention + 3 * mlp
+    vocab = math.ceil(llm.vocab / tensor)
+    length = recipe.rows.text_length
+    chunk = chunked_loss.positions(recipe.loss_chunk, rows=rows, length=length, vocab=vocab)
+    logits = 4 * rows * (chunk or length) * vocab
+    # In chunks no more than one is there, and the output layer with its gradient, both gathered.
+    language += 2.5 * logits + vocab * llm.width * (size + 4) if chunk else 2.5 * passes * logits
     return round(max(language, seen) + 4 * patches * len(vit.levels) * vit.width)
 
 

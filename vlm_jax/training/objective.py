@@ -4,8 +4,6 @@
 An objective returns sums, not means, so that accumulated micro-batches equal one large batch.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,15 +14,9 @@ from vlm_jax.layers import RUN_ONCE, Linear
 from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM, Batch
-
-
-class Sums(NamedTuple):
-    """Totals over the supervised positions of a batch."""
-
-    nll: Float[Array, ""]  # nats
-    log_z_squared: Float[Array, ""]
-    correct: Float[Array, ""]  # positions whose best guess is right
-
+from vlm_jax.models.vlm import rows as by_row
+from vlm_jax.training import chunked_loss
+from vlm_jax.training.chunked_loss import Sums as Sums
 
 @jax.named_scope("loss")
 def score(
@@ -42,18 +34,29 @@ def score(
     )
 
 
-def next_token(model: VLM, batch: Batch) -> Sums:
-    """Every supervised text token, given the image and all text before it."""
-    return score(model.logits(batch), batch["ids"], batch["loss_mask"])
+def next_token(model: VLM, batch: Batch, *, chunk: int = 0) -> Sums:
+    """Every supervised text token, given the image and all text before it.
+
+    With `chunk` (config.loss_chunk) the scores [B T W] are never there as a whole: those of so many
+    positions of each row are made, summed and, for the gradient, made again.
+    """
+    target, mask, llm = batch["ids"], batch["loss_mask"], model.llm
+    rows, length = target.shape
+    chunk = chunked_loss.on_this_mesh(chunk, rows=rows, length=length, vocab=llm.size.vocab)
+    if not chunk:
+        return score(model.logits(batch), target, mask)
+    order = chunked_loss.supervised_first(mask)
+    target, mask = by_row(target, order), by_row(mask, order)
+    return chunked_loss.score(model.states(batch, order), llm.table, target, mask, chunk)
 
 
-def every_scale(model: VLM, batch: Batch) -> Sums:
+def every_scale(model: VLM, batch: Batch, *, chunk: int = 0) -> Sums:
     """`next_token` at each of the compressor's `scales`: the mean of their sums, as M3 is trained.
 
     The encoder, where it runs, and the compressor's layers are passed through once for all of them.
     """
     seen = model.compressor.every_scale(model.levels(batch))
-    sums = [next_token(model, {**batch, "visual": tokens}) for tokens in seen]
+    sums = [next_token(model, {**batch, "visual": tokens}, chunk=chunk) for tokens in seen]
     return jax.tree.map(lambda *parts: sum(parts) / len(parts), *sums)
 
 

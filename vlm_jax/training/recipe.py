@@ -41,6 +41,7 @@ class Recipe:
       model: what is trained. lora: adapters of its LLM.
       origin: where examples come from. rows: how one becomes a row. skip: whether bad examples
         are passed over. workers: processes that read.
+      loss_chunk: positions of a row whose scores are there at a time, as config.loss_chunk.
       encoder, align, finetune: the stages, in this order.
       seed: of weights and order. start_from: the folder with the first weights, or "".
       checkpoint_every, checkpoint_keep, log_every: steps, checkpoints, steps.
@@ -53,6 +54,7 @@ class Recipe:
     rows: RowFormat
     skip: bool
     workers: int
+    loss_chunk: int
     encoder: Stage
     align: Stage
     finetune: Stage
@@ -73,6 +75,7 @@ class Recipe:
             rows=RowFormat.of(config),
             skip=config.data.on_bad_example == "skip",
             workers=config.data.workers,
+            loss_chunk=config.loss_chunk,
             encoder=Stage.of(config.encoder),
             align=Stage.of(config.align),
             finetune=Stage.of(config.finetune),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stages of a training: the encoder where it is to be made, then align, then finetune."""
 
+import functools
 import json
 import logging
 import sys
@@ -271,6 +272,7 @@ def train(
                 f"{name}.batch={batch} is more than the {len(inputs.source)} examples "
                 "of the data: each batch has some of them more than once"
             )
+        objective = functools.partial(objective, chunk=recipe.loss_chunk)
         model = run_stage(name, model, batches, recipe, folder, objective, begin=begin)
         if rows.cut:
             log.warning(

@@ -238,9 +238,10 @@ def of_json(tree: dict[str, Any]) -> ConfigDict:
 
     config = ConfigDict(tuples(tree))
     for name, value in fields.LATER.items():
-        section, _, leaf = name.partition(".")
-        if section in config and leaf not in config[section]:
-            config[section][leaf] = value
+        section, _, leaf = name.rpartition(".")
+        home = config.get(section) if section else config
+        if home is not None and leaf not in home:
+            home[leaf] = value
     return config
 
 
@@ -251,9 +252,10 @@ def digest(config: ConfigDict) -> str:
     """
     tree = config.to_dict()
     for name, value in fields.LATER.items():
-        section, _, leaf = name.partition(".")
-        if tree[section].get(leaf) == value:
-            del tree[section][leaf]
+        section, _, leaf = name.rpartition(".")
+        home = tree[section] if section else tree
+        if home.get(leaf) == value:
+            del home[leaf]
     text = json.dumps(tree, sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
