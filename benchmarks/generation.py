@@ -113,7 +113,7 @@ def ours(folder: Path, dtype: str, scales: tuple[int, ...]):
     c.data.update(dict(template="plain", text_length=2048))
     processor = Processor(train_tokenizer(["a"], 100), replace(RowFormat.of(c), vocab=None))
     made = serving.VLM(model, processor, max_length=2048, mesh=one)
-    made.prefix, made.begun = [], None  # transformers has no common beginning either
+    made.prefix, made.prefix_pass = [], None  # transformers has no common beginning either
     made.decoder.stop_ids = made.decoder.stop_ids[:0]
     processor.stop_ids = ()
     return made

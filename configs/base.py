@@ -116,6 +116,13 @@ def get_config() -> ConfigDict:
     # M, most images of a row, each V tokens at its mark. Rows with fewer cost as much: the encoder
     # and the LLM's row of text_length + M V tokens are the same for all.
     c.data.images_per_row = 1
+    # Packed rows hold several examples, which do not see each other; `batch` of a stage then counts
+    # rows. Not with compressor.query="prefix".
+    c.data.row_length = 0  # tokens of a packed row, text and visual; 0: one example a row
+    c.data.row_images = 8  # most images of a packed row, each encoded whether it is there or not
+    # Batches of like length, such as (256, 512, 1024), with images or without: rows of one example,
+    # as long as the first of these that holds them all, or as text_length. Each shape is compiled.
+    c.data.buckets = ()
     c.data.on_bad_example = "fail"  # or "skip": counted and reported
     c.data.text_only = False  # accept rows without an image
     c.data.blind = False  # replace every image by the mean image: the blind baseline

@@ -65,12 +65,15 @@ def test_rows_without_a_supervised_token_have_no_sum_and_no_gradient(mesh1):
     hidden, table = (draw.normal(size=n).astype("f4") for n in ((2, 8, 4), (16, 4)))
     target, mask = np.zeros((2, 8), np.int32), np.zeros((2, 8), bool)
 
-    def loss(hidden, table):
-        sums = chunked_loss.score(hidden, table, *tiny.placed((target, mask)), 4)
+    def loss(hidden, table, target, mask):
+        sums = chunked_loss.score(hidden, table, target, mask, 4)
         return sum(sums), sums
 
     with jax.set_mesh(mesh1):
-        found = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(*tiny.placed((hidden, table)))
+        table = jax.device_put(table, meshes.sharding(mesh1, "vocab", "embed"))
+        hidden, target, mask = tiny.placed((hidden, target, mask))
+        given = (hidden, table, target, mask)
+        found = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(*given)
     assert not any(np.any(x) for x in jax.tree.leaves(found))
 
 
@@ -142,10 +145,12 @@ def test_a_vocabulary_of_qwens_at_2048_tokens_never_has_its_scores(mesh1):
 def test_a_table_crosses_the_mesh_once_and_not_for_each_chunk(mesh8):
     """One gather of the output layer and one reduction of its gradient, behind the loop."""
     with jax.set_mesh(mesh8):
-        hidden = jax.ShapeDtypeStruct((8, 64, 16), jnp.float32,
-                                      sharding=meshes.sharding(mesh8, "batch", "len", "feature"))
-        table = jax.ShapeDtypeStruct((512, 16), jnp.float32,
-                                     sharding=meshes.sharding(mesh8, "vocab", "embed"))
+        hidden = jax.ShapeDtypeStruct(
+            (8, 64, 16), jnp.float32, sharding=meshes.sharding(mesh8, "batch", "len", "feature")
+        )
+        table = jax.ShapeDtypeStruct(
+            (512, 16), jnp.float32, sharding=meshes.sharding(mesh8, "vocab", "embed")
+        )
         rows = meshes.sharding(mesh8, "batch", "len")
         target = jax.ShapeDtypeStruct((8, 64), jnp.int32, sharding=rows)
         mask = jax.ShapeDtypeStruct((8, 64), jnp.bool, sharding=rows)

@@ -332,13 +332,13 @@ def test_a_full_disk_leaves_nothing_that_looks_like_a_model(tmp_path, capsys, mo
 
     monkeypatch.setattr(os, "fsync", full)
     said = refused(capsys, "--from", FROZEN / "clip_llama", "--to", tmp_path / "a")
-    assert "no space left" in said and "make room" in said
+    assert "no space is left for" in said and "make room" in said
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     assert run("--from", FROZEN / "clip_llama", "--to", tmp_path / "model") == 0
     monkeypatch.setattr(os, "fsync", full)
     back = ("--from", tmp_path / "model", "--to-hf", "--to", tmp_path / "a")
-    assert "no space left" in refused(capsys, *back)
+    assert "no space is left for" in refused(capsys, *back)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     few = SimpleNamespace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: few)

@@ -49,7 +49,7 @@ def test_the_table_has_every_field_and_a_range_for_every_number():
     ("grid.llms.small.depth", 0, "a whole number from 1 upwards"),
 ])  # fmt: skip
 def test_a_number_out_of_range_is_refused_by_its_field(name, value, allowed):
-    shown = re.escape(fields.shown(value))
+    shown = re.escape(fields.value_text(value))
     with pytest.raises(ValueError, match=rf"^{name}={shown}: give {allowed}$"):
         fields.check(flat(base.get_config()) | {name: value})
 
@@ -79,7 +79,7 @@ def test_evaluation_refuses_it_too(trained, capsys):
 
 def test_values_are_shown_as_they_are_written():
     values = ("chatml", "", (1, 2), (("blind", 1),), 1e-3, False, ConfigDict().to_dict())
-    assert [fields.shown(v) for v in values] == [
+    assert [fields.value_text(v) for v in values] == [
         "chatml", '""', "(1, 2)", "((blind, 1))", "0.001", "False", "{}"]  # fmt: skip
     then, now = {"a": 1, "b": "x", "c": 2}, {"a": 2, "b": "x", "d": ""}
     names = list(fields.differing(then, now))

@@ -97,7 +97,7 @@ def test_the_tokens_are_those_of_whole_passes(one, checkpoint, images, alone, me
 
 def test_the_beginning_that_all_prompts_share_is_read_once_and_changes_nothing(one, images):
     """vicuna_v1 has 35 tokens before every image; a template without any has the first token."""
-    assert one.prefix == [one.processor.tokenizer.bos_token_id] and one.begun is not None
+    assert one.prefix == [one.processor.tokenizer.bos_token_id] and one.prefix_pass is not None
     request = one.request(images[0], PROMPTS[0])
     found = []
     for begins in (True, False):
@@ -105,10 +105,10 @@ def test_the_beginning_that_all_prompts_share_is_read_once_and_changes_nothing(o
             skip = len(one.prefix) if begins else 0
             batch = batch_of([request], one.compressor, skip=skip, shards=1, width=one.width, pad=0)
             batch = jax.device_put(batch, mesh.sharding(one.mesh, "batch"))
-            begun = one.begun if begins else None
+            prefix = one.prefix_pass if begins else None
             scores, _, length = jax.jit(
-                lambda m, b, begun: m.prefill(b, new_tokens=1, begun=begun)
-            )(one.decoder.model, batch, begun)
+                lambda m, b, prefix: m.prefill(b, new_tokens=1, prefix=prefix)
+            )(one.decoder.model, batch, prefix)
         found.append(np.asarray(scores))
         assert int(length[0]) == len(request.ids) + 4
     np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)

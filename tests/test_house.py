@@ -19,24 +19,25 @@ PACKAGE = HOME / "vlm_jax"
 OUTSIDE = {".venv", "runs", "build", "__pycache__", ".git"}
 
 # What a room may import of the package, besides itself. docs/architecture.md draws the same.
-GROUND = {"mesh", "progress", "arguments", "errors"}
+GROUND = {"mesh", "progress", "arguments", "errors", "files"}
 ARROWS = {
     "errors": set(),
+    "files": set(),
     "mesh": set(),
     "progress": set(),
     "arguments": set(),
     "evals": set(),
     "law": set(),
-    "rows": {"law"},
+    "rows": {"law", "files"},
     "kernels": {"mesh"},
     "layers": {"mesh"},
     "compressors": {"kernels", "layers", "mesh"},
     "models": {"compressors", "kernels", "layers", "mesh"},
     "cost": {"compressors", "models"},  # of these two the descriptions alone: they need no JAX
     "planning": {"cost", "law", "compressors", "models"},
-    "reports": {"cost", "law", "rows", "planning", "compressors", "models"},
-    "data": {"mesh", "progress", "compressors"},
-    "weights": {"data", "models", "compressors", "layers", "mesh", "progress"},
+    "reports": {"files", "cost", "law", "rows", "planning", "compressors", "models"},
+    "data": {"mesh", "progress", "files", "compressors"},
+    "weights": {"data", "models", "compressors", "layers", "mesh", "progress", "files"},
     "training": {"weights", "data", "models", "compressors", "layers", "cost", "rows"} | GROUND,
     "serving": {"training", "weights", "data", "models", "compressors", "layers", "evals"} | GROUND,
     "grids": {"training", "serving", "data", "models", "compressors", "kernels", "evals", "cost",

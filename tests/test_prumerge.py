@@ -191,7 +191,7 @@ def test_every_row_equals_the_literal_model_at_its_own_length(case):
 def test_images_of_a_batch_have_different_numbers_of_tokens(case, mesh1):
     c, model, batch, _ = case
     with jax.set_mesh(mesh1):
-        count = jax.jit(lambda m, b: m.lay(b)[1])(model, tiny.placed(batch)).tolist()
+        count = jax.jit(lambda m, b: m.assemble(b)[1])(model, tiny.placed(batch)).tolist()
     assert count[0] == 0 and min(count[1:]) >= 1
     assert len(set(count[1:])) > 1
 

@@ -64,7 +64,7 @@ def one_pass(model, batch):
     """Scores by an ordinary causal pass over the spliced rows, given the same visual tokens."""
     text = model.llm.embed(batch["ids"])
     asked = vlm.feature(model.llm(text), batch["question_length"])
-    visual = model.see(batch, asked)
+    visual = model.visual_tokens(batch, asked)
     hidden = model.llm(model.splice(text, visual, batch["image_at"]))
     return model.llm.logits(vlm.rows(hidden, model.before(batch, visual.count)))
 

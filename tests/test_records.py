@@ -73,19 +73,6 @@ def test_written_rows_are_read_sorted_and_whole(tmp_path):
     assert os.listdir(tmp_path) == ["rows.jsonl"]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "rows.jsonl"
-    records.write(path, [row()])
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        records.write(path, grid())
-    assert records.read(path) == [row()] and os.listdir(tmp_path) == ["rows.jsonl"]
-
-
 def test_a_torn_last_line_is_left_out_with_a_warning(tmp_path):
     path = tmp_path / "rows.jsonl"
     whole = [row(V=1).to_json(), row(V=4).to_json()]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from configs import base
 from vlm_jax.data.example import BadExample
-from vlm_jax.data.paths import Folder, spelled
+from vlm_jax.data.paths import Folder, existing_path
 from vlm_jax.data.rows import own_ids, read_rows
 from vlm_jax.data.sources import Origin, open_source
 
@@ -194,7 +194,7 @@ def test_a_name_is_found_in_either_spelling(stored, asked, folder):
     assert [source[i].image for i in range(3)] == [0, 1, 1]
     described = source.describe()
     assert (described["respelled_images"], described["renamed_images"]) == (1, 1)
-    assert spelled(folder / "images" / asked / f"{asked}.jpg") == path
+    assert existing_path(folder / "images" / asked / f"{asked}.jpg") == path
     with pytest.raises(BadExample, match="no image"):
         opened(folder, [row(1, image=f"{asked.upper()}/{asked}.jpg")])
 

@@ -11,11 +11,12 @@ import tiny
 from PIL import Image
 
 from vlm_jax.__main__ import main
+from vlm_jax.files import write_json
 from vlm_jax.serving import evaluation
 from vlm_jax.serving.subject import Subject, name_of
 from vlm_jax.training import runs
 from vlm_jax.training.cells import cells_of
-from vlm_jax.training.workdir import of_json, write_json
+from vlm_jax.training.workdir import of_json
 from vlm_jax.verbs import configuration
 from vlm_jax.weights import folder
 
@@ -151,7 +152,7 @@ def asked(path, *flags):
     """What an evaluation by these flags would differ in from the folder's own, and its name."""
     subject = Subject.of(str(path))
     given = configuration.read(flags, default=subject.default())
-    config = subject.asked(given.config, given.overrides)
+    config = subject.requested(given.config, given.overrides)
     settings = subject.settings(config, given.overrides)
     return settings, name_of(settings, "abcdef0123")
 

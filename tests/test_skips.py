@@ -231,10 +231,10 @@ def test_scores_say_of_how_many_they_are():
     # Of a sentence with an image that could not be read it is not known whether all are right.
     whole = scores["nlvr_consistency"]
     assert [whole[key] for key in ("n", "of", "skipped")] == [1, 2, 1]
-    assert "nlvr: 1 of 6 were skipped, the score is of 5" in tasks.told(scores)
-    assert "b2.png: cut short" in tasks.told(scores) and tasks.told({}) == ""
+    assert "nlvr: 1 of 6 were skipped, the score is of 5" in tasks.summary(scores)
+    assert "b2.png: cut short" in tasks.summary(scores) and tasks.summary({}) == ""
     whole = tasks.score("nlvr", records)
-    assert (whole["nlvr"]["skipped"], tasks.told(whole)) == (0, "")
+    assert (whole["nlvr"]["skipped"], tasks.summary(whole)) == (0, "")
     with pytest.raises(ValueError, match="no example was answered of 1; the first: cut short"):
         tasks.score("nlvr", [], skipped)
     with pytest.raises(ValueError, match="not one example of task 'x' was answered: cut short"):

@@ -41,7 +41,7 @@ def test_a_run_that_learns_nothing_ends_with_the_weights_it_started_from(made, t
 
 
 def test_a_finished_run_is_started_from_as_its_model_folder_is(made, trained, mesh1):
-    ours, theirs = (stages.adopted(tiny.config(start_from=str(p))) for p in (trained, made))
+    ours, theirs = (stages.with_start(tiny.config(start_from=str(p))) for p in (trained, made))
     for c in (ours, theirs):
         c.start_from, c.data.tokenizer = "", ""
     assert ours.to_dict() == theirs.to_dict()
@@ -59,7 +59,7 @@ def test_a_folder_without_compression_gets_a_fresh_compressor(tmp_path, mesh1):
     path = tmp_path / "llava"
     assert main(["convert", "--from", str(FROZEN / "clip_llama"), "--to", str(path)]) == 0
     c = tiny.config(start_from=str(path), compressor=dict(tokens=1))
-    adopted = stages.adopted(c)
+    adopted = stages.with_start(c)
     assert c.llm.width == 16 and adopted.llm.width == 24 and adopted.vit.levels == (1, 2)
     with jax.set_mesh(mesh1):
         model = load(adopted, path)
@@ -80,7 +80,7 @@ def test_a_method_whose_only_weights_are_the_projector_starts_from_the_trained_o
         c = tiny.config(start_from=str(path), compressor=dict(kind="m3", tokens=1),
                         vit=dict(levels=levels))  # fmt: skip
         with jax.set_mesh(mesh1):
-            model = load(stages.adopted(c), path)
+            model = load(stages.with_start(c), path)
         same = np.array_equal(
             model.compressor.projector.up.kernel[...], tensors["compressor.0.weight"].read().T
         )
@@ -92,7 +92,7 @@ def test_a_method_whose_only_weights_are_the_projector_starts_from_the_trained_o
 def test_a_trained_compressor_must_be_the_one_that_is_configured(made):
     c = tiny.config(start_from=str(made), compressor=dict(tokens=1))
     with pytest.raises(ValueError, match="'tokens': 4.*the configuration says {'tokens': 1}"):
-        stages.adopted(c)
+        stages.with_start(c)
 
 
 def test_images_are_prepared_as_the_folder_says(made, tmp_path, capsys):
@@ -102,7 +102,7 @@ def test_images_are_prepared_as_the_folder_says(made, tmp_path, capsys):
                 rescale=0.5, normalize=False)  # fmt: skip
     config["facts"]["image"] = half
     (path / "config.json").write_text(json.dumps(config))
-    data = stages.adopted(tiny.config(start_from=str(path))).data
+    data = stages.with_start(tiny.config(start_from=str(path))).data
     assert (data.image_mean, data.image_std) == ((0.5,) * 3, (0.25,) * 3)
     assert (data.image_fit, data.image_resample) == ("stretch", "bilinear")
     assert (data.image_resize, data.image_rescale, data.image_normalize) == ((40, 36), 0.5, False)
@@ -111,13 +111,13 @@ def test_images_are_prepared_as_the_folder_says(made, tmp_path, capsys):
     config["facts"]["image"] = half | dict(fit="crop", resize=[40, 50])
     (path / "config.json").write_text(json.dumps(config))
     for fit, resize in (("crop", (40, 50)), ("pad", (40,))):
-        data = stages.adopted(tiny.config(start_from=str(path), data=dict(image_fit=fit))).data
+        data = stages.with_start(tiny.config(start_from=str(path), data=dict(image_fit=fit))).data
         assert (data.image_fit, data.image_resize) == (fit, resize)
     assert "'pad', as data.image_fit says" in capsys.readouterr().err
 
 
 def test_a_grid_does_not_start_from_a_folder(made, mesh1):
-    c = stages.adopted(tiny.config(start_from=str(made)))
+    c = stages.with_start(tiny.config(start_from=str(made)))
     c.llm.depth = 1
     with jax.set_mesh(mesh1), pytest.raises(ValueError, match="differs in depth.*grid"):
         load(c, made)
@@ -125,6 +125,6 @@ def test_a_grid_does_not_start_from_a_folder(made, mesh1):
 
 def test_what_is_no_model_folder_is_refused_with_the_way_to_one(tmp_path):
     with pytest.raises(ValueError, match="is no model folder.*vlm-jax convert --from="):
-        stages.adopted(tiny.config(start_from=str(FROZEN / "clip_llama")))
+        stages.with_start(tiny.config(start_from=str(FROZEN / "clip_llama")))
     with pytest.raises(FileNotFoundError, match="start_from=.* holds no trained model: neither"):
-        stages.adopted(tiny.config(start_from=str(tmp_path)))
+        stages.with_start(tiny.config(start_from=str(tmp_path)))

@@ -293,7 +293,7 @@ def test_a_damaged_model_folder_is_one_line_to_every_verb(whole, tmp_path, capsy
         asked = capsys.readouterr().err
         assert asked.startswith("vlm-jax generate: ") and asked.count("\n") == 1, (field, asked)
         with pytest.raises(ValueError):
-            stages.adopted(tiny.config(start_from=str(path)))
+            stages.with_start(tiny.config(start_from=str(path)))
         if field not in ("model_type",):
             assert said.split(": ", 1)[1] == asked.split(": ", 1)[1], field
 

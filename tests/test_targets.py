@@ -113,7 +113,7 @@ def test_of_many_doubtful_rows_an_even_sample_is_looked_at(tmp_path, monkeypatch
     found = targets.survey(source, processor, skip=False)
     assert found.looked_at == 10 < found.doubtful == 40 and abs(found.share - 0.75) < 0.16
     assert re.search(
-        r"about \d+.00% of 40 rows \(an even sample of 10", targets.told(found, processor)
+        r"about \d+.00% of 40 rows \(an even sample of 10", targets.warning(found, processor)
     )
 
 

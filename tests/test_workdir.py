@@ -10,6 +10,7 @@ import sys
 import pytest
 import tiny
 
+from vlm_jax import files
 from vlm_jax.training import fields, workdir
 from vlm_jax.training.workdir import claim
 
@@ -200,7 +201,7 @@ def test_a_field_that_came_later_has_the_value_that_changes_nothing(tmp_path, c)
     for name in fields.LATER:
         section, _, field = name.rpartition(".")
         del (older[section] if section else older)[field]
-    workdir.write_json(tmp_path / "config.json", older)
+    files.write_json(tmp_path / "config.json", older)
     entered(tmp_path, c)
     assert workdir.of_json(older).to_dict() == c.to_dict()
     digest = workdir.digest(c)
@@ -229,22 +230,6 @@ def test_a_read_only_file_system_is_an_error_with_the_way_out(tmp_path, c, monke
     monkeypatch.setattr(workdir.Path, "open", refuse)
     with pytest.raises(OSError, match="Read-only file system; choose a folder"), claim(tmp_path, c):
         pass
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "row.json"
-    workdir.write_json(path, {"a": 1})
-
-    def full(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(workdir.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        workdir.write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
-    monkeypatch.undo()
-    workdir.write_json(path, {"a": 3})
-    assert json.loads(path.read_text()) == {"a": 3}
 
 
 def test_names_of_nested_fields():

@@ -148,7 +148,7 @@ class Method(ABC):
         return cls.supported(side)
 
     @classmethod
-    def gives(cls, side: int, tokens: Number) -> bool:
+    def supports(cls, side: int, tokens: Number) -> bool:
         """Whether a plan may ask for so many tokens."""
         return tokens in cls.planned(side)
 
@@ -197,7 +197,7 @@ class Method(ABC):
         """V of which a step of finetune draws one for each micro-batch; () where it draws none."""
         return ()
 
-    def shown(self, side: int) -> tuple[int, ...]:
+    def trained_tokens(self, side: int) -> tuple[int, ...]:
         """V that a step of finetune shows all together; () where it shows one."""
         return ()
 

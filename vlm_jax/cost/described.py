@@ -52,7 +52,7 @@ def base() -> Any:
     return load(CONFIGS / "base.py", "get_config")()
 
 
-def opened(config: Any = None) -> Any:
+def open_config(config: Any = None) -> Any:
     """A configuration as it is, the one at a path, or configs/base.py.
 
     Raises ValueError where there is no such file.
@@ -80,7 +80,7 @@ class Models:
 
 def models(config: Any = None) -> Models:
     """The models of a configuration, of the one at a path, or of configs/base.py."""
-    config = opened(config)
+    config = open_config(config)
     own = len(config.grid.llms) > 0
     return Models(
         grid_llms(config.llm, config.grid.llms) if own else published_llms(),

@@ -62,7 +62,7 @@ def read_config(path: str | Path) -> Any:
     Raises:
       ValueError: where there is no such file.
     """
-    return described.opened(path)
+    return described.open_config(path)
 
 
 def describe(
@@ -78,7 +78,7 @@ def describe(
     Raises:
       ValueError: for a name that is neither, and for sizes that are none.
     """
-    config = described.opened(config)
+    config = described.open_config(config)
     shape = LLMSize.of(config.llm)
     if llm is not None:
         known = described.published_llms() | described.grid_llms(config.llm, config.grid.llms)

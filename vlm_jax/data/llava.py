@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.data.example import IMAGE_MARK, BadExample, Example, Images
-from vlm_jax.data.paths import SUFFIXES, Folder, spelled
+from vlm_jax.data.paths import SUFFIXES, Folder, existing_path
 from vlm_jax.data.pictures import read_image
 from vlm_jax.data.rows import Fault, check_keys, check_text, own_ids, read_rows
 from vlm_jax.data.skips import Skip, Skips
@@ -121,7 +121,7 @@ class Llava:
                 "training data; set data.path to something like data/{split}.json"
             )
         self.split = split
-        self.path = spelled(path.replace("{split}", split))
+        self.path = existing_path(path.replace("{split}", split))
         found = read_rows(self.path)
         self.left_out = Skips()
         self._text_only, self._images_per_row = text_only, images_per_row
@@ -258,7 +258,7 @@ class Llava:
             )
         if self.left_out:
             rows = len(self) + len(self.left_out)
-            said.append(f"{self.path}: {self.left_out.told(rows, 'rows are left out')}")
+            said.append(f"{self.path}: {self.left_out.summary(rows, 'rows are left out')}")
         return said
 
 

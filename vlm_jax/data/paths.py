@@ -68,7 +68,7 @@ class Folder:
         return real
 
 
-def spelled(path: str | Path) -> Path:
+def existing_path(path: str | Path) -> Path:
     """The path of a file that is there, in whichever Unicode form; else the path as given."""
     given = Path(path)
     try:

@@ -89,7 +89,7 @@ def regular(path: str) -> io.BufferedIOBase:
 def decoded(file: io.BufferedIOBase, *, exif: str) -> np.ndarray:
     """The pixels of an open file. Raises whatever its decoder does."""
     try:
-        return rgb(opened(file), exif=exif)
+        return rgb(open_image(file), exif=exif)
     except Unusable:
         raise
     except ValueError:
@@ -98,10 +98,10 @@ def decoded(file: io.BufferedIOBase, *, exif: str) -> np.ndarray:
         file.seek(0)
         if file.read(len(PNG)) != PNG:
             raise
-        return rgb(opened(without_texts(file)), exif=exif)
+        return rgb(open_image(without_texts(file)), exif=exif)
 
 
-def opened(file: io.BufferedIOBase) -> Image.Image:
+def open_image(file: io.BufferedIOBase) -> Image.Image:
     """A picture whose header was read, and none of its pixels."""
     try:
         image = Image.open(file)

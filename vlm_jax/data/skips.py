@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_jax import files
+
 SHOWN = 3
 
 
@@ -70,7 +72,7 @@ class Skips:
                 number, kind = fields.pop("number"), fields.pop("kind")
                 self.add(number, kind, Skip(**fields))
             if whole != text:
-                path.write_text(whole, encoding="utf-8")
+                files.write_text(path, whole)
         self._path = path
 
     def fields(self) -> dict[str, Any]:
@@ -83,7 +85,7 @@ class Skips:
             first_skipped=[asdict(skip) for skip in self.first.values()],
         )
 
-    def told(self, of: int, what: str) -> str:
+    def summary(self, of: int, what: str) -> str:
         """A sentence and the first by name, such as "3 of 40 examples were skipped ..."."""
         reasons = ", ".join(f"{kind} {count}" for kind, count in sorted(self.kinds.items()))
         head = f"{len(self)} of {of} {what} ({reasons}); the first:"

@@ -87,7 +87,7 @@ def survey(source: Source, processor: Processor, *, skip: bool) -> Targets:
     return Targets(len(source), len(doubtful), len(picked), len(needs), lengths, misfit)
 
 
-def told(targets: Targets, processor: Processor, *, skip: bool = False) -> str:
+def warning(targets: Targets, processor: Processor, *, skip: bool = False) -> str:
     """What `survey` found, in a sentence; "" where every row has a target.
 
     Raises:
@@ -180,7 +180,7 @@ def check(source: Source, processor: Processor, *, skip: bool) -> str:
       ValueError, BadExample: as `survey` and `told` have it.
     """
     found = survey(source, processor, skip=skip)
-    said = told(found, processor, skip=skip)
+    said = warning(found, processor, skip=skip)
     if found.share > WORTH_A_WARNING:
         log.warning(said)
         return ""

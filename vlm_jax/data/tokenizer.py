@@ -7,12 +7,12 @@ tokenizer_config.json and another in tokenizer.json.
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
+from vlm_jax import files
 from vlm_jax.data import word_tokenizer
 from vlm_jax.data.example import IMAGE_MARK
 
@@ -226,8 +226,5 @@ def hash_of(tokenizer: Any) -> str:
 
 def keep_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Saves a tokenizer: whole or not at all, or a killed run would leave half of one behind."""
-    fresh = folder.with_name("tokenizer.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    tokenizer.save_pretrained(fresh)
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+    with files.making(folder) as fresh:
+        tokenizer.save_pretrained(fresh)

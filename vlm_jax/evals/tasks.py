@@ -107,7 +107,7 @@ def score(protocol: str, records: Sequence[Record], skipped: Sequence[Record] = 
     return PROTOCOLS[protocol][0](records, skipped)
 
 
-def told(scores: Scores) -> str:
+def summary(scores: Scores) -> str:
     """What was not answered, in a sentence and by name; "" where everything was."""
     found = {name: task for name, task in scores.items() if task["skipped"]}
     if not found:

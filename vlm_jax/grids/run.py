@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import mesh, progress
+from vlm_jax import files, mesh, progress
 from vlm_jax.compressors.compressor import Compressor
 from vlm_jax.compressors.method import Method
 from vlm_jax.cost import described
@@ -55,7 +55,6 @@ from vlm_jax.training.workdir import (
     flat,
     of_json,
     provenance,
-    write_json,
 )
 
 log = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ class Phases:
         yield
         phases = self.facts["phases"]
         phases[name] = round(phases.get(name, 0.0) + time.monotonic() - then, 1)
-        write_json(self.path, self.facts)
+        files.write_json(self.path, self.facts)
 
 
 def sights_of(cells: Sequence[Cell]) -> list[Sight]:
@@ -102,13 +101,13 @@ def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),))
     with phase("data"):
         with progress.doing("opening the evaluation data"):
             test = sources.open_source(sources.Origin.of(config), config.evaluate.split)
-        inputs, begin = stages.opened(claimed, evaluation=test.data_hash)
+        inputs, begin = stages.open_inputs(claimed, evaluation=test.data_hash)
         train, processor = inputs.source, inputs.processor
         progress.say(f"data: {json.dumps(test.describe())}")
     with phase("encoder"):
         encoder = stages.pretrain_encoder(Recipe.of(config), folder, inputs, begin=begin)
     begin()
-    write_json(folder / "baselines.json", {"majority": sources.majority(train, test)})
+    files.write_json(folder / "baselines.json", {"majority": sources.majority(train, test)})
     with phase("features"):
         made = {
             sight: Features(
@@ -174,7 +173,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     write_predictions(folder / "predictions.jsonl", found)
     protocol = test.source.protocol
     scores = tasks.score(protocol, found, loader.not_answered(test.source, faults))
-    if said := tasks.told(scores):
+    if said := tasks.summary(scores):
         log.warning(f"{cell.name}: {said}")
     method = method_of(size.compressor)
     Q, G, question = request_lengths(test, prefix=method["query"] == "prefix")
@@ -224,7 +223,7 @@ def adapters_of(adapters: LoRASize) -> dict[str, Any]:
 def once(path: Path, seconds: float) -> float:
     """What the file holds; it is written with `seconds` where it is not there."""
     if not path.exists():
-        write_json(path, {"seconds": seconds})
+        files.write_json(path, {"seconds": seconds})
     return json.loads(path.read_text())["seconds"]
 
 
@@ -300,9 +299,9 @@ def checked(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def opened(config: Any) -> ConfigDict:
+def open_config(config: Any) -> ConfigDict:
     """A configuration, or the one of a file, checked as that of a grid."""
-    return checked(described.opened(config))
+    return checked(described.open_config(config))
 
 
 def cell_names(config: Any) -> list[str]:
@@ -313,7 +312,7 @@ def cell_names(config: Any) -> list[str]:
     Raises:
       ValueError: for a configuration of no grid.
     """
-    return [cell.name for cell in cells_of(opened(config))]
+    return [cell.name for cell in cells_of(open_config(config))]
 
 
 def train_cell(config: Any, workdir: str | Path, *, cell: str) -> records.Row:
@@ -331,7 +330,7 @@ def train_cell(config: Any, workdir: str | Path, *, cell: str) -> records.Row:
       ValueError: for another cell, and a folder of another run.
       Diverged: where the loss is no longer finite.
     """
-    config, folder = opened(config), Path(workdir).absolute()
+    config, folder = open_config(config), Path(workdir).absolute()
     known = [one.name for one in cells_of(config)]
     if cell not in known:
         raise ValueError(f"cell={cell!r}: choose one of {', '.join(known)}")
@@ -379,7 +378,7 @@ def run(claimed: Claim, command: str, *, only: str | None = None) -> dict[str, A
             made = facts | dict(config_hash=hashes[cell.name])
             row = run_cell(cell, home, shared, made)
         # The row is written whole or not at all, and rows.jsonl is always all rows so far.
-        write_json(home / "row.json", json.loads(row.to_json()))
+        files.write_json(home / "row.json", json.loads(row.to_json()))
         rows[cell.name] = records.Row.from_json((home / "row.json").read_text())
         keep(folder, cells, rows)
         scores = "  ".join(f"{name} {s['score']:.3f}" for name, s in row.families.items())

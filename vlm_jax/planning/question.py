@@ -19,7 +19,7 @@ from vlm_jax.cost.roofline import PHASES
 from vlm_jax.law.law import Law
 from vlm_jax.models.sizes import LLMSize
 from vlm_jax.planning import answers, planner
-from vlm_jax.planning.spelled import law_fields, law_of, number
+from vlm_jax.planning.parsing import law_fields, law_of, number
 
 MOST_TOKENS = 576  # patches of CLIP ViT-L/14-336: the paper's largest V
 FAMILY = "qwen1.5-"  # the paper's LLMs: what a plan without a configuration interpolates between
@@ -259,7 +259,7 @@ def token_choices(
     wanted = [number(v, "--tokens", least=1.0) for v in tokens]
     if paper:
         return dict.fromkeys(kinds, wanted)
-    found = {kind: [v for v in wanted if methods.named(kind).gives(side, v)] for kind in kinds}
+    found = {kind: [v for v in wanted if methods.named(kind).supports(side, v)] for kind in kinds}
     if not any(found.values()):
         raise ValueError(
             f"--tokens={','.join(f'{v:g}' for v in wanted)}: none fits; allowed are "

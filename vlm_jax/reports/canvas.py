@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vlm_jax import files
+
 # One column of print is 89 mm = 3.5 inches; at this width 7 to 8 point stays readable on paper
 # and on a phone.
 COLUMN_INCHES = 3.5
@@ -332,9 +334,11 @@ class Canvas:
         # A fixed salt and no date: the same rows give the same bytes.
         with self.matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
             self._settle_words()
-            self.figure.savefig(paths["png"])
-            self.figure.savefig(paths["svg"], metadata={"Date": None})
-        with paths["csv"].open("w", newline="") as file:
+            with files.writing(paths["png"], "wb") as file:
+                self.figure.savefig(file, format="png")
+            with files.writing(paths["svg"], "wb") as file:
+                self.figure.savefig(file, format="svg", metadata={"Date": None})
+        with files.writing(paths["csv"]) as file:
             writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows({key: _cell(value) for key, value in row.items()} for row in self.rows)

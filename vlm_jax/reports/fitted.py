@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_jax import files
 from vlm_jax.cost import described
 from vlm_jax.cost.chips import Chip
 from vlm_jax.law import compare
@@ -23,8 +24,8 @@ def write(fitted: Fitted, out: Path) -> list[Path]:
     lines = [
         f" {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in fitted.fields.items()
     ]
-    records.replace(out / "law.json", "{\n" + ",\n".join(lines) + "\n}\n")
-    with open(out / "comparison.csv", "w", newline="", encoding="utf-8") as file:
+    files.write_text(out / "law.json", "{\n" + ",\n".join(lines) + "\n}\n")
+    with files.writing(out / "comparison.csv") as file:
         writer = csv.DictWriter(file, ["family", *compare.COLUMNS])
         writer.writeheader()
         writer.writerows(fitted.comparison)

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from vlm_jax import files
 from vlm_jax.law import law as laws_module
 from vlm_jax.reports import figures, page
 from vlm_jax.reports import run as runs
@@ -58,7 +59,7 @@ def write(workdir: Path | str) -> dict:
     )
     index = workdir / "report" / "index.html"
     index.parent.mkdir(parents=True, exist_ok=True)
-    records.replace(index, html)
+    files.write_text(index, html)
     return {
         "report": str(index),
         "cells": len(rows),
@@ -90,7 +91,7 @@ def laws_of(workdir: Path, run: Run) -> tuple[dict, dict[str, str]]:
         except ValueError as error:
             reasons[family] = f"{str(error)[:1].upper()}{str(error)[1:]}."
     if laws and (document := law_document(run, laws)):
-        records.replace(path, json.dumps(document) + "\n")
+        files.write_text(path, json.dumps(document) + "\n")
     return laws, reasons
 
 

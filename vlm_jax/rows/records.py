@@ -4,13 +4,13 @@
 import dataclasses
 import json
 import math
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlm_jax import files
 from vlm_jax.law.points import Cell, Points, of_cells
 from vlm_jax.rows import tables
 
@@ -149,22 +149,9 @@ def read(path: str | Path) -> list[Row]:
 
 
 def write(path: str | Path, rows: Iterable[Row]) -> None:
-    """Replaces the file by these rows, sorted by cell, as `replace` does."""
-    replace(path, "".join(row.to_json() + "\n" for row in sorted(rows, key=lambda row: row.cell)))
-
-
-def replace(path: str | Path, text: str) -> None:
-    """Writes the file so that a reader, and a crash, sees all of the old text or all of the new."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Replaces the file by these rows, sorted by cell; a crash leaves all of the old ones."""
+    ordered = sorted(rows, key=lambda row: row.cell)
+    files.write_text(path, "".join(row.to_json() + "\n" for row in ordered))
 
 
 def methods(rows: Iterable[Row]) -> dict[str, int]:

@@ -95,8 +95,8 @@ class Decoder:
             llm = jax.jit(lambda llm: llm.unrolled(), compiler_options=once)(model.llm)
         self.model, self.stop_ids = VLM(model.vit, compressor, llm), np.array(stop_ids)
 
-        def first(model, batch, begun, sampling, new_tokens):
-            logits, caches, length = model.prefill(batch, new_tokens=new_tokens, begun=begun)
+        def first(model, batch, prefix, sampling, new_tokens):
+            logits, caches, length = model.prefill(batch, new_tokens=new_tokens, prefix=prefix)
             return choose(logits, sampling, length), caches, length
 
         def following(model, ids, caches, position, sampling):
@@ -106,7 +106,7 @@ class Decoder:
         self.first = jax.jit(first, static_argnames="new_tokens")
         self.following = jax.jit(following, donate_argnums=(2, 3))
 
-    def begin(self, ids: Sequence[int]) -> Past | None:
+    def read_prefix(self, ids: Sequence[int]) -> Past | None:
         """The pass over tokens with which every row of later batches begins; None of no token."""
         if not ids:
             return None
@@ -128,21 +128,21 @@ class Decoder:
         *,
         new_tokens: int,
         tokens: int | None = None,
-        begun: Past | None = None,
+        prefix: Past | None = None,
         sampling: Sampling | None = None,
     ) -> "Started":
         """Reads a batch, and chooses the first token of every row.
 
         `tokens` asks a model that serves any number of visual tokens for so many, in the slots of
         the smallest bucket that holds them: no more programs are compiled than there are buckets.
-        `begun` is what `begin` gave, `new_tokens` the most that will be asked for.
+        `prefix` is what `read_prefix` gave, `new_tokens` the most that will be asked for.
         """
         model = self.model
         if tokens is not None:
             model = model.at(model.compressor.slots(tokens) if model.compressor.buckets else tokens)
             batch = {**batch, "limit": jnp.full_like(batch["length"], tokens)}
         ids, caches, length = self.first(
-            model, batch, begun, sampling, new_tokens=bucket(new_tokens)
+            model, batch, prefix, sampling, new_tokens=bucket(new_tokens)
         )
         return Started(ids, caches, length, sampling)
 
@@ -178,5 +178,5 @@ class Started(NamedTuple):
 
     ids: Int[Array, "B"]
     caches: list[KV | Cache]
-    length: Int[Array, "B"]  # tokens read, visual ones and `begun` included
+    length: Int[Array, "B"]  # tokens read, visual ones and `prefix` included
     sampling: Sampling | None

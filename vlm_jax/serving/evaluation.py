@@ -10,13 +10,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vlm_jax import mesh, progress
+from vlm_jax import files, mesh, progress
 from vlm_jax.data import loader, sources
 from vlm_jax.evals import tasks
 from vlm_jax.serving.predict import predict, write_predictions
 from vlm_jax.serving.subject import Subject, name_of
 from vlm_jax.training import fields
-from vlm_jax.training.workdir import flat, lock, write_json
+from vlm_jax.training.workdir import flat, lock
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def evaluate(subject: Subject, given: ConfigDict, overrides: Mapping[str, Any]) 
         holds the scores of another evaluation under this one's name.
     """
     fields.check_names(flat(given))
-    config = subject.asked(given, overrides)
+    config = subject.requested(given, overrides)
     fields.check(flat(config))
     settings = subject.settings(config, overrides)
     with jax.set_mesh(mesh_of(config, overrides)), lock(subject.folder):
@@ -58,7 +58,7 @@ def evaluate(subject: Subject, given: ConfigDict, overrides: Mapping[str, Any]) 
         before = json.loads(path.read_text()).get("settings") if path.exists() else None
         if before not in (None, json.loads(json.dumps(settings))):
             raise ValueError(
-                f"{path} is of another evaluation ({fields.shown(before)}): move it away, "
+                f"{path} is of another evaluation ({fields.value_text(before)}): move it away, "
                 "or give the data another name"
             )
         with progress.doing("loading the model"):
@@ -66,10 +66,10 @@ def evaluate(subject: Subject, given: ConfigDict, overrides: Mapping[str, Any]) 
         faults: loader.Faults = {}
         records = list(predict(config, model, source, processor, faults=faults))
         scores = tasks.score(source.protocol, records, loader.not_answered(source, faults))
-        if said := tasks.told(scores):
+        if said := tasks.summary(scores):
             log.warning(said)
         write_predictions(subject.folder / f"predictions{ending}.jsonl", records)
         scores |= {"settings": settings} if name else {}
-        write_json(path, scores)
+        files.write_json(path, scores)
         print(json.dumps(scores, indent=1, sort_keys=True))
         print(f"predictions{ending}.jsonl and {path.name} are in {subject.folder}", file=sys.stderr)

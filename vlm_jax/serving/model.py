@@ -94,7 +94,7 @@ class VLM:
             self.decoder = Decoder(model, stop_ids=processor.stop_ids, consume=True)
             # What every prompt begins with is read once, unless the compressor wants to read it.
             self.prefix = [] if model.compressor.reads_prefix else processor.constant_prefix()
-            self.begun = self.decoder.begin(self.prefix)
+            self.prefix_pass = self.decoder.read_prefix(self.prefix)
 
     @classmethod
     def from_checkpoint(
@@ -142,7 +142,7 @@ class VLM:
         seed: int = 0,
         visual_tokens: int | None = None,
         batch: int = 8,
-        told: Callable[[int, str], None] | None = None,
+        on_text: Callable[[int, str], None] | None = None,
     ) -> list["Answer"]:
         """Answers, one for each prompt, in order.
 
@@ -154,7 +154,7 @@ class VLM:
             the first question, whose template places them.
           exif: "apply" turns an image upright as its EXIF orientation says, "ignore" takes the
             pixels as they lie.
-          max_new_tokens, temperature, top_p, seed, visual_tokens, batch, told: as in `answer`.
+          max_new_tokens, temperature, top_p, seed, visual_tokens, batch, on_text: as in `answer`.
         Raises:
           ValueError, OSError: for what cannot be answered, before anything is; of an image with its
             number.
@@ -186,7 +186,7 @@ class VLM:
             seed=seed,
             visual_tokens=visual_tokens,
             batch=batch,
-            told=told,
+            on_text=on_text,
         )
 
     def request(self, image: Any, prompt: Any, *, exif: str = "apply") -> Request:
@@ -223,7 +223,7 @@ class VLM:
         seed: int = 0,
         visual_tokens: int | None = None,
         batch: int = 8,
-        told: Callable[[int, str], None] | None = None,
+        on_text: Callable[[int, str], None] | None = None,
     ) -> list[Answer]:
         """Answers to requests, in order.
 
@@ -234,7 +234,7 @@ class VLM:
           seed: of each request's draws: the same request gets the same answer in any company.
           visual_tokens: V, where the compressor serves any; as the checkpoint has it unless given.
           batch: most requests that are read together.
-          told: called with a request's number and the next piece of its text, as it comes.
+          on_text: called with a request's number and the next piece of its text, as it comes.
         Raises:
           ValueError: for what cannot be answered, before anything is.
         """
@@ -270,7 +270,9 @@ class VLM:
                     drawn=(temperature, top_p, seed),
                     room=[room[i] for i in some],
                     visual_tokens=visual_tokens,
-                    told=(lambda k, text, some=some: told(some[k], text)) if told else None,
+                    on_text=(lambda k, text, some=some: on_text(some[k], text))
+                    if on_text
+                    else None,
                 )
                 answers |= zip(some, said, strict=True)
         return [answers[i] for i in range(len(requests))]
@@ -298,8 +300,8 @@ class VLM:
             )
         return most
 
-    def asked(self, visual_tokens: int | None) -> int | None:
-        """The V that the compressor is told: none where it gives but one."""
+    def requested_tokens(self, visual_tokens: int | None) -> int | None:
+        """The V to ask of the compressor; None where it has only one."""
         if not self.compressor.buckets:
             return None
         return self.compressor.tokens if visual_tokens is None else visual_tokens
@@ -310,7 +312,7 @@ class VLM:
         at = len(request.ids) if request.image_at is None else request.image_at
         return 0 < length <= at and request.ids[:length] == self.prefix
 
-    def _together(self, requests, *, begins, drawn, room, visual_tokens, told) -> list[Answer]:
+    def _together(self, requests, *, begins, drawn, room, visual_tokens, on_text) -> list[Answer]:
         """The answers of one batch, each of as many tokens as its request has `room` for."""
         tokenizer, stop_ids = self.processor.tokenizer, self.processor.stop_ids
         with jax.set_mesh(self.mesh):
@@ -333,8 +335,8 @@ class VLM:
             started = self.decoder.start(
                 jax.device_put(made, meshes.sharding(self.mesh, "batch")),
                 new_tokens=max(room),
-                tokens=self.asked(visual_tokens) if requests[0].pixels else None,
-                begun=self.begun if begins else None,
+                tokens=self.requested_tokens(visual_tokens) if requests[0].pixels else None,
+                prefix=self.prefix_pass if begins else None,
                 sampling=jax.device_put(sampling, meshes.sharding(self.mesh, "batch"))
                 if temperature
                 else None,
@@ -352,8 +354,8 @@ class VLM:
                     stopped = text.ids[-1] in stop_ids
                     if stopped or step == room[k] - 1:
                         ended[k] = now
-                    if told and (piece := text.piece(whole=k in ended, stop=stopped)):
-                        told(k, piece)
+                    if on_text and (piece := text.piece(whole=k in ended, stop=stopped)):
+                        on_text(k, piece)
                 if len(ended) == len(texts):
                     break
         answers = []

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import progress
+from vlm_jax import files, progress
 from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.texts import Texts
@@ -104,6 +104,4 @@ def predict(
 
 def write_predictions(path: Path, records: list[dict[str, Any]]) -> None:
     """One JSON line per record, whole or not at all."""
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(json.dumps(r, sort_keys=True) + "\n" for r in records))
-    fresh.replace(path)
+    files.write_text(path, "".join(json.dumps(r, sort_keys=True) + "\n" for r in records))

@@ -40,7 +40,7 @@ def answer_file(
     model.answer([], **how)  # what is wrong with the flags is wrong with every line
     bad: list[str] = []
     seen, repeated = set[str](), 0
-    with opened(out) as file, progress.doing("answers", count(requests)) as task:
+    with open_output(out) as file, progress.doing("answers", count(requests)) as task:
         waiting: list[tuple[Line, Any]] = []
 
         def write(line: Line, fields: dict[str, Any]) -> None:
@@ -181,7 +181,7 @@ def lines_of(path: Path) -> Iterator[Line]:
 
 
 @contextmanager
-def opened(path: Path | None) -> Iterator[TextIO]:
+def open_output(path: Path | None) -> Iterator[TextIO]:
     """The file to write, or stdout."""
     if path is None:
         yield sys.stdout

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlm_jax.compressors.compressor import Compressor, Visual
 from vlm_jax.data.example import IMAGE_MARK
-from vlm_jax.data.paths import spelled
+from vlm_jax.data.paths import existing_path
 from vlm_jax.data.pictures import Unusable, check_shape, one_line, read_image, rgb
 from vlm_jax.serving.decoder import bucket
 
@@ -195,7 +195,7 @@ def picture(image: Any, *, exif: str = "apply") -> np.ndarray:
         raise ValueError(
             f"an image is a path, a PIL image or an array uint8 [H, W, 3], not {image!r:.80}"
         )
-    path = spelled(image)
+    path = existing_path(image)
     if not os.path.lexists(path):
         raise FileNotFoundError(f"there is no image {image}")
     return read_image(str(path), "", "give another image", exif=exif)

@@ -59,7 +59,7 @@ class Subject:
         """The configuration of an evaluation by the folder's own settings, if it has any."""
         return None if self.run is None else self.run.config.copy_and_resolve_references()
 
-    def asked(self, given: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+    def requested(self, given: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
         """The configuration of this model's evaluation out of one that is `given`.
 
         Raises:
@@ -100,8 +100,9 @@ class Subject:
             free = self.free(name, now, now | {name: value})
             if name in now and now[name] != value and not free:
                 raise ValueError(
-                    f"--config.{name}={fields.shown(value)}: the model in {self.folder} has "
-                    f"{fields.shown(now[name])}, and an evaluation cannot change it; leave it out"
+                    f"--config.{name}={fields.value_text(value)}: the model in {self.folder} has "
+                    f"{fields.value_text(now[name])}, and an evaluation cannot change it; leave it "
+                    "out"
                 )
             if name in now and free:
                 section, _, leaf = name.rpartition(".")
@@ -192,7 +193,7 @@ def name_of(settings: Mapping[str, Any], data_hash: str) -> str:
     for name in [*ORDER, *others, *LAST]:
         if name not in settings:
             continue
-        value = fields.shown(settings[name])
+        value = fields.value_text(settings[name])
         if name == "data.path":
             parts.append(f"{Path(value).stem}-{data_hash[:8]}")
         elif name == "data.blind":

@@ -33,7 +33,7 @@ def say(
         [images],
         [list(turns)],
         exif=exif,
-        told=show if stream else None,
+        on_text=show if stream else None,
         **dataclasses.asdict(drawing),
     )
     print("" if stream else answer.text, flush=True)

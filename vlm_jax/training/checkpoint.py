@@ -132,8 +132,9 @@ class Checkpoints:
         notes = self.manager.restore(step, args=args)["notes"]
         if (theirs := notes.get("lora")) != lora:
             raise OtherAdapters(
-                f"checkpoint {self.folder}/{step} was written with {said(theirs)}, and the "
-                f"configuration says {said(lora)}: give the same, or choose another folder"
+                f"checkpoint {self.folder}/{step} was written with {adapters_text(theirs)}, and "
+                "the "
+                f"configuration says {adapters_text(lora)}: give the same, or choose another folder"
             )
         wanted = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), named(like)
@@ -183,7 +184,7 @@ def numbered(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and any(p.iterdir()))
 
 
-def said(lora: dict[str, Any] | None) -> str:
+def adapters_text(lora: dict[str, Any] | None) -> str:
     """The adapters of a model, for a message."""
     if lora is None:
         return "no LoRA"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from vlm_jax import mesh, progress
+from vlm_jax import files, mesh, progress
 from vlm_jax.compressors.compressor import Compressor
 from vlm_jax.data import sources
 from vlm_jax.data.processor import Processor
@@ -57,10 +57,11 @@ def features_of(
     """
     path = folder / sight.file(source.split)
     if not path.exists():
-        folder.mkdir(exist_ok=True)
-        fresh = path.with_suffix(".tmp")
         table, count = None, len(source.images)
-        with progress.doing(f"features of the {source.split} images", count) as task:
+        with (
+            progress.doing(f"features of the {source.split} images", count) as task,
+            files.making(path) as fresh,
+        ):
             for start in range(0, count, BATCH):
                 index = np.minimum(np.arange(start, start + BATCH), count - 1)
                 seen = [picture(source, int(i), skip=skip) for i in index]
@@ -75,7 +76,6 @@ def features_of(
                 table[start:stop] = found[: stop - start]
                 task.note(stop)
             table.flush()
-        fresh.rename(path)
     return np.load(path, mmap_mode="r")
 
 

@@ -28,6 +28,9 @@ LATER = {
     "data.image_exif": "ignore",
     "compressor.queries": 0,
     "loss_chunk": -1,
+    "data.row_length": 0,
+    "data.row_images": 8,
+    "data.buckets": (),
 }
 
 Flat = Mapping[str, Any]  # dotted name of a field -> its value, as JSON gives it back
@@ -210,6 +213,8 @@ FIELDS: dict[str, Field] = {
     # Photographs of another camera may be turned otherwise.
     "data.image_exif": Field(SHOWN),
     **_section("data", SHOWN, text_length=COUNT, question_length=COUNT, images_per_row=COUNT),
+    # Which examples meet in a step.
+    **_section("data", RUN, row_length=SOME, row_images=COUNT, buckets=COUNTS),
     # A run that met no bad row is the one that would have skipped it.
     "data.on_bad_example": Field(NOTHING),
     "data.text_only": Field(SHOWN),
@@ -258,7 +263,7 @@ def check(values: Flat) -> None:
         if allowed.many and isinstance(value, (list, tuple)):
             allowed = allowed._replace(many=False)
             value = next(one for one in value if not allowed.holds(one))
-        raise ValueError(f"{name}={shown(value)}: give {allowed}")
+        raise ValueError(f"{name}={value_text(value)}: give {allowed}")
 
 
 def check_names(values: Flat) -> None:
@@ -303,6 +308,8 @@ def unread(name: str, values: Flat) -> bool:
         return values.get(f"{section}.steps") == 0
     if name in ("lora.alpha", "lora.targets"):
         return values.get("lora.rank") == 0
+    if name == "data.row_images":
+        return values.get("data.row_length") == 0
     if name in SYNTHETIC:
         return values.get("data.source") != "synthetic"
     if name in ("data.path", "data.images"):
@@ -310,12 +317,12 @@ def unread(name: str, values: Flat) -> bool:
     return False
 
 
-def shown(value: Any) -> str:
+def value_text(value: Any) -> str:
     """A value as a person writes it."""
     if isinstance(value, str):
         return value or '""'
     if isinstance(value, (list, tuple)):
-        return f"({', '.join(shown(v) for v in value)})"
+        return f"({', '.join(value_text(v) for v in value)})"
     return str(value)
 
 
@@ -323,8 +330,8 @@ def changes(names: list[str], then: Flat, now: Flat, *, most: int = 4) -> str:
     """How fields differ, for a message: `llm.depth was 2, is 3; ...`."""
     parts = []
     for name in names[:most]:
-        was = shown(then[name]) if name in then else "not there"
-        now_is = f"is {shown(now[name])}" if name in now else "is gone"
+        was = value_text(then[name]) if name in then else "not there"
+        now_is = f"is {value_text(now[name])}" if name in now else "is gone"
         parts.append(f"{name} was {was}, {now_is}")
     more = f"; and {len(names) - most} more" if len(names) > most else ""
     return "; ".join(parts) + more

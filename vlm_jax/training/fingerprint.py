@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vlm_jax import files
 from vlm_jax.training.optimizer import State
 
 BEGAN = "began.json"  # in the folder of a stage
@@ -55,7 +56,7 @@ class Beginning:
         """Writes the file once the first step is known to be finite."""
         if self.fresh and step == 1 and jax.process_index() == 0:
             text = json.dumps({"weights": self.weights, "loss": loss})
-            (self.folder / BEGAN).write_text(text + "\n")
+            files.write_text(self.folder / BEGAN, text + "\n")
 
 
 def of_run(folder: Path, stages: list[str]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ asked."""
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from vlm_jax import progress
+from vlm_jax import files, progress
 from vlm_jax.training.optimizer import Metrics
 
 
@@ -26,8 +25,8 @@ class Log:
     """The progress of one stage: `metrics.jsonl`, and a line every `every` steps (a bar on a
     terminal).
 
-    `more` gives what else a line of `metrics.jsonl` says. Only process 0 writes. On a restart,
-    lines behind the step that is resumed are dropped.
+    `batch` is the examples of a step. `more` gives what else a line of `metrics.jsonl` says. Only
+    process 0 writes. On a restart, lines behind the step that is resumed are dropped.
     """
 
     def __init__(
@@ -38,7 +37,7 @@ class Log:
         first: int,
         last: int,
         every: int,
-        batch: int,
+        batch: float,
         tensorboard: bool = False,
         more: Callable[[], dict[str, Any]] = dict,
     ):
@@ -131,9 +130,7 @@ def drop_after(path: Path, step: int) -> None:
     for line in path.read_text().splitlines(keepends=True):
         if line.endswith("\n") and json.loads(line)["step"] <= step:
             kept.append(line)
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(kept))
-    os.replace(fresh, path)
+    files.write_text(path, "".join(kept))
 
 
 def board(folder: Path):

@@ -13,10 +13,11 @@ from vlm_jax import mesh
 from vlm_jax.layers import RUN_ONCE, Linear
 from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vit import ViT
-from vlm_jax.models.vlm import VLM, Batch
+from vlm_jax.models.vlm import VLM, Batch, has_images
 from vlm_jax.models.vlm import rows as by_row
 from vlm_jax.training import chunked_loss
 from vlm_jax.training.chunked_loss import Sums as Sums
+
 
 @jax.named_scope("loss")
 def score(
@@ -55,6 +56,8 @@ def every_scale(model: VLM, batch: Batch, *, chunk: int = 0) -> Sums:
 
     The encoder, where it runs, and the compressor's layers are passed through once for all of them.
     """
+    if not has_images(batch):
+        return next_token(model, batch, chunk=chunk)
     seen = model.compressor.every_scale(model.levels(batch))
     sums = [next_token(model, {**batch, "visual": tokens}, chunk=chunk) for tokens in seen]
     return jax.tree.map(lambda *parts: sum(parts) / len(parts), *sums)

@@ -104,7 +104,7 @@ def run_stage(
             first=first,
             last=stage.steps,
             every=recipe.log_every,
-            batch=stage.batch,
+            batch=batches.examples,
             tensorboard=recipe.tensorboard,
             more=batches.fields,
         )
@@ -148,7 +148,7 @@ def skipped(name: str, batches: loader.Batches, path: Path) -> str:
     if name == "encoder":
         what, of = "images", len(batches.source.images)
     what += " were skipped, the next good one taken instead"
-    return f"{name}: {batches.skips.told(of, what)}\nall of them: {path}"
+    return f"{name}: {batches.skips.summary(of, what)}\nall of them: {path}"
 
 
 def check(recipe: Recipe) -> None:
@@ -168,6 +168,13 @@ def check(recipe: Recipe) -> None:
         raise ValueError(
             "align.steps=0 and finetune.steps=0: such a run trains no model; set one of them"
         )
+    recipe.arrangement.check(
+        text=recipe.rows.text_length,
+        question=recipe.rows.question_length,
+        images=recipe.rows.images_per_row,
+        visual=recipe.visual,
+        query=recipe.rows.query,
+    )
     for name in ("encoder", "align", "finetune"):
         stage = recipe.stage(name)
         if stage.batch % stage.accumulate:
@@ -256,7 +263,11 @@ def train(
                 skip=recipe.skip,
                 mesh=jax.sharding.get_mesh(),
                 workers=recipe.workers,
+                arrangement=recipe.arrangement,
+                visual=model.compressor.tokens,
             )
+        if rows.plan is not None:
+            progress.say(rows.plan.said(name))
         objective = next_token
         if name == "finetune" and model.compressor.prefixes:
             batches = prefixes.RandomPrefixes(
@@ -267,13 +278,16 @@ def train(
             )
         if name == "finetune" and model.compressor.scales:
             objective = every_scale
-        if (batch := recipe.stage(name).batch) > len(inputs.source):
+        batch = recipe.stage(name).batch
+        if recipe.arrangement.plain and batch > len(inputs.source):
             log.warning(
                 f"{name}.batch={batch} is more than the {len(inputs.source)} examples "
                 "of the data: each batch has some of them more than once"
             )
         objective = functools.partial(objective, chunk=recipe.loss_chunk)
         model = run_stage(name, model, batches, recipe, folder, objective, begin=begin)
+        if rows.usage.tokens_computed:
+            progress.say(f"{name}: {rows.usage}")
         if rows.cut:
             log.warning(
                 f"{name}: {rows.cut} of {len(inputs.source)} rows were longer than "
@@ -297,7 +311,7 @@ def tokenizer_of(named: str, vocab: int, kept: Path | None, source: sources.Sour
     return tokenizer
 
 
-def opened(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
+def open_inputs(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
     """The training split of a claimed folder's run, and what makes the folder its own.
 
     ValueError where the folder was begun with other data or another tokenizer, or with anything
@@ -326,7 +340,7 @@ def opened(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
     return Inputs(source, made), begin
 
 
-def adopted(config: ConfigDict) -> ConfigDict:
+def with_start(config: ConfigDict) -> ConfigDict:
     """The configuration with what the folder that it starts from decides."""
     if not config.start_from:
         return config
@@ -343,7 +357,7 @@ def run(config: ConfigDict, folder: Path) -> int:
         for warning in memory.check_training(recipe):
             log.warning(warning)
         progress.say(overview(shapes, recipe))
-        inputs, begin = opened(claimed)
+        inputs, begin = open_inputs(claimed)
         if not (config.start_from or config.encoder.steps):
             log.warning(
                 "the encoder has random weights and keeps them: name a model that has one "

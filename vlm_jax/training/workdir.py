@@ -4,7 +4,6 @@
 import fcntl
 import hashlib
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from vlm_jax import __version__
+from vlm_jax import __version__, files
 from vlm_jax.models import lora, vlm
 from vlm_jax.models.vlm import VLM
 from vlm_jax.training import fields, fingerprint, memory, optimizer
@@ -91,9 +90,9 @@ class Claim:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.begun is None or self.other:
             self.begun, self.other = self.first().to_dict(), []
-            write_json(self.folder / "config.json", self.begun)
+            files.write_json(self.folder / "config.json", self.begun)
             if self.content:
-                write_json(self.folder / "content.json", self.content)
+                files.write_json(self.folder / "content.json", self.content)
 
 
 @contextmanager
@@ -239,8 +238,10 @@ def of_json(tree: dict[str, Any]) -> ConfigDict:
     config = ConfigDict(tuples(tree))
     for name, value in fields.LATER.items():
         section, _, leaf = name.rpartition(".")
-        home = config.get(section) if section else config
-        if home is not None and leaf not in home:
+        if section and section not in config:
+            continue
+        home = config[section] if section else config
+        if leaf not in home:
             home[leaf] = value
     return config
 
@@ -295,16 +296,6 @@ def finished(workdir: Path, recipe: Recipe, *, merge: bool = True) -> VLM:
         )
     model = optimizer.finish(graph, restored[0])
     return lora.merge(model) if merge else model
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file whole or not at all."""
-    fresh = path.with_suffix(f".tmp{os.getpid()}")
-    with fresh.open("w") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
 
 
 def commit(root: Path) -> str:

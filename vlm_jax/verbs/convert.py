@@ -165,7 +165,7 @@ def gathered(options: argparse.Namespace) -> Any:
     folders = dict(vision=options.vision, llm=options.llm)
     if options.source and not options.llm and options.source.is_dir():
         if runs.is_run(options.source):
-            given = wish.said() + [f"--vision={options.vision}"] * bool(options.vision)
+            given = wish.flags() + [f"--vision={options.vision}"] * bool(options.vision)
             if given:
                 raise ValueError(
                     f"{options.source} is a training run: its model is converted as it is, without "

@@ -107,7 +107,7 @@ class Parser(argparse.ArgumentParser):
             choices = [str(choice) for choice in action.choices]
             raise argparse.ArgumentError(
                 action,
-                f"{value!r} is no choice{meant(str(value), choices)}: choose one of "
+                f"{value!r} is no choice{suggestion(str(value), choices)}: choose one of "
                 f"{', '.join(choices)}",
             )
 
@@ -120,12 +120,12 @@ class Parser(argparse.ArgumentParser):
             action = self._option_string_actions.get(name)
             if action is None:
                 known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-                self.error(f"unknown flag {name}{meant(name, known)} ({self.prog} --help)")
+                self.error(f"unknown flag {name}{suggestion(name, known)} ({self.prog} --help)")
             if given and not value and action.default != "" and action.metavar != "TEXT":
                 self.error(f"{name}= is empty: give it a value ({action.help})")
 
 
-def meant(word: str, known: Iterable[str]) -> str:
+def suggestion(word: str, known: Iterable[str]) -> str:
     """The end of a refusal: the known word that is nearest, or nothing where none is near."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f", did you mean {near[0]}?" if near else ""
@@ -240,7 +240,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         whole.error(f"{verb} goes before no verb: flags follow the verb")
     whole, verbs = build([verb])
     if verb not in verbs:
-        whole.error(f"unknown verb {verb!r}{meant(verb, verbs)}: choose one of {', '.join(verbs)}")
+        whole.error(
+            f"unknown verb {verb!r}{suggestion(verb, verbs)}: choose one of {', '.join(verbs)}"
+        )
     configuration, others = apart(rest) if verb in USES_CONFIG else ([], rest)
     verbs[verb].check(others)
     options, unexpected = whole.parse_known_args([verb, *others])

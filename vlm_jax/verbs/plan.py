@@ -115,15 +115,15 @@ def add_flags(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Plans, and prints the plan; 0."""
-    from vlm_jax.planning import answers, question, spelled
+    from vlm_jax.planning import answers, parsing, question
 
-    law = spelled.read_laws(options.law, options.mix)
+    law = parsing.read_laws(options.law, options.mix)
     config = configuration.read(options.config).config if options.config else None
     efficiency, warnings = efficiency_of(options)
     hbm = options.hbm_gb
     plan = question.plan(
         law,
-        text_tokens=spelled.texts(options.text_tokens),
+        text_tokens=parsing.texts(options.text_tokens),
         flops=options.flops,
         ms=options.ms,
         dollars_per_million=options.dollars_per_million,
@@ -132,8 +132,8 @@ def run(options: argparse.Namespace) -> int:
         batch=options.batch,
         cached_text=options.cached_text,
         cost_model=options.cost,
-        llms=spelled.sizes(options.llms),
-        tokens=spelled.counts(options.tokens),
+        llms=parsing.sizes(options.llms),
+        tokens=parsing.counts(options.tokens),
         compressors=options.compressors.split(",") if options.compressors else None,
         config=config,
         chip=options.chip,
@@ -159,11 +159,11 @@ def run(options: argparse.Namespace) -> int:
 def efficiency_of(options: argparse.Namespace) -> tuple[Any, list[str]]:
     """The reached fraction of the roofline, given or fitted to measured rows, and warnings."""
     from vlm_jax.cost import roofline
-    from vlm_jax.planning import question, spelled
+    from vlm_jax.planning import parsing, question
     from vlm_jax.rows import records
 
     if not options.measured:
-        return spelled.efficiency(options.efficiency), []
+        return parsing.efficiency(options.efficiency), []
     if options.cost == "paper" or options.cost is None and options.flops is not None:
         question.refuse_chip(True)
     if options.chip is None or options.efficiency:

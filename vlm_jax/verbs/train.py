@@ -39,13 +39,13 @@ def run(options: argparse.Namespace) -> int:
     asked = flat(given.config)
     fields.check_names(asked)
     fields.check(asked)
-    made = stages.adopted(given.config)
+    made = stages.with_start(given.config)
     found = flat(made)
     for name, value in given.overrides.items():
         if found.get(name) != asked.get(name):
             progress.say(
-                f"start: {name}={fields.shown(value)} gives way to "
-                f"{fields.shown(found[name])} of start_from={made.start_from}"
+                f"start: {name}={fields.value_text(value)} gives way to "
+                f"{fields.value_text(found[name])} of start_from={made.start_from}"
             )
     if workdir is None:
         with jax.set_mesh(mesh.make(**made.mesh)):

@@ -26,7 +26,7 @@ from vlm_jax.weights.files import READERS, read_json
 from vlm_jax.weights.folder import Model
 from vlm_jax.weights.layouts import refuse_quantized
 from vlm_jax.weights.stored import Stored, write_file
-from vlm_jax.weights.values import number, shown, whole
+from vlm_jax.weights.values import number, value_text, whole
 
 CONFIG, WEIGHTS, BESIDE = "adapter_config.json", "adapter_model", "non_lora_trainables"
 PEFT = "base_model.model."
@@ -178,7 +178,7 @@ def merge(model: Model, path: Path, **allowed) -> tuple[list[str], list[str]]:
     found = {names.canonical(name): tensor for name, tensor in stored.items()}
     low = {name: tensor for name, tensor in found.items() if ".lora_" in name}
     if not low:
-        raise ValueError(f"{path} holds no LoRA tensors, only {names.shown(list(found))}")
+        raise ValueError(f"{path} holds no LoRA tensors, only {names.names_text(list(found))}")
     bases = {n.removesuffix(".weight") for n, x in model.tensors.items() if len(x.shape) == 2}
     if model.llm["tied_embeddings"]:
         bases -= {"llm.lm_head"}  # it is the embedding, which such an adapter leaves alone
@@ -203,7 +203,8 @@ def merge(model: Model, path: Path, **allowed) -> tuple[list[str], list[str]]:
     whole = {name: tensor for name, tensor in found.items() if name not in low}
     if over := sorted(name for name in whole if name in model.tensors):
         model.notes["adapted"] = (
-            f"{len(over)} tensors replaced by those that {path} holds whole: {names.shown(over, 4)}"
+            f"{len(over)} tensors replaced by those that {path} holds whole: "
+            f"{names.names_text(over, 4)}"
         )
     model.tensors |= whole
     for module in sorted(modules):
@@ -242,9 +243,11 @@ def settings_of(path: Path) -> dict[str, Any]:
         targets = settings["target_modules"]
         several = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
         if not several and not isinstance(targets, str):
-            raise ValueError(f"target_modules={shown(targets)}: a pattern or names are needed")
+            raise ValueError(f"target_modules={value_text(targets)}: a pattern or names are needed")
         if settings.get("use_rslora") not in (None, True, False):
-            raise ValueError(f"use_rslora={shown(settings['use_rslora'])}: true or false is needed")
+            raise ValueError(
+                f"use_rslora={value_text(settings['use_rslora'])}: true or false is needed"
+            )
     return settings
 
 
@@ -293,6 +296,6 @@ def fits(pattern: str, name: str) -> bool:
     except (regex.error, TimeoutError, RecursionError, OverflowError, MemoryError) as error:
         said = "takes too long" if isinstance(error, TimeoutError) else f"is none ({error})"
         raise ValueError(
-            f"{CONFIG}: the pattern target_modules={shown(pattern)} {said}: merge the adapter with "
-            "PEFT and convert the result"
+            f"{CONFIG}: the pattern target_modules={value_text(pattern)} {said}: merge the adapter "
+            "with PEFT and convert the result"
         ) from None

@@ -22,7 +22,7 @@ from vlm_jax.weights.classes import (
 )
 from vlm_jax.weights.files import read_json
 from vlm_jax.weights.layouts import LLMS, family, refuse_quantized, refuse_tiles
-from vlm_jax.weights.values import number, shown, table, text, whole
+from vlm_jax.weights.values import number, table, text, value_text, whole
 
 Section = dict[str, Any]
 
@@ -119,8 +119,8 @@ def _llava(fields: dict) -> Published:
     tower, llm = kinds.values()
     if tower not in TOWERS or llm not in LLMS:
         raise ValueError(
-            f"a llava of {shown(tower)[1:-1]} and {shown(llm)[1:-1]} is not supported; known are: "
-            f"{SUPPORTED}"
+            f"a llava of {value_text(tower)[1:-1]} and {value_text(llm)[1:-1]} is not supported; "
+            f"known are: {SUPPORTED}"
         )
     full = defaults("llava", given, set(given))
     with within("vision_config"):
@@ -150,8 +150,8 @@ def _llava15(fields: dict) -> Published:
     for name in ("mm_use_im_start_end", "mm_use_im_patch_token"):
         if value := fields.get(name):
             raise ValueError(
-                f"{name}={shown(value)}: image start, end and patch tokens (LLaVA before 1.5) are "
-                "not supported; supported: false. Take a LLaVA-1.5"
+                f"{name}={value_text(value)}: image start, end and patch tokens (LLaVA before 1.5) "
+                "are not supported; supported: false. Take a LLaVA-1.5"
             )
     kind = family(fields)
     text_fields = fields | dict(model_type=kind)
@@ -159,7 +159,7 @@ def _llava15(fields: dict) -> Published:
     layer = fields.get("mm_vision_select_layer", -2)
     if type(layer) is not int:
         raise ValueError(
-            f"mm_vision_select_layer={shown(layer)}: the number of one block is needed"
+            f"mm_vision_select_layer={value_text(layer)}: the number of one block is needed"
         )
     feature = text("mm_vision_select_feature", fields.get("mm_vision_select_feature", "patch"))
     fit = "pad" if fields.get("image_aspect_ratio") == "pad" else "crop"
@@ -216,7 +216,7 @@ def square(name: str, value: Any) -> int:
     """The one side of what is square; ValueError for what is not."""
     sides = value if isinstance(value, list | tuple) else (value, value)
     if len(sides) != 2 or sides[0] != sides[1]:
-        raise ValueError(f"{name}={shown(value)}: only squares are supported")
+        raise ValueError(f"{name}={value_text(value)}: only squares are supported")
     return whole(name, sides[0], most=2**16)
 
 
@@ -289,7 +289,7 @@ def refuse_windows(kind: str, fields: dict, full: Any) -> None:
     kinds = kinds or fields.get("layer_types") or ()
     window = full.sliding_window if hasattr(full, "sliding_window") else None
     if not isinstance(kinds, list | tuple):
-        raise ValueError(f"layer_types={shown(kinds)}: a list of names is needed")
+        raise ValueError(f"layer_types={value_text(kinds)}: a list of names is needed")
     for name in kinds:
         allow("layer_types", name, ("full_attention", "sliding_attention"))
     # Mistral's class has one window for all of its layers, whatever layer_types says.
@@ -305,7 +305,7 @@ def refuse_windows(kind: str, fields: dict, full: Any) -> None:
 def rope_fields(rope: dict[str, Any]) -> Section:
     """Our fields of rotary positions, from transformers' `rope_parameters`."""
     if "rope_type" not in rope:
-        raise ValueError(f"rope_parameters={shown(rope)} by kind of layer are not supported")
+        raise ValueError(f"rope_parameters={value_text(rope)} by kind of layer are not supported")
     kind = rope["rope_type"]
     allow("rope_type", kind, tuple(ROPES))
     allow("partial_rotary_factor", rope.get("partial_rotary_factor", 1), (1,))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vlm_jax.weights.values import number, shown, whole
+from vlm_jax.weights.values import number, value_text, whole
 
 # Fields that change what is computed: sizes, then others.
 TOWER_SIZES = (
@@ -45,7 +45,7 @@ def allow(name: str, value: Any, allowed: tuple | type) -> None:
     if isinstance(value, allowed) if isinstance(allowed, type) else value in allowed:
         return
     choices = allowed.__name__ if isinstance(allowed, type) else ", ".join(map(str, allowed))
-    raise ValueError(f"{name}={shown(value)} is not supported; supported: {choices}")
+    raise ValueError(f"{name}={value_text(value)} is not supported; supported: {choices}")
 
 
 def check_sizes(fields: dict, names: tuple[str, ...]) -> None:

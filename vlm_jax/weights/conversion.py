@@ -120,7 +120,9 @@ def convert(
         if about := model.notes.get(kind):
             notes.append(f"{kind}: {about}")
     lists = {"fresh": missing, "left out": surplus + apart[1], "of the adapter absent": apart[0]}
-    notes += [f"{len(of)} tensors {kind}: {names.shown(of)}" for kind, of in lists.items() if of]
+    notes += [
+        f"{len(of)} tensors {kind}: {names.names_text(of)}" for kind, of in lists.items() if of
+    ]
     return Converted(facts, notes)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm_jax.weights.pickles import read_torch
 from vlm_jax.weights.stored import Stored, read_safetensors
-from vlm_jax.weights.values import depth, shown, table
+from vlm_jax.weights.values import depth, table, value_text
 
 READERS = {
     ".safetensors": read_safetensors,
@@ -74,12 +74,12 @@ def _indexed(folder: Path, places: Any, index: str) -> dict[str, Stored]:
         # What lies elsewhere on this machine is nobody's to name.
         if not isinstance(name, str) or Path(name).name != name or "\0" in name:
             raise ValueError(
-                f"{said} places {shown(tensor)} in {shown(name)}: it may name files of its own "
-                "folder only"
+                f"{said} places {value_text(tensor)} in {value_text(name)}: it may name files of "
+                "its own folder only"
             )
         if Path(name).suffix not in READERS:
             raise ValueError(
-                f"{said} names {shown(name)}: weights are files of {', '.join(READERS)}"
+                f"{said} names {value_text(name)}: weights are files of {', '.join(READERS)}"
             )
     if not places:
         raise ValueError(f"{said} names no tensors: copy or download it again")

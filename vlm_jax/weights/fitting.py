@@ -31,7 +31,7 @@ def fitted(model: Model, wish: Wish) -> Model:
     made = with_compressor(model, wish)
     if old:
         what = wish.projector or f"fresh weights of {made.compressor['kind']}"
-        made.notes["replaced"] = f"{len(old)} trained tensors by {what}: {names.shown(old, 4)}"
+        made.notes["replaced"] = f"{len(old)} trained tensors by {what}: {names.names_text(old, 4)}"
     return made
 
 
@@ -76,7 +76,7 @@ def with_compressor(model: Model, wish: Wish) -> Model:
         # What does not fit is found by the check.
         made = projector(wish.projector)
         with within(f"--projector={wish.projector}"):
-            held = methods.found({n: x.shape for n, x in made.items()})
+            held = methods.method_of({n: x.shape for n, x in made.items()})
             if held is not method and not (held and not held.compresses and method.projected):
                 held = held and held.kind
                 raise ValueError(
@@ -97,5 +97,7 @@ def projector(path: Path) -> dict[str, Stored]:
     """The tensors of a file of stage 1; ValueError where it holds others too."""
     found = names.renamed(read_tensors(path))
     if strange := [name for name in found if not name.startswith("compressor.")]:
-        raise ValueError(f"{path} is no projector of stage 1: it also has {names.shown(strange)}")
+        raise ValueError(
+            f"{path} is no projector of stage 1: it also has {names.names_text(strange)}"
+        )
     return found

@@ -4,9 +4,7 @@
 docs/weights.md has the layout. A folder appears whole or not at all.
 """
 
-import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import compressors
+from vlm_jax import compressors, files
 from vlm_jax.compressors.tensors import Table
 from vlm_jax.models import vlm
 from vlm_jax.models.sizes import LLMSize, ViTSize, VLMSize
@@ -219,32 +217,13 @@ def appearing(target: Path) -> Iterator[Path]:
 
     Raises:
       ValueError: where `target` holds something already.
-      OSError: where it cannot be written, with what to do.
+      OSError: where it cannot be written; nothing is left behind.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--to={target} is there already: choose another, or remove it")
-    fresh = target.with_name(target.name + ".tmp")
-    try:
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
+    with files.making(target) as fresh:
+        fresh.mkdir()
         yield fresh
-        for path in (p for p in fresh.rglob("*") if p.is_file()):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if target.exists():
-            target.rmdir()
-        fresh.rename(target)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "no space left" if full else error.strerror or str(error)
-        way = "make room, or choose another disk" if full else "choose another folder"
-        if error.filename and not Path(error.filename).is_relative_to(fresh):
-            raise
-        raise OSError(
-            f"{target} could not be written ({reason}): {way}; nothing was left behind"
-        ) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def load(folder: str | Path, *, dtype: str | None = None) -> VLM:

@@ -6,7 +6,7 @@ A layout that is taken for another gives another model without a word; these are
 
 import re
 
-from vlm_jax.weights.values import shown, text
+from vlm_jax.weights.values import text, value_text
 
 LLMS = ("llama", "qwen2", "qwen3", "mistral")
 # The language model of a flat LLaVA, by its model_type and by the middle of its class's name.
@@ -37,8 +37,8 @@ def refuse_quantized(fields: dict, level: str = "") -> None:
         if said := fields.get(name):
             how = said.get("quant_method") if isinstance(said, dict) else said
             raise ValueError(
-                f"{level}{name} says that the weights are quantized ({shown(how)}): get them as "
-                "they were before (float32, bfloat16 or float16), or dequantize them with the "
+                f"{level}{name} says that the weights are quantized ({value_text(how)}): get them "
+                "as they were before (float32, bfloat16 or float16), or dequantize them with the "
                 "library that quantized them and save them again"
             )
     for name in ("text_config", "vision_config", "llm_config", "language_config"):
@@ -60,18 +60,20 @@ def refuse_tiles(fields: dict) -> None:
     ):
         if (value := fields.get(name)) not in plain:
             known = ", ".join(str(x) for x in plain if x not in (None, [])) or "null"
-            raise ValueError(f"{name}={shown(value)} is not supported; supported: {known}. {way}")
+            raise ValueError(
+                f"{name}={value_text(value)} is not supported; supported: {known}. {way}"
+            )
 
 
 def family(fields: dict) -> str:
     """The language model of a flat LLaVA: model_type and architectures say it, and must agree."""
     said: dict[str, str | None] = {}
     if (kind := fields.get("model_type")) is not None:
-        said[f"model_type={shown(kind)}"] = FLAT.get(kind)
+        said[f"model_type={value_text(kind)}"] = FLAT.get(kind)
     classes = fields.get("architectures")
     for name in classes if isinstance(classes, list) else []:
         found = re.fullmatch(r"(?:Llava)?(\w+?)(?:LM)?ForCausalLM", text("architectures", name))
-        said[f"architectures=[{shown(name)}]"] = found and CLASSES.get(found[1])
+        said[f"architectures=[{value_text(name)}]"] = found and CLASSES.get(found[1])
     unknown = [name for name, family in said.items() if family is None]
     if unknown or not said:
         raise ValueError(

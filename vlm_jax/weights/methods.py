@@ -16,7 +16,7 @@ from vlm_jax.compressors.none import NoneMethod
 from vlm_jax.weights import sizes
 from vlm_jax.weights.classes import allow
 from vlm_jax.weights.sizes import Shapes
-from vlm_jax.weights.values import shown, whole
+from vlm_jax.weights.values import value_text, whole
 
 Section = dict[str, Any]
 
@@ -41,7 +41,7 @@ class Wish:
     seed: int = 0
     replace: bool = False
 
-    def said(self) -> list[str]:
+    def flags(self) -> list[str]:
         """The flags that were given, as they were written."""
         levels = self.levels and ",".join(map(str, self.levels))
         given = dict(
@@ -59,7 +59,7 @@ class Trained:
     method: Method
     levels: tuple[int, ...]
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """It in words."""
         section = self.method.section()
         words = [f"{section['tokens']} tokens", f"levels {','.join(map(str, self.levels))}"]
@@ -111,9 +111,9 @@ class Published:
         """A whole number that a field has; ValueError by the field's name."""
         return whole(name, value, **limits)
 
-    def shown(self, value: Any) -> str:
+    def value_text(self, value: Any) -> str:
         """A value as it is written in a message."""
-        return shown(value)
+        return value_text(value)
 
     def heads(self, kind: str, published: int, *, fixed: bool = False) -> int:
         """How many heads a trained compressor has, which neither config nor tensors say.
@@ -164,7 +164,7 @@ class Published:
         return levels
 
 
-def found(shapes: Shapes) -> type[Method] | None:
+def method_of(shapes: Shapes) -> type[Method] | None:
     """The method whose tensors these are; None where there are none of a compressor.
 
     Raises:
@@ -208,7 +208,7 @@ def named(fields: dict) -> tuple[type[Method] | None, str]:
             said[field] = methods[None]
             continue
         allow(field, value, (*methods, *plain[:1]))
-        said[f"{field}={shown(value)}"] = methods[value]
+        said[f"{field}={value_text(value)}"] = methods[value]
     if len(set(said.values())) > 1:
         raise ValueError(f"{' and '.join(said)} name different compressors")
     return next(((method, field) for field, method in said.items()), (None, ""))
@@ -222,7 +222,7 @@ def inside(fields: dict, shapes: Shapes, vit: Section, wish: Wish) -> Trained | 
     Raises:
       ValueError: where config and tensors do not agree, and for what our models do not have.
     """
-    (claimed, field), method = named(fields), found(shapes)
+    (claimed, field), method = named(fields), method_of(shapes)
     if method is None:
         if claimed and not wish.replace and not wish.projector:
             raise ValueError(
@@ -270,8 +270,8 @@ def chosen(trained: Trained, wish: Wish, vit: Section, path: Path) -> Trained:
         other.append(f"--levels={','.join(map(str, wish.levels))}")
     if other:
         raise ValueError(
-            f"{path} has a trained compressor, {trained.said()}, and not {' '.join(other)}: leave "
-            "these flags out, or add --replace-compressor to drop its weights for fresh ones"
+            f"{path} has a trained compressor, {trained.describe()}, and not {' '.join(other)}: "
+            "leave these flags out, or add --replace-compressor to drop its weights for fresh ones"
         )
     return Trained(method, trained.levels)
 

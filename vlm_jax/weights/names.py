@@ -201,7 +201,7 @@ def fit(
         ],
     }
     if any(bad.values()):
-        said = "; ".join(f"{len(of)} {kind}: {shown(of)}" for kind, of in bad.items() if of)
+        said = "; ".join(f"{len(of)} {kind}: {names_text(of)}" for kind, of in bad.items() if of)
         raise ValueError(
             f"the tensors do not make this model: {said}. Names that may be absent or ignored are "
             "given as --allow-missing=PATTERN,... and --allow-surplus=PATTERN,..."
@@ -209,6 +209,6 @@ def fit(
     return missing, surplus
 
 
-def shown(names: Sequence[str], most: int = 12) -> str:
+def names_text(names: Sequence[str], most: int = 12) -> str:
     """A list for a message."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" * (len(names) > most))

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.weights.stored import DTYPES, Stored
-from vlm_jax.weights.values import shown
+from vlm_jax.weights.values import value_text
 
 STORAGES = {
     "DoubleStorage": "F64",
@@ -90,7 +90,7 @@ def read_torch(path: Path) -> dict[str, Stored]:
     if not isinstance(found, dict) or not all(isinstance(x, Stored) for x in found.values()):
         raise ValueError(f"{path} holds something else than named tensors")
     if strange := [name for name in found if not isinstance(name, str)]:
-        raise ValueError(f"{path} has a tensor named {shown(strange[0])}: names are texts")
+        raise ValueError(f"{path} has a tensor named {value_text(strange[0])}: names are texts")
     return dict(found)
 
 
@@ -118,10 +118,10 @@ def check_directory(path: Path) -> None:
 def small(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> bytes:
     """The content of an entry that is not compressed, of `most` bytes at most."""
     if entry.compress_type != zipfile.ZIP_STORED:
-        raise Refused(f"{path}: {shown(entry.filename)} is compressed, which torch never does")
+        raise Refused(f"{path}: {value_text(entry.filename)} is compressed, which torch never does")
     if entry.file_size > most:
         raise Refused(
-            f"{path}: its description of tensors ({shown(entry.filename)}, {entry.file_size} "
+            f"{path}: its description of tensors ({value_text(entry.filename)}, {entry.file_size} "
             f"bytes) is implausibly long: {most} at most"
         )
     return archive.read(entry)
@@ -278,9 +278,10 @@ class Machine:
         """A word on the stack; Refused where it means nothing here."""
         known = isinstance(module, str) and isinstance(name, str)
         if not known or (module, name) not in self.words:
-            asked = f"{module}.{name}" if known else f"{shown(module)}.{shown(name)}"
+            asked = f"{module}.{name}" if known else f"{value_text(module)}.{value_text(name)}"
             raise Refused(
-                f"{self.path} asks for {shown(asked).strip(chr(39))}, which is no part of a file "
+                f"{self.path} asks for {value_text(asked).strip(chr(39))}, which is no part of a "
+                "file "
                 "of weights: it is refused, for it could run code; get the weights as safetensors"
             )
         self.stack.append(self.words[module, name])
@@ -304,7 +305,7 @@ class Machine:
 
     def storage(self, said: Any) -> Storage:
         """Type, place in the file and length of one storage."""
-        wrong = Refused(f"{self.path}: storage {shown(said)} is not as torch writes it")
+        wrong = Refused(f"{self.path}: storage {value_text(said)} is not as torch writes it")
         if not isinstance(said, tuple) or len(said) != 5 or said[0] != "storage":
             raise wrong
         _, word, key, _, count = said
@@ -314,7 +315,7 @@ class Machine:
         dtype = DTYPES[STORAGES[word.name]]
         entry = self.entries.get(f"{self.root}data/{key}")
         if entry is None:
-            raise Refused(f"{self.path} is cut off: storage {shown(key)} is not there")
+            raise Refused(f"{self.path} is cut off: storage {value_text(key)} is not there")
         stored = entry.compress_type == zipfile.ZIP_STORED
         if not stored or entry.file_size != count * dtype.itemsize:
             raise wrong
@@ -328,7 +329,7 @@ class Machine:
         name, extra = struct.unpack("<HH", header[26:30])
         place = entry.header_offset + 30 + name + extra
         if place + entry.file_size > total:
-            raise Refused(f"{self.path} is cut off inside storage {shown(key)}")
+            raise Refused(f"{self.path} is cut off inside storage {value_text(key)}")
         return Storage(dtype, place, count)
 
     def tensor(self, *said: Any) -> Stored:
@@ -338,7 +339,7 @@ class Machine:
         if not isinstance(storage, Storage) or not numbers or not natural(offset):
             raise Refused(f"{self.path} holds something else than named tensors")
         if not all(map(natural, (*shape, *strides))) or not len(shape) == len(strides) <= 64:
-            raise Refused(f"{self.path} holds a tensor of shape {shown(shape)}")
+            raise Refused(f"{self.path} holds a tensor of shape {value_text(shape)}")
         expected = tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
         # The stride of an axis of length 1 is never used, and torch leaves any number there.
         plain = all(

@@ -13,7 +13,7 @@ from vlm_jax.models.sizes import LLMSize, ViTSize
 from vlm_jax.weights import ends
 from vlm_jax.weights.classes import DEEPEST, allow
 from vlm_jax.weights.preprocessor import FILTERS, OLDER
-from vlm_jax.weights.values import LARGEST, finite, number, shown, table, text, whole
+from vlm_jax.weights.values import LARGEST, finite, number, table, text, value_text, whole
 
 MOST = {"depth": DEEPEST, "image_size": 2**16, "patch_size": 2**16}
 ZERO = ("compressor.tokens", "compressor.queries")  # sizes of which 0 means something
@@ -80,7 +80,7 @@ def section(
     for key, value in found.items():
         if key not in kinds:
             raise ValueError(
-                f"{name}.{shown(key).strip(chr(39))} is no field that is known here: a newer "
+                f"{name}.{value_text(key).strip(chr(39))} is no field that is known here: a newer "
                 f"version made the folder, or another program; known are {', '.join(kinds)}"
             )
         typed(f"{name}.{key}", value, kinds[key])
@@ -94,12 +94,12 @@ def typed(name: str, value: Any, kind: Any) -> None:
         number(name, value)
     elif kind is bool:
         if type(value) is not bool:
-            raise ValueError(f"{name}={shown(value)}: true or false is needed")
+            raise ValueError(f"{name}={value_text(value)}: true or false is needed")
     elif kind is str:
         text(name, value)
     else:
         if not isinstance(value, list | tuple) or len(value) > DEEPEST:
-            raise ValueError(f"{name}={shown(value)}: a list of whole numbers is needed")
+            raise ValueError(f"{name}={value_text(value)}: a list of whole numbers is needed")
         for part in value:
             whole(name, part)
 
@@ -110,4 +110,4 @@ def three(name: str, value: Any, *, positive: bool) -> None:
     good = [type(x) in (int, float) and finite(x) and (x > 0 or not positive) for x in numbers]
     if len(good) != 3 or not all(good):
         above = " above 0" if positive else ""
-        raise ValueError(f"{name}={shown(value)}: three finite numbers{above} are needed")
+        raise ValueError(f"{name}={value_text(value)}: three finite numbers{above} are needed")

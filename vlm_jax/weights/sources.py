@@ -16,7 +16,7 @@ from vlm_jax.weights.fitting import fitted, projector, same_projector, with_comp
 from vlm_jax.weights.folder import Model
 from vlm_jax.weights.methods import Wish
 from vlm_jax.weights.stored import Stored
-from vlm_jax.weights.values import shown
+from vlm_jax.weights.values import value_text
 
 Section = dict[str, Any]
 
@@ -29,7 +29,7 @@ def llava(path: Path, *, vision: Path | None, wish: Wish) -> Model:
     """
     fields = read_json(path / "config.json")
     if fields.get("model_type") == folder.MODEL_TYPE:
-        if given := wish.said() + ([f"--vision={vision}"] if vision else []):
+        if given := wish.flags() + ([f"--vision={vision}"] if vision else []):
             raise ValueError(
                 f"{path} is a model folder already: it is converted as it is, without "
                 f"{' '.join(given)}"
@@ -69,7 +69,7 @@ def llava(path: Path, *, vision: Path | None, wish: Wish) -> Model:
         preprocessor.notes(vision or path, told["image"]) | notes,
     )
     if trained is None or wish.replace:
-        return fitted(model, wish) if wish.said() else model
+        return fitted(model, wish) if wish.flags() else model
     trained = methods.chosen(trained, wish, vit, path)
     model.compressor |= folder.PLAIN | trained.method.section()
     model.vit |= dict(levels=trained.levels)
@@ -97,7 +97,7 @@ def tower_of_llava15(
     if vision is None:
         raise ValueError(
             f"{path} is a LLaVA-1.5 as first published, whose vision tower lies elsewhere: give "
-            f"--vision=DIR, a folder with {shown(name).strip(chr(39))}"
+            f"--vision=DIR, a folder with {value_text(name).strip(chr(39))}"
         )
     vit, tower = of_tower(vision)
     notes: Section = {}
@@ -115,7 +115,7 @@ def tower_of_llava15(
         width = fields.get("mm_hidden_size", vit["width"])
         if width != vit["width"]:
             raise ValueError(
-                f"mm_hidden_size={shown(width)}, and the tower of --vision={vision} has "
+                f"mm_hidden_size={value_text(width)}, and the tower of --vision={vision} has "
                 f"{vit['width']} channels"
             )
         architectures.choose_level(vit, choice["layer"], choice["strategy"])
@@ -145,7 +145,7 @@ def alone(part: str, tensors: dict[str, Stored], what: str) -> dict[str, Stored]
     """The tensors of one part; ValueError where there are others, which would be lost."""
     strange = [n for n in tensors if not n.startswith(part) and not names.matches(n, names.UNREAD)]
     if strange:
-        raise ValueError(f"it is no {what} alone: it also has {names.shown(strange, 4)}")
+        raise ValueError(f"it is no {what} alone: it also has {names.names_text(strange, 4)}")
     return {name: x for name, x in tensors.items() if name.startswith(part)}
 
 

@@ -7,7 +7,6 @@ writer takes a whole shard in memory; here no more than one tensor or one piece 
 
 import json
 import math
-import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vlm_jax.weights.values import shown
+from vlm_jax.weights.values import value_text
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -133,28 +132,28 @@ def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         counts = Counter(name for name, _ in pairs)
-        raise Repeated(shown(counts.most_common(1)[0][0]))
+        raise Repeated(value_text(counts.most_common(1)[0][0]))
     return found
 
 
 def described(path: Path, name: str, of: Any) -> tuple[int, int, str, str, tuple[int, ...]]:
     """Begin, end, name, type and shape of one entry of a header; ValueError where it is none."""
-    said = f"{path} is no safetensors file: {shown(name)} in its header"
+    said = f"{path} is no safetensors file: {value_text(name)} in its header"
     if not isinstance(of, dict):
-        raise ValueError(f"{said} is {shown(of)}, which describes no tensors")
+        raise ValueError(f"{said} is {value_text(of)}, which describes no tensors")
     if absent := [field for field in ("dtype", "shape", "data_offsets") if field not in of]:
         raise ValueError(f"{said} has no {', '.join(absent)} and describes no tensors")
     kind, shape, places = of["dtype"], of["shape"], of["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
         raise ValueError(
-            f"{path}: {shown(name)} has dtype {shown(kind).strip(chr(39))}: weights may be "
-            f"{', '.join(WEIGHTS)}"
+            f"{path}: {value_text(name)} has dtype {value_text(kind).strip(chr(39))}: weights may "
+            f"be {', '.join(WEIGHTS)}"
         )
     for field, numbers, most in (("shape", shape, 64), ("data_offsets", places, 2)):
         whole = isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
         if not whole or len(numbers) > most or (field == "data_offsets" and len(numbers) < 2):
             raise ValueError(
-                f"{said} has {field}={shown(numbers)}: whole numbers from 0 are needed"
+                f"{said} has {field}={value_text(numbers)}: whole numbers from 0 are needed"
             )
     return *places, name, kind, tuple(shape)
 
@@ -270,8 +269,6 @@ def write_file(path: Path, tensors: list[Pending]) -> None:
                         "choose --dtype=bfloat16 or float32"
                     )
                 file.write(cast.reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def finite_as(before: np.ndarray, after: np.ndarray) -> bool:

@@ -10,14 +10,16 @@ LARGEST = 10**8  # of every size; a model of this width would not fit anywhere
 def whole(name: str, value: Any, *, least: int = 1, most: int = LARGEST) -> int:
     """A whole number of `least` to `most`; ValueError with the name."""
     if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{name}={shown(value)}: a whole number from {least} to {most} is needed")
+        raise ValueError(
+            f"{name}={value_text(value)}: a whole number from {least} to {most} is needed"
+        )
     return value
 
 
 def number(name: str, value: Any, *, least: float = 0.0) -> float:
     """A finite number above `least`; ValueError with the name."""
     if type(value) not in (int, float) or not finite(value) or value <= least:
-        raise ValueError(f"{name}={shown(value)}: a finite number above {least:g} is needed")
+        raise ValueError(f"{name}={value_text(value)}: a finite number above {least:g} is needed")
     return float(value)
 
 
@@ -32,18 +34,18 @@ def finite(value: int | float) -> bool:
 def text(name: str, value: Any) -> str:
     """A string; ValueError with the name."""
     if not isinstance(value, str):
-        raise ValueError(f"{name}={shown(value)}: a text is needed")
+        raise ValueError(f"{name}={value_text(value)}: a text is needed")
     return value
 
 
 def table(name: str, value: Any) -> dict[str, Any]:
     """A JSON object; ValueError with the name."""
     if not isinstance(value, dict):
-        raise ValueError(f"{name}={shown(value)}: an object with named fields is needed")
+        raise ValueError(f"{name}={value_text(value)}: an object with named fields is needed")
     return value
 
 
-def shown(value: Any, most: int = 80) -> str:
+def value_text(value: Any, most: int = 80) -> str:
     """A value as it is written in a message: one line, however long it is."""
     # Of large containers only their size is said: their text might not fit in memory.
     if not short(value):

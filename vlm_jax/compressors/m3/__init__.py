@@ -60,11 +60,11 @@ class M3Method(Projected):
     def buckets(self, side: int) -> tuple[int, ...]:
         return tuple(self.supported(side))
 
-    def shown(self, side: int) -> tuple[int, ...]:
+    def trained_tokens(self, side: int) -> tuple[int, ...]:
         return self.scales or self.nested(side)
 
     def check(self, interface: Interface) -> None:
-        for tokens in (self.tokens, *self.shown(interface.side)):
+        for tokens in (self.tokens, *self.trained_tokens(interface.side)):
             Projected.check(self.at(tokens), interface)
 
     def products(self, interface: Interface, form: str) -> Products:

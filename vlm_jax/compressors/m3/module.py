@@ -43,7 +43,7 @@ class M3(LastLevel, Matryoshka):
 
     def __init__(self, method: Method, interface: Interface, **options: Any):
         super().__init__(method, interface, **options)
-        self.buckets, self.scales = method.buckets(self.side), method.shown(self.side)
+        self.buckets, self.scales = method.buckets(self.side), method.trained_tokens(self.side)
 
     def __call__(
         self,

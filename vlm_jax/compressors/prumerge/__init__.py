@@ -40,7 +40,7 @@ class PruMergeMethod(Projected):
         return tilings(side)
 
     @classmethod
-    def gives(cls, side: int, tokens: Number) -> bool:
+    def supports(cls, side: int, tokens: Number) -> bool:
         """Any number; what rounding leaves out has a neighbour of the same cost."""
         return True
 

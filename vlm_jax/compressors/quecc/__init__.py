@@ -145,8 +145,8 @@ class QueCCMethod(Method):
             size = fields.get("mm_vision_output_text_embedding_size")
             if size is not None and size != shapes[TEXTED][-1]:
                 raise ValueError(
-                    f"mm_vision_output_text_embedding_size={llava.shown(size)}, and compressor."
-                    f"{TEXTED} is {shapes[TEXTED]}"
+                    f"mm_vision_output_text_embedding_size={llava.value_text(size)}, and "
+                    f"compressor.{TEXTED} is {shapes[TEXTED]}"
                 )
         levels = llava.levels_of("0.k_proj.0.weight", LEVELS)
         heads = llava.heads(cls.kind, HEADS, fixed=True)
