@@ -105,6 +105,7 @@ lint: $(ENV)
 
 bench: $(ENV) $(VENV)/torch
 	$(VENV)/bin/python benchmarks/train_step.py
+	$(VENV)/bin/python benchmarks/cpu.py
 	$(VENV)/bin/python benchmarks/compressors.py
 	$(VENV)/bin/python benchmarks/generation.py
 

@@ -76,7 +76,7 @@ class Contest:
         from vlm_jax.compressors.matryoshka import Matryoshka
         from vlm_jax.compressors.method import Interface
         from vlm_jax.compressors.window import window_order
-        from vlm_jax.layers import RUN_ONCE
+        from vlm_jax.cpu import RUN_ONCE
         from vlm_jax.models.vit import class_attention
 
         method, _, part = method.partition("/")
@@ -220,9 +220,9 @@ def supported(method: str, tokens: list[int], side: int) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     facts.use_threads(args.threads)
-    from vlm_jax.verbs import cli
+    from vlm_jax import cpu
 
-    cli.keep_freed_memory()
+    cpu.keep_freed_memory()
     import jax
     import torch
 

@@ -253,9 +253,9 @@ def measure(sides: dict[str, Callable], rounds: int) -> dict[str, dict[str, floa
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     facts.use_threads(args.threads)
-    from vlm_jax.verbs import cli
+    from vlm_jax import cpu
 
-    cli.keep_freed_memory()
+    cpu.keep_freed_memory()
     import torch
 
     torch.set_num_threads(args.threads)

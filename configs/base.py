@@ -148,6 +148,9 @@ def get_config() -> ConfigDict:
         stage.epsilon = 1e-8
         stage.clip_norm = 0.0  # global gradient norm; 0 does not clip
         stage.z_loss = 0.0  # weight of log(Z)^2
+        # Steps in a row whose loss or gradient is not finite that end the run; the updates of such
+        # steps are never made.
+        stage.max_nonfinite = 3
 
     # Checkpoints and the log.
     c.checkpoint = ConfigDict()

@@ -23,7 +23,9 @@ def metrics(loss=1.5, norm=2.0):
 
 def run(folder, *, first=0, last=6, every=2, losses=None, **options):
     """A log of the steps behind `first`, closed."""
-    progress = Log(folder, "align", first=first, last=last, every=every, batch=8, **options)
+    progress = Log(
+        folder, "align", first=first, last=last, every=every, batch=8, patience=2, **options
+    )
     for step in range(first + 1, last + 1):
         progress(step, metrics((losses or {}).get(step, step / 10)), lambda: "runs/align/4")
     progress.close()
@@ -90,13 +92,20 @@ def test_a_bar_only_on_a_terminal(tmp_path, monkeypatch, capsys):
 )
 def test_what_is_not_finite_stops_with_step_and_checkpoint(loss, norm, tmp_path):
     # Also between two lines of the log.
-    progress = Log(tmp_path, "align", first=0, last=6, every=2, batch=8)
+    progress = Log(tmp_path, "align", first=0, last=8, every=2, batch=8, patience=2)
+    for step in (1, 3, 5, 7):  # none of these is behind another
+        progress(step, metrics(loss, norm), lambda: "it is runs/align/2")
+        progress(step + 1, metrics(), lambda: "it is runs/align/2")
+    progress(7, metrics(loss, norm), lambda: "it is runs/align/2")
     with pytest.raises(
-        Diverged, match="align step 3: .*; it is runs/align/2; lower align.learning_r"
+        Diverged,
+        match="align step 8: .*, 2 in a row .*; it is runs/align/2; lower align.lear",
     ):
-        progress(3, metrics(loss, norm), lambda: "it is runs/align/2")
+        progress(8, metrics(loss, norm), lambda: "it is runs/align/2")
     progress.close()
-    assert steps(tmp_path) == []
+    assert [x["skipped_updates"] for x in map(json.loads, (tmp_path / "metrics.jsonl").open())] == [
+        1, 2, 3, 4,
+    ]  # fmt: skip
 
 
 def test_a_restart_drops_what_is_behind_its_step_and_a_torn_line(tmp_path):

@@ -73,3 +73,13 @@ def test_a_mesh_gets_the_same_batch_in_parts(source, processor, mesh8):
     whole, cut = next(batches(source, processor)), next(batches(source, processor, mesh=mesh8))
     equal(whole, {name: np.asarray(x) for name, x in cut.items()})
     assert all(isinstance(x, jax.Array) and len(x.addressable_shards) == 8 for x in cut.values())
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_which_patches_count_depends_on_the_image_alone(source, processor, processes, monkeypatch):
+    whole = batches(source, processor).at(3)
+    parts = []
+    for mine in np.array_split(np.arange(8), processes):
+        monkeypatch.setattr(patches, "local_rows", lambda mesh, batch, mine=mine: mine)
+        parts.append(batches(source, processor).at(3))
+    equal({name: np.concatenate([part[name] for part in parts]) for name in whole}, whole)

@@ -15,12 +15,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from vlm_jax import mesh
+from vlm_jax import cpu, mesh
 
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
-
-# Compiler options of what runs once: drawing the weights of a toy takes 13 s of CPU to optimise.
-RUN_ONCE = {"xla_backend_optimization_level": 0}
 
 
 def normal(std: float) -> Initializer:
@@ -83,44 +80,8 @@ class Linear(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        y = project(x, self.kernel[...], self.read, self.out)
+        y = cpu.project(x, self.kernel[...], self.read, self.out)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
-
-
-def project(
-    x: Float[Array, "..."], kernel: Float[Array, "..."], read: int, out: tuple[str, ...]
-) -> Float[Array, "..."]:
-    """Contracts the last `read` dimensions of x with the kernel's first; `out` names the result's.
-
-    Leading dimensions are merged meanwhile: kept apart, XLA's CPU backend transposes the larger
-    factor of every weight gradient, element by element. TPU programs are the same either way.
-    """
-    lead, given = x.shape[: x.ndim - read], x.shape[x.ndim - read :]
-    place = jax.typeof(x).sharding.spec
-    rows = jnp.reshape(
-        x, (math.prod(lead), *given), out_sharding=jax.P(place[0], *place[len(lead) :])
-    )
-    emulated = emulates(x.dtype)
-    if alone := emulated and len(rows) == 1:
-        rows = jnp.concatenate([rows, rows])
-    y = jnp.tensordot(
-        rows,
-        kernel.astype(x.dtype),
-        axes=read,
-        out_sharding=mesh.spec(out[0], *out[len(lead) :]),
-        preferred_element_type=jnp.float32 if emulated else None,
-    )
-    y = (y[:1] if alone else y).astype(x.dtype)
-    return jnp.reshape(y, lead + y.shape[1:], out_sharding=mesh.spec(*out))
-
-
-def emulates(dtype: jnp.dtype) -> bool:
-    """Whether products of this type want two rows and a float32 result, or are made by casts.
-
-    XLA's CPU backend has kernels for such products of bfloat16, twice as fast as those of float32;
-    any other product of bfloat16 it makes in float32, casting both factors in every call.
-    """
-    return dtype == jnp.bfloat16 and mesh.platform() == "cpu"
 
 
 class LayerNorm(nnx.Module):

@@ -49,9 +49,12 @@ class Voice:
         self.spoken = clock()
         self.base: Task | None = None
         self.waiting, self.stop = False, threading.Event()
+        self.silent = False  # of a run of several processes one speaks
 
     def say(self, line: str) -> None:
         """Prints a line on stderr."""
+        if self.silent:
+            return
         clear = "\r\033[K" if sys.stderr.isatty() else ""  # of a bar that stands there
         print(f"{clear}{line}", file=sys.stderr, flush=True)
         self.spoke()
@@ -73,7 +76,7 @@ class Voice:
     def beat(self) -> None:
         """Prints what is being done if nothing was printed for long."""
         now = self.clock()
-        if self.waiting or now - self.spoken < self.every:
+        if self.silent or self.waiting or now - self.spoken < self.every:
             return
         under_way: list[Task | None] = [*self.tasks]
         task = under_way[-1] if under_way else self.base

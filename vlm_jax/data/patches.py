@@ -55,8 +55,9 @@ class PatchBatches(Batches):
             found = [usable(int(i), faults) for i in images]
             images = np.array([i for i, _ in found], np.int64)
             labels = np.stack([source.patch_labels(int(i), side) for i in images]).astype(np.int32)
-            # A fixed pattern per image, so that a batch depends on nothing but its images.
-            draw = np.random.default_rng(images).random(labels.shape)
+            # A fixed pattern for each image: which of its patches count depends on no other image,
+            # nor on which process reads it.
+            draw = np.stack([np.random.default_rng(i).random(labels[0].size) for i in images])
             return dict(
                 pixels=np.stack([pixels for _, pixels in found]),
                 ids=labels,

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import files, mesh, progress
+from vlm_jax import files, mesh, preemption, progress
 from vlm_jax.compressors.compressor import Compressor
 from vlm_jax.compressors.method import Method
 from vlm_jax.cost import described
@@ -372,6 +372,7 @@ def run(claimed: Claim, command: str, *, only: str | None = None) -> dict[str, A
     for number, cell in enumerate(cells, 1):
         if cell.name in rows or only not in (None, cell.name):
             continue
+        preemption.point(f"{len(rows)} of {len(cells)} cells are finished")
         home, which = homes[cell.name], f"cell {number}/{len(cells)}: {cell.name}"
         progress.say(which)
         with phase("cells"), progress.doing(which):

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from vlm_jax import mesh
-from vlm_jax.layers import emulates
+from vlm_jax import cpu, mesh
 
 
 class KV(NamedTuple):
@@ -88,7 +87,7 @@ def kept(kv: KV, slots: int) -> KV | Cache:
     padded = KV(*(jnp.pad(x, room) for x in kv))
     if len(kv.keys) == 1:
         return padded
-    dtype = jnp.float32 if emulates(kv.keys.dtype) else kv.keys.dtype
+    dtype = jnp.float32 if cpu.emulates(kv.keys.dtype) else kv.keys.dtype
     return Cache(*(x.astype(dtype).transpose(0, 2, 1, 3) for x in padded))
 
 

@@ -11,11 +11,10 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax import mesh
+from vlm_jax import cpu, mesh
 from vlm_jax.layers import (
     Linear,
     RMSNorm,
-    emulates,
     layer,
     normal,
     remat,
@@ -358,13 +357,14 @@ class LLM(nnx.Module):
     @jax.named_scope("logits")
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
         """Float32 scores of the next token."""
-        if alone := emulates(hidden.dtype) and hidden.shape[:2] == (1, 1):
-            hidden = jnp.concatenate([hidden, hidden], axis=1)
-        scores = jnp.einsum(
-            "BTD,WD->BTW",
-            hidden,
-            self.table.astype(hidden.dtype),
-            out_sharding=mesh.spec("batch", "len", "vocab"),
-            preferred_element_type=jnp.float32,
-        )
-        return scores[:, :1] if alone else scores
+
+        def product(hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
+            return jnp.einsum(
+                "BTD,WD->BTW",
+                hidden,
+                self.table.astype(hidden.dtype),
+                out_sharding=mesh.spec("batch", "len", "vocab"),
+                preferred_element_type=jnp.float32,
+            )
+
+        return cpu.two_rows(product, hidden, 1)

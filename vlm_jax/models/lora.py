@@ -15,7 +15,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from vlm_jax.layers import Linear, project
+from vlm_jax import cpu
+from vlm_jax.layers import Linear
 from vlm_jax.models.sizes import LoRASize
 from vlm_jax.models.vlm import VLM
 
@@ -50,8 +51,8 @@ class Adapted(nnx.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         base, kept = self.base, self.lora_b[...].ndim - 1
         between = (*base.out[: len(base.out) - kept], "none")
-        low = project(x, self.lora_a[...], base.read, between) * (self.alpha / self.rank)
-        return base(x) + project(low, self.lora_b[...], 1, base.out)
+        low = cpu.project(x, self.lora_a[...], base.read, between) * (self.alpha / self.rank)
+        return base(x) + cpu.project(low, self.lora_b[...], 1, base.out)
 
     def merged(self) -> Linear:
         """The one layer that computes the same; its kernel takes the old one's memory."""

@@ -14,9 +14,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from vlm_jax import mesh
+from vlm_jax import cpu, mesh
 from vlm_jax.compressors.compressor import Visual
-from vlm_jax.layers import RUN_ONCE
 from vlm_jax.models.cache import KV, Cache, Past, repeated
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.segments import starts
@@ -297,7 +296,7 @@ def create(size: VLMSize, *, seed: int, of: Callable[[VLM], Any] = lambda model:
 
     `of` may take a part of the model: no more than that is computed.
     """
-    once = mesh.known(RUN_ONCE)
+    once = mesh.known(cpu.RUN_ONCE)
     return jax.jit(lambda: of(build(size, nnx.Rngs(seed))), compiler_options=once)()
 
 

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
-from vlm_jax import mesh
-from vlm_jax.layers import RUN_ONCE
+from vlm_jax import cpu, mesh
 from vlm_jax.models.cache import KV, Cache, Past
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.vlm import VLM, Batch
@@ -85,7 +84,7 @@ class Decoder:
     """
 
     def __init__(self, model: VLM, *, stop_ids: Sequence[int], consume: bool = False):
-        compressor, once = model.compressor, mesh.known(RUN_ONCE)
+        compressor, once = model.compressor, mesh.known(cpu.RUN_ONCE)
         if compressor.buckets:
             fold = jax.jit(lambda compressor: compressor.fold(), compiler_options=once)
             compressor = fold(compressor)

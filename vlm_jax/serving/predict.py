@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import files, progress
+from vlm_jax import files, preemption, progress
 from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.texts import Texts
@@ -79,6 +79,7 @@ def predict(
     with progress.doing(f"answers to the {source.split} split", len(source)) as task:
         task.note(0)
         for batch in batches:
+            preemption.point("the same command makes the answers anew")
             valid, index = np.asarray(batch.pop("valid")), np.asarray(batch.pop("index"))
             then = time.perf_counter()
             answers = answer(batch, new_tokens=config.evaluate.max_new_tokens)

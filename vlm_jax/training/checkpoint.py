@@ -23,6 +23,16 @@ from vlm_jax.training.optimizer import State
 log = logging.getLogger(__name__)
 
 
+class Manager(ocp.CheckpointManager):
+    """Orbax's manager, which leaves it to the loop to ask whether the machine is taken back.
+
+    The service behind that wants the rising numbers of one asker.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class OtherAdapters(ValueError):
     """A checkpoint whose model has other adapters: whole, and of no use here."""
 
@@ -32,7 +42,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int = 2):
         self.folder = Path(folder).absolute()
-        self.manager = ocp.CheckpointManager(
+        self.manager = Manager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, create=True, enable_async_checkpointing=True

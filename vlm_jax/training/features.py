@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from vlm_jax import files, mesh, progress
+from vlm_jax import files, mesh, preemption, progress
 from vlm_jax.compressors.compressor import Compressor
 from vlm_jax.data import sources
 from vlm_jax.data.processor import Processor
@@ -63,6 +63,7 @@ def features_of(
             files.making(path) as fresh,
         ):
             for start in range(0, count, BATCH):
+                preemption.point("the same command makes the features anew")
                 index = np.minimum(np.arange(start, start + BATCH), count - 1)
                 seen = [picture(source, int(i), skip=skip) for i in index]
                 blank = processor.images.blank()

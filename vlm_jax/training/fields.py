@@ -31,6 +31,7 @@ LATER = {
     "data.row_length": 0,
     "data.row_images": 8,
     "data.buckets": (),
+    **{f"{stage}.max_nonfinite": 3 for stage in ("encoder", "align", "finetune")},
 }
 
 Flat = Mapping[str, Any]  # dotted name of a field -> its value, as JSON gives it back
@@ -138,7 +139,10 @@ def _stage(name: str) -> dict[str, Field]:
         epsilon=POSITIVE,
         clip_norm=NOT_NEGATIVE,
         z_loss=NOT_NEGATIVE,
-    ) | {f"{name}.accumulate": Field(ROUNDING, COUNT)}  # sums, not means: the whole batch's step
+    ) | {
+        f"{name}.accumulate": Field(ROUNDING, COUNT),  # sums, not means: the whole batch's step
+        f"{name}.max_nonfinite": Field(NOTHING, COUNT),  # when to give up, not what is computed
+    }
 
 
 FIELDS: dict[str, Field] = {

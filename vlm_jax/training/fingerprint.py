@@ -7,6 +7,7 @@ another processor adds up in another order.
 
 import hashlib
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -53,8 +54,9 @@ class Beginning:
         self.weights = of_weights((state.trained, state.frozen)) if self.fresh else ""
 
     def note(self, step: int, loss: float) -> None:
-        """Writes the file once the first step is known to be finite."""
+        """Writes the file when the first step has ended."""
         if self.fresh and step == 1 and jax.process_index() == 0:
+            loss = loss if math.isfinite(loss) else None
             text = json.dumps({"weights": self.weights, "loss": loss})
             files.write_text(self.folder / BEGAN, text + "\n")
 

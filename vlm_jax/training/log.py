@@ -18,7 +18,7 @@ from vlm_jax.training.optimizer import Metrics
 
 
 class Diverged(RuntimeError):
-    """A loss or gradient that is not finite; nothing after it is worth keeping."""
+    """Too many steps in a row without a finite loss and gradient."""
 
 
 class Log:
@@ -26,7 +26,9 @@ class Log:
     terminal).
 
     `batch` is the examples of a step. `more` gives what else a line of `metrics.jsonl` says. Only
-    process 0 writes. On a restart, lines behind the step that is resumed are dropped.
+    process 0 writes. On a restart, lines behind the step that is resumed are dropped. An update
+    that is not finite is not made (`optimizer.make_step`): `skipped` counts those of all processes
+    of the run before this one, and `patience` of them in a row are too many.
     """
 
     def __init__(
@@ -38,13 +40,16 @@ class Log:
         last: int,
         every: int,
         batch: float,
+        patience: int,
         tensorboard: bool = False,
+        skipped: int = 0,
         more: Callable[[], dict[str, Any]] = dict,
     ):
         self.name, self.last, self.every, self.batch = name, last, every, batch
         self.mark = (first, time.monotonic())
         self.tokens, self.more = 0, more
         self.first, self.untaught = first, 0  # steps without a supervised token
+        self.patience, self.skipped, self.in_a_row = patience, skipped, 0
         self.compiled = False
         self.speaks = jax.process_index() == 0
         self.file = self.bar = self.board = None
@@ -59,15 +64,13 @@ class Log:
             self.board = board(folder)
 
     def __call__(self, step: int, metrics: Metrics, newest: Callable[[], str]) -> None:
-        """Notes one finished step; raises Diverged at the first number that is not finite, with
+        """Notes one finished step; raises Diverged where too many in a row were skipped, with
         what `newest` says of the checkpoints."""
         values = {k: float(v) for k, v in metrics._asdict().items()}
-        if not all(math.isfinite(values[k]) for k in ("loss", "gradient_norm")):
-            raise Diverged(
-                f"{self.name} step {step}: loss {values['loss']}, gradient norm "
-                f"{values['gradient_norm']}; {newest()}; lower {self.name}.learning_rate or set "
-                f"{self.name}.clip_norm, and start again in another --workdir"
-            )
+        if all(math.isfinite(values[k]) for k in ("loss", "gradient_norm")):
+            self.in_a_row = 0
+        else:
+            self.skip(step, values, newest)
         self.tokens += values["tokens"]
         self.untaught += values["tokens"] == 0
         if step == self.last and not self.first and self.untaught == self.last:
@@ -98,7 +101,10 @@ class Log:
         )
         self.mark, self.tokens = (step, now), 0
         without = {"steps_without_tokens": self.untaught} if self.untaught else {}
-        self.file.write(json.dumps(values | without | self.more()) + "\n")
+        without |= {"skipped_updates": self.skipped} if self.skipped else {}
+        # JSON has no word for what is not finite.
+        known = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self.file.write(json.dumps(known | without | self.more()) + "\n")
         self.file.flush()
         if self.board is not None:
             for key, value in values.items():
@@ -114,6 +120,23 @@ class Log:
                 file=sys.stderr,
             )
             progress.spoke()
+
+    def skip(self, step: int, values: dict[str, float], newest: Callable[[], str]) -> None:
+        """Counts an update that was not made and says so; Diverged at `patience` in a row."""
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        found = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
+        if self.in_a_row >= self.patience:
+            raise Diverged(
+                f"{self.name} step {step}: {found}, {self.in_a_row} in a row (their updates were "
+                f"not made; {self.name}.max_nonfinite allows {self.patience - 1}); {newest()}; "
+                f"lower {self.name}.learning_rate or set {self.name}.clip_norm, and start again in "
+                "another --workdir"
+            )
+        if self.speaks:
+            progress.say(
+                f"{self.name} step {step}: {found}: the update is skipped, the {self.skipped}. of "
+                f"this stage; {self.patience} in a row end the run"
+            )
 
     def close(self) -> None:
         """Ends the bar and the files."""

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax import mesh
-from vlm_jax.layers import RUN_ONCE, Linear
+from vlm_jax import cpu, mesh
+from vlm_jax.layers import Linear
 from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM, Batch, has_images
@@ -79,7 +79,9 @@ class PatchReader(nnx.Module):
 
 def patch_reader(size: VLMSize, classes: int, *, seed: int) -> PatchReader:
     """A fresh encoder of a model under its classifier, on the current mesh."""
-    make = jax.jit(lambda: reader(size, classes, seed=seed), compiler_options=mesh.known(RUN_ONCE))
+    make = jax.jit(
+        lambda: reader(size, classes, seed=seed), compiler_options=mesh.known(cpu.RUN_ONCE)
+    )
     return make()
 
 

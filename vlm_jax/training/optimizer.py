@@ -13,7 +13,7 @@ from flax import nnx
 from flax.nnx import filterlib
 from jaxtyping import Array, Float, Int
 
-from vlm_jax import mesh
+from vlm_jax import cpu, mesh
 from vlm_jax.models import lora
 from vlm_jax.models.vlm import Batch
 from vlm_jax.training.objective import Sums
@@ -115,11 +115,6 @@ def finish(graph: nnx.GraphDef, state: State) -> nnx.Module:
     return nnx.merge(graph, state.trained, state.frozen)
 
 
-# Compiler options of a training step by platform. XLA's newer loop emitters make the many small
-# loops of a small model's step 1.2 times as slow on a CPU (benchmarks/train_step.py).
-STEP_OPTIONS = {"cpu": {"xla_cpu_use_fusion_emitters": False}}
-
-
 def make_step(
     graph: nnx.GraphDef,
     tx: optax.GradientTransformation,
@@ -132,13 +127,14 @@ def make_step(
 
     `accumulate` micro-batches give the gradient of the whole batch (to rounding), because sums and
     not means are added up. What the step changes is donated; frozen weights may be shared.
+    Where the loss or the gradient is not finite, the step counts and changes nothing else.
     """
 
     def loss(trained, frozen, batch, total):
         sums = objective(nnx.merge(graph, trained, frozen), batch)
         return (sums.nll + z_loss * sums.log_z_squared) / total, sums
 
-    options = mesh.known(STEP_OPTIONS.get(mesh.platform(), {}))
+    options = mesh.known(cpu.STEP_OPTIONS.get(mesh.platform(), {}))
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
     def update(changed, frozen, batch: Batch):
@@ -156,10 +152,14 @@ def make_step(
         else:
             zero = jax.tree.map(jnp.zeros_like, trained), Sums(*[jnp.zeros(())] * 3)
             (grads, sums), _ = jax.lax.scan(add, zero, micro_batches(batch, accumulate))
+        norm = optax.tree.norm(grads)
         with jax.named_scope("optimizer"):
-            updates, opt = tx.update(grads, opt, trained)
-            trained = optax.apply_updates(trained, updates)
-        metrics = Metrics(sums.nll / total, sums.correct / total, optax.tree.norm(grads), tokens)
+            updates, moved = tx.update(grads, opt, trained)
+            new = optax.apply_updates(trained, updates), moved
+            # One number that is not finite would be in every weight after it.
+            finite = jnp.isfinite(sums.nll) & jnp.isfinite(norm)
+            trained, opt = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (trained, opt))
+        metrics = Metrics(sums.nll / total, sums.correct / total, norm, tokens)
         return (step + 1, trained, opt), metrics
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:

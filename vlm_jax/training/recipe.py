@@ -27,6 +27,7 @@ class Stage:
     epsilon: float
     clip_norm: float
     z_loss: float
+    max_nonfinite: int
 
     @classmethod
     def of(cls, section: Any) -> "Stage":

@@ -4,7 +4,6 @@
 import functools
 import json
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import layers, mesh, progress
+from vlm_jax import layers, mesh, preemption, progress
 from vlm_jax.data import (
     loader,
     patches,
@@ -75,7 +74,7 @@ def run_stage(
 ) -> Any:
     """The model after stage `name` (encoder, align or finetune), resumed from `folder` if begun.
 
-    `begin` is called when the first step of this process is seen to be finite.
+    `begin` is called when the first step of this process has ended.
     """
     stage = recipe.stage(name)
     tx = optimizer.optimizer(stage)
@@ -90,6 +89,7 @@ def run_stage(
         state, notes = restored
         batches.position = notes["position"]
     first = int(state.step)
+    skipped_before = restored[1].get("skipped_updates", 0) if restored else 0
     if first < stage.steps:
         told = folder / name / "skipped.jsonl"
         if first == 0:  # an attempt that left nothing else may have been another run
@@ -106,6 +106,8 @@ def run_stage(
             every=recipe.log_every,
             batch=batches.examples,
             tensorboard=recipe.tensorboard,
+            patience=stage.max_nonfinite,
+            skipped=skipped_before,
             more=batches.fields,
         )
         waiting, news = None, [begin] if begin else []
@@ -121,24 +123,36 @@ def run_stage(
             task.note(first)
             with progress.doing("the first step, which is compiled"):
                 state, metrics = step_of(state, next(batches))
-            for step in range(first + 1, stage.steps + 1):
-                if step > first + 1:
-                    state, metrics = step_of(state, next(batches))
-                task.note(step)
-                if waiting:
-                    seen(*waiting)
-                waiting = (step, metrics)
-                if step % recipe.checkpoint_every == 0 or step == stage.steps:
-                    # Never save what has not been seen to be finite.
-                    seen(*waiting)
-                    waiting = None
-                    checkpoints.save(state, {"position": batches.position} | described)
+            with preemption.held():
+                for step in range(first + 1, stage.steps + 1):
+                    if step > first + 1:
+                        state, metrics = step_of(state, next(batches))
+                    task.note(step)
+                    if waiting:
+                        seen(*waiting)
+                    waiting = (step, metrics)
+                    stops = preemption.reached()
+                    if stops or step % recipe.checkpoint_every == 0 or step == stage.steps:
+                        seen(*waiting)  # it raises where the run is to end without a save
+                        waiting = None
+                        notes = {"position": batches.position} | described
+                        if lines.skipped:
+                            notes |= {"skipped_updates": lines.skipped}
+                        checkpoints.save(state, notes)
+                    if stops:
+                        checkpoints.close()
+                        lines.close()
+                        raise preemption.stopped(
+                            f"{name} is saved at step {step} of {stage.steps}; the same command "
+                            "goes on from there"
+                        )
+                with progress.doing(f"{name}: writing its checkpoint"):
+                    checkpoints.wait()
         lines.close()
         batches.close()
         if batches.skips:
             log.warning(skipped(name, batches, told))
-    with progress.doing(f"{name}: writing its checkpoint"):
-        checkpoints.close()
+    checkpoints.close()
     return optimizer.finish(graph, state)
 
 
@@ -371,10 +385,9 @@ def run(config: ConfigDict, folder: Path) -> int:
         if model.compressor.buckets:
             tokens = f"up to {model.compressor.tokens}"
         merged = f" (LoRA of rank {config.lora.rank} merged in)" if config.lora.rank else ""
-        print(
+        progress.say(
             f"llm {vlm.parameters(model.llm):,} parameters{merged}, compressor "
             f"{vlm.parameters(model.compressor):,}, {tokens} visual tokens: "
-            f"checkpoints in {folder}",
-            file=sys.stderr,
+            f"checkpoints in {folder}"
         )
     return 0

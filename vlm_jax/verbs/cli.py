@@ -2,13 +2,14 @@
 """What verbs share: errors in one line with exit status 2, warnings, types of flags, memory."""
 
 import argparse
-import ctypes
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from vlm_jax import errors, progress
+from vlm_jax import errors, preemption, progress
 from vlm_jax.arguments import seed_of
 
 
@@ -31,21 +32,6 @@ def say_warnings() -> None:
             handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
 
 
-def keep_freed_memory() -> None:
-    """Freed memory stays with this process and is reused; must be called before jax starts.
-
-    XLA on a CPU allocates the temporaries of every call afresh. Large blocks go back to the system
-    when freed, and the page faults of the next call took 40 % of a training step of a demo with 144
-    patches. One arena, because only the first can grow beyond 64 MB. Does nothing without glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # M_... of glibc's malloc.h
-        mallopt(mmap_threshold, 2**31 - 1)
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(arena_max, 1)
-
-
 def workdir_of(workdir: str | None) -> Path:
     """The folder of --workdir; ValueError where it is missing, which only a dry run allows."""
     if workdir is None:
@@ -53,17 +39,66 @@ def workdir_of(workdir: str | None) -> Path:
     return Path(workdir).absolute()
 
 
+def join(options: argparse.Namespace) -> None:
+    """Keeps freed memory and joins the other processes, if any; before JAX sees a device.
+
+    One process writes to stdout and warns; errors come from all.
+    """
+    from vlm_jax import cpu, hosts
+
+    cpu.keep_freed_memory()
+
+    hosts.join(
+        options.coordinator,
+        options.processes,
+        options.process,
+        join_timeout=options.join_timeout,
+        heartbeat_timeout=options.heartbeat_timeout,
+    )
+    if not hosts.is_writer():
+        sys.stdout = open(os.devnull, "w")
+        logging.root.setLevel(logging.ERROR)
+
+
 def report_errors(verb: str, body: Callable[[], int]) -> int:
     """Runs `body`; what a user can fix is one line on stderr and exit status 2, not a traceback.
 
-    While it runs, it says at least every 20 seconds what it is doing.
+    While it runs, it says at least every 20 seconds what it is doing, and SIGTERM is a notice to
+    save and stop: exit status 42.
     """
     try:
-        with progress.speaking(f"vlm-jax {verb} is at work"):
+        with progress.speaking(f"vlm-jax {verb} is at work"), preemption.listening():
             return body()
+    except preemption.Preempted as notice:
+        print(f"vlm-jax {verb}: {notice}", file=sys.stderr)
+        return preemption.STATUS
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        print(f"vlm-jax {verb}: {errors.sentence(error)}", file=sys.stderr)
+        said = errors.sentence(error)
+        print(f"vlm-jax {verb}: {said}", file=sys.stderr)
+        # Of several processes what a device raises is mostly that another one is gone.
+        lost = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" not in str(error)
+        end_others(134 if lost else 2, said)
         return 2
     except KeyboardInterrupt:
         print(f"vlm-jax {verb}: stopped from the keyboard", file=sys.stderr)
+        end_others(130, "stopped from the keyboard")
         return 130
+    except Exception as error:
+        if several():
+            traceback.print_exc()
+            end_others(1, errors.sentence(error))
+        raise
+
+
+def several() -> bool:
+    """Whether this command has several processes."""
+    hosts = sys.modules.get("vlm_jax.hosts")  # of a verb without devices it is not imported
+    return hosts is not None and hosts.joined()
+
+
+def end_others(code: int, said: str) -> None:
+    """Ends all processes of this command, of which there may be this one alone: then it returns."""
+    if several():
+        from vlm_jax import hosts
+
+        hosts.fail(code, said)

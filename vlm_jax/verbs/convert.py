@@ -112,7 +112,9 @@ def add_flags(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Converts; 0."""
-    cli.keep_freed_memory()
+    from vlm_jax import cpu
+
+    cpu.keep_freed_memory()
     from vlm_jax.training import runs
     from vlm_jax.weights import adapters, conversion, folder
 

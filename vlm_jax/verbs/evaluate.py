@@ -33,7 +33,8 @@ def add_flags(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluates; 0."""
-    cli.keep_freed_memory()
+    cli.say_warnings()
+    cli.join(options)
     from vlm_jax.serving.evaluation import evaluate
     from vlm_jax.serving.subject import Subject
 
@@ -45,6 +46,5 @@ def run(options: argparse.Namespace) -> int:
             "and what differs, such as --config.data.path=ROWS.json --config.data.images=DIR"
         )
     given = configuration.read(options.config, default=subject.default())
-    cli.say_warnings()
     evaluate(subject, given.config, given.overrides)
     return 0

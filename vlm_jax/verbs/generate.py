@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--out goes with --requests: other answers go to stdout")
     if options.requests is not None and not options.requests.is_file():
         raise FileNotFoundError(f"there is no file --requests={options.requests}")
-    cli.keep_freed_memory()
+    cli.join(options)
     from vlm_jax.serving import request_files, talk
     from vlm_jax.serving.model import VLM, Drawing
 

@@ -28,8 +28,8 @@ def run(options: argparse.Namespace) -> int:
     """Trains and evaluates all cells; 0."""
     config = configuration.read(options.config).config
     folder = None if options.dry_run else cli.workdir_of(options.workdir)
-    cli.keep_freed_memory()
     cli.say_warnings()
+    cli.join(options)
     import jax
 
     from vlm_jax import mesh

@@ -36,6 +36,8 @@ USES_CONFIG = {
     "grid": "needed",
     "plan": "default: the published sizes and CLIP ViT-L/14-336",
 }
+# Verbs that use devices, and so may run in several processes.
+USES_DEVICES = ("train", "evaluate", "grid", "generate")
 # --config=FILE, --config FILE, --config.FIELD=VALUE, --config.FIELD VALUE, --config.FIELD and
 # --noconfig.FIELD of a boolean: what ml_collections reads.
 CONFIG_WORD = re.compile(r"--?(no)?config(\.[^=]*)?(=|$)")
@@ -187,6 +189,8 @@ def build(filled: Iterable[str]) -> tuple[Parser, dict[str, Parser]]:
             found.add_flags(verbs[verb])
             if verb in USES_CONFIG:
                 configuration_flags(verbs[verb], USES_CONFIG[verb])
+            if verb in USES_DEVICES:
+                process_flags(verbs[verb])
     return whole, verbs
 
 
@@ -202,6 +206,31 @@ def configuration_flags(parser: Parser, otherwise: str) -> None:
         "--config.FIELD", dest="config_field", metavar="VALUE",
         help="a field of it by its dotted name, such as --config.llm.depth=4; configs/base.py has "
         "all of them with their defaults and units",
+    )  # fmt: skip
+
+
+def process_flags(parser: Parser) -> None:
+    """The flags of a run of several processes, which `vlm_jax/hosts.py` reads."""
+    add = parser.add_argument_group("several hosts, the same command on each").add_argument
+    add(
+        "--coordinator", metavar="HOST:PORT",
+        help="address of process 0 (default: as JAX finds it on TPU VMs, GKE and Slurm)",
+    )  # fmt: skip
+    add(
+        "--processes", type=int, metavar="N",
+        help="how many there are; 1 alone looks for no other (default: as JAX finds)",
+    )  # fmt: skip
+    add(
+        "--process", type=int, metavar="I",
+        help="which of them this is, from 0 (default: as JAX finds)",
+    )  # fmt: skip
+    add(
+        "--join-timeout", type=int, metavar="SECONDS", default=300,
+        help="how long to wait until all have come",
+    )  # fmt: skip
+    add(
+        "--heartbeat-timeout", type=int, metavar="SECONDS", default=100,
+        help="silence after which a process counts as dead, and the others end",
     )  # fmt: skip
 
 

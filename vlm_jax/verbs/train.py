@@ -27,8 +27,8 @@ def run(options: argparse.Namespace) -> int:
     """Trains; 0."""
     given = configuration.read(options.config)
     workdir = None if options.dry_run else cli.workdir_of(options.workdir)
-    cli.keep_freed_memory()
     cli.say_warnings()
+    cli.join(options)
     import jax
 
     from vlm_jax import mesh

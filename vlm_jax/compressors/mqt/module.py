@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vlm_jax import mesh
+from vlm_jax import cpu, mesh
 from vlm_jax.compressors.matryoshka import Matryoshka
 from vlm_jax.compressors.method import Interface
 from vlm_jax.compressors.mqt import MQTMethod
@@ -22,7 +22,6 @@ from vlm_jax.layers import (
     LayerNorm,
     Linear,
     normal,
-    project,
     standardise,
     uniform,
     weight,
@@ -161,16 +160,9 @@ def mix(
     heads, tokens, patches = scores.shape
     scores, kernel = scores.astype(values.dtype), kernel.astype(values.dtype)
     if mixing_first_pays(tokens, patches, values.shape[-1], heads):
-        # The scores are repeated for every image, so that each has a product of its own: for one of
-        # all images XLA's CPU backend transposes the patches, which takes longer than the product.
-        repeated = jnp.broadcast_to(
-            scores.transpose(1, 0, 2),
-            (len(values), tokens, heads, patches),
-            out_sharding=mesh.spec("batch", "len", "heads", "len"),
-        )
         mixed = jnp.einsum(
             "BVNP,BPE->BVNE",
-            repeated,
+            cpu.for_every_image(scores, len(values)),
             values,
             out_sharding=mesh.spec("batch", "len", "heads", "feature"),
         )
@@ -234,7 +226,7 @@ class FoldedMQT(Matryoshka):
         del question
         values = standardise(levels[..., -self.width :], EPS).astype(levels.dtype)
         mixed = mix(self.scores[...][:, : self.tokens], values, self.value[...])
-        out = project(mixed, self.out[...], 2, ("batch", "len", "feature"))
+        out = cpu.project(mixed, self.out[...], 2, ("batch", "len", "feature"))
         return out + self.bias[...].astype(out.dtype)
 
 

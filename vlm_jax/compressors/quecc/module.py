@@ -5,12 +5,11 @@ B batch  P patches, window-major  V visual tokens  W patches under one convoluti
 Z = levels x E  E vit width  D llm width
 """
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vlm_jax import mesh
+from vlm_jax import cpu, mesh
 from vlm_jax.compressors.compressor import Compressor
 from vlm_jax.compressors.method import Interface, window_side
 from vlm_jax.compressors.projector import MLP, KeysAndValues
@@ -144,16 +143,7 @@ class QueCC(Compressor):
             index = fields(self.side, self.window, self.kernel, self.stride)
             under = x.at[:, index].get(out_sharding=mesh.spec("batch", "len", "len", "feature"))
         taps, bias = self.taps[...].astype(x.dtype), self.taps_bias[...].astype(x.dtype)
-        weighted = under * taps
-        # A product with ones sums over the patches: a sum would be fused with the product behind it
-        # by XLA's CPU backend, and computed anew for every tile of that.
-        query = jnp.einsum(
-            "BVW,BVWE->BVE",
-            jnp.ones_like(weighted[..., 0]),
-            weighted,
-            out_sharding=mesh.spec("batch", "len", "feature"),
-        )
-        return query + bias
+        return cpu.sum_of_windows(under * taps) + bias
 
 
 def check_convolution(side: int, kernel: int, stride: int, tokens: int) -> None:

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forms that XLA's CPU backend needs to be fast, each with its cause; models read as TPU code.
+
+Results are equal on every platform, and TPU programs are the same with and without the forms that
+do not ask for the platform. benchmarks/cpu.py times each against the plain form.
+"""
+
+import ctypes
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from vlm_jax import mesh
+
+# Compiler options of a program that runs once, such as the drawing of weights: optimizing that of a
+# toy takes 13 s of CPU.
+RUN_ONCE = {"xla_backend_optimization_level": 0}
+# Compiler options of a training step by platform. XLA's newer loop emitters make the many small
+# loops of a small model's step 1.2 times as slow (benchmarks/train_step.py).
+STEP_OPTIONS = {"cpu": {"xla_cpu_use_fusion_emitters": False}}
+
+
+def emulates(dtype: jnp.dtype) -> bool:
+    """Whether products of this type need two rows and a float32 result, or are made by casts.
+
+    XLA's CPU backend has kernels for such products of bfloat16, twice as fast as those of float32;
+    any other product of bfloat16 it makes in float32, casting both factors in every call.
+    """
+    return dtype == jnp.bfloat16 and mesh.platform() == "cpu"
+
+
+def two_rows(
+    product: Callable[[Float[Array, "..."]], Float[Array, "..."]],
+    x: Float[Array, "..."],
+    axis: int,
+) -> Float[Array, "..."]:
+    """`product(x)`; of one emulated row along `axis`, the first row of the product of two."""
+    if not emulates(x.dtype) or math.prod(x.shape[: axis + 1]) != 1:
+        return product(x)
+    return lax.slice_in_dim(product(jnp.concatenate([x, x], axis)), 0, 1, axis=axis)
+
+
+def project(
+    x: Float[Array, "..."], kernel: Float[Array, "..."], read: int, out: tuple[str, ...]
+) -> Float[Array, "..."]:
+    """Contracts the last `read` dimensions of x with the kernel's first; `out` names the result's.
+
+    Leading dimensions are merged meanwhile: kept apart, XLA's CPU backend transposes the larger
+    factor of every weight gradient, element by element.
+    """
+    lead, given = x.shape[: x.ndim - read], x.shape[x.ndim - read :]
+    place = jax.typeof(x).sharding.spec
+    rows = jnp.reshape(
+        x, (math.prod(lead), *given), out_sharding=jax.P(place[0], *place[len(lead) :])
+    )
+
+    def product(rows: Float[Array, "..."]) -> Float[Array, "..."]:
+        return jnp.tensordot(
+            rows,
+            kernel.astype(x.dtype),
+            axes=read,
+            out_sharding=mesh.spec(out[0], *out[len(lead) :]),
+            preferred_element_type=jnp.float32 if emulates(x.dtype) else None,
+        )
+
+    y = two_rows(product, rows, 0).astype(x.dtype)
+    return jnp.reshape(y, lead + y.shape[1:], out_sharding=mesh.spec(*out))
+
+
+def sum_of_windows(x: Float[Array, "B V W E"]) -> Float[Array, "B V E"]:
+    """The sum over W, as a product with ones.
+
+    A sum is fused with the product after it and computed anew for every tile of that.
+    """
+    return jnp.einsum(
+        "BVW,BVWE->BVE",
+        jnp.ones_like(x[..., 0]),
+        x,
+        out_sharding=mesh.spec("batch", "len", "feature"),
+    )
+
+
+def for_every_image(scores: Float[Array, "N V P"], batch: int) -> Float[Array, "B V N P"]:
+    """The scores that all images share, repeated so that each image has a product of its own.
+
+    For one product of all images the patches are transposed, which takes longer than the product.
+    """
+    heads, tokens, patches = scores.shape
+    return jnp.broadcast_to(
+        scores.transpose(1, 0, 2),
+        (batch, tokens, heads, patches),
+        out_sharding=mesh.spec("batch", "len", "heads", "len"),
+    )
+
+
+def keep_freed_memory() -> None:
+    """Freed memory stays with this process and is reused; must be called before JAX starts.
+
+    XLA on a CPU allocates the temporaries of every call afresh. Large blocks go back to the system
+    when freed, and the page faults of the next call took 40 % of a training step of a demo with 144
+    patches. One arena, because only the first can grow beyond 64 MB. Does nothing without glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # M_... of glibc's malloc.h
+        mallopt(mmap_threshold, 2**31 - 1)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(arena_max, 1)

@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes of one run: how they find each other, which of them writes, what they agree on.
+
+A run on many hosts is one process for each host, all started with the same command. Process 0 is
+the writer: it alone writes files and speaks. What it decides or reads reaches the others by
+`from_writer`; what each of them found reaches all by `collected`; `barrier` waits for all.
+
+These three go over the coordination service of `jax.distributed` and not over the devices: a wait
+may last as long as the writer works, and nothing is compiled. A process that fails says so there
+(`fail`), and the others end within seconds instead of waiting for it. A process that dies without a
+word is found by its missing heartbeat, and JAX then aborts the others.
+
+In a run of one process every function here is free.
+"""
+
+import atexit
+import functools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vlm_jax import errors, progress
+
+T = TypeVar("T")
+JOIN_TIMEOUT, HEARTBEAT_TIMEOUT = 300, 100  # seconds: the defaults of jax.distributed
+# Exit status where another process died: what JAX itself ends with (SIGABRT).
+PEER_DIED = 134
+SLICE_MS = 5000  # of one wait at the service: between two of them Python sees its signals
+PIECE = 1 << 20  # bytes of one value at the service, whose messages are bounded
+# What a process may raise in the others as it is.
+KINDS = {
+    kind.__name__: kind
+    for kind in (ValueError, OSError, RuntimeError, FileNotFoundError, PermissionError)
+}
+
+
+class Run:
+    """What this process knows of the others; of one process alone, that there are none."""
+
+    client: Any = None
+    turn = 0  # calls so far: every process makes the same ones in the same order
+    stop: threading.Event | None = None
+
+
+_RUN = Run()
+
+
+def join(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    join_timeout: int = JOIN_TIMEOUT,
+    heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
+) -> None:
+    """Makes this process one of a run of several; before anything of JAX has touched a device.
+
+    Without arguments JAX looks for the others itself (Cloud TPU VMs, GKE, Slurm, Open MPI), and
+    finds none on a machine of its own; where JAX_PLATFORMS is cpu it looks for Slurm alone.
+    `processes=1` alone looks for nobody.
+
+    Args:
+      coordinator: HOST:PORT of process 0, the same for all; the port is free on that host.
+      processes: how many there are. process: which of them this is, from 0.
+      join_timeout: seconds that all of them have to come.
+      heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
+    Raises:
+      ValueError: for arguments that are incomplete or contradict each other, and where JAX then
+        sees another number of processes.
+    """
+    if _RUN.client is not None:
+        return
+    check(coordinator, processes, process, join_timeout, heartbeat_timeout)
+    if coordinator is None and (processes == 1 or no_cluster()):
+        return
+    done = threading.Event()
+    where = coordinator or "the address that JAX found for process 0"
+    said = functools.partial(nobody_came, done, where, processes, process, join_timeout)
+    threading.Thread(target=said, daemon=True).start()
+    # All that is given is all that counts; with nothing given JAX detects everything.
+    how = {} if coordinator is None else {"cluster_detection_method": "deactivate"}
+    try:
+        with progress.doing("waiting for the other processes"):
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                process,
+                # JAX aborts when this is over: `nobody_came` says first what is missing.
+                initialization_timeout=join_timeout + 30,
+                heartbeat_timeout_seconds=heartbeat_timeout,
+                **how,
+            )
+    except ValueError as error:
+        if coordinator is None and "coordinator_address" in str(error):
+            return  # no cluster: a machine of its own
+        raise
+    finally:
+        done.set()
+    from jax._src import distributed  # its key-value store has no public door
+
+    state = distributed.global_state
+    if state.num_processes == 1:
+        return
+    _RUN.client, _RUN.stop = state.client, threading.Event()
+    if jax.process_count() != state.num_processes:
+        raise ValueError(
+            f"{state.num_processes} processes joined, and JAX sees devices of "
+            f"{jax.process_count()}: start the same command with the same JAX_PLATFORMS on every "
+            "host, once for each"
+        )
+    progress.VOICE.silent = not is_writer()
+    threading.Thread(target=_listen, args=(_RUN.stop, state.client), daemon=True).start()
+    atexit.register(_RUN.stop.set)
+    progress.say(topology())
+
+
+def no_cluster() -> bool:
+    """Whether JAX need not look for other processes.
+
+    On the CPU of a TPU VM it would find the VMs of the slice, which a run on CPUs does not mean.
+    """
+    return os.environ.get("JAX_PLATFORMS") == "cpu" and "SLURM_STEP_NODELIST" not in os.environ
+
+
+def check(
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+    join_timeout: int,
+    heartbeat_timeout: int,
+) -> None:
+    """ValueError for what `join` cannot be called with."""
+    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    missing = [name for name, value in given.items() if value is None]
+    if missing and len(missing) < 3 and (missing, processes) != (["--coordinator", "--process"], 1):
+        there = " and ".join(name for name in given if name not in missing)
+        raise ValueError(
+            f"{there} without {' and '.join(missing)}: "
+            "give all three, as --coordinator=HOST:PORT --processes=N --process=I; none where JAX "
+            "finds the processes itself (TPU VMs, GKE, Slurm); or --processes=1 alone for one "
+            "process"
+        )
+    if processes is not None and processes < 1:
+        raise ValueError(f"--processes={processes}: give how many there are, 1 or more")
+    if process is not None and not 0 <= process < processes:
+        raise ValueError(
+            f"--process={process} of --processes={processes}: give each host its number, from 0 "
+            f"to {processes - 1}"
+        )
+    host, _, port = (coordinator or "host:1").rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(
+            f"--coordinator={coordinator}: give HOST:PORT, the host of process 0 and a port that "
+            "is free there, such as 10.0.0.2:8476"
+        )
+    for name, value in (
+        ("--join-timeout", join_timeout),
+        ("--heartbeat-timeout", heartbeat_timeout),
+    ):
+        if value < 1:
+            raise ValueError(f"{name}={value}: give seconds, 1 or more")
+
+
+def nobody_came(
+    done: threading.Event, where: str, processes: int | None, process: int | None, seconds: int
+) -> None:
+    """Ends this process with one line unless `done` within `seconds`: JAX would abort without."""
+    if done.wait(seconds):
+        return
+    name, _, port = where.rpartition(":")
+    answers = False
+    if process and port.isdigit():
+        try:
+            socket.create_connection((name.strip("[]"), int(port)), timeout=2).close()
+            answers = True
+        except OSError:
+            pass
+    missing = f"nothing answers at {where}" if process and not answers else "not all of them came"
+    print(
+        f"vlm-jax: {missing} within {seconds} s: start the same command on every host"
+        f"{f', {processes} processes' if processes else ''}, with the address of process 0, whose "
+        "port the others can reach; --join-timeout waits longer, --processes=1 alone runs one "
+        "process",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
+
+
+def topology() -> str:
+    """The processes and their devices, in a line."""
+    devices = jax.devices()
+    mine = len(jax.local_devices())
+    return (
+        f"{jax.process_count()} processes x {mine} devices ({devices[0].device_kind}) = "
+        f"{len(devices)} devices; process {jax.process_index()} of {socket.gethostname()} writes "
+        "and speaks"
+    )
+
+
+def joined() -> bool:
+    """Whether this run has other processes."""
+    return _RUN.client is not None
+
+
+def is_writer() -> bool:
+    """Whether this process writes files and speaks: one of each run does."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns when every process has come here."""
+    collected(name)
+
+
+def from_writer(make: Callable[[], T]) -> T:
+    """What `make` gives in the writer, where alone it is called, in every process.
+
+    A value is what JSON holds. Files that `make` writes are there when this returns. What it raises
+    is raised in every process.
+    """
+    if not joined():
+        return make()
+    key = _next_key()
+    if not is_writer():
+        answer = json.loads(_get(key))
+        if "error" in answer:
+            raise KINDS.get(answer["kind"], RuntimeError)(answer["error"])
+        return answer["value"]
+    try:
+        value = make()
+        _set(key, json.dumps({"value": value}))
+        return value
+    except Exception as error:
+        said = {"error": errors.sentence(error), "kind": type(error).__name__}
+        _set(key, json.dumps(said))
+        raise
+
+
+def collected(value: T) -> list[T]:
+    """The values of all processes, in their order, in every process; a value is what JSON holds."""
+    if not joined():
+        return [value]
+    key = _next_key()
+    _set(f"{key}/{jax.process_index()}", json.dumps(value))
+    return [json.loads(_get(f"{key}/{i}")) for i in range(jax.process_count())]
+
+
+def check_same(what: str, value: Any) -> None:
+    """ValueError in every process where `value`, which JSON holds, differs between them."""
+    if not joined():
+        return
+    value = json.loads(json.dumps(value))
+    for process, theirs in enumerate(collected(value)):
+        if theirs != value:
+            raise ValueError(
+                f"process {process} has another {what} than process {jax.process_index()}: every "
+                "host needs the same command, the same version and the same files"
+            )
+
+
+def fetched(tree: Any) -> Any:
+    """Arrays as numpy in the memory of every process, those of all processes gathered.
+
+    Every process calls it with the same arrays.
+    """
+
+    def one(x: Any) -> np.ndarray:
+        spread = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+        return multihost_utils.process_allgather(x, tiled=True) if spread else np.asarray(x)
+
+    return jax.tree.map(one, tree)
+
+
+def fail(code: int, message: str) -> None:
+    """Ends every process of the run, because this one cannot go on; returns in a run of one.
+
+    The others end with `code` too. At its end a process would otherwise wait for them, and they
+    for it.
+    """
+    if not joined():
+        return
+    _RUN.stop.set()
+    said = {"process": jax.process_index(), "code": code, "message": message}
+    try:
+        _RUN.client.key_value_set("vlm_jax/failed", json.dumps(said))
+    except Exception:
+        pass  # another process failed first, or the service is gone: JAX ends the others
+    _end(code)
+
+
+def _end(code: int) -> None:
+    """Leaves without JAX's own good-bye, which waits for all; the process of the service waits a
+    little, so that the others hear why."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        _RUN.client.key_value_set(f"vlm_jax/left/{jax.process_index()}", "")
+        others, until = jax.process_count() - 1, time.monotonic() + 5
+        while is_writer() and time.monotonic() < until:
+            if len(_RUN.client.key_value_dir_get("vlm_jax/left/")) > others:
+                break
+            time.sleep(0.1)
+    finally:
+        os._exit(code)
+
+
+def _listen(stop: threading.Event, client: Any) -> None:
+    """Ends this process soon after another one has failed."""
+    while not stop.wait(1.0):
+        try:
+            said = json.loads(client.key_value_try_get("vlm_jax/failed"))
+        except Exception:
+            continue  # nobody has; or the service is gone, and JAX ends this process
+        if not stop.is_set():
+            print(
+                f"vlm-jax: process {said['process']} failed ({said['message']}), and process "
+                f"{jax.process_index()} ends with it",
+                file=sys.stderr,
+                flush=True,
+            )
+            _end(said["code"])
+
+
+def _next_key() -> str:
+    _RUN.turn += 1
+    return f"vlm_jax/turn/{_RUN.turn}"
+
+
+def _set(key: str, text: str) -> None:
+    data = text.encode()
+    pieces = [data[i : i + PIECE] for i in range(0, len(data), PIECE)]
+    for number, piece in enumerate(pieces):
+        _RUN.client.key_value_set_bytes(f"{key}/piece{number}", piece)
+    _RUN.client.key_value_set_bytes(f"{key}/pieces", str(len(pieces)).encode())
+
+
+def _get(key: str) -> str:
+    count = int(_wait_for(f"{key}/pieces"))
+    return b"".join(_wait_for(f"{key}/piece{number}") for number in range(count)).decode()
+
+
+def _wait_for(key: str) -> bytes:
+    """A value of the service, however long it takes to be there."""
+    while True:
+        try:
+            return _RUN.client.blocking_key_value_get_bytes(key, SLICE_MS)
+        except Exception as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
