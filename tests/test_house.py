@@ -45,6 +45,7 @@ ARROWS = {
     "serving": {"training", "weights", "data", "models", "compressors", "layers", "evals"} | GROUND,
     "grids": {"training", "serving", "data", "models", "compressors", "kernels", "evals", "cost",
               "rows", "reports"} | GROUND,
+    "aot": {"training", "serving", "models", "layers", "cost", "mesh", "progress"},
     # What `import vlm_jax` names, imported when it is asked for.
     "door": {"cost", "law", "rows", "planning", "serving", "grids"},
 }  # fmt: skip

@@ -7,8 +7,9 @@ one shape, and requests, whose shapes are rounded up to few (`bucket`).
 B batch  W vocabulary
 """
 
+import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,35 @@ def choose(
     return jnp.where(sampling.temperature > 0, drawn, likeliest)
 
 
+def first(
+    model: VLM, batch: Batch, prefix: Past | None, sampling: Sampling | None, new_tokens: int
+) -> tuple[Int[Array, "B"], list[KV | Cache], Int[Array, "B"]]:
+    """Reads a batch: the first new tokens, caches with room for all of them, row lengths."""
+    logits, caches, length = model.prefill(batch, new_tokens=new_tokens, prefix=prefix)
+    return choose(logits, sampling, length), caches, length
+
+
+def following(
+    model: VLM,
+    ids: Int[Array, "B"],
+    caches: list[KV | Cache],
+    position: Int[Array, "B"],
+    sampling: Sampling | None,
+) -> tuple[Int[Array, "B"], list[KV | Cache], Int[Array, "B"]]:
+    """One more token of every row."""
+    logits, caches = model.decode(ids, caches, position)
+    return choose(logits, sampling, position + 1), caches, position + 1
+
+
+def programs() -> tuple[Any, Any]:
+    """`first` and `following` as they are compiled: caches are donated."""
+    # New functions each time: what one decoder compiled is freed with it.
+    return (
+        jax.jit(functools.partial(first), static_argnames="new_tokens"),
+        jax.jit(functools.partial(following), donate_argnums=(2, 3)),
+    )
+
+
 class Decoder:
     """Generates with one model.
 
@@ -93,17 +123,7 @@ class Decoder:
         else:
             llm = jax.jit(lambda llm: llm.unrolled(), compiler_options=once)(model.llm)
         self.model, self.stop_ids = VLM(model.vit, compressor, llm), np.array(stop_ids)
-
-        def first(model, batch, prefix, sampling, new_tokens):
-            logits, caches, length = model.prefill(batch, new_tokens=new_tokens, prefix=prefix)
-            return choose(logits, sampling, length), caches, length
-
-        def following(model, ids, caches, position, sampling):
-            logits, caches = model.decode(ids, caches, position)
-            return choose(logits, sampling, position + 1), caches, position + 1
-
-        self.first = jax.jit(first, static_argnames="new_tokens")
-        self.following = jax.jit(following, donate_argnums=(2, 3))
+        self.first, self.following = programs()
 
     def read_prefix(self, ids: Sequence[int]) -> Past | None:
         """The pass over tokens with which every row of later batches begins; None of no token."""

@@ -89,20 +89,30 @@ def placed(tree: Any) -> Any:
     return jax.tree.map(place, tree)
 
 
-def of_stage(recipe: Recipe, name: str) -> Need:
-    """What a stage of training needs on each device of the current mesh; nothing is allocated."""
-    tx = optimizer.optimizer(recipe.stage(name))
+def state_of(recipe: Recipe, name: str) -> tuple[nnx.GraphDef, optimizer.State]:
+    """The structure and the state that a stage of training begins with, as shapes."""
+    tx, found = optimizer.optimizer(recipe.stage(name)), []
 
     def made() -> optimizer.State:
         if name == "encoder":
             model = reader(recipe.model, PATCH_CLASSES, seed=0)
         else:
             model = vlm.build(recipe.model, nnx.Rngs(0))
+            if model.compressor.buckets:  # trained by as many tokens as it can give
+                model = model.at(model.compressor.buckets[-1])
         if name == "finetune":
             model = lora.adapt(model, recipe.lora, seed=0)
-        return optimizer.start(model, name, tx)[1]
+        graph, state = optimizer.start(model, name, tx)
+        found.append(graph)
+        return state
 
     state = jax.eval_shape(made)
+    return found[0], state
+
+
+def of_stage(recipe: Recipe, name: str) -> Need:
+    """What a stage of training needs on each device of the current mesh; nothing is allocated."""
+    _, state = state_of(recipe, name)
     trained = in_shards(state.trained)
     return Need(
         name,

@@ -28,12 +28,14 @@ VERBS = {
     "plan": "the best LLM size and number of visual tokens for a budget",
     "convert": "published weights to a model folder, and back",
     "generate": "answer prompts about images",
+    "compile": "what a step takes on a slice of TPUs, by the TPU compiler, without a TPU",
 }
 # Verbs with a configuration, and what stands for one that is not named.
 USES_CONFIG = {
     "train": "needed",
     "evaluate": "default: the one that the folder was made with; a model folder needs one",
     "grid": "needed",
+    "compile": "needed",
     "plan": "default: the published sizes and CLIP ViT-L/14-336",
 }
 # Verbs that use devices, and so may run in several processes.
@@ -78,6 +80,10 @@ def module(verb: str) -> ModuleType:
             from vlm_jax.verbs import generate
 
             return generate
+        case "compile":
+            from vlm_jax.verbs import compile
+
+            return compile
     raise KeyError(verb)
 
 

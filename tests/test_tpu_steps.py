@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the TPU compiler makes of whole steps of a small model, on a machine without a TPU."""
+
+import json
+
+import jax
+import pytest
+import tiny
+
+from vlm_jax.__main__ import main
+from vlm_jax.aot import report, topology
+
+pytestmark = pytest.mark.tpu_compiler
+
+
+def small(**changes):
+    """A model whose dimensions fill the tiles of a TPU, with as little of it as possible."""
+    c = tiny.config(remat="full", compute_dtype="bfloat16", mesh=dict(data=1, fsdp=-1))
+    c.vit.update(dict(image_size=112, patch_size=14, depth=2, width=256, mlp=512, levels=(1,)))
+    c.llm.update(
+        dict(width=512, mlp=1024, heads=4, kv_heads=4, head_size=128, vocab=1024, qkv_bias=False)
+    )
+    c.compressor.update(dict(kind="none", tokens=64))
+    c.data.update(dict(text_length=64, question_length=16))
+    for name, section in changes.items():
+        c[name].update(section)
+    return c
+
+
+@pytest.fixture(scope="module")
+def made():
+    topology.prepare()
+    return report.of_config(small(), "finetune", topology.named("v5e:2x2"))
+
+
+def test_memory_by_kind_adds_up_and_the_state_is_donated(made):
+    hbm = made["hbm_bytes"]
+    kinds = [size for kind, size in hbm.items() if kind not in ("total", "usable")]
+    assert sum(kinds) == hbm["total"] <= hbm["usable"] and made["fits"]
+    assert made["programs"][0]["donated_bytes"] >= hbm["weights"] + hbm["optimizer"]
+    assert hbm["optimizer"] >= 2 * hbm["weights"]  # two moments in float32
+
+
+def test_the_compilers_flops_are_ours_when_loops_are_multiplied(made):
+    flops = made["flops"]
+    assert made["programs"][0]["unread_loops"] == []
+    # Of causal attention it leaves out some of what is hidden, of the scores of text none.
+    assert 0.85 < flops["compiler"] / flops["program"] < 1.1
+    assert flops["model"] < flops["program"]
+
+
+def test_what_does_not_fit_ends_with_3_and_says_what_would_help(capsys, tmp_path):
+    path = tmp_path / "large.py"
+    path.write_text(
+        "from configs import base\n\n\ndef get_config():\n"
+        "    c = base.get_config()\n    c.compressor.update(dict(kind='none', tokens=576))\n"
+        "    c.llm.depth, c.vit.depth, c.vit.levels = 4, 2, (1,)\n"
+        "    c.mesh.data, c.mesh.fsdp = 4, 1\n    c.data.text_length = 2048\n    return c\n"
+    )
+    assert main(["compile", f"--config={path}", "--topology=v5e:2x2"]) == 3
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert not found["fits"] and found["estimate"] is None
+    assert "DOES NOT FIT" in err and "mesh.fsdp=4" in err
+    assert found["programs"][0]["largest"]
+
+
+def test_every_serving_program_is_compiled(capsys):
+    argv = [f"--config={tiny.ROOT}/tests/tiny.py", "--config.compute_dtype=bfloat16",
+            "--config.mesh.data=-1", "--topology=v6e:1x1", "--mode=evaluate"]  # fmt: skip
+    assert main(["compile", *argv]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in found["programs"]] == ["prefill", "decode"]
+    assert found["hbm_bytes"]["cache"] > 0
+    assert jax.default_backend() == "cpu"

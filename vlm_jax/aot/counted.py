@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compiled program computes, moves and sends on one device, loops multiplied.
+
+Matrix products are counted from the text, HBM bytes from the types and layouts of operands and
+results, collectives by kind. docs/pods.md says where such numbers mislead.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+from vlm_jax.aot.hlo import ARRAY, Module, Operation, in_hbm, size_of
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+               "collective-broadcast")  # fmt: skip
+# Operations that move nothing.
+FREE = {"parameter", "bitcast", "tuple", "get-tuple-element", "constant", "after-all",
+        "partition-id", "opt-barrier", "while", "conditional", "call"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Communication of one kind from one place, and how often it runs.
+
+    `bytes` is the whole tensor once: the result of a gather, the operand of a reduction. `sent` is
+    what a device sends for it in a ring, `group` the devices that take part.
+    """
+
+    kind: str
+    asynchronous: bool
+    bytes: int
+    sent: float
+    group: int
+    times: int
+    scope: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """An array that an operation makes: its type, its bytes in HBM, where it comes from."""
+
+    type: str
+    bytes: int
+    scope: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """A program on one device.
+
+    Attributes:
+      flops: of matrix products and convolutions.
+      kernel_calls: of Pallas kernels; kernel_flops, kernel_bytes: what these declare themselves.
+      cycles: as the compiler estimates, by scope; neither collectives nor kernels are in it.
+      hbm_bytes: read and written by all operations, arrays in VMEM left out.
+      saved_bytes: of the arrays that loops over layers leave for the backward pass.
+      gradient_bytes: of those that the backward loops leave.
+      collectives: all of them. largest: arrays, the largest first.
+      unread_loops: loops counted once.
+    """
+
+    flops: float
+    kernel_calls: int
+    kernel_flops: float
+    kernel_bytes: float
+    cycles: Mapping[str, int]
+    hbm_bytes: float
+    saved_bytes: int
+    gradient_bytes: int
+    collectives: tuple[Collective, ...]
+    largest: tuple[Tensor, ...]
+    unread_loops: tuple[str, ...]
+
+
+def dimensions(type: str) -> list[int]:
+    """The sizes of an array."""
+    found = ARRAY.match(type)
+    return [int(n) for n in found[2].split(",") if n] if found else []
+
+
+def flops_of(op: Operation, table: Mapping[str, Operation]) -> float:
+    """FLOPs of a matrix product or a convolution, 2 per multiply-add; 0 of anything else."""
+    if op.opcode not in ("dot", "convolution") or any(name not in table for name in op.operands):
+        return 0.0
+    left, right = (dimensions(table[name].type) for name in op.operands[:2])
+    if op.opcode == "dot":
+        listed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
+        contracted = [int(n) for n in (listed[1] if listed else "").split(",") if n]
+        return 2.0 * math.prod(dimensions(op.type)) * math.prod(left[n] for n in contracted)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
+    if not labels:
+        return 0.0
+    of_left, of_right, of_out = labels.groups()
+    out = dimensions(op.type)
+    features = out[of_out.index("f")] * right[of_right.index("i")]
+    pairs = math.prod(
+        reached(left[of_left.index(d)], right[of_right.index(d)], out[of_out.index(d)], *window)
+        for d, window in windows(op, sum(d.isdigit() for d in of_out))
+    )
+    return 2.0 * out[of_out.index("b")] * features * pairs
+
+
+def windows(op: Operation, count: int) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
+    """Of each spatial dimension its letter, stride, padding before, and dilations of both sides."""
+    text = re.search(r"window=\{([^}]*)\}", op.rest)
+    said = dict(part.split("=") for part in text[1].split()) if text else {}
+
+    def per(name: str, default: int) -> list[int]:
+        parts = said[name].split("x") if name in said else [str(default)] * count
+        return [int(part.split("_")[0]) for part in parts]
+
+    values = zip(
+        per("stride", 1), per("pad", 0), per("lhs_dilate", 1), per("rhs_dilate", 1), strict=True
+    )
+    yield from ((str(d), each) for d, each in enumerate(values))
+
+
+@functools.cache
+def reached(
+    left: int, right: int, out: int, stride: int, pad: int, left_apart: int, right_apart: int
+) -> int:
+    """Pairs of a place in the result and one in the window whose input is there, in one dimension.
+
+    Products over a batch are written as convolutions of which most pairs fall between the inputs.
+    """
+    if right == 1 and pad == 0 and left_apart == 1:
+        return out
+    found = 0
+    for k in range(right):
+        for o in range(out):
+            at = o * stride - pad + k * right_apart
+            found += at >= 0 and at % left_apart == 0 and at // left_apart < left
+    return found
+
+
+def group_of(op: Operation) -> int:
+    """How many devices take part in a collective."""
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", op.rest)
+    if listed:
+        return listed[1].count(",") + 1
+    counted = re.search(r"replica_groups=\[(\d+),(\d+)\]", op.rest)
+    if counted:
+        return int(counted[2])
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", op.rest)
+    if axes:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
+        return math.prod(int(sizes.get(name, 1)) for name in re.findall(r"'(\w+)'", axes[2]))
+    return 1
+
+
+def collective_of(
+    op: Operation, table: Mapping[str, Operation], times: int, asynchronous: bool
+) -> Collective | None:
+    """The communication of an operation; None of one that has none."""
+    kind = op.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return None
+    read = sum(size_of(table[name].type) for name in op.operands if name in table)
+    made = size_of(op.type)
+    if op.opcode.endswith("-start") and op.type.startswith("("):
+        made = max(made - read, read) if kind == "all-gather" else read
+    whole, group = (made if kind == "all-gather" else read), group_of(op)
+    ring = (group - 1) / group if group > 1 else 0.0
+    sent = {"all-reduce": 2 * ring * whole, "collective-permute": float(whole)}.get(
+        kind, ring * whole
+    )
+    return Collective(
+        kind, asynchronous or op.opcode.endswith("-start"), whole, sent, group, times, op.scope
+    )
+
+
+def facts(text: str, scope_of: Callable[[str], str] = lambda scope: "all") -> Facts:
+    """What a compiled program does on one device; `scope_of` names the part of an operation's
+    source, by which cycles are added up."""
+    module = Module(text)
+    flops, moved = 0.0, 0.0
+    kernels = [0, 0.0, 0.0]
+    cycles: dict[str, int] = {}
+    collectives, met = [], set()
+    made: dict[tuple[str, str], Tensor] = {}
+    for op, times, table in module.executed():
+        estimate = re.search(r'"estimated_cycles":"(\d+)"', op.rest)
+        if estimate:
+            part = scope_of(op.scope)
+            cycles[part] = cycles.get(part, 0) + int(estimate[1]) * times
+        moved += times * traffic(op, table)
+        if op.opcode not in FREE and not op.opcode.endswith(("-start", "-done")):
+            for type in whole_arrays(op.type):
+                made.setdefault((type, op.scope), Tensor(type, int(in_hbm(type)), op.scope))
+        beside = op.opcode == "async-start" or "async" in f"{op.name} {op.called('calls')}"
+        for inner, names in [(op, table), *module.inside(op)]:
+            flops += times * flops_of(inner, names)
+            kernels = [a + times * b for a, b in zip(kernels, declared(inner), strict=True)]
+            sent = collective_of(inner, names, times, beside and inner is not op)
+            if sent is None:
+                continue
+            if "all-reduce-scatter" in str(op.called("calls")):
+                # The compiler's form of it: a reduction whose shard alone is kept.
+                sent = dataclasses.replace(sent, kind="reduce-scatter", sent=sent.sent / 2)
+            # What runs beside computing is spread over several fusions, each of which repeats it.
+            channel = re.search(r"channel_id=(\d+)", inner.rest)
+            place = (next(iter(table)), channel and channel[1])
+            if channel is None or not sent.asynchronous or place not in met:
+                collectives.append(sent)
+                met.add(place)
+    saved, gradients = kept_by_loops(module)
+    largest = sorted(made.values(), key=lambda tensor: -tensor.bytes)[:20]
+    return Facts(
+        flops,
+        int(kernels[0]),
+        kernels[1],
+        kernels[2],
+        cycles,
+        moved,
+        saved,
+        gradients,
+        tuple(collectives),
+        tuple(largest),
+        tuple(dict.fromkeys(module.unread)),
+    )
+
+
+def whole_arrays(type: str) -> list[str]:
+    """The arrays of a type, each as it is written."""
+    return [found[0] for found in ARRAY.finditer(type)]
+
+
+def declared(op: Operation) -> tuple[int, float, float]:
+    """Of a Pallas kernel 1 and the FLOPs and bytes that it declares itself; nothing of others."""
+    if 'custom_call_target="tpu_custom_call"' not in op.rest:
+        return 0, 0.0, 0.0
+    said = [re.search(rf'"{name}":"(\d+)"', op.rest) for name in ("flops", "bytes_accessed")]
+    return 1, *(float(found[1]) if found else 0.0 for found in said)  # type: ignore[return-value]
+
+
+def kept_by_loops(module: Module) -> tuple[int, int]:
+    """Bytes of the stacked arrays that the loops of ENTRY fill, those of forward passes and those
+    of backward passes (gradients)."""
+    kept = {False: 0, True: 0}
+    for loop in module.computations[module.entry]:
+        body = str(loop.called("body"))
+        if loop.opcode != "while" or body not in module.computations:
+            continue
+        trips, table = module.trips(loop), module.table(body)
+        root = next((op for op in module.computations[body] if op.root), None)
+        types = whole_arrays(loop.type)
+        if trips < 2 or root is None or len(types) != len(root.operands):
+            continue
+        for name, type in zip(root.operands, types, strict=True):
+            sizes = dimensions(type)
+            filled = name in table and table[name].opcode not in ("get-tuple-element", "parameter")
+            if filled and len(sizes) > 1 and sizes[0] == trips:
+                kept["transpose(" in loop.scope] += int(in_hbm(type))
+    return kept[False], kept[True]
+
+
+def traffic(op: Operation, table: Mapping[str, Operation]) -> float:
+    """Bytes of HBM that an operation reads and writes: its operands and its result, padded.
+
+    What is updated in place or cut out counts by the part alone, where the operation itself says
+    so; a fusion that does it counts whole, which is too much.
+    """
+    if op.opcode in FREE or op.opcode.endswith("-done"):
+        return 0.0
+    read = [in_hbm(table[name].type) for name in op.operands if name in table]
+    if op.opcode == "copy-start":
+        return 2 * read[0] if read else 0.0
+    if op.opcode == "dynamic-update-slice":
+        return 2 * read[1]
+    if op.opcode in ("dynamic-slice", "slice"):
+        return 2 * in_hbm(op.type)
+    return sum(read) + in_hbm(op.type)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real programs of a configuration, lowered from shapes on the current mesh.
+
+Nothing is allocated: parameters, optimizer state, batches and caches are shapes with their place.
+
+B batch  M images of a row  T text tokens  U question tokens  I image side in pixels
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax import mesh
+from vlm_jax.models import vlm
+from vlm_jax.serving import decoder
+from vlm_jax.training import memory, optimizer
+from vlm_jax.training.objective import every_scale, next_token
+from vlm_jax.training.recipe import Recipe
+
+MODES = ("align", "finetune", "prefill", "decode", "evaluate")
+
+
+@dataclass(frozen=True)
+class Program:
+    """One lowered program, and bytes on a device of what goes in, by kind."""
+
+    name: str
+    lowered: Any  # jax.stages.Lowered
+    inputs: dict[str, int]
+
+
+def shape_of(shape: tuple[int, ...], dtype: Any, *dims: str) -> jax.ShapeDtypeStruct:
+    """A shape on the current mesh."""
+    now = jax.sharding.get_mesh()
+    dims = (*dims, *["none"] * (len(shape) - len(dims)))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh.sharding(now, *dims))
+
+
+def batch_of(recipe: Recipe, rows: int, *, answer: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch as the loader gives it for this recipe, with pixels; `answer` as in training."""
+    images, side = recipe.rows.images_per_row, recipe.model.vit.image_size
+    of_image = (rows, images) if images > 1 else (rows,)
+    made: dict[str, tuple[tuple[int, ...], Any]] = dict(
+        ids=((rows, recipe.rows.text_length), jnp.int32),
+        length=((rows,), jnp.int32),
+        image_at=(of_image, jnp.int32),
+        question=((*of_image, recipe.rows.question_length), jnp.int32),
+        question_length=(of_image, jnp.int32),
+        pixels=((*of_image, side, side, 3), jnp.float32),
+    )
+    if answer:
+        made |= dict(
+            loss_mask=((rows, recipe.rows.text_length), jnp.bool_), index=((rows,), jnp.int32)
+        )
+    return {name: shape_of(*of, "batch") for name, of in made.items()}
+
+
+def train_step(recipe: Recipe, name: str) -> Program:
+    """The step of stage `name`, as `training/stages.py` runs it."""
+    stage = recipe.stage(name)
+    graph, state = memory.state_of(recipe, name)
+    state = memory.placed(state)
+    objective: Callable = next_token
+    if name == "finetune" and vlm.shapes(recipe.model).compressor.scales:
+        objective = every_scale
+    step = optimizer.make_step(
+        graph,
+        optimizer.optimizer(stage),
+        objective,
+        accumulate=stage.accumulate,
+        z_loss=stage.z_loss,
+    )
+    batch = batch_of(recipe, stage.batch, answer=True)
+    lowered = step.compiled.lower((state.step, state.trained, state.optimizer), state.frozen, batch)
+    inputs = dict(
+        weights=memory.in_shards(state.trained),
+        optimizer=memory.in_shards(state.optimizer),
+        frozen=memory.in_shards(state.frozen),
+        batch=memory.in_shards(batch),
+    )
+    return Program(name, lowered, inputs)
+
+
+def serving(recipe: Recipe, *, rows: int, new_tokens: int) -> Callable[[str], Program]:
+    """What gives the program "prefill" or "decode" of `rows` requests, as `serving/` runs them."""
+    dtype = recipe.model.compute_dtype
+
+    def stored(model: vlm.VLM) -> vlm.VLM:
+        """The model as `serving/` has it: weights in the type of the activations, layers apart."""
+        if model.compressor.buckets:
+            model = model.at(model.compressor.slots(recipe.model.compressor.tokens))
+        model = jax.tree.map(lambda x: x.astype(dtype), model)
+        compressor = model.compressor.fold() if model.compressor.buckets else model.compressor
+        return vlm.VLM(model.vit, compressor, model.llm.unrolled())
+
+    model = memory.placed(jax.eval_shape(stored, memory.placed(vlm.shapes(recipe.model))))
+    first, following = decoder.programs()
+    batch = batch_of(recipe, rows, answer=False)
+    if model.compressor.buckets:
+        batch["limit"] = shape_of((rows,), jnp.int32, "batch")
+    weights = memory.in_shards(model)
+
+    def made(name: str) -> Program:
+        given = (model, batch, None, None)
+        room = dict(new_tokens=decoder.bucket(new_tokens))
+        if name == "prefill":
+            lowered = first.lower(*given, **room)
+            return Program(name, lowered, dict(frozen=weights, batch=memory.in_shards(batch)))
+        ids, caches, place = memory.placed(
+            jax.eval_shape(lambda *given: first(*given, **room), *given)
+        )
+        lowered = following.lower(model, ids, caches, place, None)
+        inputs = dict(frozen=weights, cache=memory.in_shards(caches), batch=memory.in_shards(ids))
+        return Program(name, lowered, inputs)
+
+    return made
+
+
+def programs(
+    recipe: Recipe, mode: str, *, rows: int, new_tokens: int
+) -> list[Callable[[], Program]]:
+    """What lowers each program that a mode runs, in order; `rows` and `new_tokens` of serving.
+
+    Raises:
+      ValueError: for an unknown mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"--mode={mode}: choose one of {', '.join(MODES)}")
+    if mode in ("align", "finetune"):
+        return [lambda: train_step(recipe, mode)]
+    names = ("prefill", "decode") if mode == "evaluate" else (mode,)
+    made = serving(recipe, rows=rows, new_tokens=new_tokens)
+    return [lambda name=name: made(name) for name in names]  # type: ignore[misc]

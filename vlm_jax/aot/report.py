@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the programs of a mode for a topology, and says what they take, as one JSON object.
+
+Seconds are estimates without a TPU; `ESTIMATE` says how they are made and where they mislead.
+"""
+
+import re
+import time
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import jax
+
+from vlm_jax import mesh as meshes
+from vlm_jax import progress
+from vlm_jax.aot import counted, programs
+from vlm_jax.aot.topology import Topology
+from vlm_jax.cost import flops as cost
+from vlm_jax.training.cells import stage_flops
+from vlm_jax.training.recipe import Recipe
+
+ROOM = 0.9  # of the usable bytes: what is above that is said not to leave room
+ESTIMATE = (
+    "compute_seconds: the compiler's estimated cycles, loops multiplied, at the chip's clock, and "
+    "kernels at the roofline of what they declare; element-wise operations come out about 2.5 "
+    "times too slow. collective_seconds: bytes sent in a ring over all links of a chip at once, "
+    "the best case. step_seconds: computing plus synchronous collectives, and of asynchronous ones "
+    "what is longer than the computing. Nothing was timed on a TPU"
+)
+# Parts of a step by the named scopes of the model, the first that an operation's scope has.
+PARTS = ("optimizer", "encoder", "compressor", "question", "splice", "embedding", "logits", "loss",
+         "attention", "mlp")  # fmt: skip
+
+
+def part_of(scope: str) -> str:
+    """The part of a step that an operation belongs to."""
+    return next((part for part in PARTS if part in scope), "other")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What serving programs are compiled for: requests at a time, and new tokens of each."""
+
+    rows: int
+    new_tokens: int
+
+
+def compiled(lowered: Any) -> Any:
+    """The executable, or the compiler's message where it does not fit into memory."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if re.search(r"resource_exhausted|ran out of memory|exceeds available", text, re.I):
+            return text
+        raise
+
+
+def of_program(program: programs.Program, topology: Topology) -> dict[str, Any]:
+    """What one program takes on each device."""
+    then = time.perf_counter()
+    found = compiled(program.lowered)
+    seconds = time.perf_counter() - then
+    if isinstance(found, str):
+        return too_large(program, found, topology) | dict(compile_seconds=round(seconds, 1))
+    facts = counted.facts(found.as_text(), part_of)
+    memory = found.memory_analysis()
+    hbm = hbm_of(program, memory, facts)
+    cycles = sum(facts.cycles.values())
+    kernels = max(
+        facts.kernel_flops / topology.peak_flops, facts.kernel_bytes / topology.hbm_bytes_per_s
+    )
+    compute = cycles / topology.kind.clock + kernels
+    sent = {
+        now: sum(c.sent * c.times for c in facts.collectives if c.asynchronous == now)
+        / topology.link_bytes_per_s
+        for now in (False, True)
+    }
+    return dict(
+        name=program.name,
+        fits=hbm["total"] <= topology.hbm_bytes,
+        hbm_bytes=hbm,
+        donated_bytes=memory.alias_size_in_bytes,
+        flops_per_device=facts.flops + facts.kernel_flops,
+        kernel_flops_per_device=facts.kernel_flops,
+        hbm_traffic_bytes=facts.hbm_bytes,
+        cycles=dict(sorted(facts.cycles.items(), key=lambda item: -item[1])),
+        collectives=by_kind(facts),
+        largest=[asdict(tensor) for tensor in facts.largest[:8]],
+        unread_loops=list(facts.unread_loops),
+        estimate=dict(
+            compute_seconds=compute,
+            kernel_seconds=kernels,
+            collective_seconds=sum(sent.values()),
+            synchronous_seconds=sent[False],
+            step_seconds=sent[False] + max(compute, sent[True]),
+        ),
+        compile_seconds=round(seconds, 1),
+    )
+
+
+def hbm_of(program: programs.Program, memory: Any, facts: counted.Facts) -> dict[str, int]:
+    """Bytes of a device by kind; they add up to the compiler's own sum ("total")."""
+    # The result that is not a donated argument's, and code, take room too.
+    total = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    kinds = dict(program.inputs)
+    room = memory.temp_size_in_bytes
+    for name, size in (("activations", facts.saved_bytes), ("gradients", facts.gradient_bytes)):
+        kinds[name] = min(size, room)
+        room -= kinds[name]
+    kinds["temporaries"] = room
+    kinds["code"] = memory.generated_code_size_in_bytes
+    # Padding to tiles, and results that are not donated.
+    kinds["padding_and_results"] = total - sum(kinds.values())
+    return kinds | dict(total=total)
+
+
+def by_kind(facts: counted.Facts) -> list[dict[str, Any]]:
+    """Collectives by kind, synchronous and asynchronous apart; bytes of a device and a step."""
+    found: dict[tuple[str, bool], dict[str, Any]] = {}
+    for c in facts.collectives:
+        entry = found.setdefault(
+            (c.kind, c.asynchronous),
+            dict(kind=c.kind, asynchronous=c.asynchronous, count=0, bytes=0, sent_bytes=0.0),
+        )
+        entry["count"] += c.times
+        entry["bytes"] += c.bytes * c.times
+        entry["sent_bytes"] += c.sent * c.times
+    return sorted(found.values(), key=lambda entry: -entry["sent_bytes"])
+
+
+def too_large(program: programs.Program, said: str, topology: Topology) -> dict[str, Any]:
+    """What is known of a program that does not fit: what goes in, and the compiler's message."""
+    needed = re.search(r"Used ([\d.]+)([KMGT]?) of|temporaries \(([\d.]+)([KMGT]?)\)", said)
+    unit = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+    total = None
+    if needed:
+        number, letter = needed[1] or needed[3], (needed[2] or needed[4]) or ""
+        total = int(float(number) * 1024 ** unit[letter])
+    tensors = [
+        dict(type=shape, bytes=int(float(size) * 1024 ** unit[letter]), scope=scope)
+        for size, letter, scope, shape in re.findall(
+            r"Size: ([\d.]+)([KMGT]?)[^\n]*\n\s*(?:Operator: op_name=\"([^\"]*)\"[^\n]*\n\s*)?"
+            r"Shape: (\S+)",
+            said,
+        )
+    ]
+    inputs = program.inputs
+    return dict(
+        name=program.name,
+        fits=False,
+        hbm_bytes=inputs | dict(total=max(total or 0, sum(inputs.values()))),
+        largest=tensors[:8],
+        message=next((line for line in said.splitlines() if "memory" in line.lower()), said)[:400],
+        estimate=None,
+        collectives=[],
+        unread_loops=[],
+    )
+
+
+def report(recipe: Recipe, mode: str, topology: Topology, serving: Serving) -> dict[str, Any]:
+    """The programs of `mode`, compiled on the current mesh of `topology`."""
+    found = []
+    begun = time.perf_counter()
+    for lower in programs.programs(recipe, mode, rows=serving.rows, new_tokens=serving.new_tokens):
+        with progress.doing(f"{mode}: tracing"):
+            program = lower()
+        with progress.doing(f"{program.name}: compiling for {topology.name}"):
+            found.append(of_program(program, topology))
+    seconds = time.perf_counter() - begun
+    worst = max(found, key=lambda one: one["hbm_bytes"]["total"])
+    return dict(
+        topology=topology.name,
+        chip=topology.kind.chip,
+        chips=topology.chips,
+        devices=topology.device_count,
+        mesh=dict(jax.sharding.get_mesh().shape),
+        mode=mode,
+        fits=all(one["fits"] for one in found),
+        hbm_bytes=worst["hbm_bytes"] | dict(usable=topology.hbm_bytes),
+        hbm_share=worst["hbm_bytes"]["total"] / topology.hbm_bytes,
+        flops=flops(recipe, mode, serving, found, topology),
+        collectives=[dict(program=one["name"]) | c for one in found for c in one["collectives"]],
+        estimate=estimate(recipe, mode, serving, found, topology),
+        programs=found,
+        compile_seconds=round(seconds, 1),
+        versions={name: metadata.version(name) for name in ("jax", "libtpu")},
+    )
+
+
+def work(recipe: Recipe, mode: str, serving: Serving) -> tuple[int, int, float, float]:
+    """Rows and tokens of one run of a mode, FLOPs that the model needs for it, and those that the
+    programs do (what is recomputed is in them, what a causal mask hides too)."""
+    model, rows = recipe.model, recipe.rows
+    row = rows.text_length + rows.images_per_row * model.visual_tokens
+    if mode in ("align", "finetune"):
+        stage = recipe.stage(mode)
+        steps = max(stage.steps, 1)
+        one = stage_flops(recipe, mode, cached=False) / steps
+        again = 0.0
+        if model.remat == "full":
+            again = stage.batch * cost.llm_flops(model.llm, row, logits=0)
+        # Of the scores of a row about half are masked: the convention of MFU counts those alone.
+        pairs = stage.batch * cost.llm_flops(model.llm, row, logits=0)
+        pairs -= stage.batch * row * cost.llm_flops(model.llm, 1, cached=-1, logits=0)
+        return stage.batch, stage.batch * row, one - again - 3 * pairs / 2, one
+    G = serving.new_tokens
+    request = cost.request_flops(
+        model.vit, model.compressor, model.llm, Q=rows.text_length, G=G,
+        question=rows.question_length,
+    )  # fmt: skip
+    count = serving.rows
+    read = count * float(request.total - request.decode)
+    step = count * float(cost.llm_flops(model.llm, 1, cached=row + G // 2))
+    if mode == "prefill":
+        return count, count * row, read, read
+    if mode == "decode":
+        return count, count, step, step
+    whole = read + max(G - 1, 0) * step
+    return count, count * G, whole, whole
+
+
+def flops(
+    recipe: Recipe, mode: str, serving: Serving, found: list[dict[str, Any]], topology: Topology
+) -> dict[str, Any]:
+    """FLOPs of one run of a mode on all devices: the model's, ours of the program, and the
+    compiler's with loops multiplied."""
+    _, _, needed, ours = work(recipe, mode, serving)
+    if not all("flops_per_device" in one for one in found):
+        return dict(model=needed, program=ours, compiler=None)
+    read = sum(one["flops_per_device"] * runs(one, mode, serving) for one in found)
+    return dict(model=needed, program=ours, compiler=read * topology.device_count)
+
+
+def runs(one: dict[str, Any], mode: str, serving: Serving) -> int:
+    """How often a program runs in one run of its mode."""
+    return max(serving.new_tokens - 1, 0) if mode == "evaluate" and one["name"] == "decode" else 1
+
+
+def estimate(
+    recipe: Recipe, mode: str, serving: Serving, found: list[dict[str, Any]], topology: Topology
+) -> dict[str, Any] | None:
+    """Seconds of one run of a mode, and what follows from them; None where it does not fit."""
+    if any(one["estimate"] is None for one in found):
+        return None
+    rows, tokens, needed, _ = work(recipe, mode, serving)
+
+    def total(name: str) -> float:
+        return sum(one["estimate"][name] * runs(one, mode, serving) for one in found)
+
+    seconds, compute = total("step_seconds"), total("compute_seconds")
+    peak = topology.peak_flops * topology.device_count
+    return dict(
+        step_seconds=seconds,
+        compute_seconds=compute,
+        kernel_seconds=total("kernel_seconds"),
+        collective_seconds=total("collective_seconds"),
+        synchronous_seconds=total("synchronous_seconds"),
+        mfu=needed / (seconds * peak),
+        mfu_without_communication=needed / (compute * peak),
+        rows_per_second=rows / seconds,
+        tokens_per_second=tokens / seconds,
+        tokens_per_second_per_chip=tokens / seconds / topology.chips,
+        how=ESTIMATE,
+    )
+
+
+def epoch(
+    result: dict[str, Any], rows: int, per_run: int, dollars_per_chip_hour: float | None
+) -> dict[str, Any]:
+    """Hours and dollars of `rows` examples at `per_run` examples a step."""
+    if result["estimate"] is None:
+        return dict(rows=rows, steps=None, hours=None, chip_hours=None, dollars=None)
+    steps = -(-rows // per_run)
+    hours = steps * result["estimate"]["step_seconds"] / 3600
+    paid = dollars_per_chip_hour
+    return dict(
+        rows=rows,
+        steps=steps,
+        hours=hours,
+        chip_hours=hours * result["chips"],
+        dollars_per_chip_hour=paid,
+        dollars=None if paid is None else hours * result["chips"] * paid,
+    )
+
+
+def helps(recipe: Recipe, mode: str) -> list[str]:
+    """What makes the programs of a mode smaller, the field that saves most first."""
+    mesh = jax.sharding.get_mesh()
+    found = []
+    if mesh.shape["data"] > 1:
+        found.append(f"shard the state over all devices (mesh.data=1, mesh.fsdp={mesh.size})")
+    if mode in ("align", "finetune"):
+        stage = recipe.stage(mode)
+        if recipe.model.remat != "full":
+            found.append("recompute activations (remat=full)")
+        if stage.batch // stage.accumulate > meshes.batch_shards(mesh):
+            found.append(f"raise {mode}.accumulate")
+        if mode == "finetune" and not recipe.lora.rank:
+            found.append("train adapters alone (lora.rank=16)")
+        found.append("lower data.text_length")
+    else:
+        found.append("lower evaluate.batch, or raise mesh.tensor")
+    return [*found, "take a larger slice (--topology)"]
+
+
+def of_config(
+    config: Any,
+    mode: str,
+    topology: Topology,
+    *,
+    examples: int | None = None,
+    dollars_per_chip_hour: float | None = None,
+) -> dict[str, Any]:
+    """What the programs of a configuration take on a slice, as `vlm-jax compile` prints it.
+
+    Args:
+      mode: one of programs.MODES.
+      examples: rows of an epoch; steps x batch of the stage where None.
+    Raises:
+      ValueError: for a mesh that does not fit the slice, a batch that it does not cut evenly, and
+        where libtpu is missing.
+    """
+    recipe = Recipe.of(config)
+    serving = Serving(config.evaluate.batch, config.evaluate.max_new_tokens)
+    devices = topology.devices()
+    with jax.set_mesh(meshes.make(**config.mesh, devices=devices)):
+        check(recipe, mode, serving)
+        made = report(recipe, mode, topology, serving)
+        made["helps"] = [] if made["fits"] else helps(recipe, mode)
+    if mode in ("align", "finetune"):
+        stage = recipe.stage(mode)
+        rows, per_run = stage.steps * stage.batch, stage.batch
+    else:
+        rows, per_run = serving.rows, serving.rows
+    made["epoch"] = epoch(made, examples or rows, per_run, dollars_per_chip_hour)
+    return made
+
+
+def check(recipe: Recipe, mode: str, serving: Serving) -> None:
+    """Raises where the mesh does not cut the batch of a mode evenly."""
+    shards = meshes.batch_shards(jax.sharding.get_mesh())
+    rows, name = serving.rows, "evaluate.batch"
+    if mode in ("align", "finetune"):
+        stage = recipe.stage(mode)
+        if stage.batch % stage.accumulate:
+            raise ValueError(f"{mode}.accumulate={stage.accumulate} does not divide {mode}.batch="
+                             f"{stage.batch}")  # fmt: skip
+        rows, name = stage.batch // stage.accumulate, f"{mode}.batch / {mode}.accumulate"
+    if rows % shards:
+        raise ValueError(
+            f"{name}={rows} rows do not split over the {shards} parts into which the mesh cuts a "
+            "batch (mesh.data x mesh.fsdp): choose a multiple, or cut weights by mesh.tensor too"
+        )
