@@ -180,7 +180,8 @@ def train_step_flops(
     Args:
         vit_cached: features come from a cache.
         compressor, llm, vit: the sizes.
-        tokens: length of the LLM's rows, text and visual tokens and padding together.
+        tokens: length of the LLM's rows, text and visual tokens and padding together; of a packed
+            row too, whose attention runs over the whole row under its mask.
         stage: what is trained.
         logits: positions whose vocabulary scores are computed; all `tokens` when None.
         question: tokens that QueCC reads as the question: of a separate pass (no gradient goes
@@ -192,6 +193,7 @@ def train_step_flops(
         adapters: parameters of LoRA adapters, which finetune trains in place of the LLM's weights
             (`lora_parameters`); 0 where there are none.
         images: for which a row has room; each is encoded and compressed, and has a question pass.
+            0: a row of a batch of text alone.
     """
     if stage not in ("align", "finetune"):
         raise ValueError(f"stage {stage!r} is not trained: choose align or finetune")
@@ -205,6 +207,8 @@ def train_step_flops(
     linear += low
     again = linear + attention if recompute else 0
     language = 2 * (linear + head) + 3 * attention + weights + again
+    if not images:
+        return language
     products = compressor_products(compressor, vit, llm, form=form)
     encoder = 0 if vit_cached else encoder_flops(vit, compressor)
     return language + images * (

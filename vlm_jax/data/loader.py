@@ -261,7 +261,7 @@ class Batches:
         return self._finish(self._data[k])
 
     @property
-    def examples(self) -> float:
+    def examples(self) -> int | float:
         """Examples of a batch, of packed rows on average."""
         return self.batch if self.plan is None else self.plan.examples
 

@@ -154,7 +154,7 @@ class Plan:
         raise TypeError("a plan says what its batches are")
 
     @property
-    def examples(self) -> float:
+    def examples(self) -> int | float:
         """Examples of a batch, on average."""
         return self.size
 
@@ -219,7 +219,7 @@ class Packing(Plan):
         return self.epoch(0).count
 
     @property
-    def examples(self) -> float:
+    def examples(self) -> int | float:
         """Examples of a batch, on average."""
         return self.size * len(self.usable) / self.rows
 

@@ -34,7 +34,7 @@ class RandomPrefixes:
         self.batches.position = value
 
     @property
-    def examples(self) -> float:
+    def examples(self) -> int | float:
         """As for the batches themselves."""
         return self.batches.examples
 

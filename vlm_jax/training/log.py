@@ -39,7 +39,7 @@ class Log:
         first: int,
         last: int,
         every: int,
-        batch: float,
+        batch: int | float,
         patience: int,
         tensorboard: bool = False,
         skipped: int = 0,
