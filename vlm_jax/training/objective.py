@@ -4,6 +4,9 @@
 An objective returns sums, not means, so that accumulated micro-batches equal one large batch.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -61,6 +64,13 @@ def every_scale(model: VLM, batch: Batch, *, chunk: int = 0) -> Sums:
     seen = model.compressor.every_scale(model.levels(batch))
     sums = [next_token(model, {**batch, "visual": tokens}, chunk=chunk) for tokens in seen]
     return jax.tree.map(lambda *parts: sum(parts) / len(parts), *sums)
+
+
+def of_stage(name: str, compressor: Compressor, *, chunk: int) -> Callable[[VLM, Batch], Sums]:
+    """What stage `name` minimises for a model with this compressor; `chunk` is
+    config.loss_chunk."""
+    each_scale = name == "finetune" and compressor.scales
+    return functools.partial(every_scale if each_scale else next_token, chunk=chunk)
 
 
 class PatchReader(nnx.Module):

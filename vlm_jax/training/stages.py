@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stages of a training: the encoder where it is to be made, then align, then finetune."""
 
-import functools
 import json
 import logging
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from vlm_jax.training import memory, optimizer, runs
 from vlm_jax.training.checkpoint import Checkpoints
 from vlm_jax.training.fingerprint import Beginning
 from vlm_jax.training.log import Log
-from vlm_jax.training.objective import Sums, every_scale, next_token, patch_class, patch_reader
+from vlm_jax.training.objective import Sums, of_stage, patch_class, patch_reader
 from vlm_jax.training.overview import overview
 from vlm_jax.training.recipe import Recipe
 from vlm_jax.training.workdir import Claim, claim
@@ -282,7 +281,6 @@ def train(
             )
         if rows.plan is not None:
             progress.say(rows.plan.said(name))
-        objective = next_token
         if name == "finetune" and model.compressor.prefixes:
             batches = prefixes.RandomPrefixes(
                 batches,
@@ -290,15 +288,13 @@ def train(
                 seed=seed,
                 accumulate=recipe.finetune.accumulate,
             )
-        if name == "finetune" and model.compressor.scales:
-            objective = every_scale
         batch = recipe.stage(name).batch
         if recipe.arrangement.plain and batch > len(inputs.source):
             log.warning(
                 f"{name}.batch={batch} is more than the {len(inputs.source)} examples "
                 "of the data: each batch has some of them more than once"
             )
-        objective = functools.partial(objective, chunk=recipe.loss_chunk)
+        objective = of_stage(name, model.compressor, chunk=recipe.loss_chunk)
         model = run_stage(name, model, batches, recipe, folder, objective, begin=begin)
         if rows.usage.tokens_computed:
             progress.say(f"{name}: {rows.usage}")
