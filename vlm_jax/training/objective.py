@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import cpu, mesh
+from vlm_jax.compressors.compressor import Compressor
 from vlm_jax.layers import Linear
 from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vit import ViT
