@@ -85,6 +85,9 @@ def get_config() -> ConfigDict:
     # Of activations and matmuls; parameters, norms, softmax and loss are float32.
     c.compute_dtype = "bfloat16"
     c.remat = "full"  # what the backward pass recomputes: none, dots, full
+    # Of the weights that a stage leaves alone: float32, or bfloat16 for the encoder's and LLM's
+    # matrices. With bfloat16 activations a step computes the same from either.
+    c.frozen_dtype = "float32"
     # Positions of a row whose scores over the vocabulary are there at a time in training, and made
     # twice. 0: all of a row, made once; -1: all where a device's scores stay under 268 MB.
     c.loss_chunk = -1
@@ -146,6 +149,9 @@ def get_config() -> ConfigDict:
         stage.beta1 = 0.9
         stage.beta2 = 0.999
         stage.epsilon = 1e-8
+        # Adam's two means for each parameter: float32 (8 bytes), bfloat16 (4), or factored: squares
+        # by rows and columns, as Adafactor's (2; beta2 and epsilon are not read).
+        stage.moments = "float32"
         stage.clip_norm = 0.0  # global gradient norm; 0 does not clip
         stage.z_loss = 0.0  # weight of log(Z)^2
         # Steps in a row whose loss or gradient is not finite that end the run; the updates of such

@@ -28,6 +28,8 @@ LATER = {
     "data.image_exif": "ignore",
     "compressor.queries": 0,
     "loss_chunk": -1,
+    "frozen_dtype": "float32",
+    **{f"{stage}.moments": "float32" for stage in STAGES},
     "data.row_length": 0,
     "data.row_images": 8,
     "data.buckets": (),
@@ -137,6 +139,7 @@ def _stage(name: str) -> dict[str, Field]:
         beta1=DECAY,
         beta2=DECAY,
         epsilon=POSITIVE,
+        moments=Choice(("float32", "bfloat16", "factored")),
         clip_norm=NOT_NEGATIVE,
         z_loss=NOT_NEGATIVE,
     ) | {
@@ -201,6 +204,8 @@ FIELDS: dict[str, Field] = {
     # In 16 bits of another kind gradients vanish, and whole numbers have none.
     "compute_dtype": Field(SHOWN, Choice(("float32", "bfloat16"))),
     "remat": Field(ROUNDING),  # the same numbers, computed once or twice
+    # Checkpoints hold the weights as a step has them.
+    "frozen_dtype": Field(RUN, Choice(("float32", "bfloat16"))),
     "loss_chunk": Field(ROUNDING, Range(True, -1)),  # one sum, in parts or at once
     "kernels": Field(ROUNDING),  # two forms of one formula
     "data.source": Field(SHOWN),

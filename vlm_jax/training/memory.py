@@ -19,7 +19,7 @@ from flax import nnx
 
 from vlm_jax import mesh as meshes
 from vlm_jax.models import lora, vlm
-from vlm_jax.training import chunked_loss, optimizer
+from vlm_jax.training import chunked_loss, optimizer, precision
 from vlm_jax.training.objective import reader
 from vlm_jax.training.recipe import Recipe
 
@@ -102,6 +102,8 @@ def state_of(recipe: Recipe, name: str) -> tuple[nnx.GraphDef, optimizer.State]:
                 model = model.at(model.compressor.buckets[-1])
         if name == "finetune":
             model = lora.adapt(model, recipe.lora, seed=0)
+        if name != "encoder":
+            model = precision.narrowed(model, name, recipe.frozen_dtype)
         graph, state = optimizer.start(model, name, tx)
         found.append(graph)
         return state
@@ -240,6 +242,8 @@ def ways(recipe: Recipe, need: Need) -> str:
     learnt = need.gradients + need.optimizer
     if need.phase == "finetune" and not recipe.lora.rank and learnt > need.total / 8:
         found.append("train adapters alone (lora.rank=16)")
+    if need.optimizer > need.total / 8 and recipe.stage(need.phase).moments == "float32":
+        found.append(f"keep less of past gradients ({need.phase}.moments=bfloat16 or factored)")
     if need.activations > need.parameters and recipe.model.remat != "full":
         found.append("recompute activations (remat=full)")
     stage = recipe.stage(need.phase)

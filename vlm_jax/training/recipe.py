@@ -25,6 +25,7 @@ class Stage:
     beta1: float
     beta2: float
     epsilon: float
+    moments: str
     clip_norm: float
     z_loss: float
     max_nonfinite: int
@@ -45,6 +46,7 @@ class Recipe:
       arrangement: which examples share a row or a batch. skip: whether bad examples
         are passed over. workers: processes that read.
       loss_chunk: positions of a row whose scores are there at a time, as config.loss_chunk.
+      frozen_dtype: of the weights that a stage leaves alone.
       encoder, align, finetune: the stages, in this order.
       seed: of weights and order. start_from: the folder with the first weights, or "".
       checkpoint_every, checkpoint_keep, log_every: steps, checkpoints, steps.
@@ -59,6 +61,7 @@ class Recipe:
     skip: bool
     workers: int
     loss_chunk: int
+    frozen_dtype: str
     encoder: Stage
     align: Stage
     finetune: Stage
@@ -81,6 +84,7 @@ class Recipe:
             skip=config.data.on_bad_example == "skip",
             workers=config.data.workers,
             loss_chunk=config.loss_chunk,
+            frozen_dtype=config.frozen_dtype,
             encoder=Stage.of(config.encoder),
             align=Stage.of(config.align),
             finetune=Stage.of(config.finetune),

@@ -27,7 +27,7 @@ from vlm_jax.data.tokenizer import check_vocabulary, hash_of, keep_tokenizer
 from vlm_jax.models import lora, vlm
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM
-from vlm_jax.training import memory, optimizer, runs
+from vlm_jax.training import memory, optimizer, precision, runs
 from vlm_jax.training.checkpoint import Checkpoints
 from vlm_jax.training.fingerprint import Beginning
 from vlm_jax.training.log import Log
@@ -247,24 +247,18 @@ def train(
     tokens as it can give in align, as its method is published in finetune.
     """
     seed = recipe.seed if seed is None else seed
-    if recipe.start_from:
-        with progress.doing("reading the weights to start from"):
-            stored = runs.read(recipe.start_from, "start_from")
-            model = weights_start.load(
-                recipe.model, stored, start_from=recipe.start_from, seed=seed
-            )
-    else:
-        with progress.doing("drawing the first weights"):
-            model = vlm.create(recipe.model, seed=seed)
-    if encoder is not None:
-        model = VLM(encoder, model.compressor, model.llm)
-    if model.compressor.buckets:
-        model = model.at(model.compressor.buckets[-1])
+    model = first_model(recipe, encoder, seed=seed)
     for name in ("align", "finetune"):
         if recipe.stage(name).steps == 0:
             continue
         if name == "finetune":
+            if recipe.align.steps and recipe.frozen_dtype != "float32":
+                # What align left alone was narrowed: trained on, or frozen again, from the first.
+                first = first_model(recipe, encoder, seed=seed)
+                model = VLM(first.vit, model.compressor, first.llm)
+                del first
             model = lora.adapt(model, recipe.lora, seed=seed)
+        model = precision.narrowed(model, name, recipe.frozen_dtype)
         with progress.doing(f"{name}: preparing the rows"):
             batches = rows = loader.Batches(
                 inputs.source,
@@ -304,7 +298,23 @@ def train(
                 f"data.text_length={recipe.rows.text_length} and data.question_length="
                 f"{recipe.rows.question_length} allow, and lost their end"
             )
-    return lora.merge(model)
+    return lora.merge(precision.widened(model))
+
+
+def first_model(recipe: Recipe, encoder: ViT | None, *, seed: int) -> VLM:
+    """The model that a training begins with, as many visual tokens as it can give."""
+    if recipe.start_from:
+        with progress.doing("reading the weights to start from"):
+            stored = runs.read(recipe.start_from, "start_from")
+            model = weights_start.load(
+                recipe.model, stored, start_from=recipe.start_from, seed=seed
+            )
+    else:
+        with progress.doing("drawing the first weights"):
+            model = vlm.create(recipe.model, seed=seed)
+    if encoder is not None:
+        model = VLM(encoder, model.compressor, model.llm)
+    return model.at(model.compressor.buckets[-1]) if model.compressor.buckets else model
 
 
 def tokenizer_of(named: str, vocab: int, kept: Path | None, source: sources.Source) -> Any:

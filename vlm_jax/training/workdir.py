@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from vlm_jax import __version__, files
 from vlm_jax.models import lora, vlm
 from vlm_jax.models.vlm import VLM
-from vlm_jax.training import fields, fingerprint, memory, optimizer
+from vlm_jax.training import fields, fingerprint, memory, optimizer, precision
 from vlm_jax.training.checkpoint import Checkpoints, numbered
 from vlm_jax.training.fields import Change
 from vlm_jax.training.recipe import Recipe
@@ -274,6 +274,7 @@ def finished(workdir: Path, recipe: Recipe, *, merge: bool = True) -> VLM:
         model = vlm.build(recipe.model, nnx.Rngs(recipe.seed))
         if stage == "finetune":
             model = lora.adapt(model, recipe.lora, seed=recipe.seed)
+        model = precision.narrowed(model, stage, recipe.frozen_dtype)
         graph, state = optimizer.start(model, stage, optimizer.optimizer(recipe.stage(stage)))
         graphs.append((graph, lora.described(model)))
         return state._replace(optimizer=())
@@ -294,7 +295,7 @@ def finished(workdir: Path, recipe: Recipe, *, merge: bool = True) -> VLM:
             f"{workdir}/{stage} holds {steps} of {wanted} steps: repeat the command "
             "that trains it (`vlm-jax train` or `vlm-jax grid`) to finish it"
         )
-    model = optimizer.finish(graph, restored[0])
+    model = precision.widened(optimizer.finish(graph, restored[0]))
     return lora.merge(model) if merge else model
 
 
