@@ -30,7 +30,7 @@ help:
 	@echo "make test-tpu    what the TPU compiler says; needs no TPU (installs libtpu)"
 	@echo "make test-torch  comparisons with PyTorch (installs torch and peft)"
 	@echo "make bench       training steps, compressors and generation against PyTorch (installs torch)"
-	@echo "make lint        ruff, and mypy over the public door and the ground floors"
+	@echo "make lint        ruff, mypy over the public door and the ground floors, shellcheck"
 	@echo "make venv        .venv with every extra that runs on a CPU; the targets above call it"
 	@echo "make clean       removes .venv and caches, never runs/"
 	@echo "PYTHON=python3.13 VENV=.venv-3.13 chooses another Python and a place for its packages;"
@@ -102,6 +102,7 @@ lint: $(ENV)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+	$(VENV)/bin/shellcheck -x launch/*.sh launch/*/*.sh
 
 bench: $(ENV) $(VENV)/torch
 	$(VENV)/bin/python benchmarks/train_step.py

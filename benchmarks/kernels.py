@@ -108,8 +108,8 @@ def programs(tokens: int, batch: int = BATCH, dtype: str = "bfloat16") -> dict:
         return jnp.moveaxis(out, 2, 0)
 
     def gradient(f):
-        def run(towards, *inputs):
-            return jax.vjp(f, *inputs)[1](towards)
+        def run(toward, *inputs):
+            return jax.vjp(f, *inputs)[1](toward)
 
         return run
 
@@ -196,7 +196,7 @@ def type_bytes(shape: str) -> int:
 
 
 def traffic(text: str) -> dict[str, int]:
-    """HBM bytes of an optimised program, those of its kernels, cycles estimated for the rest.
+    """HBM bytes of an optimized program, those of its kernels, cycles estimated for the rest.
 
     Bytes are operands and results of every operation of ENTRY, those in VMEM left out; what an
     asynchronous copy moves is counted once.

@@ -126,7 +126,7 @@ def measure(config, *, rounds: int, steps: int) -> dict:
     wall = {name: [] for name in sides}
     cpu = {name: [] for name in sides}
     for number in range(rounds):
-        # The order turns, so that no side always runs behind the same neighbour.
+        # The order turns, so that no side always runs behind the same neighbor.
         names = list(sides)[number % len(sides) :] + list(sides)[: number % len(sides)]
         for name in names:
             waiting = float(sides[name]())  # threads of the side before go to sleep meanwhile

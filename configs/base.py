@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
     c.llm.norm_eps = 1e-5
     c.llm.qkv_bias = False
     c.llm.tied_embeddings = False
-    c.llm.qk_norm = False  # each head's query and key normalised before the rotation (Qwen3)
+    c.llm.qk_norm = False  # each head's query and key normalized before the rotation (Qwen3)
     # Stretched rotary positions, as `rope_scaling` of a published config.json says.
     c.llm.rope_kind = "default"  # vlm_jax/models/rope.py KINDS names the kinds
     c.llm.rope_factor = 1.0

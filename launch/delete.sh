@@ -2,6 +2,7 @@
 # Gives the TPU back, and everything on its disk with it; does nothing when there is none.
 # Usage: launch/delete.sh
 set -euo pipefail
+# shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 look
@@ -9,5 +10,4 @@ if [ -z "$STATE" ] && [ "$DRY" != 1 ]; then
   echo "there is no $TPU in $ZONE"
   exit 0
 fi
-run gcloud compute tpus queued-resources delete "$TPU" --project="$PROJECT" --zone="$ZONE" \
-  --force --quiet
+release

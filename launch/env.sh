@@ -1,50 +1,65 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced by every script of this folder: which machine, and what the scripts share. Each value can be
-# set from outside: PROJECT=my-project ZONE=us-east5-b ACCELERATOR=v6e-8 launch/create.sh
+# Sourced by the scripts that work on one TPU: which one, and what they share. Each value can be set
+# from outside: PROJECT=my-project ZONE=us-east5-b ACCELERATOR=v6e-8 launch/create.sh
+# shellcheck source=launch/shell.sh
+source "$(dirname "${BASH_SOURCE[0]}")/shell.sh"
 
-: "${PROJECT:?set PROJECT to the Google Cloud project that pays}"
-: "${ZONE:?set ZONE to a zone that has the accelerator, for example us-east5-b}"
-TPU=${TPU:-vlm-jax}                 # name of the queued resource and of its node
-ACCELERATOR=${ACCELERATOR:-v6e-8}   # v6e-N, v5p-N, v5litepod-N, v4-N
+[ -n "${PROJECT:-}" ] || die "$USAGE" "set PROJECT to the Google Cloud project that pays"
+[ -n "${ZONE:-}" ] || die "$USAGE" "set ZONE to a zone that has the accelerator, such as us-east5-b"
+TPU=${TPU:-vlm-jax}                 # name of the request and of its machines
+ACCELERATOR=${ACCELERATOR:-v6e-8}   # v4-N, v5litepod-N, v5p-N, v6e-N, tpu7x-N
+TOPOLOGY=${TOPOLOGY:-}              # API=compute only: 2x2x2, as Google's table of slices has it
 CAPACITY=${CAPACITY:-on-demand}     # on-demand, reserved, spot (its disk goes when it is taken away)
-POLL_SECONDS=${POLL_SECONDS:-30}
-DRY=${DRY:-0}                       # 1 prints the commands and does nothing
+MAX_RESTARTS=${MAX_RESTARTS:-50}    # supervise.sh: starts after the first
+KEEP=${KEEP:-0}                     # supervise.sh: 1 keeps the TPU when the run has ended
+WHERE=(--project="$PROJECT" --zone="$ZONE")
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+case "$ACCELERATOR" in
+  v4-* | v5litepod-* | v5p-* | v6e-*) API=${API:-queued} ;;
+  tpu7x-*) API=${API:-compute} ;;
+  *) die "$USAGE" "ACCELERATOR=$ACCELERATOR is not known here:" \
+    "v4-N, v5litepod-N, v5p-N, v6e-N or tpu7x-N" ;;
+esac
+case "$API" in
+  queued | compute) ;;
+  *) die "$USAGE" "API=$API is not known: queued or compute" ;;
+esac
+# Both define look, request, reason, release; name_workers, on_workers, on_first_worker; to_workers
+# and from_first_worker.
+# shellcheck source=launch/api/queued.sh
+source "launch/api/$API.sh"
 
-die() { echo "$(basename "$0"): $*" >&2; exit 1; }
-
-# Prints a command as it could be typed.
-show() {
-  local word
-  printf '+'
-  for word; do
-    case "$word" in
-      *[!A-Za-z0-9_./:=,@%+-]*) printf " '%s'" "$(printf %s "$word" | sed "s/'/'\\\\''/g")" ;;
-      *) printf ' %s' "$word" ;;
+# Does a command in the home folder of every worker, on all at once, as JAX needs it. Prints what they
+# say. Each worker that failed or gave no answer is named; returns the highest status of a worker,
+# AGAIN where one gave no answer.
+everywhere() {
+  local answers worker ended reached=0 status=0
+  answers=$(mktemp)
+  # Each worker says who it is and how the command ended: who does not say it gave no answer.
+  on_workers "( $1 ); echo worker \${HOSTNAME##*-w-} ended: \$?" "$answers" || reached=$?
+  ended=$(sed -n 's/^worker \([^ ]*\) ended: /\1 /p' "$answers")
+  sed '/^worker [^ ]* ended: /d' "$answers"
+  rm "$answers"
+  [ "$DRY" != 1 ] || return 0
+  if [ "$reached" = 0 ]; then
+    NAMES=$(cut -d' ' -f1 <<< "$ended")
+  else
+    name_workers
+  fi
+  for worker in $NAMES; do
+    case "$(grep "^$worker " <<< "$ended")" in
+      '') echo "worker $worker gave no answer" >&2 && status=$AGAIN ;;
+      *' 0') ;;
+      *) worker=$(grep "^$worker " <<< "$ended")
+        echo "worker ${worker% *} failed with status ${worker#* }" >&2
+        [ "${worker#* }" -le "$status" ] || status=${worker#* } ;;
     esac
   done
-  echo
+  return "$status"
 }
 
-# Prints a command, then does it.
-run() {
-  show "$@"
-  [ "$DRY" = 1 ] || "$@"
-}
-
-# Sets STATE to the state of the queued resource; empty when there is none. It lists instead of
-# describing, because a list tells "none" (empty, success) from "could not ask" (failure).
-look() {
-  set -- gcloud compute tpus queued-resources list --project="$PROJECT" --zone="$ZONE" \
-    --filter="name~/$TPU\$" --format="value(state.state)"
-  show "$@"
-  STATE=
-  [ "$DRY" = 1 ] || STATE=$("$@")
-}
-
-# Does the command in the home folder of one worker, or of all.
-on_worker() {
-  run gcloud compute tpus tpu-vm ssh "$TPU" --project="$PROJECT" --zone="$ZONE" \
-    --worker="$1" --command="$2"
+# Sleeps until the cloud is looked at again.
+pause() {
+  echo "$1; looking again in $POLL_SECONDS s"
+  sleep "$POLL_SECONDS"
 }

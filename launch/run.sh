@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # Starts one verb on every worker, detached; while it runs, the same command starts nothing.
-# Usage: launch/run.sh train --config=configs/demo.py --workdir=runs/demo
+# Usage: launch/run.sh [NAME=VALUE ...] train --config=configs/demo.py --workdir=gs://BUCKET/demo
 set -euo pipefail
+# shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-[ $# -gt 0 ] || die "which verb? launch/run.sh train --config=FILE --workdir=DIR"
+[ $# -gt 0 ] || die "$USAGE" "which verb? launch/run.sh train --config=FILE --workdir=DIR"
 
-# The process inherits the lock and holds it until it ends, however it ends.
-on_worker all "cd vlm_jax && exec 9> ../vlm_jax.lock && if flock --nonblock 9; then nohup \
-.venv/bin/vlm-jax$(printf ' %q' "$@") >> ../vlm_jax.log 2>&1 < /dev/null & else echo already running; fi"
-echo "its output: gcloud compute tpus tpu-vm ssh $TPU --project=$PROJECT --zone=$ZONE --worker=0" \
-  "--command='tail -f vlm_jax.log'"
+everywhere "vlm_jax/launch/worker.sh start $(quoted "$@")" || die $? "not started on all workers:" \
+  "see above; the command can be repeated, it starts what does not run"
+echo "its output: launch/logs.sh; its end: launch/wait.sh $(quoted "$@")"

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# Models here are tiny: optimising their programs takes far longer than running them.
+# Models here are tiny: optimizing their programs takes far longer than running them.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"

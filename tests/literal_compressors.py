@@ -73,7 +73,7 @@ def quecc(tensors, levels, question, *, width, heads, kernel, stride):
 
 def token_packer(tensors, levels, *, width, heads, tokens):
     side, per_row = math.isqrt(len(levels)), math.isqrt(tokens)
-    # The textbook bilinear interpolation with half-pixel centres, one axis after the other.
+    # The textbook bilinear interpolation with half-pixel centers, one axis after the other.
     along = np.zeros((per_row, side))
     for i in range(per_row):
         source = max((i + 0.5) * side / per_row - 0.5, 0)

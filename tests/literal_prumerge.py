@@ -25,7 +25,7 @@ def selection(attention, kind, tokens):
     return chosen, [j for j in range(patches) if j not in chosen][twice:]
 
 
-def merged(features, keys, attention, kind, tokens, neighbours=32):
+def merged(features, keys, attention, kind, tokens, neighbors=32):
     """The tokens before the projector, [V E]."""
     chosen, others = selection(attention, kind, tokens)
     keys = keys / np.linalg.norm(keys, axis=1, keepdims=True)
@@ -33,7 +33,7 @@ def merged(features, keys, attention, kind, tokens, neighbours=32):
     for place, i in enumerate(chosen):
         rest = chosen[:place] + chosen[place + 1 :] + others
         rest.sort(key=lambda j, i=i: -keys[i] @ keys[j])
-        made.append(features[i] + sum(attention[j] * features[j] for j in rest[:neighbours]))
+        made.append(features[i] + sum(attention[j] * features[j] for j in rest[:neighbors]))
     zero = np.zeros(features.shape[1])
     return np.stack([*made, zero + sum(attention[j] * features[j] for j in others)])
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is read back is what was there when it was saved, or it is not used."""
 
+import json
 import logging
 import resource
 import shutil
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from vlm_jax import mesh as meshes
+from vlm_jax.__main__ import main
+from vlm_jax.training import checkpoint
 from vlm_jax.training.checkpoint import Checkpoints
 from vlm_jax.training.optimizer import State
 
@@ -124,7 +127,17 @@ def lose_data(step):
         path.unlink()
 
 
-DAMAGE = [truncate, flip, lose_notes, lose_data]
+def flip_notes(step):
+    """Another number that is as good a number."""
+    path = step / "notes" / "metadata"
+    path.write_text(path.read_text().replace(": 30", ": 31"))
+
+
+def lose_digests(step):
+    next((step / "digests").glob("*.json")).unlink()
+
+
+DAMAGE = [truncate, flip, lose_notes, lose_data, flip_notes, lose_digests]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -198,3 +211,78 @@ def test_a_full_disk_is_reported_and_what_was_finished_stays(tmp_path, mesh1):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert restored(tmp_path, mesh1) == (1, 10)
+
+
+# --- Without restoring ----------------------------------------------------------------------------
+
+
+def verified(capsys, folder):
+    """Exit status and steps of `vlm-jax checkpoint verify`, and its table."""
+    code = main(["checkpoint", "verify", str(folder)])
+    said = capsys.readouterr()
+    return code, {s["step"].rpartition("/")[2]: s for s in json.loads(said.out)["steps"]}, said.err
+
+
+def test_whole_steps_are_verified_as_whole(tmp_path, mesh8, capsys):
+    saved(tmp_path, mesh8)
+    code, steps, table = verified(capsys, tmp_path)
+    assert (code, {s["result"] for s in steps.values()}) == (0, {"whole"})
+    like = jax.tree.leaves(state(1, mesh8))
+    for step in steps.values():
+        assert (step["arrays"], step["bytes"]) == (len(like), sum(x.nbytes for x in like))
+    assert f"{tmp_path}/3 " in table and "whole" in table
+    assert list(verified(capsys, tmp_path / "2")[1]) == ["2"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_verification_finds_what_a_restore_would(damage, tmp_path, mesh1, capsys):
+    saved(tmp_path, mesh1)
+    damage(tmp_path / "3")
+    code, steps, _ = verified(capsys, tmp_path)
+    assert code == 1
+    assert [s["result"] for s in steps.values()] == ["whole", "whole", "damaged"]
+    assert steps["3"]["problems"]
+
+
+def test_the_piece_that_is_damaged_is_named(tmp_path, mesh8, capsys):
+    saved(tmp_path, mesh8, steps=(1,))
+    # One number of one piece is another one: rewritten as a whole file, as orbax would read it.
+    import tensorstore as ts
+
+    base = f"file://{tmp_path}/1/state/"
+    kvstore = {"driver": "ocdbt", "base": base, "path": "trained.kernel/"}
+    x = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+    x[9, 20] = 7.0
+    code, steps, table = verified(capsys, tmp_path)
+    # 16 x 32 over 2 x 2 devices, each half of the copies cut once more by orbax or not at all.
+    assert (code, len(steps["1"]["problems"])) == (1, 1)
+    assert steps["1"]["problems"][0] == {
+        "array": "trained.kernel", "piece": "[8:16, 16:32]", "what": "its digest differs",
+    }  # fmt: skip
+    assert "trained.kernel[8:16, 16:32] its digest differs" in table
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_and_compared(tmp_path, mesh1, capsys):
+    """They had a crc32 of each array in their notes, or none where processes shared it."""
+    import orbax.checkpoint as ocp
+
+    for step, known in ((1, True), (2, True), (3, False)):
+        arrays = checkpoint.named(state(step, mesh1))
+        sums = {name: checkpoint.checksum(x) if known else None for name, x in arrays.items()}
+        notes = {"position": 10 * step, "stage": "align", "crc32": sums}
+        with ocp.CheckpointManager(tmp_path, item_names=("state", "notes")) as manager:
+            args = dict(state=ocp.args.StandardSave(arrays), notes=ocp.args.JsonSave(notes))
+            manager.save(step, args=ocp.args.Composite(**args))
+    assert restored(tmp_path, mesh1) == (3, 30)
+    code, steps, _ = verified(capsys, tmp_path)
+    assert code == 0
+    assert [s["result"] for s in steps.values()] == ["whole", "whole", "unchecked"]
+    flip(tmp_path / "2")
+    shutil.rmtree(tmp_path / "3")
+    assert restored(tmp_path, mesh1) == (1, 10)
+    assert verified(capsys, tmp_path)[0] == 1
+
+
+def test_where_there_is_nothing_to_verify_the_way_out_is_said(tmp_path, capsys):
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 2
+    assert f"there are no checkpoints in {tmp_path}: give the folder" in capsys.readouterr().err

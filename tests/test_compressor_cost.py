@@ -59,7 +59,7 @@ def test_compressors_cost_what_the_table_of_published_modules_says(kind, form):
         it = compressor(kind, V, heads=16 if kind == "mqt" else 8)
         flops = cost.compressor_flops(it, CLIP, VICUNA, batch=math.inf, form=form)
         if kind == "prumerge" and form == "built":
-            # The table gathers 32 neighbours of each token; here a product weighs all patches.
+            # The table gathers 32 neighbors of each token; here a product weighs all patches.
             flops -= 2 * (V - 1) * (576 - 32) * 1024
         if kind == "quecc" and form == "built":
             # Nor does it have the question's own way through the query's first layer.

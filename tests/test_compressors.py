@@ -157,10 +157,10 @@ def test_gradients_are_the_slopes_of_the_literal_raster_form(of, mesh1):
     draw = np.random.default_rng(3)
     with jax.set_mesh(mesh1):
         module = roughened(jax.eval_shape(lambda: tiny.compressor(**of)))
-        towards = draw.normal(size=apply(module, of, levels, question).shape)
+        toward = draw.normal(size=apply(module, of, levels, question).shape)
 
         def loss(module, levels, question):
-            return (module(levels, question) * placed(towards, "batch")).sum()
+            return (module(levels, question) * placed(toward, "batch")).sum()
 
         gradients, *of_inputs = apply(
             module, of, levels, question, run=jax.grad(loss, argnums=(0, 1))
@@ -174,7 +174,7 @@ def test_gradients_are_the_slopes_of_the_literal_raster_form(of, mesh1):
     def value(tensors):
         made = literal(module, tensors.pop("levels"), question[0].astype("f8"),
                        width=of["width"], heads=of["heads"], tensors=tensors)  # fmt: skip
-        return (made * towards).sum()
+        return (made * toward).sum()
 
     step, scale = 1e-6, np.linalg.norm(gradients["levels"])
     for name, gradient in gradients.items():
@@ -322,10 +322,10 @@ def trained(request, mesh1, mesh8):
 def loss_and_gradients(of, meshes, levels, question):
     with jax.set_mesh(meshes):
         module = roughened(jax.eval_shape(lambda: tiny.compressor(**of)))
-        towards = np.random.default_rng(2).normal(size=(of["tokens"], of["llm_width"]))
+        toward = np.random.default_rng(2).normal(size=(of["tokens"], of["llm_width"]))
 
         def loss(module, levels, question):
-            return (module(levels, question) * towards.astype("f4")).sum() / towards.size
+            return (module(levels, question) * toward.astype("f4")).sum() / toward.size
 
         step = jax.value_and_grad(loss)
         value, gradients = apply(module, of, levels, question, run=step)

@@ -30,7 +30,7 @@ def test_a_configuration_is_the_file_and_what_is_set_over_it():
 
 
 @pytest.mark.parametrize("way", [[CONFIG], CONFIG.split("=")], ids=["=", "space"])
-def test_a_configuration_finds_its_neighbours_from_anywhere(way, tmp_path):
+def test_a_configuration_finds_its_neighbors_from_anywhere(way, tmp_path):
     # tiny.py imports `configs.base`, which is beside it and not installed.
     script = tmp_path / "verb.py"
     script.write_text(

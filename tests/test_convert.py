@@ -317,7 +317,7 @@ def test_a_tower_alone_and_a_model_in_its_first_layout_say_what_else_to_give(
     assert "--vision=DIR, a folder with openai/clip-vit-large-patch14-336" in said
 
 
-def test_quantised_weights_are_refused(copy, tmp_path, capsys):
+def test_quantized_weights_are_refused(copy, tmp_path, capsys):
     tensors = load_file(copy / "model.safetensors")
     name = "multi_modal_projector.linear_1.weight"
     tensors[name] = tensors[name].astype("i1")
@@ -395,5 +395,5 @@ def test_transformers_prepares_an_exported_model_as_its_configuration_says(
     out = made(images=Image.new("RGB", (60, 40), "white"), text="<image>a b", return_tensors="np")
     assert (out["input_ids"] == made.tokenizer.convert_tokens_to_ids("<image>")).sum() == visual
     assert out["pixel_values"].shape == (1, 3, side, side)
-    centre = (1 - np.array(mean)) / np.array(facts["std"])
-    np.testing.assert_allclose(out["pixel_values"][0, :, side // 2, side // 2], centre, atol=1e-5)
+    center = (1 - np.array(mean)) / np.array(facts["std"])
+    np.testing.assert_allclose(out["pixel_values"][0, :, side // 2, side // 2], center, atol=1e-5)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`import vlm_jax`: a catalogue that is typed, lazy, and says what the commands say."""
+"""`import vlm_jax`: a catalog that is typed, lazy, and says what the commands say."""
 
 import dataclasses
 import inspect
@@ -24,7 +24,7 @@ METHODS = [vlm_jax.VLM.from_checkpoint, vlm_jax.VLM.generate, vlm_jax.VLM.answer
            vlm_jax.Law.error, vlm_jax.Law.band]  # fmt: skip
 
 
-def test_the_catalogue_has_what_it_names_and_nothing_else():
+def test_the_catalog_has_what_it_names_and_nothing_else():
     assert len(FUNCTIONS) + len(CLASSES) == len(vlm_jax.__all__) == len(set(vlm_jax.__all__))
     assert set(vlm_jax.__all__) <= set(dir(vlm_jax))
     assert "Any" not in dir(vlm_jax)
@@ -100,7 +100,7 @@ def test_a_plan_is_what_the_command_prints(law, tmp_path, capsys):
     (dict(), "0 budgets: give one of flops"),
     (dict(flops=1e12, ms=4.0), "2 budgets: give one of"),
     (dict(flops=1e12, cost_model="half"), "choose one of paper, full"),
-    (dict(flops=1e12, chip="v5e"), "knows no chip"),
+    (dict(flops=1e12, chip="v5e"), "has no chip"),
     (dict(flops=1e12, tokens="many"), "give a list of V, or continuous"),
     (dict(ms=4.0, chip="v5e", llms=["qwen9"]), "qwen9 unknown"),
 ])  # fmt: skip

@@ -276,7 +276,7 @@ def test_counted_flops_are_those_of_the_rows(run):
     np.testing.assert_allclose(column(table, "x", series="25k", kind="point"), wanted)
 
 
-def test_curves_differ_in_more_than_colour_and_words_are_large_enough(reasoning, tmp_path):
+def test_curves_differ_in_more_than_color_and_words_are_large_enough(reasoning, tmp_path):
     points, fitted = reasoning
     canvas = canvases.Canvas(x="x", y="y", title="t")
     averaged = cells.average(points)
@@ -287,7 +287,7 @@ def test_curves_differ_in_more_than_colour_and_words_are_large_enough(reasoning,
     shapes = {tuple(c.get_paths()[0].vertices.ravel().round(3)) for c in marks}
     light = sorted(np.dot(c.get_facecolors()[0][:3], (0.299, 0.587, 0.114)) for c in marks)
     assert len(shapes) == 4
-    assert min(np.diff(light)) > 0.1  # apart in grey print as well
+    assert min(np.diff(light)) > 0.1  # apart in gray print as well
     assert max(light) < 0.75 and to_rgba("white")[0] == 1.0
     words = [t for t in canvas.axes.texts if t.get_text()]
     assert min(t.get_fontsize() for t in words) >= 6.5

@@ -15,6 +15,7 @@ from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor, RowFormat, load_tokenizer
 from vlm_jax.data.sources import Origin
 from vlm_jax.evals import tasks
+from vlm_jax.grids import details
 from vlm_jax.grids import run as grid_run
 from vlm_jax.models import vlm
 from vlm_jax.rows import records
@@ -168,7 +169,7 @@ def test_request_lengths_are_those_of_prompts_answers_and_what_is_asked(unbroken
     inputs = Inputs(test, Processor(load_tokenizer(folder / "tokenizer"), RowFormat.of(c)))
     made = [inputs.processor.text(test[i], answer=False) for i in range(len(test))]
     for prefix, field in ((False, "question_length"), (True, "image_at")):
-        Q, G, question = grid_run.request_lengths(inputs, prefix=prefix)
+        Q, G, question = details.request_lengths(inputs, prefix=prefix)
         assert Q == pytest.approx(np.mean([m["length"] for m in made])) and G >= 1
         assert question == pytest.approx(np.mean([m[field] for m in made])) and question <= Q
 
@@ -183,7 +184,7 @@ def test_request_lengths_are_those_of_prompts_answers_and_what_is_asked(unbroken
 )
 def test_a_method_is_named_by_what_tells_its_models_apart(fields, method):
     c = tiny.config(compressor=fields)
-    assert records.method_of(**grid_run.method_of(tiny.size(c).compressor)) == method
+    assert records.method_of(**details.method_of(tiny.size(c).compressor)) == method
 
 
 # --- What the cells share -------------------------------------------------------------------------
@@ -210,9 +211,9 @@ def test_cached_features_are_the_encoders_levels_of_every_image(shared, mesh1):
                 pixels = inputs.processor.pixels(inputs.source.images[i])
                 levels = encode(found.encoder, tiny.placed(pixels[None]))
                 np.testing.assert_allclose(features[i], levels[0], atol=1e-5)
-        # The blind image is the mean colour: nearly zero once normalised, and the same for all.
-        grey = np.full((32, 32, 3), (122, 116, 104), np.uint8)
-        levels = encode(found.encoder, tiny.placed(found.train.processor.pixels(grey)[None]))
+        # The blind image is the mean color: nearly zero once normalized, and the same for all.
+        gray = np.full((32, 32, 3), (122, 116, 104), np.uint8)
+        levels = encode(found.encoder, tiny.placed(found.train.processor.pixels(gray)[None]))
         np.testing.assert_allclose(kept.blind, levels, atol=1e-5)
 
 

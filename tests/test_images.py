@@ -45,11 +45,11 @@ def test_pixels_are_those_of_transformers(size, mode, tmp_path):
         siglip = SiglipImageProcessorPil(size=dict(height=48, width=48))(opened, **kind)
     ours = Preparation(48, "crop")
     np.testing.assert_array_equal(
-        ours.normalise(ours.square(image)), clip["pixel_values"][0].transpose(1, 2, 0)
+        ours.normalized(ours.square(image)), clip["pixel_values"][0].transpose(1, 2, 0)
     )
     ours = Preparation(48, "stretch", HALF, HALF)
     np.testing.assert_array_equal(
-        ours.normalise(ours.square(image)), siglip["pixel_values"][0].transpose(1, 2, 0)
+        ours.normalized(ours.square(image)), siglip["pixel_values"][0].transpose(1, 2, 0)
     )
 
 
@@ -67,7 +67,7 @@ def test_a_processor_prepares_as_the_configuration_says():
     words = train_tokenizer(["a"], 100)
     made, image = Processor(words, RowFormat.of(c)), published()
     expected = Preparation(32, "stretch", HALF, (0.5, 0.25, 0.5))
-    np.testing.assert_array_equal(made.pixels(image), expected.normalise(expected.square(image)))
+    np.testing.assert_array_equal(made.pixels(image), expected.normalized(expected.square(image)))
     rows = RowFormat.of(tiny.config(data=fields | dict(blind=True)))
     blind = Processor(words, rows).pixels(image)
     np.testing.assert_allclose(blind, np.zeros((32, 32, 3)), atol=0.02)
@@ -80,7 +80,7 @@ def test_a_processor_prepares_as_the_configuration_says():
         ("image_resample", "area", "'area': choose one of nearest, .*bilinear"),
         ("image_std", (0.5, 0.0, 0.5), "deviations above 0"),
         ("image_mean", (0.5, 0.5), "three numbers each"),
-        ("image_mean", (0.5, 0.5, 1.5), "image_fit='pad' pads with this colour"),
+        ("image_mean", (0.5, 0.5, 1.5), "image_fit='pad' pads with this color"),
         ("image_resize", (0, 3), "one or two whole numbers"),
         ("image_resize", (30, 40), "give one number"),
         ("image_resize", (100_000,), "from 1 to 1344"),
@@ -96,7 +96,7 @@ def test_a_wrong_preparation_is_named(field, value, words):
 def test_padding_some_rows_at_a_time_is_resizing_the_whole_square(shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
     made, side = Preparation(48, "pad"), max(shape)
-    whole = np.full((side, side, 3), made.colour, np.uint8)
+    whole = np.full((side, side, 3), made.color, np.uint8)
     top, left = ((side - x) // 2 for x in shape)
     whole[top : top + shape[0], left : left + shape[1]] = image
     resized = Image.fromarray(whole).resize((48, 48), Image.Resampling.BICUBIC)
@@ -115,6 +115,6 @@ def test_an_image_of_twenty_thousand_pixels_needs_no_square_of_them():
 
 
 @pytest.mark.parametrize("rescale, mean", [(1 / 255, 0.4), (1 / 127.5, 0.9), (1.0, 110.0)])
-def test_a_blank_image_is_nothing_after_normalisation(rescale, mean):
+def test_a_blank_image_is_nothing_after_normalization(rescale, mean):
     made = Preparation(8, "crop", (mean,) * 3, (1.0,) * 3, rescale=rescale)
-    assert np.abs(made.normalise(made.blank())).max() <= rescale  # to the unit of uint8
+    assert np.abs(made.normalized(made.blank())).max() <= rescale  # to the unit of uint8

@@ -386,7 +386,7 @@ def test_wrong_options_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             law.fit(points, **wrong)
-    with pytest.raises(ValueError, match="carries no bootstrap draws"):
+    with pytest.raises(ValueError, match="has no bootstrap draws"):
         law.fit(points, bootstrap=0).band(1.0, 1)
 
 

@@ -47,8 +47,8 @@ def test_norms_undo_scale_and_shift_as_they_promise():
 def test_the_epsilon_is_added_to_the_variance():
     x = 1e-3 * draw(1, 32)
     norm = layers.LayerNorm(32, eps=1e-5, rngs=nnx.Rngs(0))
-    centred = np.asarray(x) - np.mean(x)
-    np.testing.assert_allclose(norm(x), centred / np.sqrt((centred**2).mean() + 1e-5), rtol=1e-5)
+    centered = np.asarray(x) - np.mean(x)
+    np.testing.assert_allclose(norm(x), centered / np.sqrt((centered**2).mean() + 1e-5), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [layers.LayerNorm, layers.RMSNorm])
@@ -61,7 +61,7 @@ def test_norms_of_bfloat16_compute_in_float32(kind):
     np.testing.assert_array_equal(y, norm(x.astype(jnp.float32)).astype(jnp.bfloat16))
 
 
-def test_a_linear_is_its_einsum_with_the_published_initialisation():
+def test_a_linear_is_its_einsum_with_the_published_initialization():
     linear = layers.Linear(
         "BTD,DNH->BTNH",
         (32, 4, 8),

@@ -264,7 +264,7 @@ def test_what_training_shows():
     (MQT, dict(tokens=37), "37 visual tokens.*any of 1 to 36"),
     (MQT, dict(tokens=257, side=24), "257 visual tokens.*any of 1 to 256"),
     (MQT, dict(heads=3), r"heads=3 does not divide.*16.*\[1, 2, 4, 8, 16\]"),
-    (MQT, dict(queries=10), "10 queries are no square grid"),
+    (MQT, dict(queries=10), "10 queries are not a square grid"),
     (MQT, dict(width=10, heads=1), "width=10 is not a multiple of 4"),
     (M3, dict(tokens=16), r"16 visual tokens from a 6x6 patch grid: choose one of \[1, 4, 9, 36\]"),
     (M3, dict(scales=(1, 25)), r"'m3' cannot make 25 visual tokens.*\[1, 4, 9, 36\]"),

@@ -35,29 +35,29 @@ def read(path, **how):
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm", "jp2"])
 def test_sixteen_bits_are_scaled_and_not_cut(suffix, tmp_path):
     """White is white, and the 16-bit form of an 8-bit picture is that picture."""
-    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / f"a.{suffix}")
-    assert (read(tmp_path / f"a.{suffix}") == grey[..., None]).all()
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / f"a.{suffix}")
+    assert (read(tmp_path / f"a.{suffix}") == gray[..., None]).all()
     between = np.array([[0, 128, 129, 385, 386, 65535]], np.uint16)
     Image.fromarray(between).save(tmp_path / f"b.{suffix}")
     assert read(tmp_path / f"b.{suffix}")[0, :, 0].tolist() == [0, 0, 1, 1, 2, 255]
 
 
 def test_every_order_and_width_of_wide_numbers_is_read(tmp_path):
-    grey = drawn()[..., 0]
-    wide = grey.astype(np.uint16) * 257
+    gray = drawn()[..., 0]
+    wide = gray.astype(np.uint16) * 257
     for kind in ("<u2", ">u2"):
         image = Image.fromarray(wide.astype(kind))
         image.save(tmp_path / "a.tif")
-        assert (picture(image) == grey[..., None]).all() and image.mode.startswith("I;16")
-        assert (read(tmp_path / "a.tif") == grey[..., None]).all()
-    # The PNG of 16-bit colours: PIL keeps the upper eight bits.
+        assert (picture(image) == gray[..., None]).all() and image.mode.startswith("I;16")
+        assert (read(tmp_path / "a.tif") == gray[..., None]).all()
+    # The PNG of 16-bit colors: PIL keeps the upper eight bits.
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in drawn().astype(np.uint16) * 257)
     head = struct.pack(">IIBBBBB", 17, 13, 16, 2, 0, 0, 0)
     (tmp_path / "a.png").write_bytes(png((b"IHDR", head), (b"IDAT", zlib.compress(rows))))
     assert (read(tmp_path / "a.png") == drawn()).all()
     # Twelve bits, and 16 with white at 0, which PIL hands on as they are in the file.
-    for bits, photometric, made in ((16, 0, 255 - grey), (16, 1, grey)):
+    for bits, photometric, made in ((16, 0, 255 - gray), (16, 1, gray)):
         image = Image.fromarray(wide)
         image.save(tmp_path / "b.tif", tiffinfo={262: photometric, 258: bits})
         assert (read(tmp_path / "b.tif") == made[..., None]).all()
@@ -75,14 +75,14 @@ def test_numbers_of_32_bits_have_no_white(kind, tmp_path):
         picture(image)
 
 
-def test_transparency_is_dropped_and_colours_stay(tmp_path):
+def test_transparency_is_dropped_and_colors_stay(tmp_path):
     """As the published code drops it: what is transparent is shown."""
-    colours = drawn()
-    image = Image.fromarray(colours)
+    colors = drawn()
+    image = Image.fromarray(colors)
     image.putalpha(Image.fromarray(drawn(seed=1)[..., 0]))
     image.save(tmp_path / "a.png")
-    assert (read(tmp_path / "a.png") == colours).all() and (picture(image) == colours).all()
-    few = Image.fromarray(colours // 128 * 200).quantize(8)
+    assert (read(tmp_path / "a.png") == colors).all() and (picture(image) == colors).all()
+    few = Image.fromarray(colors // 128 * 200).quantize(8)
     for transparency in (0, bytes(range(0, 80, 10))):
         few.save(tmp_path / "b.png", transparency=transparency)
         assert (read(tmp_path / "b.png") == np.asarray(few.convert("RGB"))).all()

@@ -241,7 +241,7 @@ BAD = [
     ),
     (
         ["--text-tokens=50", "--flops=9e12", "--cost=full", "--tokens=5"],
-        "none fits; allowed are token_packer [1, 4",
+        "none is supported; allowed are token_packer [1, 4",
     ),
     (["--text-tokens=50", "--flops=1e12", "--config=nowhere.py"], "no configuration at nowhere.py"),
     (["--text-tokens=50", "--flops=1e12", "--law=nowhere.json"], "nowhere.json"),

@@ -28,7 +28,7 @@ WINDOWS = {"token_packer": [1.0, 4.0, 9.0, 16.0, 36.0, 64.0, 144.0, 576.0]}
 
 
 def closed_form(alpha, beta, Q):
-    """Minimises N^-alpha V^-beta at constant N (Q + V), for 1 <= V <= 576."""
+    """Minimizes N^-alpha V^-beta at constant N (Q + V), for 1 <= V <= 576."""
     return 576.0 if beta >= alpha else min(max(Q * beta / (alpha - beta), 1.0), 576.0)
 
 

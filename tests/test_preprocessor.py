@@ -47,7 +47,7 @@ def same_pixels(ours, theirs, shapes=SHAPES):
     for shape in shapes:
         image = drawn(*shape)
         pixels = theirs(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
-        made = ours.normalise(ours.square(image))
+        made = ours.normalized(ours.square(image))
         # In units of the numbers themselves, which are as large as 255 without rescaling.
         np.testing.assert_allclose(made, pixels.transpose(1, 2, 0), rtol=1e-6, atol=1e-6)
 
@@ -76,7 +76,7 @@ CASES = {
     "not resized": CROPPED | dict(do_resize=False),
     "not rescaled": CROPPED | dict(do_rescale=False),
     "rescaled otherwise": CROPPED | dict(rescale_factor=1 / 127.5, image_mean=[1, 1, 1]),
-    "not normalised": CROPPED | dict(do_normalize=False),
+    "not normalized": CROPPED | dict(do_normalize=False),
     "neither, and padded": PADDED | dict(do_rescale=False, do_normalize=False),
     "one number for three": CROPPED | dict(image_mean=0.25, image_std=2),
     "null is off": CROPPED | dict(do_convert_rgb=None, do_normalize=None, do_resize=None),
@@ -188,7 +188,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_honoured_is_refused_with_file_and_field(name, tmp_path):
+def test_what_is_not_honored_is_refused_with_file_and_field(name, tmp_path):
     fields, words = REFUSED[name]
     path = written(tmp_path / "a", CROPPED | fields)
     with pytest.raises(ValueError, match=f"a/preprocessor_config.json: .*{words}") as error:
@@ -222,11 +222,11 @@ def test_a_first_layout_pads_before_its_tower_prepares(tmp_path):
         ours = prepared(image)
         for shape in SHAPES:
             pixels, side = drawn(*shape), max(shape)
-            colour = tuple(int(255 * x) for x in theirs.image_mean)
-            square = Image.new("RGB", (side, side), colour)
+            color = tuple(int(255 * x) for x in theirs.image_mean)
+            square = Image.new("RGB", (side, side), color)
             square.paste(Image.fromarray(pixels), tuple((side - n) // 2 for n in shape[::-1]))
             np.testing.assert_allclose(
-                ours.normalise(ours.square(pixels)).transpose(2, 0, 1),
+                ours.normalized(ours.square(pixels)).transpose(2, 0, 1),
                 theirs(square, return_tensors="np")["pixel_values"][0],
                 atol=1e-6,
             )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from made_numbers import numbers
 
 from vlm_jax.compressors.prumerge import most_outliers
-from vlm_jax.compressors.prumerge.module import behind
+from vlm_jax.compressors.prumerge.module import selected_first
 from vlm_jax.models import vlm
 from vlm_jax.models.vit import class_attention
 from vlm_jax.models.vlm import VLM
@@ -130,7 +130,7 @@ def test_no_image_has_more_outliers_than_there_are_slots(patches, mesh1):
     ([5, 3, 3, 9], [1, 2, 4, 6, 7, 8, 10, 11]), ([5, 3, 9], [0, 1, 2, 4, 6, 7, 8, 10, 11]),
 ])  # fmt: skip
 def test_a_patch_that_is_selected_twice_costs_the_first_that_is_not(first, rest):
-    assert behind(jnp.array(first), 12).tolist() == first + rest
+    assert selected_first(jnp.array(first), 12).tolist() == first + rest
 
 
 @pytest.mark.parametrize("kind, tokens, said", [

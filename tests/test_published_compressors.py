@@ -102,7 +102,7 @@ def prumerge(meta: dict) -> nnx.Module:
         side=side(meta),
         width=meta["dim"],
         llm_width=meta["dim"],
-        neighbours=meta["neighbours"],
+        neighbors=meta["neighbours"],
     )
 
 

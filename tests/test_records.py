@@ -77,7 +77,7 @@ def test_a_torn_last_line_is_left_out_with_a_warning(tmp_path):
     path = tmp_path / "rows.jsonl"
     whole = [row(V=1).to_json(), row(V=4).to_json()]
     path.write_text("\n".join(whole) + "\n" + row(V=16).to_json()[:200])
-    with pytest.warns(UserWarning, match="rows.jsonl:3: torn last line"):
+    with pytest.warns(UserWarning, match="rows.jsonl:3: incomplete last line"):
         assert len(records.read(path)) == 2
     path.write_text(whole[0][:50] + "\n" + whole[1] + "\n")
     with pytest.raises(ValueError, match="rows.jsonl:1: not JSON"):
@@ -277,7 +277,7 @@ def test_an_identical_line_counts_once(tmp_path):
 
 
 def test_unknown_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="unknown kind of table '.txt'"):
+    with pytest.raises(ValueError, match="unknown table format '.txt'"):
         records.read_points(table(tmp_path, "a.txt", "N V"))
     with pytest.raises(ValueError, match="not JSON"):
         records.read_points(table(tmp_path, "a.json", "{"))

@@ -20,24 +20,24 @@ from vlm_jax.data.word_tokenizer import train_tokenizer
 from vlm_jax.evals import tasks
 from vlm_jax.training import features
 
-COLOURS = ("red", "green", "blue")
+COLORS = ("red", "green", "blue")
 BAD = (1, 4, 6, 7)  # images that are cut short; that of row 9 is not there
 FLAGS = ("--config.data.source=llava", "--config.encoder.steps=0")
 
 
 def write(folder, split, *, rows=12, bad=BAD, gone=(9,), **changed):
-    """Rows about pictures of one colour, as {split}.json; `changed` holds fields by row."""
+    """Rows about pictures of one color, as {split}.json; `changed` holds fields by row."""
     (folder / "images").mkdir(exist_ok=True)
     made = []
     for k in range(rows):
         name = f"{split}{k}.png"
-        said = [("human", "<image>\nwhat colour is it?"), ("gpt", COLOURS[k % 3])]
+        said = [("human", "<image>\nwhat colour is it?"), ("gpt", COLORS[k % 3])]
         said = [{"from": who, "value": text} for who, text in said]
         made.append({"id": name[:-4], "image": name, "conversations": said})
         made[k] |= changed.get(f"row{k}", {})
         path = folder / "images" / name
         if k not in gone:
-            Image.new("RGB", (20 + k, 16), COLOURS[k % 3]).save(path)
+            Image.new("RGB", (20 + k, 16), COLORS[k % 3]).save(path)
         if k in bad:
             path.write_bytes(path.read_bytes()[:50])
     (folder / f"{split}.json").write_text(json.dumps(made))
@@ -136,7 +136,7 @@ def test_each_is_counted_once_and_a_restart_goes_on_counting(tmp_path):
     assert (len(first), len(second)) == (4, 5)
     assert [skip.id for skip in second.first.values()] == ["r1", "r3", "r5"]
     assert second.fields()["skipped_reasons"] == {"image": 4, "text": 1}
-    assert "5 of 20 rows (image 4, text 1); the first:\n  too long\n  3.jpg: cut" in second.told(
+    assert "5 of 20 rows (image 4, text 1); the first:\n  too long\n  3.jpg: cut" in second.summary(
         20, "rows"
     )
     assert not Skips() and Skips().fields() == {}
@@ -154,9 +154,7 @@ def llava(tmp_path_factory):
     changes = dict(source="llava", path=f"{folder}/train.json", images=f"{folder}/images")
     c = tiny.config(data=dict(**changes, template="question_first"))
     source = open_source(Origin.of(c), "train")
-    return source, Processor(
-        train_tokenizer(["what colour is it?", *COLOURS], 256), RowFormat.of(c)
-    )
+    return source, Processor(train_tokenizer(["what colour is it?", *COLORS], 256), RowFormat.of(c))
 
 
 @pytest.mark.parametrize("table", [True, False])
@@ -237,5 +235,5 @@ def test_scores_say_of_how_many_they_are():
     assert (whole["nlvr"]["skipped"], tasks.summary(whole)) == (0, "")
     with pytest.raises(ValueError, match="no example was answered of 1; the first: cut short"):
         tasks.score("nlvr", [], skipped)
-    with pytest.raises(ValueError, match="not one example of task 'x' was answered: cut short"):
+    with pytest.raises(ValueError, match="no example of task 'x' was answered: cut short"):
         tasks.score("embedded", records, [skipped[0] | dict(task="x")])

@@ -87,7 +87,7 @@ def test_synthetic_splits_have_the_configured_sizes():
     )
 
 
-# Three boxes that differ: one shape each, of another kind, colour and size.
+# Three boxes that differ: one shape each, of another kind, color and size.
 BOXES = [
     [{"type": "square", "color": "Yellow", "size": 30, "x_loc": 10, "y_loc": 20}],
     [{"type": "circle", "color": "Black", "size": 20, "x_loc": 60, "y_loc": 70}],
@@ -96,7 +96,7 @@ BOXES = [
 
 
 def published_image(order):
-    """An image as NLVR draws it: 400 x 100, grey bars between the boxes, RGBA."""
+    """An image as NLVR draws it: 400 x 100, gray bars between the boxes, RGBA."""
     image = Image.new("RGBA", (400, 100), (128, 128, 128, 255))
     canvas = ImageDraw.Draw(image)
     for left, k in zip((0, 150, 300), order, strict=True):
@@ -149,20 +149,20 @@ def test_nlvr_keeps_the_orders_of_a_sentence_together(nlvr_folder):
 
 def test_nlvr_labels_lie_where_the_image_shows_the_shapes(nlvr_folder):
     source = open_source(configured("nlvr", path=str(nlvr_folder)), "val")
-    colours = np.array([(0, 0, 0), (255, 255, 0), (0, 153, 255)])  # by nlvr.COLOURS
+    colors = np.array([(0, 0, 0), (255, 255, 0), (0, 153, 255)])  # by nlvr.COLORS
     for i in range(6):
         image = source.images[i]
         assert image.shape == (200, 200, 3) and (image[100:, 100:] == 128).all()
         tiles = image.reshape(20, 10, 20, 10, 3).swapaxes(1, 2).reshape(400, 100, 3)
         for label, tile in zip(source.patch_labels(i, 20), tiles, strict=True):
-            shown = (np.abs(tile[:, None].astype(int) - colours).max(-1) < 9).mean(0)
+            shown = (np.abs(tile[:, None].astype(int) - colors).max(-1) < 9).mean(0)
             if label:
                 assert shown.argmax() == (label - 1) // len(nlvr.SIZES) % 3 and shown.max() > 0.1
             else:
                 assert shown.max() < 0.2
         classes = set(source.patch_labels(i, 20)) - {0}
         assert len(classes) == 3 and max(classes) < source.patch_classes
-    # A grid that does not tile the picture is labelled all the same.
+    # A grid that does not tile the picture is labeled all the same.
     assert source.patch_labels(0, 12).shape == (144,)
 
 

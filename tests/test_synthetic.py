@@ -37,8 +37,8 @@ def named(scene, words):
     for word in words.split():
         if word in SIZE:
             found = [s for s in found if s.size == SIZE[word]]
-        elif word in scenes.COLOURS:
-            found = [s for s in found if scenes.COLOUR_NAMES[s.colour] == word]
+        elif word in scenes.COLORS:
+            found = [s for s in found if scenes.COLOR_NAMES[s.color] == word]
         else:
             kind = PLURAL.get(word) or SINGULAR[word]
             found = [s for s in found if kind in ("shape", scenes.KINDS[s.kind])]
@@ -99,7 +99,7 @@ def test_names_of_a_shape_fit_no_other(train):
                 text,
             )
             (shape,) = named(scene, words)
-            assert scenes.COLOUR_NAMES[shape.colour] == q.answer
+            assert scenes.COLOR_NAMES[shape.color] == q.answer
 
 
 def test_the_same_seed_gives_the_same_data_in_another_process(train):
@@ -180,8 +180,8 @@ def test_wording_alone_stays_near_chance(train, test):
         assert scores[task] < 0.15
 
 
-def test_a_patch_is_labelled_with_what_its_pixels_show(train):
-    rgb = np.array([scenes.COLOURS[name] for name in scenes.COLOUR_NAMES])
+def test_a_patch_is_labeled_with_what_its_pixels_show(train):
+    rgb = np.array([scenes.COLORS[name] for name in scenes.COLOR_NAMES])
     for i, spec in enumerate(train.specs[:60]):
         labels = train.patch_labels(i, 6)
         assert labels.shape == (36,) and labels.max() < train.patch_classes
@@ -193,8 +193,8 @@ def test_a_patch_is_labelled_with_what_its_pixels_show(train):
         tiles = train.images[i].reshape(6, 12, 6, 12, 3).swapaxes(1, 2).reshape(36, 144, 3)
         for label, tile in zip(labels, tiles, strict=True):
             if label:
-                colour = (label - 1) // len(scenes.SIZES) % len(scenes.COLOURS)
-                assert (np.abs(tile - rgb[colour]).max(1) < 8).any()
+                color = (label - 1) // len(scenes.SIZES) % len(scenes.COLORS)
+                assert (np.abs(tile - rgb[color]).max(1) < 8).any()
             else:
                 assert (np.abs(tile - np.array(spec.background)).max(1) < 8).mean() > 0.7
 

@@ -93,7 +93,7 @@ def test_an_early_answer_is_enough(tmp_path):
     assert survey(tmp_path, text_length=12).without == 0
 
 
-def test_rows_that_are_short_for_sure_are_not_tokenised(tmp_path, monkeypatch):
+def test_rows_that_are_short_for_sure_are_not_tokenized(tmp_path, monkeypatch):
     write(tmp_path, [5] * 6 + [400])
     whole, seen = Processor.tokens, set()
 

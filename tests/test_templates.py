@@ -107,7 +107,7 @@ def test_a_checkpoints_template_with_contents_places_the_image_and_drops_a_secon
     assert words.decode(prompt.ids[: prompt.image_at]) == "<s>USER: "
     rest = "\nwhat is it? ASSISTANT: a red cat USER: is it big? ASSISTANT:"
     assert words.decode(prompt.ids[prompt.image_at :]) == rest
-    # As transformers tokenises the same text, image token included.
+    # As transformers tokenizes the same text, image token included.
     contents = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}
     ]

@@ -96,7 +96,7 @@ def test_rows_and_prompts_of_a_stored_state_are_whole(state, folders, tmp_path):
 def test_a_row_begins_as_transformers_begins_a_text_and_a_prompt_never_ends_with_an_end(
     kind, image, folders
 ):
-    """LLaVA tokenises what stands around an image by itself, each with what the tokenizer puts in
+    """LLaVA tokenizes what stands around an image by itself, each with what the tokenizer puts in
     front of a text, and drops that from all but the first."""
     words = load_tokenizer(folders / kind)
     made, row = processor(words, "vicuna_v1"), Example("x", image, TURNS, "f", "t")

@@ -89,7 +89,7 @@ def test_the_benchmark_runs_and_counts_what_is_derived(tmp_path):
     }
     for row in rows:
         gflop = row["gflop"]
-        # PruMerge's loop adds its neighbours without a product.
+        # PruMerge's loop adds its neighbors without a product.
         assert gflop["by_torch"] == pytest.approx(gflop["published"], rel=0.05), row
         assert gflop["folded"] < gflop["by_xla"] < 1.2 * gflop["folded"] + 0.001, row
 

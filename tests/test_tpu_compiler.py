@@ -19,9 +19,9 @@ def compiled(chip, tokens, name, *, batch=kernels.BATCH, dtype="bfloat16"):
     """The text of a kernel with its gradient; raises where Mosaic or the VMEM refuses one."""
     attend, shapes = kernels.programs(tokens, batch, dtype)[name]
 
-    def with_gradient(towards, *inputs):
+    def with_gradient(toward, *inputs):
         out, back = jax.vjp(attend, *inputs)
-        return out, back(towards)
+        return out, back(toward)
 
     f = attend
     if name != "unprojected_attention":  # its gradient is that of absorbed_attention

@@ -111,14 +111,14 @@ def test_keys_are_those_of_the_whole_next_block(devices, request, c, vit, pixels
 def test_the_class_token_s_scores_are_its_row_of_all_scores_in_values_and_gradients():
     draw = np.random.default_rng(0)
     queries, keys = (jnp.asarray(draw.normal(size=(2, 10, 16)), "f4") for _ in range(2))
-    towards = draw.normal(size=(2, 9)).astype("f4")
+    toward = draw.normal(size=(2, 9)).astype("f4")
 
     def whole(queries, keys):
         scores = jnp.einsum("BQE,BSE->BQS", queries, keys) / 16**0.5
         return jax.nn.softmax(scores)[:, 0, 1:]
 
     def found(f):
-        grads = jax.grad(lambda *x: (f(*x) * towards).sum(), argnums=(0, 1))(queries, keys)
+        grads = jax.grad(lambda *x: (f(*x) * toward).sum(), argnums=(0, 1))(queries, keys)
         return f(queries, keys), *grads
 
     for one, other in zip(
@@ -165,7 +165,7 @@ def test_a_shrunk_image_is_one_that_was_always_small(c, vit, pixels, mesh1):
 
 
 def interpolated(grid, side):
-    """The textbook bilinear interpolation of a square grid, half-pixel centres, no antialias."""
+    """The textbook bilinear interpolation of a square grid, half-pixel centers, no antialias."""
     along = np.zeros((side, len(grid)))
     for i in range(side):
         place = (i + 0.5) * len(grid) / side - 0.5

@@ -39,11 +39,11 @@ def value_and_gradients(module, absorbed, inputs):
     """The module's output, and the gradients of a weighted sum of it, with one of its two forms."""
     module.absorbed = absorbed
     inputs = [jax.device_put(x, mesh.spec("batch")) for x in inputs]
-    towards = drawn(*inputs[0].shape, seed=9)
+    toward = drawn(*inputs[0].shape, seed=9)
 
     def loss(module, *inputs):
         out = module(*inputs)
-        return (out * towards).sum() / towards[0].size, out
+        return (out * toward).sum() / toward[0].size, out
 
     (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(
         module, *inputs
@@ -130,14 +130,14 @@ def drawn_for(kind, batch, windows, keys, heads, size, seed, dtype="f4"):
     return attend, arrays
 
 
-def results(attend, towards, *inputs):
+def results(attend, toward, *inputs):
     """What comes out without and with a gradient to follow, and the gradients."""
 
-    def run(towards, *inputs):
+    def run(toward, *inputs):
         out, back = jax.vjp(attend, *inputs)
-        return attend(*inputs), out, *back(towards)
+        return attend(*inputs), out, *back(toward)
 
-    return [np.asarray(x, np.float32) for x in jax.jit(run)(towards, *inputs)]
+    return [np.asarray(x, np.float32) for x in jax.jit(run)(toward, *inputs)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -116,7 +116,7 @@ def compressor(kind, *, side, width, llm_width, levels=1, heads=1, query="none",
     from vlm_jax.compressors.method import Interface
 
     described = method(kind, heads=heads, query=query, **more)
-    of_module = ("kernels", "kernel", "stride", "neighbours")
+    of_module = ("kernels", "kernel", "stride", "neighbors")
     return described.module()(
         described,
         Interface(side, width, levels, llm_width),

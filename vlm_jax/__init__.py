@@ -64,7 +64,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What the catalogue names, imported when it is asked for."""
+    """What the catalog names, imported when it is asked for."""
     match name:
         case "VLM" | "Answer" | "load":
             without_notices()
@@ -113,5 +113,5 @@ def without_notices() -> None:
 
 
 def __dir__() -> list[str]:
-    """The catalogue, for people and completion."""
+    """The catalog, for people and completion."""
     return sorted([*__all__, "__version__", "__doc__", "__file__", "__name__", "__path__"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an error says, as one line for a person."""
+"""Error messages as one line for the user."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def sentence(error: BaseException) -> str:
-    """What an error says, as one line for a person."""
+    """Error messages as one line for the user."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return of_file(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
@@ -21,26 +21,26 @@ def sentence(error: BaseException) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
     text = re.sub(r"\b(?:Posix|Windows|Pure\w*)?Path\('([^']*)'\)", r"\1", text)
     lines = [line.strip() for line in text.splitlines()]
-    # What a compiler says goes on for pages.
+    # The compiler's messages go on for pages.
     lines = lines[:1] if type(error).__name__ == "JaxRuntimeError" else lines
     return " ".join(lines) or type(error).__name__
 
 
 def of_file(error: OSError) -> str:
-    """What went wrong with a file, without a number."""
+    """What went wrong with a file, without the number of the error."""
     path = Path(os.fsdecode(error.filename))
     match error.errno:
         case errno.ENOENT:
             parent = path.absolute().parent
             return f"there is no file {path}" if parent.is_dir() else f"there is no folder {parent}"
         case errno.EACCES | errno.EPERM:
-            return f"{path} may not be opened: give this user the right to it, or choose another"
+            return f"{path} cannot be opened: give this user permission, or choose another"
         case errno.EISDIR:
             return f"{path} is a folder, not a file"
         case errno.ENOTDIR:
-            return f"{path} lies in something that is no folder"
+            return f"{path} is inside something that is not a folder"
         case errno.ENOSPC | errno.EDQUOT:
             return f"no space is left for {path}: make room, or choose another disk"
         case errno.EROFS:
-            return f"{path} lies on a disk that cannot be written: choose another"
+            return f"{path} is on a read-only disk: choose another"
     return f"{path}: {error.strerror}"

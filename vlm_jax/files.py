@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that appear whole or not at all: made beside their place, synced, renamed into it.
+"""Atomic writes: a file is written next to its place, synced and renamed.
 
-Whoever reads a path, now or after a crash, finds all of the old content or all of the new. What
-is written later (a checkpoint behind its configuration) never reaches the disk without it. New
-files have the permissions that `open` gives them. A link is followed.
+A reader, also after a crash, finds all of the old content or all of the new. Files reach the disk
+in the order in which they are written (a configuration before its checkpoint). New files have the
+permissions that `open` gives them. Links are followed.
 """
 
 import errno
@@ -20,7 +20,7 @@ def write_text(path: str | Path, text: str) -> None:
     """Replaces a file by `text` in UTF-8, line ends as they are.
 
     Raises:
-      OSError: where it cannot be written; the old file is still there.
+      OSError: if it cannot be written; the old file is still there.
     """
     with writing(path) as file:
         file.write(text)
@@ -39,10 +39,10 @@ def write_json(path: str | Path, value: Any) -> None:
 
 @contextmanager
 def writing(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
-    """A stream of text ("w", UTF-8, line ends as they are) or bytes ("wb") that replaces a file
-    when the body ends well; otherwise it is removed and the old file stays.
+    """A stream of text ("w", UTF-8, line ends as they are) or bytes ("wb") that replaces a file.
 
-    Several processes may write one path at once: the last to finish wins, whole.
+    The file is replaced when the body ends without an error; otherwise the old file stays. Several
+    processes may write one path at once: the last to finish wins.
     """
     path = Path(os.path.realpath(path))
     fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -53,10 +53,10 @@ def writing(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any
 
 @contextmanager
 def making(path: str | Path) -> Iterator[Path]:
-    """A path at which the body makes a file or a folder that then replaces what lies at `path`.
+    """A path PATH.tmp for a file or a folder that replaces `path` when the body ends.
 
-    It is PATH.tmp, so that what a killed process left there goes first: for a place that no other
-    process writes to. Folders above it are made.
+    What a killed process left at PATH.tmp is removed first, so only one process may write `path`.
+    Parent folders are created.
     """
     path = Path(os.path.realpath(path))
     fresh = path.with_name(f"{path.name}.tmp")
@@ -68,22 +68,22 @@ def making(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def _put(fresh: Path, path: Path) -> Iterator[None]:
-    """Renames `fresh` to `path` behind a body that ends well, removes it behind one that does not.
+    """Renames `fresh` to `path` after a body without an error, else removes it.
 
-    An OSError names `path`: nobody has heard of the other.
+    An OSError names `path`, the name that the caller knows.
     """
     try:
         yield
-        for made in (fresh, *fresh.rglob("*")):
-            _sync(made)
+        for entry in (fresh, *fresh.rglob("*")):
+            _sync(entry)
         if fresh.is_dir() and path.is_dir():
             shutil.rmtree(path)
         os.replace(fresh, path)
         _sync(path.parent)
     except OSError as error:
-        ours = error.filename and Path(os.fsdecode(error.filename)).is_relative_to(fresh)
-        # What a stream raises for a full disk names no file.
-        if ours or error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        of_fresh = error.filename and Path(os.fsdecode(error.filename)).is_relative_to(fresh)
+        # The error of a stream on a full disk names no file.
+        if of_fresh or error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
@@ -104,7 +104,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network disks sync no folder.
+        # Some network disks cannot sync folders.
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:

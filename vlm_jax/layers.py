@@ -49,7 +49,7 @@ class Linear(nnx.Module):
     The equation contracts the activation's last dimensions with the weight's first ones; the rest
     of the weight's come last in the result. `dims` names the weight's dimensions, `out` the
     result's; the bias has the output dimensions that the weight shares with the result. Default
-    initialisation is torch's: U(+-1/sqrt(fan in)).
+    initialization is torch's: U(+-1/sqrt(fan in)).
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Normalised over the last axis in float32, biased variance; result in the input's type."""
+    """Normalized over the last axis in float32, biased variance; result in the input's type."""
 
     def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
         self.eps = eps
@@ -93,19 +93,19 @@ class LayerNorm(nnx.Module):
         self.bias = weight(rngs, (width,), ("none",), constant(0.0))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        y = standardise(x, self.eps)
+        y = standardize(x, self.eps)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
-def standardise(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
+def standardize(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
     """Zero mean and unit biased variance over the last axis, in float32."""
     y = x.astype(jnp.float32)
-    centred = y - y.mean(-1, keepdims=True)
-    return centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    centered = y - y.mean(-1, keepdims=True)
+    return centered * lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + eps)
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation in float32; result in the input's type."""
+    """Root-mean-square normalization in float32; result in the input's type."""
 
     def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
         self.eps = eps
@@ -180,7 +180,7 @@ REMAT = {
 
 
 def remat(policy: str) -> Callable[[Callable], Callable]:
-    """The rematerialisation that `config.remat` names."""
+    """The rematerialization that `config.remat` names."""
     if policy not in REMAT:
         raise ValueError(f"remat={policy!r}: choose one of {sorted(REMAT)}")
     return REMAT[policy]

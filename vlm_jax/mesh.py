@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -68,9 +69,40 @@ def make(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mes
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
 
 
+def sizes(text: str | None) -> dict[str, int]:
+    """The axes that a flag names, as "tensor=2" or "data=2,tensor=4"; none of None.
+
+    Raises:
+      ValueError: for anything else, an axis that there is not, and one that comes twice.
+    """
+    found: dict[str, int] = {}
+    for part in text.split(",") if text is not None else []:
+        name, _, size = part.strip().partition("=")
+        if name not in AXES or not size.isdigit() or not int(size) or name in found:
+            raise ValueError(
+                f"--mesh={text}: give each axis its size once, of {', '.join(AXES)}, such as "
+                "tensor=2 or data=2,tensor=4; data takes the devices that the others leave"
+            )
+        found[name] = int(size)
+    return found
+
+
 def sharding(mesh: Mesh, *dims: str) -> NamedSharding:
     """Where an array with these dimension names lives on `mesh`."""
     return NamedSharding(mesh, spec(*dims))
+
+
+def spread(tree: Any, mesh: Mesh, *dims: str) -> Any:
+    """Host arrays, the same in every process, on a mesh, their dimensions named as in `spec`."""
+    where = sharding(mesh, *dims)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, where)
+
+    def one(x: Any) -> jax.Array:
+        # device_put would first compare the numbers of all processes.
+        return jax.make_array_from_callback(np.shape(x), where, np.asarray(x).__getitem__)
+
+    return jax.tree.map(one, tree)
 
 
 def check_split(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], dims: tuple[str, ...]) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A command is never silent for long: what it is doing, how far it is and since when, on stderr.
+"""Progress on stderr: what a command is doing, how far it is and for how long.
 
-Whoever does something that may take long says so (`doing`), and how far it has come (`Task.note`).
-While a command is `speaking`, a thread prints that after every 15 seconds in which nothing else was
-printed. It is the standard library alone, so that it speaks while the others are imported.
+Code that may take long opens a task (`doing`) and reports its progress (`Task.note`). While a
+command is `speaking`, a thread prints the task after every 15 seconds without other output. This
+file imports only the standard library, so that it works while other libraries are imported.
 """
 
 import sys
@@ -16,7 +16,7 @@ EVERY = 15.0  # seconds of silence before a line
 
 
 class Task:
-    """One thing that is being done: `done` of `total` so far, where they can be counted."""
+    """One task: `done` of `total` so far, if they can be counted."""
 
     def __init__(self, what: str, total: int | None, began: float):
         self.what, self.total, self.began = what, total, began
@@ -24,12 +24,12 @@ class Task:
         self.done = 0
 
     def note(self, done: int) -> None:
-        """So much of `total` is done; the first note says where this process began."""
+        """Sets how much of `total` is done; the first note is where this process began."""
         self.first = done if self.first is None else self.first
         self.done = done
 
     def line(self, now: float) -> str:
-        """How far it is and for how long it has been done, and what is left by the same speed."""
+        """The progress, the time so far, and the remaining time at the same speed."""
         seconds = now - self.began
         text = self.what
         if self.total and self.first is not None:
@@ -41,7 +41,7 @@ class Task:
 
 
 class Voice:
-    """The tasks under way, outermost first, and when something was last said of them."""
+    """The running tasks, outermost first, and the time of the last output."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, every: float = EVERY):
         self.clock, self.every = clock, every
@@ -55,17 +55,17 @@ class Voice:
         """Prints a line on stderr."""
         if self.silent:
             return
-        clear = "\r\033[K" if sys.stderr.isatty() else ""  # of a bar that stands there
+        clear = "\r\033[K" if sys.stderr.isatty() else ""  # of a progress bar on this line
         print(f"{clear}{line}", file=sys.stderr, flush=True)
         self.spoke()
 
     def spoke(self) -> None:
-        """Something was printed: the silence begins anew."""
+        """Notes that something was printed: the silence starts again."""
         self.spoken = self.clock()
 
     @contextmanager
     def doing(self, what: str, total: int | None = None) -> Iterator[Task]:
-        """Says of the body that it does `what`, of which there are `total`."""
+        """A task for the body: it does `what`, in `total` steps if that is known."""
         task = Task(what, total, self.clock())
         self.tasks.append(task)
         try:
@@ -74,19 +74,19 @@ class Voice:
             self.tasks.remove(task)
 
     def beat(self) -> None:
-        """Prints what is being done if nothing was printed for long."""
+        """Prints the current task if nothing was printed for `every` seconds."""
         now = self.clock()
         if self.silent or self.waiting or now - self.spoken < self.every:
             return
-        under_way: list[Task | None] = [*self.tasks]
-        task = under_way[-1] if under_way else self.base
+        running: list[Task | None] = [*self.tasks]
+        task = running[-1] if running else self.base
         around = self.tasks[:-1]
         if task is not None:
             self.say(": ".join([*(outer.what for outer in around), task.line(now)]))
 
     @contextmanager
     def speaking(self, what: str) -> Iterator[None]:
-        """A thread beats while the body runs; `what` is said where nothing better is known."""
+        """Prints progress in a thread while the body runs; `what` is used outside of any task."""
         before, self.base = self.base, Task(what, None, self.clock())
         if before is None:
             self.stop = threading.Event()
@@ -101,7 +101,7 @@ class Voice:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Nothing is done but to wait for a person: silence."""
+        """No output while the body waits for input from the user."""
         self.waiting = True
         try:
             yield
@@ -120,6 +120,6 @@ speaking, listening = VOICE.speaking, VOICE.listening
 
 
 def duration(seconds: int | float) -> str:
-    """Hours, minutes and seconds, as 0:01:05."""
-    whole = max(round(seconds), 0)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    """Hours, minutes and seconds, such as 0:01:05."""
+    total = max(round(seconds), 0)
+    return f"{total // 3600}:{total // 60 % 60:02d}:{total % 60:02d}"

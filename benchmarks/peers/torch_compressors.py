@@ -199,7 +199,7 @@ class PruMerge(LLaVA):
 
 
 def merge(x: Tensor, keys: Tensor, scores: Tensor, kept: Tensor) -> Tensor:
-    """One image [P E]: kept patches [K] with their neighbours, then the sum of all not kept."""
+    """One image [P E]: kept patches [K] with their neighbors, then the sum of all not kept."""
     rest = torch.ones(len(x), dtype=torch.bool)
     rest[kept] = False
     order = torch.cat([kept, rest.nonzero()[:, 0]])

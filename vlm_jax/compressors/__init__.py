@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of visual-token compressors: from the patches of an image to V tokens of LLM width.
 
-A method is a folder: its description (`__init__.py`), which needs no JAX, and its flax module.
+A method is a folder: its description (`__init__.py`), without JAX, and its flax module.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ COMPRESSORS: dict[str, type[Method]] = {
 
 
 def named(kind: str) -> type[Method]:
-    """The method of this name; ValueError, with the choices, where there is none."""
+    """The method of this name. Raises ValueError, with the choices, for an unknown name."""
     if kind not in COMPRESSORS:
         raise ValueError(f"compressor.kind={kind!r}: choose one of {sorted(COMPRESSORS)}")
     return COMPRESSORS[kind]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a VLM asks of every compressor's flax module, with the answers that most of them give.
+"""The interface of a compressor's flax module to the VLM, with the usual implementations.
 
 B batch  V visual tokens  D llm width
 """
@@ -13,10 +13,9 @@ from vlm_jax.compressors.method import Interface, Method
 
 
 class Visual(NamedTuple):
-    """What each row's image became: V slots, of which the LLM reads the first `count`.
+    """Visual tokens of each row: V slots, of which the LLM reads the first `count`.
 
-    Of rows with several images, as a VLM splices them: V slots of each, one after another, and a
-    count of each.
+    Rows with M images have V slots per image, one image after another, and M counts.
     """
 
     tokens: Float[Array, "B V D"]
@@ -26,17 +25,17 @@ class Visual(NamedTuple):
 class Compressor(nnx.Module):
     """From the levels of the patches to visual tokens [B V D]; a method overrides what differs.
 
-    `method` describes it. `tokens` is V, the slots of its result. An adaptive compressor returns
-    `Visual`: it fills its slots as far as each image needs them; the others return the tokens alone
-    and fill them all. ValueError where the method cannot give what is described.
+    `method` is its description, `tokens` is V, the slots of its result. An adaptive compressor
+    returns `Visual` and fills as many slots as each image needs; the others return tokens alone and
+    fill all slots. Raises ValueError if the method cannot produce what is described.
     """
 
     method: Method
     tokens: int
-    buckets: tuple[int, ...] = ()  # ascending V to run requests at, where one model serves any
-    prefixes: tuple[int, ...] = ()  # a step of the second stage shows so many first tokens of it
-    scales: tuple[int, ...] = ()  # a step of the second stage shows each of these V
-    window = 1  # patches come window by window, windows of this side; 1 is raster order
+    buckets: tuple[int, ...] = ()  # ascending V at which requests run, if one model serves any V
+    prefixes: tuple[int, ...] = ()  # V of which a step of the second stage draws one
+    scales: tuple[int, ...] = ()  # V that a step of the second stage trains all together
+    window = 1  # side of the windows in which patches are ordered; 1 is raster order
 
     def __init__(self, method: Method, interface: Interface):
         method.check(interface)
@@ -51,20 +50,20 @@ class Compressor(nnx.Module):
 
     @property
     def reads_prefix(self) -> bool:
-        """Whether it comes from the LLM's own pass over the text before the image."""
+        """Whether that feature comes from the LLM's own pass over the text before the image."""
         return self.method.reads_prefix
 
     @property
     def reads_keys(self) -> bool:
-        """Whether the levels come with what ViT's `keys=True` adds, in float32."""
+        """Whether the levels include keys and attention (ViT's `keys=True`), in float32."""
         return self.method.reads_keys
 
     @property
     def shrink(self) -> int:
-        """How many times smaller on each side the encoder sees the image."""
+        """The factor by which each side of the image is shrunk before the encoder."""
         return self.method.shrink(self.side)
 
     @property
     def adaptive(self) -> bool:
-        """Whether it depends on the image how many of its slots are filled."""
+        """Whether the number of filled slots depends on the image."""
         return self.method.adaptive

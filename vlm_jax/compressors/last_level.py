@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the modules have in common whose only weights are LLaVA-1.5's projector.
+"""The base of modules whose only weights are LLaVA-1.5's projector.
 
 B batch  P patches  Z = levels x E  E vit width
 """
@@ -15,7 +15,7 @@ from vlm_jax.compressors.projector import MLP
 class LastLevel(Compressor):
     """Reads the last level alone, through a two-layer MLP (arXiv 2310.03744).
 
-    `kernels` is accepted so that every compressor is built alike; there is one form of this.
+    `kernels` is accepted because all compressors are built with it; it has no effect here.
     """
 
     def __init__(
@@ -27,5 +27,5 @@ class LastLevel(Compressor):
         self.projector = MLP(interface.width, width, width, rngs=rngs)
 
     def last(self, levels: Float[Array, "B P Z"]) -> Float[Array, "B P E"]:
-        """The last level of what the encoder gives."""
+        """The last level of the encoder."""
         return levels[..., -self.width :]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the matryoshka methods share: one set of weights, any of several numbers of visual tokens.
+"""The base of matryoshka methods: one set of weights for several numbers of visual tokens.
 
 V visual tokens
 """
@@ -12,18 +12,18 @@ from vlm_jax.compressors.compressor import Compressor
 class Matryoshka(Compressor):
     """A compressor whose weights, and their shapes, are the same for every number of tokens.
 
-    `tokens` is static: a function compiled for one value is compiled anew for another. Requests
-    therefore run in the slots of a bucket, and say as data how many of them count.
+    `tokens` is static: each value needs its own compilation. Requests therefore run in the slots of
+    a bucket, and the number of slots that count is data.
     """
 
     def check(self, tokens: int) -> None:
-        """Raises ValueError, with the numbers that would do, for one that it cannot give."""
+        """Raises ValueError, with the supported numbers, if `tokens` is not one of them."""
         self.method.at(tokens).check(self.interface)
 
     def at(self, tokens: int) -> "Matryoshka":
-        """The same weights giving `tokens` visual tokens.
+        """The same weights with `tokens` visual tokens.
 
-        ValueError, with the numbers that would do, for one that the method cannot give.
+        Raises ValueError, with the supported numbers, if `tokens` is not one of them.
         """
         self.check(tokens)
         other = jax.tree.map(lambda x: x, self)
@@ -36,5 +36,5 @@ class Matryoshka(Compressor):
         return next(bucket for bucket in self.buckets if bucket >= tokens)
 
     def fold(self) -> "Matryoshka":
-        """The same function for inference, what does not depend on the image already computed."""
+        """The same function for inference, with the parts that no image enters precomputed."""
         return self

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two-layer MLP with exact GELU of every published projector, and two of them on one input.
 
-B batch  V visual tokens (or patches)  E width in  F width between  D width out  Y key or value
+B batch  V visual tokens (or patches)  E input width  F hidden width  D output width  Y key or value
 """
 
 import jax.numpy as jnp
@@ -41,22 +41,24 @@ class MLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "B V E"], shared: Float[Array, "B E"] | None = None
     ) -> Float[Array, "B V D"]:
-        """Of x, or of x + `shared`: one vector per row, added at all its positions."""
+        """The MLP of x, or of x + `shared`, one vector per row that is added at all positions."""
         return self.down(self.hidden(x, shared))
 
     def hidden(
         self, x: Float[Array, "B V E"], shared: Float[Array, "B E"] | None = None
     ) -> Float[Array, "B V F"]:
-        """What the last layer reads.
+        """The input of the last layer.
 
         The sum with `shared` is not formed: W (x + s) + b = W x + b + W s, where W s is one product
-        per row, and s's gradient is summed over the positions before it goes through W, not after.
+        per row, and the gradient of s is summed over the positions before the product with W.
         """
         y = self.up(x)
         if shared is not None:
             kernel = self.up.kernel[...].astype(x.dtype)
-            once = jnp.einsum("BE,EF->BF", shared, kernel, out_sharding=mesh.spec("batch", "mlp"))
-            y += once[:, None]
+            per_row = jnp.einsum(
+                "BE,EF->BF", shared, kernel, out_sharding=mesh.spec("batch", "mlp")
+            )
+            y += per_row[:, None]
         return gelu(y)
 
 
@@ -64,7 +66,7 @@ class KeysAndValues(nnx.Module):
     """Two MLPs of one input, as published for keys and values; their first layers are one product.
 
     The input, the widest tensor of a compressor, is read once. The two kernels are one parameter,
-    because joined at use they would be copied first.
+    because joining them at use would copy them.
     """
 
     def __init__(self, width: int, out: int, *, rngs: nnx.Rngs, init: Initializer | None = None):

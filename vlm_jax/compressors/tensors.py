@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published tensors: their names, the parameters of ours that they hold, and their layout.
+"""Published tensors: their names, the parameters of this package they hold, and their layout.
 
-A table has one row per published tensor. torch writes a kernel as (outputs, inputs); ours have the
-inputs first and may cut either into heads, so every conversion is one transpose and reshapes.
+A table has one row per published tensor. torch stores a kernel as (outputs, inputs); kernels here
+have the inputs first and may split either into heads, so a conversion is a transpose and reshapes.
 """
 
 import math
@@ -17,35 +17,39 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Tensor:
-    """One published tensor: the parameters of ours stacked in its rows, and its layout.
+    """One published tensor: the parameters of this package stacked in its rows, and its layout.
 
-    `outputs` counts the trailing dimensions of our kernels that are outputs; 0 is for vectors.
-    `square` is for a depthwise convolution, published as [E 1 K K] and kept as taps [K^2 E];
-    `patches` for one that cuts an image, published as [E 3 K K] and kept as [K^2 x 3, E]; `ours`
-    for a tensor that is published in our own layout. `layer` is its place in what is stacked in
-    ours along `axis`: the blocks of a model, or kernels that share their input.
+    Attributes:
+      paths: the parameters that it holds.
+      outputs: number of trailing dimensions of the parameters that are outputs; 0 for vectors.
+      square: a depthwise convolution, published as [E 1 K K] and kept as taps [K^2 E].
+      patches: a convolution that cuts an image into patches, published as [E 3 K K] and kept as
+        [K^2 x 3, E].
+      unchanged: published in the layout of the parameter.
+      layer: its index in a parameter that is stacked along `axis` (blocks of a model, or kernels
+        that share their input); None if it is not stacked.
     """
 
     paths: tuple[Path, ...]
     outputs: int = 0
     square: bool = False
     patches: bool = False
-    ours: bool = False
+    unchanged: bool = False
     layer: int | None = None
     axis: int = 0
 
-    def one(self, shape: Sequence) -> tuple:
-        """The shape (or the axes' names) of one of what is stacked, where it is."""
+    def item_shape(self, shape: Sequence) -> tuple:
+        """The shape (or the axes' names) of one item of a stacked parameter."""
         return tuple(x for i, x in enumerate(shape) if self.layer is None or i != self.axis)
 
-    def taken(self, ours: Any) -> np.ndarray:
-        """The part of an array of ours, of numpy or JAX, that the tensor holds."""
+    def item(self, parameter: Any) -> np.ndarray:
+        """The part of a parameter, a numpy or JAX array, that the tensor holds."""
         if self.layer is None:
-            return np.asarray(ours)
-        return np.asarray(ours[(slice(None),) * self.axis + (self.layer,)])
+            return np.asarray(parameter)
+        return np.asarray(parameter[(slice(None),) * self.axis + (self.layer,)])
 
     def split(self, published: np.ndarray, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-        """Our arrays, from the published one."""
+        """The parameters in a published array, of these `shapes`."""
         if self.patches:
             return [published.transpose(2, 3, 1, 0).reshape(shapes[0])]
         parts = np.split(published, len(self.paths))
@@ -54,8 +58,8 @@ class Tensor:
         return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-        """The published shape, from ours."""
-        if self.ours:
+        """The published shape for parameters of these `shapes`."""
+        if self.unchanged:
             return shapes[0]
         if self.patches:
             side = math.isqrt(shapes[0][0] // 3)
@@ -66,18 +70,20 @@ class Tensor:
         rows = sum(math.prod(shape[-self.outputs :]) for shape in shapes)
         return (rows, 1, math.isqrt(inputs), math.isqrt(inputs)) if self.square else (rows, inputs)
 
-    def join(self, ours: list[np.ndarray]) -> np.ndarray:
-        """The published array, from ours."""
-        shapes = [part.shape for part in ours]
-        if self.ours:
-            return ours[0]
+    def join(self, parameters: list[np.ndarray]) -> np.ndarray:
+        """The published array of these parameters."""
+        shapes = [part.shape for part in parameters]
+        if self.unchanged:
+            return parameters[0]
         if self.patches:
             width, _, side, _ = self.shape(shapes)
-            return ours[0].reshape(side, side, 3, width).transpose(3, 2, 0, 1)
+            return parameters[0].reshape(side, side, 3, width).transpose(3, 2, 0, 1)
         if self.outputs:
             columns = [math.prod(shape[-self.outputs :]) for shape in shapes]
-            ours = [part.reshape(-1, n).T for part, n in zip(ours, columns, strict=True)]
-        return np.concatenate([part.reshape(len(part), -1) for part in ours]).reshape(
+            parameters = [
+                part.reshape(-1, n).T for part, n in zip(parameters, columns, strict=True)
+            ]
+        return np.concatenate([part.reshape(len(part), -1) for part in parameters]).reshape(
             self.shape(shapes)
         )
 
@@ -115,7 +121,7 @@ def mlp(first: str, second: str, *path: str) -> Table:
 
 
 def joined_mlp(first: str, second: str, part: str) -> Table:
-    """The tensors of the keys' or the values' MLP, whose first layers are one parameter of ours."""
+    """The tensors of the keys' or the values' MLP, whose first layers are one parameter."""
     up, layer = ("keys_values", "up"), ("key", "value").index(part)
     return {
         f"{first}.weight": Tensor(((*up, "kernel"),), outputs=1, layer=layer, axis=1),
@@ -124,5 +130,5 @@ def joined_mlp(first: str, second: str, part: str) -> Table:
     }
 
 
-# Of haotian-liu/LLaVA (c121f043), which `pool` and `m3` have too.
+# Names of haotian-liu/LLaVA (c121f043); `pool` and `m3` have them too.
 LLAVA = mlp("0", "2", "projector")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Square windows of patches: the token counts that tile a grid, attention with one query each.
+"""Square windows of patches: the orders that tile a grid, and attention of one query per window.
 
 B batch  P patches, window-major  V visual tokens = windows  S patches of one window
 E vit width  N heads  H head size
@@ -19,25 +19,25 @@ from vlm_jax.layers import Initializer, Linear, uniform
 
 def windows(x: Float[Array, "B P *rest"], tokens: int) -> Float[Array, "B V S *rest"]:
     """The patches of each window; patches are window-major, so this is a reshape."""
-    # Said, because of a single image the sharding that a reshape would guess is another.
-    place = jax.typeof(x).sharding.spec
+    # Explicit, because for a single image a reshape would guess another sharding.
+    spec = jax.typeof(x).sharding.spec
     return jnp.reshape(
         x,
         (x.shape[0], tokens, x.shape[1] // tokens, *x.shape[2:]),
-        out_sharding=jax.P(*place[:2], None, *place[2:]),
+        out_sharding=jax.P(*spec[:2], None, *spec[2:]),
     )
 
 
 class WindowAttention(nnx.Module):
     """Multi-head attention of one query per window to the patches of that window.
 
-    Every projection is biased. Initialisation is that of torch's MultiheadAttention; `out_init`
+    Every projection is biased. Initialization is that of torch's MultiheadAttention; `out_init`
     replaces it for the output projection. No residual, no norm, no positions.
 
-    With one query per window the key and value projections may be absorbed: each head asks the
-    patches themselves with W_k q and projects what it got, W_v (sum of weighted patches). Equal in
-    exact arithmetic: a score's W_k bias is the same for all patches of a window and leaves the
-    softmax as it is, and the weights of the softmax sum to one, so W_v's bias is added once. The
+    With one query per window the key and value projections may be absorbed: each head attends to
+    the patches themselves with W_k q and projects the result, W_v (weighted sum of patches). This
+    is equal in exact arithmetic: the bias of W_k adds the same to all scores of a window and leaves
+    the softmax as it is, and the softmax weights sum to one, so the bias of W_v is added once. The
     key's bias stays a parameter, without effect and without gradient: published states have it.
     """
 
@@ -107,7 +107,7 @@ class WindowAttention(nnx.Module):
         keys: Float[Array, "B P E"],
         values: Float[Array, "B P E"],
     ) -> Float[Array, "B V N H"]:
-        """The same without projecting a key or a value."""
+        """The same result without projecting a key or a value."""
         tokens, dtype = query.shape[1], query.dtype
         out = window_attention.unprojected_attention(
             query,
@@ -123,10 +123,10 @@ class WindowAttention(nnx.Module):
 def absorbing_pays(tokens: int, patches: int, width: int, heads: int) -> bool:
     """Whether absorbing the key and value projections saves multiplications; on a tie it does not.
 
-    The one place of this choice. Projected, every patch costs 2 width^2 for its key and value and
+    The only place of this choice. Projected, a patch costs 2 width^2 for its key and value and
     2 width for its scores and sums; absorbed, every query costs 2 width^2 and every patch
-    2 width heads, as each head asks at full width. Of 576 patches at width 1024 with 8 heads
-    absorbing pays below 573 tokens: only windows of a single patch are projected.
+    2 width heads, because each head attends at full width. For 576 patches at width 1024 with 8
+    heads absorbing pays below 573 tokens: only windows of a single patch are projected.
     """
     projected = 2 * patches * width * (width + 1)
     absorbed = 2 * tokens * width**2 + 2 * patches * width * heads
@@ -134,7 +134,7 @@ def absorbing_pays(tokens: int, patches: int, width: int, heads: int) -> bool:
 
 
 def check_window(side: int, window: int) -> None:
-    """Raises unless windows of `window` x `window` patches tile a `side` x `side` grid."""
+    """Raises ValueError unless windows of `window` x `window` patches tile the grid."""
     if window < 1 or side % window:
         raise ValueError(
             f"windows of {window}x{window} patches do not tile a {side}x{side} grid: "

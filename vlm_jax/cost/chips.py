@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a chip can do at best: peak FLOP/s, memory bytes and bytes per second, each with its source.
+"""Chips at their best: peak FLOP/s, memory bytes and bytes per second, each with its source.
 
 Dense bf16 for accelerators. No system reaches these: 90 % of peak and 83 % of bandwidth are
-measured on v6e by tpu-recipes microbenchmarks; `roofline.calibrate` fits what yours reaches.
+measured on v6e by tpu-recipes microbenchmarks; `roofline.calibrate` fits what your system reaches.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip, or several taken together."""
+    """One chip, or several counted as one."""
 
     name: str
     peak_flops: Number  # per second
@@ -30,7 +30,7 @@ class Chip:
     source: str
 
     def times(self, count: int) -> "Chip":
-        """`count` of these chips as one, communication free: a bound, not a promise."""
+        """`count` of these chips as one, with free communication: a bound on what they reach."""
         if count < 1:
             raise ValueError(f"{count} chips: at least 1 is needed")
         if count == 1:
@@ -95,7 +95,7 @@ def measure_cpu(*, side: int = 1024, copy_bytes: int = 2**27, repeats: int = 5) 
 
 
 def _fastest(work: Callable[[], object], repeats: int) -> float:
-    """Seconds of the quickest of `repeats` runs, after one that is not counted."""
+    """Seconds of the fastest of `repeats` runs, after one warm-up run."""
     work()
     seconds = []
     for _ in range(repeats):

@@ -13,33 +13,33 @@ from vlm_jax.cost.parameters import llm_parameters
 from vlm_jax.models.sizes import LLMSize, ViTSize
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# Beside the package in a checkout; a wheel has its own copy (setup.py). The folder that holds
-# `configs` goes on the path of a configuration that is run: it is not the package itself.
+# Next to the package in a checkout; a wheel has its own copy (setup.py). The folder that holds
+# `configs`, which is not the package itself, goes on the path of a configuration that is run.
 INSTALLED, CHECKOUT = PACKAGE / "shipped" / "configs", PACKAGE.parent / "configs"
 CONFIGS = INSTALLED if INSTALLED.is_dir() else CHECKOUT
 
 
 def place(path: str | Path) -> Path:
-    """Where a configuration is: `configs/NAME.py` that is not here is the one of the package."""
-    ours = CONFIGS.parent / path
-    named = Path(path).parts[:1] == ("configs",)
-    return ours if named and ours.is_file() and not Path(path).is_file() else Path(path)
+    """The path of a configuration; `configs/NAME.py` that does not exist is the package's own."""
+    shipped = CONFIGS.parent / path
+    in_configs = Path(path).parts[:1] == ("configs",)
+    return shipped if in_configs and shipped.is_file() and not Path(path).is_file() else Path(path)
 
 
-def neighbours(path: Path) -> tuple[str, str]:
-    """What goes first and last on the path of a configuration: `from configs import base` works."""
+def neighbors(path: Path) -> tuple[str, str]:
+    """The first and the last entry of sys.path for a configuration that imports `configs`."""
     return str(path.resolve().parent.parent), str(CONFIGS.parent)
 
 
 def load(path: str | Path, name: str) -> Any:
-    """What `name` is in a configuration file, which may import its neighbours.
+    """The object `name` of a configuration file, which may import its neighbors.
 
-    Raises ValueError where there is no such file.
+    Raises ValueError if there is no such file.
     """
     path, before = place(path), list(sys.path)
     if not path.is_file():
         raise ValueError(f"no configuration at {path}: name a file that exists")
-    first, last = neighbours(path)
+    first, last = neighbors(path)
     sys.path[:] = [first, *before, last]
     try:
         return runpy.run_path(str(path))[name]
@@ -53,9 +53,9 @@ def base() -> Any:
 
 
 def open_config(config: Any = None) -> Any:
-    """A configuration as it is, the one at a path, or configs/base.py.
+    """The given configuration, the one at a path, or configs/base.py.
 
-    Raises ValueError where there is no such file.
+    Raises ValueError if there is no such file.
     """
     if config is None:
         return base()
@@ -64,10 +64,10 @@ def open_config(config: Any = None) -> Any:
 
 @dataclass(frozen=True)
 class Models:
-    """The models that a configuration lets one choose among.
+    """The models to choose from under a configuration.
 
-    `llms` is name -> (billions of parameters, shape), of its grid where it has one (`own`), else
-    the published sizes. The others are of its encoder and its compressor.
+    `llms` is name -> (billions of parameters, shape): those of its grid if it has one (`own`), else
+    the published sizes. The other fields describe its encoder and its compressor.
     """
 
     llms: Mapping[str, tuple[float, LLMSize]]
@@ -100,6 +100,6 @@ def published_llms() -> dict[str, tuple[float, LLMSize]]:
 
 
 def grid_llms(base: Any, sizes: Any) -> dict[str, tuple[float, LLMSize]]:
-    """Name -> (billions of parameters, shape) of a grid's sizes: `base` with each one's fields."""
+    """Name -> (billions of parameters, shape) of a grid: `base` with the fields of each size."""
     shapes = {name: LLMSize.of({**base, **fields}) for name, fields in sizes.items()}
     return {name: (llm_parameters(llm) / 1e9, llm) for name, llm in shapes.items()}

@@ -2,10 +2,10 @@
 """FLOPs of a vision language model, from its sizes alone.
 
 2 FLOPs per multiply-add; matrix products and attention only (norms, activations, softmax, pooling
-are under 1 % at every published size). Prefill attention is counted as the full S x S score matrix
-under a mask, the most that runs: behind every 128 queries the program leaves the hidden keys out.
-`roofline.py` turns these counts into bytes and time on a chip. Formulas, and how they are held to
-the compiler's count: docs/cost.md.
+are under 1 % at every published size). Prefill attention is counted as the full S x S score matrix,
+an upper bound: the program skips keys that a block of 128 queries cannot see. `roofline.py` turns
+these counts into bytes and time on a chip. Formulas, and how they are compared with the compiler's
+count: docs/cost.md.
 
 Here V and Q are visual and text tokens, G generated tokens, P patches, S keys.
 """
@@ -15,7 +15,7 @@ import dataclasses
 from vlm_jax.compressors.method import FORMS, Method, Number, Products
 from vlm_jax.cost.parameters import block_weights
 
-# Parameters are part of what a caller of this file asks for.
+# Callers of this file need the parameters too.
 from vlm_jax.cost.parameters import compressor_parameters as compressor_parameters
 from vlm_jax.cost.parameters import llm_parameters as llm_parameters
 from vlm_jax.cost.parameters import lora_parameters as lora_parameters
@@ -35,6 +35,7 @@ class Flops:
 
     @property
     def total(self) -> Number:
+        """FLOPs of all phases together."""
         return sum(dataclasses.astuple(self))
 
 
@@ -42,7 +43,7 @@ class Flops:
 
 
 def visual_tokens(compressor: Method, vit: ViTSize) -> Number:
-    """V that the LLM reads: the slots, of which an adaptive method fills as many as it needs."""
+    """V that the LLM reads; for an adaptive method the slots, of which it fills what it needs."""
     return compressor.visual_tokens(vit.rows)
 
 
@@ -66,9 +67,9 @@ def compressor_products(
 ) -> Products:
     """FLOPs of the compressor for one image, projection into the LLM included.
 
-    `form` is one of FORMS. As published, every key and value is projected, M3 pools what its whole
-    MLP made, MQT attends anew for every image and PruMerge scores every pair of tokens. PruMerge's
-    scores belong to the compressor here, though the encoder computes them.
+    `form` is one of FORMS. In the form "published" every key and value is projected, M3 pools the
+    output of its MLP, MQT computes its attention for every image and PruMerge scores every pair of
+    tokens. PruMerge's scores count for the compressor, although the encoder computes them.
     """
     if form not in FORMS:
         raise ValueError(f"form {form!r} of a compressor: choose one of {FORMS}")
@@ -80,7 +81,7 @@ def compressor_flops(
 ) -> Number:
     """FLOPs of the compressor for one image of `batch`, projection into the LLM included.
 
-    `form` as in `compressor_products`. An infinite batch leaves out what no image enters.
+    `form` as in `compressor_products`. An infinite batch leaves out products that no image enters.
     """
     return compressor_products(compressor, vit, llm, form=form).forward(batch)
 
@@ -101,10 +102,10 @@ def llm_flops(llm: LLMSize, tokens: Number, *, cached: Number = 0, logits: Numbe
 
 
 def decode_flops(llm: LLMSize, *, context: Number, G: Number) -> Number:
-    """FLOPs of generating G tokens after `context`: G - 1 passes, since prefill gives the first."""
+    """FLOPs of generating G tokens after `context`: G - 1 passes; prefill gives the first token."""
     passes = max(G - 1, 0)
-    seen = passes * context + passes * (passes + 1) / 2  # each pass also sees itself
-    return passes * llm_flops(llm, 1) + _attention(llm, 1, seen - passes)
+    keys = passes * context + passes * (passes + 1) / 2  # each pass also sees itself
+    return passes * llm_flops(llm, 1) + _attention(llm, 1, keys - passes)
 
 
 def request_flops(
@@ -124,24 +125,24 @@ def request_flops(
         vit, compressor, llm: the sizes.
         Q: text tokens of the whole prompt.
         G: generated tokens, the closing one included.
-        question: tokens that QueCC reads as the question, Q when None: those of its separate pass
-            (published QueCC also computes vocabulary scores there, which nothing reads: not
-            counted), or with query "prefix" those before the image, which prefill reads in a pass
-            of their own that the rest goes on from.
+        question: tokens that QueCC reads as the question, Q when None. With query "separate" they
+            have a pass of their own (published QueCC also computes vocabulary scores there, which
+            nothing reads: not counted). With query "prefix" they stand before the image: prefill
+            reads them first and the rest in a second pass.
         cached_text: keys and values of the text are kept from an earlier request, so prefill
             computes the V visual tokens only, and no question pass runs.
         form: of the compressor (see `compressor_products`).
     """
     V = visual_tokens(compressor, vit)
-    asked = Q if question is None else question
+    question_tokens = Q if question is None else question
     separate = compressor.query == "separate" and not cached_text
     prefix = compressor.reads_prefix and not cached_text
-    first = asked if prefix else 0
+    first = question_tokens if prefix else 0
     new, cached = (V, Q) if cached_text else (Q + V - first, first)
     return Flops(
         encoder=encoder_flops(vit, compressor),
         compressor=compressor_flops(compressor, vit, llm, form=form),
-        question=llm_flops(llm, asked if separate else 0, logits=0),
+        question=llm_flops(llm, question_tokens if separate else 0, logits=0),
         prefill=llm_flops(llm, first, logits=0) + llm_flops(llm, new, cached=cached),
         decode=decode_flops(llm, context=Q + V, G=G),
     )
@@ -173,9 +174,9 @@ def train_step_flops(
 ) -> Number:
     """FLOPs of one example in one optimizer step, forward and backward.
 
-    The encoder is frozen: it runs forward once, or never when its features are cached, and products
-    that read its features need no input gradient. "align" trains the compressor: gradients pass
-    through the LLM, none of its weights gets one.
+    The encoder is frozen: it runs forward once, or not at all when its features are cached, and
+    products that read its features need no input gradient. "align" trains the compressor: gradients
+    pass through the LLM, but its weights get none.
 
     Args:
         vit_cached: features come from a cache.
@@ -184,16 +185,16 @@ def train_step_flops(
             row too, whose attention runs over the whole row under its mask.
         stage: what is trained.
         logits: positions whose vocabulary scores are computed; all `tokens` when None.
-        question: tokens that QueCC reads as the question: of a separate pass (no gradient goes
-            through it), or of the first part of the rows with query "prefix". Other compressors
+        question: tokens that QueCC reads as the question: those of a separate pass (without
+            gradient), or with query "prefix" those of the first part of the rows. Other compressors
             read none.
         recompute: the backward pass recomputes the LLM's blocks (config.remat "full").
-        batch: examples of the step; one's share of what all of them share.
+        batch: examples of the step, among which shared work is divided.
         form: of the compressor (see `compressor_products`).
-        adapters: parameters of LoRA adapters, which finetune trains in place of the LLM's weights
-            (`lora_parameters`); 0 where there are none.
-        images: for which a row has room; each is encoded and compressed, and has a question pass.
-            0: a row of a batch of text alone.
+        adapters: parameters of LoRA adapters (`lora_parameters`), which finetune trains in place of
+            the LLM's weights; 0 without adapters.
+        images: the number of images a row holds; each is encoded and compressed, and has a question
+            pass. 0: a row of a batch of text alone.
     """
     if stage not in ("align", "finetune"):
         raise ValueError(f"stage {stage!r} is not trained: choose align or finetune")

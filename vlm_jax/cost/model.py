@@ -57,10 +57,10 @@ class RequestCost:
 def read_config(path: str | Path) -> Any:
     """The configuration (an `ml_collections.ConfigDict`) of a file such as configs/demo.py.
 
-    Fields are set as `config.llm.depth = 4`. configs/NAME.py that is not here is the package's own.
+    Set fields as in `config.llm.depth = 4`. If configs/NAME.py does not exist it is the package's.
 
     Raises:
-      ValueError: where there is no such file.
+      ValueError: if there is no such file.
     """
     return described.open_config(path)
 
@@ -71,20 +71,19 @@ def describe(
     """The sizes of the model that a configuration builds.
 
     Args:
-      config: a configuration, or the path of one; configs/base.py (LLaVA-1.5's encoder) unless
-        given.
-      llm: another LLM by its name, of the configuration's grid or of the published sizes.
+      config: a configuration or its path; by default configs/base.py (LLaVA-1.5's encoder).
+      llm: the name of another LLM, from the configuration's grid or the published sizes.
       tokens: another number of visual tokens.
     Raises:
-      ValueError: for a name that is neither, and for sizes that are none.
+      ValueError: for an unknown name, and for sizes that are not valid.
     """
     config = described.open_config(config)
     shape = LLMSize.of(config.llm)
     if llm is not None:
-        known = described.published_llms() | described.grid_llms(config.llm, config.grid.llms)
-        if llm not in known:
-            raise ValueError(f"llm={llm!r}: choose one of {', '.join(known)}")
-        shape = known[llm][1]
+        by_name = described.published_llms() | described.grid_llms(config.llm, config.grid.llms)
+        if llm not in by_name:
+            raise ValueError(f"llm={llm!r}: choose one of {', '.join(by_name)}")
+        shape = by_name[llm][1]
     section = dict(config.compressor) | ({} if tokens is None else {"tokens": tokens})
     return Description(
         ViTSize.of(config.vit),
@@ -111,19 +110,19 @@ def request_cost(
     Args:
       text_tokens: Q, tokens of the prompt.
       new_tokens: G, generated tokens; 0 is prefill only.
-      batch: requests at a time.
+      batch: requests per batch.
       cached_text: keys and values of the text are kept from an earlier request.
       chip: a name of `cost.chips.CHIPS`, "cpu" (measured now) or a chip, for `seconds`.
-      efficiency: phase -> the reached fraction of the roofline; 1 unless given.
+      efficiency: phase -> the fraction of the roofline that is reached; by default 1.
     Raises:
       ValueError: for an unknown chip or phase.
     """
     request = roofline.Request(text_tokens, new_tokens, batch, None, cached_text)
-    sized = (model.vit, model.compressor, model.llm, request)
-    found = chips.named(chip) if isinstance(chip, str) else chip
-    width = found.bytes_per_number if found else 2
+    request_sizes = (model.vit, model.compressor, model.llm, request)
+    device = chips.named(chip) if isinstance(chip, str) else chip
+    width = device.bytes_per_number if device else 2
     return RequestCost(
-        flops=roofline.request_flops(*sized),
-        memory=roofline.memory(*sized, bytes_per_number=width),
-        seconds=roofline.seconds(*sized, found, efficiency=efficiency) if found else None,
+        flops=roofline.request_flops(*request_sizes),
+        memory=roofline.memory(*request_sizes, bytes_per_number=width),
+        seconds=roofline.seconds(*request_sizes, device, efficiency=efficiency) if device else None,
     )

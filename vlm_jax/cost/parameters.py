@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parameters of encoder, compressor and LLM, from their descriptions.
 
-Formulas, and how they are held to the built models: docs/cost.md.
+Formulas, and how they are compared with the built models: docs/cost.md.
 """
 
 from collections.abc import Collection
@@ -25,8 +25,10 @@ def llm_parameters(llm: LLMSize) -> int:
 
 
 def lora_parameters(llm: LLMSize, rank: int, targets: Collection[str] = ()) -> int:
-    """Parameters of LoRA adapters of `rank` on these layers of every block, on all where none is
-    named; names as in config.lora."""
+    """Parameters of LoRA adapters of `rank` on the `targets` of every block; () is all layers.
+
+    Names of layers are those of config.lora.
+    """
     heads, kv_heads = llm.heads * llm.head_size, llm.kv_heads * llm.head_size
     sides = {
         "q_proj": llm.width + heads,

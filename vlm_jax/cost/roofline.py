@@ -24,10 +24,10 @@ PHASES = tuple(field.name for field in dataclasses.fields(cost.Flops))
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked: Q text tokens, G generated ones, `batch` requests at a time.
+    """A request: Q text tokens and G generated ones, in batches of `batch` requests.
 
-    `question`, the tokens of the separate question pass, is Q when None; `cached_text` keeps the
-    keys and values of the text from an earlier request. Both as in `cost.request_flops`.
+    `question`, the tokens of the separate question pass, is Q when None; with `cached_text` keys
+    and values of the text are kept from an earlier request. Both as in `cost.request_flops`.
     """
 
     Q: Number
@@ -47,11 +47,12 @@ class Memory:
 
     @property
     def total(self) -> Number:
+        """Bytes of all kinds together."""
         return self.weights + self.cache + self.activations
 
 
 def cache_numbers(llm: LLMSize) -> int:
-    """Numbers that the key-value cache keeps per token and sequence."""
+    """Numbers in the key-value cache per token and sequence."""
     return 2 * llm.depth * llm.kv_heads * llm.head_size
 
 
@@ -82,14 +83,14 @@ def request_bytes(
     body = cost.llm_parameters(llm) - tables * (1 if llm.tied_embeddings else 2)
     token = cache_numbers(llm) * batch
     passes = max(request.G - 1, 0)
-    seen = passes * (request.Q + V) + passes * (passes + 1) / 2
+    keys = passes * (request.Q + V) + passes * (passes + 1) / 2
     numbers = {
         "encoder": _encoder_weights(vit),
         "compressor": cost.compressor_parameters(compressor, vit, llm),
         "question": body if flops.question else 0,
         # Cached text is read, everything else is written: one cache entry per token either way.
         "prefill": body + tables + token * (request.Q + V),
-        "decode": passes * (body + tables) + token * seen,
+        "decode": passes * (body + tables) + token * keys,
     }
     return {phase: count * bytes_per_number for phase, count in numbers.items()}
 
@@ -103,25 +104,25 @@ def seconds(
     *,
     efficiency: Mapping[str, Number] | None = None,
 ) -> dict[str, Number]:
-    """Seconds of each phase for a whole batch; at 100 % of the roofline without `efficiency`.
+    """Seconds of each phase for a whole batch.
 
-    `efficiency` maps phases to the reached fraction of the roofline; a phase it lacks is taken at
-    1.
+    `efficiency` maps phases to the fraction of the roofline that is reached; 1 for other phases.
+    Raises ValueError for unknown phases and for fractions outside (0, 1].
     """
-    reached = {phase: 1.0 for phase in PHASES} | dict(efficiency or {})
-    if unknown := sorted(set(reached) - set(PHASES)):
+    fraction = {phase: 1.0 for phase in PHASES} | dict(efficiency or {})
+    if unknown := sorted(set(fraction) - set(PHASES)):
         raise ValueError(
             f"efficiency of unknown phases {unknown}: the phases are {', '.join(PHASES)}"
         )
-    if bad := {phase: e for phase, e in reached.items() if not 0 < e <= 1}:
+    if bad := {phase: e for phase, e in fraction.items() if not 0 < e <= 1}:
         raise ValueError(f"efficiency must be in (0, 1], got {bad}")
     flops = dataclasses.asdict(request_flops(vit, compressor, llm, request))
-    moved = request_bytes(vit, compressor, llm, request, bytes_per_number=chip.bytes_per_number)
+    traffic = request_bytes(vit, compressor, llm, request, bytes_per_number=chip.bytes_per_number)
     return {
         phase: max(
-            request.batch * flops[phase] / chip.peak_flops, moved[phase] / chip.hbm_bytes_per_s
+            request.batch * flops[phase] / chip.peak_flops, traffic[phase] / chip.hbm_bytes_per_s
         )
-        / reached[phase]
+        / fraction[phase]
         for phase in PHASES
     }
 
@@ -129,10 +130,10 @@ def seconds(
 def memory(
     vit: ViTSize, compressor: Method, llm: LLMSize, request: Request, *, bytes_per_number: int = 2
 ) -> Memory:
-    """Bytes needed at once: all weights, the cache at its fullest, the larger phase's live
-    activations.
+    """Bytes needed at once: all weights, the full cache, and the activations of the larger phase.
 
-    Live at the fullest moment of a block: input, widest inner result, and the scores in float32.
+    Activations are those alive at the peak of a block: its input, its widest inner result and the
+    scores in float32.
     """
     V, batch = cost.visual_tokens(compressor, vit), request.batch
     weights = _encoder_weights(vit) + cost.llm_parameters(llm)
@@ -160,7 +161,7 @@ def calibrate(
         ideal: seconds of each phase at 100 % of the roofline, one mapping per measurement.
         measured: seconds of the same requests, all phases together.
 
-    Phases that the measurements cannot tell apart share one factor (a weak pull towards the common
+    Phases that the measurements cannot tell apart share one factor (a weak pull toward the common
     one). Efficiencies are at most 1. Raises ValueError for no measurement or one that is not
     positive.
     """
@@ -188,11 +189,11 @@ def calibrate(
 def row_seconds(
     row: Any, chip: Chip, *, batch: int = 1, new_tokens: Number | None = None
 ) -> dict[str, Number]:
-    """Seconds of each phase below which `chip` cannot answer a batch like a results row's requests.
+    """Lower bounds on the seconds of each phase for a batch of the requests of a results row.
 
-    FLOPs and weights are the row's; the key-value cache is left out, since a row does not hold the
-    LLM's shape. `new_tokens`, the row's mean G when None, are decoded: the longest answer of a
-    batch decides.
+    FLOPs and weights are the row's; the key-value cache is left out, because a row does not hold
+    the LLM's shape. `new_tokens` are decoded, by default the row's mean G; the longest answer of a
+    batch sets it.
     """
     passes = max((row.G if new_tokens is None else new_tokens) - 1, 0)
     counted = max(row.G - 1, 0)
@@ -216,10 +217,9 @@ def row_seconds(
 def calibrate_rows(rows: Sequence[Any], chip: Chip) -> dict[str, Number]:
     """`calibrate` from a grid's results rows, evaluated on `chip` with cached features.
 
-    Rows with `timing` are taken where there are any: their batch is known, and loading and
-    compiling are not in their time. Of older rows each request counts at its FLOPs alone, and all
-    that its evaluation took counts against the chip. The encoder was never run: it gets the common
-    factor.
+    Rows with `timing` are used if there are any: their batch is known, and their times exclude
+    loading and compiling. For older rows a request counts with its FLOPs alone and the whole time
+    of the evaluation counts. The encoder was not run: it gets the common factor.
     """
     timed = [row for row in rows if row.timing]
     ideal, measured = [], []

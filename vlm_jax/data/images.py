@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An image as an encoder sees it: made square, resized by PIL, cut, rescaled, normalised.
+"""An image as an encoder sees it: made square, resized by PIL, cut, rescaled, normalized.
 
 S pixels of the encoder's side
 """
@@ -30,12 +30,12 @@ class Preparation:
     """How images of any shape become the pixels of one encoder.
 
     An image is resized, its middle S x S pixels are cut out (what lies outside the image is black),
-    and its numbers from 0 to 255 are rescaled and normalised. These are the steps of transformers'
+    and its numbers from 0 to 255 are rescaled and normalized. These are the steps of transformers'
     PIL processors of CLIP, SigLIP and LLaVA, pixel by pixel.
 
     Attributes:
       size: S.
-      fit: what is resized, and how. "pad": a square of the mean colour with the image in its middle
+      fit: what is resized, and how. "pad": a square of the mean color with the image in its middle
         (LLaVA-1.5); "crop": the image, its shape kept (CLIP); "stretch": the image, to any shape
         (SigLIP).
       mean, std: of red, green and blue after rescaling.
@@ -71,7 +71,7 @@ class Preparation:
             )
         if self.fit == "pad" and not 0 <= min(self.mean) <= max(self.mean) <= 1:
             raise ValueError(
-                f"data.image_mean={self.mean}: data.image_fit='pad' pads with this colour, so that "
+                f"data.image_mean={self.mean}: data.image_fit='pad' pads with this color, so that "
                 "it is from 0 to 1; choose crop or stretch"
             )
         largest = largest_edge(self.size)
@@ -110,8 +110,8 @@ class Preparation:
         )
 
     @property
-    def colour(self) -> tuple[int, ...]:
-        """The mean colour, cut to whole numbers as LLaVA-1.5 cuts it: what pads an image."""
+    def color(self) -> tuple[int, ...]:
+        """The mean color, cut to whole numbers as LLaVA-1.5 cuts it: what pads an image."""
         return tuple(int(255 * x) for x in self.mean)
 
     def square(self, image: np.ndarray) -> np.ndarray:
@@ -145,7 +145,7 @@ class Preparation:
         return made if width <= height else made[::-1]
 
     def _padded(self, picture: Image.Image, size: int) -> Image.Image:
-        """The picture in the middle of a square of the mean colour, resized to `size` x `size`.
+        """The picture in the middle of a square of the mean color, resized to `size` x `size`.
 
         Rows first, then columns, as PIL resizes a square to a square, but some rows at a time: the
         square of an image 20,000 pixels wide would be 1.2 GB.
@@ -156,18 +156,18 @@ class Preparation:
             # Of a large square only the middle is cut out.
             kept = min(side, self.size)
             cut = (side - kept) // 2
-            square = Image.new("RGB", (kept, kept), self.colour)
+            square = Image.new("RGB", (kept, kept), self.color)
             square.paste(picture, (left - cut, top - cut))
             return square
-        narrow = Image.new("RGB", (size, side), self.colour)
+        narrow = Image.new("RGB", (size, side), self.color)
         for first in range(0, picture.height, STRIP):
             rows = min(STRIP, picture.height - first)
-            strip = Image.new("RGB", (side, rows), self.colour)
+            strip = Image.new("RGB", (side, rows), self.color)
             strip.paste(picture.crop((0, first, picture.width, first + rows)), (left, 0))
             narrow.paste(strip.resize((size, rows), how), (0, top + first))
         return narrow.resize((size, size), how)
 
-    def normalise(self, image: np.ndarray) -> np.ndarray:
+    def normalized(self, image: np.ndarray) -> np.ndarray:
         """uint8 [..., 3] to float32 of the same shape: the mean to 0, the deviation to 1."""
         # Rescaled in float64, then rounded, as published.
         made = (np.arange(256) * self.rescale).astype(np.float32)[image]
@@ -176,11 +176,11 @@ class Preparation:
         return (made - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
 
     def blank(self) -> np.ndarray:
-        """The image that shows nothing but the mean colour, uint8 [S, S, 3]."""
-        colour = self.colour
+        """The image that shows nothing but the mean color, uint8 [S, S, 3]."""
+        color = self.color
         if self.normalize and self.rescale != 1 / 255:
-            colour = [min(max(int(x / self.rescale), 0), 255) for x in self.mean]
-        return np.full((self.size, self.size, 3), colour, np.uint8)
+            color = [min(max(int(x / self.rescale), 0), 255) for x in self.mean]
+        return np.full((self.size, self.size, 3), color, np.uint8)
 
 
 def _numbers(values: Sequence[Any]) -> bool:

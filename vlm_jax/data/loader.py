@@ -129,10 +129,10 @@ class _Rows:
         if self.features is None:
             size = self.processor.images.size
             blank = np.zeros((self.texts.most, size, size, 3), np.uint8)
-            pixels = self.processor.images.normalise(
+            pixels = self.processor.images.normalized(
                 np.stack([blank if parts is None else parts[1] for _, parts in found])
             )
-            pixels[empty] = 0  # as LLaVA: zeros after normalisation
+            pixels[empty] = 0  # as LLaVA: zeros after normalization
             extra["pixels"] = pixels
         else:
             levels = self.features[np.maximum(images, 0)]

@@ -27,16 +27,16 @@ from vlm_jax.data.skips import Skips
 FILES = {"train": "test", "val": "dev", "test": "dev"}  # our split -> the split of the data set
 ORDERS = tuple(itertools.permutations(range(3)))  # image K shows boxes ORDERS[K] of structured_rep
 BOX = 100  # pixels
-BOX_LEFT = (0, 150, 300)  # in the published image of 400 x 100, between grey bars
+BOX_LEFT = (0, 150, 300)  # in the published image of 400 x 100, between gray bars
 CORNERS = (
     (0, 0),
     (BOX, 0),
     (0, BOX),
 )  # where the boxes go on a square of 200 x 200, in reading order
-EMPTY = (128, 128, 128)  # the fourth quarter: the grey of the bars
+EMPTY = (128, 128, 128)  # the fourth quarter: the gray of the bars
 
 KINDS = ("circle", "square", "triangle")
-COLOURS = ("Black", "Yellow", "#0099ff")
+COLORS = ("Black", "Yellow", "#0099ff")
 SIZES = (10, 20, 30)  # pixels
 
 
@@ -122,7 +122,7 @@ class Nlvr:
 
     name = "nlvr"
     protocol = "nlvr"
-    patch_classes = 1 + len(KINDS) * len(COLOURS) * len(SIZES)
+    patch_classes = 1 + len(KINDS) * len(COLORS) * len(SIZES)
 
     def __init__(self, path: str, split: str):
         if split not in FILES:
@@ -167,7 +167,7 @@ class Nlvr:
         return self._examples[index]
 
     def patch_labels(self, index: int, side: int) -> np.ndarray:
-        """Per patch the class (kind, colour, size) of what covers it most, int32 [side * side]."""
+        """Per patch the class (kind, color, size) of what covers it most, int32 [side * side]."""
         # Drawn at a size that the patches tile.
         scale = side * -(-2 * BOX // side) / (2 * BOX)
         boxes = [self._boxes[index // len(ORDERS)][k] for k in ORDERS[index % len(ORDERS)]]
@@ -177,9 +177,9 @@ class Nlvr:
             box = Image.new("L", (round(BOX * scale),) * 2, 0)
             canvas = ImageDraw.Draw(box)
             for s in shapes:
-                kind, colour, size = (
+                kind, color, size = (
                     KINDS.index(s["type"]),
-                    COLOURS.index(s["color"]),
+                    COLORS.index(s["color"]),
                     SIZES.index(s["size"]),
                 )
                 _draw(
@@ -190,7 +190,7 @@ class Nlvr:
                     s["size"] * scale,
                     len(classes),
                 )
-                classes.append(1 + (kind * len(COLOURS) + colour) * len(SIZES) + size)
+                classes.append(1 + (kind * len(COLORS) + color) * len(SIZES) + size)
             owners.paste(box, (round(corner[0] * scale), round(corner[1] * scale)))
         return np.array(classes, np.int32)[covering(np.asarray(owners), side)]
 
@@ -235,7 +235,7 @@ def _checked(row: Any) -> tuple[str, str, str, str, list[list[dict]]]:
     if not isinstance(boxes, list) or len(boxes) != len(BOX_LEFT):
         raise TypeError("structured_rep is not a list of three boxes")
     for shape in (shape for box in boxes for shape in box):
-        KINDS.index(shape["type"]), COLOURS.index(shape["color"]), SIZES.index(shape["size"])
+        KINDS.index(shape["type"]), COLORS.index(shape["color"]), SIZES.index(shape["size"])
         shape["x_loc"] + shape["y_loc"] + 0.0  # numbers
     return *texts, boxes
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax import hosts
 from vlm_jax.data.example import BadExample
 from vlm_jax.data.packing import Group, Plan
 from vlm_jax.data.texts import BadText, Texts
@@ -44,6 +45,11 @@ class Usage:
         self.tokens_computed += count * length + added
         self.images, self.images_computed = self.images + there, self.images_computed + slots
 
+    def everywhere(self) -> "Usage":
+        """The counts of all processes together; to be asked in each of them."""
+        counts = (self.tokens, self.tokens_computed, self.images, self.images_computed)
+        return Usage(self.visual, *map(sum, zip(*hosts.collected(list(counts)), strict=True)))
+
     def fields(self) -> dict[str, float]:
         """For a file of numbers: the shares that are used; {} before anything is."""
         made = {}
@@ -54,6 +60,8 @@ class Usage:
         return made
 
     def __str__(self) -> str:
+        if not self.tokens_computed:
+            return "no step was left to take"
         parts = [f"{self.tokens:,} of {self.tokens_computed:,} tokens"]
         if self.images_computed:
             parts.append(f"{self.images:,} of {self.images_computed:,} images")

@@ -93,7 +93,7 @@ def decoded(file: io.BufferedIOBase, *, exif: str) -> np.ndarray:
     except Unusable:
         raise
     except ValueError:
-        # PIL takes a text or a colour profile beyond its bounds for an attack. It is none on
+        # PIL takes a text or a color profile beyond its bounds for an attack. It is none on
         # pixels: read them without. Its bounds are the process's own and stay as they are.
         file.seek(0)
         if file.read(len(PNG)) != PNG:
@@ -126,7 +126,7 @@ def check_shape(width: int, height: int) -> None:
 
 
 def without_texts(file: io.BufferedIOBase) -> io.BufferedIOBase:
-    """A PNG without its texts and its colour profile."""
+    """A PNG without its texts and its color profile."""
     file.seek(len(PNG))
     kept = [PNG]
     while len(head := file.read(8)) == 8:
@@ -155,7 +155,7 @@ def rgb(image: Image.Image, *, exif: str) -> np.ndarray:
             f"has numbers of 32 bits (mode {mode}), of which nobody says what is white: save it "
             "with 8 or 16 bits"
         )
-    elif mode in ("La", "RGBa"):  # the colours were multiplied with their opacity
+    elif mode in ("La", "RGBa"):  # the colors were multiplied with their opacity
         image = image.convert(mode.upper())
     if "transparency" in image.info:
         image = image.copy()  # it may belong to the caller
@@ -165,15 +165,15 @@ def rgb(image: Image.Image, *, exif: str) -> np.ndarray:
 
 
 def eight_bits(image: Image.Image) -> np.ndarray:
-    """A grey picture of up to 16 bits as uint8 [H, W]."""
+    """A gray picture of up to 16 bits as uint8 [H, W]."""
     pixels, bits, inverted = np.asarray(image).astype(np.int64), 16, False
     if image.format == "TIFF":
         # Which PIL leaves as they are: numbers of 12 bits, and those where 0 is white.
         bits = image.tag_v2.get(258, (16,))[0]
         inverted = image.tag_v2.get(262) == 0
     most = (1 << bits) - 1
-    grey = (np.clip(pixels, 0, most) * 510 + most) // (2 * most)  # rounded
-    return (255 - grey if inverted else grey).astype(np.uint8)
+    gray = (np.clip(pixels, 0, most) * 510 + most) // (2 * most)  # rounded
+    return (255 - gray if inverted else gray).astype(np.uint8)
 
 
 def orientation(image: Image.Image) -> int:

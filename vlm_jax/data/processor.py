@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns an example into token ids with their loss mask, and an image into normalised pixels.
+"""Turns an example into token ids with their loss mask, and an image into normalized pixels.
 
 Shapes: T text tokens, Tq question tokens, S pixels of the encoder's side.
 """
@@ -125,7 +125,7 @@ class Processor:
             )
         self.eos_id = tokenizer.eos_token_id
         self.stop_ids = self._stop_ids(rows.template)
-        # Where the tokenizer knows the mark as a token, its own template is tokenised with it.
+        # Where the tokenizer knows the mark as a token, its own template is tokenized with it.
         own = isinstance(self.template, OwnTemplate)
         self.image_id = tokenizer.get_vocab().get(self.mark) if own else None
         self.bos = self.encode.before
@@ -182,7 +182,7 @@ class Processor:
         """The example as ids of any length; without `answer` up to where its last answer starts.
 
         Raises:
-          BadExample: for texts that cannot be tokenised or written by the template, and for image
+          BadExample: for texts that cannot be tokenized or written by the template, and for image
             marks that are not as many as images.
         """
         try:
@@ -340,5 +340,5 @@ class Processor:
         return self.images.blank() if self.blind else self.images.square(image)
 
     def pixels(self, image: np.ndarray) -> np.ndarray:
-        """An RGB image uint8 [H, W, 3] as the encoder sees it: float32 [S, S, 3], normalised."""
-        return self.images.normalise(self.square(image))
+        """An RGB image uint8 [H, W, 3] as the encoder sees it: float32 [S, S, 3], normalized."""
+        return self.images.normalized(self.square(image))

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_jax import files
+from vlm_jax import files, hosts
 
 SHOWN = 3
 
@@ -42,6 +42,7 @@ class Skips:
         self.kinds: Counter[str] = Counter()
         self.first: dict[int, Skip] = {}
         self._seen: set[int] = set()
+        self._fresh: list[tuple[int, str, dict[str, str]]] = []
         self._path: Path | None = None
 
     def __len__(self) -> int:
@@ -52,6 +53,7 @@ class Skips:
         if number in self._seen:
             return
         self._seen.add(number)
+        self._fresh.append((number, kind, asdict(skip)))
         self.kinds[kind] += 1
         self.first[number] = skip
         if len(self.first) > SHOWN:
@@ -60,6 +62,14 @@ class Skips:
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"number": number, "kind": kind, **asdict(skip)}) + "\n")
+
+    def share(self) -> None:
+        """Notes what the other processes of the run skipped since they last shared; all call it."""
+        fresh, self._fresh = self._fresh, []
+        for found in hosts.collected(fresh):
+            for number, kind, skip in found:
+                self.add(number, kind, Skip(**skip))
+        self._fresh = []
 
     def keep(self, path: Path) -> None:
         """Reads what an earlier attempt noted in a file, and notes what follows there too."""

@@ -17,7 +17,7 @@ from vlm_jax.data.templates import OwnTemplate
 
 log = logging.getLogger(__name__)
 
-LOOKED_AT = 10_000  # most rows that are tokenised; of more an even sample
+LOOKED_AT = 10_000  # most rows that are tokenized; of more an even sample
 WORTH_A_WARNING = 0.01  # of the rows
 # A byte of text is one token at most; a character may become several in a tokenizer's normal form
 # (U+FDFA, three bytes: eighteen letters of two bytes).
@@ -29,7 +29,7 @@ class Targets:
     """Rows that no token of an answer is left of, and what would keep them.
 
     Attributes:
-      rows: of the source. doubtful: rows that may be too long; looked_at of them were tokenised.
+      rows: of the source. doubtful: rows that may be too long; looked_at of them were tokenized.
       without: how many of those have no target.
       lengths: the (data.text_length, data.question_length) that keep them whole, and those that
         keep all but one in a hundred of all rows; None where no row is without.

@@ -20,7 +20,7 @@ class Template:
     start: opens the row. user, answer: one turn, with {image}, {question} and {answer}; only
     `answer` is supervised. eos: whether the end-of-sequence token closes each answer; end: what
     does in its place; gap: what follows that, unsupervised. image: what {image} becomes for each
-    image that has no mark in the question, IMAGE_MARK included. joined: tokenise all text between
+    image that has no mark in the question, IMAGE_MARK included. joined: tokenize all text between
     images as one string, as published models were trained, instead of each part on its own.
     """
 
@@ -97,7 +97,7 @@ class OwnTemplate(Template):
         return [part for part in (*parts, (text[at:], False)) if part[0]]
 
     def begins_itself(self, tokenizer: Any, parts: list[Part]) -> bool:
-        """As in transformers: a first token that the template writes is tokenised with the rest."""
+        """As in transformers: a first token that the template writes is tokenized with the rest."""
         return bool(tokenizer.bos_token) and parts[0][0].startswith(tokenizer.bos_token)
 
 

@@ -16,7 +16,7 @@ from vlm_jax import files
 from vlm_jax.data import word_tokenizer
 from vlm_jax.data.example import IMAGE_MARK
 
-KNOWN_TEXTS = 50_000  # tokenised texts that are remembered
+KNOWN_TEXTS = 50_000  # tokenized texts that are remembered
 
 
 def load_tokenizer(path: str | Path) -> Any:

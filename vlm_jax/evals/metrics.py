@@ -5,11 +5,11 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-LARGEST_STDERR = 0.5  # of a fraction: what one cluster alone leaves open
+LARGEST_STDERR = 0.5  # of a fraction: for a single cluster, which shows no spread
 
 
 def exact_match(prediction: str, answer: str) -> float:
-    """1 if the two strings agree but for outer white space, else 0."""
+    """1 if the two strings are equal except for surrounding white space, else 0."""
     return float(prediction.strip() == answer.strip())
 
 
@@ -20,17 +20,16 @@ def first_word(prediction: str, answer: str) -> float:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean; NaN of nothing."""
+    """Arithmetic mean; NaN for no values."""
     return sum(values) / len(values) if values else math.nan
 
 
 def clustered_stderr(values: Sequence[float], clusters: Sequence[str]) -> float:
-    """Standard error of the mean when values of one cluster (one image, one sentence) move
-    together.
+    """Standard error of a mean whose values are correlated within clusters (images, sentences).
 
-    The usual sandwich form: sqrt(G / (G-1) * sum of squared cluster residual sums) / n, with G
-    clusters; equal to the plain standard error when every cluster holds one value. One
-    cluster alone says nothing about the spread: LARGEST_STDERR.
+    The sandwich form: sqrt(G / (G-1) * sum of squared cluster residual sums) / n, with G clusters;
+    equal to the plain standard error if every cluster holds one value. For one cluster it is
+    LARGEST_STDERR.
     """
     average = mean(values)
     residuals: dict[str, float] = defaultdict(float)

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Protocols: how a benchmark's predictions become task scores; plain Python.
+"""Protocols: how the predictions of a benchmark become task scores; plain Python.
 
-A record is a dict with `task`, `family`, `prediction`, `answer`, and `cluster` (what its scene or
-sentence is, for standard errors). A protocol turns records into {task: {family, metric, score,
-stderr, n, of, skipped}}, scores from 0 to 1: n examples of `of` were answered, `skipped` were not.
-Where some were not, the first three say which and why.
+A record is a dict with `task`, `family`, `prediction`, `answer`, and `cluster` (its scene or
+sentence, for standard errors). A protocol turns records into {task: {family, metric, score, stderr,
+n, of, skipped}}, scores from 0 to 1: n of `of` examples were answered, `skipped` were not. If some
+were skipped, `first_skipped` holds the first three with their reasons.
 
-What was skipped is a dict with `id`, `image`, `reason`, and `task` and `cluster` if it got so far
-as to have them.
+A skipped example is a dict with `id`, `image`, `reason`, and `task` and `cluster` if known.
 """
 
 from collections import defaultdict
@@ -29,21 +28,21 @@ def embedded(records: Sequence[Record], skipped: Sequence[Record]) -> Scores:
 def nlvr(records: Sequence[Record], skipped: Sequence[Record]) -> Scores:
     """NLVR's two scores: precision over images, consistency over sentences (all images right).
 
-    A sentence of which an image was skipped is none whose consistency is known.
+    A sentence with a skipped image has no known consistency and is left out.
     """
     scores = by_task(records, skipped, first_word, "precision")
-    torn = {r["cluster"] for r in skipped if "cluster" in r}
-    whole = [r for r in records if r["cluster"] not in torn]
-    correct = [first_word(r["prediction"], r["answer"]) for r in whole]
-    found = consistency(correct, [r["cluster"] for r in whole])
-    if found:
+    incomplete = {r["cluster"] for r in skipped if "cluster" in r}
+    complete = [r for r in records if r["cluster"] not in incomplete]
+    correct = [first_word(r["prediction"], r["answer"]) for r in complete]
+    consistent = consistency(correct, [r["cluster"] for r in complete])
+    if consistent:
         scores["nlvr_consistency"] = dict(
             family="consistency",
             metric="consistency",
-            score=mean(found),
-            stderr=clustered_stderr(found, [str(i) for i in range(len(found))]),
-            n=len(found),
-        ) | _missing(len(found), torn, skipped)
+            score=mean(consistent),
+            stderr=clustered_stderr(consistent, [str(i) for i in range(len(consistent))]),
+            n=len(consistent),
+        ) | _missing(len(consistent), incomplete, skipped)
     return scores
 
 
@@ -56,31 +55,31 @@ def by_task(
     """The mean of one metric over the records of each task.
 
     Raises:
-      ValueError: for a task of which no example was answered.
+      ValueError: if no example of a task was answered.
     """
     tasks: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         tasks[record["task"]].append(record)
     for record in skipped:
         if (task := record.get("task")) is not None and task not in tasks:
-            raise ValueError(f"not one example of task {task!r} was answered: {record['reason']}")
+            raise ValueError(f"no example of task {task!r} was answered: {record['reason']}")
     scores = {}
     for task, members in sorted(tasks.items()):
         values = [metric(r["prediction"], r["answer"]) for r in members]
-        left = [r for r in skipped if r.get("task") in (None, task)]
+        unanswered = [r for r in skipped if r.get("task") in (None, task)]
         scores[task] = dict(
             family=members[0]["family"],
             metric=name,
             score=mean(values),
             stderr=clustered_stderr(values, [r["cluster"] for r in members]),
             n=len(values),
-        ) | _missing(len(values), left, left)
+        ) | _missing(len(values), unanswered, unanswered)
     return scores
 
 
-def _missing(n: int, skipped: Collection, shown: Sequence[Record]) -> dict[str, Any]:
-    """Of how many the n are, how many were skipped, and the first of them by name."""
-    first = [{key: r[key] for key in ("id", "image", "reason")} for r in shown[:SHOWN]]
+def _missing(n: int, skipped: Collection, examples: Sequence[Record]) -> dict[str, Any]:
+    """The fields `of`, `skipped` and, if some were skipped, `first_skipped`."""
+    first = [{key: r[key] for key in ("id", "image", "reason")} for r in examples[:SHOWN]]
     return dict(of=n + len(skipped), skipped=len(skipped)) | (
         {"first_skipped": first} if skipped else {}
     )
@@ -94,10 +93,10 @@ PROTOCOLS: dict[str, tuple[Callable[[Sequence[Record], Sequence[Record]], Scores
 
 
 def score(protocol: str, records: Sequence[Record], skipped: Sequence[Record] = ()) -> Scores:
-    """Task scores of `records` under a named protocol, beside what was skipped.
+    """Task scores of `records` by a named protocol, with the counts of `skipped`.
 
     Raises:
-      ValueError: for an unknown protocol, no record at all, or a task without one.
+      ValueError: for an unknown protocol, and if no example, or none of a task, was answered.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r}: choose one of {sorted(PROTOCOLS)}")
@@ -108,19 +107,19 @@ def score(protocol: str, records: Sequence[Record], skipped: Sequence[Record] = 
 
 
 def summary(scores: Scores) -> str:
-    """What was not answered, in a sentence and by name; "" where everything was."""
-    found = {name: task for name, task in scores.items() if task["skipped"]}
-    if not found:
+    """A sentence about the examples that were not answered, with the first ones; "" if none."""
+    incomplete = {name: task for name, task in scores.items() if task["skipped"]}
+    if not incomplete:
         return ""
     counts = "; ".join(
         f"{name}: {task['skipped']} of {task['of']} were skipped, the score is of {task['n']}"
-        for name, task in found.items()
+        for name, task in incomplete.items()
     )
-    first = next(iter(found.values()))["first_skipped"]
+    first = next(iter(incomplete.values()))["first_skipped"]
     return "\n  ".join([f"not everything was evaluated ({counts}); the first:", *map(named, first)])
 
 
 def named(skip: Record) -> str:
-    """One skipped example, its image and what is wrong."""
+    """One skipped example in words: its image and the reason."""
     inside = skip["image"] in skip["reason"]
     return skip["reason"] if inside else f"{skip['image']}: {skip['reason']}"

@@ -7,7 +7,6 @@ found again by a restart.
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,19 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import files, mesh, preemption, progress
-from vlm_jax.compressors.compressor import Compressor
-from vlm_jax.compressors.method import Method
+from vlm_jax import files, hosts, mesh, preemption, progress
 from vlm_jax.cost import described
 from vlm_jax.cost import flops as cost
 from vlm_jax.data import loader, sources, targets
 from vlm_jax.evals import tasks
+from vlm_jax.grids import details
 from vlm_jax.kernels import window_attention
-from vlm_jax.models import lora, vlm
-from vlm_jax.models.sizes import LoRASize
+from vlm_jax.models import vlm
 from vlm_jax.models.vit import ViT
 from vlm_jax.reports import report
 from vlm_jax.rows import records
@@ -39,7 +35,6 @@ from vlm_jax.training.cells import Cell, cells_of, describe, train_flops
 from vlm_jax.training.features import (
     Features,
     Sight,
-    batches_of,
     blind_of,
     blind_to,
     features_of,
@@ -84,7 +79,8 @@ class Phases:
         yield
         phases = self.facts["phases"]
         phases[name] = round(phases.get(name, 0.0) + time.monotonic() - then, 1)
-        files.write_json(self.path, self.facts)
+        if hosts.is_writer():
+            files.write_json(self.path, self.facts)
 
 
 def sights_of(cells: Sequence[Cell]) -> list[Sight]:
@@ -107,7 +103,9 @@ def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),))
     with phase("encoder"):
         encoder = stages.pretrain_encoder(Recipe.of(config), folder, inputs, begin=begin)
     begin()
-    files.write_json(folder / "baselines.json", {"majority": sources.majority(train, test)})
+    hosts.check_same("evaluation data", test.data_hash)
+    if hosts.is_writer():
+        files.write_json(folder / "baselines.json", {"majority": sources.majority(train, test)})
     with phase("features"):
         made = {
             sight: Features(
@@ -154,7 +152,8 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     if cell.shares:
         model = model.at(config.compressor.tokens)
         # The first cell trains; the others find the model, and say what it took.
-        train_seconds = once(home / "trained.json", train_seconds)
+        took = train_seconds
+        train_seconds = hosts.from_writer(lambda: once(home / "trained.json", took))
     then = time.monotonic()
     clock, faults = Clock(), {}
     found = list(
@@ -170,14 +169,18 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         )
     )
     seconds = time.monotonic() - then
-    write_predictions(folder / "predictions.jsonl", found)
+    if hosts.is_writer():
+        write_predictions(folder / "predictions.jsonl", found)
     protocol = test.source.protocol
     scores = tasks.score(protocol, found, loader.not_answered(test.source, faults))
     if said := tasks.summary(scores):
         log.warning(f"{cell.name}: {said}")
-    method = method_of(size.compressor)
-    Q, G, question = request_lengths(test, prefix=method["query"] == "prefix")
+    method = details.method_of(size.compressor)
+    Q, G, question = details.request_lengths(test, prefix=method["query"] == "prefix")
     steps = config.align.steps + config.finetune.steps
+    # What the writer wrote of the losses is read by it alone.
+    stages_run = [s for s in ("align", "finetune") if config[s].steps]
+    began = hosts.from_writer(lambda: fingerprint.of_run(home, stages_run))
     return records.Row(
         cell=cell.name,
         llm=cell.llm,
@@ -186,7 +189,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
         compressor_parameters=vlm.parameters(model.compressor),
         **method,
         blind=cell.blind,
-        V=tokens_read(model.compressor, test.features),
+        V=details.tokens_read(model.compressor, test.features),
         Q=Q,
         G=G,
         seed=cell.seed,
@@ -200,8 +203,8 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
             examples=sum(config[s].steps * config[s].batch for s in ("align", "finetune")),
             flops=train_flops(recipe),
             seconds=round(train_seconds, 2),
-            **fingerprint.of_run(home, [s for s in ("align", "finetune") if config[s].steps]),
-            **({"lora": adapters_of(recipe.lora)} if recipe.lora.rank else {}),
+            **began,
+            **({"lora": details.adapters_of(recipe.lora)} if recipe.lora.rank else {}),
         ),
         evaluate_seconds=round(seconds, 2),
         timing=clock.timing(),
@@ -215,49 +218,11 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     )
 
 
-def adapters_of(adapters: LoRASize) -> dict[str, Any]:
-    """What a row says of the adapters that its model was trained by."""
-    return vars(adapters) | dict(targets=lora.check(adapters))
-
-
 def once(path: Path, seconds: float) -> float:
     """What the file holds; it is written with `seconds` where it is not there."""
     if not path.exists():
         files.write_json(path, {"seconds": seconds})
     return json.loads(path.read_text())["seconds"]
-
-
-def tokens_read(compressor: Compressor, features: np.ndarray) -> int | float:
-    """V: visual tokens of an image, their mean over these features where an image chooses."""
-    if not compressor.adaptive:
-        return compressor.tokens
-    count = jax.jit(lambda module, levels: module(levels).count)
-    unread = np.isnan(features[:, 0, 0])
-    features = features[~unread] if unread.any() else features
-    means = [count(compressor, part) for part in batches_of(features)]
-    return float(np.concatenate(means)[: len(features)].mean())
-
-
-def method_of(made: Method) -> dict[str, str]:
-    """What a row says of its compressor: kind, who reads the question for it, what is not its
-    published form."""
-    return dict(compressor=made.kind, query=made.query, variant=made.variant)
-
-
-def request_lengths(
-    test: Inputs, *, prefix: bool = False, sample: int = 500
-) -> tuple[float, float, float]:
-    """Mean tokens of prompts, answers and questions of the evaluation split (an even sample of it).
-
-    The question is what a question-reading compressor reads, or with `prefix` all text before the
-    image.
-    """
-    picked = np.linspace(0, len(test.source) - 1, min(sample, len(test.source))).astype(int)
-    prompts = [test.processor.text(test.source[int(i)], answer=False) for i in picked]
-    wholes = [int(test.processor.text(test.source[int(i)])["length"]) for i in picked]
-    prompt = np.mean([int(made["length"]) for made in prompts])
-    question = np.mean([int(made["image_at" if prefix else "question_length"]) for made in prompts])
-    return float(prompt), float(np.mean(wholes) - prompt), float(question)
 
 
 def same_cells(claimed: Claim, cells: Sequence[Cell]) -> None:
@@ -348,7 +313,7 @@ def run(claimed: Claim, command: str, *, only: str | None = None) -> dict[str, A
     same_cells(claimed, cells)
     facts = provenance(window_attention.form(config.kernels))
     # The law is fitted to the grid's own method, where others are run beside it.
-    method = records.method_of(**method_of(cells[0].recipe.model.compressor))
+    method = records.method_of(**details.method_of(cells[0].recipe.model.compressor))
     # What changes no result changes no hash: rows of one run have one.
     first = claimed.first()
     hashes = {cell.name: digest(cell.config) for cell in cells_of(first)}
@@ -362,11 +327,14 @@ def run(claimed: Claim, command: str, *, only: str | None = None) -> dict[str, A
             log.warning(warning)
     shared = prepare(claimed, phase, sights_of(cells))
     homes = {cell.name: folder / "cells" / cell.name for cell in cells}
-    rows = {
-        name: records.Row.from_json((home / "row.json").read_text())
-        for name, home in homes.items()
-        if (home / "row.json").exists()
-    }
+    written = hosts.from_writer(
+        lambda: {
+            name: (home / "row.json").read_text()
+            for name, home in homes.items()
+            if (home / "row.json").exists()
+        }
+    )
+    rows = {name: records.Row.from_json(text) for name, text in written.items()}
     if rows:
         progress.say(f"{len(rows)} of {len(cells)} cells were finished before")
     for number, cell in enumerate(cells, 1):
@@ -379,19 +347,20 @@ def run(claimed: Claim, command: str, *, only: str | None = None) -> dict[str, A
             made = facts | dict(config_hash=hashes[cell.name])
             row = run_cell(cell, home, shared, made)
         # The row is written whole or not at all, and rows.jsonl is always all rows so far.
-        files.write_json(home / "row.json", json.loads(row.to_json()))
-        rows[cell.name] = records.Row.from_json((home / "row.json").read_text())
-        keep(folder, cells, rows)
+        rows[cell.name] = records.Row.from_json(row.to_json())
+        if hosts.is_writer():
+            files.write_json(home / "row.json", json.loads(row.to_json()))
+            keep(folder, cells, rows)
         scores = "  ".join(f"{name} {s['score']:.3f}" for name, s in row.families.items())
         progress.say(f"{which}  {scores}")
         progress.say(standing(cells, rows, time.monotonic() - begun))
-    keep(folder, cells, rows)
+    if hosts.is_writer():
+        keep(folder, cells, rows)
     with phase("law and report"), progress.doing("law and report"):
-        made = report.write(folder)
-    print(
+        made = hosts.from_writer(lambda: report.write(folder))
+    progress.say(
         "seconds per phase: "
         + "  ".join(f"{k} {v:.0f}" for k, v in phase.facts["phases"].items())
-        + f"  total {sum(phase.facts['phases'].values()):.0f}",
-        file=sys.stderr,
+        + f"  total {sum(phase.facts['phases'].values()):.0f}"
     )
     return made

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Windowed cross-attention on a TPU whose heads ask unprojected keys and values at full width.
+"""Windowed cross-attention on a TPU whose heads attend to unprojected keys and values.
 
 B batch  V windows  S keys of one window  N heads  E width
 """
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax.kernels import tiles
 
-COLUMNS = 256  # channels of one product: more than fit into the registers would be spilled
+COLUMNS = 256  # channels of one product: more would spill registers
 
 
 def forward(
@@ -88,7 +88,7 @@ def _call(kernel, name, rows, patches, rows_out, patches_out, flops_per_score):
 
 
 def _parts(windows: int, keys: int, heads: int):
-    """First and last + 1 of the windows of each product, its keys, and its mask."""
+    """Yields the slices of windows and of keys of each product, and its mask or None."""
     for first, last in tiles.groups(windows, keys, heads=heads, multiple=8):
         mask = tiles.same_window(last - first, heads, keys) if last - first > 1 else None
         yield slice(first, last), slice(first * keys, last * keys), mask
@@ -101,14 +101,14 @@ def _rows(ref, windows: slice, columns: slice) -> Float[Array, "R E"]:
 
 
 def _store(ref, windows: slice, columns: slice, rows: Float[Array, "R E"]) -> None:
-    """Writes what `_rows` would read."""
+    """Writes rows in the order in which `_rows` reads them."""
     ref[:, 0, 0, windows, columns] = rows.reshape(ref.shape[0], -1, rows.shape[-1]).astype(
         ref.dtype
     )
 
 
 def _columns(width: int) -> list[slice]:
-    """The channels, as many at a time as the registers hold."""
+    """Slices of the channels, each as many as the registers hold."""
     return [slice(i, min(i + COLUMNS, width)) for i in range(0, width, COLUMNS)]
 
 
@@ -131,9 +131,9 @@ def _forward(q_ref, k_ref, v_ref, o_ref, *, windows, keys, heads, scale):
 def _backward(q_ref, g_ref, k_ref, v_ref, dq_ref, dk_ref, dv_ref, *, windows, keys, heads, scale):
     for some, key, mask in _parts(windows, keys, heads):
         weights = tiles.softmax(_scores(q_ref, k_ref, some, key) * scale, mask)
-        towards = _scores(g_ref, v_ref, some, key)
-        mean = (weights * towards).sum(1, keepdims=True)
-        scores = (weights * (towards - mean) * scale).astype(k_ref.dtype)
+        toward = _scores(g_ref, v_ref, some, key)
+        mean = (weights * toward).sum(1, keepdims=True)
+        scores = (weights * (toward - mean) * scale).astype(k_ref.dtype)
         weights = weights.astype(v_ref.dtype)
         for part in _columns(q_ref.shape[-1]):
             q, g, k = _rows(q_ref, some, part), _rows(g_ref, some, part), k_ref[0, 0, key, part]

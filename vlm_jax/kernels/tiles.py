@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How windows are cut for a TPU: which part of an image one grid step holds, and how many windows
-share one product on the matrix unit.
+"""How windows are tiled for a TPU: windows per grid step, and windows per matrix product.
 
 V windows  S keys of one window  R query rows of a product  C keys of a product
 """
@@ -25,12 +24,12 @@ def windows_per_block(windows: int, keys: int, window_bytes: int) -> int:
     The most that divide the windows evenly, start at a multiple of ROWS, and fit into BLOCKS; the
     fewest if none fits.
     """
-    whole = [
+    counts = [
         n
         for n in range(1, windows + 1)
         if windows % n == 0 and (n == windows or n * keys % ROWS == 0)
     ]
-    return max((n for n in whole if 2 * n * window_bytes <= BLOCKS), default=whole[0])
+    return max((n for n in counts if 2 * n * window_bytes <= BLOCKS), default=counts[0])
 
 
 def groups(
@@ -38,10 +37,10 @@ def groups(
 ) -> list[tuple[int, int]]:
     """First and last + 1 of the windows that share a product, of `heads` query rows per window.
 
-    A score of a query with another window's key is computed and masked. That is wasted, and so are
-    the lanes of the matrix unit that a group does not fill: a group has at least `lanes` keys, or
-    it is all windows where their scores stay in the registers. Its keys begin at a multiple of
-    ROWS, its windows at a `multiple`.
+    Scores of a query with keys of other windows are computed and masked, which is wasted work, and
+    so are lanes of the matrix unit that a group does not fill. A group has at least `lanes` keys,
+    or it is all windows if their scores stay in the registers. Its keys begin at a multiple of
+    ROWS, its windows at a multiple of `multiple`.
     """
     step = math.lcm(multiple, ROWS // math.gcd(ROWS, keys))
     size = step * math.ceil(lanes / (step * keys))
@@ -51,14 +50,14 @@ def groups(
 
 
 def same_window(windows: int, heads: int, keys: int) -> Bool[Array, "R C"]:
-    """Which query row (head after head) and which key of a group belong to one window."""
+    """Mask of the query rows (head after head) and keys of a group that belong to one window."""
     row = lax.rem(lax.broadcasted_iota(jnp.int32, (heads * windows, 1), 0), jnp.int32(windows))
     column = lax.div(lax.broadcasted_iota(jnp.int32, (1, windows * keys), 1), jnp.int32(keys))
     return row == column
 
 
 def softmax(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Over the keys of each row's own window, in float32."""
+    """Softmax over the keys of each row's own window (`mask`), in float32."""
     if mask is not None:
         scores = jnp.where(mask, scores, MASKED)
     weights = jnp.exp(scores - scores.max(1, keepdims=True))

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Windowed cross-attention on a TPU with the absorbed projections inside: no head's full-width
-query and result ever leaves the chip.
+"""Windowed cross-attention on a TPU with absorbed projections: full-width queries stay on the chip.
 
 B batch  V windows  S keys of one window  N heads  H head size  E width
 """
@@ -21,8 +20,8 @@ VMEM = 15 * 2**20  # bytes of blocks and scratch, out of the 16 MiB that every c
 def fits(windows: int, keys: int, heads: int, size: int, width: int, itemsize: int) -> bool:
     """Whether one image, both weights and the heads' queries and results fit into VMEM at once."""
     blocks = 2 * (2 * windows * heads * size + 2 * windows * keys * width)
-    kept = 2 * width * heads * size + 2 * heads * windows * width
-    return (blocks + kept) * itemsize <= VMEM
+    resident = 2 * width * heads * size + 2 * heads * windows * width
+    return (blocks + resident) * itemsize <= VMEM
 
 
 def forward(
@@ -68,21 +67,23 @@ def forward(
     return out.reshape(query.shape)
 
 
-def _forward(q_ref, k_ref, v_ref, wk_ref, wv_ref, o_ref, asked, got, *, per, size):
-    heads, windows, width = asked.shape
+def _forward(q_ref, k_ref, v_ref, wk_ref, wv_ref, o_ref, full_query, mixed, *, per, size):
+    heads, windows, width = full_query.shape
     lanes = [slice(h * size, (h + 1) * size) for h in range(heads)]
     for h in range(heads):
-        asked[h] = tiles.product(q_ref[0, :, lanes[h]], wk_ref[h], (1, 0)).astype(asked.dtype)
+        full_query[h] = tiles.product(q_ref[0, :, lanes[h]], wk_ref[h], (1, 0)).astype(
+            full_query.dtype
+        )
     for first, last in tiles.groups(windows, per, heads=heads, multiple=8):
         mask = tiles.same_window(last - first, heads, per) if last - first > 1 else None
         some, keys = slice(first, last), slice(first * per, last * per)
-        rows = asked[:, some].reshape(-1, width)
+        rows = full_query[:, some].reshape(-1, width)
         scores = tiles.product(rows, k_ref[0, keys], (1, 1)) * size**-0.5
         v = v_ref[0, keys]
         rows = tiles.product(tiles.softmax(scores, mask).astype(v.dtype), v, (1, 0))
-        got[:, some] = rows.reshape(heads, -1, width).astype(got.dtype)
+        mixed[:, some] = rows.reshape(heads, -1, width).astype(mixed.dtype)
     for h in range(heads):
-        out = tiles.product(got[h], wv_ref[h], (1, 0))
+        out = tiles.product(mixed[h], wv_ref[h], (1, 0))
         o_ref[0, :, lanes[h]] = out.astype(o_ref.dtype)
 
 
@@ -93,10 +94,10 @@ def in_steps(
     key_kernel: Float[Array, "N H E"],
     value_kernel: Float[Array, "N E H"],
 ) -> Float[Array, "B V N H"]:
-    """The same in three steps, each of which has a gradient."""
-    asked = jnp.einsum("BVNH,NHE->BVNE", query, key_kernel)
-    got = absorbed_tpu.attend(asked, keys, values, query.shape[-1] ** -0.5)
-    return jnp.einsum("BVNE,NEH->BVNH", got, value_kernel)
+    """The same result in three steps, each of which has a gradient."""
+    full_query = jnp.einsum("BVNH,NHE->BVNE", query, key_kernel)
+    mixed = absorbed_tpu.attend(full_query, keys, values, query.shape[-1] ** -0.5)
+    return jnp.einsum("BVNE,NEH->BVNH", mixed, value_kernel)
 
 
 @jax.custom_vjp
@@ -107,8 +108,10 @@ def attend(
     key_kernel: Float[Array, "N H E"],
     value_kernel: Float[Array, "N E H"],
 ) -> Float[Array, "B V N H"]:
-    """`forward` where it fits. The weights' gradients need what lies between the steps, so a
-    differentiated call takes the steps one by one."""
+    """`forward` if it fits into VMEM, else `in_steps`.
+
+    A differentiated call uses `in_steps`: the gradients of the weights need the inner results.
+    """
     windows, heads, size = query.shape[1:]
     if fits(windows, keys.shape[2], heads, size, keys.shape[3], query.dtype.itemsize):
         return forward(query, keys, values, key_kernel, value_kernel)

@@ -16,20 +16,20 @@ FORMS = ("pallas", "xla")
 
 
 def form(kernels: str) -> str:
-    """The form that `config.kernels` means where the current mesh is: "pallas" or "xla".
+    """The form that `config.kernels` selects for the current mesh: "pallas" or "xla".
 
-    The one place of this choice: "auto" is the Pallas kernels on a TPU, XLA on everything else.
-    ValueError with the choices for anything unknown, and for Pallas where there is no TPU.
+    The only place of this choice: "auto" is the Pallas kernels on a TPU and XLA elsewhere. Raises
+    ValueError for unknown values, and for "pallas" without a TPU.
     """
     if kernels not in ("auto", *FORMS):
         raise ValueError(f"kernels={kernels!r}: choose one of {['auto', *FORMS]}")
-    here = platform()
-    if kernels == "pallas" and here != "tpu":
+    device = platform()
+    if kernels == "pallas" and device != "tpu":
         raise ValueError(
-            f"kernels='pallas' needs a TPU and the devices are of platform {here!r}: "
+            f"kernels='pallas' needs a TPU and the devices are of platform {device!r}: "
             "choose 'auto' or 'xla'"
         )
-    return kernels if kernels != "auto" else "pallas" if here == "tpu" else "xla"
+    return kernels if kernels != "auto" else "pallas" if device == "tpu" else "xla"
 
 
 def window_attention(
@@ -78,9 +78,10 @@ def unprojected_attention(
     *,
     form: str,
 ) -> Float[Array, "B V N H"]:
-    """`window_attention` to keys and values that are still to be projected, without projecting one.
+    """`window_attention` to unprojected keys and values, without projecting every patch.
 
-    Each head asks the patches with W_k q and projects what it got, W_v (sum of weighted patches).
+    Each head attends to the patches with W_k q and projects the result, W_v (weighted sum of
+    patches).
     """
     if form == "pallas":
         patches = mesh.spec("batch", "len", "len", "feature")
@@ -98,23 +99,23 @@ def unprojected_attention(
             jax.sharding.reshard(key_kernel.transpose(1, 2, 0), weights),
             jax.sharding.reshard(value_kernel.transpose(1, 0, 2), weights),
         )
-    asked = jnp.einsum(
+    full_query = jnp.einsum(
         "BVNH,ENH->BVNE",
         query,
         key_kernel,
         out_sharding=mesh.spec("batch", "len", "heads", "feature"),
     )
-    got = absorbed_attention(asked, keys, values, scale=query.shape[-1] ** -0.5, form=form)
+    mixed = absorbed_attention(full_query, keys, values, scale=query.shape[-1] ** -0.5, form=form)
     return jnp.einsum(
         "BVNE,ENH->BVNH",
-        got,
+        mixed,
         value_kernel,
         out_sharding=mesh.spec("batch", "len", "heads", "head"),
     )
 
 
 def _sharded(attend, queries: tuple[str, ...], patches: tuple[str, ...]):
-    """`attend` on each device's own images and heads: the compiler cannot cut a kernel itself."""
+    """`attend` on the images and heads of each device: the compiler cannot partition a kernel."""
     queries, patches = mesh.spec(*queries), mesh.spec(*patches)
     return jax.shard_map(
         attend, in_specs=(queries, patches, patches), out_specs=queries, check_vma=False

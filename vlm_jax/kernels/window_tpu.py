@@ -44,7 +44,7 @@ def _call(kernel, name, rows, patches, rows_out, patches_out, flops_per_key):
     n_rows, n_patches = len(rows) + rows_out, len(patches) + patches_out
     window_bytes = width * (n_rows + n_patches * keys) * dtype.itemsize
     block = tiles.windows_per_block(windows, keys, window_bytes)
-    # Whole windows where they fit; where one does not, some of its heads.
+    # Whole windows if they fit; if one does not, some of its heads.
     part = heads
     while 2 * block * window_bytes * part // heads > tiles.BLOCKS and part % 2 == 0:
         if part // 2 * size % tiles.LANES:
@@ -70,8 +70,8 @@ def _call(kernel, name, rows, patches, rows_out, patches_out, flops_per_key):
         ),
     )
     out = call(*(x.reshape(row_shape) for x in rows), *(x.reshape(patch_shape) for x in patches))
-    given = [rows[0].shape] * rows_out + [patches[0].shape] * patches_out
-    return tuple(x.reshape(shape) for x, shape in zip(out, given, strict=True))
+    shapes = [rows[0].shape] * rows_out + [patches[0].shape] * patches_out
+    return tuple(x.reshape(shape) for x, shape in zip(out, shapes, strict=True))
 
 
 def _parts(windows: int, keys: int, heads: int, size: int):
@@ -97,9 +97,9 @@ def _backward(q_ref, g_ref, k_ref, v_ref, dq_ref, dk_ref, dv_ref, *, windows, ke
         q, g = q_ref[0, 0, row, lanes], g_ref[0, 0, row, lanes]
         k, v = k_ref[0, 0, key, lanes], v_ref[0, 0, key, lanes]
         weights = tiles.softmax(tiles.product(q, k, (1, 1)) * size**-0.5, mask)
-        towards = tiles.product(g, v, (1, 1))
-        mean = (weights * towards).sum(1, keepdims=True)
-        scores = (weights * (towards - mean) * size**-0.5).astype(k.dtype)
+        toward = tiles.product(g, v, (1, 1))
+        mean = (weights * toward).sum(1, keepdims=True)
+        scores = (weights * (toward - mean) * size**-0.5).astype(k.dtype)
         dq_ref[0, 0, row, lanes] = tiles.product(scores, k, (1, 0)).astype(k.dtype)
         dk_ref[0, 0, key, lanes] = tiles.product(scores, q, (0, 0)).astype(k.dtype)
         weights = weights.astype(k.dtype)

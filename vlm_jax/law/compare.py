@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forms are judged by what they say about cells they were not fitted to, beside AIC and BIC."""
+"""Compares the forms of the law: errors on cells left out of the fit, AIC and BIC."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-FOLD_STARTS = 12  # beside the fit to all points, which is nearly always in the right valley
+FOLD_STARTS = 12  # in addition to the fit to all points, which is nearly always close
 
 
 def leave_out(
@@ -31,10 +31,10 @@ def leave_out(
     weighting: str = "stderr",
     near: np.ndarray | None = None,
 ) -> dict[float, np.ndarray]:
-    """Value of `column` ("N" or "V") -> the errors predicted at its points by a fit without them.
+    """Cross-validation: value of `column` ("N" or "V") -> errors predicted by a fit without it.
 
-    `near` is the solver vector of the fit to all points, if it is known. Raises ValueError when a
-    fold is left with too few points, sizes or token counts.
+    Each array is float64[points of that value]. `near` is the solver vector of the fit to all
+    points, if it is known. Raises ValueError when a fold has too few points, sizes or token counts.
     """
     values, weight, y = getattr(points, column), weights(points, weighting), points.error
     left_out = np.unique(values)
@@ -43,13 +43,13 @@ def leave_out(
     design = FORMS[form].design(points.N, points.V, points.Q)
     if near is None:
         near, _ = minimum(design, y, weight, seed=seed, huber=huber)
-    many = starts(design, y, weight, FOLD_STARTS, np.random.default_rng(seed))
-    many = np.vstack([near, many])
+    guesses = starts(design, y, weight, FOLD_STARTS, np.random.default_rng(seed))
+    guesses = np.vstack([near, guesses])
     # one solve for all folds: the weight of a point left out is 0
-    kept = np.repeat(values != left_out[:, None], len(many), axis=0)
-    tried = np.tile(many, (len(left_out), 1))
-    theta, loss = solve(design, y[None], kept * weight, tried, huber=huber)
-    best = loss.reshape(len(left_out), -1).argmin(1) + np.arange(len(left_out)) * len(many)
+    included = np.repeat(values != left_out[:, None], len(guesses), axis=0)
+    first = np.tile(guesses, (len(left_out), 1))
+    theta, loss = solve(design, y[None], included * weight, first, huber=huber)
+    best = loss.reshape(len(left_out), -1).argmin(1) + np.arange(len(left_out)) * len(guesses)
     predicted = predict(design, theta[best])
     return {float(v): predicted[i, values == v] for i, v in enumerate(left_out)}
 
@@ -57,7 +57,7 @@ def leave_out(
 def compare(
     points: Points, *, seed: int = 0, huber: float | None = None, weighting: str = "stderr"
 ) -> list[dict[str, Any]]:
-    """One row per form with the fields COLUMNS; None, with a note, where the points are too few."""
+    """One row per form with the fields COLUMNS; None, with a note, if the points are too few."""
     weight, rows = weights(points, weighting), []
     for name, form in FORMS.items():
         row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
@@ -100,10 +100,10 @@ def _rmse(points: Points, column: str, folds: Mapping[float, np.ndarray]) -> flo
 
 
 def with_exponents(points: Points, law: Law, exponents: Mapping[str, float]) -> dict[str, Any]:
-    """How well given exponents (name -> value) fit when the rest of the law is fitted around them.
+    """How well fixed exponents (name -> value) fit when A and D are fitted again.
 
-    Returns sse, the limit of the joint 95 % region (F statistic), inside (sse <= limit), A and D.
-    Unweighted least squares of the multiplicative forms.
+    Returns sse, limit (where the joint 95 % region ends, F statistic), inside (sse <= limit), A and
+    D. Unweighted least squares, for the multiplicative forms only.
     """
     from scipy.optimize import lsq_linear
     from scipy.special import fdtri  # the quantile of Fisher's F
@@ -112,16 +112,16 @@ def with_exponents(points: Points, law: Law, exponents: Mapping[str, float]) -> 
     design = form.design(points.N, points.V, points.Q)
     theta = to_vector(law.form, law.params | dict(exponents) | {"A": 1.0, "D": 0.0})
     columns = np.stack([predict(design, theta[None])[0], np.ones(len(points))], axis=1)
-    solved = lsq_linear(columns, points.error, bounds=([0.0, FLOOR[0]], [np.inf, FLOOR[1]]))
-    dof, held = len(points) - len(form.names), len(exponents)
-    limit = law.sse * (1 + held / dof * fdtri(held, dof, 0.95))
-    sse = float(2 * solved.cost)
-    A, D = solved.x.tolist()
+    solution = lsq_linear(columns, points.error, bounds=([0.0, FLOOR[0]], [np.inf, FLOOR[1]]))
+    dof, count = len(points) - len(form.names), len(exponents)
+    limit = law.sse * (1 + count / dof * fdtri(count, dof, 0.95))
+    sse = float(2 * solution.cost)
+    A, D = solution.x.tolist()
     return {"sse": sse, "limit": float(limit), "inside": bool(sse <= limit), "A": A, "D": D}
 
 
 def without_floor(points: Points, law: Law) -> dict[str, list[float]]:
-    """Name -> [low, high], the 95 % intervals of an unweighted fit with D held at 0."""
+    """Name -> [low, high]: the 95 % intervals of an unweighted fit with D held at 0."""
     design = FORMS[law.form].design(points.N, points.V, points.Q)
     names, equal = FORMS[law.form].names, np.ones(len(points))
     held = np.array([name == "D" for name in names])
@@ -141,44 +141,46 @@ def extrapolate(
     huber: float | int | None = None,
     weighting: str = "stderr",
 ) -> dict[str, Any]:
-    """The largest size predicted by a fit without it, and twice that size by the law.
+    """Predicts the largest size by a fit without it, and twice that size by `law`.
 
-    The other arguments are those of `law.fit`. Bands are 95 %: of a new cell for the held-out size,
-    which was measured, of the law for the size beyond. An entry is missing where the points or the
-    draws are.
+    Returns "held_out" (N, V, measured, predicted, low, high, rmse, largest_miss) and "beyond" (N,
+    V, predicted, low, high); errors are fractions. Bands are 95 %: of one new measurement for the
+    held-out size, of the law itself for the size beyond. "held_out" is missing if the smaller sizes
+    are too few for a fit; both are missing without bootstrap draws. The other arguments are those
+    of `law.fit`.
     """
     if not bootstrap:
         return {}
     largest = points.N.max()
-    found: dict[str, Any] = {}
-    kept, away = points.where(points.N < largest), points.where(points.N == largest)
+    predictions: dict[str, Any] = {}
+    smaller, left_out = points.where(points.N < largest), points.where(points.N == largest)
     try:
-        without = fit(
-            kept, law.form, bootstrap=bootstrap, seed=seed, huber=huber, weighting=weighting,
+        law_of_smaller = fit(
+            smaller, law.form, bootstrap=bootstrap, seed=seed, huber=huber, weighting=weighting,
             resample=resample, intervals=False,
         )  # fmt: skip
     except ValueError:
         pass
     else:
-        predicted = without.error(away.N, away.V, away.Q)
-        low, high = without.band(away.N, away.V, away.Q, measured=True)
-        found["held_out"] = {
+        predicted = law_of_smaller.error(left_out.N, left_out.V, left_out.Q)
+        low, high = law_of_smaller.band(left_out.N, left_out.V, left_out.Q, measured=True)
+        predictions["held_out"] = {
             "N": float(largest),
-            "V": away.V.tolist(),
-            "measured": away.error.tolist(),
+            "V": left_out.V.tolist(),
+            "measured": left_out.error.tolist(),
             "predicted": predicted.tolist(),
             "low": low.tolist(),
             "high": high.tolist(),
-            "rmse": float(np.sqrt(np.mean((predicted - away.error) ** 2))),
-            "largest_miss": float(np.abs(predicted - away.error).max()),
+            "rmse": float(np.sqrt(np.mean((predicted - left_out.error) ** 2))),
+            "largest_miss": float(np.abs(predicted - left_out.error).max()),
         }
     V, Q = np.unique(points.V), float(points.Q.mean())
     low, high = law.band(2 * largest, V, Q)
-    found["beyond"] = {
+    predictions["beyond"] = {
         "N": float(2 * largest),
         "V": V.tolist(),
         "predicted": law.error(2 * largest, V, Q).tolist(),
         "low": low.tolist(),
         "high": high.tolist(),
     }
-    return found
+    return predictions

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every form of the law is a sum of power-law terms plus a floor D, so one model and one Jacobian
-serve all.
+"""The forms of the law: each is a sum of power-law terms plus a floor D, so one solver fits all.
 
 N LLM parameters in billions   V visual tokens   Q text tokens   T the tokens a form counts
 """
@@ -37,18 +36,21 @@ class Form:
 
     @property
     def coefficients(self) -> list[str]:
+        """Names of the coefficients, one per term."""
         return list(self.terms)
 
     @property
     def exponents(self) -> list[str]:
+        """Names of the exponents, each once."""
         return list(dict.fromkeys(e for term in self.terms.values() for e in term))
 
     @property
     def names(self) -> list[str]:
+        """Names of all parameters in the order of a parameter vector."""
         return [*self.coefficients, "D", *self.exponents]
 
     def design(self, N: Numbers, V: Numbers, Q: Numbers) -> np.ndarray:
-        """float64[terms, exponents, n]: what each exponent multiplies in each term at n places."""
+        """The regressor of each exponent in each term at n places, float64[terms, exponents, n]."""
         log_n = np.log(np.asarray(N, dtype=np.float64))
         tokens = np.asarray(V, dtype=np.float64) + (
             np.asarray(Q, dtype=np.float64) if self.total_tokens else 0.0
@@ -84,7 +86,7 @@ FORMS = {
     ),
     "additive": Form(
         "A N^-alpha + B V^-beta + D",
-        "what the LLM's size and the tokens leave undone adds up",
+        "the errors left by the LLM's size and by the tokens add up",
         {"A": {"alpha": "lnN"}, "B": {"beta": "lnT"}},
     ),
     # arXiv 2505.18855: sum_k a_k x_k^-alpha_k + sum_k b_k x_k^beta_k n^-d + c n^-d + e, where n is

@@ -28,8 +28,9 @@ def profile(
 ) -> tuple[Array, Array]:
     """Each parameter's interval float64[P, 2], and whether each end is closed, bool[P, 2].
 
-    `best` is the fitted parameter vector; `held` bool[P] keeps parameters at it. An end that is not
-    closed is a bound of the search: the points do not limit the parameter on that side.
+    `best` float64[P] is the fitted parameter vector; `held` bool[P] marks parameters that stay at
+    it. An end that is not closed is a bound of the search: the points do not limit the parameter on
+    that side.
     """
     from scipy.special import stdtrit  # Student's quantile; scipy.stats takes 0.3 s to import
 
@@ -41,11 +42,11 @@ def profile(
     floor = loss_of(y - predict(design, best[None]), weight, huber)[0]
     limit = floor * (1 + t**2 / dof)
     count = 2 * size
-    which = np.repeat(np.arange(size), 2)
+    parameter = np.repeat(np.arange(size), 2)
     outward = np.tile([-1.0, 1.0], size)
-    wall = np.where(outward < 0, low[which], high[which])
+    search_bound = np.where(outward < 0, low[parameter], high[parameter])
     fixed = np.tile(held, (count, 1))
-    fixed[np.arange(count), which] = True
+    fixed[np.arange(count), parameter] = True
 
     # sqrt(profile - floor) is close to linear in the parameter, so brackets are cut in that scale.
     def height(loss: Array) -> Array:
@@ -53,42 +54,54 @@ def profile(
 
     # The last solution below the limit is a warm start for the next.
     inside = np.tile(best, (count, 1))
-    at, above = best[which], np.full(count, -1.0)
-    step = 0.5 * t * _spread(design, y, weight, best)[which]
-    far, far_height = np.full(count, np.nan), np.full(count, np.nan)
+    inner, inner_height = best[parameter], np.full(count, -1.0)
+    step = 0.5 * t * _spread(design, y, weight, best)[parameter]
+    outer, outer_height = np.full(count, np.nan), np.full(count, np.nan)
     searching = np.arange(count)
     for _ in range(60):
-        trial = at[searching] + outward[searching] * step[searching]
+        trial = inner[searching] + outward[searching] * step[searching]
         trial = np.where(
             outward[searching] < 0,
-            np.maximum(trial, wall[searching]),
-            np.minimum(trial, wall[searching]),
+            np.maximum(trial, search_bound[searching]),
+            np.minimum(trial, search_bound[searching]),
         )
-        theta, h = _held(design, y, weight, inside, fixed, which, searching, trial, huber, height)
+        theta, h = _held(
+            design, y, weight, inside, fixed, parameter, searching, trial, huber, height
+        )
         crossed = h > 0
-        far[searching[crossed]], far_height[searching[crossed]] = trial[crossed], h[crossed]
-        kept = searching[~crossed]
-        inside[kept], at[kept], above[kept] = theta[~crossed], trial[~crossed], h[~crossed]
+        outer[searching[crossed]], outer_height[searching[crossed]] = trial[crossed], h[crossed]
+        below = searching[~crossed]
+        inside[below], inner[below], inner_height[below] = (
+            theta[~crossed],
+            trial[~crossed],
+            h[~crossed],
+        )
         step[searching] *= 1.7
-        searching = kept[at[kept] != wall[kept]]
+        searching = below[inner[below] != search_bound[below]]
         if not len(searching):
             break
-    closed = np.isfinite(far)
+    closed = np.isfinite(outer)
     searching = np.flatnonzero(closed)
     for round_ in range(40):
         if not len(searching):
             break
-        share = -above[searching] / (far_height[searching] - above[searching])
+        share = -inner_height[searching] / (outer_height[searching] - inner_height[searching])
         share = np.clip(share, 0.05, 0.95) if round_ % 3 < 2 else np.full(len(searching), 0.5)
-        trial = at[searching] + share * (far[searching] - at[searching])
-        theta, h = _held(design, y, weight, inside, fixed, which, searching, trial, huber, height)
+        trial = inner[searching] + share * (outer[searching] - inner[searching])
+        theta, h = _held(
+            design, y, weight, inside, fixed, parameter, searching, trial, huber, height
+        )
         crossed = h > 0
-        far[searching[crossed]], far_height[searching[crossed]] = trial[crossed], h[crossed]
-        kept = searching[~crossed]
-        inside[kept], at[kept], above[kept] = theta[~crossed], trial[~crossed], h[~crossed]
-        width = np.abs(far - best[which])[searching]
-        searching = searching[np.abs(far - at)[searching] > 1e-3 * width]
-    ends = np.where(closed, at, wall).reshape(size, 2)
+        outer[searching[crossed]], outer_height[searching[crossed]] = trial[crossed], h[crossed]
+        below = searching[~crossed]
+        inside[below], inner[below], inner_height[below] = (
+            theta[~crossed],
+            trial[~crossed],
+            h[~crossed],
+        )
+        width = np.abs(outer - best[parameter])[searching]
+        searching = searching[np.abs(outer - inner)[searching] > 1e-3 * width]
+    ends = np.where(closed, inner, search_bound).reshape(size, 2)
     return ends, closed.reshape(size, 2)
 
 
@@ -121,7 +134,7 @@ def _tangent(design: Array, weight: Array, best: Array) -> Array:
 
 
 def _spread(design: Array, y: Array, weight: Array, best: Array) -> Array:
-    """A first step for each parameter: its standard error if the law were linear, within reason."""
+    """A first step for each parameter: its standard error if the law were linear, clipped."""
     low, high = bounds(design)
     columns = _tangent(design, weight, best)
     loss = loss_of(y - predict(design, best[None]), weight, None)[0]
@@ -144,9 +157,10 @@ def draws(
     """`count` bootstrap parameter vectors, float64[count, P].
 
     "residuals" keeps the grid and adds resampled residuals to the fit, each divided by sqrt(1 -
-    leverage) and the lot by a chi-square draw's scale, so that a dozen points spread like Student's
-    t and not like the too narrow normal. "rows" resamples rows, "cells" whole cells (`cells` int[n]
-    names the cell of each row), which assumes no common noise level but needs more points.
+    leverage) and all scaled by one chi-square draw, so that a dozen points spread like Student's t
+    and not like the normal, which is too narrow. "rows" resamples rows, "cells" whole cells
+    (`cells` int[n] is the cell of each row), which assumes no common noise level but needs more
+    points.
     """
     if resample not in RESAMPLINGS:
         raise ValueError(f"cannot resample {resample!r}: choose one of {', '.join(RESAMPLINGS)}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fitted law predicts the error of (N, V), with a band, and says what the points determine.
+"""A fitted law: predicts the error of (N, V) with a band, and lists what the points determine.
 
 N LLM parameters in billions   V visual tokens   Q text tokens   P parameters   n points
 """
@@ -21,10 +21,10 @@ STARTS = 48  # on the published points the hardest form reached its best minimum
 
 @dataclass(frozen=True)
 class Law:
-    """One form with its fitted parameters; makes no promise outside `domain`.
+    """One form with its fitted parameters; valid within `domain`.
 
-    `params` and `intervals` (95 %, profile likelihood) are by name. A, B and C are errors at N = 1
-    billion and one token, exponents are pure numbers, D is the error that no size removes. `sse`
+    `params` and `intervals` (95 %, profile likelihood) are keyed by name. A, B and C are errors at
+    N = 1 billion and one token, exponents are pure numbers, D is the error left at any size. `sse`
     and `rmse` = sqrt(sse / n) are unweighted, in units of error. `identified` says whether an
     interval is closed on both sides. `samples` float64[draws, P] holds bootstrap parameters in
     `FORMS[form].names` order, `bootstrap_intervals` their 95 % quantiles. `domain` is the fitted
@@ -64,13 +64,13 @@ class Law:
         level: float = 0.95,
         measured: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(low, high) between which the law lies at `level`.
+        """(low, high): the band of the law at `level`, fractions, shaped as N, V and Q broadcast.
 
-        `measured` adds the scatter of one new cell. Quantiles of the bootstrap draws, shaped as N,
-        V and Q broadcast. Raises ValueError for a law without draws.
+        Quantiles of the bootstrap draws; `measured` adds the scatter of one new measurement. Raises
+        ValueError for a law without draws.
         """
         if self.samples is None:
-            raise ValueError("this law carries no bootstrap draws: fit it with bootstrap=1000")
+            raise ValueError("this law has no bootstrap draws: fit it with bootstrap=1000")
         shape = np.broadcast_shapes(np.shape(N), np.shape(V), np.shape(Q))
         errors = predict(self._design(N, V, Q), logarithmic(self.form, self.samples))
         if measured:
@@ -85,7 +85,7 @@ class Law:
         return FORMS[self.form].design(*(x.ravel() for x in np.broadcast_arrays(N, V, Q)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain fields for JSON; the parameters stand beside the others at the top level."""
+        """The fields of law.json; the parameters are at the top level."""
         fields: dict[str, Any] = {
             "form": self.form,
             "formula": FORMS[self.form].formula,
@@ -104,7 +104,10 @@ class Law:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Law":
-        """The law in parsed JSON; other fields are ignored. Raises ValueError."""
+        """The law in the parsed fields of law.json; other fields are ignored.
+
+        Raises ValueError for an unknown form and for missing fields.
+        """
         form = fields.get("form")
         if form not in FORMS:
             raise ValueError(f"not a law: form is {form!r}, allowed are {', '.join(FORMS)}")
@@ -127,7 +130,7 @@ class Law:
 
     @classmethod
     def from_json(cls, text: str) -> "Law":
-        """The law that `to_json` or `vlm-jax fit` wrote. Raises ValueError."""
+        """The law that `to_json` or `vlm-jax fit` wrote. Raises ValueError as `from_dict` does."""
         return cls.from_dict(json.loads(text))
 
 
@@ -135,19 +138,19 @@ OPTIONAL = ("intervals", "bootstrap_intervals", "identified", "domain", "notes",
 
 
 def ordered(form: str) -> list[str]:
-    """Parameter names as people read them: A, alpha, beta, D, then what else the form has."""
+    """Parameter names in reading order: A, alpha, beta, D, then the others of the form."""
     names = FORMS[form].names
     first = [name for name in ("A", "alpha", "beta", "D") if name in names]
     return first + [name for name in names if name not in first]
 
 
 def to_vector(form: str, params: Mapping[str, float]) -> np.ndarray:
-    """The solver's parameter vector, float64[P], of parameters by name."""
+    """The solver's parameter vector, float64[P], from parameters by name."""
     return logarithmic(form, [[params[name] for name in FORMS[form].names]])[0]
 
 
 def logarithmic(form: str, vectors: Numbers) -> np.ndarray:
-    """Vectors [m, P] as the solver holds them, from plain ones: coefficients as logarithms."""
+    """Solver vectors [m, P], with logarithms of coefficients, from vectors of plain values."""
     terms = len(FORMS[form].coefficients)
     vectors = np.array(vectors, dtype=np.float64)
     vectors[:, :terms] = np.log(np.maximum(vectors[:, :terms], 1e-300))
@@ -170,28 +173,28 @@ def _by_name(form: str, rows: np.ndarray) -> dict[str, Any]:
 
 
 def check(points: Points, form: str) -> None:
-    """Raises ValueError, saying the way out, where these points cannot determine this form."""
+    """Raises ValueError, with what to measure, if these points cannot determine this form."""
     if form not in FORMS:
         raise ValueError(f"no form {form!r}: choose one of {', '.join(FORMS)}")
     names = ordered(form)
     if len(points) <= len(names):
         raise ValueError(
             f"{len(points)} points cannot fit the {len(names)} parameters {', '.join(names)} of "
-            f"the {form} law and leave one to judge it by: measure at least {len(names) + 1} cells"
+            f"the {form} law and leave one over: measure at least {len(names) + 1} cells"
         )
-    for column, what, lost in (
+    for column, name, exponent in (
         (points.N, "LLM size", "alpha"),
         (points.V, "number of visual tokens", "beta"),
     ):
         if len(np.unique(column)) < 2:
             raise ValueError(
-                f"all {len(points)} points have one {what} ({column[0]:g}), so {lost} cannot be "
-                f"fitted: measure at least two, better four, evenly spread on a logarithmic scale"
+                f"all {len(points)} points have one {name} ({column[0]:g}), so {exponent} cannot "
+                "be fitted: measure at least two, better four, evenly spaced on a log scale"
             )
 
 
 def weights(points: Points, weighting: str = "stderr") -> np.ndarray:
-    """float64[n] of mean 1: 1 / stderr^2 where every point has one ("stderr"), else ones ("equal").
+    """Weights float64[n], mean 1: 1 / stderr^2 if all points have one ("stderr"), else equal.
 
     A standard error below half the median counts as that half: at scores near 0 or 1 the binomial
     formula claims a certainty that one cell cannot have.
@@ -214,11 +217,11 @@ def minimum(
     huber: float | int | None = None,
     near: np.ndarray | None = None,
 ) -> tuple[np.ndarray, float]:
-    """The best of many starts (and of `near`, a solver vector): vector float64[P] and its loss."""
-    many = starts(design, y, weight, STARTS, np.random.default_rng(seed))
+    """The solver vector float64[P] of least loss from many starts and from `near`, and its loss."""
+    guesses = starts(design, y, weight, STARTS, np.random.default_rng(seed))
     if near is not None:
-        many = np.vstack([near, many])
-    theta, loss = solve(design, y[None], weight[None], many, huber=huber)
+        guesses = np.vstack([near, guesses])
+    theta, loss = solve(design, y[None], weight[None], guesses, huber=huber)
     return theta[loss.argmin()], float(loss.min())
 
 
@@ -233,12 +236,11 @@ def fit(
     resample: str = "residuals",
     intervals: bool = True,
 ) -> Law:
-    """The law of one form through the points, by least squares from many starts; equal seeds, equal
-    law.
+    """Fits one form to the points by least squares from many starts; equal seeds give equal laws.
 
-    `huber` is the residual, in units of error, beyond which a point counts linearly. `bootstrap`
-    draws (0: none), made as `intervals.draws` says of `resample`, serve `Law.band`. Raises
-    ValueError where the points cannot determine the form.
+    `huber` is the residual, in units of error, beyond which a point counts linearly. `bootstrap` is
+    the number of draws for `Law.band` (0: none); `intervals.draws` explains `resample`. Raises
+    ValueError if the points cannot determine the form.
     """
     check(points, form)
     if huber is not None and not huber > 0:
@@ -247,7 +249,7 @@ def fit(
     design = FORMS[form].design(points.N, points.V, points.Q)
     best, loss = minimum(design, y, weight, seed=seed, huber=huber)
     sse = float(((y - predict(design, best[None])[0]) ** 2).sum())
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "form": form,
         "params": _by_name(form, _linear(form, best[None])[0]),
         "sse": sse,
@@ -258,10 +260,10 @@ def fit(
     }
     if intervals:
         limits, bounded = likely.profile(design, y, weight, best, huber=huber)
-        ends, closed = _by_name(form, _linear(form, limits.T).T), _by_name(form, bounded)
-        found["intervals"] = ends
-        found["identified"] = {name: all(sides) for name, sides in closed.items()}
-        found["notes"] = in_words(found["params"], ends, closed) + lack_of_fit(
+        by_name, closed = _by_name(form, _linear(form, limits.T).T), _by_name(form, bounded)
+        fields["intervals"] = by_name
+        fields["identified"] = {name: all(sides) for name, sides in closed.items()}
+        fields["notes"] = in_words(fields["params"], by_name, closed) + lack_of_fit(
             y, predict(design, best[None])[0], weight, _places(points), len(best)
         )
     if bootstrap:
@@ -271,14 +273,14 @@ def fit(
             design, y, weight, best,
             count=bootstrap, rng=rng, resample=resample, cells=cells, huber=huber,
         )  # fmt: skip
-        found["samples"] = _linear(form, samples)
-        quantiles = np.quantile(found["samples"], [0.025, 0.975], axis=0).T
-        found["bootstrap_intervals"] = _by_name(form, quantiles)
-    return Law(**found)
+        fields["samples"] = _linear(form, samples)
+        quantiles = np.quantile(fields["samples"], [0.025, 0.975], axis=0).T
+        fields["bootstrap_intervals"] = _by_name(form, quantiles)
+    return Law(**fields)
 
 
 def _places(points: Points) -> np.ndarray:
-    """int[n]: equal numbers where N, V and Q are equal, as they are for the seeds of one cell."""
+    """int[n]: equal numbers where N, V and Q are equal, such as the seeds of one cell."""
     places = np.stack([points.N, points.V, points.Q])
     return np.unique(places, axis=1, return_inverse=True)[1].ravel()
 
@@ -286,7 +288,7 @@ def _places(points: Points) -> np.ndarray:
 def lack_of_fit(
     y: np.ndarray, fitted: np.ndarray, weight: np.ndarray, cells: np.ndarray, size: int
 ) -> list[str]:
-    """A note if repeated cells show that the form is wrong: the classical F test at 5 %."""
+    """A note if repeated measurements show a wrong form: the lack-of-fit F test at 5 %."""
     total = np.bincount(cells, weight)
     mean = (np.bincount(cells, weight * y) / total)[cells]
     distinct = len(total)
@@ -307,11 +309,10 @@ def lack_of_fit(
 
 
 def criteria(loss: float, n: int, size: int) -> dict[str, float | None]:
-    """AIC, AICc (None where n is too small for it) and BIC of Gaussian residuals, from a weighted
-    loss.
+    """AIC, AICc (None if n is too small) and BIC of Gaussian residuals, from a weighted loss.
 
-    The variance counts as a parameter; only differences between forms on the same points mean
-    anything.
+    The variance counts as a parameter. Only differences between forms on the same points have a
+    meaning.
     """
     k = size + 1
     misfit = n * np.log(max(loss, 1e-300) / n)
@@ -329,14 +330,14 @@ EFFECTS = {
 def in_words(
     params: Mapping[str, float], intervals: Mapping[str, Any], closed: Mapping[str, Any]
 ) -> list[str]:
-    """What the points determine and what they do not: one sentence for each parameter in doubt."""
+    """One sentence for each parameter that the points do not determine."""
     notes = []
     for name, (low, high) in intervals.items():
         match closed[name]:
             case [True, True]:
                 if name in EFFECTS and low < 0 < high:
                     notes.append(
-                        f"{name}'s interval holds 0: no effect of {EFFECTS[name]} can be told."
+                        f"{name}'s interval contains 0: no effect of {EFFECTS[name]} is visible."
                     )
             case [False, True] if name == "D":
                 notes.append(
@@ -346,11 +347,11 @@ def in_words(
                 )
             case [False, True]:
                 notes.append(
-                    f"{name} has no lower limit: these points only keep it under {high:.3g}."
+                    f"{name} has no lower limit: these points only keep it below {high:.3g}."
                 )
             case [True, False]:
                 notes.append(
-                    f"{name} has no upper limit: these points only keep it over {low:.3g}."
+                    f"{name} has no upper limit: these points only keep it above {low:.3g}."
                 )
             case _:
                 notes.append(f"{name} is not identifiable: these points exclude no value of it.")

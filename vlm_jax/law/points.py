@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Points are the numbers a law is fitted to: checked when they are made, so no fit sees bad ones.
+"""The measurements that a law is fitted to; bad values are refused at construction.
 
 N LLM parameters in billions   V visual tokens   Q text tokens   error = 1 - score, a fraction
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Points:
-    """n measured errors with where they were measured; every array is float64[n].
+    """n measured errors and where they were measured; every array is float64[n].
 
     N is in billions of LLM parameters, V and Q in tokens, error and stderr are fractions; stderr is
     nan where it is unknown. `label` names the LLM of each point. Raises ValueError for lengths that
@@ -36,15 +36,15 @@ class Points:
             column = np.asarray(getattr(self, name), dtype=np.float64)
             if bad := [i for i in range(len(column)) if not np.isfinite(column[i])]:
                 raise ValueError(
-                    f"{name} is not a finite number in {self._where(bad)}: remove or repeat those "
-                    "cells"
+                    f"{name} is not a finite number in {self._where(bad)}: remove those cells or "
+                    "measure them again"
                 )
         rules = (
             ("N", self.N > 0, "LLM parameters in billions must be positive"),
             (
                 "V",
                 self.V > 0,
-                "visual tokens must be positive (a blind run has no place in a law of V)",
+                "visual tokens must be positive (a blind run has no V)",
             ),
             ("Q", self.Q >= 0, "text tokens cannot be negative"),
             ("error", (self.error >= 0) & (self.error <= 1), "error = 1 - score must lie in 0..1"),
@@ -66,18 +66,18 @@ class Points:
         )
 
     def _where(self, indices: list[int]) -> str:
-        shown = ", ".join(
+        places = ", ".join(
             f"{i + 1} ({self.label[i] or 'N=' + format(self.N[i], 'g')}, V={self.V[i]:g})"
             for i in indices[:5]
         )
-        return f"point{'s' if len(indices) > 1 else ''} {shown}" + (
+        return f"point{'s' if len(indices) > 1 else ''} {places}" + (
             f" and {len(indices) - 5} more" if len(indices) > 5 else ""
         )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A trained model's place in the grid and its scores: family -> (error, stderr), fractions."""
+    """One trained model of a grid: where it stands, and family -> (error, stderr), fractions."""
 
     N: float
     V: float
@@ -90,29 +90,29 @@ class Cell:
 def of_cells(cells: Sequence[Cell], family: str | None = None) -> Points:
     """The points of one family, or of the unweighted mean over all families when it is None.
 
-    Standard errors of families are combined as independent. Raises ValueError when a cell lacks the
-    family, or when cells disagree on which families there are (their means would not compare).
+    Standard errors of families are combined as independent. Raises ValueError if a cell lacks the
+    family, and if cells have different families, because their means could not be compared.
     """
     if not cells:
         raise ValueError("no cells: there is nothing to fit")
     names = sorted({name for cell in cells for name in cell.errors})
-    wanted = names if family is None else [family]
+    chosen = names if family is None else [family]
     if family is not None and family not in names:
         raise ValueError(
             f"no family or task {family!r} in these rows; they have {', '.join(names)}"
         )
     for cell in cells:
-        if missing := [name for name in wanted if name not in cell.errors]:
+        if missing := [name for name in chosen if name not in cell.errors]:
             raise ValueError(
                 f"cell {cell.label} (N={cell.N:g}, V={cell.V:g}, seed {cell.seed}) has no score "
                 f"for {', '.join(missing)}: evaluate it, or fit one family with --family"
             )
-    values = np.array([[cell.errors[name] for name in wanted] for cell in cells], dtype=np.float64)
+    values = np.array([[cell.errors[name] for name in chosen] for cell in cells], dtype=np.float64)
     return Points(
         N=np.array([cell.N for cell in cells], dtype=np.float64),
         V=np.array([cell.V for cell in cells], dtype=np.float64),
         Q=np.array([cell.Q for cell in cells], dtype=np.float64),
         error=values[:, :, 0].mean(1),
-        stderr=np.sqrt((values[:, :, 1] ** 2).sum(1)) / len(wanted),
+        stderr=np.sqrt((values[:, :, 1] ** 2).sum(1)) / len(chosen),
         label=[cell.label for cell in cells],
     )

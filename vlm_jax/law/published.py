@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's own measurements and exponents (arXiv 2411.03312), as data, with what is known to be
-odd about them.
+"""The paper's measurements and exponents (arXiv 2411.03312) as data, with their known oddities.
 
 Scores: locuslab/llava-token-compression, scaling_law_code/values.py at commit bdedebd; older lists
 at a9c45ae.
@@ -40,7 +39,7 @@ EXPONENTS = {
 NOTES = {
     "reasoning": (
         "Mean accuracy over nine benchmarks (MME, GQA, AI2D, MMBench, MMMU, ScienceQA, MathVista, "
-        "POPE, ChartQA); how each was normalised to 0..1 is not published.",
+        "POPE, ChartQA); how each was normalized to 0..1 is not published.",
         "One model per cell, TokenPacker on a frozen CLIP encoder; no seeds and no standard "
         "errors.",
         "The authors' older list lacks (7B, V=576); its .5354 was added later.",
@@ -58,7 +57,7 @@ NOTES = {
         "The (7B, V=576) score .3461 equals the 4B one digit for digit and is missing in the "
         "older list.",
         "(4B, V=4) .1359 in the older list became .1559; (7B, V=16) .205 is rounded, unlike its "
-        "neighbours.",
+        "neighbors.",
         "Text tokens Q of the evaluations are not published; the authors fit T = V and use Q for "
         "costs only.",
         "The published beta .048 lies at the edge (.05) of the authors' search range.",
@@ -69,7 +68,7 @@ NOTES = {
 def points(name: str, *, text_tokens: float = 0.0) -> Points:
     """The 28 published points of "reasoning" or "ocr", LLM by LLM, V rising.
 
-    `text_tokens` is the Q to assume, since none is published; forms with T = V do not read it.
+    `text_tokens` is the Q to assume, because none is published; forms with T = V do not read it.
     """
     if name not in ACCURACY:
         raise ValueError(f"no published points {name!r}: choose one of {', '.join(ACCURACY)}")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Least squares of many data sets, weights or fixed parameters at once, by one bounded solver.
+"""A bounded Levenberg-Marquardt solver for many least-squares problems at once.
 
-The solver is a Levenberg-Marquardt.
+Problems may differ in data, weights and fixed parameters.
 
 A parameter vector is [log coefficients, D, exponents]: logarithms keep coefficients positive and
 make A and its exponents a straight valley; D stays linear so that its bound 0 can be reached
@@ -15,19 +15,19 @@ import numpy as np
 Array = np.ndarray
 
 LOG_COEFFICIENT = (-60.0, 30.0)
-FLOOR = (0.0, 1.0)  # D is an error that no size removes
-EXPONENT = (-2.0, 5.0)  # negative: the error grows with size; a fit must be able to say so
+FLOOR = (0.0, 1.0)  # D is the error left at any size
+EXPONENT = (-2.0, 5.0)  # negative: the error grows with size, which a fit must be able to show
 
 
 def bounds(design: Array) -> tuple[Array, Array]:
-    """Lowest and highest parameter vectors, float64[P] each."""
+    """The lower and upper bounds of a parameter vector, float64[P] each."""
     terms, exponents, _ = design.shape
     box = np.array([LOG_COEFFICIENT] * terms + [FLOOR] + [EXPONENT] * exponents)
     return box[:, 0], box[:, 1]
 
 
 def predict(design: Array, theta: Array) -> Array:
-    """float64[B, n]: the errors at the n places of `design` [K, E, n] under `theta` [B, P]."""
+    """Predicted errors float64[B, n] at the places of `design` [K, E, n] for `theta` [B, P]."""
     return _terms(design, theta).sum(1) + theta[:, design.shape[0], None]
 
 
@@ -38,7 +38,7 @@ def _terms(design: Array, theta: Array) -> Array:
 
 
 def jacobian(design: Array, theta: Array) -> tuple[Array, Array]:
-    """The derivative of `predict`, float64[B, P, n], and its value, float64[B, n]."""
+    """The derivative of `predict` by `theta`, float64[B, P, n], and its value, float64[B, n]."""
     terms, exponents, n = design.shape
     each = _terms(design, theta)
     columns = np.empty((len(theta), terms + 1 + exponents, n))
@@ -50,7 +50,7 @@ def jacobian(design: Array, theta: Array) -> tuple[Array, Array]:
 
 
 def loss_of(residual: Array, weight: Array, huber: float | int | None) -> Array:
-    """float64[B]: weighted sum of squares, or with `huber` (in units of error) linear beyond it."""
+    """Weighted sums of squares, float64[B]; linear beyond `huber`, in units of error."""
     if huber is None:
         return (weight * residual**2).sum(-1)
     size = np.sqrt(weight) * np.abs(residual)
@@ -67,12 +67,11 @@ def solve(
     huber: float | int | None = None,
     iterations: int = 300,
 ) -> tuple[Array, Array]:
-    """The parameters float64[B, P] and losses float64[B] of B least-squares problems, from B
-    starts.
+    """Solves B least-squares problems: parameters float64[B, P] and losses float64[B].
 
-    `y` and `weight` are float64[B, n] or broadcast to it (weight 0 leaves a point out); `fixed`
-    bool[B, P] holds parameters at their start. Bounds are kept by freezing a parameter at its bound
-    while the gradient pushes outwards.
+    `start` is float64[B, P]; `y` and `weight` are float64[B, n] or broadcast to it (weight 0 leaves
+    a point out); `fixed` bool[B, P] holds parameters at their start. A parameter is frozen at its
+    bound while the gradient pushes it outward.
     """
     low, high = bounds(design)
     theta = np.clip(start, low, high)
@@ -85,50 +84,61 @@ def solve(
     damping = np.full(count, 1e-3)
     loss = loss_of(y - predict(design, theta), weight, huber)
     zero = 1e-22 * (weight * y**2).sum(-1)  # a loss below this is rounding
-    calm = np.zeros(count, int)
-    open_ = np.arange(count)
+    small_gains = np.zeros(count, int)
+    active = np.arange(count)
     diagonal = np.arange(size)
     for _ in range(iterations):
-        t = theta[open_]
-        columns, value = jacobian(design, t)
-        residual = y[open_] - value
-        w = weight[open_]
+        current = theta[active]
+        columns, value = jacobian(design, current)
+        residual = y[active] - value
+        w = weight[active]
         if huber is not None:
             scaled = np.sqrt(w) * np.abs(residual)
             w = w * np.minimum(1.0, huber / np.maximum(scaled, 1e-300))
         weighted = columns * w[:, None]
         gradient = (weighted @ residual[:, :, None])[:, :, 0]
         hessian = weighted @ columns.transpose(0, 2, 1)
-        still = fixed[open_] | ((t <= low) & (gradient < 0)) | ((t >= high) & (gradient > 0))
-        gradient[still] = 0.0
-        hessian[still[:, :, None] | still[:, None, :]] = 0.0
+        frozen = (
+            fixed[active]
+            | ((current <= low) & (gradient < 0))
+            | ((current >= high) & (gradient > 0))
+        )
+        gradient[frozen] = 0.0
+        hessian[frozen[:, :, None] | frozen[:, None, :]] = 0.0
         scale = np.maximum(
             hessian[:, diagonal, diagonal], 1e-14 * hessian.max((1, 2))[:, None] + 1e-30
         )
-        hessian[:, diagonal, diagonal] += damping[open_, None] * scale + np.where(
-            still, 1.0, 1e-15 * scale
+        hessian[:, diagonal, diagonal] += damping[active, None] * scale + np.where(
+            frozen, 1.0, 1e-15 * scale
         )
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
-        trial = np.clip(t + np.clip(step, -8.0, 8.0), low, high)
-        trial_loss = loss_of(y[open_] - predict(design, trial), weight[open_], huber)
-        better = trial_loss < loss[open_]
-        gained = loss[open_] - trial_loss
+        trial = np.clip(current + np.clip(step, -8.0, 8.0), low, high)
+        trial_loss = loss_of(y[active] - predict(design, trial), weight[active], huber)
+        better = trial_loss < loss[active]
+        gain = loss[active] - trial_loss
         # cosine between the residual and each column: the scale-free measure of a stationary point
-        flat = np.abs(gradient / np.sqrt(scale)).max(1) <= 1e-9 * np.sqrt(loss[open_]) + 1e-30
-        small = better & (gained <= 1e-11 * loss[open_]) & (damping[open_] < 1e-2)
-        calm[open_] = np.where(small, calm[open_] + 1, 0)
-        theta[open_[better]] = trial[better]
-        loss[open_[better]] = trial_loss[better]
-        damping[open_] = np.where(better, np.maximum(damping[open_] / 6, 1e-14), damping[open_] * 4)
-        done = flat | (calm[open_] >= 2) | (damping[open_] > 1e8) | (loss[open_] <= zero[open_])
-        open_ = open_[~done]
-        if not len(open_):
+        flat = np.abs(gradient / np.sqrt(scale)).max(1) <= 1e-9 * np.sqrt(loss[active]) + 1e-30
+        small = better & (gain <= 1e-11 * loss[active]) & (damping[active] < 1e-2)
+        small_gains[active] = np.where(small, small_gains[active] + 1, 0)
+        theta[active[better]] = trial[better]
+        loss[active[better]] = trial_loss[better]
+        damping[active] = np.where(
+            better, np.maximum(damping[active] / 6, 1e-14), damping[active] * 4
+        )
+        done = (
+            flat
+            | (small_gains[active] >= 2)
+            | (damping[active] > 1e8)
+            | (loss[active] <= zero[active])
+        )
+        active = active[~done]
+        if not len(active):
             break
     return theta, loss
 
 
 def starts(design: Array, y: Array, weight: Array, count: int, rng: np.random.Generator) -> Array:
-    """float64[count, P]: exponents drawn from a plausible range, the rest by non-negative fits."""
+    """Starting vectors float64[count, P]: exponents at random, the rest by non-negative fits."""
     from scipy.optimize import nnls
 
     terms, exponents, _ = design.shape

@@ -299,7 +299,7 @@ class LLM(nnx.Module):
         return hidden, caches
 
     @jax.named_scope("llm")
-    def run(self, x, past, rematerialise, *, keep: bool, segments=None):
+    def run(self, x, past, rematerialize, *, keep: bool, segments=None):
         """Every block in turn, and their keys and values if kept.
 
         By a scan over stacked weights, which gives stacked keys and values; a list of blocks is
@@ -331,7 +331,7 @@ class LLM(nnx.Module):
                 x, kv = step(x, (block, before and layer(before, i)))
                 kvs.append(kv)
         else:
-            x, kvs = lax.scan(rematerialise(step), x, (self.blocks, before))
+            x, kvs = lax.scan(rematerialize(step), x, (self.blocks, before))
         return self.norm(x), kvs
 
     @jax.named_scope("llm")

@@ -14,7 +14,7 @@ from vlm_jax.models.cache import positions_of
 def starts(segments: Int[Array, "B X"]) -> Int[Array, "B X"]:
     """Where in its row the segment of each token begins.
 
-    The tokens of a segment stand side by side and have one number, another than their neighbours'.
+    The tokens of a segment stand side by side and have one number, another than their neighbors'.
     """
     place = positions_of(*segments.shape)
     first = segments != jnp.concatenate([segments[:, :1], segments[:, :-1]], axis=1)

@@ -252,7 +252,7 @@ def middles(table: Float[Array, "P E"], side: int, times: int) -> Float[Array, "
 
 
 def patchify(pixels: Float[Array, "B I I 3"], patch: int, window: int = 1) -> Float[Array, "B P C"]:
-    """Patches as rows of numbers (y, x, colour), in window-major order; a reshape and one
+    """Patches as rows of numbers (y, x, color), in window-major order; a reshape and one
     transpose."""
     batch, side = pixels.shape[0], pixels.shape[1] // patch
     check_window(side, window)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A finished search as plain fields for machines, as a few lines for people, and its warnings."""
+"""Formats a finished search: fields for JSON, a few lines for the terminal, and warnings."""
 
 import dataclasses
 import math
@@ -12,22 +12,22 @@ from vlm_jax.planning import planner
 
 
 def plan(search: planner.Search, names: Mapping[Number, str]) -> dict[str, Any]:
-    """The answer as fields for JSON, explained in docs/planning.md; `names` are LLMs by their N.
+    """The plan as fields for JSON (docs/planning.md); `names` are the names of LLMs by their N.
 
-    Raises ValueError, naming the cheapest configuration, where nothing meets the budget.
+    Raises ValueError, naming the cheapest configuration, if nothing meets the budget.
     """
-    found = search.candidates()
-    chosen, spent, Q = found[0], search.cost, search.cost.workload.Q
+    candidates = search.candidates()
+    chosen, cost_model, Q = candidates[0], search.cost, search.cost.workload.Q
     interval = search.law.interval(chosen.N, chosen.V, Q)
     trained = search.law.interval(chosen.N, chosen.V, Q, measured=True)
     unit, limit = search.budget.limits[0]
     costs: dict[str, Any] = {"amount": chosen.cost, "unit": planner.UNITS[unit]}
-    if isinstance(spent, planner.FullCost):
-        costs |= spent.parts(chosen.N, chosen.V, chosen.compressor)
-        shape = spent.sizes.get(chosen.N)
+    if isinstance(cost_model, planner.FullCost):
+        costs |= cost_model.parts(chosen.N, chosen.V, chosen.compressor)
+        shape = cost_model.sizes.get(chosen.N)
         costs["llm_parameters"] = None if shape is None else cost.llm_parameters(shape)
     others = planner.runner_ups(
-        [*found[1:], *buildable(search, chosen)], math.inf if interval is None else interval[1]
+        [*candidates[1:], *buildable(search, chosen)], math.inf if interval is None else interval[1]
     )
     return {
         "N": chosen.N,
@@ -38,7 +38,7 @@ def plan(search: planner.Search, names: Mapping[Number, str]) -> dict[str, Any]:
         "interval": None if interval is None else list(interval),
         "interval_of_a_trained_model": None if trained is None else list(trained),
         "interval_level": 0.95,
-        "cost_model": spent.name,
+        "cost_model": cost_model.name,
         "cost": costs,
         "budget": {
             "limit": limit,
@@ -46,9 +46,9 @@ def plan(search: planner.Search, names: Mapping[Number, str]) -> dict[str, Any]:
             "also": dict(search.budget.limits[1:]),
         },
         "text_tokens": Q,
-        "new_tokens": spent.workload.G,
-        "batch": spent.workload.batch,
-        "cached_text": spent.workload.cached_text,
+        "new_tokens": cost_model.workload.G,
+        "batch": cost_model.workload.batch,
+        "cached_text": cost_model.workload.cached_text,
         "marginal": planner.marginal(search, chosen),
         "runner_ups": [dataclasses.asdict(other) for other in others],
         "law": {
@@ -65,7 +65,7 @@ def plan(search: planner.Search, names: Mapping[Number, str]) -> dict[str, Any]:
 
 
 def buildable(search: planner.Search, chosen: planner.Candidate) -> list[planner.Candidate]:
-    """Beside a continuous choice: the best candidates at the V that windows of patches can make."""
+    """For a continuous choice of V: the best candidates at the V that windows can produce."""
     return [
         candidate
         for kind, V in search.tokens.items()
@@ -77,27 +77,27 @@ def buildable(search: planner.Search, chosen: planner.Candidate) -> list[planner
 
 def warnings_of(search: planner.Search, chosen: planner.Candidate) -> list[str]:
     """What a reader must know before trusting the plan, one sentence each."""
-    spent, found = search.cost, []
-    for Q, _ in spent.workload.texts:
-        found += [s for s in search.law.outside(chosen.N, chosen.V, Q) if s not in found]
+    cost_model, sentences = search.cost, []
+    for Q, _ in cost_model.workload.texts:
+        sentences += [s for s in search.law.outside(chosen.N, chosen.V, Q) if s not in sentences]
     if any(not law.domain for law in search.law.laws.values()):
-        found.append("the law does not say on which N, V and Q it was fitted: "
+        sentences.append("the law does not say on which N, V and Q it was fitted: "
                      "extrapolation goes unnoticed")  # fmt: skip
     if len(search.tokens) > 1:
-        found.append("the law holds for the compressor it was fitted with: "
+        sentences.append("the law holds for the compressor it was fitted with: "
                      "others are compared by cost alone")  # fmt: skip
-    if isinstance(spent, planner.FullCost):
-        most = max(spent.sizes)
+    if isinstance(cost_model, planner.FullCost):
+        most = max(cost_model.sizes)
         if chosen.N > most * (1 + 1e-9):
-            found.append(f"no LLM above N={most:g} is described: its cost is extrapolated")
-        if spent.chip is not None and spent.efficiency is None:
-            found.append("times are the roofline's, which no system reaches: "
+            sentences.append(f"no LLM above N={most:g} is described: its cost is extrapolated")
+        if cost_model.chip is not None and cost_model.efficiency is None:
+            sentences.append("times are the roofline's, which no system reaches: "
                          "give --efficiency or --measured")  # fmt: skip
-    return found
+    return sentences
 
 
 def in_words(answer: Mapping[str, Any]) -> str:
-    """The answer for people, a few lines."""
+    """The plan as a few lines of text."""
     spread, budget = answer["interval"], answer["budget"]
     within = "" if spread is None else f" (95 % interval {spread[0]:.3f} to {spread[1]:.3f})"
     llm = f" ({answer['llm']})" if answer["llm"] else ""

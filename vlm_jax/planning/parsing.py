@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a question spells: numbers, shares such as reasoning:0.3,ocr:0.7, and files of laws."""
+"""Parses the values of flags: numbers, shares such as reasoning:0.3,ocr:0.7, and law files."""
 
 import json
 import re
@@ -13,20 +13,20 @@ from vlm_jax.planning.planner import Mixture
 
 
 def shares(text: str, flag: str) -> dict[str, float]:
-    """name -> share of "a:1,b:3", shares made to sum to 1. Raises ValueError naming the flag."""
+    """Parses "a:1,b:3" as name -> share; shares sum to 1. Raises ValueError with the flag."""
     try:
         pairs = [item.rsplit(":", 1) for item in text.split(",")]
-        found = {name.strip(): float(weight) for name, weight in pairs}
+        weights = {name.strip(): float(weight) for name, weight in pairs}
     except ValueError:
         raise ValueError(f"{flag}={text}: expected name:weight,name:weight") from None
-    total = sum(found.values())
-    if len(found) < len(pairs) or min(found.values()) < 0 or not 0 < total < float("inf"):
+    total = sum(weights.values())
+    if len(weights) < len(pairs) or min(weights.values()) < 0 or not 0 < total < float("inf"):
         raise ValueError(f"{flag}={text}: weights must be positive, each name once")
-    return {name: weight / total for name, weight in found.items()}
+    return {name: weight / total for name, weight in weights.items()}
 
 
 def number(text: str | Number, flag: str, *, least: float = 0.0) -> float:
-    """A finite number of at least `least`. Raises ValueError naming the flag."""
+    """A finite number of at least `least`. Raises ValueError with the name of the flag."""
     try:
         value = float(text)
     except ValueError:
@@ -37,14 +37,14 @@ def number(text: str | Number, flag: str, *, least: float = 0.0) -> float:
 
 
 def texts(text: str) -> dict[Number, Number]:
-    """Q -> its share of the requests, of "50" or "25:0.5,100:0.5"."""
+    """Parses "50" or "25:0.5,100:0.5" as Q -> its share of the requests."""
     if ":" not in text:
         return {number(text, "--text-tokens"): 1.0}
     return {number(q, "--text-tokens"): share for q, share in shares(text, "--text-tokens").items()}
 
 
 def sizes(text: str) -> list[str] | list[Number] | None:
-    """LLMs by name, or by billions of parameters; None for "continuous", every size."""
+    """LLMs by name or by billions of parameters; None (every size) for "continuous"."""
     if text == "continuous":
         return None
     names = [name.strip() for name in text.split(",")]
@@ -54,14 +54,14 @@ def sizes(text: str) -> list[str] | list[Number] | None:
 
 
 def counts(text: str | None) -> list[Number] | str | None:
-    """A list of V, or "continuous"; None for none."""
+    """A list of V, or "continuous"; None if there is no flag."""
     if text is None or text == "continuous":
         return text
     return [number(v, "--tokens", least=1.0) for v in text.split(",")]
 
 
 def efficiency(text: str | None) -> float | dict[str, float] | None:
-    """The reached fraction of the roofline, of "0.5" or by phase of "prefill:0.6,decode:0.8"."""
+    """Parses "0.5" or "prefill:0.6,decode:0.8", fractions of the roofline that are reached."""
     if not text:
         return None
     if ":" not in text:
@@ -73,7 +73,7 @@ def efficiency(text: str | None) -> float | dict[str, float] | None:
 
 
 def read_laws(text: str, mix: str | None) -> Mixture:
-    """The law of a file, of the families in it, or of several files, weighted as `mix` says."""
+    """The law of a file, of the families in it, or of several files, with the weights of `mix`."""
     if Path(text).is_file() or ":" not in text:
         fields = law_fields(Path(text))
         named = {
@@ -110,7 +110,7 @@ def law_fields(path: Path) -> dict[str, Any]:
 
 
 def law_of(fields: Mapping[str, Any], place: str) -> Law:
-    """The law in parsed JSON; one without residuals or draws is accepted and has no interval."""
+    """The law in parsed JSON; without residuals and draws it has no interval."""
     try:
         return Law.from_dict({"sse": 0.0, "rmse": 0.0, "n": 0} | dict(fields))
     except (ValueError, TypeError, KeyError) as problem:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LLM size and the visual tokens with the least predicted error that a budget can pay for.
+"""Searches the LLM size and the visual tokens with the least predicted error within a budget.
 
 N LLM parameters in billions   V visual tokens   Q text tokens   error = 1 - score
 
 With the paper's cost 2 N (Q + V) and its law A N^-alpha V^-beta + D the answer has a closed form,
 V* = Q beta / (alpha - beta), whatever the budget and whatever fixed cost an encoder adds. The
-search needs neither that law nor that cost: for each V it takes the largest N that every limit
-allows, then refines V. tests/test_planner.py holds it to the closed form.
+search depends on neither that law nor that cost: for each V it takes the largest N that every limit
+allows, then refines V. tests/test_planner.py compares it with the closed form.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ UNITS = {
     "dollars": "dollars per million requests",
     "hbm": "bytes of memory per batch",
 }
-SMALLEST_N = 1e-9  # one parameter: the lower end of the paper's cost, which knows no architecture
+SMALLEST_N = 1e-9  # one parameter: the lower end for the paper's cost, which has no architecture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +53,10 @@ class Mixture:
         level: Number = 0.95,
         measured: bool = False,
     ) -> tuple[Number, Number] | None:
-        """Where the error lies with probability `level`; None for a law without draws or residuals.
+        """The interval of the error at `level`; None for a law without draws and residuals.
 
-        Families are fitted to the same models, so their errors are added up as if they always went
-        the same way: an upper bound of the width. `measured` adds the scatter of one newly trained
-        model.
+        Families are fitted to the same models, so their errors are added as if fully correlated: an
+        upper bound of the width. `measured` adds the scatter of one newly trained model.
         """
         low = high = 0.0
         for name, weight in self.weights.items():
@@ -73,11 +72,11 @@ class Mixture:
         return low, high
 
     def outside(self, N: Number, V: Number, Q: Number) -> list[str]:
-        """A sentence for each of N, V and Q that lies outside what some law was fitted on."""
-        found = []
-        here = {"N": N, "V": V, "Q": Q}
+        """A sentence for each of N, V and Q outside the range of which some law was fitted."""
+        sentences = []
+        place = {"N": N, "V": V, "Q": Q}
         names = {"N": "billion LLM parameters", "V": "visual tokens", "Q": "text tokens"}
-        for axis, value in here.items():
+        for axis, value in place.items():
             ends = [
                 law.domain[axis]
                 for name, law in self.laws.items()
@@ -89,16 +88,16 @@ class Mixture:
             if axis == "Q" and self.error(N, V, low) == self.error(N, V, value):
                 continue  # this law does not read Q
             if not low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
-                found.append(
+                sentences.append(
                     f"extrapolates {axis}: {value:.4g} {names[axis]}, "
                     f"fitted on {low:.4g} to {high:.4g}"
                 )
-        return found
+        return sentences
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What users ask: text lengths with their shares, generated tokens, requests at a time."""
+    """The requests: text lengths with their shares, generated tokens, and requests per batch."""
 
     texts: tuple[tuple[Number, Number], ...]  # (Q, share); shares sum to 1
     G: Number = 0
@@ -120,7 +119,7 @@ class PaperCost:
     lowest = SMALLEST_N
 
     def amount(self, unit: str, N: Number, V: Number, compressor: str) -> float:
-        """FLOPs of one request, the only unit this cost knows."""
+        """FLOPs of one request, the only unit of this cost."""
         if unit != "flops":
             raise ValueError(
                 f"the paper's cost is FLOPs; a limit in {UNITS[unit]} needs --cost=full"
@@ -135,10 +134,10 @@ class PaperCost:
 
 @dataclasses.dataclass(frozen=True)
 class FullCost:
-    """Every phase of a request, for LLMs between the described sizes by interpolation linear in N.
+    """Every phase of a request; between the described LLMs by linear interpolation in N.
 
-    `sizes` maps N in billions to shapes. At a described size the cost is exact; beyond the largest
-    one the last two sizes are continued; smaller ones than the smallest are not offered.
+    `sizes` maps N in billions to shapes. At a described size the cost is exact; above the largest
+    one it is extrapolated from the last two sizes; N below the smallest size is not offered.
     """
 
     workload: Workload
@@ -156,6 +155,7 @@ class FullCost:
 
     @property
     def lowest(self) -> float:
+        """The smallest N that is offered, in billions."""
         return min(self.sizes)
 
     def compressor(self, kind: str, V: Number) -> Method:
@@ -164,28 +164,28 @@ class FullCost:
 
     def details(self, llm: LLMSize, V: Number, compressor: str) -> dict[str, dict[str, Number]]:
         """FLOPs and milliseconds by phase and bytes by kind, averaged over text lengths."""
-        found: dict[str, dict[str, Number]] = {}
+        totals: dict[str, dict[str, Number]] = {}
         for Q, share in self.workload.texts:
             request = roofline.Request(
                 Q, self.workload.G, self.workload.batch, None, self.workload.cached_text
             )
-            sized = (self.vit, self.compressor(compressor, V), llm, request)
+            request_sizes = (self.vit, self.compressor(compressor, V), llm, request)
             width = self.chip.bytes_per_number if self.chip else 2
             parts = {
-                "flops": dataclasses.asdict(roofline.request_flops(*sized)),
-                "hbm": dataclasses.asdict(roofline.memory(*sized, bytes_per_number=width)),
+                "flops": dataclasses.asdict(roofline.request_flops(*request_sizes)),
+                "hbm": dataclasses.asdict(roofline.memory(*request_sizes, bytes_per_number=width)),
             }
             if self.chip:
-                seconds = roofline.seconds(*sized, self.chip, efficiency=self.efficiency)
+                seconds = roofline.seconds(*request_sizes, self.chip, efficiency=self.efficiency)
                 parts["ms"] = {phase: 1e3 * s for phase, s in seconds.items()}
             for unit, values in parts.items():
-                sums = found.setdefault(unit, dict.fromkeys(values, 0.0))
+                sums = totals.setdefault(unit, dict.fromkeys(values, 0.0))
                 for name, value in values.items():
                     # Memory must hold the longest text, the others are means.
                     sums[name] = (
                         max(sums[name], value) if unit == "hbm" else sums[name] + share * value
                     )
-        return found
+        return totals
 
     def _knots(self, unit: str, V: Number, compressor: str) -> tuple[np.ndarray, np.ndarray]:
         if unit in ("ms", "dollars") and self.chip is None:
@@ -201,13 +201,13 @@ class FullCost:
 
     def parts(self, N: Number, V: Number, compressor: str) -> dict[str, dict[str, Number]]:
         """`details` at any N."""
-        known = [self.details(llm, V, compressor) for llm in self.sizes.values()]
+        details = [self.details(llm, V, compressor) for llm in self.sizes.values()]
         sizes = np.array(list(self.sizes))
         return {
             unit: {
-                name: _line(N, sizes, np.array([d[unit][name] for d in known])) for name in names
+                name: _line(N, sizes, np.array([d[unit][name] for d in details])) for name in names
             }
-            for unit, names in known[0].items()
+            for unit, names in details[0].items()
         }
 
     def amount(self, unit: str, N: Number, V: Number, compressor: str) -> float:
@@ -215,7 +215,7 @@ class FullCost:
         return _line(N, *self._knots(unit, V, compressor))
 
     def largest(self, unit: str, limit: Number, V: Number, compressor: str) -> float:
-        """The largest N that costs at most `limit`; below `lowest` where nothing does."""
+        """The largest N that costs at most `limit`; 0 if none does."""
         sizes, totals = self._knots(unit, V, compressor)
         if limit < totals[0]:
             return 0.0
@@ -223,7 +223,7 @@ class FullCost:
 
 
 def _line(x: Number, xs: np.ndarray, ys: np.ndarray) -> float:
-    """y at x on the line through the points, its last piece continued; one point: through zero."""
+    """y at x on the line through the points, extrapolated at the end; one point: through zero."""
     if len(xs) == 1:
         return float(ys[0] * x / xs[0])
     if x > xs[-1]:
@@ -236,7 +236,7 @@ Cost = PaperCost | FullCost
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Upper limits, each (unit of UNITS, amount); the first is the one the user asked for."""
+    """Upper limits, each (unit of UNITS, amount); the first is the budget the user gave."""
 
     limits: tuple[tuple[str, Number], ...]
 
@@ -262,10 +262,10 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """Everything the search looks through.
+    """What is searched.
 
     `llms` is a list of N, or None for every size; `tokens` maps each compressor to its list of V,
-    or to all V `Between` two.
+    or to all V `Between` two values.
     """
 
     law: Mixture
@@ -279,7 +279,7 @@ class Search:
         return sum(share * self.law.error(N, V, q) for q, share in self.cost.workload.texts)
 
     def affordable(self, V: Number, compressor: str) -> list[Number]:
-        """The N worth trying at V: the listed ones within every limit, or the largest and less."""
+        """The N to try at V: the listed ones within all limits, or the largest and smaller ones."""
         limit = min(
             self.cost.largest(unit, amount, V, compressor) for unit, amount in self.budget.limits
         )
@@ -287,13 +287,12 @@ class Search:
             return [N for N in self.llms if N <= limit * (1 + 1e-9)]
         if limit < self.cost.lowest:
             return []
-        # A law whose error falls with N everywhere needs the largest only; a fit may bend the other
-        # way.
+        # If the error falls with N everywhere, the largest N is enough; a fit may bend otherwise.
         below = np.geomspace(max(self.cost.lowest, limit / 1e3), limit, 9)[:-1]
         return [limit, *(float(N) for N in below)]
 
     def best_at(self, V: Number, compressor: str) -> Candidate | None:
-        """The best affordable LLM at this V, if there is one."""
+        """The best affordable LLM at this V, or None."""
         choices = self.affordable(V, compressor)
         if not choices:
             return None
@@ -304,42 +303,42 @@ class Search:
 
     def listed(self, compressor: str, V: Sequence[Number]) -> list[Candidate]:
         """The best candidate at each listed V."""
-        return [found for v in V if (found := self.best_at(v, compressor)) is not None]
+        return [candidate for v in V if (candidate := self.best_at(v, compressor)) is not None]
 
     def continuous(self, compressor: str, low: Number, high: Number) -> list[Candidate]:
-        """The best candidate over V from `low` to `high`, in a list; empty if there is none."""
-        from scipy.optimize import minimize_scalar  # slow to import, and a list of V needs none
+        """The best candidate over V from `low` to `high` in a list; empty if none fits."""
+        from scipy.optimize import minimize_scalar  # slow to import, and not needed for a list of V
 
         grid = np.unique([low, *np.geomspace(low, high, 129), high])
-        found = self.listed(compressor, [float(v) for v in grid])
-        if not found:
+        candidates = self.listed(compressor, [float(v) for v in grid])
+        if not candidates:
             return []
-        best = min(found, key=lambda c: c.error)
-        at = int(np.searchsorted(grid, best.V))
-        ends = grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)]
+        best = min(candidates, key=lambda c: c.error)
+        nearest = int(np.searchsorted(grid, best.V))
+        ends = grid[max(nearest - 1, 0)], grid[min(nearest + 1, len(grid) - 1)]
 
         def error(log_v: Number) -> float:
             candidate = self.best_at(float(np.exp(log_v)), compressor)
             return np.inf if candidate is None else candidate.error
 
-        # A tight tolerance: the error is flat around its minimum, the V it asks for is not.
-        there = minimize_scalar(
+        # A tight tolerance, because the error is flat around its minimum.
+        minimum = minimize_scalar(
             error, bounds=tuple(np.log(ends)), method="bounded", options={"xatol": 1e-10}
         )
-        refined = self.best_at(float(np.exp(there.x)), compressor)
+        refined = self.best_at(float(np.exp(minimum.x)), compressor)
         return [min((c for c in (best, refined) if c is not None), key=lambda c: c.error)]
 
     def candidates(self) -> list[Candidate]:
-        """Every candidate, best first. Raises ValueError naming the cheapest where nothing fits."""
-        found: list[Candidate] = []
+        """Every candidate, best first. Raises ValueError, naming the cheapest, if nothing fits."""
+        candidates: list[Candidate] = []
         for compressor, V in self.tokens.items():
             if isinstance(V, Between):
-                found += self.continuous(compressor, V.low, V.high)
+                candidates += self.continuous(compressor, V.low, V.high)
             else:
-                found += self.listed(compressor, V)
-        if not found:
+                candidates += self.listed(compressor, V)
+        if not candidates:
             raise ValueError(self._nothing())
-        return sorted(found, key=lambda c: (c.error, c.cost))
+        return sorted(candidates, key=lambda c: (c.error, c.cost))
 
     def _nothing(self) -> str:
         N = self.cost.lowest if self.llms is None else min(self.llms)
@@ -352,15 +351,16 @@ class Search:
                     f"the cheapest is N={N:g} billion, V={V:g}, {kind}: "
                     f"{amount:.4g} {UNITS[unit]}, and the limit is {limit:.4g}"
                 )
-        return "nothing meets the budget: " + ("; ".join(words) or "no limit is met by all at once")
+        return "nothing meets the budget: " + (
+            "; ".join(words) or "no candidate meets all limits together"
+        )
 
 
 def marginal(search: Search, chosen: Candidate) -> dict[str, Number | None]:
-    """What one more visual token and one more billion parameters would gain, and cost, at a choice.
+    """What one more visual token and one more billion parameters gain and cost at a choice.
 
     Gains are reductions of error; costs are in the budget's unit. At an optimum inside the range
-    both gains per cost are equal; where tokens gain less per cost, the money belongs into
-    parameters.
+    both gains per cost are equal; if tokens gain less per cost, spend on parameters.
     """
     unit = search.budget.limits[0][0]
     N, V, kind = chosen.N, chosen.V, chosen.compressor
@@ -392,5 +392,5 @@ def _ratio(search: Search, chosen: Candidate) -> float | None:
 
 
 def runner_ups(others: Sequence[Candidate], high: Number, *, count: int = 10) -> list[Candidate]:
-    """The best `count` of the `others` whose predicted error is at most `high`, best first."""
+    """The best `count` of `others` with a predicted error of at most `high`, best first."""
     return sorted((c for c in others if c.error <= high), key=lambda c: (c.error, c.cost))[:count]

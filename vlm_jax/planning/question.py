@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A question in plain values becomes a plan: a budget, a law and what may be chosen.
+"""`plan`: a budget, a law and the allowed choices, in plain values, become a plan.
 
 N LLM parameters in billions   V visual tokens   Q text tokens   G generated tokens
 """
@@ -35,15 +35,15 @@ class Plan:
     Attributes:
       N: LLM parameters in billions.
       V: visual tokens of an image.
-      compressor: the method that makes them.
-      llm: the name of the LLM, where one of this size is described.
+      compressor: the method that produces them.
+      llm: the name of the LLM, if one of this size is described.
       predicted_error: a fraction, 1 - score.
-      interval: where it lies at 95 %; None for a law without draws or residuals.
+      interval: its 95 % interval; None for a law without draws or residuals.
       cost: of a request, or a batch, in the unit of the budget.
       unit: that unit, in words.
-      warnings: what a reader must know before trusting the plan, one sentence each.
-      fields: everything in JSON's values, as `vlm-jax plan` prints it (docs/planning.md).
-      search: what was looked through, for `reports.plan_figure.draw`.
+      warnings: what to know before trusting the plan, one sentence each.
+      fields: everything as JSON values, as `vlm-jax plan` prints it (docs/planning.md).
+      search: what was searched, for `reports.plan_figure.draw`.
     """
 
     N: Number
@@ -84,7 +84,7 @@ def plan(
     """The best LLM size and number of visual tokens for exactly one budget.
 
     Args:
-      law: of `fit`, or a weighted mean of several.
+      law: from `fit`, or a weighted mean of several laws.
       text_tokens: Q of a request, or Q -> its share of the requests; shares sum to 1.
       flops: a budget in FLOPs of a request.
       ms: a budget in milliseconds of a batch; needs `chip`.
@@ -92,23 +92,25 @@ def plan(
         `price_per_hour`.
       hbm_bytes: a budget in bytes of memory for a batch.
       new_tokens: G of a request; 0 is prefill only.
-      batch: requests at a time.
+      batch: requests per batch.
       cached_text: keys and values of the text are kept from an earlier request.
-      cost_model: "paper", 2N(Q+V), unless the budget needs "full", every phase of a request.
-      llms: names, or sizes in billions; every size unless given.
-      tokens: V to choose from, or "continuous"; what the compressors can give unless given.
-      compressors: methods; the law's error is taken for each of them.
-      config: a configuration, or the path of one: its encoder, compressor and LLM sizes are taken.
+      cost_model: "paper", 2N(Q+V), or "full", every phase of a request; by default "paper" for a
+        budget in FLOPs and "full" for others.
+      llms: names, or sizes in billions; by default every size.
+      tokens: V to choose from, or "continuous"; by default every V that the compressors support.
+      compressors: methods; the law's error is used for each of them.
+      config: a configuration or its path, for the sizes of encoder, compressor and LLMs.
       chip: a name of `cost.chips.CHIPS`, "cpu" (measured now) or a chip; its memory is a limit.
-      chips_together: how many of them work as one, communication free.
+      chips_together: the number of chips used as one; communication counts as free.
       price_per_hour: dollars for one chip for one hour.
-      efficiency: the reached fraction of the roofline, of all phases or by phase.
-      warnings: what the caller doubts; stands at the end of the plan's own.
+      efficiency: the fraction of the roofline that is reached, for all phases or by phase.
+      warnings: sentences of the caller, added after the plan's own.
     Raises:
-      ValueError: for arguments that clash, and where nothing meets the budget, naming the cheapest.
+      ValueError: for arguments that contradict each other; if nothing meets the budget, with the
+        cheapest configuration.
     """
-    given = {"flops": flops, "ms": ms, "hbm": hbm_bytes, "dollars": dollars_per_million}
-    budgets = [(unit, limit) for unit, limit in given.items() if limit is not None]
+    limits_by_unit = {"flops": flops, "ms": ms, "hbm": hbm_bytes, "dollars": dollars_per_million}
+    budgets = [(unit, limit) for unit, limit in limits_by_unit.items() if limit is not None]
     if len(budgets) != 1:
         raise ValueError(
             f"{len(budgets)} budgets: give one of flops, ms, dollars_per_million, hbm_bytes"
@@ -129,50 +131,50 @@ def plan(
         raise ValueError(f"cost_model={model!r}: choose one of {', '.join(COSTS)}")
     if model == "paper":
         refuse_chip(chip is not None or efficiency is not None)
-    names_llms = llms is not None and any(isinstance(one, str) for one in llms)
+    names_llms = llms is not None and any(isinstance(x, str) for x in llms)
     # The paper's cost looks up no shapes unless they are named.
     models = described.models(config) if model == "full" or config or names_llms else None
     sizes, family = chosen_llms(llms, models if model == "full" or names_llms else None)
     limits: list[tuple[str, Number]] = [(unit, float(limit))]
-    spent: planner.Cost
+    cost: planner.Cost
     if model == "paper":
-        spent = planner.PaperCost(work)
+        cost = planner.PaperCost(work)
     else:
         assert models is not None
-        found = chips.named(chip) if isinstance(chip, str) else chip
-        found = found.times(chips_together) if found else None
-        if unit in ("ms", "dollars") and found is None:
+        device = chips.named(chip) if isinstance(chip, str) else chip
+        device = device.times(chips_together) if device else None
+        if unit in ("ms", "dollars") and device is None:
             raise ValueError(f"a budget in {planner.UNITS[unit]} needs --chip")
         if unit == "dollars" and not price_per_hour:
             raise ValueError("--dollars-per-million needs --price-per-hour, the price of one chip")
-        if found is not None and unit != "hbm":
-            limits.append(("hbm", found.hbm_bytes))
-        spent = planner.FullCost(
+        if device is not None and unit != "hbm":
+            limits.append(("hbm", device.hbm_bytes))
+        cost = planner.FullCost(
             work,
             dict(family.values()),
             models.vit,
             query=models.query,
             heads=models.heads,
-            chip=found,
+            chip=device,
             efficiency=by_phase(efficiency),
             dollars_per_hour=(price_per_hour or 0.0) * chips_together,
         )
     kinds = list(compressors) if compressors else [models.kind if models else "token_packer"]
     for kind in kinds:
-        methods.named(kind)  # says the choices where it is unknown
+        methods.named(kind)  # an unknown name is an error with the choices
     choices = token_choices(
         tokens, kinds, most=models.vit.patches if models else MOST_TOKENS,
         paper=model == "paper", every_size=llms is None,
     )  # fmt: skip
     mixture = law if isinstance(law, planner.Mixture) else planner.Mixture({"all": law}, {"all": 1})
-    search = planner.Search(mixture, spent, planner.Budget(tuple(limits)), sizes, choices)
+    search = planner.Search(mixture, cost, planner.Budget(tuple(limits)), sizes, choices)
     fields = answers.plan(search, {N: name for name, (N, _) in family.items()})
     fields["warnings"] += list(warnings)
     return of_fields(fields, search)
 
 
 def of_fields(fields: dict[str, Any], search: planner.Search) -> Plan:
-    """A plan out of the fields that `answers.plan` made."""
+    """The plan from the fields of `answers.plan`."""
     ends = fields["interval"]
     return Plan(
         N=fields["N"],
@@ -190,18 +192,18 @@ def of_fields(fields: dict[str, Any], search: planner.Search) -> Plan:
 
 
 def default_cost(unit: str) -> str:
-    """The cost model of a budget in this unit, where none is named."""
+    """The default cost model for a budget in this unit."""
     return "paper" if unit == "flops" else "full"
 
 
-def refuse_chip(asked: bool) -> None:
-    """ValueError where the paper's cost is asked about a chip."""
-    if asked:
-        raise ValueError("the paper's cost knows no chip: add --cost=full, or leave the chip out")
+def refuse_chip(given: bool) -> None:
+    """Raises ValueError if a chip is given with the paper's cost."""
+    if given:
+        raise ValueError("the paper's cost has no chip: add --cost=full, or leave the chip out")
 
 
 def by_phase(efficiency: Number | Mapping[str, Number] | None) -> Mapping[str, Number] | None:
-    """The reached fraction of the roofline by phase."""
+    """The fraction of the roofline that is reached, by phase."""
     if efficiency is None or isinstance(efficiency, Mapping):
         return efficiency
     return dict.fromkeys(PHASES, efficiency)
@@ -210,21 +212,21 @@ def by_phase(efficiency: Number | Mapping[str, Number] | None) -> Mapping[str, N
 def chosen_llms(
     llms: Sequence[str] | Sequence[Number] | None, models: Models | None
 ) -> tuple[tuple[Number, ...] | None, dict[str, tuple[Number, LLMSize]]]:
-    """The N to choose from, None for every size, and name -> (N, shape) to interpolate between."""
-    known: Mapping[str, tuple[Number, LLMSize]] = models.llms if models else {}
+    """The N to choose from (None: every size), and name -> (N, shape) to interpolate between."""
+    described: Mapping[str, tuple[Number, LLMSize]] = models.llms if models else {}
     own = models is not None and models.own
-    family = {name: sized for name, sized in known.items() if own or name.startswith(FAMILY)}
+    family = {name: sized for name, sized in described.items() if own or name.startswith(FAMILY)}
     if llms is None:
         return None, family
     names = [one for one in llms if isinstance(one, str)]
     if not names:
         return tuple(number(one, "--llms", least=1e-9) for one in llms), family
-    if unknown := [str(one) for one in llms if one not in known]:
+    if unknown := [str(one) for one in llms if one not in described]:
         raise ValueError(
-            f"--llms: {', '.join(unknown)} unknown; there are {', '.join(known)}, "
+            f"--llms: {', '.join(unknown)} unknown; there are {', '.join(described)}, "
             "or give sizes in billions"
         )
-    family = {name: known[name] for name in names}
+    family = {name: described[name] for name in names}
     sizes = tuple(N for N, _ in family.values())
     if len(set(sizes)) < len(names):
         raise ValueError(
@@ -241,7 +243,7 @@ def token_choices(
     paper: bool,
     every_size: bool,
 ) -> Choice:
-    """Compressor -> the V to look through, at most `most`."""
+    """Compressor -> the V to search, at most `most`."""
     if tokens is None and paper and every_size:
         tokens = "continuous"
     if isinstance(tokens, str):
@@ -256,22 +258,25 @@ def token_choices(
     offered = {kind: methods.named(kind).planned(side) for kind in kinds}
     if tokens is None:
         return {kind: [float(v) for v in V] for kind, V in offered.items()}
-    wanted = [number(v, "--tokens", least=1.0) for v in tokens]
+    requested = [number(v, "--tokens", least=1.0) for v in tokens]
     if paper:
-        return dict.fromkeys(kinds, wanted)
-    found = {kind: [v for v in wanted if methods.named(kind).supports(side, v)] for kind in kinds}
-    if not any(found.values()):
+        return dict.fromkeys(kinds, requested)
+    usable = {
+        kind: [v for v in requested if methods.named(kind).supports(side, v)] for kind in kinds
+    }
+    if not any(usable.values()):
         raise ValueError(
-            f"--tokens={','.join(f'{v:g}' for v in wanted)}: none fits; allowed are "
+            f"--tokens={','.join(f'{v:g}' for v in requested)}: none is supported; allowed are "
             + "; ".join(f"{kind} {offered[kind]}" for kind in kinds)
         )
-    return {kind: V for kind, V in found.items() if V}
+    return {kind: V for kind, V in usable.items() if V}
 
 
 def read_law(path: str | Path) -> Law:
     """The law of a law.json, or of the folder that holds one.
 
     Raises:
-      OSError, ValueError: for a file that is none.
+      OSError: if there is no such file.
+      ValueError: if it does not hold a law.
     """
     return law_of(law_fields(Path(path)), str(path))

@@ -31,7 +31,7 @@ STYLE = {
     "savefig.dpi": 220,
     "svg.fonttype": "path",
 }
-# Okabe & Ito, "Color Universal Design" (2008): eight colours that colour-blind readers tell apart.
+# Okabe & Ito, "Color Universal Design" (2008): eight colors that color-blind readers tell apart.
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 HATCHES = ("", "///", "...", "\\\\\\", "xx", "++", "oo", "--")
@@ -86,8 +86,8 @@ def seconds_text(seconds: int | float) -> str:
     return f"{seconds * 1e9:.3g} ns"
 
 
-def size_colours(count: int) -> list:
-    """Colours for `count` ordered sizes, dark to light, none lighter than prints well on white."""
+def size_colors(count: int) -> list:
+    """Colors for `count` ordered sizes, dark to light, none lighter than prints well on white."""
     matplotlib = require_matplotlib()
     return [matplotlib.colormaps["viridis"](x) for x in np.linspace(0.0, 0.8, max(count, 1))]
 
@@ -146,15 +146,15 @@ class Canvas:
             row = {key: value[i] for key, value in filled.items()}
             self.rows.append({"series": series, "kind": kind} | row)
 
-    def line(self, series: str, x, y, *, colour="black", dash="-", name=None, **extra) -> None:
+    def line(self, series: str, x, y, *, color="black", dash="-", name=None, **extra) -> None:
         """A curve; `name` puts it into the legend."""
-        self.axes.plot(x, y, dash, color=colour, label=name, linewidth=1.3, zorder=2)
+        self.axes.plot(x, y, dash, color=color, label=name, linewidth=1.3, zorder=2)
         self.note(series, "line", x, y=y, **extra)
 
-    def band(self, series: str, x, low, high, *, colour="black", name=None, **extra) -> None:
+    def band(self, series: str, x, low, high, *, color="black", name=None, **extra) -> None:
         """A shaded interval between `low` and `high`."""
         self.axes.fill_between(
-            x, low, high, color=colour, alpha=0.15, linewidth=0, label=name, zorder=1
+            x, low, high, color=color, alpha=0.15, linewidth=0, label=name, zorder=1
         )
         self.note(series, "band", x, low=low, high=high, **extra)
 
@@ -165,7 +165,7 @@ class Canvas:
         y,
         *,
         stderr=None,
-        colour="black",
+        color="black",
         marker="o",
         area=22.0,
         name=None,
@@ -182,7 +182,7 @@ class Canvas:
                 y[known],
                 stderr[known],
                 fmt="none",
-                ecolor=colour,
+                ecolor=color,
                 elinewidth=0.8,
                 zorder=3,
             )
@@ -194,22 +194,22 @@ class Canvas:
             label=name,
             zorder=4,
             linewidths=0.9 if hollow else 0.4,
-            facecolors="none" if hollow else [colour],
-            edgecolors=[colour if hollow else "white"],
+            facecolors="none" if hollow else [color],
+            edgecolors=[color if hollow else "white"],
         )
         self.marks += zip(x, y, strict=True)
         low, high = (np.where(known, y + sign * stderr, None) for sign in (-1, 1))
         self.note(series, "point", x, y=y, low=low, high=high, **extra)
 
     def bars(
-        self, series: str, x, y, *, width, stderr=None, colour="black", hatch="", name=None, **extra
+        self, series: str, x, y, *, width, stderr=None, color="black", hatch="", name=None, **extra
     ):
         """Upright bars from zero, with one standard error where known, the value written on top."""
         x, y = np.asarray(x, float), np.asarray(y, float)
         stderr = np.full(y.shape, np.nan) if stderr is None else np.asarray(stderr, float)
         known = np.isfinite(stderr)
         self.axes.bar(
-            x, y, width, color=colour, hatch=hatch, edgecolor="white", linewidth=0.6, label=name
+            x, y, width, color=color, hatch=hatch, edgecolor="white", linewidth=0.6, label=name
         )
         if known.any():
             self.axes.errorbar(
@@ -218,10 +218,10 @@ class Canvas:
         low, high = (np.where(known, y + sign * stderr, None) for sign in (-1, 1))
         self.note(series, "bar", x, y=y, low=low, high=high, **extra)
 
-    def write(self, text: str, x: int | float, y: int | float, *, colour="black") -> None:
+    def write(self, text: str, x: int | float, y: int | float, *, color="black") -> None:
         """A word to the right of a mark, moved up at saving where it would cover another one."""
-        red, green, blue, _ = self.matplotlib.colors.to_rgba(colour)
-        # Light colours that serve for marks are too pale for thin letters.
+        red, green, blue, _ = self.matplotlib.colors.to_rgba(color)
+        # Light colors that serve for marks are too pale for thin letters.
         dark = (0.65 * red, 0.65 * green, 0.65 * blue)
         self.labels.append(
             self._annotate(text, x, y, dark, 7.5, xytext=(5, 0), ha="left", va="center")
@@ -233,7 +233,7 @@ class Canvas:
             self._annotate(text, x, y, "0.25", size, xytext=(0, gap), ha="center", va="bottom")
         )
 
-    def _annotate(self, text, x, y, colour, size, **placing):
+    def _annotate(self, text, x, y, color, size, **placing):
         from matplotlib import patheffects
 
         halo = [patheffects.withStroke(linewidth=1.8, foreground="white")]
@@ -241,7 +241,7 @@ class Canvas:
             text,
             (x, y),
             textcoords="offset points",
-            color=colour,
+            color=color,
             fontsize=size,
             path_effects=halo,
             zorder=6,

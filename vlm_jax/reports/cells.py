@@ -115,7 +115,7 @@ def frontier(law, N, V, *, Q: int | float, budgets: int = 60) -> Frontier:
 def best_tokens(alpha, beta, Q, V):
     """V* = Q beta / (alpha - beta), held inside V=(low, high): the optimum of the simple cost.
 
-    Minimises N^-alpha V^-beta at constant N (Q + V). Where V does not help (beta <= 0) the answer
+    Minimizes N^-alpha V^-beta at constant N (Q + V). Where V does not help (beta <= 0) the answer
     is the lowest V; where it helps at least as much as N (beta >= alpha) it is the highest.
     Arguments broadcast.
     """

@@ -45,14 +45,14 @@ def phases(rows: Sequence, out_dir, *, name: str) -> Figure:
     totals = shares.sum(1)
     canvas = Canvas(x="", y="share of the request's FLOPs", title="What a request costs, by phase")
     base = np.zeros(len(corner))
-    for phase, flops, colour, hatch in zip(PHASES, shares.T, OKABE_ITO, HATCHES, strict=False):
+    for phase, flops, color, hatch in zip(PHASES, shares.T, OKABE_ITO, HATCHES, strict=False):
         part = flops / totals
         canvas.axes.bar(
             range(len(corner)),
             part,
             0.7,
             base,
-            color=colour,
+            color=color,
             hatch=hatch,
             edgecolor="white",
             linewidth=0.6,

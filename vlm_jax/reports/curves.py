@@ -4,7 +4,7 @@
 import numpy as np
 
 from vlm_jax.reports import cells as table
-from vlm_jax.reports.canvas import MARKERS, parameters_text, size_colours
+from vlm_jax.reports.canvas import MARKERS, parameters_text, size_colors
 
 SIMPLE_FLOPS = "inference FLOPs per request, 2N(Q+V)"
 ERROR = "error (1 − mean score)"
@@ -15,8 +15,8 @@ def size_curves(canvas, cells, cost, law) -> None:
 
     Where a measured cost falls as V grows, no curve joins the points.
     """
-    colours = size_colours(len(cells.sizes))
-    for i, (n, colour) in enumerate(zip(cells.sizes, colours, strict=True)):
+    colors = size_colors(len(cells.sizes))
+    for i, (n, color) in enumerate(zip(cells.sizes, colors, strict=True)):
         mine = cells.of_size(n)
         x = np.asarray(cost)[cells.N == n][np.argsort(cells.V[cells.N == n])]
         text = parameters_text(n)
@@ -33,19 +33,19 @@ def size_curves(canvas, cells, cost, law) -> None:
                     f"law {text}",
                     at,
                     *law.band(n, tokens, q),
-                    colour=colour,
+                    color=color,
                     N_billions=n,
                     V=tokens,
                     Q=q,
                 )
-            canvas.line(f"law {text}", at, curve, colour=colour, N_billions=n, V=tokens, Q=q)
+            canvas.line(f"law {text}", at, curve, color=color, N_billions=n, V=tokens, Q=q)
             end = (at[-1], curve[-1])
         elif rising:
             canvas.line(
                 f"measured {text}",
                 x,
                 mine.error,
-                colour=colour,
+                color=color,
                 dash=":",
                 N_billions=n,
                 V=mine.V,
@@ -56,14 +56,14 @@ def size_curves(canvas, cells, cost, law) -> None:
             x,
             mine.error,
             stderr=mine.stderr,
-            colour=colour,
+            color=color,
             marker=MARKERS[i % len(MARKERS)],
             area=_area(mine.V),
             N_billions=n,
             V=mine.V,
             Q=mine.Q,
         )
-        canvas.write(text, *end, colour=colour)
+        canvas.write(text, *end, color=color)
         if i == 0:
             top = mine.error + np.nan_to_num(mine.stderr)
             for j, (v, at, y) in enumerate(zip(mine.V, x, top, strict=True)):

@@ -23,7 +23,7 @@ from vlm_jax.reports.canvas import (
     Figure,
     amount_text,
     parameters_text,
-    size_colours,
+    size_colors,
 )
 from vlm_jax.reports.cost_figures import slug
 from vlm_jax.reports.curves import (
@@ -139,7 +139,7 @@ def error_against_flops(cells, law, out_dir, *, family, name, Q) -> Figure:
         else "No law is drawn because none could be fitted."
     )
     caption = (
-        f"Error on {family} against the LLM's prefill FLOPs at {asked} text tokens. One colour and "
+        f"Error on {family} against the LLM's prefill FLOPs at {asked} text tokens. One color and "
         "marker per LLM size, marks growing with the number of visual tokens V; bars are one "
         f"standard error, rings mark the cells that no cheaper cell beats. {law_words}"
     )
@@ -166,7 +166,7 @@ def extrapolation(points, law, out_dir, *, family, name, beyond=None) -> list[Fi
         "predicted",
         tokens,
         *without.band(largest, tokens, q),
-        colour=OKABE_ITO[0],
+        color=OKABE_ITO[0],
         name="95 % interval",
         N_billions=largest,
         V=tokens,
@@ -176,7 +176,7 @@ def extrapolation(points, law, out_dir, *, family, name, beyond=None) -> list[Fi
         "predicted",
         tokens,
         without.error(largest, tokens, q),
-        colour=OKABE_ITO[0],
+        color=OKABE_ITO[0],
         name="predicted",
         N_billions=largest,
         V=tokens,
@@ -187,7 +187,7 @@ def extrapolation(points, law, out_dir, *, family, name, beyond=None) -> list[Fi
         held_out.V,
         held_out.error,
         stderr=held_out.stderr,
-        colour=OKABE_ITO[1],
+        color=OKABE_ITO[1],
         name=f"{text} measured",
         N_billions=largest,
         V=held_out.V,
@@ -199,7 +199,7 @@ def extrapolation(points, law, out_dir, *, family, name, beyond=None) -> list[Fi
             f"{far} predicted",
             tokens,
             *law.band(beyond, tokens, q),
-            colour=OKABE_ITO[2],
+            color=OKABE_ITO[2],
             N_billions=beyond,
             V=tokens,
             Q=q,
@@ -208,7 +208,7 @@ def extrapolation(points, law, out_dir, *, family, name, beyond=None) -> list[Fi
             f"{far} predicted",
             tokens,
             law.error(beyond, tokens, q),
-            colour=OKABE_ITO[2],
+            color=OKABE_ITO[2],
             dash="--",
             name=f"{far} predicted from all",
             N_billions=beyond,
@@ -242,19 +242,17 @@ def question_lengths(cells, law, out_dir, *, family, name) -> Figure:
     canvas = Canvas(
         x=SIMPLE_FLOPS, y="error of the law", title=f"{family}: the frontier as Q grows"
     )
-    colours = size_colours(len(QUESTION_LENGTHS))
-    for i, (Q, colour) in enumerate(zip(QUESTION_LENGTHS, colours, strict=True)):
+    colors = size_colors(len(QUESTION_LENGTHS))
+    for i, (Q, color) in enumerate(zip(QUESTION_LENGTHS, colors, strict=True)):
         best = table.frontier(law, span(cells.N), span(cells.V), Q=Q)
-        canvas.line(
-            f"Q={Q}", best.flops, best.error, colour=colour, N_billions=best.N, V=best.V, Q=Q
-        )
-        # Marks every 12th budget, shifted from curve to curve: distinct without colour.
+        canvas.line(f"Q={Q}", best.flops, best.error, color=color, N_billions=best.N, V=best.V, Q=Q)
+        # Marks every 12th budget, shifted from curve to curve: distinct without color.
         every = slice(2 * i, None, 12)
         canvas.points(
             f"Q={Q}",
             best.flops[every],
             best.error[every],
-            colour=colour,
+            color=color,
             marker=MARKERS[i],
             area=16,
             name=f"Q={Q}: V*={_best_at(law, cells, Q):.3g}",
@@ -296,14 +294,14 @@ def optimal_tokens(cells, law, out_dir, *, family, name) -> list[Figure]:
         y="best number of visual tokens V*",
         title=f"{family}: best V",
     )
-    canvas.band("V*", Q, low, high, colour=OKABE_ITO[0], name="95 % interval", Q=Q)
-    canvas.line("V*", Q, best, colour=OKABE_ITO[0], name="V* = Q β / (α − β)", Q=Q)
+    canvas.band("V*", Q, low, high, color=OKABE_ITO[0], name="95 % interval", Q=Q)
+    canvas.line("V*", Q, best, color=OKABE_ITO[0], name="V* = Q β / (α − β)", Q=Q)
     for limit in edges:
         canvas.line(
             f"measured limit V={limit:g}",
             Q[[0, -1]],
             [limit, limit],
-            colour="0.5",
+            color="0.5",
             dash=":",
             V=limit,
         )
@@ -314,7 +312,7 @@ def optimal_tokens(cells, law, out_dir, *, family, name) -> list[Figure]:
     canvas.axes.set_ylim(edges[0] / 1.3, edges[1] * 1.3)
     canvas.legend()
     caption = (
-        f"The number of visual tokens that minimises the law's error on {family} at fixed 2N(Q+V), "
+        f"The number of visual tokens that minimizes the law's error on {family} at fixed 2N(Q+V), "
         f"with N free. Held inside the measured V ({edges[0]:g} to {edges[1]:g}, dotted); where β "
         "≥ α it is the highest. It holds for every budget and any D."
     )
@@ -336,7 +334,7 @@ def equal_compute(groups: Mapping[str, "table.Cells"], out_dir, *, name, Q=None)
     q, spent = float(first.Q.mean()), first.flops[chosen]
     canvas = Canvas(x="", y="mean score", title=f"Equal compute, Q = {q:.3g}")
     width = 0.8 / len(chosen)
-    for i, (at, colour) in enumerate(zip(chosen, size_colours(len(chosen)), strict=True)):
+    for i, (at, color) in enumerate(zip(chosen, size_colors(len(chosen)), strict=True)):
         n, v = first.N[at], first.V[at]
         scores, spread = [], []
         for cells in groups.values():
@@ -350,7 +348,7 @@ def equal_compute(groups: Mapping[str, "table.Cells"], out_dir, *, name, Q=None)
             scores,
             width=width * 0.94,
             stderr=spread,
-            colour=colour,
+            color=color,
             hatch=HATCHES[i % len(HATCHES)],
             name=f"{parameters_text(n)}, V={v:g}",
             N_billions=n,

@@ -130,7 +130,7 @@ def _galleries(figures: Sequence[Figure]) -> list[tuple[str, list[Figure], list[
 def _cells(run: Run) -> Table:
     caption = (
         f"Cells of the grid: {run.method}. Scores are fractions ± one standard error of the test "
-        "questions; a grey margin above the blind score of the same LLM is within 1.96 standard "
+        "questions; a gray margin above the blind score of the same LLM is within 1.96 standard "
         "errors. FLOPs are per request. A button in the head sorts."
     )
     kept = sorted(run.main, key=lambda r: (r.llm_parameters, r.V, r.seed))
@@ -158,7 +158,7 @@ def _laws(run: Run, laws: Mapping) -> Table:
     lines = [_law_line(family, law, names, run) for family, law in sorted(laws.items())]
     caption = (
         "Parameters of the fitted law. Each has its 95 % interval beside it. N is in billions "
-        "of parameters; the best V minimises the error at fixed 2N(Q+V) within the measured V."
+        "of parameters; the best V minimizes the error at fixed 2N(Q+V) within the measured V."
     )
     return Table(caption, titles, lines)
 

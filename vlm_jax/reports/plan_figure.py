@@ -20,7 +20,7 @@ from vlm_jax.reports.canvas import (
 )
 
 DASHES = ("-", "--", ":", "-.")  # curves that coincide must not hide each other
-MOST_COMPRESSORS = len(OKABE_ITO) - 1  # the last colour, yellow, does not print as a line
+MOST_COMPRESSORS = len(OKABE_ITO) - 1  # the last color, yellow, does not print as a line
 
 
 def draw(search: planner.Search, out_dir: Path | str) -> Figure:
@@ -28,7 +28,7 @@ def draw(search: planner.Search, out_dir: Path | str) -> Figure:
     marked.
 
     Each point is the best LLM that the budget allows at that V, named beside it. Raises ValueError
-    where nothing meets the budget or there are more compressors than colours.
+    where nothing meets the budget or there are more compressors than colors.
     """
     if len(search.tokens) > MOST_COMPRESSORS:
         raise ValueError(
@@ -57,19 +57,17 @@ def draw(search: planner.Search, out_dir: Path | str) -> Figure:
         )
         if not curve:
             continue
-        colour = OKABE_ITO[number]
+        color = OKABE_ITO[number]
         x, y = [c.V for c in curve], [c.error for c in curve]
         ends = [search.law.interval(c.N, c.V, Q) for c in curve]
         if all(end is not None for end in ends):
             low, high = zip(*ends, strict=True)
-            canvas.band(
-                kind, x, low, high, colour=colour, N_billions=[c.N for c in curve], V=x, Q=Q
-            )
+            canvas.band(kind, x, low, high, color=color, N_billions=[c.N for c in curve], V=x, Q=Q)
         canvas.line(
             kind,
             x,
             y,
-            colour=colour,
+            color=color,
             dash=DASHES[number % 4],
             N_billions=[c.N for c in curve],
             V=x,
@@ -79,7 +77,7 @@ def draw(search: planner.Search, out_dir: Path | str) -> Figure:
             kind,
             [c.V for c in marks],
             [c.error for c in marks],
-            colour=colour,
+            color=color,
             marker=MARKERS[number],
             name=kind,
             N_billions=[c.N for c in marks],
@@ -93,7 +91,7 @@ def draw(search: planner.Search, out_dir: Path | str) -> Figure:
         "chosen",
         [chosen.V],
         [chosen.error],
-        colour="black",
+        color="black",
         marker="o",
         area=90.0,
         hollow=True,

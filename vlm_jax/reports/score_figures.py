@@ -9,7 +9,7 @@ from vlm_jax.reports.canvas import (
     Canvas,
     Figure,
     parameters_text,
-    size_colours,
+    size_colors,
 )
 from vlm_jax.reports.run import Run, mean_over_seeds
 
@@ -27,27 +27,27 @@ def scores_against_tokens(
         x="visual tokens V", y=f"mean score on {family}", title=f"{family}: score against V"
     )
     sizes = sorted({row.llm_parameters for row in run.rows})
-    colours = dict(zip(sizes, size_colours(len(sizes)), strict=True))
+    colors = dict(zip(sizes, size_colors(len(sizes)), strict=True))
     tokens = sorted({row.V for row in run.main if family in row.families})
     blind_at = tokens[0] / 2.2
     for i, n in enumerate(sizes):
-        style = {"colour": colours[n], "marker": MARKERS[i % len(MARKERS)], "N_billions": n / 1e9}
+        style = {"color": colors[n], "marker": MARKERS[i % len(MARKERS)], "N_billions": n / 1e9}
         text = parameters_text(n / 1e9)
         V, score, stderr = _by_tokens([r for r in run.main if r.llm_parameters == n], family)
         if len(V):
-            canvas.line(text, V, score, colour=colours[n], N_billions=n / 1e9, V=V)
+            canvas.line(text, V, score, color=colors[n], N_billions=n / 1e9, V=V)
             canvas.points(text, V, score, stderr=stderr, V=V, **style)
-            canvas.write(text, V[-1], score[-1], colour=colours[n])
+            canvas.write(text, V[-1], score[-1], color=colors[n])
         blind = [r.families[family] for r in run.blind if r.llm_parameters == n
                  and family in r.families]  # fmt: skip
         if blind:
             score, stderr = mean_over_seeds(blind)
             canvas.points(f"{text} blind", [blind_at], [score], stderr=[stderr], V=0, **style)
-            _level(canvas, f"{text} blind", blind_at, tokens[-1], score, colour=colours[n])
+            _level(canvas, f"{text} blind", blind_at, tokens[-1], score, color=colors[n])
     if majority is not None:
         _level(
             canvas, "commonest answer", blind_at, tokens[-1], majority,
-            colour="0.4", dash="-.", name="commonest answer",
+            color="0.4", dash="-.", name="commonest answer",
         )  # fmt: skip
     _token_axis(canvas, tokens, blind_at if run.blind else None)
     caption = (
@@ -90,10 +90,10 @@ def methods(run: Run, family: str, out_dir, *, name: str) -> list[Figure]:
         V, score, stderr = _by_tokens(mine, family)
         tokens |= set(V.tolist())
         # Black first, for the grid's own; yellow does not print.
-        colour = OKABE_ITO[(6, 0, 1, 2, 3, 4, 5)[i % 7]]
+        color = OKABE_ITO[(6, 0, 1, 2, 3, 4, 5)[i % 7]]
         # Methods share their V: moved apart a little, so that no bar hides another.
         x = V * 1.04 ** (i - (len(shown) - 1) / 2)
-        common = {"colour": colour, "N_billions": size / 1e9, "V": V}
+        common = {"color": color, "N_billions": size / 1e9, "V": V}
         canvas.line(method, x, score, dash=DASHES[i // 7 % 4], name=method, **common)
         marker = {"marker": MARKERS[i % len(MARKERS)], "area": 34.0, "name": method}
         canvas.points(method, x, score, stderr=stderr, **marker, **common)
@@ -101,7 +101,7 @@ def methods(run: Run, family: str, out_dir, *, name: str) -> list[Figure]:
              if row.llm_parameters == size and family in row.families]  # fmt: skip
     if blind:
         score, _ = mean_over_seeds(blind)
-        _level(canvas, "blind", min(tokens), max(tokens), score, colour="0.4", name="blind")
+        _level(canvas, "blind", min(tokens), max(tokens), score, color="0.4", name="blind")
     # An adaptive method has a mean V between the marks.
     _token_axis(canvas, sorted(v for v in tokens if v.is_integer()))
     caption = (

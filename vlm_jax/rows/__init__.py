@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results: the rows of a grid and tables of other tools, as points for the law."""
+"""Results: the rows of a grid and the tables of other tools, read as points for the law."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The points that a law is fitted to, family by family, out of files of results."""
+"""Reads files of results as the points that laws are fitted to, family by family."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +14,13 @@ MEAN = "mean of families"
 
 @dataclass(frozen=True)
 class Measured:
-    """Family -> points, led by their mean where there are several; task -> points.
+    """What the results of one or several files hold.
 
-    `rows` are a grid's, one by one those of the points, and `note` says which they are; of other
-    sources there are none, nor any tasks.
+    Attributes:
+      families: family -> points; their mean comes first if there are several families.
+      tasks: task -> points; empty unless the files are rows of a grid.
+      rows: the rows of a grid, one for each point; empty for other files.
+      note: which rows these are, in a sentence.
     """
 
     families: dict[str, Points]
@@ -39,26 +42,26 @@ def read(
     n_unit: str | None = None,
     text_tokens: float = 0.0,
 ) -> Measured:
-    """The points of several files, all of a grid's rows or all of other tables.
+    """The points of several files: all of them rows of grids, or all of them other tables.
 
     Args:
-      compressor: the method of a grid's rows; the one with most cells unless given.
-      family: one family or task alone.
-      n_unit: what a table counts N in, a key of `tables.N_UNITS`.
-      text_tokens: Q of the rows of a table without a Q.
+      compressor: the method whose rows are read; by default the one with the most cells.
+      family: read this family or task only.
+      n_unit: the unit of N in a table, a key of `tables.N_UNITS`.
+      text_tokens: Q for tables without a column Q.
     Raises:
-      ValueError: for files that do not go together, and a place that was measured twice.
+      ValueError: for a mix of rows and tables, and for a cell that was measured twice.
     """
-    own = [records.is_rows(path) for path in paths]
-    if any(own) and not all(own):
-        raise ValueError("--rows mixes rows of a grid with other tables: fit them apart")
+    of_grid = [records.is_rows(path) for path in paths]
+    if any(of_grid) and not all(of_grid):
+        raise ValueError("--rows mixes rows of a grid with other tables: fit them separately")
     rows: list[records.Row] = []
     note = ""
-    if own[0]:
-        every = [row for path in paths for row in records.read(path)]
-        method = compressor or records.main_method(every)
-        rows = records.of_method([row for row in every if not row.blind], method)
-        note = used(rows, every)
+    if of_grid[0]:
+        all_rows = [row for path in paths for row in records.read(path)]
+        method = compressor or records.main_method(all_rows)
+        rows = records.of_method([row for row in all_rows if not row.blind], method)
+        note = used(rows, all_rows)
         of_families = records.cells(rows, by="families")
         of_tasks = records.cells(rows, by="tasks")
     else:
@@ -70,10 +73,10 @@ def read(
     if family is not None:
         cells = of_tasks if family in tasks else of_families
         return Measured({family: of_cells(cells, family)}, {}, rows, note)
-    found = {name: of_cells(of_families, name) for name in families}
-    if len(found) > 1:
-        found = {MEAN: of_cells(of_families)} | found
-    return Measured(found, {name: of_cells(of_tasks, name) for name in tasks}, rows, note)
+    points = {name: of_cells(of_families, name) for name in families}
+    if len(points) > 1:
+        points = {MEAN: of_cells(of_families)} | points
+    return Measured(points, {name: of_cells(of_tasks, name) for name in tasks}, rows, note)
 
 
 def names_of(cells: Sequence[Cell]) -> list[str]:
@@ -82,23 +85,25 @@ def names_of(cells: Sequence[Cell]) -> list[str]:
 
 
 def check_once(cells: Sequence[Cell]) -> None:
-    """ValueError for a place that occurs twice with one seed."""
-    seen = set()
+    """Raises ValueError if the same N, V, Q and label occur twice with one seed."""
+    keys = set()
     for cell in cells:
         key = (cell.N, cell.V, cell.Q, cell.label, cell.seed)
-        if key in seen:
+        if key in keys:
             raise ValueError(
                 f"N={cell.N:g}, V={cell.V:g} (seed {cell.seed}) occurs twice in the files of "
                 f"--rows: keep one, or add a column `seed` if both were measured"
             )
-        seen.add(key)
+        keys.add(key)
 
 
-def used(rows: Sequence[records.Row], every: Sequence[records.Row]) -> str:
-    """Which rows of a grid a law is fitted to, in a sentence."""
-    others = {name: n for name, n in records.methods(every).items() if name != rows[0].method}
-    left = [f"{n} cells of {name}" for name, n in others.items()]
-    left += [f"{sum(row.blind for row in every)} blind rows"] * any(row.blind for row in every)
+def used(rows: Sequence[records.Row], all_rows: Sequence[records.Row]) -> str:
+    """A sentence: which rows of a grid a law is fitted to, and which are not used."""
+    others = {name: n for name, n in records.methods(all_rows).items() if name != rows[0].method}
+    unused = [f"{n} cells of {name}" for name, n in others.items()]
+    unused += [f"{sum(row.blind for row in all_rows)} blind rows"] * any(
+        row.blind for row in all_rows
+    )
     return f"{len(rows)} rows of {rows[0].method}" + (
-        f"; not used: {', '.join(left)}" if left else ""
+        f"; not used: {', '.join(unused)}" if unused else ""
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A results row says all about one cell; files of rows are never torn and hold no cell twice."""
+"""Results rows: everything about one cell in one JSON line, and files of unique rows."""
 
 import dataclasses
 import json
@@ -24,8 +24,8 @@ class Row:
 
     Parameters are counts, V, Q (mean prompt text tokens) and G (mean generated tokens) are tokens,
     scores and standard errors are fractions, `flops` is per request, `train` is in optimizer steps,
-    examples, FLOPs and seconds, `created` is UTC in ISO 8601. Fields with a default came later: a
-    line without them is read as one that did not measure them.
+    examples, FLOPs and seconds, `created` is UTC in ISO 8601. Fields with a default were added
+    later: in lines without them these values were not measured.
     """
 
     cell: str
@@ -36,15 +36,15 @@ class Row:
     compressor: str
     query: str  # "none", "separate" or "prefix"
     blind: bool
-    V: int | float  # where the image chooses, the mean
+    V: int | float  # the mean, for methods whose number depends on the image
     Q: float
     G: float
     seed: int
     tasks: dict[str, dict[str, Any]]  # task -> family, metric, score, stderr, n
     families: dict[str, dict[str, Any]]  # family -> score, stderr, n
     flops: dict[str, int | float]  # FLOP_PARTS -> FLOPs of one request
-    # steps, examples, flops, seconds; lora where adapters were trained; initial_weights, first_loss
-    # and last_loss, which differ in some digit where two rows were not trained alike.
+    # steps, examples, flops, seconds; lora if adapters were trained; initial_weights, first_loss
+    # and last_loss, which differ in some digit if two rows were not trained in the same way.
     train: dict[str, Any]
     evaluate_seconds: float
     protocol: str
@@ -57,15 +57,15 @@ class Row:
     machine: str
     created: str
     schema: int = SCHEMA
-    variant: str = ""  # what sets the compressor apart from its default, "pool" for instance
-    # batch, seconds_per_example once everything is compiled, and new_tokens per batch (the closing
-    # one included), which the longest answer decides; empty where only one batch was run.
+    variant: str = ""  # how the compressor differs from its default, for example "pool"
+    # batch, seconds_per_example after compilation, and new_tokens per batch (the closing one
+    # included), set by the longest answer; empty if only one batch was run.
     timing: dict[str, Any] = field(default_factory=dict)
-    trained_with: str = ""  # names the one trained model that rows of several V share; else empty
+    trained_with: str = ""  # the trained model that rows of several V share; else empty
 
     @property
     def method(self) -> str:
-        """What compresses the tokens, see `method_of`."""
+        """The compressor with its variant and query, see `method_of`."""
         return method_of(self.compressor, self.query, self.variant)
 
     def to_json(self) -> str:
@@ -74,15 +74,15 @@ class Row:
 
     @classmethod
     def from_json(cls, line: str) -> "Row":
-        """The row that `to_json` wrote; ValueError names fields that are missing or unknown."""
+        """The row that `to_json` wrote. Raises ValueError for missing or unknown fields."""
         fields = json.loads(line)
         if not isinstance(fields, dict):
             raise ValueError(f"a row is a JSON object, got {type(fields).__name__}")
         if fields.get("schema") != SCHEMA:
             raise ValueError(f"row of schema {fields.get('schema')!r}, this version reads {SCHEMA}")
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        missing = [name for name in known if name not in fields and name not in LATER]
-        unknown = [name for name in fields if name not in known]
+        columns = {field.name: field for field in dataclasses.fields(cls)}
+        missing = [name for name in columns if name not in fields and name not in LATER]
+        unknown = [name for name in fields if name not in columns]
         if missing or unknown:
             raise ValueError(f"row with missing fields {missing} and unknown fields {unknown}")
         fields |= {name: float(fields[name]) for name in ("Q", "G", "evaluate_seconds")}
@@ -96,9 +96,9 @@ LATER = ("variant", "timing", "trained_with")
 
 
 def method_of(compressor: str, query: str, variant: str = "") -> str:
-    """A compressor with what tells its models apart: "quecc, pool, query separate"."""
-    asked = "" if query in ("", "none") else f"query {query}"
-    return ", ".join(word for word in (compressor, variant, asked) if word)
+    """The name of a compressor with its variant and query: "quecc, pool, query separate"."""
+    question = "" if query in ("", "none") else f"query {query}"
+    return ", ".join(word for word in (compressor, variant, question) if word)
 
 
 def families_of(tasks: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -119,37 +119,38 @@ def families_of(tasks: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def read(path: str | Path) -> list[Row]:
     """The rows of a rows.jsonl file, in file order.
 
-    A last line that is torn (a writer was killed) is left out with a warning. Raises ValueError for
+    An incomplete last line (a writer was killed) is left out with a warning. Raises ValueError for
     any other bad line, with its number, and for a cell that occurs twice, with its name.
     """
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     rows: list[Row] = []
-    seen: dict[str, int] = {}
+    lines_of: dict[str, int] = {}
     for number, line in numbered:
         try:
             row = Row.from_json(line)
         except json.JSONDecodeError as problem:
             if number == numbered[-1][0]:
                 warnings.warn(
-                    f"{path}:{number}: torn last line left out; its cell counts as not done",
+                    f"{path}:{number}: incomplete last line left out; its cell counts as not done",
                     stacklevel=2,
                 )
                 break
             raise ValueError(f"{path}:{number}: not JSON: {problem}") from None
         except (ValueError, KeyError, TypeError) as problem:
             raise ValueError(f"{path}:{number}: {problem}") from None
-        if row.cell in seen:
+        if row.cell in lines_of:
             raise ValueError(
-                f"{path}:{number}: cell {row.cell} was already in line {seen[row.cell]}: remove one"
+                f"{path}:{number}: cell {row.cell} was already in line {lines_of[row.cell]}: "
+                "remove one"
             )
-        seen[row.cell] = number
+        lines_of[row.cell] = number
         rows.append(row)
     return rows
 
 
 def write(path: str | Path, rows: Iterable[Row]) -> None:
-    """Replaces the file by these rows, sorted by cell; a crash leaves all of the old ones."""
+    """Replaces the file by these rows, sorted by cell; after a crash the old rows are intact."""
     ordered = sorted(rows, key=lambda row: row.cell)
     files.write_text(path, "".join(row.to_json() + "\n" for row in ordered))
 
@@ -165,7 +166,7 @@ def methods(rows: Iterable[Row]) -> dict[str, int]:
 
 
 def main_method(rows: Sequence[Row]) -> str:
-    """The method of the grid proper: the one with most sighted cells. ValueError when two tie."""
+    """The main method of a grid: the one with the most sighted cells. ValueError if two tie."""
     counts = methods(rows)
     if not counts:
         raise ValueError(f"none of the {len(rows)} rows is of a model that sees the image")
@@ -180,44 +181,44 @@ def main_method(rows: Sequence[Row]) -> str:
 
 
 def of_method(rows: Sequence[Row], name: str) -> list[Row]:
-    """The rows of one method, or of a compressor where all of its rows are one method.
+    """The rows of one method, or of a compressor if all of its rows have one method.
 
-    Raises ValueError for a name that no row has, and for a compressor with several methods.
+    Raises ValueError for an unknown name, and for a compressor with several methods.
     """
-    kept = [row for row in rows if row.method == name]
-    kept = kept or [row for row in rows if row.compressor == name]
-    found = list(dict.fromkeys(row.method for row in kept))
-    if not found:
+    chosen = [row for row in rows if row.method == name]
+    chosen = chosen or [row for row in rows if row.compressor == name]
+    names = list(dict.fromkeys(row.method for row in chosen))
+    if not names:
         raise ValueError(f"no row of {name!r}; there are {'; '.join(methods(rows)) or 'none'}")
-    if len(found) > 1:
+    if len(names) > 1:
         raise ValueError(
-            f"{name} was run as {'; '.join(found)}: these are different models, choose one of them"
+            f"{name} was run as {'; '.join(names)}: these are different models, choose one of them"
         )
-    return kept
+    return chosen
 
 
 def cells(
     rows: Sequence[Row], *, blind: bool = False, method: str | None = None, by: str = "families"
 ) -> list[Cell]:
-    """The fit's cells: sighted rows (or blind ones) of one method, by default the grid's main one.
+    """The cells to fit: sighted (or blind) rows of one method, by default the grid's main one.
 
     `by` takes the errors from "families" or "tasks". Seeds stay separate cells. Raises ValueError
-    when two rows share LLM size, V and seed: one of them belongs to another run.
+    if two rows have the same LLM size, V and seed: one of them belongs to another run.
     """
-    kept = [row for row in rows if row.blind == blind]
+    chosen = [row for row in rows if row.blind == blind]
     if method is None and not blind:
         method = main_method(rows)
     if method is not None:
-        kept = of_method(kept, method)
-    seen: dict[tuple[int, int | float, str, int], str] = {}
-    for row in kept:
+        chosen = of_method(chosen, method)
+    first: dict[tuple[int, int | float, str, int], str] = {}
+    for row in chosen:
         key = (row.llm_parameters, row.V, row.method, row.seed)
-        if key in seen:
+        if key in first:
             raise ValueError(
-                f"rows {seen[key]} and {row.cell} are both {row.llm_parameters:,} parameters, "
+                f"rows {first[key]} and {row.cell} are both {row.llm_parameters:,} parameters, "
                 f"V={row.V}, {row.method}, seed {row.seed}: keep one, or give them different seeds"
             )
-        seen[key] = row.cell
+        first[key] = row.cell
     return [
         Cell(
             N=row.llm_parameters / 1e9,
@@ -227,7 +228,7 @@ def cells(
             seed=row.seed,
             errors={name: (1.0 - t["score"], t["stderr"]) for name, t in getattr(row, by).items()},
         )
-        for row in kept
+        for row in chosen
     ]
 
 
@@ -245,24 +246,24 @@ def points(
 
 
 def doubts(rows: Sequence[Row], chip: str) -> list[str]:
-    """What is doubtful about times of this chip that are fitted to these rows."""
-    found = []
+    """Warnings about times of this chip that are fitted to these rows, one sentence each."""
+    sentences = []
     machines = sorted({row.machine for row in rows if ("cpu" in row.machine) != (chip == "cpu")})
     if machines:
-        found.append(
+        sentences.append(
             f"the rows of --measured were evaluated on {', '.join(machines)}, "
-            f"not on {chip}: their efficiency says nothing of it"
+            f"not on {chip}: their efficiency does not apply to it"
         )
     if not any(row.timing for row in rows):
-        found.append(
+        sentences.append(
             "the rows of --measured have no times of single batches: "
             "loading and compiling count against the chip"
         )
-    return found
+    return sentences
 
 
 def is_rows(path: str | Path) -> bool:
-    """Whether the file holds rows of this project (as opposed to somebody's table)."""
+    """Whether the file holds rows of this project and not a table of another tool."""
     if Path(path).suffix not in (".jsonl", ".ndjson"):
         return False
     with open(path, encoding="utf-8") as file:
@@ -281,14 +282,15 @@ def read_points(
     n_unit: str | None = None,
     text_tokens: float = 0.0,
 ) -> Points:
-    """The points of a results file: our own rows.jsonl, or somebody's table.
+    """The points of a results file: rows.jsonl of a grid, or a table of another tool.
 
     Args:
-      family: one family or task; the mean over families unless given.
-      method: of a grid's rows; the one with most cells unless given.
-      n_unit, text_tokens: of a table, as `tables.read` has them.
+      family: one family or task; by default the mean over families.
+      method: the method of a grid's rows; by default the one with the most cells.
+      n_unit, text_tokens: for tables, see `tables.read`.
     Raises:
-      OSError, ValueError: for a file that is none, saying where.
+      OSError: if the file cannot be read.
+      ValueError: if it is not a results file, with the line.
     """
     if is_rows(path):
         return points(read(path), family, method=method)

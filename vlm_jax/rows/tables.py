@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results that others measured become the same cells as our own, or an error says which column or
-unit is wrong.
+"""Reads results measured by other tools as cells; an error names the wrong column or unit.
 
 A table (CSV, JSONL or a JSON list) has columns N (billions), V and either error or accuracy
 (fraction or percent), optionally Q, stderr, family (one line per family and cell), label, seed. In
-the place of error or accuracy a column `results` may name an lmms-eval results file; such files may
-also be given themselves, with N and V (and Q) added at their top level.
+the place of error or accuracy a column `results` may name an lmms-eval results file. Such a file
+may also be read directly, with N and V (and Q) added at its top level.
 """
 
 import csv
@@ -21,13 +20,13 @@ Line = Mapping[str, Any]  # column -> value
 Place = tuple[float, float, float, str, int]  # N, V, Q, label, seed
 
 N_UNITS = {"billions": 1.0, "millions": 1e-3, "parameters": 1e-9}
-LARGEST_N_BILLIONS = 3e3  # three trillion parameters: beyond it N was given in another unit
+LARGEST_N_BILLIONS = 3e3  # three trillion parameters: more means that N has another unit
 SCORES = ("error", "accuracy", "results")
 
 # lmms-eval task -> (names of its primary metric, newest first, and its maximum), where a task
 # reports several metrics or no fraction. Read in the task files and result handlers of
 # EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/*; MME's maximum is perception's 10 subtasks of 200,
-# its older name was misspelt. A judge scores MMBench, MathVista and MM-Vet, on 0..100.
+# its older name was misspelled. A judge scores MMBench, MathVista and MM-Vet, on 0..100.
 _JUDGED = (("gpt_eval_score",), 100.0)
 _MATHVISTA = (("llm_as_judge_eval", "gpt_eval_score"), 100.0)
 LMMS_EVAL = {
@@ -46,12 +45,12 @@ LMMS_EVAL = {
 
 
 def read(path: str | Path, *, n_unit: str | None = None, text_tokens: float = 0.0) -> list[Cell]:
-    """The cells of a foreign table; repeated identical lines count once.
+    """The cells of a table of another tool; repeated identical lines count once.
 
-    `n_unit` is one of N_UNITS; None means billions and refuses numbers that cannot be.
-    `text_tokens` is the Q of tables without that column. Raises ValueError, naming the file and the
-    line, for a missing column, a value that is no number, percent mixed with fractions, an error
-    outside 0..1, and a cell that occurs twice with different values.
+    `n_unit` is one of N_UNITS; None means billions and refuses numbers too large for that.
+    `text_tokens` is the Q of tables without that column. Raises ValueError, with file and line, for
+    a missing column, a value that is not a number, percent mixed with fractions, an error outside
+    0..1, and a cell that occurs twice with different values.
     """
     path = Path(path)
     if n_unit is not None and n_unit not in N_UNITS:
@@ -59,18 +58,18 @@ def read(path: str | Path, *, n_unit: str | None = None, text_tokens: float = 0.
     lines = _lines(path)
     if not lines:
         raise ValueError(f"{path}: no rows: it needs column names and a line for each cell")
-    given = _score_column(path, lines)
-    long = [  # one line per cell and family: place, family, score, stderr
+    column = _score_column(path, lines)
+    scores = [  # one line per cell and family: place, family, score, stderr
         (where, line, *score)
         for where, line in lines
-        for score in _scores(path, where, line, given)
+        for score in _scores(path, where, line, column)
     ]
     unit = 1.0
-    if given != "results":
-        unit = _unit(path, [(where, score) for where, _, _, score, _ in long], given)
-    found: dict[tuple[Place, str], tuple[int, tuple[float, float]]] = {}
+    if column != "results":
+        unit = _unit(path, [(where, score) for where, _, _, score, _ in scores], column)
+    first_lines: dict[tuple[Place, str], tuple[int, tuple[float, float]]] = {}
     cells: dict[Place, Cell] = {}
-    for where, line, family, score, stderr in long:
+    for where, line, family, score, stderr in scores:
         N = _size(_number(path, where, line, "N"), n_unit, f"{path}:{where}")
         V = _number(path, where, line, "V")
         Q = (
@@ -80,20 +79,20 @@ def read(path: str | Path, *, n_unit: str | None = None, text_tokens: float = 0.
         )
         label = str(line.get("label") or line.get("llm") or "")
         seed = int(_number(path, where, line, "seed")) if line.get("seed") not in (None, "") else 0
-        error = score * unit if given == "error" else 1.0 - score * unit
+        error = score * unit if column == "error" else 1.0 - score * unit
         if not -1e-9 <= error <= 1 + 1e-9:
             raise ValueError(f"{path}:{where}: error = 1 - score must lie in 0..1, got {error:g}")
         key, value = (N, V, Q, label, seed), (min(max(error, 0.0), 1.0), stderr * unit)
-        if (key, family) in found:
-            first, known = found[key, family]
-            if known[0] != value[0]:
+        if (key, family) in first_lines:
+            first, first_value = first_lines[key, family]
+            if first_value[0] != value[0]:
                 raise ValueError(
                     f"{path}:{where}: N={N:g}, V={V:g} was already in line {first} with error "
-                    f"{known[0]:g}, now {value[0]:g}: keep one, or add a column `seed` if both "
-                    "were measured"
+                    f"{first_value[0]:g}, now {value[0]:g}: keep one, or add a column `seed` if "
+                    "both were measured"
                 )
             continue
-        found[key, family] = where, value
+        first_lines[key, family] = where, value
         cells.setdefault(key, Cell(N=N, V=V, Q=Q, label=label, seed=seed, errors={})).errors[
             family
         ] = value
@@ -105,7 +104,7 @@ def _lines(path: Path) -> list[tuple[int, Line]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as problem:
-        raise ValueError(f"{path}: not text in UTF-8 ({problem}): save it as such") from None
+        raise ValueError(f"{path}: not text in UTF-8 ({problem}): save it as UTF-8") from None
     if path.suffix == ".csv":
         reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
         return [(reader.line_num, {k: v for k, v in row.items() if k}) for row in reader]
@@ -122,7 +121,7 @@ def _lines(path: Path) -> list[tuple[int, Line]]:
                     rows.append((i, json.loads(line)))
         else:
             raise ValueError(
-                f"{path}: unknown kind of table {path.suffix!r}: give .csv, .jsonl or .json"
+                f"{path}: unknown table format {path.suffix!r}: give .csv, .jsonl or .json"
             )
     except json.JSONDecodeError as problem:
         raise ValueError(f"{path}{place}: not JSON: {problem}") from None
@@ -133,9 +132,9 @@ def _lines(path: Path) -> list[tuple[int, Line]]:
 
 def _score_column(path: Path, lines: Sequence[tuple[int, Line]]) -> str:
     columns = {column for _, line in lines for column in line}
-    given = [name for name in SCORES if name in columns]
+    present = [name for name in SCORES if name in columns]
     missing = [name for name in ("N", "V") if name not in columns]
-    if given == ["results"] and missing and path.suffix == ".json":
+    if present == ["results"] and missing and path.suffix == ".json":
         raise ValueError(
             f"{path}: an lmms-eval results file does not say how large the LLM is or how many "
             f"visual tokens it saw: add {' and '.join(missing)} at its top level, or list such "
@@ -146,17 +145,17 @@ def _score_column(path: Path, lines: Sequence[tuple[int, Line]]) -> str:
             f"{path}: column {', '.join(missing)} missing: needed are N, V and one of "
             f"{', '.join(SCORES)}; found {', '.join(sorted(columns))}"
         )
-    if len(given) != 1:
+    if len(present) != 1:
         raise ValueError(
             f"{path}: needs exactly one of the columns {', '.join(SCORES)}, has "
-            f"{' and '.join(given) or 'none'}; found {', '.join(sorted(columns))}"
+            f"{' and '.join(present) or 'none'}; found {', '.join(sorted(columns))}"
         )
-    return given[0]
+    return present[0]
 
 
-def _scores(path: Path, where: int, line: Line, given: str) -> list[tuple[str, float, float]]:
+def _scores(path: Path, where: int, line: Line, column: str) -> list[tuple[str, float, float]]:
     """(family, score, stderr) of one line; several for an lmms-eval file."""
-    if given != "results":
+    if column != "results":
         stderr = math.nan
         if line.get("stderr") not in (None, ""):
             stderr = _number(path, where, line, "stderr")
@@ -165,7 +164,7 @@ def _scores(path: Path, where: int, line: Line, given: str) -> list[tuple[str, f
                     f"{path}:{where}: stderr is {stderr:g}: it cannot be negative; leave it empty "
                     "where it is unknown"
                 )
-        return [(str(line.get("family") or "all"), _number(path, where, line, given), stderr)]
+        return [(str(line.get("family") or "all"), _number(path, where, line, column), stderr)]
     results = line.get("results")
     if isinstance(results, str):
         file = path.parent / results
@@ -212,9 +211,9 @@ def _number(path: Path, where: int, line: Line, name: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        found = "empty" if value in (None, "") else repr(value)
+        shown = "empty" if value in (None, "") else repr(value)
         raise ValueError(
-            f"{path}:{where}: {name} is {found}, a number was expected: write one, or leave the "
+            f"{path}:{where}: {name} is {shown}, a number was expected: write one, or leave the "
             "line out"
         ) from None
     if not math.isfinite(number):
@@ -224,21 +223,23 @@ def _number(path: Path, where: int, line: Line, name: str) -> float:
     return number
 
 
-def _unit(path: Path, scores: Sequence[tuple[int, float]], given: str) -> float:
-    """What to multiply the column with to get fractions: 1, or 0.01 where every score is plainly a
-    percentage; `scores` are (line, score)."""
+def _unit(path: Path, scores: Sequence[tuple[int, float]], column: str) -> float:
+    """The factor that makes fractions of a column: 1, or 0.01 if its scores are percentages.
+
+    `scores` are (line, score).
+    """
     for where, score in scores:
         if not 0 <= score <= 100:
             raise ValueError(
-                f"{path}:{where}: {given} is {score:g}: give fractions (0..1) or percent (0..100)"
+                f"{path}:{where}: {column} is {score:g}: use fractions (0..1) or percent (0..100)"
             )
     small = [(where, score) for where, score in scores if 0 < score <= 1]
     large = [(where, score) for where, score in scores if score > 1]
     if small and large:
         raise ValueError(
-            f"{path}: {given} is {small[0][1]:g} in line {small[0][0]} and {large[0][1]:g} in line "
-            f"{large[0][0]}, {len(small)} values in 0..1 and {len(large)} above 1: {given} cannot "
-            "exceed 1, or fractions and percent are mixed; write all of them as fractions"
+            f"{path}: {column} is {small[0][1]:g} in line {small[0][0]} and {large[0][1]:g} in "
+            f"line {large[0][0]}, {len(small)} values in 0..1 and {len(large)} above 1: {column} "
+            "cannot exceed 1, or fractions and percent are mixed; write all of them as fractions"
         )
     return 0.01 if large else 1.0
 

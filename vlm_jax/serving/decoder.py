@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
-from vlm_jax import cpu, mesh
+from vlm_jax import cpu, hosts, mesh
 from vlm_jax.models.cache import KV, Cache, Past
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.vlm import VLM, Batch
@@ -136,10 +136,10 @@ class Decoder:
         # As many rows as the mesh cuts a batch into; they are all the same.
         now = jax.sharding.get_mesh()
         rows = np.tile(np.array(ids, np.int32), (mesh.batch_shards(now), 1))
-        placed = jax.device_put(rows, mesh.sharding(now, "batch"))
-        made = jax.device_get(jax.jit(start)(self.model.llm, placed))
+        placed = mesh.spread(rows, now, "batch")
+        made = hosts.fetched(jax.jit(start)(self.model.llm, placed))
         one = Past(made.hidden[:1], made.keys[:, :1], made.values[:, :1], made.length[:1])
-        return jax.device_put(one, mesh.sharding(now))
+        return mesh.spread(one, now)
 
     def start(
         self,
@@ -178,7 +178,7 @@ class Decoder:
             # token is waited for.
             if 0 < step < new_tokens - 1:
                 ids, caches, place = self.following(self.model, ids, caches, place, sampling)
-            found = np.asarray(now)
+            found = hosts.fetched(now)
             yield found
             ended |= np.isin(found, self.stop_ids)
             if ended.all():

@@ -3,20 +3,19 @@
 
 import json
 import logging
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from vlm_jax import files, mesh, progress
+from vlm_jax import files, hosts, mesh, progress
 from vlm_jax.data import loader, sources
 from vlm_jax.evals import tasks
 from vlm_jax.serving.predict import predict, write_predictions
 from vlm_jax.serving.subject import Subject, name_of
 from vlm_jax.training import fields
-from vlm_jax.training.workdir import flat, lock
+from vlm_jax.training.workdir import digest, flat, lock
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +27,7 @@ def mesh_of(config: ConfigDict, overrides: Mapping[str, Any]) -> jax.sharding.Me
     except ValueError as error:
         if any(name.startswith("mesh.") for name in overrides):
             raise
-        print(f"{error}; here all devices stand side by side", file=sys.stderr)
+        progress.say(f"{error}; here all devices stand side by side")
         return mesh.make()
 
 
@@ -46,16 +45,20 @@ def evaluate(subject: Subject, given: ConfigDict, overrides: Mapping[str, Any]) 
     config = subject.requested(given, overrides)
     fields.check(flat(config))
     settings = subject.settings(config, overrides)
+    hosts.check_same("configuration or --workdir", [str(subject.folder), digest(config)])
     with jax.set_mesh(mesh_of(config, overrides)), lock(subject.folder):
         processor = subject.processor(config)
         with progress.doing("opening the data"):
             source = sources.open_source(sources.Origin.of(config), config.evaluate.split)
+        hosts.check_same("data", source.data_hash)
         progress.say(f"data: {json.dumps(source.describe())}")
         name = name_of(settings, source.data_hash)
         settings |= {"data_hash": source.data_hash} if name else {}
         ending = f"-{name}" if name else ""
         path = subject.folder / f"scores{ending}.json"
-        before = json.loads(path.read_text()).get("settings") if path.exists() else None
+        before = hosts.from_writer(
+            lambda: json.loads(path.read_text()).get("settings") if path.exists() else None
+        )
         if before not in (None, json.loads(json.dumps(settings))):
             raise ValueError(
                 f"{path} is of another evaluation ({fields.value_text(before)}): move it away, "
@@ -68,8 +71,9 @@ def evaluate(subject: Subject, given: ConfigDict, overrides: Mapping[str, Any]) 
         scores = tasks.score(source.protocol, records, loader.not_answered(source, faults))
         if said := tasks.summary(scores):
             log.warning(said)
-        write_predictions(subject.folder / f"predictions{ending}.jsonl", records)
         scores |= {"settings": settings} if name else {}
-        files.write_json(path, scores)
+        if hosts.is_writer():
+            write_predictions(subject.folder / f"predictions{ending}.jsonl", records)
+            files.write_json(path, scores)
         print(json.dumps(scores, indent=1, sort_keys=True))
-        print(f"predictions{ending}.jsonl and {path.name} are in {subject.folder}", file=sys.stderr)
+        progress.say(f"predictions{ending}.jsonl and {path.name} are in {subject.folder}")

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlm_jax import arguments
+from vlm_jax import arguments, hosts
 from vlm_jax import mesh as meshes
 from vlm_jax.data.example import Example
 from vlm_jax.data.pictures import check_exif
@@ -35,6 +35,7 @@ from vlm_jax.serving.requests import (
     batch_of,
     bucket_of_images,
     conversation,
+    digest,
     listed,
     picture,
 )
@@ -247,6 +248,7 @@ class VLM:
                 f"temperature={temperature}, top_p={top_p}: temperature is 0 (the likeliest) or "
                 "more, top_p above 0 and at most 1"
             )
+        hosts.check_same("requests", digest(requests) if hosts.joined() else "")
         seed = arguments.seed_of("seed", seed)
         batch = arguments.whole_number("batch", batch)
         one = self.compressor.tokens if not self.compressor.adaptive else None
@@ -333,15 +335,13 @@ class VLM:
                 np.full(rows, seed, np.uint32),
             )
             started = self.decoder.start(
-                jax.device_put(made, meshes.sharding(self.mesh, "batch")),
+                meshes.spread(made, self.mesh, "batch"),
                 new_tokens=max(room),
                 tokens=self.requested_tokens(visual_tokens) if requests[0].pixels else None,
                 prefix=self.prefix_pass if begins else None,
-                sampling=jax.device_put(sampling, meshes.sharding(self.mesh, "batch"))
-                if temperature
-                else None,
+                sampling=meshes.spread(sampling, self.mesh, "batch") if temperature else None,
             )
-            length = np.asarray(started.length)
+            length = hosts.fetched(started.length)
             texts = [Text(tokenizer) for _ in requests]
             ended: dict[int, float] = {}  # when each row did
             for step, ids in enumerate(self.decoder.stream(started, max(room))):

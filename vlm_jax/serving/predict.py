@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import files, preemption, progress
+from vlm_jax import files, hosts, preemption, progress
 from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.texts import Texts
@@ -59,6 +59,8 @@ def predict(
     """One record per example: id, task, family, cluster, prediction, answer; given_id where the
     data set repeats an id.
 
+    Every process has all records; it reads the images of its own devices' rows alone.
+
     `clock` notes what answering each batch took, loading and decoding of text apart. `faults` is
     filled with the examples that have no record because they cannot be used.
     """
@@ -80,7 +82,7 @@ def predict(
         task.note(0)
         for batch in batches:
             preemption.point("the same command makes the answers anew")
-            valid, index = np.asarray(batch.pop("valid")), np.asarray(batch.pop("index"))
+            valid, index = hosts.fetched((batch.pop("valid"), batch.pop("index")))
             then = time.perf_counter()
             answers = answer(batch, new_tokens=config.evaluate.max_new_tokens)
             if clock is not None:
@@ -101,6 +103,9 @@ def predict(
                     **({"given_id": example.given} if example.given else {}),
                 )
             task.note(int(index[-1]) + 1)
+    if faults is not None:
+        for found in hosts.collected(list(faults.items())):
+            faults |= {example: tuple(fault) for example, fault in found}
 
 
 def write_predictions(path: Path, records: list[dict[str, Any]]) -> None:

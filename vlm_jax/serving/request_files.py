@@ -6,7 +6,9 @@ A line has `prompt` (a text, or a conversation [question, answer, ..., question]
 """
 
 import dataclasses
+import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from vlm_jax import errors, progress
+from vlm_jax import errors, hosts, progress
 from vlm_jax.data import rows
 from vlm_jax.serving.model import VLM, Drawing
 
@@ -37,6 +39,8 @@ def answer_file(
     What cannot be answered, for whatever reason, costs its own line only.
     """
     how = dataclasses.asdict(drawing)
+    if hosts.joined():
+        hosts.check_same("file of --requests", hashlib.sha256(requests.read_bytes()).hexdigest())
     model.answer([], **how)  # what is wrong with the flags is wrong with every line
     bad: list[str] = []
     seen, repeated = set[str](), 0
@@ -94,6 +98,7 @@ def answer_file(
         for line in lines_of(requests):
             repeated += (name := json.dumps(line.id)) in seen
             seen.add(name)
+            request, wrong = None, None
             try:
                 if line.wrong:
                     raise ValueError(line.wrong)
@@ -106,7 +111,10 @@ def answer_file(
                 model.room(request, new_tokens=drawing.max_new_tokens,
                            visual_tokens=drawing.visual_tokens)  # fmt: skip
             except (ValueError, OSError) as error:
-                refuse(line, error)
+                wrong = errors.sentence(error)
+            # What one host cannot read none of them answers.
+            if faults := [said for said in hosts.collected(wrong) if said]:
+                refuse(line, faults[0])
                 continue
             waiting.append((line, request))
             if len(waiting) == drawing.batch:
@@ -114,11 +122,13 @@ def answer_file(
                 task.note(line.number)
         flush()
     if repeated:
-        print(f"{repeated} requests repeat the id of an earlier one: `line` in the answers tells "
-              "them apart", file=sys.stderr)  # fmt: skip
+        progress.say(
+            f"{repeated} requests repeat the id of an earlier one: `line` in the answers tells "
+            "them apart"
+        )
     if bad:
         first = "".join(f"\n  {where}" for where in bad[:3])
-        print(f"{len(bad)} requests were not answered, the first:{first}", file=sys.stderr)
+        progress.say(f"{len(bad)} requests were not answered, the first:{first}")
     return 2 if bad else 0
 
 
@@ -182,7 +192,9 @@ def lines_of(path: Path) -> Iterator[Line]:
 
 @contextmanager
 def open_output(path: Path | None) -> Iterator[TextIO]:
-    """The file to write, or stdout."""
+    """The file to write, or stdout; of several processes one writes."""
+    if not hosts.is_writer():
+        path = Path(os.devnull)
     if path is None:
         yield sys.stdout
         return

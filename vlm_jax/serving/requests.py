@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a request is made of, and how its answer becomes text."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,16 @@ class Request:
     def image_at(self) -> int | None:
         """The place of the first image, None without one."""
         return self.places[0] if self.places else None
+
+
+def digest(requests: Sequence[Request]) -> str:
+    """Sixteen hex digits of all that requests hold."""
+    found = hashlib.sha256()
+    for request in requests:
+        found.update(repr((request.ids, request.places, request.questions)).encode())
+        for pixels in request.pixels:
+            found.update(np.ascontiguousarray(pixels))
+    return found.hexdigest()[:16]
 
 
 class Text:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from vlm_jax import progress
+from vlm_jax import hosts, progress
 from vlm_jax.data.example import IMAGE_MARK
 from vlm_jax.serving.model import VLM, Answer, Drawing
 
@@ -37,7 +37,7 @@ def say(
         **dataclasses.asdict(drawing),
     )
     print("" if stream else answer.text, flush=True)
-    print(numbers(answer), file=sys.stderr)
+    progress.say(numbers(answer))
     return answer.text
 
 
@@ -61,14 +61,11 @@ def chat(
 ) -> int:
     """Answers line after line until there are none; a conversation that is full says so."""
     turns: list[str] = []
-    prompt = "> " if lines.isatty() else ""
+    prompt = "> " if lines.isatty() and hosts.is_writer() else ""
     while True:
         print(prompt, end="", file=sys.stderr, flush=True)
-        try:
-            with progress.listening():
-                line = lines.readline()
-        except KeyboardInterrupt:  # as a person ends a chat
-            return 0
+        with progress.listening():
+            line = hosts.from_writer(lambda: typed(lines))
         if not line:
             return 0
         asked = line.strip()
@@ -86,4 +83,12 @@ def chat(
             except ValueError as error:
                 if not turns:
                     raise
-                print(f"not answered: {error}", file=sys.stderr)
+                progress.say(f"not answered: {error}")
+
+
+def typed(lines: TextIO | io.TextIOBase) -> str:
+    """The next line; "" at their end, and when a person ends a chat from the keyboard."""
+    try:
+        return lines.readline()
+    except KeyboardInterrupt:
+        return ""

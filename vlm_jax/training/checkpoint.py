@@ -2,22 +2,26 @@
 """Checkpoints by orbax: written while training goes on, verified when read, older ones as a way
 back.
 
-Orbax restores flipped bits without a word, so every step carries a checksum per array.
+Orbax restores flipped bits without a word, so every step carries a digest of each piece of each
+array, of every process (`arrays.py`). All processes go back to the same step.
 """
 
+import json
 import logging
-import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+from etils import epath
 
+from vlm_jax import hosts
+from vlm_jax.training import arrays as stored
+from vlm_jax.training import digest
+from vlm_jax.training.arrays import Damaged, first_line
 from vlm_jax.training.optimizer import State
 
 log = logging.getLogger(__name__)
@@ -40,14 +44,16 @@ class OtherAdapters(ValueError):
 class Checkpoints:
     """The numbered checkpoints of one stage in one folder, the newest `keep` of them."""
 
-    def __init__(self, folder: Path, *, keep: int = 2):
-        self.folder = Path(folder).absolute()
+    def __init__(self, folder: epath.PathLike, *, keep: int = 2):
+        self.folder = epath.Path(folder)
+        if "://" not in str(folder):
+            self.folder = epath.Path(self.folder.absolute())
         self.manager = Manager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, create=True, enable_async_checkpointing=True
             ),
-            item_names=("state", "notes"),
+            item_names=("state", "notes", stored.DIGESTS),
         )
         self.unusable: list[int] = []
 
@@ -57,9 +63,10 @@ class Checkpoints:
         self.wait()
         self.set_aside()
         arrays = named(state)
-        notes = dict(notes, crc32={name: checksum(x) for name, x in arrays.items()})
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(arrays), notes=ocp.args.JsonSave(notes)
+            state=ocp.args.StandardSave(arrays),
+            notes=ocp.args.JsonSave(dict(notes, crc32_of_notes=of_notes(notes))),
+            digests=stored.Save(stored.pieces_of(arrays)),
         )
         with self.naming_failures():
             started = self.manager.save(int(state.step), args=args)
@@ -89,15 +96,17 @@ class Checkpoints:
     def set_aside(self) -> None:
         """Renames steps that cannot be used: orbax would not write them, nor any before them,
         again."""
-        if self.unusable and jax.process_index() == 0:
-            for step in self.unusable:
-                aside = self.folder / f"{step}.damaged"
-                shutil.rmtree(aside, ignore_errors=True)
-                (self.folder / str(step)).rename(aside)
         if self.unusable:
-            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            hosts.from_writer(self.rename_unusable)
             self.manager.reload()
         self.unusable = []
+
+    def rename_unusable(self) -> None:
+        for step in self.unusable:
+            aside = self.folder / f"{step}.damaged"
+            if aside.exists():
+                aside.rmtree()
+            (self.folder / str(step)).rename(aside)
 
     def restore(
         self, like: State, *, lora: dict[str, Any] | None = None
@@ -110,23 +119,37 @@ class Checkpoints:
         RuntimeError: starting over silently would throw work away. ValueError for a checkpoint of
         a model with other adapters than `lora` describes.
         """
-        found = {int(p.name): p for p in self.folder.iterdir() if p.name.isdigit()}
-        steps = sorted(numbered(self.folder), reverse=True)
+        found, steps = hosts.from_writer(lambda: (digits(self.folder), numbered(self.folder)))
+        steps.reverse()
         self.unusable = [n for n in found if n not in steps]
         for step in steps:
+            got, why = None, ""
             try:
-                return self.read(step, like, lora)
-            except OtherAdapters:
-                raise
-            # Orbax raises bare Exceptions, KeyErrors and ValueErrors for one and the same cause.
+                got = self.read(step, like, lora)
+            except OtherAdapters as error:
+                why = f"other adapters: {error}"
+            # Besides what is known to be damage, whatever a library raises at what it cannot read.
             except Exception as error:
-                log.warning(
-                    "checkpoint %s/%d cannot be used (%s): falling back to the one before",
-                    self.folder,
-                    step,
-                    first_line(error),
-                )
-                self.unusable.append(step)
+                why = first_line(error)
+            said = hosts.collected({"why": why, "sums": got[1] if got else {}})
+            if others := [x["why"] for x in said if x["why"].startswith("other adapters: ")]:
+                raise OtherAdapters(others[0].removeprefix("other adapters: "))
+            why = next((x["why"] for x in said if x["why"]), "")
+            if got and not why:
+                state, _, expected, notes = got
+                del got
+                sums = {n: digest.total([x["sums"][n] for x in said]) for n in expected}
+                if not (bad := [n for n, s in expected.items() if sums[n] != s]):
+                    return state, notes
+                why = f"the digest differs of {', '.join(bad[:3])}"
+            got = None
+            log.warning(
+                "checkpoint %s/%d cannot be used (%s): falling back to the one before",
+                self.folder,
+                step,
+                why,
+            )
+            self.unusable.append(step)
         if steps:
             raise RuntimeError(
                 f"no usable checkpoint in {self.folder}: steps {steps} are all damaged; "
@@ -136,31 +159,42 @@ class Checkpoints:
 
     def read(
         self, step: int, like: State, lora: dict[str, Any] | None
-    ) -> tuple[State, dict[str, Any]]:
-        """Step `step`, each array compared with its checksum."""
-        args = ocp.args.Composite(notes=ocp.args.JsonRestore())
-        notes = self.manager.restore(step, args=args)["notes"]
+    ) -> tuple[State, dict[str, int], dict[str, int], dict[str, Any]]:
+        """Step `step`: the state, digests of what this process read of each array, those that all
+        processes together should come to, and the notes.
+
+        Waits for no other process. Raises Damaged, OtherAdapters.
+        """
+        folder = self.folder / str(step)
+        notes = read_notes(folder)
         if (theirs := notes.get("lora")) != lora:
             raise OtherAdapters(
-                f"checkpoint {self.folder}/{step} was written with {adapters_text(theirs)}, and "
-                "the "
+                f"checkpoint {folder} was written with {adapters_text(theirs)}, and the "
                 f"configuration says {adapters_text(lora)}: give the same, or choose another folder"
             )
-        wanted = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), named(like)
-        )
-        if jax.tree.leaves(like.optimizer):
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-            arrays = self.manager.restore(step, args=args)["state"]
-        else:
-            arrays = part(self.folder / str(step) / "state", wanted)
-        sums = notes.pop("crc32")
-        if bad := [n for n, x in arrays.items() if sums[n] is not None and checksum(x) != sums[n]]:
-            raise ValueError(f"checksum differs for {', '.join(bad[:3])}")
-        # A copy, because the restored buffers may be borrowed from the reader and are donated
-        # later.
-        leaves = [jax.numpy.copy(arrays.pop(name)) for name in named(like)]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), notes
+        wanted = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for name, x in named(like).items()
+        }
+        found = stored.Arrays(folder / "state")
+        if missing := sorted(wanted.keys() - found.names):
+            raise Damaged(f"it has no {', '.join(missing[:3])}")
+        if jax.tree.leaves(like.optimizer) and (more := sorted(found.names - wanted.keys())):
+            raise Damaged(f"it also has {', '.join(more[:3])}, which nothing here is")
+        manifest = stored.Manifest.read(folder)
+        older = notes.pop("crc32", None)  # of versions before there were digests of pieces
+        if manifest is None and older is None:
+            raise Damaged("it has no digests")
+        leaves, sums = {}, {}
+        for name, x, sums[name] in stored.restore(found, wanted):
+            if older and older[name] is not None and checksum(x) not in (None, older[name]):
+                raise Damaged(f"the checksum differs of {name}")
+            # A copy, because the restored buffers may be borrowed from the reader and are donated
+            # later.
+            leaves[name] = jax.numpy.copy(x)
+        expected = {} if manifest is None else {name: manifest.total(name) for name in wanted}
+        state = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
+        return state, sums, expected, notes
 
     def newest(self) -> str:
         """A sentence on the newest finished step, for messages."""
@@ -176,22 +210,39 @@ class Checkpoints:
         self.manager.close()
 
 
-def part(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Those arrays of a stored state that are `wanted`; the others are not read."""
-    args = ocp.args.PyTreeRestore(
-        wanted,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-        partial_restore=True,
-    )
-    with ocp.PyTreeCheckpointer() as reader:
-        return reader.restore(path, args=args)
+def of_notes(notes: dict[str, Any]) -> int:
+    """crc32 of notes, as JSON keeps them."""
+    return zlib.crc32(json.dumps(notes, sort_keys=True).encode())
 
 
-def numbered(folder: Path) -> list[int]:
-    """The steps that a stage's folder has a checkpoint of, ascending; none without a folder."""
+def read_notes(step: epath.Path) -> dict[str, Any]:
+    """The notes of a step's folder; Damaged where they are not those that were written."""
+    notes = stored.read_json(step / "notes" / "metadata")
+    if not isinstance(notes, dict):
+        raise Damaged(f"{step}/notes are not notes")
+    written = notes.pop("crc32_of_notes", None)
+    if written is not None and of_notes(notes) != written:
+        raise Damaged(f"the checksum of {step}/notes differs")
+    return notes
+
+
+def digits(folder: epath.PathLike) -> list[int]:
+    """Whatever in a folder is called as a step is."""
+    return sorted(int(p.name) for p in epath.Path(folder).iterdir() if p.name.isdigit())
+
+
+def numbered(folder: epath.PathLike) -> list[int]:
+    """The steps that a stage's folder has a checkpoint of, ascending; none without a folder.
+
+    A folder of a disk is renamed when it is whole. In a bucket nothing is renamed: the last file
+    that is written says that the others are there.
+    """
+    folder = epath.Path(folder)
     if not folder.is_dir():
         return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and any(p.iterdir()))
+    if "://" in str(folder):
+        return [n for n in digits(folder) if (folder / str(n) / "commit_success.txt").exists()]
+    return [n for n in digits(folder) if any((folder / str(n)).iterdir())]
 
 
 def adapters_text(lora: dict[str, Any] | None) -> str:
@@ -199,11 +250,6 @@ def adapters_text(lora: dict[str, Any] | None) -> str:
     if lora is None:
         return "no LoRA"
     return f"LoRA of rank {lora['rank']}, alpha {lora['alpha']:g} on {', '.join(lora['targets'])}"
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, cut to one line."""
-    return str(error).strip().partition("\n")[0] or repr(error)
 
 
 def named(state: State) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
@@ -214,6 +260,9 @@ def named(state: State) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
 
 def checksum(x: jax.Array) -> int | None:
     """crc32 of an array's bytes; None where other processes hold a part of it."""
-    if not x.is_fully_addressable:
-        return None
-    return zlib.crc32(np.ascontiguousarray(np.asarray(x)).view(np.uint8).reshape(-1))
+    return checksum_of(np.asarray(x)) if x.is_fully_addressable else None
+
+
+def checksum_of(x: np.ndarray) -> int:
+    """crc32 of an array's bytes."""
+    return zlib.crc32(np.ascontiguousarray(x).view(np.uint8).reshape(-1))

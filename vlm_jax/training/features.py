@@ -2,15 +2,16 @@
 """What the frozen encoder gives for every image of a split, computed once and kept in a file."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from vlm_jax import files, mesh, preemption, progress
+from vlm_jax import files, hosts, mesh, preemption, progress
 from vlm_jax.compressors.compressor import Compressor
-from vlm_jax.data import sources
+from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor
 from vlm_jax.models.vit import ViT
 
@@ -38,7 +39,7 @@ class Features(NamedTuple):
 
     train: np.ndarray  # [images, P, Y]
     test: np.ndarray  # [images, P, Y]
-    blind: np.ndarray  # [1, P, Y], of an image of the mean colour
+    blind: np.ndarray  # [1, P, Y], of an image of the mean color
 
 
 def features_of(
@@ -56,28 +57,46 @@ def features_of(
     skipped where the features are used; without, such an image is a BadExample.
     """
     path = folder / sight.file(source.split)
-    if not path.exists():
-        table, count = None, len(source.images)
+    if not hosts.from_writer(path.exists):
+        count = len(source.images)
         with (
             progress.doing(f"features of the {source.split} images", count) as task,
-            files.making(path) as fresh,
+            files.making(path) if hosts.is_writer() else nullcontext() as fresh,
         ):
-            for start in range(0, count, BATCH):
+            table = None
+            for start, found in encoded(encoder, source, processor, sight, skip=skip):
                 preemption.point("the same command makes the features anew")
-                index = np.minimum(np.arange(start, start + BATCH), count - 1)
-                seen = [picture(source, int(i), skip=skip) for i in index]
-                blank = processor.images.blank()
-                pixels = np.stack([processor.pixels(blank if x is None else x) for x in seen])
-                found = np.array(encode(encoder, pixels, sight))
-                found[[x is None for x in seen]] = np.nan
-                if table is None:
+                stop = min(start + BATCH, count)
+                if fresh is not None and table is None:
                     shape = (count, *found.shape[1:])
                     table = np.lib.format.open_memmap(fresh, "w+", np.float32, shape)
-                stop = min(start + BATCH, count)
-                table[start:stop] = found[: stop - start]
+                if table is not None:
+                    table[start:stop] = found[: stop - start]
                 task.note(stop)
-            table.flush()
+            if table is not None:
+                table.flush()
+        hosts.barrier(f"{path.name} is written")
     return np.load(path, mmap_mode="r")
+
+
+def encoded(
+    encoder: ViT, source: sources.Source, processor: Processor, sight: Sight, *, skip: bool
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The first image of each batch of a source, and the batch's encoder outputs [BATCH, P, Y].
+
+    Each process reads the images that its devices encode, and has the outputs of all. The last
+    batch is filled up with its last image.
+    """
+    now, count, blank = jax.sharding.get_mesh(), len(source.images), processor.images.blank()
+    mine = loader.local_rows(now, BATCH)
+    for start in range(0, count, BATCH):
+        seen = [picture(source, min(start + k, count - 1), skip=skip) for k in mine.tolist()]
+        pixels = np.stack([processor.pixels(blank if x is None else x) for x in seen])
+        unread = np.array([x is None for x in seen])
+        batch = loader.on_mesh(dict(pixels=pixels, unread=unread), now, BATCH)
+        found = np.array(outputs(encoder, batch["pixels"], sight))
+        found[hosts.fetched(batch["unread"])] = np.nan
+        yield start, found
 
 
 def picture(source: sources.Source, index: int, *, skip: bool) -> np.ndarray | None:
@@ -91,9 +110,9 @@ def picture(source: sources.Source, index: int, *, skip: bool) -> np.ndarray | N
 
 
 def blind_of(encoder: ViT, processor: Processor, sight: Sight) -> np.ndarray:
-    """Encoder outputs of an image of the mean colour, [1, P, Y]."""
-    grey = processor.images.normalise(processor.images.blank())
-    return encode(encoder, np.broadcast_to(grey, (BATCH, *grey.shape)), sight)[:1]
+    """Encoder outputs of an image of the mean color, [1, P, Y]."""
+    gray = processor.images.normalized(processor.images.blank())
+    return encode(encoder, np.broadcast_to(gray, (BATCH, *gray.shape)), sight)[:1]
 
 
 def blind_to(seen: np.ndarray, blind: np.ndarray) -> np.ndarray:
@@ -108,8 +127,13 @@ def blind_to(seen: np.ndarray, blind: np.ndarray) -> np.ndarray:
 
 
 def encode(encoder: ViT, pixels: np.ndarray, sight: Sight) -> np.ndarray:
-    """Encoder outputs of one batch [BATCH I I 3], float32."""
-    return np.asarray(_encode(encoder, placed(pixels), **sight._asdict()), np.float32)
+    """Encoder outputs of one batch [BATCH I I 3], the same in every process, float32."""
+    return outputs(encoder, placed(pixels), sight)
+
+
+def outputs(encoder: ViT, pixels: jax.Array, sight: Sight) -> np.ndarray:
+    """`encode` of a batch on the mesh."""
+    return hosts.fetched(_encode(encoder, pixels, **sight._asdict())).astype(np.float32)
 
 
 _encode = jax.jit(
@@ -120,7 +144,7 @@ _encode = jax.jit(
 
 def placed(rows: np.ndarray) -> jax.Array:
     """One batch on the current mesh."""
-    return jax.device_put(rows, mesh.sharding(jax.sharding.get_mesh(), "batch"))
+    return mesh.spread(rows, jax.sharding.get_mesh(), "batch")
 
 
 def batches_of(features: np.ndarray) -> Iterator[jax.Array]:

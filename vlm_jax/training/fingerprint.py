@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlm_jax import files
+from vlm_jax import files, hosts
 from vlm_jax.training.optimizer import State
 
 BEGAN = "began.json"  # in the folder of a stage
@@ -55,7 +55,7 @@ class Beginning:
 
     def note(self, step: int, loss: float) -> None:
         """Writes the file when the first step has ended."""
-        if self.fresh and step == 1 and jax.process_index() == 0:
+        if self.fresh and step == 1 and hosts.is_writer():
             loss = loss if math.isfinite(loss) else None
             text = json.dumps({"weights": self.weights, "loss": loss})
             files.write_text(self.folder / BEGAN, text + "\n")

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 from tqdm import tqdm
 
-from vlm_jax import files, progress
+from vlm_jax import files, hosts, progress
 from vlm_jax.training.optimizer import Metrics
 
 
@@ -51,7 +50,7 @@ class Log:
         self.first, self.untaught = first, 0  # steps without a supervised token
         self.patience, self.skipped, self.in_a_row = patience, skipped, 0
         self.compiled = False
-        self.speaks = jax.process_index() == 0
+        self.speaks = hosts.is_writer()
         self.file = self.bar = self.board = None
         if not self.speaks:
             return

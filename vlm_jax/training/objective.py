@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training minimises: the next text token of a VLM, and what each patch shows for an encoder.
+"""What training minimizes: the next text token of a VLM, and what each patch shows for an encoder.
 
 An objective returns sums, not means, so that accumulated micro-batches equal one large batch.
 """

@@ -9,7 +9,6 @@ Cells that differ in V alone share one model where the compressor serves any V; 
 in a folder beside theirs, which is a model too.
 """
 
-import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from vlm_jax import mesh
+from vlm_jax import mesh, progress
 from vlm_jax.models.vlm import VLM
 from vlm_jax.training.cells import cells_of
 from vlm_jax.training.checkpoint import numbered
@@ -169,9 +168,7 @@ def read(path: str | Path, flag: str) -> folder.Model:
         return folder.read(path)
     run = of(path, flag)
     if run.config.data.blind:
-        print(
-            f"{path} was trained blind: images say nothing to it (data.blind=True)", file=sys.stderr
-        )
+        progress.say(f"{path} was trained blind: images say nothing to it (data.blind=True)")
     with one_device():
         return trained(run)
 
@@ -198,5 +195,5 @@ def adapted(path: str | Path | None, flag: str) -> tuple[VLM, folder.Model]:
 
 
 def one_device() -> AbstractContextManager:
-    """The mesh on which weights pass through."""
-    return jax.set_mesh(mesh.make(devices=jax.devices()[:1]))
+    """The mesh on which weights pass through, one of each process."""
+    return jax.set_mesh(mesh.make(devices=jax.local_devices()[:1]))

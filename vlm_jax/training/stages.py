@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import layers, mesh, preemption, progress
+from vlm_jax import hosts, layers, mesh, preemption, progress
 from vlm_jax.data import (
     loader,
     patches,
@@ -30,6 +30,7 @@ from vlm_jax.models.vlm import VLM
 from vlm_jax.training import memory, optimizer, precision, runs
 from vlm_jax.training.checkpoint import Checkpoints
 from vlm_jax.training.fingerprint import Beginning
+from vlm_jax.training.first_weights import first_model
 from vlm_jax.training.log import Log
 from vlm_jax.training.objective import Sums, of_stage, patch_class, patch_reader
 from vlm_jax.training.overview import overview
@@ -91,9 +92,10 @@ def run_stage(
     skipped_before = restored[1].get("skipped_updates", 0) if restored else 0
     if first < stage.steps:
         told = folder / name / "skipped.jsonl"
-        if first == 0:  # an attempt that left nothing else may have been another run
-            told.unlink(missing_ok=True)
-        batches.skips.keep(told)
+        if hosts.is_writer():
+            if first == 0:  # an attempt that left nothing else may have been another run
+                told.unlink(missing_ok=True)
+            batches.skips.keep(told)
         step_of = optimizer.make_step(
             graph, tx, objective, accumulate=stage.accumulate, z_loss=stage.z_loss
         )
@@ -134,6 +136,7 @@ def run_stage(
                     if stops or step % recipe.checkpoint_every == 0 or step == stage.steps:
                         seen(*waiting)  # it raises where the run is to end without a save
                         waiting = None
+                        batches.skips.share()
                         notes = {"position": batches.position} | described
                         if lines.skipped:
                             notes |= {"skipped_updates": lines.skipped}
@@ -290,31 +293,15 @@ def train(
             )
         objective = of_stage(name, model.compressor, chunk=recipe.loss_chunk)
         model = run_stage(name, model, batches, recipe, folder, objective, begin=begin)
-        if rows.usage.tokens_computed:
-            progress.say(f"{name}: {rows.usage}")
-        if rows.cut:
+        progress.say(f"{name}: {rows.usage.everywhere()}")
+        cut = set().union(*hosts.collected(sorted(rows.cut_rows)))
+        if cut:
             log.warning(
-                f"{name}: {rows.cut} of {len(inputs.source)} rows were longer than "
+                f"{name}: {len(cut)} of {len(inputs.source)} rows were longer than "
                 f"data.text_length={recipe.rows.text_length} and data.question_length="
                 f"{recipe.rows.question_length} allow, and lost their end"
             )
     return lora.merge(precision.widened(model))
-
-
-def first_model(recipe: Recipe, encoder: ViT | None, *, seed: int) -> VLM:
-    """The model that a training begins with, as many visual tokens as it can give."""
-    if recipe.start_from:
-        with progress.doing("reading the weights to start from"):
-            stored = runs.read(recipe.start_from, "start_from")
-            model = weights_start.load(
-                recipe.model, stored, start_from=recipe.start_from, seed=seed
-            )
-    else:
-        with progress.doing("drawing the first weights"):
-            model = vlm.create(recipe.model, seed=seed)
-    if encoder is not None:
-        model = VLM(encoder, model.compressor, model.llm)
-    return model.at(model.compressor.buckets[-1]) if model.compressor.buckets else model
 
 
 def tokenizer_of(named: str, vocab: int, kept: Path | None, source: sources.Source) -> Any:
@@ -348,7 +335,7 @@ def open_inputs(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], Non
 
     def begin() -> None:
         fresh = claimed.begun is None
-        if fresh and not config.data.tokenizer and jax.process_index() == 0:
+        if fresh and not config.data.tokenizer and hosts.is_writer():
             keep_tokenizer(tokenizer, kept)
         claimed.begin()
 

@@ -7,7 +7,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,7 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from vlm_jax import __version__, files
+from vlm_jax import __version__, files, hosts
 from vlm_jax.models import lora, vlm
 from vlm_jax.models.vlm import VLM
 from vlm_jax.training import fields, fingerprint, memory, optimizer, precision
@@ -67,12 +67,16 @@ class Claim:
           ValueError: where something differs, or lies elsewhere and cannot be compared.
         """
         self.content = hashes
-        if self.begun is None or jax.process_index():
+        hosts.check_same("data or tokenizer", hashes)
+        hosts.from_writer(self._compare_content)
+
+    def _compare_content(self) -> None:
+        if self.begun is None:
             return
         path = self.folder / "content.json"
         then = json.loads(path.read_text()) if path.exists() else {}
         named = fields.changes(self.places, fields.flat(self.begun), flat(self.config))
-        for name, value in hashes.items():
+        for name, value in self.content.items():
             if name in then and then[name] != value:
                 raise ValueError(
                     f"{self.folder} was begun with another {CONTENT[name]} "
@@ -85,7 +89,7 @@ class Claim:
 
     def begin(self) -> None:
         """Writes down what the folder is of: from now on it is this run's."""
-        if jax.process_index():
+        if not hosts.is_writer():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.begun is None or self.other:
@@ -102,6 +106,7 @@ def claim(workdir: Path, config: ConfigDict, *, grid: bool = False) -> Iterator[
     Another run is one whose configuration differs in a field that its results depend on
     (`vlm_jax/training/fields.py`), of a `grid` or of one training.
     """
+    hosts.check_same("configuration or --workdir", [str(workdir), digest(config)])
     above = workdir.parent.parent
     if workdir.parent.name == "cells" and (above / "config.json").exists():
         raise ValueError(
@@ -110,11 +115,19 @@ def claim(workdir: Path, config: ConfigDict, *, grid: bool = False) -> Iterator[
         )
     with lock(workdir):
         claimed = Claim(workdir, config)
-        if (path := workdir / "config.json").exists():
-            begun = a_runs(path)
-            if kept(workdir):
-                claimed.begun = of_json(begun).to_dict()
-                compare(claimed, grid=grid)
+
+        def found() -> dict[str, Any]:
+            if (path := workdir / "config.json").exists():
+                begun = a_runs(path)
+                if kept(workdir):
+                    claimed.begun = of_json(begun).to_dict()
+                    compare(claimed, grid=grid)
+            return dict(begun=claimed.begun, places=claimed.places, other=claimed.other)
+
+        told = hosts.from_writer(found)
+        if told["begun"] is not None and not hosts.is_writer():
+            claimed.begun = of_json(told["begun"]).to_dict()
+            claimed.places, claimed.other = told["places"], told["other"]
         yield claimed
 
 
@@ -140,8 +153,22 @@ def kept(folder: Path) -> bool:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Holds `folder` for this process group; ValueError while another does, OSError for a bad
-    disk."""
+    """Holds `folder` for the processes of this run; ValueError while another run does, OSError for
+    a bad disk."""
+    with ExitStack() as stack:
+        hosts.from_writer(lambda: stack.enter_context(_locked(folder)))
+        # What one process writes the others read: from the same disk.
+        if not all(hosts.collected((folder / ".lock").exists())):
+            raise ValueError(
+                f"--workdir={folder} is not the same folder for every process: choose one on a "
+                "disk that all hosts share"
+            )
+        yield
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """`lock` of the process that writes."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
@@ -151,14 +178,13 @@ def lock(folder: Path) -> Iterator[None]:
             "disk with space that you may write to"
         ) from None
     with file:
-        if jax.process_index() == 0:
-            try:
-                # The kernel drops the lock when its holder dies, however it dies.
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"another run is at work in {folder}: wait for it, or choose another --workdir"
-                ) from None
+        try:
+            # The kernel drops the lock when its holder dies, however it dies.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another run is at work in {folder}: wait for it, or choose another --workdir"
+            ) from None
         yield
 
 

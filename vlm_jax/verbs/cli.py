@@ -44,10 +44,12 @@ def join(options: argparse.Namespace) -> None:
 
     One process writes to stdout and warns; errors come from all.
     """
+    import jax
+
     from vlm_jax import cpu, hosts
 
     cpu.keep_freed_memory()
-
+    before = jax.distributed.is_initialized()
     hosts.join(
         options.coordinator,
         options.processes,
@@ -55,8 +57,14 @@ def join(options: argparse.Namespace) -> None:
         join_timeout=options.join_timeout,
         heartbeat_timeout=options.heartbeat_timeout,
     )
+    if before or not jax.distributed.is_initialized():
+        return
+    preemption.install()  # JAX took SIGTERM for itself
+    # XLA may add up by Gloo, which prints on the descriptor of stdout.
+    stdout, silence = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    sys.stdout = os.fdopen(stdout if hosts.is_writer() else silence, "w")
     if not hosts.is_writer():
-        sys.stdout = open(os.devnull, "w")
         logging.root.setLevel(logging.ERROR)
 
 

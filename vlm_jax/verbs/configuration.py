@@ -56,10 +56,10 @@ def read(words: Sequence[str], *, default: Any = None) -> Given:
 
     values = flags.FlagValues()
     how = dict(flag_values=values, lock_config=True, sys_argv=program)
-    # A configuration may import its neighbours (`from configs import base`) wherever it is run
+    # A configuration may import its neighbors (`from configs import base`) wherever it is run
     # from.
     if path:
-        first, last = described.neighbours(Path(path))
+        first, last = described.neighbors(Path(path))
         sys.path[:] = [first, *sys.path, last]
     try:
         if default is not None and not path:

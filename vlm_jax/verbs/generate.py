@@ -4,6 +4,7 @@
     vlm-jax generate --checkpoint=DIR --image=A.jpg --prompt="What is this?"
     vlm-jax generate --checkpoint=DIR --image=A.jpg --chat
     vlm-jax generate --checkpoint=DIR --requests=FILE.jsonl --out=ANSWERS.jsonl
+    vlm-jax generate --checkpoint=DIR --requests=FILE.jsonl --out=ANSWERS.jsonl --mesh=tensor=8
 
 --checkpoint is a folder that `vlm-jax convert` made, the --workdir of a finished `vlm-jax train`,
 or a cell of a grid (GRID/cells/NAME). The answer goes to stdout; visual tokens, time to the first
@@ -82,6 +83,12 @@ def add_flags(parser: Parser) -> None:
         help="whether an image is turned as its EXIF orientation says",
     )
     add("--stream", action="store_true", help="print the answer as it comes")
+    add(
+        "--mesh",
+        metavar="AXIS=N",
+        help="how the devices are laid out, such as tensor=2 or data=2,tensor=4: tensor splits the "
+        "weights of each layer, data the rows of a batch (default: all devices to data)",
+    )
     add("--batch", type=int, metavar="N", default=8, help="requests that are read together")
     add(
         "--dtype",
@@ -102,6 +109,7 @@ def run(options: argparse.Namespace) -> int:
     if options.requests is not None and not options.requests.is_file():
         raise FileNotFoundError(f"there is no file --requests={options.requests}")
     cli.join(options)
+    from vlm_jax import mesh
     from vlm_jax.serving import request_files, talk
     from vlm_jax.serving.model import VLM, Drawing
 
@@ -116,7 +124,9 @@ def run(options: argparse.Namespace) -> int:
     if options.requests is not None:
         request_files.check_files(options.requests, options.out)
     with progress.doing("loading the model"):
-        model = VLM.from_checkpoint(options.checkpoint, dtype=options.dtype)
+        model = VLM.from_checkpoint(
+            options.checkpoint, dtype=options.dtype, mesh=mesh.make(**mesh.sizes(options.mesh))
+        )
     if options.requests is not None:
         return request_files.answer_file(
             model, options.requests, options.out, drawing=drawing, exif=options.exif

@@ -28,6 +28,7 @@ VERBS = {
     "plan": "the best LLM size and number of visual tokens for a budget",
     "convert": "published weights to a model folder, and back",
     "generate": "answer prompts about images",
+    "checkpoint": "verify the checkpoints of a run against their digests",
     "compile": "what a step takes on a slice of TPUs, by the TPU compiler, without a TPU",
 }
 # Verbs with a configuration, and what stands for one that is not named.
@@ -80,6 +81,10 @@ def module(verb: str) -> ModuleType:
             from vlm_jax.verbs import generate
 
             return generate
+        case "checkpoint":
+            from vlm_jax.verbs import checkpoint
+
+            return checkpoint
         case "compile":
             from vlm_jax.verbs import compile
 

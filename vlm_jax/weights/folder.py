@@ -257,11 +257,11 @@ def place(
                 f"{name} holds NaN or infinite numbers: a model with them answers nothing; convert "
                 "again, or take a checkpoint from before they came"
             )
-        parts = row.split(numbers, [row.one(ours[key].shape) for key in keys])
+        parts = row.split(numbers, [row.item_shape(ours[key].shape) for key in keys])
         for key, part in zip(keys, parts, strict=True):
             like = ours[key]
             kind = np.dtype(dtype or like.dtype)
-            spec = jax.sharding.PartitionSpec(*row.one(tuple(like.sharding.spec)))
+            spec = jax.sharding.PartitionSpec(*row.item_shape(tuple(like.sharding.spec)))
             sharding = jax.sharding.NamedSharding(mesh, spec)
             array = jax.make_array_from_callback(part.shape, sharding, part.__getitem__)
             if not stack:
@@ -308,7 +308,7 @@ def published(table: Table, ours: dict[str, jax.Array]) -> dict[str, np.ndarray]
     """The tensors of a table, from the arrays of a model under dotted names."""
     found = {}
     for name, row in table.items():
-        found[name] = row.join([row.taken(ours[".".join(path)]) for path in row.paths])
+        found[name] = row.join([row.item(ours[".".join(path)]) for path in row.paths])
     return found
 
 

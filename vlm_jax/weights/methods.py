@@ -236,7 +236,7 @@ def inside(fields: dict, shapes: Shapes, vit: Section, wish: Wish) -> Trained | 
         raise ValueError(
             f"{field} names the compressor {claimed.kind}, and the tensors are of {method.kind}"
         )
-    if fields and method.heeds_projector_type:
+    if fields and method.checks_projector_type:
         allow("mm_projector_type", fields.get("mm_projector_type", "linear"), ("mlp2x_gelu",))
     own = {
         n.removeprefix("compressor."): s for n, s in shapes.items() if n.startswith("compressor.")

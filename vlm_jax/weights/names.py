@@ -80,7 +80,7 @@ def vit_table(vit: ViT) -> Table:
     """The tensors of CLIPVisionModel and SiglipVisionModel, without the latter's pooling head."""
     table = {
         "embeddings.patch_embedding.weight": Tensor((("patch", "kernel"),), patches=True),
-        "embeddings.position_embedding.weight": Tensor((("position",),), ours=True),
+        "embeddings.position_embedding.weight": Tensor((("position",),), unchanged=True),
         **norm("post_layernorm", "post_norm"),
     }
     if vit.patch.bias is not None:
@@ -109,11 +109,11 @@ def llm_table(llm: LLM) -> Table:
     attention = llm.blocks.attention
     biased = attention.query.bias is not None
     table = {
-        "embed_tokens.weight": Tensor((("embedding",),), ours=True),
+        "embed_tokens.weight": Tensor((("embedding",),), unchanged=True),
         "norm.weight": Tensor((("norm", "scale"),)),
     }
     if llm.head is not None:
-        table["lm_head.weight"] = Tensor((("head",),), ours=True)
+        table["lm_head.weight"] = Tensor((("head",),), unchanged=True)
     for k in range(llm.size.depth):
         block = {
             "input_layernorm.weight": Tensor((("norm1", "scale"),)),
@@ -174,7 +174,7 @@ def shapes(model: VLM) -> dict[str, tuple[int, ...]]:
     found = {}
     for name, row in model_table(model).items():
         of = [ours[".".join(path)].shape for path in row.paths]
-        found[name] = row.shape([row.one(shape) for shape in of])
+        found[name] = row.shape([row.item_shape(shape) for shape in of])
     return found
 
 

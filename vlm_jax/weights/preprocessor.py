@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a published model prepares its images: preprocessor_config.json read, and written again.
 
-Every field is honoured or refused. A field that is absent has the default of the processor class
+Every field is honored or refused. A field that is absent has the default of the processor class
 that the file names, which is asked of transformers.
 
 What is read becomes `facts.image` of a model folder and `data.image_*` of a configuration: `fit`,
@@ -33,7 +33,7 @@ SIGLIP = dict(mean=[0.5] * 3, std=[0.5] * 3, fit="stretch")
 # What a model folder has that was made before a field was born.
 OLDER = dict(resample="bicubic", resize=[], rescale=1 / 255, normalize=True)
 
-# Processors that resize, crop, rescale and normalise in this order and do nothing else; LLaVA's may
+# Processors that resize, crop, rescale and normalize in this order and do nothing else; LLaVA's may
 # pad to a square first.
 LLAVA = "LlavaImageProcessor"
 KNOWN = (
@@ -49,7 +49,7 @@ KNOWN = (
 OF_MODEL = {"llava": LLAVA}  # where no class is named, transformers takes that of the model
 FLAGS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad")
 SIZES = ("size", "crop_size", "pad_size")
-COLOURS = ("image_mean", "image_std")
+COLORS = ("image_mean", "image_std")
 NEEDED = (
     ("do_resize", "size", "resample"),
     ("do_center_crop", "crop_size"),
@@ -57,7 +57,7 @@ NEEDED = (
     ("do_normalize", "image_mean", "image_std"),
     ("do_pad", "image_mean"),
 )
-READ = (*FLAGS, *SIZES, *COLOURS, "resample", "rescale_factor", "default_to_square")
+READ = (*FLAGS, *SIZES, *COLORS, "resample", "rescale_factor", "default_to_square")
 # Names, and the form of what a processor returns: no pixel depends on them.
 OTHER = (
     "image_processor_type feature_extractor_type processor_class _processor_class name_or_path "
@@ -70,7 +70,7 @@ OTHER = (
 def facts(folder: Path, vit: Section, *, pad: bool = False) -> Section:
     """`facts.image` of a published model whose tower is `vit`, from the files of its folder.
 
-    `pad` makes images square first, with the mean colour, as config.json of a LLaVA-1.5 may ask.
+    `pad` makes images square first, with the mean color, as config.json of a LLaVA-1.5 may ask.
 
     Raises:
       ValueError: for a field that is not known or wrong, and where the pixels are not those that
@@ -167,14 +167,14 @@ def described(fields: Section, kind: str, side: int) -> Section:
         for name in needed if getattr(full, flag) and (flag != "do_pad" or pads) else ():
             _allow(name, getattr(full, name), getattr(full, name) is not None, f"one with {flag}")
     made = dict(
-        mean=colour("image_mean", full.image_mean or 0.0),
-        std=colour("image_std", full.image_std or 1.0),
+        mean=color("image_mean", full.image_mean or 0.0),
+        std=color("image_std", full.image_std or 1.0),
         resample=FILTERS[int(full.resample or 0)],
         rescale=float(full.rescale_factor) if full.do_rescale else 1.0,
         normalize=bool(full.do_normalize),
     )
     if pads and not 0 <= min(made["mean"]) <= max(made["mean"]) <= 1:
-        raise ValueError(f"image_mean={made['mean']}: do_pad pads with this colour, from 0 to 1")
+        raise ValueError(f"image_mean={made['mean']}: do_pad pads with this color, from 0 to 1")
     size = dict(full.size) if full.do_resize else {}
     crop = dict(full.crop_size or {}) if full.do_center_crop else None
     if crop is not None and crop.keys() != {"height", "width"}:
@@ -236,12 +236,12 @@ def check(fields: Section) -> None:
         elif name == "rescale_factor":
             _allow(name, value, _number(value) and value > 0, "a number above 0")
         else:
-            colour(name, value)
-            low = name == "image_std" and min(colour(name, value)) <= 0
+            color(name, value)
+            low = name == "image_std" and min(color(name, value)) <= 0
             _allow(name, value, not low, "three numbers above 0")
 
 
-def colour(name: str, value: Any) -> list[float]:
+def color(name: str, value: Any) -> list[float]:
     """Three numbers for red, green and blue; one number stands for all three."""
     several = list(value) if isinstance(value, (list, tuple)) else [value] * 3
     _allow(name, value, len(several) == 3 and all(map(_number, several)), "three numbers")

@@ -2,12 +2,11 @@
 """Training that starts from a model that is there: its sizes, its weights, its tokenizer."""
 
 import dataclasses
-import sys
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlm_jax import compressors
+from vlm_jax import compressors, progress
 from vlm_jax.compressors.method import Method
 from vlm_jax.models import vlm
 from vlm_jax.models.sizes import LLMSize, VLMSize
@@ -59,10 +58,9 @@ def prepared(config: ConfigDict, model: folder.Model) -> dict[str, Any]:
     if (fit := image["image_fit"]) == ours:
         return image
     chosen, reason = (ours, "data.image_fit") if fit != "stretch" else (fit, config.start_from)
-    print(
+    progress.say(
         f"start: images are made square by {chosen!r}, as {reason} says; data.image_fit is "
-        f"{ours!r}, and {config.start_from} was made with {fit!r}",
-        file=sys.stderr,
+        f"{ours!r}, and {config.start_from} was made with {fit!r}"
     )
     return preprocessor.configured(preprocessor.refitted(theirs, chosen))
 
@@ -114,11 +112,10 @@ def load(size: VLMSize, model: folder.Model, *, start_from: str, seed: int) -> V
     if not replaced(type(size.compressor), model):
         return folder.place(shapes, names.model_table(shapes), model.tensors)
     kept = keeps_projector(size, model)
-    print(
+    progress.say(
         f"start: encoder{', projector' * kept} and LLM of {start_from}, "
         + f"{'as' if kept else 'a fresh'} {size.compressor.kind}"
-        + " in place of its trained projector" * (not kept),
-        file=sys.stderr,
+        + " in place of its trained projector" * (not kept)
     )
     if kept:
         return folder.place(shapes, names.model_table(shapes), model.tensors)

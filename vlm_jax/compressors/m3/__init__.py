@@ -11,7 +11,7 @@ from vlm_jax.compressors.method import Interface, Method, Products, Projected
 class M3Method(Projected):
     """LLaVA-1.5's projector, its outputs averaged over windows of patches (arXiv 2405.17430).
 
-    `scales` are the numbers of tokens that training shows, all at every step; none are `nested`.
+    `scales` are the numbers of tokens that every training step uses; () stands for `nested`.
     """
 
     kind: ClassVar[str] = "m3"
@@ -27,10 +27,10 @@ class M3Method(Projected):
 
     @staticmethod
     def nested(side: int) -> tuple[int, ...]:
-        """Ascending numbers of tokens that training uses unless told: each divides the last's side.
+        """The default numbers of tokens for training, ascending; each side divides the next.
 
-        Downwards from all patches, the side is divided by its smallest prime factor each time: 576,
-        144, 36, 9 and 1 of 24 x 24 patches, as published.
+        Starting from all patches the side is divided by its smallest prime factor again and again:
+        576, 144, 36, 9 and 1 for 24 x 24 patches, as published.
         """
         sides = [side]
         while sides[-1] > 1:
@@ -68,7 +68,7 @@ class M3Method(Projected):
             Projected.check(self.at(tokens), interface)
 
     def products(self, interface: Interface, form: str) -> Products:
-        """As published, what the whole MLP made is pooled; here it is before the last layer."""
+        """The published code pools the output of the MLP; here pooling precedes its last layer."""
         P = interface.patches
         last = P if form == "published" else self.tokens
         return Products(reading=P * interface.up, other=last * interface.down)

@@ -20,12 +20,12 @@ from vlm_jax.compressors.method import Interface, Method
 class M3(LastLevel, Matryoshka):
     """LLaVA-1.5's projector, its outputs averaged over windows of patches (arXiv 2405.17430).
 
-    Averages are taken before the projector's last layer, which is linear: the same numbers from V
-    rows instead of all patches. No weight is new: a finished LLaVA-1.5 is an M3 to be trained on.
-    `scales` are the numbers of tokens that training shows, all at every step; none are `nested`.
+    Averages are taken before the projector's last layer, which is linear: the same result from V
+    rows instead of all patches. There are no new weights: a trained LLaVA-1.5 is an M3 to train on.
+    `scales` are the numbers of tokens that every training step uses; () stands for `nested`.
 
-    Source: mu-cai/matryoshka-mm at ec30cd37. There other numbers of tokens are given too, by
-    cutting the image or as another number; here they are refused.
+    Source: mu-cai/matryoshka-mm at ec30cd37. There other numbers of tokens are possible too, by
+    cropping the image or rounded to another number; here they are refused.
 
         >>> import jax, jax.numpy as jnp
         >>> from flax import nnx
@@ -55,7 +55,7 @@ class M3(LastLevel, Matryoshka):
         return self.projector.down(pool(self.hidden(levels), self.tokens))
 
     def hidden(self, levels: Float[Array, "B P Z"]) -> Float[Array, "B P F"]:
-        """What is averaged: every patch of the last level before the projector's last layer."""
+        """The input of the projector's last layer for every patch, which is averaged."""
         return self.projector.hidden(self.last(levels))
 
     def every_scale(self, levels: Float[Array, "B P Z"]) -> list[Float[Array, "B V D"]]:
@@ -67,13 +67,13 @@ class M3(LastLevel, Matryoshka):
 
 
 def pyramid(x: Float[Array, "B P F"], scales: Sequence[int]) -> list[Float[Array, "B V F"]]:
-    """The averages of each scale, from those of the smallest other that it nests in, else of x."""
-    found = {x.shape[1]: x}
+    """The averages of each scale, from the smallest scale that it divides, else from x."""
+    averages = {x.shape[1]: x}
     for tokens in sorted(set(scales), reverse=True):
         n = math.isqrt(tokens)
-        finer = min(have for have in found if math.isqrt(have) % n == 0)
-        found[tokens] = pool(found[finer], tokens)
-    return [found[tokens] for tokens in scales]
+        finer = min(count for count in averages if math.isqrt(count) % n == 0)
+        averages[tokens] = pool(averages[finer], tokens)
+    return [averages[tokens] for tokens in scales]
 
 
 def pool(x: Float[Array, "B P F"], tokens: int) -> Float[Array, "B V F"]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MQT: the first V of a row of learned queries, whose attention is the same for every image.
+"""MQT: the first V of a list of learned queries, whose attention is the same for every image.
 
 V visual tokens (`tokens`)  P patches  E vit width
 """
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from vlm_jax.compressors.method import Interface, Method, Products, linear
 from vlm_jax.compressors.tensors import Table, Tensor, attention, norm
 
-QUERIES = 256  # learned, a 16 x 16 grid, one per patch where those are fewer; arXiv 2405.19315
+QUERIES = 256  # a 16 x 16 grid, or one per patch if those are fewer; arXiv 2405.19315
 HEADS = 16  # in the published code, at width 1024
 BUCKETS = (1, 4, 16, 36, 144)  # and all queries
 
@@ -25,9 +25,9 @@ class MQTMethod(Method):
     draws_tokens: ClassVar[bool] = True
     marks: ClassVar = ("query", "pos_embed", "attn.", "proj")
     named_by: ClassVar = (("query_abstractor_type", "matry_query"),)
-    heeds_projector_type: ClassVar[bool] = False
+    checks_projector_type: ClassVar[bool] = False
     heads: int
-    queries: int = 0  # learned; 0 as published
+    queries: int = 0  # number of learned queries; 0 as published
 
     @staticmethod
     def module() -> type:
@@ -37,8 +37,7 @@ class MQTMethod(Method):
 
     @staticmethod
     def supported(side: int) -> list[int]:
-        """Ascending numbers of visual tokens on a `side` x `side` patch grid: any up to the
-        queries."""
+        """Supported V on a `side` x `side` patch grid, ascending: any up to the queries."""
         return list(range(1, min(QUERIES, side**2) + 1))
 
     @classmethod
@@ -47,14 +46,14 @@ class MQTMethod(Method):
         return [2**i for i in range(QUERIES.bit_length())]
 
     def learned(self, side: int) -> int:
-        """How many queries it learns, whatever V it is run at."""
+        """The number of learned queries, which is independent of V."""
         return self.queries or min(QUERIES, side**2)
 
     def check(self, interface: Interface) -> None:
         learned = self.learned(interface.side)
         if math.isqrt(max(learned, 0)) ** 2 != learned or learned < 1:
             raise ValueError(
-                f"mqt: {learned} queries are no square grid: choose 1, 4, 9, ... {QUERIES}"
+                f"mqt: {learned} queries are not a square grid: choose 1, 4, 9, ... {QUERIES}"
             )
         if interface.width % 4:
             raise ValueError(
@@ -70,8 +69,10 @@ class MQTMethod(Method):
         return (*(slots for slots in BUCKETS if slots < learned), learned)
 
     def prefixes(self, side: int) -> tuple[int, ...]:
-        """Numbers of tokens that second-stage steps draw from, alike: 2, 4, ... 256 as published;
-        1, 3, ... where the queries are odd in number."""
+        """Numbers of tokens from which second-stage steps draw with equal probability.
+
+        2, 4, ... 256 as published; 1, 3, ... if the number of queries is odd.
+        """
         return tuple(range(self.learned(side), 0, -2))[::-1]
 
     def parameters(self, interface: Interface) -> int:
@@ -83,9 +84,8 @@ class MQTMethod(Method):
     def products(self, interface: Interface, form: str) -> Products:
         """MQT's keys hold no image: the weights of its attention are the same for every image.
 
-        As published they are computed anew for every image. Here they are computed once for a
-        batch, and for few queries the patches are averaged before the value projection and not
-        after it.
+        The published code computes them for every image. Here they are computed once for a batch,
+        and for few queries the patches are averaged before the value projection and not after it.
         """
         V, P, width = self.tokens, interface.patches, interface.width
         side, grid = interface.side, math.isqrt(self.learned(interface.side))
@@ -106,9 +106,13 @@ class MQTMethod(Method):
 
         Names: gordonhu608/MQT-LLaVA (92c35d06).
         """
-        ours = {"pos_embed": ("position",), "query": ("query",), "proj": ("projector", "kernel")}
+        unchanged = {
+            "pos_embed": ("position",),
+            "query": ("query",),
+            "proj": ("projector", "kernel"),
+        }
         return (
-            {name: Tensor((path,), ours=True) for name, path in ours.items()}
+            {name: Tensor((path,), ours=True) for name, path in unchanged.items()}
             | attention("attn", "attention")
             | norm("ln_q", "query_norm")
             | norm("ln_k", "key_norm")
@@ -117,19 +121,19 @@ class MQTMethod(Method):
 
     @classmethod
     def of_published(cls, llava: Any) -> tuple[Method, tuple[int, ...]]:
-        """One model for any number of tokens, of which all are made unless somebody says less."""
+        """One model for any number of tokens; by default it produces one token per query."""
         side, shape = llava.side, llava.shapes.get("query", ())
         if len(shape) != 2 or math.isqrt(shape[0]) ** 2 != shape[0]:
             raise ValueError(f"compressor.query is {shape or 'missing'}: a square grid of queries")
-        asked, queries = llava.fields.get("num_visual_tokens"), shape[0]
-        # What training showed says nothing about requests.
-        if asked in (None, "first_stage", "second_stage"):
-            asked = queries
-        if isinstance(asked, str) and asked.isdecimal() and len(asked) < 9:
-            asked = int(asked)
-        tokens = llava.whole("num_visual_tokens", asked, most=queries)
+        tokens_field, queries = llava.fields.get("num_visual_tokens"), shape[0]
+        # These values describe training and not requests.
+        if tokens_field in (None, "first_stage", "second_stage"):
+            tokens_field = queries
+        if isinstance(tokens_field, str) and tokens_field.isdecimal() and len(tokens_field) < 9:
+            tokens_field = int(tokens_field)
+        tokens = llava.whole("num_visual_tokens", tokens_field, most=queries)
         tokens = tokens if llava.tokens is None else llava.tokens
         heads = llava.heads(cls.kind, HEADS)
-        # 0 stands for as many as a new model of these sizes has.
+        # 0 stands for the number of a new model of these sizes.
         usual = len(cls.supported(side))
         return cls(tokens, heads, 0 if queries == usual else queries), llava.levels

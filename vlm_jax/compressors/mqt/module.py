@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MQT: the first V of a row of learned queries, whose attention is the same for every image.
+"""MQT: the first V of a list of learned queries, whose attention is the same for every image.
 
 B batch  P patches, raster order  V visual tokens  Z = levels x E  E vit width  N heads  H head size
 D llm width  Q learned queries
@@ -22,7 +22,7 @@ from vlm_jax.layers import (
     LayerNorm,
     Linear,
     normal,
-    standardise,
+    standardize,
     uniform,
     weight,
 )
@@ -34,12 +34,11 @@ STD = 0.02  # of queries, and of the attention's out-projection at encoder width
 class MQT(Matryoshka):
     """Cross-attention of learned queries to all patches of the last level (arXiv 2405.19315).
 
-    Keys are the queries' position table, resampled to the patch grid: they hold nothing of the
-    image. Each head's attention [V P] is therefore computed from the weights alone, once for a
+    Keys are the queries' position table, resampled to the patch grid: they do not depend on the
+    image. The attention [V P] of each head is therefore computed from the weights alone, once for a
     batch and not for every image. Queries do not see each other: V tokens are exactly the first V
     of any larger number. Published: 256 queries for 24 x 24 patches, 16 heads; a smaller patch grid
-    has one query per patch unless `queries` says otherwise.
-    Only the last level is read, and no question.
+    has one query per patch unless `queries` is given. Only the last level is read, and no question.
 
     Source: `query_abstractor` of gordonhu608/MQT-LLaVA at 92c35d06. There the resampled table is
     rounded to the checkpoint's type; here it stays float32.
@@ -66,7 +65,7 @@ class MQT(Matryoshka):
         self.queries, self.buckets = method.learned(self.side), method.buckets(self.side)
         self.prefixes = method.prefixes(self.side)
         table = sines(math.isqrt(self.queries), width)
-        # Trained in the first stage, as published; frozen behind it.
+        # Trained in the first stage, as published; frozen after it.
         self.position = weight(rngs, table.shape, ("none", "none"), lambda _, __: jnp.array(table))
         self.query = weight(rngs, (self.queries, width), ("none", "none"), normal(STD))
         self.query_norm = LayerNorm(width, eps=EPS, rngs=rngs)
@@ -90,29 +89,29 @@ class MQT(Matryoshka):
         levels: Float[Array, "B P Z"],
         question: Float[Array, "B D"] | None = None,
     ) -> Float[Array, "B V D"]:
-        """The answers to the first V queries; the question is not read."""
+        """The tokens of the first V queries; the question is not read."""
         del question
         values = self.value_norm(levels[..., -self.width :])
         return self.projector(self.attention(self.scores(), values))
 
     def scores(self) -> Float[Array, "N V P"]:
-        """How much of each patch each of the first V queries takes; no image is needed."""
-        place = self.position[...]
-        queries = self.query_norm((self.query[...] + place)[: self.tokens])
-        along = jnp.array(cubic(math.isqrt(self.queries), self.side), jnp.float32)
-        grid = place.reshape(along.shape[1], along.shape[1], self.width)
-        keys = jnp.einsum("ra,cb,abe->rce", along, along, grid).reshape(-1, self.width)
+        """The attention of the first V queries to each patch; no image is needed."""
+        position = self.position[...]
+        queries = self.query_norm((self.query[...] + position)[: self.tokens])
+        resampling = jnp.array(cubic(math.isqrt(self.queries), self.side), jnp.float32)
+        grid = position.reshape(resampling.shape[1], resampling.shape[1], self.width)
+        keys = jnp.einsum("ra,cb,abe->rce", resampling, resampling, grid).reshape(-1, self.width)
         return self.attention.scores(queries, self.key_norm(keys))
 
     def fold(self) -> "FoldedMQT":
-        """The same function for inference, what does not depend on the image already computed."""
+        """The same function for inference, with the parts that no image enters precomputed."""
         return FoldedMQT(self)
 
 
 class ConstantAttention(nnx.Module):
-    """Multi-head attention of queries to keys that no image enters; only values are of the image.
+    """Multi-head attention whose queries and keys do not depend on the image; only values do.
 
-    Initialised as torch's MultiheadAttention but for the out-projection.
+    Initialized as torch's MultiheadAttention, except for the out-projection.
     """
 
     def __init__(self, width: int, heads: int, *, out_init: Initializer, rngs: nnx.Rngs):
@@ -183,8 +182,8 @@ def mix(
 def mixing_first_pays(tokens: int, patches: int, width: int, heads: int) -> bool:
     """Whether weighing the patches at full width before the projection saves multiplications.
 
-    The one place of this choice. Mixing first costs tokens x heads x patches x width, then tokens x
-    width^2; projecting first patches x width^2, then tokens x patches x width. At the published
+    The only place of this choice. Mixing first costs tokens x heads x patches x width, then tokens
+    x width^2; projecting first patches x width^2, then tokens x patches x width. At the published
     sizes mixing first pays up to 61 tokens.
     """
     return tokens * (heads * patches + width) < patches * (tokens + width)
@@ -222,9 +221,9 @@ class FoldedMQT(Matryoshka):
         levels: Float[Array, "B P Z"],
         question: Float[Array, "B D"] | None = None,
     ) -> Float[Array, "B V D"]:
-        """The answers to the first V queries; the question is not read."""
+        """The tokens of the first V queries; the question is not read."""
         del question
-        values = standardise(levels[..., -self.width :], EPS).astype(levels.dtype)
+        values = standardize(levels[..., -self.width :], EPS).astype(levels.dtype)
         mixed = mix(self.scores[...][:, : self.tokens], values, self.value[...])
         out = cpu.project(mixed, self.out[...], 2, ("batch", "len", "feature"))
         return out + self.bias[...].astype(out.dtype)
@@ -245,7 +244,7 @@ def sines(grid: int, width: int) -> np.ndarray:
 def cubic(old: int, new: int) -> np.ndarray:
     """The matrix [new old] of torch's bicubic resampling along one axis.
 
-    Cubic convolution with a = -0.75, half-pixel centres, no antialias, borders repeated.
+    Cubic convolution with a = -0.75, half-pixel centers, no antialias, borders repeated.
     """
     a, taps = -0.75, np.zeros((new, old))
     for i in range(new):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PruMerge and PruMerge+: keep what the class token looks at, merge into it what resembles it.
+"""PruMerge and PruMerge+: keep the patches the class token attends to, merge similar ones.
 
 V visual tokens (`tokens`)  P patches  E vit width
 """
@@ -9,12 +9,12 @@ from typing import ClassVar
 
 from vlm_jax.compressors.method import Interface, Number, Products, Projected, tilings
 
-NEIGHBOURS = 32  # merged into each selected patch, as published (arXiv 2403.15388 and its code)
+NEIGHBORS = 32  # merged into each selected patch, as published (arXiv 2403.15388 and its code)
 
 
 @dataclass(frozen=True)
 class PruMergeMethod(Projected):
-    """The patches that the class token attends to most, each merged with its like (2403.15388).
+    """The patches that the class token attends to most, each merged with similar ones (2403.15388).
 
     `tokens=V` selects V - 1 patches of every image. `tokens=0` is adaptive: V is then the slots,
     all of which are computed. An outlier lies above the third quartile.
@@ -36,12 +36,12 @@ class PruMergeMethod(Projected):
 
     @classmethod
     def planned(cls, side: int) -> list[int]:
-        """Those at which other methods can be compared with it."""
+        """The V at which other methods can be compared with it."""
         return tilings(side)
 
     @classmethod
     def supports(cls, side: int, tokens: Number) -> bool:
-        """Any number; what rounding leaves out has a neighbour of the same cost."""
+        """Any number; a number that rounding leaves out has a neighbor of the same cost."""
         return True
 
     @property
@@ -60,26 +60,26 @@ class PruMergeMethod(Projected):
 
     @staticmethod
     def selected(tokens: int) -> int:
-        """How many patches are selected by their attention, where `tokens` are made."""
+        """The number of patches selected by attention, for `tokens` visual tokens."""
         return tokens - 1
 
     @staticmethod
     def most(patches: int) -> int:
-        """The most tokens that an image of `patches` patches can get, where it chooses."""
+        """The most tokens of an image of `patches` patches in the adaptive form."""
         return most_outliers(patches) + 1
 
     def products(self, interface: Interface, form: str) -> Products:
-        """Each kept token finds its likes among all and adds them; the last one adds the rest.
+        """Each kept token adds its most similar patches; the last token adds all others.
 
-        Adding is a product with a matrix that is zero for all others. As published, every pair of
-        tokens is scored. The scores belong to the compressor here, though the encoder computes
+        Adding is a product with a matrix that is zero for all others. The published code scores
+        every pair of tokens. The scores count for the compressor, although the encoder computes
         them.
         """
         published = form == "published"
         V, P, width = self.visual_tokens(interface.rows), interface.patches, interface.width
         scores = 2 * (P + 1) * (P + 1 if published else 1) * width
         alike = 2 * (V - 1) * P * width
-        added = 2 * (V - 1) * (NEIGHBOURS if published else P) * width
+        added = 2 * (V - 1) * (NEIGHBORS if published else P) * width
         fixed = scores + alike + added + 2 * P * width
         return Products(fixed=fixed, reading=V * interface.up, other=V * interface.down)
 
@@ -105,21 +105,21 @@ class PruMergePlusMethod(PruMergeMethod):
 
     @staticmethod
     def selected(tokens: int) -> int:
-        """How many patches are selected by their attention, where `tokens` are made."""
+        """The number of patches selected by attention, for `tokens` visual tokens."""
         return (tokens - 1) // 2
 
     @staticmethod
     def most(patches: int) -> int:
-        """The most tokens that an image of `patches` patches can get, where it chooses."""
+        """The most tokens of an image of `patches` patches in the adaptive form."""
         return patches + 1
 
 
 def evenly(patches: int, count: int) -> range:
-    """About `count` patches at equal distances, the last patch never among them, as published."""
+    """About `count` patches at equal distances, never the last patch, as published."""
     step = patches // count
     return range(step // 2, patches - 1, step)
 
 
 def most_outliers(patches: int) -> int:
-    """How many of `patches` values can lie above their third quartile."""
+    """The largest number of `patches` values that can lie above their third quartile."""
     return patches - 1 - 3 * (patches - 1) // 4

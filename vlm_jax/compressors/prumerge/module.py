@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PruMerge and PruMerge+: keep what the class token looks at, merge into it what resembles it.
+"""PruMerge and PruMerge+: keep the patches the class token attends to, merge similar ones.
 
 B batch  P patches, raster order  M slots  S selected patches at most  V visual tokens
 Z = levels x E  E vit width  D llm width
@@ -15,12 +15,13 @@ from vlm_jax import mesh
 from vlm_jax.compressors.compressor import Compressor, Visual
 from vlm_jax.compressors.method import Interface
 from vlm_jax.compressors.projector import MLP
-from vlm_jax.compressors.prumerge import NEIGHBOURS, PruMergeMethod, evenly
+from vlm_jax.compressors.prumerge import NEIGHBORS, PruMergeMethod, evenly
 
 
 class PruMerge(Compressor):
-    """The patches that the class token attends to most, each merged with its like, and one token
-    of all others; then a two-layer MLP. Nothing but the MLP has weights.
+    """The patches that the class token attends to most, each merged with similar ones.
+
+    One more token holds all other patches; a two-layer MLP follows, the only part with weights.
 
     `tokens=V` selects V - 1 patches of every image. `tokens=0` is adaptive: each image keeps its
     outliers, the patches whose attention lies more than 1.5 interquartile ranges above the third
@@ -29,8 +30,8 @@ class PruMerge(Compressor):
 
     A selected patch becomes itself plus the attention-weighted sum of the 32 patches with the most
     similar keys, whether selected or not; the last token is the attention-weighted sum of what was
-    not selected. Tokens stand in the order of attention. All in float32, as whole numbers of tokens
-    hang on it.
+    not selected. Tokens stand in the order of attention. Everything is in float32, because the
+    number of tokens depends on it.
 
     Source: arXiv 2403.15388; `token_prune_merge_advanced` of 42Shawn/LLaVA-PruMerge at 097c0411.
 
@@ -58,12 +59,12 @@ class PruMerge(Compressor):
         *,
         rngs: nnx.Rngs,
         kernels: str = "auto",
-        neighbours: int = NEIGHBOURS,
+        neighbors: int = NEIGHBORS,
     ):
         del kernels
         super().__init__(method, interface)
         width, llm_width = interface.width, interface.llm_width
-        self.patches, self.neighbours = interface.patches, neighbours
+        self.patches, self.neighbors = interface.patches, neighbors
         self.channels = (interface.levels + 1) * width + 1
         self.kept = method.selected(method.tokens)
         self.projector = MLP(width, llm_width, llm_width, rngs=rngs)
@@ -73,8 +74,10 @@ class PruMerge(Compressor):
         levels: Float[Array, "B P Y"],
         question: Float[Array, "B D"] | None = None,
     ) -> Float[Array, "B V D"] | Visual:
-        """Visual tokens from what ViT's `keys=True` gives, and how many where that is adaptive;
-        the question is not read."""
+        """Visual tokens from levels with ViT's `keys=True`; `Visual` in the adaptive form.
+
+        The question is not read.
+        """
         del question
         width = self.width
         if levels.shape[-1] != self.channels:
@@ -93,45 +96,44 @@ class PruMerge(Compressor):
         keys: Float[Array, "B P E"],
         attention: Float[Array, "B A"],
     ) -> Visual:
-        """The tokens before the projector, [B M E], and how many of its slots each image fills.
+        """The tokens before the projector, [B M E], and the number of filled slots per image.
 
-        Behind an image's last token its slots hold what happens to be there.
+        Slots after the last token of an image hold arbitrary values.
 
         Args:
             features: the last level, class token dropped.
-            keys: of the block behind it, class token dropped.
+            keys: of the next block, class token dropped.
             attention: of the class token to each patch (`vit.class_attention`).
         """
         if attention.shape[1] != features.shape[1]:
             raise ValueError(
                 f"{features.shape[1]} patches, but the class token's attention to "
                 f"{attention.shape[1]}: {self.method.kind} ranks patches by the attention of a "
-                "class token that stands first among the keys; an encoder without one cannot serve "
-                "it"
+                "class token that stands first among the keys; an encoder without one cannot be "
+                "used here"
             )
 
         def one(features, keys, attention):
             order, count = self.select(attention)
             return merge(
                 features, keys, attention, order, count,
-                slots=self.tokens, neighbours=self.neighbours,
+                slots=self.tokens, neighbors=self.neighbors,
             ), count + 1  # fmt: skip
 
-        # Nothing passes from image to image: each device serves its own, as if it were alone.
-        of = mesh.spec("batch")
-        batched = jax.shard_map(jax.vmap(one), in_specs=of, out_specs=of)
-        given = (x.astype(jnp.float32) for x in (features, keys, attention))
-        return Visual(*batched(*(jax.sharding.reshard(x, of) for x in given)))
+        # Images are independent: each device processes its own.
+        batch = mesh.spec("batch")
+        batched = jax.shard_map(jax.vmap(one), in_specs=batch, out_specs=batch)
+        inputs = (x.astype(jnp.float32) for x in (features, keys, attention))
+        return Visual(*batched(*(jax.sharding.reshard(x, batch) for x in inputs)))
 
     def select(self, attention: Float[Array, " P"]) -> tuple[Int[Array, " P"], Int[Array, ""]]:
-        """All patches of an image, the selected first and in their final order; how many those
-        are."""
+        """All patches of an image, selected ones first in final order; the number of selected."""
         count = outliers(attention) if self.adaptive else jnp.int32(self.kept)
         return jnp.argsort(attention, descending=True), count
 
 
 class PruMergePlus(PruMerge):
-    """PruMerge that also keeps every n-th patch in raster order, whatever the class token sees.
+    """PruMerge that also keeps every n-th patch in raster order.
 
     `tokens=V` selects (V - 1) / 2 patches by attention, and as many at equal distances, as the
     published code does for training; a patch that is selected twice fills two slots. `tokens=0`
@@ -156,27 +158,29 @@ class PruMergePlus(PruMerge):
     """
 
     def select(self, attention: Float[Array, " P"]) -> tuple[Int[Array, " P"], Int[Array, ""]]:
-        """All patches of an image, the selected first and in their final order; how many those
-        are. A patch that was selected twice is there twice, and one that was not at all is not."""
-        place, ranked = jnp.arange(self.patches), jnp.argsort(attention, descending=True)
+        """All patches of an image, selected ones first in final order; the number of selected.
+
+        A patch that was selected twice occurs twice.
+        """
+        patch, ranked = jnp.arange(self.patches), jnp.argsort(attention, descending=True)
         if not self.adaptive:
             grid = evenly(self.patches, self.kept)
             first = jnp.concatenate([ranked[: self.kept], jnp.array(grid)])
-            return behind(first, self.patches), jnp.int32(len(first))
-        kept = outliers(attention)
+            return selected_first(first, self.patches), jnp.int32(len(first))
+        count = outliers(attention)
         rank = jnp.argsort(ranked)
-        step = jnp.maximum(self.patches // jnp.maximum(kept, 1) // 3, 1)
+        step = jnp.maximum(self.patches // jnp.maximum(count, 1) // 3, 1)
         # As published, the last patch is never among these.
-        sampled = (place % step == 0) & (place < self.patches - 1) & (kept > 0)
-        others = place + self.patches * jnp.where(sampled, 1, 2)
-        order = jnp.argsort(jnp.where(rank < kept, rank, others))
-        return order, kept + (sampled & (rank >= kept)).sum()
+        sampled = (patch % step == 0) & (patch < self.patches - 1) & (count > 0)
+        others = patch + self.patches * jnp.where(sampled, 1, 2)
+        order = jnp.argsort(jnp.where(rank < count, rank, others))
+        return order, count + (sampled & (rank >= count)).sum()
 
 
-def behind(first: Int[Array, " S"], patches: int) -> Int[Array, " P"]:
-    """The selected patches and behind them the others, ascending, `patches` in all.
+def selected_first(first: Int[Array, " S"], patches: int) -> Int[Array, " P"]:
+    """The selected patches, then the others in ascending order, `patches` in all.
 
-    As published, for each patch that is selected twice the lowest of the others is left out.
+    As published, for each patch that is selected twice the lowest other patch is left out.
     """
     others = jnp.argsort(jnp.arange(patches).at[first].set(-1))[len(first) :]
     return jnp.concatenate([first, others])
@@ -196,20 +200,20 @@ def merge(
     count: Int[Array, ""],
     *,
     slots: int,
-    neighbours: int,
+    neighbors: int,
 ) -> Float[Array, "M E"]:
-    """The tokens of one image: `count` merged patches, one of all others, what is behind is noise.
+    """The tokens of one image: `count` merged patches, one token of all others, then noise.
 
-    Patches are taken in `order`. What is alike does not depend on what was selected, so all slots
-    search at once, and as many as there may be.
+    Patches are taken in `order`. Similarity does not depend on the selection, so all slots search
+    at once.
     """
     features, keys, attention = features[order], keys[order], attention[order]
     keys = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
-    place, rows = jnp.arange(len(order)), jnp.arange(slots - 1)
-    alike = jnp.matmul(keys[: slots - 1], keys.T, precision=lax.Precision.HIGHEST)
-    alike = jnp.where(rows[:, None] == place, -jnp.inf, alike)
-    _, near = lax.top_k(alike, min(neighbours, len(order) - 1))
-    weights = jnp.zeros_like(alike).at[rows[:, None], near].set(attention[near])
+    patch, rows = jnp.arange(len(order)), jnp.arange(slots - 1)
+    similarity = jnp.matmul(keys[: slots - 1], keys.T, precision=lax.Precision.HIGHEST)
+    similarity = jnp.where(rows[:, None] == patch, -jnp.inf, similarity)
+    _, near = lax.top_k(similarity, min(neighbors, len(order) - 1))
+    weights = jnp.zeros_like(similarity).at[rows[:, None], near].set(attention[near])
     merged = features[: slots - 1] + weights @ features
-    others = jnp.where(place >= count, attention, 0) @ features
+    others = jnp.where(patch >= count, attention, 0) @ features
     return jnp.pad(merged, ((0, 1), (0, 0))).at[count].set(others)

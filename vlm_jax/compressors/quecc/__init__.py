@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QueCC: a convolution of patches plus question asks, every window answers (arXiv 2411.03312).
+"""QueCC: queries from patches and question attend to windows of patches (arXiv 2411.03312).
 
 V visual tokens (`tokens`)  P patches  E vit width  D llm width
 """
@@ -21,16 +21,16 @@ from vlm_jax.compressors.tensors import Table, Tensor, attention, joined_mlp, ml
 from vlm_jax.compressors.tensors import linear as linear_tensors
 
 QUERIES = ("none", "separate", "prefix")  # where the feature of the question comes from
-DOWNSAMPLES = ("conv", "pool")  # what makes one query out of a window
+DOWNSAMPLES = ("conv", "pool")  # how the query of a window is made
 HEADS = 8  # written into the published code
-TEXTED = "0.text_projection.0.weight"  # a tensor that is there where it reads the question
+TEXT_PROJECTION = "0.text_projection.0.weight"  # exists if the model reads the question
 
 
 @dataclass(frozen=True)
 class QueCCMethod(Method):
     """Windowed cross-attention whose queries are a depthwise convolution of patches plus question.
 
-    `query` says who gives the question's feature, `downsample` what makes a window's query.
+    `query` is the source of the question's feature, `downsample` makes the query of a window.
     """
 
     kind: ClassVar[str] = "quecc"
@@ -84,14 +84,14 @@ class QueCCMethod(Method):
         if not self.reads_question:
             return Products(reading=read + first, other=other)
         read += 2 * interface.llm_width * interface.width
-        # Published, the question is added to every patch before the query's first layer; here it
-        # goes through that layer by itself.
+        # The published code adds the question to every patch before the query's first layer; here
+        # it goes through that layer separately.
         if form == "published":
             return Products(reading=read, other=other + first)
         return Products(reading=read + first, other=other + square)
 
     def published(self) -> Table:
-        """QueCC is the first of a sequence whose others are LLaVA's projector.
+        """QueCC is the first module of a sequence; the others are LLaVA's projector.
 
         Names: locuslab/llava-token-compression (bdedebdf).
         """
@@ -115,7 +115,7 @@ class QueCCMethod(Method):
 
     @classmethod
     def of_published(cls, llava: Any) -> tuple[Method, tuple[int, ...]]:
-        """QueCC of the paper's own code."""
+        """QueCC from the paper's code."""
         side, fields, shapes = llava.side, llava.fields, llava.shapes
         prefix = "mm_vision_token_compression"
         counted = fields.get("mm_vision_output_token_count", 576)
@@ -126,7 +126,7 @@ class QueCCMethod(Method):
         taps = shapes.get("0.q_downsample.weight", ())
         if len(taps) != 4 or taps[2] != taps[3]:
             raise ValueError(
-                f"compressor.0.q_downsample.weight is {taps or 'missing'}, no convolution"
+                f"compressor.0.q_downsample.weight is {taps or 'missing'}, not a convolution"
             )
         kernel, stride = (
             llava.whole(f"{prefix}_{name}", fields.get(f"{prefix}_{name}", usual))
@@ -141,14 +141,14 @@ class QueCCMethod(Method):
                 f"{prefix}_kernel_size={kernel} with {prefix}_stride={stride} on a {side}x{side} "
                 f"grid is not supported: both must be one number that divides {side}"
             )
-        if TEXTED in shapes:
+        if TEXT_PROJECTION in shapes:
             size = fields.get("mm_vision_output_text_embedding_size")
-            if size is not None and size != shapes[TEXTED][-1]:
+            if size is not None and size != shapes[TEXT_PROJECTION][-1]:
                 raise ValueError(
                     f"mm_vision_output_text_embedding_size={llava.value_text(size)}, and "
-                    f"compressor.{TEXTED} is {shapes[TEXTED]}"
+                    f"compressor.{TEXT_PROJECTION} is {shapes[TEXT_PROJECTION]}"
                 )
         levels = llava.levels_of("0.k_proj.0.weight", LEVELS)
         heads = llava.heads(cls.kind, HEADS, fixed=True)
-        query = "separate" if TEXTED in shapes else "none"
+        query = "separate" if TEXT_PROJECTION in shapes else "none"
         return cls((side // kernel) ** 2, heads, query), levels

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QueCC: a convolution of patches plus question asks, every window answers (arXiv 2411.03312).
+"""QueCC: queries from patches and question attend to windows of patches (arXiv 2411.03312).
 
 B batch  P patches, window-major  V visual tokens  W patches under one convolution window
 Z = levels x E  E vit width  D llm width
@@ -25,13 +25,13 @@ class QueCC(Compressor):
 
     The question's feature (last token, after the LLM's final norm) is projected and added to every
     patch of the last level; an MLP, a norm and a strided depthwise convolution make one query per
-    window; keys and values come from all levels. `query` says who gives the feature: "separate", a
-    pass of the LLM over the question alone (published); "prefix", the LLM's own pass over the text
-    before the image; "none" leaves the question out and has no weights for it.
+    window; keys and values come from all levels. `query` is the source of the feature: "separate",
+    a pass of the LLM over the question alone (published); "prefix", the LLM's own pass over the
+    text before the image; "none" leaves the question out and has no weights for it.
 
-    `kernel` and `stride` of the convolution are the window's side unless given; the attention's
-    windows tile the grid whatever they are. `downsample="pool"` takes the mean of each window in
-    the convolution's place, without weights: not published, it shows what the convolution is worth.
+    `kernel` and `stride` of the convolution are the window's side by default; the attention's
+    windows always tile the grid. `downsample="pool"` replaces the convolution by the mean of each
+    window, without weights: not published, it shows what the convolution contributes.
 
     Source: `mm_projector` type quecc of locuslab/llava-token-compression at bdedebdf.
 
@@ -147,7 +147,7 @@ class QueCC(Compressor):
 
 
 def check_convolution(side: int, kernel: int, stride: int, tokens: int) -> None:
-    """Raises unless an unpadded convolution gives `tokens` outputs on a `side` x `side` grid."""
+    """Raises ValueError unless an unpadded convolution gives `tokens` outputs on the grid."""
     outputs = (side - kernel) // stride + 1 if 1 <= kernel <= side and stride >= 1 else 0
     if outputs**2 != tokens:
         raise ValueError(
@@ -159,6 +159,8 @@ def check_convolution(side: int, kernel: int, stride: int, tokens: int) -> None:
 
 def fields(side: int, window: int, kernel: int, stride: int) -> np.ndarray:
     """Window-major index of each patch under each output of the convolution, int [V kernel^2]."""
-    place = np.argsort(window_order(side, window)).reshape(side, side)
-    seen = np.lib.stride_tricks.sliding_window_view(place, (kernel, kernel))[::stride, ::stride]
-    return seen.reshape(-1, kernel**2)
+    position = np.argsort(window_order(side, window)).reshape(side, side)
+    covered = np.lib.stride_tricks.sliding_window_view(position, (kernel, kernel))[
+        ::stride, ::stride
+    ]
+    return covered.reshape(-1, kernel**2)

@@ -33,7 +33,7 @@ class TokenPackerMethod(Method):
         ("mm_vision_token_compression_type", "token-packer"),
         ("mm_projector_type", "tokenpacker"),
     )
-    heeds_projector_type: ClassVar[bool] = False
+    checks_projector_type: ClassVar[bool] = False
     heads: int
 
     @staticmethod

@@ -98,7 +98,7 @@ class TokenPacker(Compressor):
         return self.attention(query, self.key_norm(keys), self.value_norm(values))
 
     def downsample(self, x: Float[Array, "B P E"]) -> Float[Array, "B V E"]:
-        """Bilinear interpolation without antialias: the centre of each window, in float32.
+        """Bilinear interpolation without antialias: the center of each window, in float32.
 
         One patch where the window's side is odd, the mean of the middle four where it is even.
         """

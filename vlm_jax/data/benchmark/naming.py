@@ -8,7 +8,7 @@ The constants set how varied the wording is.
 import random
 from typing import NamedTuple
 
-from vlm_jax.data.benchmark.scenes import COLOUR_NAMES, KINDS, SIZES, Scene
+from vlm_jax.data.benchmark.scenes import COLOR_NAMES, KINDS, SIZES, Scene
 
 FILLER_RATE = 0.05  # questions that open with words that say nothing
 SYNONYM_RATE = 0.1  # words replaced by one of their synonyms
@@ -35,10 +35,10 @@ EXTREMES = {"left": "leftmost", "right": "rightmost", "above": "topmost", "below
 
 
 class Phrase(NamedTuple):
-    """A description by size, colour and kind; -1 leaves one out."""
+    """A description by size, color and kind; -1 leaves one out."""
 
     size: int
-    colour: int
+    color: int
     kind: int
 
 
@@ -52,14 +52,14 @@ class View:
         self.rng = rng
         self.shapes = shapes = scene.shapes
         self.all = (1 << len(shapes)) - 1
-        self.sizes, self.colours, self.kinds = (
+        self.sizes, self.colors, self.kinds = (
             [0] * len(SIZES),
-            [0] * len(COLOUR_NAMES),
+            [0] * len(COLOR_NAMES),
             [0] * len(KINDS),
         )
         for i, s in enumerate(shapes):
             self.sizes[s.size] |= 1 << i
-            self.colours[s.colour] |= 1 << i
+            self.colors[s.color] |= 1 << i
             self.kinds[s.kind] |= 1 << i
         side = {name: [0] * len(shapes) for name in RELATIONS}
         for i, s in enumerate(shapes):
@@ -76,18 +76,18 @@ class View:
         found = self.all
         if p.size >= 0:
             found &= self.sizes[p.size]
-        if p.colour >= 0:
-            found &= self.colours[p.colour]
+        if p.color >= 0:
+            found &= self.colors[p.color]
         if p.kind >= 0:
             found &= self.kinds[p.kind]
         return found
 
     def phrase(self, index: int, parts: str) -> Phrase:
-        """The description of shape `index` by "s" size, "c" colour, "k" kind."""
+        """The description of shape `index` by "s" size, "c" color, "k" kind."""
         s = self.shapes[index]
         return Phrase(
             s.size if "s" in parts else -1,
-            s.colour if "c" in parts else -1,
+            s.color if "c" in parts else -1,
             s.kind if "k" in parts else -1,
         )
 
@@ -98,7 +98,7 @@ class View:
             return self.phrase(rng.randrange(len(self.shapes)), parts)
         return Phrase(
             rng.randrange(len(SIZES)) if "s" in parts else -1,
-            rng.randrange(len(COLOUR_NAMES)) if "c" in parts else -1,
+            rng.randrange(len(COLOR_NAMES)) if "c" in parts else -1,
             rng.randrange(len(KINDS)) if "k" in parts else -1,
         )
 
@@ -128,8 +128,8 @@ class View:
 
     def say(self, p: Phrase, plural: bool = False) -> str:
         words = [self.word(SIZES[p.size])] if p.size >= 0 else []
-        if p.colour >= 0:
-            words.append(COLOUR_NAMES[p.colour])
+        if p.color >= 0:
+            words.append(COLOR_NAMES[p.color])
         noun = KINDS[p.kind] if p.kind >= 0 else "shape"
         words.append(
             self.word((noun + "es" if noun == "cross" else noun + "s") if plural else noun)

@@ -3,12 +3,13 @@
 
 A form is a function that draws one question of its kind about a scene, or None where the scene does
 not allow it. The constants set how many steps a question takes; naming.py has those of its wording.
+The questions say "colour": their words are data, and another spelling would be other data.
 """
 
 from typing import NamedTuple
 
 from vlm_jax.data.benchmark.naming import ANY, EXTREMES, RELATIONS, Phrase, View
-from vlm_jax.data.benchmark.scenes import COLOUR_NAMES, KINDS, SIZES, Scene
+from vlm_jax.data.benchmark.scenes import COLOR_NAMES, KINDS, SIZES, Scene
 
 MOST = 4  # the largest count asked for
 CHAIN_DEPTH = (2, 2, 3)  # steps of a chain of relations, drawn from these
@@ -45,7 +46,7 @@ def _one(mask: int) -> int | None:
 def caption(scene: Scene) -> Question:
     """Every shape in reading order: dense supervision for training, as captions are for LLaVA."""
     words = " ".join(
-        f"{SIZES[s.size]} {COLOUR_NAMES[s.colour]} {KINDS[s.kind]}" for s in scene.shapes
+        f"{SIZES[s.size]} {COLOR_NAMES[s.color]} {KINDS[s.kind]}" for s in scene.shapes
     )
     return Question("caption", "caption", ("caption",), words, words, "describe the picture.")
 
@@ -124,12 +125,12 @@ def equal(v: View):
 
 
 def which_more(v: View):
-    masks, names = (v.colours, COLOUR_NAMES) if v.rng.random() < 0.5 else (v.kinds, KINDS)
+    masks, names = (v.colors, COLOR_NAMES) if v.rng.random() < 0.5 else (v.kinds, KINDS)
     i, j = v.rng.sample(range(len(names)), 2)
     a, b = masks[i].bit_count(), masks[j].bit_count()
     if a == b:
         return None
-    what = "colour" if names is COLOUR_NAMES else "kind"
+    what = "colour" if names is COLOR_NAMES else "kind"
     text = v.ask(
         f"which {what} is more common, {names[i]} or {names[j]}?",
         f"what do you see more often, {names[i]} or {names[j]}?",
@@ -176,7 +177,7 @@ def _step(v: View, anchor: int, without: str) -> tuple[int, str, Phrase, str] | 
 def _about(v: View, index: int, attribute: str) -> tuple[str, str]:
     """The attribute of a shape ("c" or "k") as an answer, and the words that ask for it."""
     s = v.shapes[index]
-    return (COLOUR_NAMES[s.colour], "colour") if attribute == "c" else (KINDS[s.kind], "kind")
+    return (COLOR_NAMES[s.color], "colour") if attribute == "c" else (KINDS[s.kind], "kind")
 
 
 def beside(v: View):
@@ -231,17 +232,17 @@ def attribute(v: View):
     return _question("attribute", "attribute:" + part, p, answer, text)
 
 
-def is_colour(v: View):
+def is_color(v: View):
     if (found := v.named(without="c")) is None:
         return None
     index, p = found
-    own = v.shapes[index].colour
-    colour = own if v.rng.random() < 0.5 else v.rng.randrange(len(COLOUR_NAMES))
+    own = v.shapes[index].color
+    color = own if v.rng.random() < 0.5 else v.rng.randrange(len(COLOR_NAMES))
     text = v.ask(
-        f"is the {v.say(p)} {COLOUR_NAMES[colour]}?",
-        f"does the {v.say(p)} look {COLOUR_NAMES[colour]}?",
+        f"is the {v.say(p)} {COLOR_NAMES[color]}?",
+        f"does the {v.say(p)} look {COLOR_NAMES[color]}?",
     )
-    return _question("attribute", "is_colour", (p, colour), _yes(colour == own), text)
+    return _question("attribute", "is_color", (p, color), _yes(color == own), text)
 
 
 # composition
@@ -284,14 +285,14 @@ def not_a(v: View):
     p, q = v.any_phrase(one), v.any_phrase(other)
     found = v.mask(p) & ~v.mask(q)
     if v.rng.random() < 0.5:
-        word = COLOUR_NAMES[q.colour] if other == "c" else v.a(q)
+        word = COLOR_NAMES[q.color] if other == "c" else v.a(q)
         text = v.ask(
             f"is there {v.a(p)} that is not {word}?", f"can you see {v.a(p)} which is not {word}?"
         )
         return _question("composition", "not", (p, q), _yes(found > 0), text)
     if found.bit_count() > 2:
         return None
-    word = COLOUR_NAMES[q.colour] if other == "c" else v.say(q, True)
+    word = COLOR_NAMES[q.color] if other == "c" else v.say(q, True)
     text = v.ask(f"how many {v.say(p, True)} are not {word}?")
     return _question("composition", "count_not", (p, q), str(found.bit_count()), text)
 
@@ -301,7 +302,7 @@ def either(v: View):
     found = (v.mask(p) | v.mask(q)).bit_count()
     if found > MOST:
         return None
-    text = v.ask(f"how many {v.say(ANY, True)} are {COLOUR_NAMES[p.colour]} or {v.say(q, True)}?")
+    text = v.ask(f"how many {v.say(ANY, True)} are {COLOR_NAMES[p.color]} or {v.say(q, True)}?")
     return _question("composition", "either", (p, q), str(found), text)
 
 
@@ -358,7 +359,7 @@ FORMS = (
     (beside, 0.3),
     (extreme, 1),
     (attribute, 2),
-    (is_colour, 0.5),
+    (is_color, 0.5),
     (chain, 0.3),
     (logic, 0.3),
     (not_a, 0.2),

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages of numbers, words, labels and handwriting to be read: drawn and labelled by patch.
+"""Pages of numbers, words, labels and handwriting to be read: drawn and labeled by patch.
 
 Print uses the fonts that matplotlib ships, handwriting the scanned digits that scikit-learn ships
 (E. Alpaydin and C. Kaynak, UCI "Optical Recognition of Handwritten Digits", 8 x 8 pixels), of which
 each split has its own. Glyphs are set one by one, at least ADVANCE pixels apart, so that no two
-have their centres in one patch. The constants below set how hard a page is.
+have their centers in one patch. The constants below set how hard a page is.
 """
 
 import functools
@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vlm_jax.data.benchmark.scenes import (
-    COLOUR_NAMES,
-    COLOURS,
+    COLOR_NAMES,
+    COLORS,
     KINDS,
     PATCH,
     SHAPE_CLASSES,
@@ -54,8 +54,8 @@ FONTS = (
     "DejaVuSansMono-Bold",
 )
 CHARACTERS = "0123456789" + "".join(sorted(CONSONANTS + VOWELS))
-CARD_CLASS = SHAPE_CLASSES + 1  # patch classes of plain cards, by colour
-GLYPH_CLASS = CARD_CLASS + len(COLOURS)  # patch classes of characters
+CARD_CLASS = SHAPE_CLASSES + 1  # patch classes of plain cards, by color
+GLYPH_CLASS = CARD_CLASS + len(COLORS)  # patch classes of characters
 PATCH_CLASSES = GLYPH_CLASS + len(CHARACTERS)
 
 PLACES = {1: ("",), 2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
@@ -77,9 +77,9 @@ class Line(NamedTuple):
     font: int
     ink: tuple[int, int, int]
     digits: tuple[int, ...]
-    card: int  # colour of the card below, or -1
+    card: int  # color of the card below, or -1
     kind: int  # shape to the left, or -1
-    kind_colour: int
+    kind_color: int
 
 
 class Page(NamedTuple):
@@ -168,12 +168,12 @@ def _string(rng: random.Random, task: str, split: str) -> str:
             return text
 
 
-def _brightness(colour) -> float:
-    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+def _brightness(color) -> float:
+    return 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
 
 
 def _ink(rng: random.Random, ground) -> tuple[int, int, int]:
-    """A colour at random that stands out from the ground by 110 of 255 in brightness."""
+    """A color at random that stands out from the ground by 110 of 255 in brightness."""
     while True:
         ink = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
         if abs(_brightness(ink) - _brightness(ground)) > 110:
@@ -191,7 +191,7 @@ def draw_page(rng: random.Random, split: str) -> Page:
     labels = rng.random() < 0.2
     count = rng.choice(LABELS if labels else LINES)
     cards = rng.random() < 0.5
-    kinds, colours = rng.sample(range(len(KINDS)), count), rng.sample(range(len(COLOURS)), count)
+    kinds, colors = rng.sample(range(len(KINDS)), count), rng.sample(range(len(COLORS)), count)
     same = rng.choice(("number", "word", "handwriting"))  # one task per page, or one per line
     mixed = count > 1 and rng.random() < 0.3
     lines, band = [], SIDE // count
@@ -200,9 +200,9 @@ def draw_page(rng: random.Random, split: str) -> Page:
             "label" if labels else rng.choice(("number", "word", "handwriting")) if mixed else same
         )
         text = _string(rng, task, split)
-        card = colours[k] if labels and cards else -1
+        card = colors[k] if labels and cards else -1
         kind = kinds[k] if labels and not cards else -1
-        ink = _ink(rng, COLOURS[COLOUR_NAMES[card]] if card >= 0 else background)
+        ink = _ink(rng, COLORS[COLOR_NAMES[card]] if card >= 0 else background)
         digits = (
             tuple(rng.choice(scans_of(split, int(d))) for d in text)
             if task == "handwriting"
@@ -220,7 +220,7 @@ def draw_page(rng: random.Random, split: str) -> Page:
             digits,
             card,
             kind,
-            rng.randrange(len(COLOURS)),
+            rng.randrange(len(COLORS)),
         )
         # In patches: room for the shape to the left, or for the margin of a card.
         first = 2 if kind >= 0 else 1 if card >= 0 else 0
@@ -247,7 +247,7 @@ def ask(page: Page, k: int, rng: random.Random) -> tuple[str, str]:
     line = page.lines[k]
     if line.task == "label":
         if line.card >= 0:
-            name = f"the {COLOUR_NAMES[line.card]} card"
+            name = f"the {COLOR_NAMES[line.card]} card"
             wordings = (f"what is written on {name}?", f"read {name}.", f"what does {name} say?")
         else:
             name = f"the {KINDS[line.kind]}"
@@ -277,7 +277,7 @@ def render(page: Page) -> np.ndarray:
     """The picture, uint8 [SIDE, SIDE, 3]."""
     image = Image.new("RGB", (SIDE, SIDE), page.background)
     canvas = ImageDraw.Draw(image)
-    _draw_props(canvas, page, [COLOURS[name] for name in COLOUR_NAMES], None)
+    _draw_props(canvas, page, [COLORS[name] for name in COLOR_NAMES], None)
     pixels = np.array(image)
     for line in page.lines:
         ink = np.array(line.ink, np.int32)
@@ -289,26 +289,24 @@ def render(page: Page) -> np.ndarray:
 
 
 def _draw_props(canvas: ImageDraw.ImageDraw, page: Page, card_fill, shape_fill) -> None:
-    """Draws cards and shapes; `shape_fill` numbers the shapes by line instead of colouring them."""
+    """Draws cards and shapes; `shape_fill` numbers the shapes by line instead of coloring them."""
     for number, line in enumerate(page.lines, 1):
         if line.card >= 0:
             right = line.x + ADVANCE * len(line.text) + 7
             canvas.rectangle((line.x - 8, line.y - 7, right, line.y + 7), fill=card_fill[line.card])
         if line.kind >= 0:
-            fill = number if shape_fill else COLOURS[COLOUR_NAMES[line.kind_colour]]
+            fill = number if shape_fill else COLORS[COLOR_NAMES[line.kind_color]]
             draw_shape(canvas, line.kind, line.x - 3 * PATCH // 2, line.y, 5, fill)
 
 
 def patch_labels(page: Page, side: int) -> np.ndarray:
-    """Per patch what it shows, int32 [side * side]: the character whose centre it holds, else the
+    """Per patch what it shows, int32 [side * side]: the character whose center it holds, else the
     shape or the card that covers most of it, else 0."""
     owners = Image.new("L", (SIDE, SIDE), 0)
     count = len(page.lines)
-    _draw_props(ImageDraw.Draw(owners), page, range(count + 1, count + 1 + len(COLOURS)), True)
-    classes = [0] + [
-        shape_class(s.kind, s.kind_colour, 0) if s.kind >= 0 else 0 for s in page.lines
-    ]
-    classes += range(CARD_CLASS, CARD_CLASS + len(COLOURS))
+    _draw_props(ImageDraw.Draw(owners), page, range(count + 1, count + 1 + len(COLORS)), True)
+    classes = [0] + [shape_class(s.kind, s.kind_color, 0) if s.kind >= 0 else 0 for s in page.lines]
+    classes += range(CARD_CLASS, CARD_CLASS + len(COLORS))
     labels = np.array(classes, np.int32)[covering(np.asarray(owners), side)]
     patch = SIDE // side
     for line in page.lines:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes of coloured shapes for questions that need reasoning: drawn, described and labelled by
+"""Scenes of colored shapes for questions that need reasoning: drawn, described and labeled by
 patch.
 
 A scene is a tuple of shapes on a jittered grid, so that "left of" and "above" are never in doubt:
@@ -20,7 +20,7 @@ GRID = 3  # cells of a side that may hold a shape
 JITTER = 7  # pixels by which a shape may leave the middle of its cell: half a patch, and one pixel
 OBJECTS = (2, 6)  # fewest and most shapes of a scene
 KINDS = ("circle", "square", "triangle", "cross", "star")
-COLOURS = {
+COLORS = {
     "red": (214, 40, 40),
     "green": (38, 150, 62),
     "blue": (45, 85, 215),
@@ -28,20 +28,20 @@ COLOURS = {
     "purple": (140, 60, 185),
     "orange": (245, 130, 25),
 }
-COLOUR_NAMES = tuple(COLOURS)
+COLOR_NAMES = tuple(COLORS)
 SIZES = ("small", "big")
 RADIUS = (4, 6)  # pixels, by size
 
-SHAPE_CLASSES = len(KINDS) * len(COLOURS) * len(SIZES)  # patch classes 1 .. SHAPE_CLASSES
+SHAPE_CLASSES = len(KINDS) * len(COLORS) * len(SIZES)  # patch classes 1 .. SHAPE_CLASSES
 
 
 class Shape(NamedTuple):
     kind: int
-    colour: int
+    color: int
     size: int
     column: int
     row: int
-    x: int  # centre, pixels
+    x: int  # center, pixels
     y: int
 
 
@@ -50,15 +50,15 @@ class Scene(NamedTuple):
     shapes: tuple[Shape, ...]
 
 
-def shape_class(kind: int, colour: int, size: int) -> int:
+def shape_class(kind: int, color: int, size: int) -> int:
     """The patch class of a shape, 1 .. SHAPE_CLASSES; 0 is the background."""
-    return 1 + (kind * len(COLOURS) + colour) * len(SIZES) + size
+    return 1 + (kind * len(COLORS) + color) * len(SIZES) + size
 
 
 def draw_scene(rng: random.Random) -> Scene:
-    """A scene at random; some have few colours or kinds, so that large counts occur."""
+    """A scene at random; some have few colors or kinds, so that large counts occur."""
     count = rng.randint(*OBJECTS)
-    colours = rng.sample(range(len(COLOURS)), rng.randint(2, len(COLOURS)))
+    colors = rng.sample(range(len(COLORS)), rng.randint(2, len(COLORS)))
     kinds = rng.sample(range(len(KINDS)), rng.randint(2, len(KINDS)))
     cell = SIDE // GRID
     shapes = []
@@ -67,7 +67,7 @@ def draw_scene(rng: random.Random) -> Scene:
         shapes.append(
             Shape(
                 rng.choice(kinds),
-                rng.choice(colours),
+                rng.choice(colors),
                 rng.randrange(len(SIZES)),
                 column,
                 row,
@@ -86,7 +86,7 @@ def _jitter(rng: random.Random) -> int:
 
 def content(scene: Scene) -> tuple:
     """What the scene shows, without jitter and background; equal content is the same scene."""
-    return tuple((s.kind, s.colour, s.size, s.column, s.row) for s in scene.shapes)
+    return tuple((s.kind, s.color, s.size, s.column, s.row) for s in scene.shapes)
 
 
 def _unit_polygons() -> tuple[np.ndarray | None, ...]:
@@ -124,7 +124,7 @@ _POLYGONS = _unit_polygons()
 def draw_shape(
     canvas: ImageDraw.ImageDraw, kind: int, x: Real, y: Real, radius: Real, fill
 ) -> None:
-    """Fills one shape, centred at (x, y), on a PIL canvas; all lengths in pixels."""
+    """Fills one shape, centered at (x, y), on a PIL canvas; all lengths in pixels."""
     corners = _POLYGONS[kind]
     if corners is None:
         canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
@@ -137,8 +137,8 @@ def render(scene: Scene) -> np.ndarray:
     image = Image.new("RGB", (2 * SIDE, 2 * SIDE), scene.background)
     canvas = ImageDraw.Draw(image)
     for s in scene.shapes:
-        colour = COLOURS[COLOUR_NAMES[s.colour]]
-        draw_shape(canvas, s.kind, 2 * s.x, 2 * s.y, 2 * RADIUS[s.size], colour)
+        color = COLORS[COLOR_NAMES[s.color]]
+        draw_shape(canvas, s.kind, 2 * s.x, 2 * s.y, 2 * RADIUS[s.size], color)
     return np.asarray(image.reduce(2))
 
 
@@ -166,7 +166,5 @@ def patch_labels(scene: Scene, side: int) -> np.ndarray:
     canvas = ImageDraw.Draw(owners)
     for number, s in enumerate(scene.shapes, 1):
         draw_shape(canvas, s.kind, s.x, s.y, RADIUS[s.size], number)
-    classes = np.array(
-        [0] + [shape_class(s.kind, s.colour, s.size) for s in scene.shapes], np.int32
-    )
+    classes = np.array([0] + [shape_class(s.kind, s.color, s.size) for s in scene.shapes], np.int32)
     return classes[covering(np.asarray(owners), side)]

@@ -1,0 +1,105 @@
+# shellcheck shell=bash disable=SC2034
+# Sourced by every script of this folder: it prints what it does, and ends with one line and a status.
+
+# Exit statuses, the same in all scripts (launch/README.md has the table).
+USAGE=2        # a wrong word or setting: nothing was done
+REFUSED=3      # the cloud refused: quota or permission; nothing was created
+RESTART=42     # the run saved and stopped, or was killed: the same command continues it
+NOT_STARTED=66 # there is no run of this command on the TPU
+LOST=69        # the TPU was taken away: launch/create.sh asks for it again
+FAILED=70      # the request failed before the TPU was ready
+BUSY=73        # another run is going on there
+AGAIN=75       # no answer: the same command can be repeated
+
+DRY=${DRY:-0}                   # 1 prints the commands and does nothing
+POLL_SECONDS=${POLL_SECONDS:-30}
+PATIENCE=${PATIENCE:-5}         # how many times in a row a cloud or a worker may give no answer
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+
+# die STATUS WORD ...: the one line that a failure ends with.
+die() {
+  local status=$1
+  shift
+  echo "$(basename "$0"): $*" >&2
+  exit "$status"
+}
+
+# Words as a shell reads them back, with a space between.
+quoted() {
+  local text
+  text=$(printf ' %q' "$@")
+  echo "${text# }"
+}
+
+# Prints a command as it could be typed.
+show() {
+  local word
+  printf '+'
+  for word; do
+    case "$word" in
+      '' | *[!A-Za-z0-9_./:=,@%+-]*) printf " '%s'" "$(printf %s "$word" | sed "s/'/'\\\\''/g")" ;;
+      *) printf ' %s' "$word" ;;
+    esac
+  done
+  echo
+}
+
+# Prints a command, then does it.
+run() {
+  show "$@"
+  [ "$DRY" = 1 ] || "$@"
+}
+
+# Ends where a message of the cloud's is one that no repetition changes; it is on stderr already.
+refused() {
+  case "$1" in
+    *' per minute'*) ;; # too many questions at once
+    *RESOURCE_EXHAUSTED* | *QUOTA_EXCEEDED* | *[Qq]uota*exceeded*)
+      die "$REFUSED" "the quota does not allow it: ask for more quota, or choose another ZONE" ;;
+    *PERMISSION_DENIED* | *UNAUTHENTICATED* | *'Required '*' permission'* | *'gcloud auth login'*)
+      die "$REFUSED" "permission refused: look at gcloud auth list, at PROJECT and at its roles" ;;
+    *INVALID_ARGUMENT* | *'Invalid value for field'* | *'unrecognized arguments'*)
+      die "$USAGE" "the cloud does not take the request: see its message above" ;;
+  esac
+}
+
+# Prints a command, then does it; ends with one line where it fails.
+attempt() {
+  local errors said status=0
+  show "$@"
+  [ "$DRY" != 1 ] || return 0
+  errors=$(mktemp)
+  "$@" 2> "$errors" || status=$?
+  said=$(cat "$errors")
+  rm "$errors"
+  [ -z "$said" ] || echo "$said" >&2
+  [ "$status" != 0 ] || return 0
+  case "$* $said" in # somebody else was faster
+    *' create '*ALREADY_EXISTS* | *' create '*'already exists'*) return 0 ;;
+    *' delete '*NOT_FOUND* | *' delete '*'was not found'*) return 0 ;;
+  esac
+  refused "$said"
+  die "$AGAIN" "no success (status $status): see the message above; the command can be repeated"
+}
+
+# Prints a question to the cloud, then sets ANSWER to what it says. A network error is not an
+# answer: it is asked again, PATIENCE times in a row.
+ask() {
+  local misses=0 errors said
+  show "$@"
+  ANSWER=
+  [ "$DRY" != 1 ] || return 0
+  errors=$(mktemp)
+  until ANSWER=$("$@" 2> "$errors"); do
+    said=$(cat "$errors")
+    echo "$said" >&2
+    refused "$said"
+    misses=$((misses + 1))
+    [ "$misses" -lt "$PATIENCE" ] || die "$AGAIN" \
+      "the cloud gave no answer $misses times in a row: what runs goes on; repeat the command"
+    echo "no answer; asking again in $POLL_SECONDS s" >&2
+    sleep "$POLL_SECONDS"
+  done
+  rm "$errors"
+}

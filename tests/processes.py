@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands in several processes at once, each with simulated devices: what a run on many hosts is.
+
+Starting a process takes longer than a small command: each runs a list of them, one after another.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def free_port():
+    """A port that no process listens at."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def environment(devices):
+    """That of a process with so many simulated devices; the programs are those of the tests."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+        "--xla_backend_optimization_level=0",
+    }
+
+
+def start(commands, *, processes, devices, flags=()):
+    """Begins `commands`, a list of command lines, in each of so many processes."""
+    joined = [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"]
+    return [
+        subprocess.Popen(
+            [sys.executable, __file__, json.dumps(commands),
+             *([*joined, f"--process={i}", *flags] if processes > 1 else ())],
+            cwd=ROOT,
+            env=environment(devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]  # fmt: skip
+
+
+def finish(started, *, timeout=600):
+    """Exit status, stdout and stderr of each process."""
+    try:
+        said = [process.communicate(timeout=timeout) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(p.returncode, *texts) for p, texts in zip(started, said, strict=True)]
+
+
+def run(commands, *, processes, devices, flags=(), timeout=600):
+    """`start` and `finish`; AssertionError where one of the processes fails."""
+    done = finish(start(commands, processes=processes, devices=devices, flags=flags),
+                  timeout=timeout)  # fmt: skip
+    assert not any(code for code, _, _ in done), "\n".join(text for _, _, text in done)
+    return done
+
+
+if __name__ == "__main__":
+    from vlm_jax.__main__ import main
+
+    for number, argv in enumerate(json.loads(sys.argv[1])):
+        print(f"command {number}", flush=True)
+        if status := main([*argv, *sys.argv[2:]]):
+            sys.exit(status)
