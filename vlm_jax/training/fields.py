@@ -122,7 +122,7 @@ LAYOUT = Range(True, -1)  # of devices; vlm_jax/mesh.py says what fits
 RUN, SHOWN, PLACE, ANSWERS, BATCH, ROUNDING, NOTHING, CELLS = Change
 
 
-def _section(name: str, change: Change, **ranges: Range | None) -> dict[str, Field]:
+def _section(name: str, change: Change, **ranges: Range | Choice | None) -> dict[str, Field]:
     return {f"{name}.{field}": Field(change, of) for field, of in ranges.items()}
 
 
