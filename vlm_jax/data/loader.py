@@ -219,7 +219,7 @@ class Batches:
             raise ValueError(f"source {source.name}, split {source.split}, has no examples")
         self.batch, self.mesh, self.workers = batch, mesh, workers
         self.source, self.skips, self.cut_rows = source, Skips(), set()
-        self._bad_texts: Faults = {}  # that no plan holds: told with the first batch
+        self._bad_texts: Faults = {}  # that no plan holds: counted with the first batch
         mine = local_rows(mesh, batch)
         if texts is None:
             texts = Texts(source, processor, answer=True, skip=skip)

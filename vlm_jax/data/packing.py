@@ -8,6 +8,7 @@ n examples  B rows of a batch
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -134,7 +135,7 @@ class Epoch(NamedTuple):
     waiting: np.ndarray
 
 
-class Plan:
+class Plan(ABC):
     """Batches of every epoch, found by number. Raises ValueError where there is no example."""
 
     def __init__(self, lengths: Lengths, *, batch: int, seed: int):
@@ -145,13 +146,17 @@ class Plan:
         self._epochs: dict[int, Epoch] = {}
         self._units: dict[int, list] = {}
 
+    @abstractmethod
     def made(self, order: np.ndarray, waiting: np.ndarray) -> tuple[list, np.ndarray]:
         """The units of an epoch of this order, and the examples that wait for the next one."""
-        raise TypeError("a plan says what its units are")
 
+    @abstractmethod
     def batch(self, k: int) -> Group:
         """Batch `k`."""
-        raise TypeError("a plan says what its batches are")
+
+    @abstractmethod
+    def said(self, name: str) -> str:
+        """What stage `name` says of it before it begins."""
 
     @property
     def examples(self) -> int | float:
@@ -160,20 +165,19 @@ class Plan:
 
     def units(self, epoch: int) -> list:
         """The units of an epoch: rows, or batches."""
-        if epoch not in self._units:
-            waiting = np.zeros(0, np.int64)
-            first = 0
-            if epoch:
-                before = self.epoch(epoch - 1)
-                waiting, first = before.waiting, before.first + before.count
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.usable)
-            units, waiting = self.made(order, waiting)
-            self._epochs[epoch] = Epoch(first, len(units), waiting)
-            # Threads may come here together: each makes the same.
-            kept = {number: made for number, made in self._units.items() if number == epoch - 1}
-            self._units = kept | {epoch: units}
-            return units
-        return self._units[epoch]
+        if (known := self._units.get(epoch)) is not None:
+            return known
+        waiting, first = np.zeros(0, np.int64), 0
+        if epoch:
+            before = self.epoch(epoch - 1)
+            waiting, first = before.waiting, before.first + before.count
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.usable)
+        units, waiting = self.made(order, waiting)
+        self._epochs[epoch] = Epoch(first, len(units), waiting)
+        # Threads may come here together: each makes the same, and replaces what others may hold.
+        kept = {number: made for number, made in self._units.items() if number == epoch - 1}
+        self._units = kept | {epoch: units}
+        return units
 
     def epoch(self, number: int) -> Epoch:
         """Where an epoch lies."""
@@ -293,7 +297,7 @@ class Buckets(Plan):
         kinds = len({(group.text, group.images) for group in units})
         return (
             f"{name}: {len(self.usable):,} examples in batches of {kinds} shapes (data.buckets), "
-            f"each compiled once; {name}.steps={len(units)} is one epoch"
+            f"each compiled once; {name}.steps={max(len(units), 1)} is one epoch"
         )
 
 
