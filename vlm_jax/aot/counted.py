@@ -192,7 +192,7 @@ def facts(text: str, scope_of: Callable[[str], str] = lambda scope: "all") -> Fa
         beside = op.opcode == "async-start" or "async" in f"{op.name} {op.called('calls')}"
         for inner, names in [(op, table), *module.inside(op)]:
             flops += times * flops_of(inner, names)
-            kernels = [a + times * b for a, b in zip(kernels, declared(inner), strict=True)]
+            kernels = [a + times * b for a, b in zip(kernels, declared(inner, names), strict=True)]
             sent = collective_of(inner, names, times, beside and inner is not op)
             if sent is None:
                 continue
@@ -227,10 +227,29 @@ def whole_arrays(type: str) -> list[str]:
     return [found[0] for found in ARRAY.finditer(type)]
 
 
-def declared(op: Operation) -> tuple[int, float, float]:
+# Matrix products of each kind of kernel of splash attention, which declares none, over one triangle
+# of queries and keys.
+SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
+
+
+def splash_flops(op: Operation, table: Mapping[str, Operation]) -> float:
+    """FLOPs of a kernel of splash attention, from its operands; half of the pairs are hidden."""
+    kind = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", op.rest)
+    shapes = [dimensions(table[name].type) for name in op.operands if name in table]
+    # Queries, keys and values: [B N T H], or without B where a device has one row.
+    wide = [shape for shape in shapes if len(shape) >= 3 and shape[-1] > 1][:2]
+    if not kind or len(wide) < 2:
+        return 0.0
+    query, keys = wide
+    return SPLASH[kind[1]] * math.prod(query) * keys[-2]
+
+
+def declared(op: Operation, table: Mapping[str, Operation]) -> tuple[int, float, float]:
     """Of a Pallas kernel 1 and the FLOPs and bytes that it declares itself; nothing of others."""
     if 'custom_call_target="tpu_custom_call"' not in op.rest:
         return 0, 0.0, 0.0
+    if flops := splash_flops(op, table):
+        return 1, flops, traffic(op, table)
     said = [re.search(rf'"{name}":"(\d+)"', op.rest) for name in ("flops", "bytes_accessed")]
     return 1, *(float(found[1]) if found else 0.0 for found in said)  # type: ignore[return-value]
 

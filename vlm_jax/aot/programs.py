@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real programs of a configuration, lowered from shapes on the current mesh.
+"""The real programs of a configuration, traced from shapes on the current mesh.
 
 Nothing is allocated: parameters, optimizer state, batches and caches are shapes with their place.
 
@@ -25,10 +25,10 @@ MODES = ("align", "finetune", "prefill", "decode", "evaluate")
 
 @dataclass(frozen=True)
 class Program:
-    """One lowered program, and bytes on a device of what goes in, by kind."""
+    """One traced program, and bytes on a device of what goes in, by kind."""
 
     name: str
-    lowered: Any  # jax.stages.Lowered
+    traced: Any  # jax.stages.Traced
     inputs: dict[str, int]
 
 
@@ -80,14 +80,14 @@ def train_step(recipe: Recipe, name: str) -> Program:
         z_loss=stage.z_loss,
     )
     batch = batch_of(recipe, stage.batch, answer=True)
-    lowered = step.compiled.lower((state.step, state.trained, state.optimizer), state.frozen, batch)
+    traced = step.compiled.trace((state.step, state.trained, state.optimizer), state.frozen, batch)
     inputs = dict(
         weights=memory.in_shards(state.trained),
         optimizer=memory.in_shards(state.optimizer),
         frozen=memory.in_shards(state.frozen),
         batch=memory.in_shards(batch),
     )
-    return Program(name, lowered, inputs)
+    return Program(name, traced, inputs)
 
 
 def serving(recipe: Recipe, *, rows: int, new_tokens: int) -> Callable[[str], Program]:
@@ -113,14 +113,14 @@ def serving(recipe: Recipe, *, rows: int, new_tokens: int) -> Callable[[str], Pr
         given = (model, batch, None, None)
         room = dict(new_tokens=decoder.bucket(new_tokens))
         if name == "prefill":
-            lowered = first.lower(*given, **room)
-            return Program(name, lowered, dict(frozen=weights, batch=memory.in_shards(batch)))
+            traced = first.trace(*given, **room)
+            return Program(name, traced, dict(frozen=weights, batch=memory.in_shards(batch)))
         ids, caches, place = memory.placed(
             jax.eval_shape(lambda *given: first(*given, **room), *given)
         )
-        lowered = following.lower(model, ids, caches, place, None)
+        traced = following.trace(model, ids, caches, place, None)
         inputs = dict(frozen=weights, cache=memory.in_shards(caches), batch=memory.in_shards(ids))
-        return Program(name, lowered, inputs)
+        return Program(name, traced, inputs)
 
     return made
 
@@ -128,7 +128,7 @@ def serving(recipe: Recipe, *, rows: int, new_tokens: int) -> Callable[[str], Pr
 def programs(
     recipe: Recipe, mode: str, *, rows: int, new_tokens: int
 ) -> list[Callable[[], Program]]:
-    """What lowers each program that a mode runs, in order; `rows` and `new_tokens` of serving.
+    """What traces each program that a mode runs, in order; `rows` and `new_tokens` of serving.
 
     Raises:
       ValueError: for an unknown mode.

@@ -14,7 +14,7 @@ import jax
 
 from vlm_jax import mesh as meshes
 from vlm_jax import progress
-from vlm_jax.aot import counted, programs
+from vlm_jax.aot import arrays, counted, programs
 from vlm_jax.aot.topology import Topology
 from vlm_jax.cost import flops as cost
 from vlm_jax.training.cells import stage_flops
@@ -60,7 +60,7 @@ def compiled(lowered: Any) -> Any:
 def of_program(program: programs.Program, topology: Topology) -> dict[str, Any]:
     """What one program takes on each device."""
     then = time.perf_counter()
-    found = compiled(program.lowered)
+    found = compiled(program.traced.lower())
     seconds = time.perf_counter() - then
     if isinstance(found, str):
         return too_large(program, found, topology) | dict(compile_seconds=round(seconds, 1))
@@ -144,20 +144,12 @@ def too_large(program: programs.Program, said: str, topology: Topology) -> dict[
     if needed:
         number, letter = needed[1] or needed[3], (needed[2] or needed[4]) or ""
         total = int(float(number) * 1024 ** unit[letter])
-    tensors = [
-        dict(type=shape, bytes=int(float(size) * 1024 ** unit[letter]), scope=scope)
-        for size, letter, scope, shape in re.findall(
-            r"Size: ([\d.]+)([KMGT]?)[^\n]*\n\s*(?:Operator: op_name=\"([^\"]*)\"[^\n]*\n\s*)?"
-            r"Shape: (\S+)",
-            said,
-        )
-    ]
     inputs = program.inputs
     return dict(
         name=program.name,
         fits=False,
         hbm_bytes=inputs | dict(total=max(total or 0, sum(inputs.values()))),
-        largest=tensors[:8],
+        largest=arrays.largest(program.traced.jaxpr),
         message=next((line for line in said.splitlines() if "memory" in line.lower()), said)[:400],
         estimate=None,
         collectives=[],
@@ -169,9 +161,9 @@ def report(recipe: Recipe, mode: str, topology: Topology, serving: Serving) -> d
     """The programs of `mode`, compiled on the current mesh of `topology`."""
     found = []
     begun = time.perf_counter()
-    for lower in programs.programs(recipe, mode, rows=serving.rows, new_tokens=serving.new_tokens):
+    for trace in programs.programs(recipe, mode, rows=serving.rows, new_tokens=serving.new_tokens):
         with progress.doing(f"{mode}: tracing"):
-            program = lower()
+            program = trace()
         with progress.doing(f"{program.name}: compiling for {topology.name}"):
             found.append(of_program(program, topology))
     seconds = time.perf_counter() - begun

@@ -15,9 +15,11 @@ def of_report(made: dict[str, Any]) -> str:
     for kind, size in hbm.items():
         lines.append(f"  {kind.replace('_', ' '):22}{size / GIB:10.3f} GiB")
     fits = "fits" if made["fits"] else "DOES NOT FIT"
+    # The compiler gives up before it has placed everything.
+    known = "" if made["estimate"] else " at least"
     lines.append(
         f"  {'HBM of a device':22}{total / GIB:10.3f} GiB of {usable / GIB:.2f} usable "
-        f"({total / usable:.0%}): {fits}"
+        f"({total / usable:.0%}{known}): {fits}"
     )
     flops = made["flops"]
     lines.append(

@@ -12,6 +12,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import cpu, mesh
+from vlm_jax.kernels.causal_attention import SHORTEST, UNSEEN, Groups, causal_attention
+from vlm_jax.kernels.window_attention import form
 from vlm_jax.layers import (
     Linear,
     RMSNorm,
@@ -85,12 +87,14 @@ class Attention(nnx.Module):
         self,
         query: Float[Array, "B T N H"],
         seen: KV,
-        mask: Bool[Array, "B T S"],
+        mask: Bool[Array, "B T S"] | Groups,
     ) -> Float[Array, "B T D"]:
-        """Each query over the keys that its mask admits.
+        """Each query over the keys that its mask admits, in Pallas where that is by groups.
 
         Of several queries none sees what comes after it: the last keys are their own, in order.
         """
+        if isinstance(mask, Groups):
+            return self.out(causal_attention(query, *seen, mask))
         length, slots = mask.shape[1:]
         mixed = []
         for first in range(0, length, QUERIES):
@@ -165,7 +169,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         turns: Turns,
-        mask: Bool[Array, "B T S"],
+        mask: Bool[Array, "B T S"] | Groups,
         past: KV | None = None,
     ) -> tuple[Float[Array, "B T D"], KV]:
         """The tokens' keys and values beside the result; they see those of `past`, which come
@@ -198,6 +202,31 @@ class Block(nnx.Module):
         return x + self.down(swiglu(self.gate(y), self.up(y)))
 
 
+def mask_of(
+    positions: Int[Array, "B T"], past: Past | None, segments: Int[Array, "B T"] | None
+) -> Bool[Array, "B T S"]:
+    """Which keys each token of a row may see: what was read before, its own, those before it."""
+    batch, length = positions.shape
+    mask = positions[:, :, None] >= positions[:, None, :]
+    if past is not None:
+        read = positions_of(batch, past.keys.shape[2]) < past.length[:, None]
+        read = jnp.broadcast_to(read[:, None], (batch, length, read.shape[1]))
+        mask = jnp.concatenate([read, mask], axis=2)
+    return mask if segments is None else mask & same(segments)
+
+
+def groups_of(
+    positions: Int[Array, "B T"], past: Past | None, segments: Int[Array, "B T"] | None
+) -> Groups:
+    """The same as groups of tokens, for attention that is causal by itself."""
+    if past is None:
+        return Groups(segments, segments)
+    own = jnp.zeros_like(positions)
+    slots = positions_of(len(own), past.keys.shape[2])
+    read = jnp.where(slots < past.length[:, None], 0, UNSEEN)
+    return Groups(own, jnp.concatenate([read, own], axis=1))
+
+
 class LLM(nnx.Module):
     """Llama (arXiv 2307.09288, 2407.21783), Qwen1.5 to 2.5 (q, k, v biased), Qwen3 (q, k normed).
 
@@ -211,8 +240,10 @@ class LLM(nnx.Module):
         rngs: nnx.Rngs,
         remat_policy: str = "none",
         dtype: str = "float32",
+        kernels: str = "auto",
     ):
         self.size, self.remat_policy, self.dtype = size, remat_policy, dtype
+        self.form = form(kernels)  # of attention to many keys
         self.rope = Rope.of(size)
         std = size.width**-0.5
         table = (size.vocab, size.width)
@@ -307,17 +338,14 @@ class LLM(nnx.Module):
         """
         batch, length = x.shape[:2]
         positions = positions_of(batch, length)
-        mask = positions[:, :, None] >= positions[:, None, :]
         before, turned = None, jnp.arange(length)[None]
         if past is not None:
-            read = positions_of(batch, past.keys.shape[2]) < past.length[:, None]
-            read = jnp.broadcast_to(read[:, None], (batch, length, read.shape[1]))
-            mask = jnp.concatenate([read, mask], axis=2)
             turned = positions + past.length[:, None]
             before = KV(past.keys, past.values)
         if segments is not None:
-            mask &= same(segments)
             turned = positions - starts(segments)
+        by_groups = self.form == "pallas" and length >= SHORTEST
+        mask = (groups_of if by_groups else mask_of)(positions, past, segments)
         turns = self.rope.turns(turned, self.size.head_size // 2)
 
         def step(x, layer):

@@ -288,7 +288,7 @@ def build(size: VLMSize, rngs: nnx.Rngs) -> VLM:
     shared = dict(rngs=rngs, remat_policy=size.remat, dtype=size.compute_dtype)
     vit = ViT(size.vit, **shared)
     compressor = size.compressor.build(size.interface, rngs=rngs, kernels=size.kernels)
-    return VLM(vit, compressor, LLM(size.llm, **shared))
+    return VLM(vit, compressor, LLM(size.llm, **shared, kernels=size.kernels))
 
 
 def create(size: VLMSize, *, seed: int, of: Callable[[VLM], Any] = lambda model: model) -> Any:

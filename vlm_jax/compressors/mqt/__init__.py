@@ -112,7 +112,7 @@ class MQTMethod(Method):
             "proj": ("projector", "kernel"),
         }
         return (
-            {name: Tensor((path,), ours=True) for name, path in unchanged.items()}
+            {name: Tensor((path,), unchanged=True) for name, path in unchanged.items()}
             | attention("attn", "attention")
             | norm("ln_q", "query_norm")
             | norm("ln_k", "key_norm")

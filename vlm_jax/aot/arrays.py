@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The largest arrays of a program that was traced but does not compile: all that it names, by the
+shard of a device. The compiler may not keep some of them, since it fuses operations."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+
+def inner(value: Any) -> Iterator[Any]:
+    """The programs in a parameter of an equation."""
+    for one in value if isinstance(value, (tuple, list)) else [value]:
+        found = getattr(one, "jaxpr", one)
+        if hasattr(found, "eqns"):
+            yield found
+
+
+def on_device(aval: Any) -> int:
+    """Bytes of an array's shard."""
+    spec = getattr(getattr(aval, "sharding", None), "spec", None) or ()
+    axes = jax.sharding.get_abstract_mesh().shape
+    names = [n for part in spec if part for n in (part if isinstance(part, tuple) else (part,))]
+    shards = math.prod(axes[name] for name in names if name in axes)
+    return math.ceil(aval.size / shards) * aval.dtype.itemsize
+
+
+def largest(jaxpr: Any, most: int = 8) -> list[dict[str, Any]]:
+    """Type, bytes on a device and scope of the largest arrays that a program makes."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def walk(program: Any, above: str) -> None:
+        for equation in program.eqns:
+            stack = str(equation.source_info.name_stack)
+            scope = "/".join(part for part in (above, stack) if part)
+            parts = [p for value in equation.params.values() for p in inner(value)]
+            for part in parts:
+                walk(part, scope)
+            # What a call returns is named inside of it; a loop stacks it anew.
+            if parts and equation.primitive.name not in ("scan", "while"):
+                continue
+            for out in equation.outvars:
+                if not hasattr(out.aval, "dtype") or not hasattr(out.aval.dtype, "itemsize"):
+                    continue
+                named = out.aval.str_short(short_dtypes=True)
+                size, at = on_device(out.aval), f"{scope}/{equation.primitive.name}".strip("/")
+                found.setdefault((named, scope), dict(type=named, bytes=size, scope=at))
+
+    walk(getattr(jaxpr, "jaxpr", jaxpr), "")
+    return sorted(found.values(), key=lambda one: -one["bytes"])[:most]
