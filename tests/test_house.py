@@ -22,6 +22,7 @@ OUTSIDE = {".venv", "runs", "build", "__pycache__", ".git"}
 GROUND = {
     "arguments",
     "buckets",
+    "compiled",
     "cpu",
     "errors",
     "files",
@@ -33,6 +34,7 @@ GROUND = {
 ARROWS = {
     "errors": set(), "mesh": set(), "preemption": set(), "progress": set(), "arguments": set(),
     "buckets": set(), "files": {"buckets"}, "cpu": {"mesh"},
+    "compiled": {"progress"},
     "hosts": {"progress", "errors"},
     "evals": set(),
     "law": set(),
