@@ -55,6 +55,7 @@ setup(
     install_requires=[
         *JAX_AND_FLAX,
         "absl-py>=2.5",
+        "filelock>=3.16",  # the bounded folder of compiled programs
         "grain>=0.2.18",
         "jinja2>=3.1",  # the report page, chat templates (transformers does not ask for it)
         "jaxtyping>=0.3.11",

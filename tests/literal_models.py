@@ -5,7 +5,7 @@ import literal_compressors
 import literal_prumerge
 import numpy as np
 
-from vlm_jax.compressors import pretrained
+from vlm_jax.weights import folder
 
 
 def of(module):
@@ -144,7 +144,7 @@ def vlm(model, row, c):
 
 def compress(module, levels, question, c):
     """V visual tokens of one image whose patches come in raster order."""
-    tensors = {k: v.astype(np.float64) for k, v in pretrained.export(module).items()}
+    tensors = {k: v.astype(np.float64) for k, v in folder.compressor_tensors(module).items()}
     shared = dict(width=c.vit.width, heads=c.compressor.heads)
     match c.compressor.kind:
         case "quecc":

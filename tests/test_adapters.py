@@ -66,7 +66,7 @@ def test_a_frozen_adapter_gives_the_logits_of_peft(tmp_path, mesh1):
     batch, _, visual = published.batch(SimpleNamespace(**config | dict(vision_config=vision)))
     expected, plain = (np.load(p / "logits.npz")["logits"] for p in (ADAPTER, BASE))
     with jax.set_mesh(mesh1):
-        model = folder.load(tmp_path / "ours")
+        model = tiny.model_of(tmp_path / "ours")
         found = np.asarray(jax.jit(lambda m, b: m.logits(b))(model, tiny.placed(batch)))
     assert np.abs(expected - plain).max() > 0.1
     assert published.difference(found, expected, batch, visual) < GATE
@@ -77,7 +77,7 @@ def written(base, tmp_path_factory, mesh1):
     """The PEFT folder of a model with adapters, and the model merged."""
     path = tmp_path_factory.mktemp("written")
     with jax.set_mesh(mesh1):
-        model = tiny.adapted(folder.load(base), rank=3)
+        model = tiny.adapted(tiny.model_of(base), rank=3)
         adapters.write(model, folder.read(base), path / "peft")
         return path / "peft", folder.tensors_of(lora.merge(model))
 

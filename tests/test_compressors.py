@@ -17,7 +17,7 @@ import tiny
 from made_numbers import filled, numbers
 
 from vlm_jax import mesh
-from vlm_jax.compressors import COMPRESSORS, pretrained, projector
+from vlm_jax.compressors import COMPRESSORS, projector
 from vlm_jax.compressors.m3.module import M3
 from vlm_jax.compressors.mqt import module as mqt
 from vlm_jax.compressors.mqt.module import MQT
@@ -25,6 +25,7 @@ from vlm_jax.compressors.quecc import module as quecc
 from vlm_jax.compressors.quecc.module import QueCC
 from vlm_jax.compressors.token_packer.module import TokenPacker
 from vlm_jax.compressors.window import window_order
+from vlm_jax.weights import folder
 
 GATE = 1e-4  # absolute, on activations of order one, in float32
 
@@ -36,7 +37,7 @@ def exact(tensors):
 
 def literal(module, levels, question, *, width, heads, tensors=None):
     """What the literal compressor with the weights of `module`, or others, makes of one image."""
-    tensors = tensors or exact(pretrained.export(module))
+    tensors = tensors or exact(folder.compressor_tensors(module))
     if isinstance(module, QueCC):
         question = question if module.reads_question else None
         return literal_compressors.quecc(tensors, levels, question, width=width, heads=heads,
@@ -58,10 +59,10 @@ def literal(module, levels, question, *, width, heads, tensors=None):
 def roughened(module, seed=0):
     """`module` with order-one weights everywhere: biases and norms must not hide behind 0 and 1."""
     draw = np.random.default_rng(seed)
-    return pretrained.load(module, {
+    return tiny.filled(module, {
         name: draw.normal(1.0 if "weight" in name and len(shape) == 1 else 0.0,
                           0.3 if len(shape) == 1 else math.prod(shape[1:]) ** -0.5, shape)
-        for name, shape in pretrained.shapes(module).items()
+        for name, shape in tiny.tensor_shapes(module).items()
     })  # fmt: skip
 
 
@@ -165,11 +166,11 @@ def test_gradients_are_the_slopes_of_the_literal_raster_form(of, mesh1):
         gradients, *of_inputs = apply(
             module, of, levels, question, run=jax.grad(loss, argnums=(0, 1))
         )
-        gradients = exact(pretrained.export(gradients))
+        gradients = exact(folder.compressor_tensors(gradients))
     order = window_order(math.isqrt(levels.shape[1]), module.window)
     gradients["levels"] = np.zeros(levels[0].shape)
     gradients["levels"][order] = of_inputs[0][0]
-    at = exact(pretrained.export(module) | {"levels": levels[0]})
+    at = exact(folder.compressor_tensors(module) | {"levels": levels[0]})
 
     def value(tensors):
         made = literal(module, tensors.pop("levels"), question[0].astype("f8"),
@@ -240,14 +241,14 @@ def test_values_at_the_published_width(kind, mesh1):
                    heads=16 if kind == "mqt" else 8)  # fmt: skip
         with jax.set_mesh(mesh1):
             module = jax.eval_shape(lambda of=of: tiny.compressor(**of))
-            for t, (name, shape) in enumerate(pretrained.shapes(module).items()):
+            for t, (name, shape) in enumerate(tiny.tensor_shapes(module).items()):
                 if kind == "quecc" and name.startswith(("1.", "3.")):
                     kept[name] = np.zeros(shape, np.float32)
                 elif name == "pos_embed":
                     kept[name] = mqt.sines(16, 1024)
                 elif name not in kept or kept[name].shape != shape:
                     kept[name] = filled(t, name, shape)
-            module = pretrained.load(module, kept)
+            module = tiny.filled(module, kept)
             out = np.asarray(apply(module, of, levels, question, run=run))[0]
         got = np.array([out.mean(), out.std(), *out[0, :4], *out[-1, -3:]])
         print(f"{kind} {tokens}: largest error {np.abs(got - golden).max():.1e}")
@@ -292,10 +293,10 @@ def test_another_epsilon_of_the_norms_is_caught(mesh1, monkeypatch):
         for eps in (1e-6, 1e-5):
             monkeypatch.setattr(quecc, "EPS", eps)
             module = jax.eval_shape(lambda: tiny.compressor(**of))
-            weights = pretrained.export(roughened(module))
+            weights = folder.compressor_tensors(roughened(module))
             weights["0.v_proj.2.weight"] *= 1e-3
             weights["0.v_proj.2.bias"] *= 0
-            errors.append(difference(pretrained.load(module, weights), of, levels, question))
+            errors.append(difference(tiny.filled(module, weights), of, levels, question))
     assert errors[0] < 1e-5 and errors[1] > 10 * GATE
 
 
@@ -331,7 +332,7 @@ def loss_and_gradients(of, meshes, levels, question):
         value, gradients = apply(module, of, levels, question, run=step)
         for w, g in zip(*map(jax.tree.leaves, (module, gradients)), strict=True):
             assert w.sharding == g.sharding
-        return float(value), pretrained.export(gradients)
+        return float(value), folder.compressor_tensors(gradients)
 
 
 def test_eight_devices_give_the_loss_and_gradients_of_one(trained):

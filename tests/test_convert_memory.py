@@ -49,7 +49,8 @@ def large(tmp_path_factory, mesh1):
     described = architectures.describe(config)
     model = folder.Model(described.vit, described.llm, folder.PLAIN | dict(tokens=4), {}, {})
     with jax.set_mesh(mesh1):
-        shapes = names.shapes(vlm.shapes(model.size()))
+        shapes = vlm.shapes(model.size())
+        shapes = names.shapes(names.model_table(shapes), shapes)
     draw = np.random.default_rng(0)
     noise = draw.normal(size=2**20).astype(ml_dtypes.bfloat16)
 
@@ -83,9 +84,11 @@ LOADER = """
 import resource, sys
 import jax
 from vlm_jax import mesh
-from vlm_jax.weights import folder
+from vlm_jax.training import runs
 with jax.set_mesh(mesh.make()):
-    model = jax.block_until_ready(folder.load(sys.argv[1], dtype="bfloat16"))
+    stored = runs.read(sys.argv[1], "path")
+    stored.check()
+    model = jax.block_until_ready(runs.load(stored, stored.size(), dtype="bfloat16"))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
 """
 

@@ -16,8 +16,8 @@ from vlm_jax.cost import flops as cost
 from vlm_jax.cost.chips import CHIPS
 from vlm_jax.law import law, published
 from vlm_jax.models.sizes import LLMSize, ViTSize
+from vlm_jax.reports import amounts, cells, cost_figures, figures, score_figures
 from vlm_jax.reports import canvas as canvases
-from vlm_jax.reports import cells, cost_figures, figures, score_figures
 from vlm_jax.reports import run as runs
 from vlm_jax.rows import records
 
@@ -97,10 +97,10 @@ def test_figure_1_holds_the_points_the_law_and_its_band(reasoning, tmp_path, Q):
     rows = read(figure)
     for n in np.unique(points.N):
         mine = points.N == n
-        marks = {"kind": "point", "series": canvases.parameters_text(n)}
+        marks = {"kind": "point", "series": amounts.parameters_text(n)}
         np.testing.assert_allclose(column(rows, "y", **marks), points.error[mine])
         np.testing.assert_allclose(column(rows, "x", **marks), 2e9 * n * (Q + points.V[mine]))
-        curve = {"kind": "line", "series": f"law {canvases.parameters_text(n)}"}
+        curve = {"kind": "line", "series": f"law {amounts.parameters_text(n)}"}
         tokens = column(rows, "V", **curve)
         np.testing.assert_allclose(column(rows, "y", **curve), fitted.error(n, tokens, Q))
         np.testing.assert_allclose(column(rows, "x", **curve), 2e9 * n * (Q + tokens))
@@ -225,7 +225,7 @@ def test_blind_scores_and_other_methods_stand_beside_the_grid(run):
         blind = [
             r.families["reasoning"]["score"] for r in rows if r.blind and r.llm_parameters == n
         ]
-        text = canvases.parameters_text(n / 1e9)
+        text = amounts.parameters_text(n / 1e9)
         assert column(table, "y", series=f"{text} blind", kind="point") == pytest.approx(
             [np.mean(blind)]
         )
@@ -347,4 +347,52 @@ def test_without_matplotlib_the_error_says_how_to_get_it(monkeypatch, tmp_path):
     [(2.5e-5, "25k"), (8e-4, "800k"), (1.2e-2, "12M"), (0.5, "0.5B"), (14.0, "14B"), (5e-8, "50")],
 )
 def test_sizes_are_written_as_people_say_them(billions, text):
-    assert canvases.parameters_text(billions) == text
+    assert amounts.parameters_text(billions) == text
+
+
+def canvases_saved(monkeypatch) -> list:
+    """The canvases that are saved from now on."""
+    saved, save = [], canvases.Canvas.save
+
+    def noted(self, *args, **more):
+        saved.append(self)
+        return save(self, *args, **more)
+
+    monkeypatch.setattr(canvases.Canvas, "save", noted)
+    return saved
+
+
+def test_the_legend_of_figure_1_explains_every_color_and_size(reasoning, tmp_path, monkeypatch):
+    saved = canvases_saved(monkeypatch)
+    points, fitted = reasoning
+    figures.error_against_flops(
+        cells.average(points), fitted, tmp_path, family="reasoning", name="one", Q=50.0
+    )
+    (legend,) = saved[0].figure.legends
+    words = [text.get_text() for text in legend.get_texts() if text.get_text().strip()]
+    assert words == [
+        "Color: language model", "0.5 B parameters", "1.8 B parameters", "4 B parameters",
+        "7 B parameters", "fitted law, 95 % interval", "lowest error of the law",
+        "best choice at its cost", "Size: visual tokens V", "V = 1", "V = 16", "V = 64", "V = 576",
+    ]  # fmt: skip
+    assert saved[0].axes.get_xlabel() == "FLOPs per request, 2N(Q+V), Q = 50 text tokens"
+
+
+@pytest.mark.parametrize("billions, text", [
+    (9.808e-6, "9.8 k"), (2.9856e-5, "30 k"), (1.1296e-4, "113 k"), (0.5, "0.5 B"), (1.8, "1.8 B"),
+    (7, "7 B"), (72.7, "73 B"), (3e-3, "3 M"), (5e-7, "500"), (9.96e-7, "996"), (1e-6, "1 k"),
+])  # fmt: skip
+def test_a_size_in_a_legend_has_two_digits_or_its_whole_part(billions, text):
+    assert amounts.llm_text(billions) == f"{text} parameters"
+
+
+def test_a_method_has_a_panel_of_its_own_and_the_others_pale_behind_it(run, tmp_path, monkeypatch):
+    saved = canvases_saved(monkeypatch)
+    score_figures.methods(runs.of(run[0]), "reasoning", tmp_path, name="m")
+    (canvas,) = saved
+    shown = {row.method for row in run[0] if not row.blind and row.llm_parameters == 250_000}
+    assert {axes.get_title(loc="left") for axes in canvas.panels} == shown
+    for axes in canvas.panels:
+        pale = [line for line in axes.lines if line.get_color() == "0.85"]
+        assert len(pale) == len(shown) - 1
+        assert axes.get_ylim() == canvas.panels[0].get_ylim()

@@ -22,7 +22,8 @@ IN_PLACE = {
     "vlm_jax/weights/": "in a folder that appears when it is whole",
     "vlm_jax/data/skips.py": "a line is added, half of one is dropped by the reader",
     "vlm_jax/training/log.py": "a line is added, half of one is dropped by the reader",
-    "vlm_jax/training/workdir.py": "the lock, an empty file",
+    "vlm_jax/training/arrays.py": "in a folder that orbax renames when it is whole",
+    "vlm_jax/training/lease.py": "the lock of the kernel, an empty file",
     "vlm_jax/serving/request_files.py": "answers line by line, as they come",
 }
 WRITES = re.compile(

@@ -79,7 +79,7 @@ def test_a_request_gets_the_same_tokens_alone_in_company_and_on_eight_devices(
 def test_the_tokens_are_those_of_whole_passes(one, checkpoint, images, alone, mesh1):
     """By the model as it was trained: no cache, no beginning read before, layers in a scan."""
     with jax.set_mesh(mesh1):
-        model = folder.load(checkpoint)
+        model = tiny.model_of(checkpoint)
         logits = jax.jit(lambda m, b: m.logits(b))
         for image, prompt, answer in zip(images[:2], PROMPTS[:2], alone[:2], strict=True):
             request = one.request(image, prompt)

@@ -27,7 +27,7 @@ PLANS = {
     "milliseconds": ["--ms=40", "--chip=v5e", "--text-tokens=50", "--llms=0.5,1.8,4,7"],
     "quecc": ["--flops=1e12", "--text-tokens=50", "--compressors=quecc"],
 }
-GRIDS = ("demo", "demo_full", "demo_methods", "demo_matryoshka", "grid_nlvr")
+GRIDS = ("demo", "demo_full", "demo_methods", "grid_nlvr")
 
 
 def printed(*argv: str) -> str:

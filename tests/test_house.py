@@ -19,15 +19,22 @@ PACKAGE = HOME / "vlm_jax"
 OUTSIDE = {".venv", "runs", "build", "__pycache__", ".git"}
 
 # What a room may import of the package, besides itself. docs/architecture.md draws the same.
-GROUND = {"arguments", "cpu", "errors", "files", "hosts", "mesh", "preemption", "progress"}
+GROUND = {
+    "arguments",
+    "buckets",
+    "compiled",
+    "cpu",
+    "errors",
+    "files",
+    "hosts",
+    "mesh",
+    "preemption",
+    "progress",
+}
 ARROWS = {
-    "errors": set(),
-    "files": set(),
-    "mesh": set(),
-    "cpu": {"mesh"},
-    "preemption": set(),
-    "progress": set(),
-    "arguments": set(),
+    "errors": set(), "mesh": set(), "preemption": set(), "progress": set(), "arguments": set(),
+    "buckets": set(), "files": {"buckets"}, "cpu": {"mesh"},
+    "compiled": {"progress"},
     "hosts": {"progress", "errors"},
     "evals": set(),
     "law": set(),

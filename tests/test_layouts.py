@@ -284,7 +284,7 @@ def test_a_quantization_is_noticed_at_every_level(level, copy, capsys):
     edited(copy, **{f"{level}quantization_config": dict(quant_method="bitsandbytes", bits=4)})
     said = refused(capsys, "--from", copy)
     assert f"{level.replace('__', '.')}quantization_config" in said and "bitsandbytes" in said
-    assert "get them as they were before" in said
+    assert "get the original ones" in said
 
 
 def test_a_quantized_part_is_no_part_of_a_new_model(flat, capsys):

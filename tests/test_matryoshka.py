@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_jax import mesh
-from vlm_jax.compressors import pretrained
 from vlm_jax.compressors.m3 import M3Method
 from vlm_jax.compressors.m3 import module as m3s
 from vlm_jax.compressors.mqt import MQTMethod
 from vlm_jax.compressors.mqt import module as mqts
+from vlm_jax.weights import folder
 
 M3, MQT = M3Method, MQTMethod
 SIZES = dict(side=6, width=16, llm_width=24)
@@ -25,10 +25,10 @@ SIZES = dict(side=6, width=16, llm_width=24)
 def roughened(module, seed=0):
     """`module` with order-one weights everywhere, norms and biases too."""
     draw = np.random.default_rng(seed)
-    return pretrained.load(module, {
+    return tiny.filled(module, {
         name: draw.normal(1.0 if len(shape) == 1 and "weight" in name else 0.0,
                           0.3 if len(shape) == 1 else shape[-1] ** -0.5, shape)
-        for name, shape in pretrained.shapes(module).items()
+        for name, shape in tiny.tensor_shapes(module).items()
     })  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def with_gradients(run, module, x):
         return (out * signs).mean(), out
 
     (gradients, of_x), out = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(module, x)
-    return {"out": out, "x": of_x} | pretrained.export(gradients)
+    return {"out": out, "x": of_x} | folder.compressor_tensors(gradients)
 
 
 def assert_alike(ours, theirs, atol=1e-5):
@@ -281,14 +281,14 @@ def test_weights_that_are_not_of_the_method_are_listed(mesh1):
             jax.eval_shape(lambda of=of: tiny.compressor(of.kind, tokens=1, heads=4, **SIZES))
             for of in (MQT, M3)
         )
-        drawn = {name: np.zeros(shape, "f4") for name, shape in pretrained.shapes(mqt).items()}
-        with pytest.raises(ValueError, match="M3: missing 0.weight.*surplus pos_embed"):
-            pretrained.load(m3, drawn)
+        drawn = {name: np.zeros(shape, "f4") for name, shape in tiny.tensor_shapes(mqt).items()}
+        with pytest.raises(ValueError, match="missing: 0.weight.* surplus: pos_embed"):
+            tiny.filled(m3, drawn)
         wrong = drawn | {"query": np.zeros((256, 16), "f4")}
         del wrong["proj"]
-        said = r"MQT: missing proj; query has shape \(256, 16\), not \(36, 16\)"
+        said = r"missing: proj; 1 of another shape: query \(256, 16\) instead of \(36, 16\)"
         with pytest.raises(ValueError, match=said):
-            pretrained.load(mqt, wrong)
+            tiny.filled(mqt, wrong)
 
 
 @pytest.mark.parametrize("method", [MQT, M3])

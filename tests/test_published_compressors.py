@@ -15,7 +15,6 @@ import pytest
 import tiny
 from flax import nnx
 
-from vlm_jax.compressors import pretrained
 from vlm_jax.compressors.m3.module import pyramid
 from vlm_jax.compressors.window import window_order
 from vlm_jax.models.vit import class_attention
@@ -163,13 +162,13 @@ def largest_error(meta: dict, state: dict, inputs: dict, outputs: dict) -> float
     build, run, prefix, absent = METHODS[meta["method"]]
     module = jax.eval_shape(lambda: build(meta))
     tensors = {prefix + name: value for name, value in state.items()}
-    for name, shape in pretrained.shapes(module).items():
+    for name, shape in tiny.tensor_shapes(module).items():
         if name.startswith(absent):
             tensors[name] = np.zeros(shape, np.float32)
     order = window_order(side(meta), module.window)
     if "token_counts" in meta:
         run = functools.partial(run, counts=tuple(meta["token_counts"]))
-    ours = run(pretrained.load(module, tensors), order, **inputs)
+    ours = run(tiny.filled(module, tensors), order, **inputs)
     assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {
         k: (v.shape, v.dtype) for k, v in outputs.items()
     }

@@ -13,7 +13,6 @@ import tiny
 from flax import nnx
 
 from vlm_jax import mesh
-from vlm_jax.compressors import pretrained
 from vlm_jax.compressors.projector import MLP
 from vlm_jax.cost import flops as cost
 from vlm_jax.data import sources
@@ -24,6 +23,7 @@ from vlm_jax.models.sizes import LLMSize
 from vlm_jax.serving.predict import predict
 from vlm_jax.training import stages
 from vlm_jax.training.objective import score
+from vlm_jax.weights import folder
 
 U = 12
 
@@ -204,15 +204,15 @@ def test_pooling_is_the_convolution_with_equal_taps(mesh1):
     levels = np.random.default_rng(0).normal(size=(2, 16, 16)).astype("f4")
     with jax.set_mesh(mesh1):
         conv = quecc()
-        tensors = pretrained.export(conv)
+        tensors = folder.compressor_tensors(conv)
         pool = quecc(downsample="pool")
         taps = {name for name in tensors if "q_downsample" in name}
-        assert tensors.keys() - pretrained.export(pool).keys() == taps and len(taps) == 2
-        with pytest.raises(ValueError, match="surplus 0.q_downsample.weight"):
-            pretrained.load(pool, tensors)
-        pool = pretrained.load(pool, {k: v for k, v in tensors.items() if k not in taps})
+        assert tensors.keys() - folder.compressor_tensors(pool).keys() == taps and len(taps) == 2
+        with pytest.raises(ValueError, match="surplus: 0.q_downsample.weight"):
+            tiny.filled(pool, tensors)
+        pool = tiny.filled(pool, {k: v for k, v in tensors.items() if k not in taps})
         equal = {name: np.full_like(tensors[name], 0.25 * ("weight" in name)) for name in taps}
-        conv = pretrained.load(conv, tensors | equal)
+        conv = tiny.filled(conv, tensors | equal)
         levels = jax.device_put(levels, mesh.spec("batch"))
         np.testing.assert_allclose(pool(levels), conv(levels), atol=1e-6)
 

@@ -37,7 +37,7 @@ def row(llm="s", parameters=25_000, V=4, seed=0, *, compressor="quecc", blind=Fa
         seed=seed,
         tasks=tasks,
         families=records.families_of(tasks),
-        flops=dict.fromkeys(records.FLOP_PARTS, 1.0),
+        flops=dict.fromkeys(("encoder", "compressor", "prefill", "decode"), 1.0),
         train=dict(steps=1, examples=1, flops=1.0, seconds=1.0),
         evaluate_seconds=0.5,
         **dict.fromkeys(("protocol", "prompt", "parser", "data_hash", "config_hash"), "x"),

@@ -255,10 +255,7 @@ def test_an_exponent_counts_exactly_when_its_interval_leaves_out_zero(tmp_path, 
             low, high = fields["intervals"][name]
             settled += (low > 0 and fall[0] > 0) or (high < 0 and fall[1] < 0)
     assert page.words.count("An interval includes 0") == 4 - settled >= 2
-    assert (
-        len(re.findall("(A larger LLM|More visual tokens) (helped|did harm)", page.words))
-        == settled
-    )
+    assert len(re.findall("(A larger LLM|More visual tokens) (helped|hurt)", page.words)) == settled
 
 
 def test_the_fall_of_the_error_is_the_law_s_between_the_ends_of_the_grid():

@@ -281,7 +281,7 @@ def test_an_image_that_nothing_follows_is_refused_where_its_place_means_none(ope
         for more in (23 - length, 24 - length):
             example = Example("x", 0, (("?" * (1 + more), ""),), "f", "t")
             if refused and more == 24 - length:
-                with pytest.raises(ValueError, match="nothing stands behind its image"):
+                with pytest.raises(ValueError, match="nothing follows its image"):
                     made.text(example, answer=False)
             else:
                 assert made.text(example, answer=False)["image_at"] < 24

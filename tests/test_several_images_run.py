@@ -14,7 +14,6 @@ from test_generate import made
 import vlm_jax
 from vlm_jax.__main__ import main
 from vlm_jax.serving.requests import batch_of
-from vlm_jax.weights import folder
 
 NEW = 4
 
@@ -67,7 +66,7 @@ def test_each_request_gets_the_same_tokens_alone_and_in_company(one, asked, alon
 def test_the_tokens_are_those_of_whole_passes(one, checkpoint, asked, alone, mesh1):
     """By the model as it was trained: three images of a row of three, no cache."""
     with jax.set_mesh(mesh1):
-        model = folder.load(checkpoint)
+        model = tiny.model_of(checkpoint)
         logits = jax.jit(lambda m, b: m.logits(b))
         for (pictures, prompt), answer in zip(asked, alone, strict=True):
             request = one.request(pictures, prompt)

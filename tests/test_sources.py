@@ -180,7 +180,7 @@ def test_missing_or_broken_nlvr_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="dev.tar.*data.path"):
         open_source(configured("nlvr", path=str(tmp_path)), "val")
     (tmp_path / "dev.tar").write_bytes(b"no tar")
-    with pytest.raises(ValueError, match="dev.tar is no uncompressed tar"):
+    with pytest.raises(ValueError, match="dev.tar is not an uncompressed tar"):
         open_source(configured("nlvr", path=str(tmp_path)), "val")
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "test.json").write_text('{"sentence": "cut sh')

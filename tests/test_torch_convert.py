@@ -37,7 +37,7 @@ def run(*argv):
 def ours(path, batch, mesh):
     """Our logits [B T W] of the text tokens, each given all before it."""
     with jax.set_mesh(mesh):
-        model = folder.load(path)
+        model = tiny.model_of(path)
         return np.asarray(jax.jit(lambda m, b: m.logits(b))(model, tiny.placed(batch)))
 
 
@@ -126,7 +126,7 @@ def test_a_language_model_assembled_with_a_tower_gives_its_logits(
     with torch.no_grad():
         expected = model(torch.tensor(ids.astype("i8"))).logits.numpy()
     with jax.set_mesh(mesh1):
-        llm = folder.load(tmp_path / "ours").llm
+        llm = tiny.model_of(tmp_path / "ours").llm
         ours = jax.jit(lambda m, i: m.logits(m(m.embed(i))))(llm, tiny.placed(ids))
     assert np.abs(np.asarray(ours) - expected).max() < GATE
 

@@ -9,7 +9,6 @@ import tiny
 
 from vlm_jax.__main__ import main
 from vlm_jax.serving.decoder import Decoder
-from vlm_jax.weights import folder
 
 pytestmark = pytest.mark.torch
 
@@ -61,6 +60,6 @@ def test_greedy_tokens_of_a_batch_are_those_of_transformers(name, tmp_path, mesh
     argv = ("--from", tmp_path / "hf", "--to", tmp_path / "ours")
     assert main(["convert", *map(str, argv)]) == 0
     with jax.set_mesh(mesh1):
-        decoder = Decoder(folder.load(tmp_path / "ours"), stop_ids=())
+        decoder = Decoder(tiny.model_of(tmp_path / "ours"), stop_ids=())
         found = decoder(tiny.placed(batch), new_tokens=steps)
     np.testing.assert_array_equal(found, expected)

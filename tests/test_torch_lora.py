@@ -39,7 +39,7 @@ def test_peft_gives_the_logits_of_an_exported_adapter(name, targets, tmp_path, m
     batch, inputs, visual = published.batch(model.config)
     plain = published.logits(model, inputs, batch["pixels"])
     with jax.set_mesh(mesh1):
-        trained = tiny.adapted(folder.load(tmp_path / "ours"), rank=3, alpha=4.5, targets=targets)
+        trained = tiny.adapted(tiny.model_of(tmp_path / "ours"), rank=3, alpha=4.5, targets=targets)
         adapters.write(trained, folder.read(tmp_path / "ours"), tmp_path / "peft")
         found = ours(trained, batch)
     adapted = peft.PeftModel.from_pretrained(model, tmp_path / "peft").eval()
@@ -50,7 +50,7 @@ def test_peft_gives_the_logits_of_an_exported_adapter(name, targets, tmp_path, m
     run("--from", tmp_path / "hf", "--adapter-from", tmp_path / "peft", "--to", tmp_path / "merged")
     merged = published.logits(adapted.merge_and_unload(), inputs, batch["pixels"])
     with jax.set_mesh(mesh1):
-        found = ours(folder.load(tmp_path / "merged"), batch)
+        found = ours(tiny.model_of(tmp_path / "merged"), batch)
     assert published.difference(found, merged, batch, visual) < GATE
 
 
@@ -70,7 +70,7 @@ def test_peft_gives_the_logits_of_an_adapter_of_the_language_model_alone(name, t
              "--tokens=1", "--levels=1,3", "--heads=2"]  # fmt: skip
     run(*parts, "--to", tmp_path / "ours")
     with jax.set_mesh(mesh1):
-        trained = tiny.adapted(folder.load(tmp_path / "ours"))
+        trained = tiny.adapted(tiny.model_of(tmp_path / "ours"))
         made = adapters.write(trained, folder.read(tmp_path / "ours"), tmp_path / "peft")
         ids = np.random.default_rng(0).integers(3, 60, (2, 20)).astype("i4")
         compute = jax.jit(lambda m, i: m.logits(m(m.embed(i))))
@@ -90,7 +90,7 @@ def test_an_adapter_of_peft_gives_its_logits(name, tmp_path, mesh1):
     expected = published.logits(adapted, inputs, batch["pixels"])
     run("--from", tmp_path / "hf", "--adapter-from", tmp_path / "peft", "--to", tmp_path / "ours")
     with jax.set_mesh(mesh1):
-        found = ours(folder.load(tmp_path / "ours"), batch)
+        found = ours(tiny.model_of(tmp_path / "ours"), batch)
     assert published.difference(found, expected, batch, visual) < GATE
 
 
@@ -136,5 +136,5 @@ def test_llavas_own_lora_is_a_language_model_s_with_the_projector_beside_it(tmp_
     batch, inputs, visual = published.batch(model.config)
     expected = published.logits(adapted, inputs, batch["pixels"])
     with jax.set_mesh(mesh1):
-        found = ours(folder.load(tmp_path / "ours"), batch)
+        found = ours(tiny.model_of(tmp_path / "ours"), batch)
     assert published.difference(found, expected, batch, visual) < GATE

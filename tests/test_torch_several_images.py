@@ -10,7 +10,6 @@ from test_torch_decode import greedy
 
 from vlm_jax.__main__ import main
 from vlm_jax.serving.decoder import Decoder
-from vlm_jax.weights import folder
 
 pytestmark = pytest.mark.torch
 
@@ -48,7 +47,7 @@ def test_rows_of_two_images_are_those_of_transformers(name, seed, tmp_path, mesh
     argv = ("--from", tmp_path / "hf", "--to", tmp_path / "ours")
     assert main(["convert", *map(str, argv)]) == 0
     with jax.set_mesh(mesh1):
-        made = folder.load(tmp_path / "ours")
+        made = tiny.model_of(tmp_path / "ours")
         found = np.asarray(jax.jit(lambda m, b: m.logits(b))(made, tiny.placed(ours)))
         tokens = Decoder(made, stop_ids=())(tiny.placed(ours), new_tokens=STEPS)
     for row, (n, places) in enumerate(zip(LENGTHS, PLACES, strict=True)):

@@ -8,13 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 import whole_models
 from safetensors.numpy import load_file, save_file
 from test_convert import refused, run
 from test_published_compressors import METHODS
 from whole_models import edit
 
-from vlm_jax.compressors import pretrained
 from vlm_jax.compressors.window import window_order
 from vlm_jax.models import vlm
 from vlm_jax.training import runs
@@ -70,7 +70,7 @@ def test_a_whole_model_keeps_its_trained_compressor_and_gives_the_published_toke
     state = {n.removeprefix("compressor."): x.read() for n, x in made.tensors.items()
              if n.startswith("compressor.")}  # fmt: skip
     with jax.set_mesh(mesh1):
-        module = pretrained.load(vlm.shapes(made.size()).compressor, state)
+        module = tiny.filled(vlm.shapes(made.size()).compressor, state)
         counts = {"counts": tuple(meta["token_counts"])} if kind == "mqt" else {}
         found = METHODS[kind][1](
             module, window_order(meta["grid"], module.window), **inputs, **counts
@@ -139,7 +139,7 @@ def test_a_projector_of_stage_1_with_other_numbers_needs_the_flag(quecc, tmp_pat
     ours = made.tensors[f"compressor.{name}"].read()
     np.testing.assert_array_equal(ours, other[f"model.mm_projector.{name}"])
     said = refused(capsys, *given(quecc), *flags[:2], "--replace-compressor")
-    assert "its tensors are of quecc, and not of --compressor=none" in said
+    assert "its tensors belong to quecc, and not to --compressor=none" in said
 
 
 def without(path, *parts):
@@ -250,4 +250,4 @@ def test_parts_are_not_lost_from_a_folder_that_is_named_as_another(wholes, tmp_p
     fields, _ = whole_models.llm(48)
     (path / "model/config.json").write_text(json.dumps(fields | dict(model_type="llama")))
     said = refused(capsys, "--llm", path / "model", "--vision", path / "tower")
-    assert "it is no language model alone: it also has compressor." in said
+    assert "it is not only a language model: it also has compressor." in said

@@ -68,14 +68,17 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path_factory, data):
 def test_a_header_that_describes_no_tensors_is_refused(header, tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(ValueError, match="is no safetensors file"):
+    with pytest.raises(ValueError, match="is not a safetensors file"):
         read_safetensors(path)
 
 
 def test_overlapping_tensors_and_unknown_types_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     for header, words in (
-        (b'{"x":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}', "at odds with itself"),
+        (
+            b'{"x":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}',
+            "the header contradicts itself",
+        ),
         (b'{"x":{"dtype":"F4","shape":[1],"data_offsets":[0,4]}}', "dtype F4: weights may be"),
     ):
         path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))

@@ -109,6 +109,32 @@ def method(kind, tokens, heads=8, query="separate", **more):
     return compressors.describe(dict(kind=kind, tokens=tokens, heads=heads, query=query) | more)
 
 
+def model_of(path, **options):
+    """The model of a folder on the current mesh; `dtype` is float32 unless given."""
+    from vlm_jax.training import runs
+    from vlm_jax.weights import folder
+
+    stored = folder.read(path)
+    stored.check()
+    return runs.load(stored, stored.size(), **(dict(dtype="float32") | options))
+
+
+def tensor_shapes(module):
+    """The published tensors of a compressor and their shapes; it may be abstract."""
+    from vlm_jax.weights import names
+
+    return names.shapes(module.method.published(), module)
+
+
+def filled(module, tensors):
+    """A compressor with the numbers of published tensors; ValueError where they do not fit."""
+    from vlm_jax.weights import folder, names
+
+    names.fit(tensor_shapes(module), {name: np.shape(x) for name, x in tensors.items()})
+    tensors = {name: np.asarray(x, np.float32) for name, x in tensors.items()}
+    return folder.place(module, module.method.published(), tensors)
+
+
 def compressor(kind, *, side, width, llm_width, levels=1, heads=1, query="none", rngs=None, **more):
     """The flax module of a compressor alone; `more` is of its description or of its module."""
     from flax import nnx

@@ -7,7 +7,9 @@ do not ask for the platform. benchmarks/cpu.py times each against the plain form
 
 import ctypes
 import math
+import os
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +21,17 @@ from vlm_jax import mesh
 # Compiler options of a program that runs once, such as the drawing of weights: optimizing that of a
 # toy takes 13 s of CPU.
 RUN_ONCE = {"xla_backend_optimization_level": 0}
-# Compiler options of a training step by platform. XLA's newer loop emitters make the many small
-# loops of a small model's step 1.2 times as slow (benchmarks/train_step.py).
-STEP_OPTIONS = {"cpu": {"xla_cpu_use_fusion_emitters": False}}
+# Compiler options of a training step. XLA's newer loop emitters made the many small loops of a
+# small model's step up to 1.2 times as slow. LLVM's first level of optimization takes 60 % of the
+# time of its third, for a step that is as fast and gives the same bits (benchmarks/train_step.py).
+STEP_OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
+
+
+def step_options() -> dict[str, Any]:
+    """Compiler options of a training step on the current mesh; what XLA_FLAGS sets stays as set."""
+    chosen = os.environ.get("XLA_FLAGS", "")
+    options = STEP_OPTIONS if mesh.platform() == "cpu" else {}
+    return {name: x for name, x in options.items() if name not in chosen}
 
 
 def emulates(dtype: jnp.dtype) -> bool:

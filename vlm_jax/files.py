@@ -4,16 +4,24 @@
 A reader, also after a crash, finds all of the old content or all of the new. Files reach the disk
 in the order in which they are written (a configuration before its checkpoint). New files have the
 permissions that `open` gives them. Links are followed.
+
+Paths may be in a bucket (`buckets.py`), where an object is whole or not there; what is made of
+several files is copied there when it is complete, file by file.
 """
 
 import errno
+import io
 import json
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
+
+from vlm_jax import buckets
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -44,6 +52,12 @@ def writing(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any
     The file is replaced when the body ends without an error; otherwise the old file stays. Several
     processes may write one path at once: the last to finish wins.
     """
+    if buckets.is_bucket(path):
+        stream = io.BytesIO() if mode == "wb" else io.StringIO(newline="")
+        yield stream
+        made = stream.getvalue()
+        buckets.put(path, made.encode() if isinstance(made, str) else made)
+        return
     path = Path(os.path.realpath(path))
     fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     text = {} if mode == "wb" else {"encoding": "utf-8", "newline": ""}
@@ -58,12 +72,82 @@ def making(path: str | Path) -> Iterator[Path]:
     What a killed process left at PATH.tmp is removed first, so only one process may write `path`.
     Parent folders are created.
     """
+    if buckets.is_bucket(path):
+        with tempfile.TemporaryDirectory(prefix="vlm-jax-") as home:
+            yield Path(home, "made")
+            buckets.upload(Path(home, "made"), path)
+        return
     path = Path(os.path.realpath(path))
     fresh = path.with_name(f"{path.name}.tmp")
     with _put(fresh, path):
         _remove(fresh)
         fresh.parent.mkdir(parents=True, exist_ok=True)
         yield fresh
+
+
+def create(path: str | Path, text: str) -> bool:
+    """Makes a file with this text unless there is one, of two that try the first; whether it did.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    if buckets.is_bucket(path):
+        return buckets.put(path, text.encode(), new=True)
+    path = Path(path)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+    fresh.write_text(text, encoding="utf-8")
+    try:
+        os.link(fresh, path)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        fresh.unlink()
+
+
+def on_disk(path: Any) -> Path:
+    """A path that any library can open: of one in a bucket, a copy for the life of the process."""
+    return buckets.download(path) if buckets.is_bucket(path) else Path(path)
+
+
+class Lines:
+    """A file that lines are added to, whose last may be cut off by a crash.
+
+    On a disk each line is there at once. In a bucket, where nothing can be added, the file is
+    written anew: at most once a minute, and when it is `saved`.
+    """
+
+    EVERY = 60.0  # seconds
+
+    def __init__(self, path: Any):
+        self.path, self.bucket = path, buckets.is_bucket(path)
+        self.text, self.written, self.at = "", "", time.monotonic()
+        if self.bucket:
+            self.text = self.written = path.read_text() if path.exists() else ""
+        else:
+            self.file = open(path, "a", encoding="utf-8")
+
+    def add(self, line: str) -> None:
+        """Adds a line, without its end."""
+        if not self.bucket:
+            self.file.write(line + "\n")
+            self.file.flush()
+            return
+        self.text += line + "\n"
+        if time.monotonic() - self.at > self.EVERY:
+            self.save()
+
+    def save(self) -> None:
+        """Returns when all lines are there."""
+        if self.bucket and self.text != self.written:
+            write_text(self.path, self.text)
+            self.written, self.at = self.text, time.monotonic()
+
+    def close(self) -> None:
+        """Saves and ends."""
+        self.save()
+        if not self.bucket:
+            self.file.close()
 
 
 @contextmanager

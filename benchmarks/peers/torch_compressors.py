@@ -16,7 +16,7 @@ from flax import nnx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm_jax.compressors import pretrained
+from vlm_jax.weights import folder
 
 EPS = 1e-6  # of every LayerNorm here, as published
 MERGED = 32  # tokens merged into each that PruMerge keeps
@@ -231,7 +231,6 @@ def load(module: nnx.Module, sizes: dict) -> nn.Module:
     peer = PEERS[module.method.kind]
     known = inspect.signature(peer).parameters
     peer = peer(**{name: value for name, value in sizes.items() if name in known})
-    peer.load_state_dict(
-        {name: torch.tensor(x) for name, x in pretrained.export(module).items()}, strict=True
-    )
+    tensors = folder.compressor_tensors(module)
+    peer.load_state_dict({name: torch.tensor(x) for name, x in tensors.items()}, strict=True)
     return peer.eval()

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm_jax.compressors import pretrained
 from vlm_jax.models.vlm import VLM
+from vlm_jax.weights import folder
 
 EPS = 1e-6  # of TokenPacker's LayerNorms, as published
 
@@ -233,7 +233,8 @@ def tensors(batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 def published(model: VLM) -> dict[str, Tensor]:
     """Every weight of compressor and decoder by name, or every gradient of a model of gradients."""
-    named = {f"compressor.{name}": x for name, x in pretrained.export(model.compressor).items()}
+    tensors = folder.compressor_tensors(model.compressor)
+    named = {f"compressor.{name}": x for name, x in tensors.items()}
     llm = model.llm
     named["embed_tokens.weight"] = np.asarray(llm.embedding[...])
     named["norm.weight"] = np.asarray(llm.norm.scale[...])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The LLaVA conversation format: rows with `id`, `image` and `conversations`, JSON or JSON lines.
 
-Everything the JSON and the folder listings show is checked when the source opens; what only
-decoding shows is found when an image is read. A bad row fails or, on request, is left out and
-counted.
+Everything that the JSON and the folder listings show is checked when the source opens; faults that
+only decoding shows are found when an image is read. A bad row is an error or, on request, is left
+out and counted.
 """
 
 import hashlib
@@ -20,25 +20,25 @@ from vlm_jax.data.skips import Skip, Skips
 
 
 def listed(image: Any) -> list:
-    """What a row's `image` names: one path, a list of them, or nothing."""
+    """The paths in a row's `image`: one path, a list of them, or nothing."""
     return image if isinstance(image, list) else [] if image in (None, "") else [image]
 
 
 def turns_of(row: dict, images: int) -> tuple[tuple[str, str], ...]:
-    """The (question, answer) pairs of a row of so many images; a lone mark in the first question
-    is taken out.
+    """The (question, answer) pairs of a row with this number of images.
 
-    As in LLaVA a leading answer is dropped. Each image has one mark, in any of the questions.
+    A single mark in the first question is removed. As in LLaVA a leading answer is dropped. Each
+    image has one mark, in any of the questions.
     """
-    said = row.get("conversations")
-    if not isinstance(said, list):
+    conversation = row.get("conversations")
+    if not isinstance(conversation, list):
         raise Fault(
             "conversations",
-            f"`conversations` is {said!r:.80}, not a list of {{from, value}}"
+            f"`conversations` is {conversation!r:.80}, not a list of {{from, value}}"
             if "conversations" in row
             else f"no `conversations` among its fields {', '.join(map(ascii, row)):.80}",
         )
-    for k, turn in enumerate(said):
+    for k, turn in enumerate(conversation):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise Fault(
                 "conversations",
@@ -47,19 +47,19 @@ def turns_of(row: dict, images: int) -> tuple[tuple[str, str], ...]:
             )
         check_keys(f"turn {k + 1}", turn)
         check_text(f"turn {k + 1}", turn["value"])
-    if said and said[0].get("from") == "gpt":
-        said = said[1:]
+    if conversation and conversation[0].get("from") == "gpt":
+        conversation = conversation[1:]
     if (
-        not said
-        or len(said) % 2
-        or any(s.get("from") != ("human", "gpt")[k % 2] for k, s in enumerate(said))
+        not conversation
+        or len(conversation) % 2
+        or any(turn.get("from") != ("human", "gpt")[k % 2] for k, turn in enumerate(conversation))
     ):
         raise Fault(
             "conversations",
-            f"the turns are {[s.get('from') for s in said]!r:.80}, not human and gpt in turn, "
-            "ending with gpt",
+            f"the turns are {[turn.get('from') for turn in conversation]!r:.80}, not human and gpt "
+            "in turn, ending with gpt",
         )
-    for k, turn in enumerate(said):
+    for k, turn in enumerate(conversation):
         if k % 2 and IMAGE_MARK in turn["value"]:
             raise Fault(
                 "image_mark",
@@ -67,7 +67,7 @@ def turns_of(row: dict, images: int) -> tuple[tuple[str, str], ...]:
             )
         if k % 2 and not turn["value"].strip():
             raise Fault("empty_answer", f"turn {k + 1} is an empty answer: nothing to learn from")
-    marks = [s["value"].count(IMAGE_MARK) for s in said]
+    marks = [turn["value"].count(IMAGE_MARK) for turn in conversation]
     if sum(marks) != images:
         raise Fault(
             "image_mark",
@@ -78,7 +78,7 @@ def turns_of(row: dict, images: int) -> tuple[tuple[str, str], ...]:
             else f"{sum(marks)} times {IMAGE_MARK} in its questions, and `image` names {images}: "
             "each image has one mark",
         )
-    texts = [s["value"].strip() for s in said]
+    texts = [turn["value"].strip() for turn in conversation]
     if marks[0] == images == 1:
         texts[0] = texts[0].replace(IMAGE_MARK, "").strip()
     return tuple(zip(texts[::2], texts[1::2], strict=True))
@@ -92,11 +92,11 @@ class Llava:
       split: train, val or test.
       images: the folder that image paths are relative to.
       text_only: accept rows without an image.
-      images_per_row: most images of a row.
+      images_per_row: the most images of a row.
       skip: leave bad rows out and count them, instead of failing.
-      exif: what becomes of an image's EXIF orientation, "apply" or "ignore".
+      exif: "apply" or "ignore" the EXIF orientation of images.
     Raises:
-      FileNotFoundError, ValueError: for a file that cannot be read as such, or without a usable
+      FileNotFoundError, ValueError: for a file that is not a LLaVA file, or without a usable
         row.
       BadExample: for the first bad row, unless `skip`.
     """
@@ -122,19 +122,19 @@ class Llava:
             )
         self.split = split
         self.path = existing_path(path.replace("{split}", split))
-        found = read_rows(self.path)
+        file_rows = read_rows(self.path)
         self.left_out = Skips()
         self._text_only, self._images_per_row = text_only, images_per_row
         self._folder = Folder(images)
         self._examples: list[Example] = []
         self._paths: dict[str, int] = {}
         self._owners: list[str] = []
-        rows = found.rows
+        rows = file_rows.rows
         ids = own_ids([row.get("id") if isinstance(row, dict) else None for row in rows])
         self.repeated_ids, self.missing_ids = ids.repeated, ids.missing
         self.leading_answers = 0
         for number, row in enumerate(rows):
-            owner = f"{self.path}, {found.place(number)} (id {ids.shown(number)!r:.80})"
+            owner = f"{self.path}, {file_rows.place(number)} (id {ids.in_file(number)!r:.80})"
             try:
                 self._add(row, ids.own[number], ids.given[number], owner)
             except (Fault, RecursionError) as fault:  # RecursionError: deep JSON in an odd place
@@ -159,13 +159,13 @@ class Llava:
         paths = list(self._paths)
         reader = _Reader(paths, self._owners, exif, skip=skip)
         self.images = Images(reader, len(paths), paths)
-        # The hash of a data set whose images are taken as they lie is as it ever was.
+        # Without turned images the hash is that of earlier versions.
         turned = " upright" if exif == "apply" else ""
         self.data_hash = hashlib.sha256(
-            f"{found.sha256} {text_only} {dict(self.left_out.kinds)}{turned}".encode()
+            f"{file_rows.sha256} {text_only} {dict(self.left_out.kinds)}{turned}".encode()
         ).hexdigest()
 
-    def _add(self, row: Any, name: str, given: str, owner: str) -> None:
+    def _add(self, row: Any, name: str, given_id: str, owner: str) -> None:
         if isinstance(row, Fault):
             raise row
         if not isinstance(row, dict):
@@ -192,17 +192,17 @@ class Llava:
         for image in images:
             check_text("`image`", image)
         indices = []
-        # All are found before one is kept: an image of a bad row is none of the source's.
+        # All are found before one is kept: images of a bad row do not belong to the source.
         for path in [self._found(image) for image in images]:
             indices.append(self._paths.setdefault(path, len(self._paths)))
             if indices[-1] == len(self._owners):
                 self._owners.append(owner)
         self.leading_answers += leads
         image = tuple(indices) if len(indices) > 1 else indices[0] if indices else None
-        self._examples.append(Example(name, image, turns, "llava", "llava", given=given))
+        self._examples.append(Example(name, image, turns, "llava", "llava", given=given_id))
 
     def _found(self, name: str) -> str:
-        """The path of an image, under another suffix where the file is not there as named."""
+        """The path of an image, with another suffix if there is no file of this name."""
         path = self._folder.find(name, suffixes=SUFFIXES)
         if path is None:
             raise Fault(
@@ -219,7 +219,7 @@ class Llava:
         return self._examples[index]
 
     def describe(self) -> dict[str, Any]:
-        """Counts of rows, images, rows left out by reason, and of what is not as it was given."""
+        """Counts of rows, images, rows left out by reason, and of changes to what the file has."""
         changed = {
             "repeated_ids": self.repeated_ids,
             "missing_ids": self.missing_ids,
@@ -239,35 +239,35 @@ class Llava:
         }
 
     def notes(self) -> list[str]:
-        """What a user should know of how the file was read, in sentences."""
-        said = []
+        """Sentences for the user about how the file was read."""
+        sentences = []
         if count := self.repeated_ids:
-            said.append(
+            sentences.append(
                 f"{self.path}: {count} rows have the id of an earlier row; they are read as ID#2, "
                 "ID#3, ..., and none is dropped"
             )
         if count := self.missing_ids:
-            said.append(
+            sentences.append(
                 f"{self.path}: {count} rows have no id (a text or a number); they are called #ROW, "
                 "counted from 0"
             )
         if count := self.leading_answers:
-            said.append(
-                f"{self.path}: {count} rows begin with an answer (gpt); that is left out, as LLaVA "
+            sentences.append(
+                f"{self.path}: {count} rows begin with an answer (gpt); it is left out, as LLaVA "
                 "does"
             )
         if self.left_out:
             rows = len(self) + len(self.left_out)
-            said.append(f"{self.path}: {self.left_out.summary(rows, 'rows are left out')}")
-        return said
+            sentences.append(f"{self.path}: {self.left_out.summary(rows, 'rows are left out')}")
+        return sentences
 
 
 class _Reader:
-    """Reads image i; a class, so that worker processes can take it along."""
+    """Reads image i; a class, so that it can be sent to worker processes."""
 
     def __init__(self, paths: list[str], owners: list[str], exif: str, *, skip: bool):
         self.paths, self.owners, self.exif = paths, owners, exif
-        # Who skips it already has one way out.
+        # With `skip` this way out is already taken.
         self.way_out = "replace the file" + ("" if skip else ", or set data.on_bad_example=skip")
 
     def __call__(self, index: int) -> np.ndarray:

@@ -62,7 +62,7 @@ class _Files:
                 }
         except tarfile.TarError as error:
             raise ValueError(
-                f"{self.tar} is no uncompressed tar file, or cut short: {error}"
+                f"{self.tar} is not an uncompressed tar file, or cut short: {error}"
             ) from error
 
     def read(self, name: str) -> bytes:
@@ -78,7 +78,7 @@ class _Files:
 
 
 class _Reader:
-    """Reads image i of the rows and lays its boxes out on a square."""
+    """Reads image i of the rows and arranges its boxes on a square."""
 
     def __init__(self, files: _Files, names: list[str]):
         self.files, self.names = files, names
@@ -88,7 +88,7 @@ class _Reader:
         try:
             with Image.open(io.BytesIO(self.files.read(name))) as image:
                 return mosaic(image)
-        except Exception as error:  # a decoder raises what it likes
+        except Exception as error:  # decoders raise many kinds of errors
             raise BadExample(
                 f"NLVR image {name} in {self.files.folder} cannot be read: {one_line(error)}; "
                 "unpack the data again, or set data.on_bad_example=skip"
@@ -110,7 +110,7 @@ def mosaic(image: Image.Image) -> np.ndarray:
 class Nlvr:
     """One file of NLVR; an example per sentence and order of boxes, with id "IDENTIFIER-ORDER".
 
-    Example ids keep what consistency is counted over: "12-3-0" is order 0 of identifier 12-3, whose
+    Example ids tell the groups of consistency: "12-3-0" is order 0 of identifier 12-3, whose
     original sentence is 12.
 
     Args:
@@ -127,9 +127,9 @@ class Nlvr:
     def __init__(self, path: str, split: str):
         if split not in FILES:
             raise ValueError(f"split {split!r}: NLVR is used as {', '.join(FILES)}")
-        self.split, kept = split, FILES[split]
-        files = _Files(Path(path), kept)
-        data = files.read(f"{kept}.json")
+        self.split, file = split, FILES[split]
+        files = _Files(Path(path), file)
+        data = files.read(f"{file}.json")
         names: list[str] = []
         self._boxes: list[list[list[dict]]] = []
         self._examples: list[Example] = []
@@ -139,24 +139,24 @@ class Nlvr:
                 rows.append(_checked(json.loads(line)))
             except (ValueError, KeyError, TypeError, RecursionError, Fault) as error:
                 raise ValueError(
-                    f"{Path(path) / kept / kept}.json, line {number}: {error!r:.120}: expected an "
+                    f"{Path(path) / file / file}.json, line {number}: {error!r:.120}: expected an "
                     "object with sentence, label, identifier, directory and structured_rep"
                 ) from error
         if not rows:
-            raise ValueError(f"{Path(path) / kept / kept}.json is empty: unpack the data again")
+            raise ValueError(f"{Path(path) / file / file}.json is empty: unpack the data again")
         ids = own_ids([identifier for _, _, identifier, _, _ in rows])
         self.repeated_ids, self.left_out = ids.repeated, Skips()
         for own, (sentence, label, identifier, folder, boxes) in zip(ids.own, rows, strict=True):
             self._boxes.append(boxes)
             for order in range(len(ORDERS)):
                 turns, name = ((sentence, label),), f"{own}-{order}"
-                # The drawings of one sentence, in all their orders, are no independent samples.
+                # The drawings of one sentence, in all their orders, are not independent samples.
                 sentence_id = identifier.split("-")[0]
-                given = f"{identifier}-{order}" if own != identifier else ""
+                given_id = f"{identifier}-{order}" if own != identifier else ""
                 self._examples.append(
-                    Example(name, len(names), turns, "nlvr", "nlvr", sentence_id, given)
+                    Example(name, len(names), turns, "nlvr", "nlvr", sentence_id, given_id)
                 )
-                names.append(f"images/{folder}/{kept}-{identifier}-{order}.png")
+                names.append(f"images/{folder}/{file}-{identifier}-{order}.png")
         self.images = Images(_Reader(files, names), len(names), names)
         self.data_hash = hashlib.sha256(data).hexdigest()
 
@@ -195,7 +195,7 @@ class Nlvr:
         return np.array(classes, np.int32)[covering(np.asarray(owners), side)]
 
     def notes(self) -> list[str]:
-        """What a user should know of how the file was read, in sentences."""
+        """Sentences for the user about how the file was read."""
         if not self.repeated_ids:
             return []
         return [
@@ -204,7 +204,7 @@ class Nlvr:
         ]
 
     def describe(self) -> dict[str, Any]:
-        """Counts of examples, images and labels, and which file of the data set this is."""
+        """Counts of examples, images and labels, and the file of the data set."""
         labels = Counter(e.turns[0][1] for e in self._examples)
         return {
             "source": self.name,
@@ -222,7 +222,7 @@ def _checked(row: Any) -> tuple[str, str, str, str, list[list[dict]]]:
     """Sentence, label, identifier, directory and boxes of a row.
 
     Raises:
-      KeyError, TypeError, ValueError, Fault: where one is missing or is not what NLVR has there.
+      KeyError, TypeError, ValueError, Fault: if one is missing or has another form than in NLVR.
     """
     texts = [row[name] for name in ("sentence", "label", "identifier", "directory")]
     if not all(isinstance(text, str) for text in texts):

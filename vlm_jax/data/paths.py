@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files by the names that a data set gives them, however the disk spells those.
+"""Finds files by the names in a data set, in either Unicode form and with other suffixes.
 
-A name with an accent has two spellings in Unicode (NFC, NFD). Disks and archives change the one to
-the other; the letters stay the same, and so does the file that is meant.
+A name with an accent has two spellings in Unicode (NFC, NFD), and disks and archives change the one
+to the other.
 """
 
 import os
 import unicodedata
 from pathlib import Path
 
-# Images that were renamed or are in truth of another kind (OCR-VQA: GIF named .jpg) are found by
-# these.
+# Suffixes to try for images that were renamed or have another format (OCR-VQA: GIF named .jpg).
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
 
 
 class Folder:
-    """Finds files below a folder; each directory is listed once, however many files it holds.
+    """Finds files below a folder; each directory is listed only once.
 
     Attributes:
       renamed: files found under another suffix. respelled: found in the other Unicode form.
@@ -27,21 +26,23 @@ class Folder:
         self.renamed = self.respelled = 0
 
     def find(self, name: str, *, suffixes: tuple[str, ...] = ()) -> str | None:
-        """The path of a file as the disk spells it; with another of `suffixes` where it has none as
-        named. None where there is no such file."""
+        """The path of a file as the disk spells it, or with another of `suffixes`.
+
+        None if there is no such file.
+        """
         folder, base = os.path.split(os.path.join(self.root, name))
-        asked, folder = folder, self._spelled(folder)
+        requested, folder = folder, self._spelled(folder)
         names = self._names(folder)
         if base in names or _composed(base) in names:
-            found = _of(names, base)
-            self.respelled += (asked, base) != (folder, found)
-            return os.path.join(folder, found)
+            spelled = _of(names, base)
+            self.respelled += (requested, base) != (folder, spelled)
+            return os.path.join(folder, spelled)
         stem = os.path.splitext(base)[0]
         for suffix in suffixes:
             for other in (stem + suffix, stem + suffix.upper()):
-                if found := _of(names, other):
+                if spelled := _of(names, other):
                     self.renamed += 1
-                    return os.path.join(folder, found)
+                    return os.path.join(folder, spelled)
         return None
 
     def _names(self, folder: str) -> dict[str, str]:
@@ -59,7 +60,7 @@ class Folder:
         return self._listed[folder]
 
     def _spelled(self, folder: str) -> str:
-        """The folder as the disk spells it; unchanged where it is there as it is, or nowhere."""
+        """The folder as the disk spells it; unchanged if it exists as given, or not at all."""
         if folder.isascii() or self._names(folder):
             return folder
         real = os.sep if folder.startswith(os.sep) else ""
@@ -69,15 +70,15 @@ class Folder:
 
 
 def existing_path(path: str | Path) -> Path:
-    """The path of a file that is there, in whichever Unicode form; else the path as given."""
-    given = Path(path)
+    """The path of an existing file in either Unicode form; else the path as given."""
+    requested = Path(path)
     try:
-        if str(given).isascii() or given.exists():
-            return given
+        if str(requested).isascii() or requested.exists():
+            return requested
     except (OSError, ValueError):
-        return given
-    found = Folder("").find(str(given))
-    return Path(found) if found else given
+        return requested
+    spelled = Folder("").find(str(requested))
+    return Path(spelled) if spelled else requested
 
 
 def _of(names: dict[str, str], name: str) -> str | None:

@@ -131,12 +131,12 @@ class Processor:
         self.bos = self.encode.before
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else tokenizer.unk_token_id or 0
-        # Nobody reads it, but it is embedded: a token that was made up for padding may have no row.
+        # It is embedded although it has no effect: an added padding token may have no row.
         if rows.vocab is not None and self.pad_id >= rows.vocab:
             self.pad_id = 0
 
     def reading_as(self, query: str) -> "Processor":
-        """This processor for a model of the same data whose compressor is read the question so."""
+        """This processor for a model of the same data with another `query` of its compressor."""
         other = copy.copy(self)
         other.query = query
         return other
@@ -150,16 +150,18 @@ class Processor:
                 ids += part
                 mask += [supervised] * len(part)
             return ids, mask
-        found = self.encode("".join(text for text, _ in parts))
-        # A token is supervised where a character of it is: the one that ends a part in front of an
-        # answer and begins the answer is the first that has to be learnt.
+        encoded = self.encode("".join(text for text, _ in parts))
+        # A token is supervised if one of its characters is: a token that ends the part before an
+        # answer and begins the answer is the first one to learn.
         ends = np.cumsum([len(text) for text, _ in parts])
-        first = np.searchsorted(ends, found.starts, side="right")
-        last = np.searchsorted(ends, np.maximum(found.ends, np.add(found.starts, 1)) - 1, "right")
+        first = np.searchsorted(ends, encoded.starts, side="right")
+        last = np.searchsorted(
+            ends, np.maximum(encoded.ends, np.add(encoded.starts, 1)) - 1, "right"
+        )
         before = np.cumsum([0, *(flag for _, flag in parts)])
-        most = len(parts) - 1
-        supervised = before[np.minimum(last, most) + 1] > before[np.minimum(first, most)]
-        return list(found.ids), supervised.tolist()
+        last_part = len(parts) - 1
+        supervised = before[np.minimum(last, last_part) + 1] > before[np.minimum(first, last_part)]
+        return list(encoded.ids), supervised.tolist()
 
     def _stop_ids(self, name: str) -> tuple[int, ...]:
         """The tokens that end an answer."""
@@ -167,23 +169,23 @@ class Processor:
         ids = self.encode(closing).ids if closing else []
         eos = [] if self.eos_id is None else [self.eos_id]
         if isinstance(self.template, OwnTemplate):
-            # What it writes behind an answer may be words.
+            # The template may write words after an answer.
             special = self.tokenizer.added_tokens_decoder
             ids = [i for i in ids[:1] if i in special and special[i].special]
         elif closing and ids[-1:] != eos and len(ids) != 1:
             raise ValueError(
-                f"template {name!r} closes answers with {closing}, which is no token of this "
-                "tokenizer, or one that it spells (split_special_tokens): choose another "
+                f"template {name!r} closes answers with {closing}, which is not a token of this "
+                "tokenizer, or one that it splits (split_special_tokens): choose another "
                 "data.template, or a tokenizer that has it"
             )
         return tuple(dict.fromkeys([*ids[-1:], *eos]))
 
     def tokens(self, example: Example, *, answer: bool) -> Tokens:
-        """The example as ids of any length; without `answer` up to where its last answer starts.
+        """The example as ids of any length; without `answer` up to the start of its last answer.
 
         Raises:
           BadExample: for texts that cannot be tokenized or written by the template, and for image
-            marks that are not as many as images.
+            marks whose number differs from that of the images.
         """
         try:
             return self._row(example, answer=answer)
@@ -224,7 +226,7 @@ class Processor:
         return Tokens(ids, mask, tuple(places), questions)
 
     def constant_prefix(self) -> list[int]:
-        """The ids that every row with an image begins with, whatever is asked."""
+        """The common first ids of all rows with an image, whatever the question."""
         one, other = (
             self.tokens(Example("", 0, ((text, ""),), "", ""), answer=False) for text in "ab"
         )
@@ -271,11 +273,11 @@ class Processor:
             ids, mask = (r[: min(image_at, first)] + r[image_at:][:room] for r in (ids, mask))
             places = (image_at := min(image_at, first),)
         else:
-            # An image is read by the tokens behind it: one at least has to be there.
+            # An image is read by the tokens after it: there must be at least one.
             fits = len(ids) <= self.text_length and max(places, default=0) < self.text_length
             problem = f"its prompt has {len(ids)} tokens, data.text_length is {self.text_length}"
             if len(ids) <= self.text_length and not fits:
-                problem += " and nothing stands behind its image"
+                problem += " and nothing follows its image"
             longest = max(map(len, questions))
             if self.query == "separate" and has_image and longest > first:
                 fits = False
@@ -289,7 +291,7 @@ class Processor:
                 "begin-of-sequence token to be read in its place: drop the example, or choose "
                 "compressor.query='none'"
             )
-        # Places in padding are those of no image; any question does for them.
+        # Missing images have places in the padding and any question.
         places = [min(place, self.text_length) for place in places]
         places += [self.text_length] * (most - len(places))
         questions = [*questions, *[questions[-1]] * (most - len(questions))]
@@ -312,15 +314,15 @@ class Processor:
 
     def _questions(self, example: Example) -> list[list[int]]:
         """The ids of each image's question for a pass of its own, as published for QueCC."""
-        asked = [
+        questions = [
             text.replace(IMAGE_MARK, "").strip() if IMAGE_MARK in text else text
-            for shown, text in example.questions()
-            for _ in range(shown + text.count(IMAGE_MARK))
+            for images, text in example.questions()
+            for _ in range(images + text.count(IMAGE_MARK))
         ]
-        # As published, the plain template drops the instruction and so leaves nothing to be read.
-        asked = asked if "{question}" in self.template.user else [""] * len(asked)
-        read = asked if example.images else [NO_IMAGE_QUESTION]
-        return [[*self.bos, *self.encode(text).ids] for text in read]
+        # As published, the plain template drops the instruction, so there is nothing to read.
+        questions = questions if "{question}" in self.template.user else [""] * len(questions)
+        texts = questions if example.images else [NO_IMAGE_QUESTION]
+        return [[*self.bos, *self.encode(text).ids] for text in texts]
 
     def _append(self, ids: list[int], mask: list[bool], parts: list[Part]) -> None:
         parts = [part for part in parts if part[0]]
@@ -336,7 +338,7 @@ class Processor:
         return row
 
     def square(self, image: np.ndarray) -> np.ndarray:
-        """An RGB image uint8 [H, W, 3] as a square, uint8 [S, S, 3]; of nothing where blind."""
+        """An RGB image uint8 [H, W, 3] as a square, uint8 [S, S, 3]; blank if blind."""
         return self.images.blank() if self.blind else self.images.square(image)
 
     def pixels(self, image: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of a file of JSON or of JSON lines, told apart by what it holds, not by its name.
+"""The rows of a file of JSON or of JSON lines, recognized by its content, not by its name.
 
-What spoils a file is refused; what spoils one row is that row's own fault.
+A fault of the file is an error; a fault of one row concerns that row only.
 """
 
 import hashlib
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 SHAPE = "a list of rows with id, image and conversations"
-# What moves between the values of a list: a whole text, a bracket, or a comma.
+# Tokens that separate the values of a list: a whole text, a bracket or a comma.
 _MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
 
 
 class Fault(Exception):
-    """Why a row is bad: a word to count it under, and what came and what was allowed."""
+    """Why a row is bad: `kind`, under which it is counted, and what came and what was allowed."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -27,17 +27,17 @@ class Fault(Exception):
 
 
 class Twice(dict):
-    """An object with `repeated` keys, those that came more than once: the last would just win."""
+    """A JSON object with repeated keys (`repeated`), of which the last one would silently win."""
 
     repeated: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a file holds: a value for each row, or the Fault that stands in its place.
+    """The content of a file: a value for each row, or a Fault in its place.
 
     Attributes:
-      rows: in file order. lines: the line of each row, counted from 1; None where the file is one
+      rows: in file order. lines: the line of each row, counted from 1; None if the file is one
         JSON list.
       sha256: of the bytes of the file.
     """
@@ -47,7 +47,7 @@ class Rows:
     sha256: str
 
     def place(self, number: int) -> str:
-        """Where row `number` (from 0) stands, as an error names it."""
+        """The place of row `number` (from 0) for a message."""
         return f"row {number}" if self.lines is None else f"line {self.lines[number]}"
 
 
@@ -55,8 +55,8 @@ def read_rows(path: Path) -> Rows:
     """The rows of a file that holds a JSON list, or an object on each line.
 
     Raises:
-      FileNotFoundError: where there is no such file.
-      ValueError: where it is neither, or cut short, or not a list at its top.
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is neither, or cut short, or not a list at its top.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -83,19 +83,19 @@ def read_rows(path: Path) -> Rows:
 
 
 def _decoded(data: bytes) -> str:
-    """The text of a file: UTF-8, or UTF-16 or UTF-32 as its first bytes tell.
+    """The text of a file: UTF-8, or UTF-16 or UTF-32 according to its first bytes.
 
-    A byte that is no UTF-8 becomes half of a surrogate pair, and is found in the row that has it.
+    A byte that is not UTF-8 becomes a lone surrogate, which is found in the row that has it.
     """
     encoding = json.detect_encoding(data)
     return data.decode(encoding, "surrogateescape" if "utf-8" in encoding else "surrogatepass")
 
 
 def _parsed(text: str, path: Path) -> tuple[list, list[int] | None]:
-    """Rows, and their lines where each has its own."""
+    """Rows, and their lines if each has its own."""
     is_list = text.lstrip()[:1] == "["
     try:
-        whole = json_value(text)
+        value = json_value(text)
     except (ValueError, RecursionError) as error:
         rows, lines = _of_lines(text)
         # The last line of a JSON list that is broken may be an object too.
@@ -104,29 +104,29 @@ def _parsed(text: str, path: Path) -> tuple[list, list[int] | None]:
         if isinstance(error, RecursionError):
             return ([_row(piece) for piece in _pieces(text)], None) if is_list else (rows, lines)
         raise
-    if isinstance(whole, list):
-        return whole, None
-    if isinstance(whole, dict) and "conversations" in whole:
-        return [whole], [1]
+    if isinstance(value, list):
+        return value, None
+    if isinstance(value, dict) and "conversations" in value:
+        return [value], [1]
     lists = (
-        [key for key, value in whole.items() if isinstance(value, list)]
-        if isinstance(whole, dict)
+        [key for key, value in value.items() if isinstance(value, list)]
+        if isinstance(value, dict)
         else []
     )
     raise ValueError(
-        f"{path} holds a JSON {type(whole).__name__} at the top, not {SHAPE}"
+        f"{path} holds a JSON {type(value).__name__} at the top, not {SHAPE}"
         + (f": save what stands under {lists[0]!r:.40} alone" if lists else "")
     )
 
 
 def _of_lines(text: str) -> tuple[list, list[int]]:
-    """A row for each line that is not blank, whatever it holds, and its number."""
-    found = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return [_row(line) for _, line in found], [n for n, _ in found]
+    """A row for each line that is not blank, and its number."""
+    numbered = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [_row(line) for _, line in numbered], [n for n, _ in numbered]
 
 
 def _row(text: str) -> Any:
-    """One value, or the Fault that it cannot be read."""
+    """One value, or a Fault if it cannot be read."""
     try:
         return json_value(text)
     except RecursionError:
@@ -154,21 +154,21 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def json_value(text: str) -> Any:
-    """What a text of JSON says; objects with keys that came more than once are `Twice`."""
+    """The value of a JSON text; objects with repeated keys are `Twice`."""
     return json.loads(text, object_pairs_hook=_object)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict:
-    made = dict(pairs)
-    if len(made) == len(pairs):
-        return made
-    made = Twice(made)
-    made.repeated = tuple(k for k, n in Counter(k for k, _ in pairs).items() if n > 1)
-    return made
+    value = dict(pairs)
+    if len(value) == len(pairs):
+        return value
+    value = Twice(value)
+    value.repeated = tuple(k for k, n in Counter(k for k, _ in pairs).items() if n > 1)
+    return value
 
 
 def check_text(name: str, text: str) -> None:
-    """Raises a Fault for half of a surrogate pair: no tokenizer and no file can hold it."""
+    """Raises a Fault for a lone surrogate, which no tokenizer and no file can hold."""
     if text.isascii():
         return
     try:
@@ -190,11 +190,11 @@ def check_keys(name: str, value: dict) -> None:
 
 @dataclass(frozen=True)
 class Ids:
-    """Ids of our own for rows, and what was given.
+    """Unique ids of rows, and the ids in the file.
 
     Attributes:
-      own: unique, by row. given: what a row gave where its own id is another, else "".
-      missing: how many rows gave none that can be used.
+      own: the unique id of each row. given: the id in the file if it differs from `own`, else "".
+      missing: the number of rows without a usable id.
     """
 
     own: list[str]
@@ -203,40 +203,40 @@ class Ids:
 
     @property
     def repeated(self) -> int:
-        """How many rows gave the id of an earlier one."""
+        """The number of rows with the id of an earlier one."""
         return sum(map(bool, self.given))
 
-    def shown(self, number: int) -> str:
-        """What a user finds in the file for row `number`."""
+    def in_file(self, number: int) -> str:
+        """The id of row `number` in the file, if it has one."""
         own = self.own[number]
         return self.given[number] or own
 
 
 def own_ids(given: Sequence[Any]) -> Ids:
-    """An id for each row: the given one where it is the first of its kind, then ID#2, ID#3, ...
+    """A unique id for each row: the given one at its first occurrence, then ID#2, ID#3, ...
 
-    A row without an id (or with one that is neither text nor number) is #ROW, counted from 0. They
-    follow from the file alone, whichever of its rows are bad, and never meet an id that is given.
+    A row without an id (or with one that is neither text nor number) is #ROW, counted from 0. Ids
+    depend on the file alone, whichever of its rows are bad, and never equal a given id.
     """
     names = [_named(value) for value in given]
-    taken, seen, numbers = set(names), set(), {}
-    own, told = [], []
+    used, seen, numbers = set(names), set(), {}
+    own, replaced = [], []
     for row, name in enumerate(names):
-        made = base = f"#{row}" if name is None else name
+        unique = base = f"#{row}" if name is None else name
         if name is None or name in seen:
             number = numbers.get(base, 1)
-            while made in taken:
+            while unique in used:
                 number += 1
-                made = f"{base}#{number}"
+                unique = f"{base}#{number}"
             numbers[base] = number
         seen.add(name)
-        taken.add(made)
-        own.append(made)
-        told.append("" if name in (None, made) else name)
-    return Ids(own, told, names.count(None))
+        used.add(unique)
+        own.append(unique)
+        replaced.append("" if name in (None, unique) else name)
+    return Ids(own, replaced, names.count(None))
 
 
 def _named(value: Any) -> str | None:
-    """An id as text; None where a row gives no usable id."""
+    """An id as text; None if it is not usable."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
     return str(value) if number or (isinstance(value, str) and value) else None

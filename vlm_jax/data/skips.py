@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was left out of a data set: counted once each, by reason, and the first of them by name."""
+"""Examples and rows that are left out: counted once each, by reason, with the first ones named."""
 
 import json
 from collections import Counter
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_jax import files, hosts
+from vlm_jax import files
 
 SHOWN = 3
 
@@ -17,7 +17,7 @@ class Skip:
     """One example or row that is not used.
 
     Attributes:
-      id: its id, or the place in its file. image: the path of its image, "" where that is not why.
+      id: its id, or the place in its file. image: the path of the image, "" if not the reason.
       reason: what was wrong, in a sentence.
     """
 
@@ -27,15 +27,15 @@ class Skip:
 
     def __str__(self) -> str:
         text = self.reason if self.image in self.reason else f"{self.image}: {self.reason}"
-        # Half a character, which a path may hold, cannot be printed everywhere.
+        # A lone surrogate, which a path may hold, cannot be printed everywhere.
         return text.encode(errors="backslashreplace").decode()
 
 
 class Skips:
-    """Counts what is skipped, each number once however often it is met.
+    """Counts skipped examples, each number once.
 
     Attributes:
-      kinds: how many by kind. first: the three of the lowest number, by number.
+      kinds: kind -> count. first: number -> skip, the three of the lowest numbers.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Skips:
         return len(self._seen)
 
     def add(self, number: int, kind: str, skip: Skip) -> None:
-        """Notes that what has this number is not used; nothing where that is known."""
+        """Notes that the example of this number is skipped; without effect if that is known."""
         if number in self._seen:
             return
         self._seen.add(number)
@@ -66,27 +66,29 @@ class Skips:
     def share(self) -> None:
         """Notes what the other processes of the run skipped since they last shared; all call it."""
         fresh, self._fresh = self._fresh, []
+        from vlm_jax import hosts  # the description of an example needs no JAX
+
         for found in hosts.collected(fresh):
             for number, kind, skip in found:
                 self.add(number, kind, Skip(**skip))
         self._fresh = []
 
     def keep(self, path: Path) -> None:
-        """Reads what an earlier attempt noted in a file, and notes what follows there too."""
+        """Reads the notes of an earlier attempt from a file, and appends further ones to it."""
         if path.exists():
             # A killed run may have left half a line.
             text = path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1]
-            for line in whole.splitlines():
+            complete = text[: text.rfind("\n") + 1]
+            for line in complete.splitlines():
                 fields = json.loads(line)
                 number, kind = fields.pop("number"), fields.pop("kind")
                 self.add(number, kind, Skip(**fields))
-            if whole != text:
-                files.write_text(path, whole)
+            if complete != text:
+                files.write_text(path, complete)
         self._path = path
 
     def fields(self) -> dict[str, Any]:
-        """For a file of numbers: how many, why, and the first by name; {} where there are none."""
+        """Fields for a JSON file: count, reasons and the first skips; {} if there are none."""
         if not self:
             return {}
         return dict(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the turns of a conversation become the text of a row, and where its image stands.
+"""How the turns of a conversation become the text of a row, with the places of its images.
 
 A row is a list of parts, each with whether it is supervised: the answers, and what closes them.
 """
@@ -17,11 +17,15 @@ Part = tuple[str, bool]
 class Template:
     """How turns become text.
 
-    start: opens the row. user, answer: one turn, with {image}, {question} and {answer}; only
-    `answer` is supervised. eos: whether the end-of-sequence token closes each answer; end: what
-    does in its place; gap: what follows that, unsupervised. image: what {image} becomes for each
-    image that has no mark in the question, IMAGE_MARK included. joined: tokenize all text between
-    images as one string, as published models were trained, instead of each part on its own.
+    Attributes:
+      start: opens the row.
+      user, answer: one turn, with {image}, {question} and {answer}; only `answer` is supervised.
+      eos: whether the end-of-sequence token closes each answer.
+      image: the text of {image} for each image without a mark in the question, with IMAGE_MARK.
+      joined: tokenize all text between images as one string, as published models were trained,
+        instead of each part separately.
+      end: closes each answer in place of the end-of-sequence token.
+      gap: follows the end, unsupervised.
     """
 
     start: str
@@ -38,21 +42,21 @@ class Template:
         return self
 
     def closing(self, tokenizer: Any) -> str:
-        """The text of the token that ends an answer; "" where none does."""
+        """The text of the token that ends an answer; "" if there is none."""
         return self.end or (tokenizer.eos_token if self.eos else "")
 
     def begins_itself(self, tokenizer: Any, parts: list[Part]) -> bool:
-        """Whether what the tokenizer puts in front of any text is not to be put before a row."""
+        """Whether the tokenizer's leading tokens must not be added to a row."""
         return False
 
     def parts(self, example: Example, tokenizer: Any, *, answer: bool) -> list[Part]:
         """The whole row; without `answer` up to where the last answer starts."""
         parts, last = [(self.start, False)], len(example.turns) - 1
-        for k, (shown, question) in enumerate(example.questions()):
+        for k, (images, question) in enumerate(example.questions()):
             if example.images and "{question}" not in self.user:
                 # The question is dropped, and its images are not.
-                shown += question.count(IMAGE_MARK)
-            text = self.user.format(image=self.image * shown, question=question)
+                images += question.count(IMAGE_MARK)
+            text = self.user.format(image=self.image * images, question=question)
             parts.append((text, False))
             if answer or k < last:
                 parts.append((self.answer.format(answer=example.turns[k][1]), True))
@@ -162,7 +166,7 @@ def named(name: str) -> Template:
 
 
 def check_prefix(name: str) -> None:
-    """ValueError for a template whose question does not stand before the image."""
+    """Raises ValueError for a template whose question is not before the image."""
     before, mark, _ = named(name).user.partition("{image}")
     if not mark or "{question}" not in before:
         good = [name for name, t in TEMPLATES.items() if "{question}{image}" in t.user]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small tokenizer made from the texts of a data set, for models that are trained from nothing."""
+"""A small tokenizer built from the texts of a data set, for models trained from scratch."""
 
 import re
 from collections import Counter
@@ -24,19 +24,19 @@ def _splitter() -> pre_tokenizers.PreTokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int) -> Any:
-    """A small tokenizer that loses nothing: a token per word of `texts`, else characters.
+    """A small lossless tokenizer: a token per word of `texts`, else characters.
 
     It is a PreTrainedTokenizerFast of transformers. Words are of lower-case letters. Digits,
     capitals and words outside the vocabulary are spelled in characters; only a character that
     `texts` never shows (other than ASCII letters and digits) becomes <unk>. <bos> is put in front
-    of a text. The same texts in any order give the same ids.
-    Special tokens apart, decode(encode(text)) == text for text without a space at its start.
+    of a text. The same texts in any order give the same ids. Except for special tokens,
+    decode(encode(text)) == text for text without a space at its start.
 
     Args:
       texts: all questions and answers of the training split.
-      vocab: most tokens; the most frequent words are kept.
+      vocab: the largest number of tokens; the most frequent words are kept.
     Raises:
-      ValueError: where `vocab` does not even hold the characters.
+      ValueError: if `vocab` is too small for the characters.
     """
     words = Counter()
     characters = set("▁0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
@@ -78,18 +78,20 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> Any:
 
 
 def completed(tokenizer: Any) -> None:
-    """Gives a tokenizer of `train_tokenizer` its <bos> where its files do not have it yet.
+    """Adds <bos> to a tokenizer of `train_tokenizer` whose files do not have it yet.
 
-    Files of earlier versions did not say that rows begin with <bos>; the models that were trained
-    with them have seen it. One with a token for images belongs to a folder of transformers, where
-    what its files say holds.
+    Files of earlier versions did not record that rows begin with <bos>, although the models were
+    trained with it. A tokenizer with an image token belongs to a folder of transformers, whose
+    files are followed.
     """
     backend = tokenizer.backend_tokenizer
-    ours = (
+    is_word_tokenizer = (
         [backend.id_to_token(k) for k in range(len(SPECIALS))] == list(SPECIALS.values())
         and isinstance(backend.model, models.WordPiece)
         and WORD_START in str(backend.normalizer)
     )
-    whole = backend.num_special_tokens_to_add(False) or backend.token_to_id(IMAGE_MARK) is not None
-    if ours and not whole:
+    complete = (
+        backend.num_special_tokens_to_add(False) or backend.token_to_id(IMAGE_MARK) is not None
+    )
+    if is_word_tokenizer and not complete:
         backend.post_processor = _beginning(backend.token_to_id(SPECIALS["bos_token"]))

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A drawing whose CSV is the drawing: every mark is drawn and noted by the same call."""
+"""Figures with a CSV of the same data: every mark is drawn and recorded by the same call."""
 
 import csv
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +42,7 @@ COLUMNS = ("series", "kind", "x", "y", "low", "high", "N_billions", "V", "Q", "l
 
 @dataclass(frozen=True)
 class Figure:
-    """One finished figure: its three files and the words that stand beside it."""
+    """One finished figure: its three files, caption and alternative text."""
 
     name: str
     title: str
@@ -49,41 +51,11 @@ class Figure:
     png: Path
     svg: Path
     csv: Path
-    section: str = ""  # the family it is about; "" is all of them
+    section: str = ""  # the family it shows; "" is all families
 
     @property
     def paths(self) -> list[Path]:
         return [self.png, self.svg, self.csv]
-
-
-def parameters_text(billions: int | float) -> str:
-    """A parameter count as people write it: 2.5e-5 (billions) is "25k", 7 is "7B"."""
-    # 0.5B, not 500M: published sizes are called so.
-    for least, factor, unit in ((0.0995, 1.0, "B"), (0.9995e-3, 1e-3, "M"), (0.9995e-6, 1e-6, "k")):
-        if billions >= least:
-            return f"{billions / factor:.3g}{unit}"
-    return f"{billions * 1e9:.0f}"
-
-
-def amount_text(value: int | float) -> str:
-    """A count with a metric prefix and three digits: 1.23e9 is "1.23 G"."""
-    for power, prefix in zip((18, 15, 12, 9, 6, 3), "EPTGMk", strict=True):
-        factor = 10.0**power
-        if abs(value) >= factor * 0.9995:
-            return f"{value / factor:.3g} {prefix}"
-    return f"{value:.3g} "
-
-
-def seconds_text(seconds: int | float) -> str:
-    """A duration with the unit that fits: "3 h 05 min", "2 min 10 s", "4.1 s", "12 ms"."""
-    if seconds >= 3600:
-        return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
-    if seconds >= 100:
-        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
-    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= factor:
-            return f"{seconds / factor:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
 
 
 def size_colors(count: int) -> list:
@@ -93,12 +65,13 @@ def size_colors(count: int) -> list:
 
 
 def require_matplotlib():
-    """The matplotlib module; where missing, ModuleNotFoundError saying how to get it."""
+    """The matplotlib module. Raises ModuleNotFoundError, with the way to install it."""
     try:
         import matplotlib
         import matplotlib.backends.backend_agg
         import matplotlib.colors
         import matplotlib.figure
+        import matplotlib.lines
     except ImportError as error:
         raise ModuleNotFoundError(
             'figures need matplotlib: pip install "vlm_jax[report]"', name="matplotlib"
@@ -107,10 +80,12 @@ def require_matplotlib():
 
 
 class Canvas:
-    """One pair of axes; what is drawn on it is exactly what `save` writes to the CSV.
+    """One pair of axes, or several alike; what is drawn is exactly what `save` writes to the CSV.
 
     `x` and `y` are axis labels with units. Columns of the CSV are COLUMNS: x and y of each mark,
     low and high of its bar or band, and the N (billions), V, Q it stands for where they apply.
+    With `panels` there are axes for each of these titles, of one scale, in rows of `across`; what
+    is drawn goes to the one that `turn_to` chose last.
     """
 
     def __init__(
@@ -120,6 +95,8 @@ class Canvas:
         y: str,
         title: str,
         height: int | float = 2.75,
+        panels: Sequence[str] = (),
+        across: int = 3,
     ):
         self.matplotlib = require_matplotlib()
         self.title, self.rows, self.labels, self.extras, self.marks = title, [], [], [], []
@@ -127,12 +104,37 @@ class Canvas:
             self.figure = self.matplotlib.figure.Figure(
                 (COLUMN_INCHES, height), layout="constrained"
             )
-            # Words are measured before saving.
+            # Texts are measured before saving.
             self.matplotlib.backends.backend_agg.FigureCanvasAgg(self.figure)
-            self.axes = self.figure.add_subplot()
-            self.axes.set(xlabel=x, ylabel=y, title=title)
-            self.axes.grid(True, axis="y", color="0.9", linewidth=0.5)
-            self.axes.set_axisbelow(True)
+            if panels:
+                rows = -(-len(panels) // across)
+                grid = self.figure.subplots(rows, across, sharex=True, sharey=True).ravel()
+                self.panels = list(grid[: len(panels)])
+                for axes, name in zip(self.panels, panels, strict=True):
+                    name = "\n".join(textwrap.wrap(name, 16))
+                    axes.set_title(name, fontsize=7, fontweight="normal", pad=2)
+                for axes in grid[len(panels) :]:
+                    axes.set_axis_off()
+                    axes.tick_params(labelbottom=True)  # rows as far apart above an empty place
+                for axes in self.panels[(rows - 1) * across :]:
+                    axes.set_xlabel(x)
+                self.figure.suptitle(title, x=0.01, ha="left", fontsize=8.5, fontweight="bold")
+                self.figure.supylabel(y, fontsize=8)
+            else:
+                self.panels = [self.figure.add_subplot()]
+                self.panels[0].set(xlabel=x, ylabel=y, title=title)
+            self.axes = self.panels[0]
+            for axes in self.panels:
+                axes.grid(True, axis="y", color="0.9", linewidth=0.5)
+                axes.set_axisbelow(True)
+
+    def turn_to(self, panel: int) -> None:
+        """What follows is drawn in the panel of this number."""
+        self.axes = self.panels[panel]
+
+    def shadow(self, x, y) -> None:
+        """A pale copy of a curve of another panel, which is in the CSV there."""
+        self.axes.plot(x, y, color="0.85", linewidth=0.8, zorder=1)
 
     def note(self, series: str, kind: str, x, *, y=None, low=None, high=None, **extra) -> None:
         """Writes marks into the CSV; arrays are taken element by element, scalars are repeated."""
@@ -204,7 +206,7 @@ class Canvas:
     def bars(
         self, series: str, x, y, *, width, stderr=None, color="black", hatch="", name=None, **extra
     ):
-        """Upright bars from zero, with one standard error where known, the value written on top."""
+        """Vertical bars from zero, with one standard error if known and the value on top."""
         x, y = np.asarray(x, float), np.asarray(y, float)
         stderr = np.full(y.shape, np.nan) if stderr is None else np.asarray(stderr, float)
         known = np.isfinite(stderr)
@@ -219,7 +221,7 @@ class Canvas:
         self.note(series, "bar", x, y=y, low=low, high=high, **extra)
 
     def write(self, text: str, x: int | float, y: int | float, *, color="black") -> None:
-        """A word to the right of a mark, moved up at saving where it would cover another one."""
+        """A text to the right of a mark, moved up when saving if it would cover another one."""
         red, green, blue, _ = self.matplotlib.colors.to_rgba(color)
         # Light colors that serve for marks are too pale for thin letters.
         dark = (0.65 * red, 0.65 * green, 0.65 * blue)
@@ -228,7 +230,7 @@ class Canvas:
         )
 
     def write_above(self, text: str, x: int | float, y: int | float, *, size=6.8, gap=1.5) -> None:
-        """A word above a mark, left out where it would cover another mark or an earlier word."""
+        """A text above a mark, left out if it would cover another mark or an earlier text."""
         self.extras.append(
             self._annotate(text, x, y, "0.25", size, xytext=(0, gap), ha="center", va="bottom")
         )
@@ -267,20 +269,49 @@ class Canvas:
             marks = marks[(marks >= low) & (marks <= high)]
             if len(marks) >= 3:
                 break
-        # An axis so narrow that no mark falls on it (every row costs the same) names its ends.
+        # An axis too narrow for a tick (every row costs the same) labels its ends.
         marks = marks if len(marks) else np.array([low, high])
         self.axes.set_xticks(marks[:: int(np.ceil(len(marks) / 6))])
         axis.set_major_formatter(ticker.EngFormatter(unit, sep=""))
 
-    def legend(self, columns: int = 2) -> None:
-        """A legend below the axes, where it covers nothing, for the marks that were named."""
+    def sample(self, name: str, *, area: int | float = 22.0, dash: str = "", band=False) -> None:
+        """A gray mark, or with `dash` a line, that the legend alone shows: what a style means."""
+        if dash:
+            self.axes.plot([], [], dash, color="0.45", label=name, linewidth=1.3)
+        else:
+            self.axes.scatter([], [], s=area, color="0.45", label=name, linewidths=0.4)
+        if band:
+            self.axes.fill_between([], [], [], color="0.45", alpha=0.15, linewidth=0, label=name)
+
+    def legend(
+        self, columns: int = 2, *, blocks: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        """A legend below the axes, where it covers nothing, for the marks that were named.
+
+        `blocks` puts names under headings, a column each, in order; what has none of these names is
+        left out, and names in no block go to the last.
+        """
         named = {}
         for handle, name in zip(*self.axes.get_legend_handles_labels(), strict=True):
             named.setdefault(name, []).append(handle)  # a line and its marks are one entry
+        blank = self.matplotlib.lines.Line2D([], [], linestyle="none")
+        if blocks:
+            listed = [[head, *(n for n in blocks[head] if n in named)] for head in blocks]
+            listed[-1] += [name for name in named if all(name not in of for of in listed)]
+            longest, columns = max(map(len, listed)), len(blocks)
+            # A name may stand once: empty ones differ in their number of spaces.
+            names = [
+                name
+                for block in listed
+                for name in [*block, *(" " * (k + 1) for k in range(longest - len(block)))]
+            ]
+        else:
+            names = list(named)
         if named:
-            self.figure.legend(
-                [handles[0] if len(handles) == 1 else tuple(handles) for handles in named.values()],
-                list(named),
+            handles = [named.get(name, [blank]) for name in names]
+            legend = self.figure.legend(
+                [handle[0] if len(handle) == 1 else tuple(handle) for handle in handles],
+                names,
                 loc="outside lower center",
                 ncols=columns,
                 fontsize=7,
@@ -290,14 +321,18 @@ class Canvas:
                 labelspacing=0.25,
                 borderpad=0.1,
             )
+            for text in legend.get_texts():
+                text.set_fontweight("bold" if text.get_text() in (blocks or ()) else "normal")
 
     def _settle_words(self) -> None:
-        """Moves words on the right up until none covers another; drops words above that do.
+        """Moves texts on the right up until none covers another; drops texts above marks that do.
 
         Words above that cover a mark are dropped as well.
         """
         self.figure.draw_without_rendering()
-        self.figure.set_layout_engine("none")  # the layout stands; saving twice need not redo it
+        self.figure.set_layout_engine(
+            "none"
+        )  # the layout is final: saving twice must not change it
         renderer = self.figure.canvas.get_renderer()
         points_per_pixel = 72 / self.figure.dpi
         boxes = [(word, word.get_window_extent(renderer)) for word in self.labels]
@@ -327,7 +362,7 @@ class Canvas:
                 placed.append(box)
 
     def save(self, out_dir: Path | str, name: str, *, caption: str, alt: str) -> Figure:
-        """Writes NAME.png, NAME.svg and NAME.csv into `out_dir`, which is made where missing."""
+        """Writes NAME.png, NAME.svg and NAME.csv into `out_dir`, which is created if missing."""
         out_dir = Path(out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
         paths = {kind: out_dir / f"{name}.{kind}" for kind in ("png", "svg", "csv")}
@@ -342,7 +377,7 @@ class Canvas:
             writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows({key: _cell(value) for key, value in row.items()} for row in self.rows)
-        return Figure(name, self.title, caption, alt, **paths)
+        return Figure(name, self.title.replace("\n", " "), caption, alt, **paths)
 
 
 def _cell(value):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a figure needs from points and a law: means over seeds, frontiers, the best V.
+"""Quantities that figures need from points and a law: means over seeds, frontiers, the best V.
 
 N is LLM parameters in billions, V visual tokens, Q text tokens.
 """
@@ -17,9 +17,9 @@ from vlm_jax.law.solve import predict
 class Cells:
     """One entry per (N, V): the mean error over its seeds.
 
-    The standard error adds the sampling error of the test questions, which all seeds share and
-    which averaging therefore does not shrink, to the spread between seeds, which it does. NaN where
-    unknown.
+    N is in billions, V and Q in tokens, error and stderr are fractions. The standard error combines
+    the sampling error of the test questions, which all seeds share and averaging does not reduce,
+    with the spread between seeds, which averaging reduces. It is NaN where unknown.
     """
 
     N: np.ndarray
@@ -37,21 +37,23 @@ class Cells:
 
     @property
     def sizes(self) -> np.ndarray:
+        """The distinct N, rising."""
         return np.unique(self.N)
 
     def at(self, Q: int | float | None) -> "Cells":
-        """The same cells with Q text tokens; None keeps what was measured."""
+        """The same cells with Q text tokens; None keeps the measured Q."""
         return self if Q is None else dataclasses.replace(self, Q=np.full(self.N.shape, float(Q)))
 
     @property
     def flops(self) -> np.ndarray:
+        """2 N (Q + V) of each cell."""
         return simple_flops(self.N, self.V, self.Q)
 
 
 def simple_flops(N, V, Q):
     """FLOPs of a request as arXiv 2411.03312 counts them, 2 N (Q + V), of arrays.
 
-    The same as cost/flops.py `paper_flops` of numbers; a test holds them together.
+    Equal to `paper_flops` of cost/flops.py for numbers, which a test checks.
     """
     return 2e9 * np.asarray(N, float) * (np.asarray(Q, float) + np.asarray(V, float))
 
@@ -62,21 +64,21 @@ def average(points) -> Cells:
     unique, inverse = np.unique(keys, axis=0, return_inverse=True)
     columns = []
     for i in range(len(unique)):
-        mine = inverse.reshape(-1) == i
-        error, stderr = points.error[mine], np.asarray(points.stderr, float)[mine]
+        of_cell = inverse.reshape(-1) == i
+        error, stderr = points.error[of_cell], np.asarray(points.stderr, float)[of_cell]
         between = error.var(ddof=1) / len(error) if len(error) > 1 else 0.0
         sampling = np.nanmean(stderr**2) if np.isfinite(stderr).any() else np.nan
         if np.isnan(sampling) and len(error) > 1:
             sampling = 0.0
         columns.append(
-            (points.Q[mine].mean(), error.mean(), np.sqrt(sampling + between), len(error))
+            (points.Q[of_cell].mean(), error.mean(), np.sqrt(sampling + between), len(error))
         )
     Q, error, stderr, seeds = np.array(columns, float).reshape(-1, 4).T
     return Cells(unique[:, 0], unique[:, 1], Q, error, stderr, seeds)
 
 
 def pareto(cost, error) -> np.ndarray:
-    """bool[cells]: no other cell costs no more and errs less."""
+    """bool[cells]: whether no other cell is better in cost or error and as good in the other."""
     cost, error = np.asarray(cost, float), np.asarray(error, float)
     beaten = (cost[None] <= cost[:, None]) & (error[None] <= error[:, None])
     beaten &= (cost[None] < cost[:, None]) | (error[None] < error[:, None])
@@ -94,9 +96,9 @@ class Frontier:
 
 
 def frontier(law, N, V, *, Q: int | float, budgets: int = 60) -> Frontier:
-    """Best error for each budget from the cheapest to the dearest corner of N, V=(low, high).
+    """Best error for each budget from the lowest to the highest cost in N, V=(low, high).
 
-    N is continuous; a budget that even the largest N leaves unspent goes to more V, as in the
+    N is continuous; a budget larger than the largest N needs is spent on more V, as in the
     published plot.
     """
     low, high = simple_flops(N[0], V[0], Q), simple_flops(N[1], V[1], Q)
@@ -105,7 +107,7 @@ def frontier(law, N, V, *, Q: int | float, budgets: int = 60) -> Frontier:
     affordable = flops[:, None] / (2e9 * (Q + tokens[None]))
     sizes = np.minimum(affordable, N[1])
     error = np.asarray(law.error(sizes, np.broadcast_to(tokens, sizes.shape), Q), float)
-    # One part in 1e9 of slack: the cheapest corner is affordable in spite of rounding.
+    # A tolerance of 1e-9: the cheapest corner is affordable in spite of rounding.
     error = np.where(sizes >= N[0] * (1 - 1e-9), error, np.inf)
     best = error.argmin(1)
     row = np.arange(budgets)
@@ -113,7 +115,7 @@ def frontier(law, N, V, *, Q: int | float, budgets: int = 60) -> Frontier:
 
 
 def best_tokens(alpha, beta, Q, V):
-    """V* = Q beta / (alpha - beta), held inside V=(low, high): the optimum of the simple cost.
+    """V* = Q beta / (alpha - beta), limited to V=(low, high): the optimum of the simple cost.
 
     Minimizes N^-alpha V^-beta at constant N (Q + V). Where V does not help (beta <= 0) the answer
     is the lowest V; where it helps at least as much as N (beta >= alpha) it is the highest.
@@ -127,10 +129,10 @@ def best_tokens(alpha, beta, Q, V):
 
 
 def exponent_draws(law) -> np.ndarray | None:
-    """float[draws, 2]: bootstrap draws of (alpha, beta), or None where the law has none."""
+    """float[draws, 2]: bootstrap draws of (alpha, beta), or None if the law has none."""
     if law.samples is None or not {"alpha", "beta"} <= set(law.params):
         return None
-    names = FORMS[law.form].names  # the order of the columns, which is not that of `params`
+    names = FORMS[law.form].names  # the order of the columns, unlike `params`
     return np.asarray(law.samples, float)[:, [names.index("alpha"), names.index("beta")]]
 
 
@@ -142,20 +144,18 @@ def error_draws(law, N, V, Q):
 
 
 def equal_compute(flops, N, *, spread: int | float = 1.5) -> list[int]:
-    """Indices of cells, one per size, whose costs lie closest together.
+    """Indices of cells, one per size, with similar costs; empty if no two are within `spread`.
 
-    Empty where no two sizes come within the ratio `spread`.
-
-    More sizes win over a smaller spread; among equals the smallest ratio of dearest to cheapest
-    wins.
+    `spread` is the largest ratio of costs. More sizes are preferred to a smaller ratio; among equal
+    numbers the smallest ratio of highest to lowest cost is chosen.
     """
     flops, N = np.asarray(flops, float), np.asarray(N, float)
     best, merit = [], (1, -np.inf)
     for target in flops:
         chosen = []
         for n in np.unique(N):
-            mine = np.flatnonzero(N == n)
-            chosen.append(int(mine[np.abs(np.log(flops[mine] / target)).argmin()]))
+            of_size = np.flatnonzero(N == n)
+            chosen.append(int(of_size[np.abs(np.log(flops[of_size] / target)).argmin()]))
         chosen = [i for i in chosen if max(flops[i] / target, target / flops[i]) <= spread]
         ratio = flops[chosen].max() / flops[chosen].min()
         if ratio <= spread and (len(chosen), -ratio) > merit:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the paper's figures leave out: every phase in the cost, a question pass, and time.
+"""Figures of costs beyond the paper's: all phases of a request, a question pass, and time.
 
 The costs are those of results rows (rows/records.py), which count each phase of a request, or of
 models that are described by their sizes.
@@ -14,15 +14,9 @@ from vlm_jax.cost import flops as cost
 from vlm_jax.cost import roofline
 from vlm_jax.cost.chips import CHIPS
 from vlm_jax.reports import cells as table
-from vlm_jax.reports.canvas import (
-    HATCHES,
-    OKABE_ITO,
-    Canvas,
-    Figure,
-    amount_text,
-    parameters_text,
-)
-from vlm_jax.reports.curves import ERROR, limits, ring_best, size_curves
+from vlm_jax.reports.amounts import amount_text, parameters_text
+from vlm_jax.reports.canvas import HATCHES, OKABE_ITO, Canvas, Figure
+from vlm_jax.reports.curves import ERROR, limits, ring_best, size_curves, size_legend
 
 ALL_PHASES = "counted FLOPs per request, all phases"
 PHASES = ("encoder", "compressor", "question", "prefill", "decode")
@@ -33,10 +27,10 @@ def phases(rows: Sequence, out_dir, *, name: str) -> Figure:
     sizes = sorted({row.llm_parameters for row in rows})
     corner = {}
     for n in (sizes[0], sizes[-1]):
-        mine = sorted(
+        of_size = sorted(
             (row for row in rows if row.llm_parameters == n), key=lambda row: (row.V, row.seed)
         )
-        for row in (mine[0], mine[-1]):
+        for row in (of_size[0], of_size[-1]):
             corner.setdefault((n, row.V), row)
     labels = [f"{parameters_text(n / 1e9)}\nV={v:g}" for n, v in corner]
     shares = np.array(
@@ -93,7 +87,7 @@ def error_against_cost(
 ) -> Figure:
     """Figure 1 with another x axis: `spent` is one number per point, such as seconds on a chip.
 
-    `x` labels the axis and `unit` its ticks, `words` says in the caption what it counts; the
+    `x` labels the axis and `unit` its ticks, `words` describes the cost in the caption; the
     caption compares the best cells with those of 2N(Q+V) at Q text tokens (None: as measured).
     """
     cells = table.average(points).at(Q)
@@ -103,12 +97,12 @@ def error_against_cost(
             for n, v in zip(cells.N, cells.V, strict=True)
         ]
     )
-    canvas = Canvas(x=x, y=ERROR, title=title)
+    canvas = Canvas(x=x, y=ERROR, title=title, height=3.5)
     size_curves(canvas, cells, mean, law)
     ring_best(canvas, cells, mean)
     limits(canvas, cells)
     canvas.log_x(unit=unit)
-    canvas.legend()
+    size_legend(canvas, cells, law)
     best, simple = table.pareto(mean, cells.error), table.pareto(cells.flops, cells.error)
     listed = "; ".join(
         f"{parameters_text(n)} with V={', '.join(f'{v:g}' for v in cells.V[best & (cells.N == n)])}"
@@ -157,7 +151,7 @@ def described_figures(
             for label, V in zip(points.label, points.V, strict=True)
         ]
     )
-    asked = f"Q = {Q:g}, G = {G:g}"
+    workload = f"Q = {Q:g}, G = {G:g}"
     file = slug(name)
     return [
         error_against_cost(
@@ -169,7 +163,7 @@ def described_figures(
             name=f"{file}_total_flops",
             x=ALL_PHASES,
             title=f"{name}: every phase counted",
-            words=f"the FLOPs of encoder, TokenPacker, prefill and decoding at {asked}.",
+            words=f"the FLOPs of encoder, TokenPacker, prefill and decoding at {workload}.",
             Q=Q,
         ),
         error_against_cost(
@@ -182,7 +176,7 @@ def described_figures(
             x=ALL_PHASES,
             title=f"{name}: with a question pass",
             words="the same with QueCC, whose separate pass of the question "
-            f"through the LLM counts too, at {asked}. The errors are those measured with "
+            f"through the LLM counts too, at {workload}. The errors are those measured with "
             "TokenPacker.",
             Q=Q,
         ),
@@ -196,7 +190,7 @@ def described_figures(
             x=f"least time per request on one {chip.name}",
             title=f"{name}: latency on {chip.name}",
             words=f"the least seconds a {chip.name} needs for one request at "
-            f"{asked}, batch 1: each phase at the slower of peak FLOP/s and memory bandwidth.",
+            f"{workload}, batch 1: each phase at the slower of peak FLOP/s and memory bandwidth.",
             Q=Q,
             unit="s",
         ),
@@ -269,8 +263,8 @@ def measured_seconds(rows: Sequence) -> tuple[np.ndarray, str] | None:
             f"{' or '.join(map(str, batches))}, once everything is compiled. Image features come "
             "from a cache, so the encoder is not in it."
         )
-    asked = np.array([sum(task["n"] for task in row.tasks.values()) for row in rows], float)
-    seconds = np.array([row.evaluate_seconds for row in rows], float) / np.maximum(asked, 1)
+    questions = np.array([sum(task["n"] for task in row.tasks.values()) for row in rows], float)
+    seconds = np.array([row.evaluate_seconds for row in rows], float) / np.maximum(questions, 1)
     if not (seconds > 0).all():
         return None
     return seconds, (
@@ -280,5 +274,5 @@ def measured_seconds(rows: Sequence) -> tuple[np.ndarray, str] | None:
 
 
 def slug(text: str) -> str:
-    """`text` as a part of a file name."""
+    """`text` as part of a file name."""
     return "".join(c if c.isascii() and c.isalnum() else "_" for c in text)

@@ -4,10 +4,12 @@
 import numpy as np
 
 from vlm_jax.reports import cells as table
-from vlm_jax.reports.canvas import MARKERS, parameters_text, size_colors
+from vlm_jax.reports.amounts import llm_text, parameters_text
+from vlm_jax.reports.canvas import MARKERS, size_colors
 
-SIMPLE_FLOPS = "inference FLOPs per request, 2N(Q+V)"
+SIMPLE_FLOPS = "FLOPs per request, 2N(Q+V)"
 ERROR = "error (1 − mean score)"
+LAW, LOWEST, BEST = "fitted law", "lowest error of the law", "best choice at its cost"
 
 
 def size_curves(canvas, cells, cost, law) -> None:
@@ -59,15 +61,12 @@ def size_curves(canvas, cells, cost, law) -> None:
             color=color,
             marker=MARKERS[i % len(MARKERS)],
             area=_area(mine.V),
+            name=llm_text(n),
             N_billions=n,
             V=mine.V,
             Q=mine.Q,
         )
-        canvas.write(text, *end, color=color)
-        if i == 0:
-            top = mine.error + np.nan_to_num(mine.stderr)
-            for j, (v, at, y) in enumerate(zip(mine.V, x, top, strict=True)):
-                canvas.write_above(f"V={v:g}" if j == 0 else f"{v:g}", at, y, size=6.5, gap=4)
+        canvas.write(llm_text(n).removesuffix(" parameters"), *end, color=color)
 
 
 def _area(V) -> np.ndarray:
@@ -75,15 +74,60 @@ def _area(V) -> np.ndarray:
     return 14 + 7 * np.log2(np.maximum(np.asarray(V, float), 1))
 
 
+def size_legend(canvas, cells, law) -> None:
+    """What a color is, what a size is, and what lines and rings are."""
+    lines = [LAW, LOWEST, BEST]
+    if law is not None:
+        band = law.samples is not None
+        lines[0] = f"{LAW}, 95 % interval" if band else LAW
+        canvas.sample(lines[0], dash="-", band=band)
+    tokens = np.unique(cells.V)
+    if len(tokens) > 4:  # as many as tell how areas grow
+        tokens = tokens[np.linspace(0, len(tokens) - 1, 4).round().astype(int)]
+    for v, area in zip(tokens, _area(tokens), strict=True):
+        canvas.sample(f"V = {v:.3g}", area=area)
+    canvas.legend(
+        blocks={
+            "Color: language model": [*map(llm_text, cells.sizes), *lines],
+            "Size: visual tokens V": [f"V = {v:.3g}" for v in tokens],
+        }
+    )
+
+
+def conclusion(family: str, cells, cost) -> str:
+    """A title in two lines: how many visual tokens the best choices have, as the cells say.
+
+    A best choice is a cell that no cheaper one beats. Where the largest LLM alone takes more
+    tokens, as when nothing else is left to buy, that is said. Where the lowest error is within 1.96
+    standard errors of the cheapest cell's, there is nothing to choose.
+    """
+    best, most = table.pareto(cost, cells.error), cells.V.max()
+    if cells.V.min() == most:
+        return f"{family}: error against compute"
+    ends = [np.argmin(cost), np.argmin(cells.error)]
+    fall, spread = cells.error[ends[0]] - cells.error[ends[1]], np.hypot(*cells.stderr[ends])
+    if fall <= 1.96 * spread:  # never where the errors' spread is not known
+        return f"{family}: no cell is better than\nthe cheapest beyond chance"
+    largest = llm_text(cells.sizes[-1])
+    for mine, until in (
+        (best, ""),
+        (best & (cells.N < cells.sizes[-1]), f"\nuntil the LLM has {largest}"),
+    ):
+        if mine.any() and (top := cells.V[mine].max()) < most:
+            count = f"{top:.3g}" if top == cells.V.min() else f"at most {top:.3g}"
+            return f"{family}: the best choices have\n{count} of {most:.3g} visual tokens{until}"
+    return f"{family}: the best choices go\nup to all {most:.3g} visual tokens"
+
+
 def ring_best(canvas, cells, cost) -> None:
     best = table.pareto(cost, cells.error)
     canvas.points(
-        "not beaten by a cheaper cell",
+        BEST,
         np.asarray(cost)[best],
         cells.error[best],
         hollow=True,
         area=_area(cells.V[best]) + 45,
-        name="not beaten by a cheaper cell",
+        name=BEST,
         N_billions=cells.N[best],
         V=cells.V[best],
         Q=cells.Q[best],

@@ -15,24 +15,19 @@ import numpy as np
 from vlm_jax.law import law as laws_module
 from vlm_jax.reports import cells as table
 from vlm_jax.reports import cost_figures, score_figures
-from vlm_jax.reports.canvas import (
-    HATCHES,
-    MARKERS,
-    OKABE_ITO,
-    Canvas,
-    Figure,
-    amount_text,
-    parameters_text,
-    size_colors,
-)
+from vlm_jax.reports.amounts import amount_text, parameters_text
+from vlm_jax.reports.canvas import HATCHES, MARKERS, OKABE_ITO, Canvas, Figure, size_colors
 from vlm_jax.reports.cost_figures import slug
 from vlm_jax.reports.curves import (
     ERROR,
+    LOWEST,
     SIMPLE_FLOPS,
     alt_curves,
+    conclusion,
     limits,
     ring_best,
     size_curves,
+    size_legend,
     span,
 )
 from vlm_jax.reports.run import Run
@@ -114,7 +109,9 @@ def error_against_flops(cells, law, out_dir, *, family, name, Q) -> Figure:
     cells = cells.at(Q)
     q = float(cells.Q.mean())
     asked = f"Q = {q:.3g}" + (" as measured" if Q is None else "")
-    canvas = Canvas(x=SIMPLE_FLOPS, y=ERROR, title=f"{family}, {asked}")
+    named = family if Q is None else f"{family} at Q = {Q:g}"
+    title = conclusion(named, cells, cells.flops)
+    canvas = Canvas(x=f"{SIMPLE_FLOPS}, Q = {q:.2g} text tokens", y=ERROR, title=title, height=3.6)
     size_curves(canvas, cells, cells.flops, law)
     if law is not None:
         best = table.frontier(law, span(cells.N), span(cells.V), Q=q)
@@ -123,7 +120,7 @@ def error_against_flops(cells, law, out_dir, *, family, name, Q) -> Figure:
             best.flops,
             best.error,
             dash="--",
-            name="frontier of the law",
+            name=LOWEST,
             N_billions=best.N,
             V=best.V,
             Q=q,
@@ -131,7 +128,7 @@ def error_against_flops(cells, law, out_dir, *, family, name, Q) -> Figure:
     ring_best(canvas, cells, cells.flops)
     limits(canvas, cells)
     canvas.log_x()
-    canvas.legend()
+    size_legend(canvas, cells, law)
     law_words = (
         "Curves and bands are the fitted law with its 95 % bootstrap interval; the dashed line is "
         "the lowest error the law gives at each cost."
@@ -141,7 +138,7 @@ def error_against_flops(cells, law, out_dir, *, family, name, Q) -> Figure:
     caption = (
         f"Error on {family} against the LLM's prefill FLOPs at {asked} text tokens. One color and "
         "marker per LLM size, marks growing with the number of visual tokens V; bars are one "
-        f"standard error, rings mark the cells that no cheaper cell beats. {law_words}"
+        f"standard error, rings mark the best choices, which no cheaper cell beats. {law_words}"
     )
     return canvas.save(out_dir, name, caption=caption, alt=alt_curves(cells, family, asked))
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sentences derived from rows and laws by rules: what a run shows, with intervals, and what not.
+"""Sentences derived by rules from rows and laws: what a run shows, and what is open.
 
-A difference counts when it exceeds 1.96 standard errors; an effect of N or V counts when the 95 %
-intervals of its exponent and of the error it removes both leave out zero. All else is said to be
-open. Sentences are plain text: whoever puts them into a page escapes.
+A difference counts if it exceeds 1.96 standard errors; an effect of N or V counts if the 95 %
+intervals of its exponent and of the error it removes both exclude zero. Everything else is open.
+Sentences are plain text; the page escapes them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vlm_jax.reports import cells as table
-from vlm_jax.reports.canvas import parameters_text
+from vlm_jax.reports.amounts import parameters_text
 from vlm_jax.reports.run import Run, mean_over_seeds
 
 SURE = 1.96  # standard errors: 95 % two-sided under a normal error
@@ -25,7 +25,7 @@ GREEK = {"alpha": "α", "beta": "β"}
 class Findings:
     """Lists of (family, sentence): the answer, what the run shows, what it leaves open.
 
-    The family is "" where a sentence is about all of them.
+    The family is "" for a sentence about all families.
     """
 
     answer: list[tuple[str, str]] = field(default_factory=list)
@@ -52,32 +52,32 @@ def derive(
 ) -> Findings:
     """The findings of a run.
 
-    `laws` maps family -> Law; `reasons` maps a family without a law to why there is none;
+    `laws` maps family -> Law; `reasons` maps a family without a law to the reason;
     `majority` maps a family to the score of always giving its commonest answers.
     """
-    found = Findings()
+    findings = Findings()
     for family in run.families:
-        mine = [row for row in run.main if family in row.families]
-        if family in laws and mine:
-            _law(found, family, laws[family], mine)
+        rows = [row for row in run.main if family in row.families]
+        if family in laws and rows:
+            _law(findings, family, laws[family], rows)
         elif family in reasons:
-            found.answer.append((family, f"No law, so no answer yet. {reasons[family]}"))
-        _best_cells(found, family, mine)
-        _against_blind(found, family, mine, run.blind)
-        _against_other(found, family, mine, run.other)
-        _against_majority(found, family, mine, majority.get(family))
-    _between_families(found, laws)
+            findings.answer.append((family, f"No law, so no answer yet. {reasons[family]}"))
+        _best_cells(findings, family, rows)
+        _against_blind(findings, family, rows, run.blind)
+        _against_other(findings, family, rows, run.other)
+        _against_majority(findings, family, rows, majority.get(family))
+    _between_families(findings, laws)
     if not run.main:
-        found.answer.append(("", "There is no finished cell of the grid yet, so no answer."))
+        findings.answer.append(("", "There is no finished cell of the grid yet, so no answer."))
     else:
-        _limits_of_the_run(found, run.main)
-    return found
+        _limits_of_the_run(findings, run.main)
+    return findings
 
 
 def best_tokens(law, rows: Sequence) -> tuple[float, float, float] | None:
     """(best V, low, high of its 95 % interval) at the rows' mean Q and within their V.
 
-    None where the law has no closed optimum.
+    None if the law has no closed optimum.
     """
     draws = table.exponent_draws(law)
     if draws is None or law.form != "multiplicative" or not rows:
@@ -96,46 +96,49 @@ def _range_of_v(rows: Sequence) -> tuple[float, float]:
     return float(min(row.V for row in rows)), float(max(row.V for row in rows))
 
 
-def _law(found: Findings, family: str, law, rows: Sequence) -> None:
+def _law(findings: Findings, family: str, law, rows: Sequence) -> None:
     if GREEK.keys() <= law.intervals.keys():
-        gains = [_exponent(found, family, law, name, rows) for name in GREEK]
-        _what_to_buy(found, family, law, rows, any(gains))
+        gains = [_exponent(findings, family, law, name, rows) for name in GREEK]
+        _what_to_buy(findings, family, law, rows, any(gains))
     if loose := [name for name, closed in law.identified.items() if not closed]:
         ends = ", ".join(f"{name} {interval(law.intervals[name])}" for name in loose)
         floor = " The error of a very large model is not known." if "D" in loose else ""
-        found.open.append((family, f"Not determined by these cells: {ends}.{floor}"))
+        findings.open.append((family, f"Not determined by these cells: {ends}.{floor}"))
     typical = np.sqrt(np.mean([row.families[family]["stderr"] ** 2 for row in rows]))
     if law.rmse > 2 * typical > 0:
-        said = (
+        sentence = (
             f"The law misses the cells by {number(law.rmse)} (root mean square); the number of "
             f"questions alone explains {number(typical)}. The rest is the law's form or the chance "
             "of single training runs; this run cannot tell which."
         )
-        found.open.append((family, said))
+        findings.open.append((family, sentence))
 
 
-def _exponent(found: Findings, family: str, law, name: str, rows: Sequence) -> bool:
-    """Words one exponent and the fall of error it stands for; True where both leave out 0."""
+def _exponent(findings: Findings, family: str, law, name: str, rows: Sequence) -> bool:
+    """A sentence on one exponent and its reduction of error; True if both intervals exclude 0."""
     low, high = law.intervals[name]
     fall, ends, span = effect(law, name, rows)
     more = {"alpha": "a larger LLM", "beta": "more visual tokens"}[name]
-    said = f"{GREEK[name]} = {number(law.params[name])} {interval((low, high))}"
-    said = f"{span} the law's error falls by {number(fall)} {interval(ends)}; {said}"
+    sentence = f"{GREEK[name]} = {number(law.params[name])} {interval((low, high))}"
+    sentence = f"{span} the law's error falls by {number(fall)} {interval(ends)}; {sentence}"
     if low > 0 and ends[0] > 0:
-        found.shows.append((family, f"{more[0].upper()}{more[1:]} helped: {said}."))
+        findings.shows.append((family, f"{more[0].upper()}{more[1:]} helped: {sentence}."))
     elif high < 0 and ends[1] < 0:
-        found.shows.append((family, f"{more[0].upper()}{more[1:]} did harm: {said}."))
+        findings.shows.append((family, f"{more[0].upper()}{more[1:]} hurt: {sentence}."))
     else:
-        found.open.append((family, f"Whether {more} helped: {said}. An interval includes 0."))
+        findings.open.append(
+            (family, f"Whether {more} helped: {sentence}. An interval includes 0.")
+        )
         return False
     return True
 
 
 def effect(law, name: str, rows: Sequence) -> tuple[float, tuple[float, float], str]:
-    """How much the law's error falls from the least to the most N ("alpha") or V ("beta") measured.
+    """How much the law's error falls from the smallest to the largest measured N or V.
 
-    Returns the fall, its 95 % interval from the bootstrap (the fall twice where there are no draws)
-    and the span in words; the other of N and V stays at its geometric middle, Q at its mean.
+    `name` is "alpha" (N) or "beta" (V). Returns the fall, its 95 % interval from the bootstrap (the
+    fall twice without draws) and the span in words; the other of N and V stays at its geometric
+    mean, Q at its mean.
     """
     sizes, tokens = [row.llm_parameters / 1e9 for row in rows], [row.V for row in rows]
     N, V = (np.array([min(x), max(x)], float) for x in (sizes, tokens))
@@ -155,19 +158,19 @@ def effect(law, name: str, rows: Sequence) -> tuple[float, tuple[float, float], 
     return fall, (float(low), float(high)), span
 
 
-def _what_to_buy(found: Findings, family: str, law, rows: Sequence, helps: bool) -> None:
+def _what_to_buy(findings: Findings, family: str, law, rows: Sequence, helps: bool) -> None:
     chosen = best_tokens(law, rows)
     if chosen is None:
-        said = "See the frontier in the figures; this form of the law has no closed optimum."
-        found.answer.append((family, said))
+        sentence = "See the frontier in the figures; this form of the law has no closed optimum."
+        findings.answer.append((family, sentence))
         return
     best, low, high = chosen
     lowest, highest = _range_of_v(rows)
     draws = table.exponent_draws(law)
     difference = np.percentile(draws[:, 0] - draws[:, 1], [2.5, 97.5])
     if not helps:
-        said = "No advice: neither the LLM's size nor V has an effect that differs from zero."
-        found.answer.append((family, said))
+        sentence = "No advice: neither the LLM's size nor V has an effect that differs from zero."
+        findings.answer.append((family, sentence))
         return
     if low <= lowest * 1.01 and high >= highest * 0.99:
         verdict = "Open: any number of visual tokens that was measured may be the best."
@@ -181,7 +184,7 @@ def _what_to_buy(found: Findings, family: str, law, rows: Sequence, helps: bool)
     if best in (lowest, highest):
         beyond = f" That is the {'most' if best == highest else 'fewest'} measured"
         beyond += ": more may be better still." if best == highest and best > 1 else "."
-    found.answer.append(
+    findings.answer.append(
         (
             family,
             f"{verdict} With questions of {number(_mean_q(rows))} text tokens and a fixed cost "
@@ -201,7 +204,7 @@ def by_cell(rows: Sequence, family: str) -> dict:
 
 
 def blind_scores(blind: Sequence, family: str) -> dict:
-    """LLM -> (mean blind score, standard error) over seeds and whatever V the blind rows have."""
+    """LLM -> (mean blind score, standard error) over seeds and all V of blind rows."""
     grouped = {}
     for row in blind:
         if family in row.families:
@@ -213,7 +216,7 @@ def margin(one: tuple[float, float], other: tuple[float, float]) -> tuple[float,
     """Difference of two (score, standard error) and its standard error, as if independent.
 
     Both models answered the same questions, which usually makes the true error of the difference
-    smaller: the test is a cautious one.
+    smaller: the test is conservative.
     """
     return one[0] - other[0], float(np.hypot(one[1], other[1]))
 
@@ -222,7 +225,7 @@ def _cell(key) -> str:
     return f"{key[0]} with V={key[1]:g}"
 
 
-def _best_cells(found: Findings, family: str, main: Sequence) -> None:
+def _best_cells(findings: Findings, family: str, main: Sequence) -> None:
     if len(scores := by_cell(main, family)) < 2:
         return
     best = max(scores, key=lambda key: scores[key][0])
@@ -232,44 +235,46 @@ def _best_cells(found: Findings, family: str, main: Sequence) -> None:
         if key != best and difference <= SURE * spread:
             equals.append(_cell(key))
     score, spread = scores[best]
-    said = f"The best measured cell is {_cell(best)}, score {score:.3f} ± {spread:.3f}"
+    sentence = f"The best measured cell is {_cell(best)}, score {score:.3f} ± {spread:.3f}"
     if not equals:
-        said += f", above every other by more than {SURE} standard errors."
+        sentence += f", above every other by more than {SURE} standard errors."
     elif len(equals) <= 4:
-        said += f"; not to be told from it: {', '.join(equals)}."
+        sentence += f"; not significantly better than {', '.join(equals)}."
     else:
-        said += f"; {len(equals)} of the other {len(scores) - 1} cells cannot be told from it."
-    found.shows.append((family, said))
+        sentence += (
+            f"; {len(equals)} of the other {len(scores) - 1} cells are not significantly worse."
+        )
+    findings.shows.append((family, sentence))
 
 
-def _against_blind(found: Findings, family: str, main: Sequence, blind: Sequence) -> None:
+def _against_blind(findings: Findings, family: str, main: Sequence, blind: Sequence) -> None:
     floor, scores = blind_scores(blind, family), by_cell(main, family)
     pairs = {key: margin(score, floor[key[0]]) for key, score in scores.items() if key[0] in floor}
     if not pairs:
         if scores:
-            said = "What the image itself adds: no blind model was run."
-            found.open.append((family, said))
+            sentence = "What the image itself adds: no blind model was run."
+            findings.open.append((family, sentence))
         return
     above = [key for key, (difference, spread) in pairs.items() if difference > SURE * spread]
     if not above:
-        said = (
+        sentence = (
             f"Whether any model sees: none of {len(pairs)} cells beats the blind score of its LLM "
-            f"by more than {SURE} standard errors, so a law fitted to these scores says nothing "
+            f"by more than {SURE} standard errors, so a law fitted to these scores has no meaning "
             "either."
         )
-        found.open.append((family, said))
+        findings.open.append((family, sentence))
         return
     largest = max(pairs, key=lambda key: pairs[key][0])
     difference, spread = pairs[largest]
-    said = (
+    sentence = (
         f"{len(above)} of {len(pairs)} cells beat the blind score of their LLM by more than {SURE} "
         f"standard errors ({len(pairs) / 40:.1f} would by chance alone); the largest margin is "
         f"{difference:.3f} ± {spread:.3f}, {_cell(largest)}."
     )
-    found.shows.append((family, said))
+    findings.shows.append((family, sentence))
 
 
-def _against_other(found: Findings, family: str, main: Sequence, other: Sequence) -> None:
+def _against_other(findings: Findings, family: str, main: Sequence, other: Sequence) -> None:
     scores = by_cell(main, family)
     other = [row for row in other if family in row.families]
     for method in sorted({row.method for row in other}):
@@ -279,76 +284,87 @@ def _against_other(found: Findings, family: str, main: Sequence, other: Sequence
             continue
         better = sum(difference > SURE * spread for difference, spread in pairs)
         worse = sum(difference < -SURE * spread for difference, spread in pairs)
-        said = f"{main[0].method} against {method} at the same LLM and V"
+        sentence = f"{main[0].method} against {method} at the same LLM and V"
         if better or worse:
-            said += f": better in {better} and worse in {worse} of {len(pairs)} cells."
-            found.shows.append((family, said))
+            sentence += f": better in {better} and worse in {worse} of {len(pairs)} cells."
+            findings.shows.append((family, sentence))
         else:
-            said += f": no difference beyond {SURE} standard errors in any of {len(pairs)} cells."
-            found.open.append((family, said))
+            sentence += (
+                f": no difference beyond {SURE} standard errors in any of {len(pairs)} cells."
+            )
+            findings.open.append((family, sentence))
 
 
 def _against_majority(
-    found: Findings, family: str, main: Sequence, majority: int | float | None
+    findings: Findings, family: str, main: Sequence, majority: int | float | None
 ) -> None:
     if majority is None or not (scores := by_cell(main, family)):
         return
     above = sum(score - majority > SURE * spread for score, spread in scores.values())
-    said = (
+    sentence = (
         f"{above} of {len(scores)} cells beat always giving the commonest answer ({majority:.3f})"
     )
     if above:
-        found.shows.append((family, said + "."))
+        findings.shows.append((family, sentence + "."))
     else:
-        found.open.append((family, said + ": nothing is shown to be learnt beyond such a rule."))
+        findings.open.append(
+            (
+                family,
+                sentence + ": the run does not show that anything beyond such a rule was learned.",
+            )
+        )
 
 
-def _between_families(found: Findings, laws: Mapping) -> None:
-    for name, thing in (("alpha", "a larger LLM"), ("beta", "more visual tokens")):
-        known = sorted(family for family, law in laws.items() if name in law.intervals)
-        for i, one in enumerate(known):
-            for another in known[i + 1 :]:
+def _between_families(findings: Findings, laws: Mapping) -> None:
+    for name, change in (("alpha", "a larger LLM"), ("beta", "more visual tokens")):
+        families = sorted(family for family, law in laws.items() if name in law.intervals)
+        for i, one in enumerate(families):
+            for another in families[i + 1 :]:
                 more, less = sorted((one, another), key=lambda f: -laws[f].params[name])
                 high, low = laws[more].intervals[name], laws[less].intervals[name]
-                said = f"{GREEK[name]} {interval(high)} against {interval(low)}"
+                sentence = f"{GREEK[name]} {interval(high)} against {interval(low)}"
                 if high[0] > low[1]:
-                    said = f"{more} gains more from {thing} than {less}: {said} do not overlap."
-                    found.shows.append(("", said))
+                    sentence = (
+                        f"{more} gains more from {change} than {less}: {sentence} do not overlap."
+                    )
+                    findings.shows.append(("", sentence))
                 else:
-                    said = f"Which of {more} and {less} gains more from {thing}: {said} overlap."
-                    found.open.append(("", said))
+                    sentence = (
+                        f"Which of {more} and {less} gains more from {change}: {sentence} overlap."
+                    )
+                    findings.open.append(("", sentence))
 
 
-def _limits_of_the_run(found: Findings, main: Sequence) -> None:
-    """What limits every family: sizes, seeds, training, compressor, what the cost leaves out."""
+def _limits_of_the_run(findings: Findings, main: Sequence) -> None:
+    """The limits of the run for every family: sizes, seeds, training, compressor and cost."""
     sizes = sorted({row.llm_parameters for row in main})
-    said = []
+    sentences = []
     if sizes[-1] < PUBLISHED_SMALLEST:
-        said.append(
+        sentences.append(
             f"That these exponents hold at usual sizes: the largest LLM here has "
             f"{parameters_text(sizes[-1] / 1e9)} parameters, {PUBLISHED_SMALLEST / sizes[-1]:,.0f} "
             "times fewer than the smallest of the published grid (0.5B)."
         )
     if len(sizes) == 1:
-        said.append("Anything about N: there is one LLM size.")
+        sentences.append("Anything about N: there is one LLM size.")
     elif len(sizes) < 4:
-        said.append(f"How well a power law in N holds: {len(sizes)} sizes hardly test it.")
+        sentences.append(f"How well a power law in N holds: {len(sizes)} sizes hardly test it.")
     if len(seeds := {row.seed for row in main}) == 1:
-        said.append(
+        sentences.append(
             f"How much another training run would differ: there is one seed ({next(iter(seeds))}), "
             "and standard errors count the test questions only."
         )
     if len(steps := {row.train.get("steps") for row in main}) == 1 and None not in steps:
-        said.append(
+        sentences.append(
             f"What longer training gives: every cell was trained for {next(iter(steps)):,} steps, "
             "whatever its size."
         )
-    said.append(f"Other methods: the law is of {main[0].method} and of these tasks.")
+    sentences.append(f"Other methods: the law is of {main[0].method} and of these tasks.")
     total = [max(sum(row.flops.values()), 1) for row in main]
     share = [100 * row.flops.get("prefill", 0) / t for row, t in zip(main, total, strict=True)]
-    said.append(
+    sentences.append(
         f"The whole cost: 2N(Q+V) stands for the prefill, {min(share):.0f} to {max(share):.0f} % "
         "of the FLOPs of a request of these cells. The figures with every phase show what that "
         "changes."
     )
-    found.open += [("", sentence) for sentence in said]
+    findings.open += [("", sentence) for sentence in sentences]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a fit leaves in a folder: law.json, comparison.csv, and figures of every family."""
+"""The files of a fit: law.json, comparison.csv, and figures of every family."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from vlm_jax.rows import records
 
 
 def write(fitted: Fitted, out: Path) -> list[Path]:
-    """Writes law.json and comparison.csv into a folder, which is made; their paths."""
+    """Writes law.json and comparison.csv into a folder, which is created; returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
     lines = [
         f" {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in fitted.fields.items()
@@ -40,9 +40,9 @@ def draw(
     rows: Sequence[records.Row],
     chip: Chip,
 ) -> tuple[list[Path], list[str]]:
-    """The figures of every family, and why some could not be drawn.
+    """Draws the figures of every family; returns their paths and why some could not be drawn.
 
-    Without matplotlib, or where the laws carry no draws, there are none.
+    Without matplotlib, and for laws without bootstrap draws, there are no figures.
     """
     if any(fitted.samples is None for fitted in laws.values()):
         return [], ["no figures: their bands need --bootstrap of 1 or more draws"]
@@ -54,17 +54,19 @@ def draw(
         for name, points in families.items():
             drawn += figures.law_figures(points, laws[name], out, name)
             if rows:
-                more = cost_figures.counted_figures(rows, points, laws[name], out, name, chip=chip)
+                cost_drawn = cost_figures.counted_figures(
+                    rows, points, laws[name], out, name, chip=chip
+                )
             else:
                 try:
                     llms, vit = described_sizes(points)
                 except (ValueError, ModuleNotFoundError) as problem:
                     notes.append(f"no figures of the whole cost and of latency: {problem}")
                     continue
-                more = cost_figures.described_figures(
+                cost_drawn = cost_figures.described_figures(
                     points, laws[name], out, name, llms=llms, vit=vit, chip=chip
                 )
-            drawn += [path for figure in more for path in figure.paths]
+            drawn += [path for figure in cost_drawn for path in figure.paths]
     except ModuleNotFoundError as missing:
         if missing.name != "matplotlib":
             raise
@@ -75,16 +77,16 @@ def draw(
 def described_sizes(points: Points) -> tuple[dict[str, LLMSize], ViTSize]:
     """Label -> shape of every point's LLM, and the encoder.
 
-    ValueError for an LLM without a published shape.
+    Raises ValueError for an LLM without a published shape.
     """
-    known = described.published_llms()
-    if unknown := sorted(set(points.label) - known.keys()):
+    published = described.published_llms()
+    if unknown := sorted(set(points.label) - published.keys()):
         raise ValueError(
-            f"{', '.join(map(repr, unknown))} is none of {', '.join(known)}: "
+            f"{', '.join(map(repr, unknown))} is not one of {', '.join(published)}: "
             "name the LLM of every line in a column `label`"
         )
     encoder = ViTSize.of(described.base().vit)
-    return {label: known[label][1] for label in set(points.label)}, encoder
+    return {label: published[label][1] for label in set(points.label)}, encoder
 
 
 def without_draws(fields: Any) -> Any:

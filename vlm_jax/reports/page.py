@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page of one run: question, answer, figures, tables, how it was made, how to repeat it.
 
-The values are collected here; templates/page.html says where they stand, style.css how they look.
+Values are collected here; templates/page.html defines the layout, style.css the appearance.
 """
 
 import base64
@@ -14,37 +14,38 @@ import jinja2
 import numpy as np
 
 from vlm_jax.reports import findings, score_tables
-from vlm_jax.reports.canvas import Figure, seconds_text
+from vlm_jax.reports.amounts import seconds_text
+from vlm_jax.reports.canvas import Figure
 from vlm_jax.reports.run import Run
 from vlm_jax.reports.tables import Table, TableCell, numeral, words
 
-MOST_VALUES = 5  # of one fact, before they are counted instead of listed
+MOST_VALUES = 5  # of one fact; more are counted instead of listed
 QUESTION = "For a given inference budget, which language model and how many visual tokens?"
-# Field of a row that says how it was made -> what the page calls it.
+# Field of a row about its origin -> its name on the page.
 ORIGIN = {
     "commit": "commit", "config_hash": "configuration (hash)", "data_hash": "data (hash)",
     "machine": "machine", "seed": "seed", "protocol": "protocol", "prompt": "prompt",
     "parser": "answer parser",
 }  # fmt: skip
 KINDS = {".svg": "image/svg+xml", ".csv": "text/csv"}
-# Figures that a reader wants first; the others of a family are folded away.
+# Figures that are shown; the others of a family are folded.
 FIRST = ("_scores", "_methods", "_flops_measured_q", "_optimal_v", "_total_flops")
 
 
 def data_uri(file: Path) -> str:
-    """A file as an address that holds it."""
+    """A file as a data: URI."""
     return f"data:{KINDS[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
 def size(svg: Path) -> dict[str, int]:
-    """Width and height as matplotlib wrote them: the page does not jump while it loads."""
+    """Width and height of an SVG, so that the page does not move while it loads."""
     sides = re.search(r'<svg[^>]* width="(.+?)pt" height="(.+?)pt"', svg.read_text())
     return {"width": round(float(sides[1])), "height": round(float(sides[2]))}
 
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-    autoescape=True,  # every word from rows, whatever the file is called
+    autoescape=True,  # for every template, whatever its suffix
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -66,21 +67,21 @@ def build(
     """The HTML of one run.
 
     Args:
-        run: every results row, parted; `laws` family -> Law; `reasons` family -> why it has none.
+        run: all results rows; `laws` family -> Law; `reasons` family -> why it has none.
         majority: task -> score of always giving its commonest answer.
         name: of the run, for the lead.
-        facts: what is known of how it was started: "command", "config", "phases" (name -> seconds).
-        missing: why nothing could be drawn, where that is so.
+        facts: how the run was started: "command", "config", "phases" (name -> seconds).
+        missing: why there are no figures, or "".
     """
     rows = run.rows
-    said = findings.derive(run, laws, reasons=reasons, majority=by_family(rows, majority))
+    sentences = findings.derive(run, laws, reasons=reasons, majority=by_family(rows, majority))
     created = max((row.created for row in rows), default="")
     return TEMPLATES.get_template("page.html").render(
         question=QUESTION,
         lead=f"Run {name}, {len(rows)} finished cells{created and ', last at '}{created}.",
-        answer=_grouped(said.answer),
-        shows=_grouped(said.shows),
-        open=_grouped(said.open),
+        answer=_grouped(sentences.answer),
+        shows=_grouped(sentences.shows),
+        open=_grouped(sentences.open),
         galleries=_galleries(figures),
         missing=missing,
         methods=score_tables.methods(run),
@@ -99,7 +100,7 @@ def build(
 
 
 def by_family(rows: Sequence, majority: Mapping[str, int | float]) -> dict[str, float]:
-    """Family -> mean score of commonest answers over its tasks, where every task has one."""
+    """Family -> mean score of commonest answers over its tasks, if every task has one."""
     tasks = {}
     for row in rows:
         for task, score in row.tasks.items():
@@ -111,20 +112,23 @@ def by_family(rows: Sequence, majority: Mapping[str, int | float]) -> dict[str, 
     }
 
 
-def _grouped(said: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+def _grouped(sentences: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
     """(family, its sentences), those about all families last."""
-    families = sorted({family for family, _ in said}, key=lambda family: (not family, family))
-    return [(family, [words for about, words in said if about == family]) for family in families]
+    families = sorted({family for family, _ in sentences}, key=lambda family: (not family, family))
+    return [
+        (family, [sentence for about, sentence in sentences if about == family])
+        for family in families
+    ]
 
 
 def _galleries(figures: Sequence[Figure]) -> list[tuple[str, list[Figure], list[Figure]]]:
-    """(family, the figures that a reader wants first, the others)."""
+    """(family, figures that are shown, figures that are folded)."""
     galleries = {}
     for figure in figures:
         first, rest = galleries.setdefault(figure.section, ([], []))
-        wanted = not figure.section or figure.name.endswith(FIRST)
-        (first if wanted else rest).append(figure)
-    return [(family, *both) for family, both in galleries.items()]
+        is_first = not figure.section or figure.name.endswith(FIRST)
+        (first if is_first else rest).append(figure)
+    return [(family, *parts) for family, parts in galleries.items()]
 
 
 def _cells(run: Run) -> Table:
@@ -167,11 +171,11 @@ def _fitted_to(run: Run) -> str:
     """Which rows the law was fitted to, and which it leaves out."""
     if not run.main:
         return ""
-    said = f"The law is fitted to the {len(run.main)} rows of {run.method}."
-    left = sorted(Counter(row.method for row in run.other).items())
-    counts = [f"{count} of {method}" for method, count in left]
+    sentence = f"The law is fitted to the {len(run.main)} rows of {run.method}."
+    others = sorted(Counter(row.method for row in run.other).items())
+    counts = [f"{count} of {method}" for method, count in others]
     counts += [f"{len(run.blind)} of blind models"] * bool(run.blind)
-    return said + (f" Not used: {', '.join(counts)}." if counts else "")
+    return sentence + (f" Not used: {', '.join(counts)}." if counts else "")
 
 
 def _law_line(family: str, law, names: Sequence[str], run: Run) -> list[TableCell]:
@@ -188,14 +192,14 @@ def _law_line(family: str, law, names: Sequence[str], run: Run) -> list[TableCel
 def _tasks(run: Run, majority: Mapping[str, int | float]) -> Table:
     rows, lines = run.rows, []
     for task in score_tables.names(rows)[1]:
-        known = next(row.tasks[task] for row in rows if task in row.tasks)
-        seen = [row.tasks[task] for row in run.main if task in row.tasks]
-        floor = [row.tasks[task] for row in run.blind if task in row.tasks]
+        example = next(row.tasks[task] for row in rows if task in row.tasks)
+        of_grid = [row.tasks[task] for row in run.main if task in row.tasks]
+        of_blind = [row.tasks[task] for row in run.blind if task in row.tasks]
         counts = sorted({row.tasks[task]["n"] for row in rows if task in row.tasks})
-        best = max(seen, key=lambda s: s["score"], default=None)
-        worst = min(seen, key=lambda s: s["score"], default=None)
-        blind = max(floor, key=lambda s: s["score"], default=None)
-        line = [words(task), words(known["family"]), words(known["metric"])]
+        best = max(of_grid, key=lambda s: s["score"], default=None)
+        worst = min(of_grid, key=lambda s: s["score"], default=None)
+        blind = max(of_blind, key=lambda s: s["score"], default=None)
+        line = [words(task), words(example["family"]), words(example["metric"])]
         line.append(numeral(counts[-1], " or ".join(map(str, counts))))
         line += [score_tables.score_cell(score) for score in (worst, best, blind)]
         lines.append([*line, numeral(majority.get(task))])
@@ -205,23 +209,23 @@ def _tasks(run: Run, majority: Mapping[str, int | float]) -> Table:
     return Table(caption, titles, lines)
 
 
-def _origin(rows: Sequence, run_facts: Mapping) -> Table:
-    """What made the rows; where rows disagree, every value with the number of rows that have it."""
+def _origin(rows: Sequence, of_run: Mapping) -> Table:
+    """The origin of the rows; if rows differ, every value with the number of its rows."""
     facts = []
     for field, title in ORIGIN.items():
-        found = _distinct(getattr(row, field) for row in rows)
-        if len(found) > MOST_VALUES:  # every cell has a configuration of its own
-            found = [(f"{len(found)} different ones, in rows.jsonl", len(rows))]
-        facts += [(title, *value) for value in found]
+        values = _distinct(getattr(row, field) for row in rows)
+        if len(values) > MOST_VALUES:  # every cell has its own configuration
+            values = [(f"{len(values)} different ones, in rows.jsonl", len(rows))]
+        facts += [(title, *value) for value in values]
     for library in sorted({library for row in rows for library in row.versions}):
         counted = _distinct(row.versions.get(library, "not recorded") for row in rows)
-        facts += [(f"version of {library}", *found) for found in counted]
-    if run_facts.get("config"):
-        facts.append(("configuration", str(run_facts["config"]), None))
+        facts += [(f"version of {library}", *values) for values in counted]
+    if of_run.get("config"):
+        facts.append(("configuration", str(of_run["config"]), None))
     # Rows of several V may share a model: its training counts once.
     spent = {row.trained_with or row.cell: row.train.get("seconds") or 0 for row in rows}
     facts.append(("training of all cells", seconds_text(sum(spent.values())), None))
-    for phase, seconds in (run_facts.get("phases") or {}).items():
+    for phase, seconds in (of_run.get("phases") or {}).items():
         facts.append((f"wall time: {phase}", seconds_text(float(seconds)), None))
     lines = [[words(title), words(value), numeral(n, n and str(n))] for title, value, n in facts]
     caption = "Origin of every number above. A fact with several lines differs between rows."

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan as a picture: the least predicted error that a budget buys at each number of visual
-tokens.
-"""
+"""The figure of a plan: the least predicted error within a budget at each V."""
 
 import math
 from pathlib import Path
@@ -10,25 +8,18 @@ import numpy as np
 
 from vlm_jax.compressors.method import tilings
 from vlm_jax.planning import planner
-from vlm_jax.reports.canvas import (
-    MARKERS,
-    OKABE_ITO,
-    Canvas,
-    Figure,
-    amount_text,
-    parameters_text,
-)
+from vlm_jax.reports.amounts import amount_text, parameters_text
+from vlm_jax.reports.canvas import MARKERS, OKABE_ITO, Canvas, Figure
 
 DASHES = ("-", "--", ":", "-.")  # curves that coincide must not hide each other
 MOST_COMPRESSORS = len(OKABE_ITO) - 1  # the last color, yellow, does not print as a line
 
 
 def draw(search: planner.Search, out_dir: Path | str) -> Figure:
-    """Writes plan.png, plan.svg and plan.csv: one curve per compressor, its band, the choice
-    marked.
+    """Writes plan.png, plan.svg and plan.csv: a curve and a band per compressor, and the choice.
 
-    Each point is the best LLM that the budget allows at that V, named beside it. Raises ValueError
-    where nothing meets the budget or there are more compressors than colors.
+    Each point is the best LLM that the budget allows at that V, with its size. Raises ValueError if
+    nothing meets the budget, and for more compressors than colors.
     """
     if len(search.tokens) > MOST_COMPRESSORS:
         raise ValueError(
@@ -104,7 +95,7 @@ def draw(search: planner.Search, out_dir: Path | str) -> Figure:
     canvas.legend()
     words = (
         f"Each point is the best LLM that {amount_text(limit)}{planner.UNITS[unit]} pay for at "
-        f"that V (its size is written beside it), for questions of {Q:g} text tokens; the ring is "
+        f"that V (with its size), for questions of {Q:g} text tokens; the ring is "
         f"the choice. Bands: 95 % interval of the law."
     )
     alt = (

@@ -3,8 +3,8 @@
 
 Reads DIR/rows.jsonl and, where they exist, DIR/law.json (if no older than the rows),
 DIR/baselines.json ({"majority": {task: score}}), DIR/run.json ({"command", "config", "method",
-"phases"}). Writes DIR/report/index.html, DIR/report/figures/ and, where it
-fitted the law itself, DIR/law.json.
+"phases"}). Writes DIR/report/index.html, DIR/report/figures/ and, if it fitted the law itself,
+DIR/law.json.
 """
 
 import json
@@ -20,17 +20,17 @@ from vlm_jax.rows import records
 
 
 def write(workdir: Path | str) -> dict:
-    """Makes the report of one run folder and returns what was made: page, figures, laws, reasons.
+    """Writes the report of a run folder; returns its path, counts, laws and reasons as a dict.
 
-    Without matplotlib the page has no figures and says so. Raises ValueError or OSError saying
-    what is wrong with a file.
+    Without matplotlib the page has no figures and says so. Raises ValueError or OSError for a file
+    that is missing or invalid.
     """
     workdir = Path(workdir)
     if not (workdir / "rows.jsonl").is_file():
         raise FileNotFoundError(
             f"no rows.jsonl in {workdir}: vlm-jax grid --config=FILE --workdir={workdir} makes it"
         )
-    # The order in which cells finished is nobody's concern: equal rows, equal page.
+    # Sorted, so that the page does not depend on the order in which cells finished.
     rows = sorted(
         records.read(workdir / "rows.jsonl"),
         key=lambda row: (row.llm_parameters, row.V, row.seed, row.cell),
@@ -45,7 +45,7 @@ def write(workdir: Path | str) -> dict:
             run, laws, workdir / "report" / "figures", majority=page.by_family(rows, majority)
         )
     except ModuleNotFoundError as error:
-        # A grid of many hours must not end without its tables for want of a drawing library.
+        # A grid of many hours must not end without its tables because matplotlib is missing.
         drawn, missing = [], str(error)
     html = page.build(
         run,
@@ -73,7 +73,7 @@ def write(workdir: Path | str) -> dict:
 def laws_of(workdir: Path, run: Run) -> tuple[dict, dict[str, str]]:
     """(family -> Law, family -> why there is none) of the grid's method, from law.json or fitted.
 
-    A law.json that is older than the rows, or missing, is fitted anew and written.
+    If law.json is missing or older than the rows, the laws are fitted and it is written.
     """
     families = sorted({family for row in run.main for family in row.families})
     path = workdir / "law.json"
@@ -96,10 +96,10 @@ def laws_of(workdir: Path, run: Run) -> tuple[dict, dict[str, str]]:
 
 
 def law_document(run: Run, laws: Mapping) -> dict | None:
-    """The content of law.json, as `vlm-jax fit` orders it: the law of the mean over families, and
-    each family's under "families"; with one family the top level is that family's.
+    """The content of law.json in the form of `vlm-jax fit`; None if cells lack a family.
 
-    None where the cells' means do not compare because some lack a family.
+    The top level is the law of the mean over families, or of the only family; "families" has the
+    law of each family.
     """
     families = {family: law.to_dict() for family, law in laws.items()}
     if len(laws) == 1:
@@ -113,7 +113,7 @@ def law_document(run: Run, laws: Mapping) -> dict | None:
 
 
 def read_object(path: Path) -> dict:
-    """The JSON object in a file; empty where there is no file, ValueError for anything else."""
+    """The JSON object in a file, {} if there is no file. Raises ValueError for other content."""
     if not path.is_file():
         return {}
     try:

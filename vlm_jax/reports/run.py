@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of a run by what they are for: the grid proper, blind models, every other method."""
+"""The rows of a run in three parts: the grid's own method, blind models, other methods."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from vlm_jax.rows import records
 
 @dataclass(frozen=True)
 class Run:
-    """All rows of a run, and three disjoint parts of them.
+    """All rows of a run and three disjoint parts of them.
 
-    `main` are the sighted rows of `method`, which alone the law is fitted to; `other` are sighted
-    rows of other methods. `method` is "" while no sighted row is finished.
+    `main` are the sighted rows of `method`, to which the law is fitted; `other` are sighted rows of
+    other methods. `method` is "" while no sighted row is finished.
     """
 
     rows: Sequence
@@ -30,10 +30,10 @@ class Run:
 
 
 def of(rows: Sequence, method: str | None = None) -> Run:
-    """The run of these rows; `method` is the grid's own where it is known and has rows.
+    """The run of these rows; `method` is the grid's own method.
 
-    Else the method with most cells is taken, among equals the first by name, so that the order of
-    rows changes nothing.
+    If it is None or has no rows, it is the method with the most cells, among equals the first by
+    name, so that the order of rows does not matter.
     """
     counts = records.methods(rows)
     if method not in counts:

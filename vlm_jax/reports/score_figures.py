@@ -3,17 +3,12 @@
 
 import numpy as np
 
-from vlm_jax.reports.canvas import (
-    MARKERS,
-    OKABE_ITO,
-    Canvas,
-    Figure,
-    parameters_text,
-    size_colors,
-)
+from vlm_jax.compressors import COMPRESSORS
+from vlm_jax.reports.amounts import llm_text, parameters_text
+from vlm_jax.reports.canvas import MARKERS, OKABE_ITO, Canvas, Figure, size_colors
 from vlm_jax.reports.run import Run, mean_over_seeds
 
-DASHES = ("-", "--", ":", "-.")
+ACROSS = 3  # panels side by side
 
 
 def scores_against_tokens(
@@ -24,7 +19,10 @@ def scores_against_tokens(
     `majority` is the score of always answering the commonest answer.
     """
     canvas = Canvas(
-        x="visual tokens V", y=f"mean score on {family}", title=f"{family}: score against V"
+        x="visual tokens V",
+        y=f"mean score on {family}",
+        title=f"{family}: score against visual tokens",
+        height=3.3,
     )
     sizes = sorted({row.llm_parameters for row in run.rows})
     colors = dict(zip(sizes, size_colors(len(sizes)), strict=True))
@@ -36,14 +34,15 @@ def scores_against_tokens(
         V, score, stderr = _by_tokens([r for r in run.main if r.llm_parameters == n], family)
         if len(V):
             canvas.line(text, V, score, color=colors[n], N_billions=n / 1e9, V=V)
-            canvas.points(text, V, score, stderr=stderr, V=V, **style)
-            canvas.write(text, V[-1], score[-1], color=colors[n])
+            canvas.points(text, V, score, stderr=stderr, V=V, name=llm_text(n / 1e9), **style)
         blind = [r.families[family] for r in run.blind if r.llm_parameters == n
                  and family in r.families]  # fmt: skip
         if blind:
             score, stderr = mean_over_seeds(blind)
             canvas.points(f"{text} blind", [blind_at], [score], stderr=[stderr], V=0, **style)
             _level(canvas, f"{text} blind", blind_at, tokens[-1], score, color=colors[n])
+    if run.blind:
+        canvas.sample("without the image (blind)", dash=":")
     if majority is not None:
         _level(
             canvas, "commonest answer", blind_at, tokens[-1], majority,
@@ -63,7 +62,7 @@ def scores_against_tokens(
 
 
 def methods(run: Run, family: str, out_dir, *, name: str) -> list[Figure]:
-    """Mean score against V, a curve per method, at the LLM size that most methods were run with.
+    """Mean score against V, a panel per method, at the LLM size that most methods were run with.
 
     None where there is one method only.
     """
@@ -77,39 +76,52 @@ def methods(run: Run, family: str, out_dir, *, name: str) -> list[Figure]:
     shown = [method for method in sorted(at[size]) if method != run.method]
     if run.method in at[size]:
         shown.insert(0, run.method)
-    text = parameters_text(size / 1e9)
-    canvas = Canvas(
-        x="visual tokens V",
-        y=f"mean score on {family}",
-        title=f"{family}: methods at {text}",
-        height=2.75 + 0.13 * len(shown),
-    )
-    tokens = set()
-    for i, method in enumerate(shown):
+    curves, named = {}, {}
+    for method in shown:
         mine = [row for row in sighted if row.llm_parameters == size and row.method == method]
-        V, score, stderr = _by_tokens(mine, family)
-        tokens |= set(V.tolist())
-        # Black first, for the grid's own; yellow does not print.
-        color = OKABE_ITO[(6, 0, 1, 2, 3, 4, 5)[i % 7]]
-        # Methods share their V: moved apart a little, so that no bar hides another.
-        x = V * 1.04 ** (i - (len(shown) - 1) / 2)
-        common = {"color": color, "N_billions": size / 1e9, "V": V}
-        canvas.line(method, x, score, dash=DASHES[i // 7 % 4], name=method, **common)
-        marker = {"marker": MARKERS[i % len(MARKERS)], "area": 34.0, "name": method}
-        canvas.points(method, x, score, stderr=stderr, **marker, **common)
+        curves[method] = _by_tokens(mine, family)
+        described = COMPRESSORS.get(mine[0].compressor)
+        named[method] = method if described is None or described.compresses else "no compression"
     blind = [row.families[family] for row in run.blind
              if row.llm_parameters == size and family in row.families]  # fmt: skip
-    if blind:
-        score, _ = mean_over_seeds(blind)
-        _level(canvas, "blind", min(tokens), max(tokens), score, color="0.4", name="blind")
-    # An adaptive method has a mean V between the marks.
-    _token_axis(canvas, sorted(v for v in tokens if v.is_integer()))
-    caption = (
-        f"Mean score on {family} with the LLM of {text} parameters: one curve per method, bars of "
-        "one standard error, points of equal V moved apart a little. The table of methods has the "
-        "other LLM sizes."
+    tokens = sorted({v for V, _, _ in curves.values() for v in V.tolist()})
+    first = max(shown, key=lambda method: curves[method][1].max())
+    V, score, _ = curves[first]
+    at = float(V[score.argmax()])
+    said = f"{score.max():.2f}".lstrip("0") + f" with {at:.3g} visual token{'s' * (at != 1)}"
+    canvas = Canvas(
+        x="visual tokens V",
+        y=f"mean score on {family}, LLM of {llm_text(size / 1e9)}",
+        title=f"{family}: {named[first]} scores best,\n{said}",
+        height=1.2 + 1.1 * -(-len(shown) // ACROSS),
+        panels=list(named.values()),
+        across=ACROSS,
     )
-    alt = f"Mean score on {family} against visual tokens for {len(shown)} methods at {text}."
+    for panel, method in enumerate(shown):
+        canvas.turn_to(panel)
+        for other in shown:
+            if other != method:
+                canvas.shadow(*curves[other][:2])
+        V, score, stderr = curves[method]
+        common = {"color": OKABE_ITO[0], "N_billions": size / 1e9, "V": V}
+        canvas.line(method, V, score, **common)
+        canvas.points(method, V, score, stderr=stderr, area=16.0, **common)
+        if blind:
+            _level(canvas, "blind", min(tokens), max(tokens), mean_over_seeds(blind)[0],
+                   color="0.4", name="without the image")  # fmt: skip
+        # An adaptive method has a mean V between the marks.
+        canvas.log_x(base10=False, ticks=[v for v in tokens if v.is_integer()])
+        canvas.axes.margins(x=0.1)
+    canvas.legend()
+    caption = (
+        f"Mean score on {family} with the LLM of {llm_text(size / 1e9)}: a panel per method, the "
+        "others in pale gray; bars are one standard error. The table of methods has the other LLM "
+        "sizes."
+    )
+    alt = (
+        f"Mean score on {family} against visual tokens for {len(shown)} methods, a panel each. "
+        f"The best is {named[first]}: {said}."
+    )
     return [canvas.save(out_dir, name, caption=caption, alt=alt)]
 
 

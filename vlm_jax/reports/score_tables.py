@@ -12,6 +12,7 @@ from vlm_jax.reports.tables import Table, TableCell, amount, numeral, parameters
 
 
 def score_cell(score: Mapping | None) -> TableCell:
+    """A score with its standard error, or a dash."""
     if score is None:
         return numeral(None)
     return TableCell(f"{score['score']:.3f} ± {score['stderr']:.3f}", score["score"])
@@ -28,13 +29,13 @@ def margin_cell(row, family: str, blind: Mapping) -> TableCell:
 
 
 def methods(run: Run) -> Table:
-    """Score by method and V: a line each; means over LLMs first, then each family and LLM."""
+    """Scores by method and V, one line each; means over LLMs first, then each family and LLM."""
     llms = list(dict.fromkeys(r.llm for r in sorted(run.rows, key=lambda r: r.llm_parameters)))
     grouped = {}
     for row in run.rows:
         # A blind model reads no image, whatever its V.
-        place = ("blind", None) if row.blind else (row.method, row.V)
-        grouped.setdefault(place, {}).setdefault(row.llm, []).append(row)
+        key = ("blind", None) if row.blind else (row.method, row.V)
+        grouped.setdefault(key, {}).setdefault(row.llm, []).append(row)
     if not grouped:
         return Table("", [], [])
     several = len(llms) > 1
@@ -46,7 +47,7 @@ def methods(run: Run) -> Table:
     for (method, V), by_llm in sorted(
         grouped.items(), key=lambda item: (order.get(item[0][0], 1), item[0][0], item[0][1] or 0)
     ):
-        found = {
+        scores_of = {
             (family, llm): mean_over_seeds([row.families[family] for row in rows])
             for family in run.families
             for llm, rows in by_llm.items()
@@ -54,12 +55,12 @@ def methods(run: Run) -> Table:
         }
         line = [words(method), numeral(V, V and f"{V:.4g}")]
         for family in run.families if several else ():
-            scores = [found.get((family, llm)) for llm in llms]
+            scores = [scores_of.get((family, llm)) for llm in llms]
             line.append(mean_cell(None if None in scores else mean_of(scores)))
         largest = [row for row in by_llm.get(llms[-1], ()) if method != "blind"]
         for total in (lambda row: row.flops["question"], lambda row: sum(row.flops.values())):
             line.append(amount(np.mean([total(row) for row in largest]) if largest else None))
-        line += [mean_cell(found.get((family, llm))) for family in run.families for llm in llms]
+        line += [mean_cell(scores_of.get((family, llm))) for family in run.families for llm in llms]
         counts = sorted({len(rows) for rows in by_llm.values()})
         seeds = " to ".join(dict.fromkeys((str(counts[0]), str(counts[-1]))))
         lines.append([*line, numeral(counts[-1], seeds)])
@@ -79,6 +80,7 @@ def mean_of(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def mean_cell(score: tuple[float, float] | None) -> TableCell:
+    """A (score, standard error) pair, or a dash."""
     return score_cell(score and {"score": score[0], "stderr": score[1]})
 
 
@@ -88,11 +90,11 @@ def names(rows: Sequence) -> tuple[list[str], list[str]]:
     return families, sorted({task for row in rows for task in row.tasks})
 
 
-def row_table(caption: str, rows: Sequence, every: Sequence) -> Table:
-    """A line per row, the blind score of its LLM beside each family; `every` has all rows."""
-    families, tasks = names(every)
+def row_table(caption: str, rows: Sequence, all_rows: Sequence) -> Table:
+    """One line per row, with the blind score of its LLM for each family, from `all_rows`."""
+    families, tasks = names(all_rows)
     blind = {
-        family: findings.blind_scores([row for row in every if row.blind], family)
+        family: findings.blind_scores([row for row in all_rows if row.blind], family)
         for family in families
     }
     titles = ["cell", "LLM", "N, parameters", "V", "seed", "method"]
@@ -122,4 +124,5 @@ def row_table(caption: str, rows: Sequence, every: Sequence) -> Table:
 
 
 def kind(row) -> str:
+    """The method of a row, or "blind"."""
     return "blind" if row.blind else row.method

@@ -15,7 +15,6 @@ from vlm_jax.law.points import Cell, Points, of_cells
 from vlm_jax.rows import tables
 
 SCHEMA = 1
-FLOP_PARTS = ("encoder", "compressor", "question", "prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Row:
     seed: int
     tasks: dict[str, dict[str, Any]]  # task -> family, metric, score, stderr, n
     families: dict[str, dict[str, Any]]  # family -> score, stderr, n
-    flops: dict[str, int | float]  # FLOP_PARTS -> FLOPs of one request
+    flops: dict[str, int | float]  # of one request: of encoder, compressor, question, ...
     # steps, examples, flops, seconds; lora if adapters were trained; initial_weights, first_loss
     # and last_loss, which differ in some digit if two rows were not trained in the same way.
     train: dict[str, Any]

@@ -231,7 +231,7 @@ def _unit(path: Path, scores: Sequence[tuple[int, float]], column: str) -> float
     for where, score in scores:
         if not 0 <= score <= 100:
             raise ValueError(
-                f"{path}:{where}: {column} is {score:g}: use fractions (0..1) or percent (0..100)"
+                f"{path}:{where}: {column} is {score:g}: give fractions (0..1) or percent (0..100)"
             )
     small = [(where, score) for where, score in scores if 0 < score <= 1]
     large = [(where, score) for where, score in scores if score > 1]

@@ -39,10 +39,9 @@ from vlm_jax.serving.requests import (
     listed,
     picture,
 )
-from vlm_jax.training import memory, runs
-from vlm_jax.weights import folder, names
+from vlm_jax.training import runs
+from vlm_jax.weights import folder
 from vlm_jax.weights.processors import processor_of
-from vlm_jax.weights.stored import NAMES
 
 MOST_NEW_TOKENS = 256  # of an answer to whose length nobody set a limit, where they fit
 
@@ -116,19 +115,14 @@ class VLM:
         cls, stored: folder.Model, *, dtype: str | None = None, mesh: Mesh | None = None
     ) -> "VLM":
         """The model of `weights.folder`, its tensors read once, straight into their shards."""
-        kind = NAMES[stored.tensors["llm.embed_tokens.weight"].dtype]
         mesh = mesh or meshes.make()
-        dtype = dtype or ("float32" if kind == "F32" else "bfloat16")
+        dtype = dtype or stored.dtype()
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
         with jax.set_mesh(mesh):
             stored.check()
-            described = replace(stored.size(), compute_dtype=dtype, kernels="auto")
-            shapes = vlm.shapes(described)
-            size = {"float32": 4, "bfloat16": 2}[dtype]
-            need = memory.Need("the model", memory.in_shards(shapes) // 4 * size)
-            memory.check(need, "load it as bfloat16 (--dtype=bfloat16), or over more devices")
-            model = folder.place(shapes, names.model_table(shapes), stored.tensors, dtype=dtype)
+            size = replace(stored.size(), compute_dtype=dtype, kernels="auto")
+            model = runs.load(stored, size, dtype=dtype)
         return cls(model, processor_of(stored), max_length=stored.facts["max_length"], mesh=mesh)
 
     def generate(

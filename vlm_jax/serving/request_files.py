@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file of requests becomes a file of answers, batch by batch; a bad line costs only itself.
+"""Answers a file of requests into a file of answers, batch by batch; bad lines are reported.
 
 A line has `prompt` (a text, or a conversation [question, answer, ..., question]) and may have
-`image` (a path beside the file, or a list of several) and `id`.
+`image` (a path relative to the file, or a list of several) and `id`.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from vlm_jax.serving.model import VLM, Drawing
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a file of requests: where it stands, its id, and its fields or what is wrong."""
+    """One line of a file of requests: its number, its id, and its fields or what is wrong."""
 
     number: int
     id: Any
@@ -34,16 +34,16 @@ class Line:
 def answer_file(
     model: VLM, requests: Path, out: Path | None, *, drawing: Drawing, exif: str = "apply"
 ) -> int:
-    """Answers a file of requests into `out`, or stdout; 2 if one could not be answered.
+    """Answers a file of requests into `out` or stdout; returns 2 if one could not be answered.
 
-    What cannot be answered, for whatever reason, costs its own line only.
+    A request that fails, for any reason, has an error in its own line and does not stop the others.
     """
-    how = dataclasses.asdict(drawing)
+    options = dataclasses.asdict(drawing)
     if hosts.joined():
         hosts.check_same("file of --requests", hashlib.sha256(requests.read_bytes()).hexdigest())
-    model.answer([], **how)  # what is wrong with the flags is wrong with every line
+    model.answer([], **options)  # wrong flags are an error before the first line
     bad: list[str] = []
-    seen, repeated = set[str](), 0
+    ids, repeated = set[str](), 0
     with open_output(out) as file, progress.doing("answers", count(requests)) as task:
         waiting: list[tuple[Line, Any]] = []
 
@@ -52,7 +52,7 @@ def answer_file(
             try:
                 text = json.dumps(row, ensure_ascii=False)
                 text.encode()
-            except UnicodeEncodeError:  # half a character, which an id may hold
+            except UnicodeEncodeError:  # a lone surrogate, which an id may hold
                 text = json.dumps(row)
             file.write(text + "\n")
 
@@ -65,8 +65,8 @@ def answer_file(
 
         def answer(lines: list[tuple[Line, Any]]) -> None:
             try:
-                found = model.answer([request for _, request in lines], **how)
-            # Whatever one of them raised, of the device or of ours, the others are sound.
+                found = model.answer([request for _, request in lines], **options)
+            # If one of them fails, for any reason, the others are answered one by one.
             except Exception as error:
                 if len(lines) == 1:
                     refuse(lines[0][0], error)
@@ -96,8 +96,8 @@ def answer_file(
 
         task.note(0)
         for line in lines_of(requests):
-            repeated += (name := json.dumps(line.id)) in seen
-            seen.add(name)
+            repeated += (name := json.dumps(line.id)) in ids
+            ids.add(name)
             request, wrong = None, None
             try:
                 if line.wrong:
@@ -112,7 +112,7 @@ def answer_file(
                            visual_tokens=drawing.visual_tokens)  # fmt: skip
             except (ValueError, OSError) as error:
                 wrong = errors.sentence(error)
-            # What one host cannot read none of them answers.
+            # A request that one host cannot read is answered by none.
             if faults := [said for said in hosts.collected(wrong) if said]:
                 refuse(line, faults[0])
                 continue

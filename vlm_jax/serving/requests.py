@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a request is made of, and how its answer becomes text."""
+"""Requests as tokens and pixels, batches of them, and the text of their answers."""
 
 import hashlib
 import os
@@ -25,7 +25,7 @@ Prompt = str | Sequence[str]
 class Request:
     """One prompt as tokens, with its images as pixels float32 [I, I, 3], in their order.
 
-    `places` says before which id each image stands, `questions` what is read of each or of none.
+    `places` is the index of the id after each image, `questions` the question's ids of each image.
     """
 
     ids: list[int]
@@ -40,29 +40,32 @@ class Request:
 
 
 def digest(requests: Sequence[Request]) -> str:
-    """Sixteen hex digits of all that requests hold."""
-    found = hashlib.sha256()
+    """Sixteen hexadecimal digits that depend on the whole content of the requests."""
+    digest_of_all = hashlib.sha256()
     for request in requests:
-        found.update(repr((request.ids, request.places, request.questions)).encode())
+        digest_of_all.update(repr((request.ids, request.places, request.questions)).encode())
         for pixels in request.pixels:
-            found.update(np.ascontiguousarray(pixels))
-    return found.hexdigest()[:16]
+            digest_of_all.update(np.ascontiguousarray(pixels))
+    return digest_of_all.hexdigest()[:16]
 
 
 class Text:
-    """The tokens of an answer, and their text as it becomes certain."""
+    """The tokens of an answer, and their text piece by piece."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.ids, self.shown = tokenizer, [], ""
 
     def read(self, *, stop: bool) -> str:
-        """All text; with `stop` the last token ended it and is no part of it."""
+        """All text; with `stop` the last token, which ended the answer, is left out."""
         ids = self.ids[:-1] if stop else self.ids
         return self.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
 
     def piece(self, *, whole: bool, stop: bool) -> str:
-        """What was not shown yet. The bytes of a character come in several tokens: it waits for
-        the last, unless the text is whole."""
+        """The text that was not returned yet.
+
+        The bytes of a character may come in several tokens: an incomplete character waits for the
+        last one, unless the text is `whole`.
+        """
         text = self.read(stop=stop)
         if not whole and text.endswith("\ufffd"):
             return ""
@@ -76,7 +79,7 @@ def padded(rows: Sequence[list[int]], length: int, pad: int) -> np.ndarray:
 
 
 def bucket_of_rows(rows: int, shards: int) -> int:
-    """The smallest power of two times the shards of a batch that holds so many rows."""
+    """The smallest power of two times `shards` that holds this number of rows."""
     size = shards
     while size < rows:
         size *= 2
@@ -84,7 +87,7 @@ def bucket_of_rows(rows: int, shards: int) -> int:
 
 
 def bucket_of_images(images: int) -> int:
-    """For how many images a row has room that holds so many: 0, 1, 2, 4, 8 ..."""
+    """The bucket of a row with this number of images: 0, 1, 2, 4, 8 ..."""
     return bucket_of_rows(images, 1) if images else 0
 
 
@@ -99,8 +102,8 @@ def batch_of(
 ) -> dict[str, Any]:
     """Requests in a batch of a bucket's shape for a VLM with this compressor and LLM width.
 
-    Their first `skip` tokens are left out. The batch is filled up with its first row, so that it
-    splits over `shards`, and each row with images that are not there.
+    Their first `skip` tokens are left out. The batch is padded with its first row, so that it
+    splits over `shards`, and each row with empty images.
     """
     rows = [*requests, *[requests[0]] * (bucket_of_rows(len(requests), shards) - len(requests))]
     images = bucket_of_images(max(len(r.pixels) for r in rows))
@@ -109,23 +112,26 @@ def batch_of(
     places = [[place - skip for place in r.places] for r in rows]
     if compressor.reads_prefix:
         # The text before the image, and room for the longest that follows it.
-        at = [where[0] if where else len(x) for where, x in zip(places, ids, strict=True)]
-        asked = [[x[:k]] for x, k in zip(ids, at, strict=True)]
-        room = bucket(max(len(x) for (x,) in asked))
+        at = [
+            row_places[0] if row_places else len(x)
+            for row_places, x in zip(places, ids, strict=True)
+        ]
+        questions = [[x[:k]] for x, k in zip(ids, at, strict=True)]
+        room = bucket(max(len(x) for (x,) in questions))
         text = room + bucket(max(len(x) - k for x, k in zip(ids, at, strict=True)))
     else:
-        asked = [r.questions for r in rows]
-        room = bucket(max(len(x) for questions in asked for x in questions))
-        # An image behind the last token has a place in the row too.
-        last = max((where[-1] + 1 for where in places if where), default=0)
+        questions = [r.questions for r in rows]
+        room = bucket(max(len(x) for questions in questions for x in questions))
+        # An image after the last token needs a place in the row too.
+        last = max((row_places[-1] + 1 for row_places in places if row_places), default=0)
         text = bucket(max(int(max(length)), last))
-    # Places in padding are those of no image, and any question does for one.
-    places = [[*where, *[text] * (max(images, 1) - len(where))] for where in places]
-    asked = [[*some, *[some[-1]] * (images - len(some))] for some in asked]
+    # Missing images have places in the padding and any question.
+    places = [[*row_places, *[text] * (max(images, 1) - len(row_places))] for row_places in places]
+    questions = [[*of_row, *[of_row[-1]] * (images - len(of_row))] for of_row in questions]
     of_images = {"image_at": np.array(places, np.int32)}
     if compressor.reads_question or compressor.reads_prefix:
-        of_images["question"] = np.stack([padded(some, room, pad) for some in asked])
-        lengths = [[max(len(x), 1) for x in some] for some in asked]
+        of_images["question"] = np.stack([padded(of_row, room, pad) for of_row in questions])
+        lengths = [[max(len(x), 1) for x in of_row] for of_row in questions]
         of_images["question_length"] = np.array(lengths, np.int32)
     if images:
         pixels = np.zeros((len(rows), images, *rows[0].pixels[0].shape), np.float32)
@@ -134,23 +140,23 @@ def batch_of(
         of_images["pixels"] = pixels
     if images < 2:
         of_images = {name: values[:, 0] for name, values in of_images.items()}
-    made = {"ids": padded(ids, text, pad), "length": length, **of_images}
+    batch = {"ids": padded(ids, text, pad), "length": length, **of_images}
     if not images:
-        # No image, no encoder: one visual token that no row reads.
+        # Without images the encoder does not run: one visual token that no row reads.
         visual = np.zeros((len(rows), 1, width), np.float32)
         none = np.zeros(len(rows), np.int32)
-        made["visual"] = Visual(visual, none) if compressor.adaptive else visual
-    return made
+        batch["visual"] = Visual(visual, none) if compressor.adaptive else visual
+    return batch
 
 
 def conversation(prompt: Any, *, images: int) -> tuple[tuple[str, str], ...]:
-    """The turns of a Prompt about so many images as (question, answer), the last answer empty.
+    """The turns of a Prompt about `images` images as (question, answer), the last answer empty.
 
-    Marks of images stay in their questions, but for a lone one in the first.
+    Marks of images stay in their questions, except for a single one in the first question.
 
     Raises:
-      ValueError: for what is no text or ends with no question, and for marks that are not one for
-        each image, in the questions, or none at all.
+      ValueError: for a prompt that is not text or does not end with a question, and for marks that
+        are not one per image, in questions, or none.
     """
     texts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(texts, (list, tuple)) or not all(isinstance(x, str) for x in texts):
@@ -175,22 +181,22 @@ def conversation(prompt: Any, *, images: int) -> tuple[tuple[str, str], ...]:
             f"{'image' if images == 1 else 'images'}: each image has one mark, in a question; "
             "without any mark all belong to the first question"
         )
-    texts = list(texts)  # as they were given: a chat template may mind a space
+    texts = list(texts)  # unchanged, because spaces may matter to a chat template
     if marks[0] == images == 1:
         texts[0] = texts[0].replace(IMAGE_MARK, "").strip()
     return tuple(zip(texts[::2], [*texts[1::2], ""], strict=True))
 
 
 def listed(image: Any) -> list:
-    """The pictures of one prompt: of a list each, of None none."""
+    """The pictures of one prompt as a list; None is an empty list."""
     return list(image) if isinstance(image, (list, tuple)) else [] if image is None else [image]
 
 
 def picture(image: Any, *, exif: str = "apply") -> np.ndarray:
-    """A Picture as uint8 [H, W, 3], RGB; `exif` as read_image has it.
+    """A Picture as uint8 [H, W, 3], RGB; `exif` as in `read_image`.
 
     Raises:
-      ValueError, FileNotFoundError: for anything else, with what is accepted.
+      ValueError, FileNotFoundError: for anything else, with the accepted kinds.
     """
     if isinstance(image, np.ndarray):
         return array(image)
@@ -213,25 +219,25 @@ def picture(image: Any, *, exif: str = "apply") -> np.ndarray:
 
 
 def array(image: np.ndarray) -> np.ndarray:
-    """An array image, if it is one; ValueError with the way to make one of it."""
+    """A valid array image. Raises ValueError for others, with the way to convert them."""
     shape = list(image.shape)
-    way = None
+    advice = None
     if len(shape) == 2 or len(shape) == 3 and shape[2] == 1:
-        way = "of a gray image x [H, W] it is np.stack([x] * 3, -1)"
+        advice = "for a gray image x [H, W] use np.stack([x] * 3, -1)"
     elif len(shape) == 3 and shape[2] == 4:
-        way = "leave the opacity out: x[..., :3]"
+        advice = "leave the opacity out: x[..., :3]"
     elif len(shape) == 3 and shape[2] != 3 and shape[0] in (1, 3, 4):
-        way = "channels come last: x.transpose(1, 2, 0)"
+        advice = "channels come last: x.transpose(1, 2, 0)"
     elif len(shape) != 3 or shape[2] != 3:
-        way = "give one image for each prompt, its channels red, green and blue"
+        advice = "give one image for each prompt, its channels red, green and blue"
     elif np.issubdtype(image.dtype, np.floating):
-        way = "of numbers x from 0 to 1 it is (255 * x).round().astype(np.uint8)"
+        advice = "for numbers x from 0 to 1 use (255 * x).round().astype(np.uint8)"
     elif image.dtype == np.uint16:
-        way = "of numbers x of 16 bits it is (x / 257).round().astype(np.uint8)"
+        advice = "for numbers x of 16 bits use (x / 257).round().astype(np.uint8)"
     elif image.dtype != np.uint8:
-        way = "of numbers x from 0 to 255 it is x.astype(np.uint8)"
-    if way:
-        raise ValueError(f"an array image is uint8 [H, W, 3], not {image.dtype}{shape}: {way}")
+        advice = "for numbers x from 0 to 255 use x.astype(np.uint8)"
+    if advice:
+        raise ValueError(f"an array image is uint8 [H, W, 3], not {image.dtype}{shape}: {advice}")
     try:
         check_shape(shape[1], shape[0])
     except Unusable as error:

@@ -11,18 +11,16 @@ from ml_collections import ConfigDict
 
 from vlm_jax.data.processor import Processor, RowFormat, load_tokenizer
 from vlm_jax.data.tokenizer import hash_of
-from vlm_jax.models import vlm
 from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vlm import VLM
-from vlm_jax.training import fields, memory, runs
+from vlm_jax.training import fields, runs
 from vlm_jax.training.cells import cells_of
 from vlm_jax.training.fields import Change
 from vlm_jax.training.recipe import Recipe
 from vlm_jax.training.workdir import finished, flat
 from vlm_jax.weights import folder as model_folders
-from vlm_jax.weights import names, preprocessor
+from vlm_jax.weights import preprocessor
 from vlm_jax.weights.processors import processor_of
-from vlm_jax.weights.stored import NAMES
 
 # Changes that make another evaluation of a model.
 NAMED = (Change.SHOWN, Change.PLACE, Change.ANSWERS, Change.BATCH)
@@ -176,14 +174,8 @@ class Subject:
         """The model on the current mesh."""
         if self.run is not None:
             return finished(self.run.home, Recipe.of(config))
-        stored = self.stored
-        stored.check()
-        shapes = vlm.shapes(VLMSize.of(config))
-        kept = NAMES[stored.tensors["llm.embed_tokens.weight"].dtype]
-        dtype, size = ("float32", 4) if kept == "F32" else ("bfloat16", 2)
-        need = memory.Need(f"the model in {self.folder}", memory.in_shards(shapes) // 4 * size)
-        memory.check(need, "spread it over more devices (mesh.fsdp), or convert it to bfloat16")
-        return model_folders.place(shapes, names.model_table(shapes), stored.tensors, dtype=dtype)
+        self.stored.check()
+        return runs.load(self.stored, VLMSize.of(config), what=f"the model in {self.folder}")
 
 
 def name_of(settings: Mapping[str, Any], data_hash: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One question, or a conversation, answered for a person: text on stdout, numbers on stderr."""
+"""Answers a question or a conversation in the terminal: text on stdout, numbers on stderr."""
 
 import dataclasses
 import io
@@ -21,7 +21,7 @@ def say(
     exif: str = "apply",
     stream: bool = False,
 ) -> str:
-    """Answers a conversation on stdout, with the numbers on stderr; the answer.
+    """Answers a conversation on stdout, with the numbers on stderr, and returns the answer.
 
     `turns` are question, answer, ..., question; with `stream` the text is printed as it comes.
     """
@@ -42,7 +42,7 @@ def say(
 
 
 def numbers(answer: Answer) -> str:
-    """What an answer took, in one line."""
+    """Tokens and times of an answer in one line."""
     return (
         f"{answer.visual_tokens} visual tokens, {answer.prompt_tokens} of the prompt, "
         f"{len(answer.ids)} new; first token after {answer.first_token_seconds:.3f} s, then "
@@ -59,7 +59,7 @@ def chat(
     exif: str = "apply",
     stream: bool = False,
 ) -> int:
-    """Answers line after line until there are none; a conversation that is full says so."""
+    """Answers line after line to the end of `lines`; reports a conversation that is full."""
     turns: list[str] = []
     prompt = "> " if lines.isatty() and hosts.is_writer() else ""
     while True:
@@ -68,18 +68,18 @@ def chat(
             line = hosts.from_writer(lambda: typed(lines))
         if not line:
             return 0
-        asked = line.strip()
-        if asked:
+        question = line.strip()
+        if question:
             try:
                 if turns and IMAGE_MARK in line:
                     raise ValueError(
                         f"{IMAGE_MARK} in a later question: the images of a chat belong to its "
                         "first; a conversation of --requests has them anywhere"
                     )
-                said = say(
-                    model, images, [*turns, asked], drawing=drawing, exif=exif, stream=stream
+                answer = say(
+                    model, images, [*turns, question], drawing=drawing, exif=exif, stream=stream
                 )
-                turns += [asked, said]
+                turns += [question, answer]
             except ValueError as error:
                 if not turns:
                     raise
@@ -87,7 +87,7 @@ def chat(
 
 
 def typed(lines: TextIO | io.TextIOBase) -> str:
-    """The next line; "" at their end, and when a person ends a chat from the keyboard."""
+    """The next line; "" at the end, and when the user interrupts the chat."""
     try:
         return lines.readline()
     except KeyboardInterrupt:

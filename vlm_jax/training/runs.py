@@ -14,16 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax import mesh, progress
+from vlm_jax.models import vlm
+from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vlm import VLM
+from vlm_jax.training import memory
 from vlm_jax.training.cells import cells_of
 from vlm_jax.training.checkpoint import numbered
 from vlm_jax.training.fields import STAGES
 from vlm_jax.training.recipe import Recipe
 from vlm_jax.training.workdir import finished, of_json
-from vlm_jax.weights import folder, sections, sources
+from vlm_jax.weights import folder, names, sections, sources
 from vlm_jax.weights.classes import within
 from vlm_jax.weights.files import read_json
 from vlm_jax.weights.values import table
@@ -171,6 +175,26 @@ def read(path: str | Path, flag: str) -> folder.Model:
         progress.say(f"{path} was trained blind: images say nothing to it (data.blind=True)")
     with one_device():
         return trained(run)
+
+
+def load(
+    stored: folder.Model, size: VLMSize, *, dtype: str | None = None, what: str = "the model"
+) -> VLM:
+    """A folder's model on the current mesh, every tensor read straight into its shards.
+
+    Args:
+      stored: as `read` gives it, checked (`stored.check()`).
+      size: what is built of it: `stored.size()`, or the same computed otherwise.
+      dtype: of the parameters, float32 or bfloat16; as stored unless given.
+      what: how a message about memory calls it.
+    Raises:
+      ValueError: where it is larger than the memory that is there.
+    """
+    dtype = dtype or stored.dtype()
+    shapes = vlm.shapes(size)
+    need = memory.Need(what, memory.in_shards(shapes) // 4 * np.dtype(dtype).itemsize)
+    memory.check(need, "load it as bfloat16, or over more devices (mesh.fsdp, mesh.tensor)")
+    return folder.place(shapes, names.model_table(shapes), stored.tensors, dtype=dtype)
 
 
 def trained(run: Run) -> folder.Model:

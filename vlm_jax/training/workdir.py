@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's folder: one process group at a time, one configuration for its life, what came of it."""
 
-import fcntl
 import hashlib
 import json
 import platform
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from ml_collections import ConfigDict
 from vlm_jax import __version__, files, hosts
 from vlm_jax.models import lora, vlm
 from vlm_jax.models.vlm import VLM
-from vlm_jax.training import fields, fingerprint, memory, optimizer
+from vlm_jax.training import fields, fingerprint, lease, memory, optimizer, precision
 from vlm_jax.training.checkpoint import Checkpoints, numbered
 from vlm_jax.training.fields import Change
 from vlm_jax.training.recipe import Recipe
@@ -43,7 +42,7 @@ class Claim:
       other: sections of it that nothing was done for yet, and that are another thing now.
     """
 
-    folder: Path
+    folder: PurePath
     config: ConfigDict
     begun: dict[str, Any] | None = None
     places: list[str] = field(default_factory=list)
@@ -100,7 +99,7 @@ class Claim:
 
 
 @contextmanager
-def claim(workdir: Path, config: ConfigDict, *, grid: bool = False) -> Iterator[Claim]:
+def claim(workdir: PurePath, config: ConfigDict, *, grid: bool = False) -> Iterator[Claim]:
     """Holds `workdir` for this process; refuses a second run, another run, a bad disk.
 
     Another run is one whose configuration differs in a field that its results depend on
@@ -131,7 +130,7 @@ def claim(workdir: Path, config: ConfigDict, *, grid: bool = False) -> Iterator[
         yield claimed
 
 
-def a_runs(path: Path) -> dict[str, Any]:
+def a_runs(path: PurePath) -> dict[str, Any]:
     """The configuration in a run's config.json; ValueError for what another program wrote."""
     try:
         found = json.loads(path.read_text())
@@ -145,46 +144,23 @@ def a_runs(path: Path) -> dict[str, Any]:
     return found
 
 
-def kept(folder: Path) -> bool:
+def kept(folder: PurePath) -> bool:
     """Whether anything was done in a folder that its configuration has to answer for."""
     made = [folder / name for name in ("features", "cells")]
-    return any(map(Path.is_dir, made)) or len(untouched(folder)) < len(fields.STAGES)
+    return any(path.is_dir() for path in made) or len(untouched(folder)) < len(fields.STAGES)
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Holds `folder` for the processes of this run; ValueError while another run does, OSError for
-    a bad disk."""
+def lock(folder: PurePath, what: str = "a run", *, wait: bool = False) -> Iterator[None]:
+    """Holds `folder` for the processes of this run (`lease.held`): one of them does it for all."""
     with ExitStack() as stack:
-        hosts.from_writer(lambda: stack.enter_context(_locked(folder)))
+        hosts.from_writer(lambda: stack.enter_context(lease.held(folder, what, wait=wait)))
         # What one process writes the others read: from the same disk.
-        if not all(hosts.collected((folder / ".lock").exists())):
+        if not all(hosts.collected((folder / lease.NAME).exists())):
             raise ValueError(
                 f"--workdir={folder} is not the same folder for every process: choose one on a "
-                "disk that all hosts share"
+                "disk that all hosts share, or in a bucket"
             )
-        yield
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """`lock` of the process that writes."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise OSError(
-            f"cannot write to --workdir={folder}: {error.strerror}; choose a folder on a "
-            "disk with space that you may write to"
-        ) from None
-    with file:
-        try:
-            # The kernel drops the lock when its holder dies, however it dies.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another run is at work in {folder}: wait for it, or choose another --workdir"
-            ) from None
         yield
 
 
@@ -210,7 +186,7 @@ def compare(claimed: Claim, *, grid: bool) -> None:
         raise ValueError(another(claimed.folder, fields.changes(refused, then, now)))
 
 
-def another(folder: Path, named: str) -> str:
+def another(folder: PurePath, named: str) -> str:
     """That these fields make another run of a folder, and the ways out."""
     return (
         f"{folder} was begun with another configuration ({named}): repeat "
@@ -223,14 +199,14 @@ def flat(config: ConfigDict) -> dict[str, Any]:
     return fields.flat(config.to_dict())
 
 
-def untouched(folder: Path) -> list[str]:
+def untouched(folder: PurePath) -> list[str]:
     """The stages that neither have a checkpoint nor stand before one that has."""
     begun = [bool(numbered(folder / stage)) for stage in fields.STAGES]
     first = max((i + 1 for i, some in enumerate(begun) if some), default=0)
     return list(fields.STAGES[first:])
 
 
-def prolonged(folder: Path, name: str, then: dict, now: dict, *, grid: bool) -> str:
+def prolonged(folder: PurePath, name: str, then: dict, now: dict, *, grid: bool) -> str:
     """What another number of steps does to a run, and how to have it."""
     stage = name.partition(".")[0]
     was, is_now = then.get(name), now[name]
@@ -263,9 +239,12 @@ def of_json(tree: dict[str, Any]) -> ConfigDict:
 
     config = ConfigDict(tuples(tree))
     for name, value in fields.LATER.items():
-        section, _, leaf = name.partition(".")
-        if section in config and leaf not in config[section]:
-            config[section][leaf] = value
+        section, _, leaf = name.rpartition(".")
+        if section and section not in config:
+            continue
+        home = config[section] if section else config
+        if leaf not in home:
+            home[leaf] = value
     return config
 
 
@@ -276,14 +255,15 @@ def digest(config: ConfigDict) -> str:
     """
     tree = config.to_dict()
     for name, value in fields.LATER.items():
-        section, _, leaf = name.partition(".")
-        if tree[section].get(leaf) == value:
-            del tree[section][leaf]
+        section, _, leaf = name.rpartition(".")
+        home = tree[section] if section else tree
+        if home.get(leaf) == value:
+            del home[leaf]
     text = json.dumps(tree, sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def finished(workdir: Path, recipe: Recipe, *, merge: bool = True) -> VLM:
+def finished(workdir: PurePath, recipe: Recipe, *, merge: bool = True) -> VLM:
     """The model that `vlm-jax train` left in `workdir`, on the current mesh.
 
     Adapters are merged into its LLM unless `merge` is off. ValueError where training has not come
@@ -296,6 +276,7 @@ def finished(workdir: Path, recipe: Recipe, *, merge: bool = True) -> VLM:
         model = vlm.build(recipe.model, nnx.Rngs(recipe.seed))
         if stage == "finetune":
             model = lora.adapt(model, recipe.lora, seed=recipe.seed)
+        model = precision.narrowed(model, stage, recipe.frozen_dtype)
         graph, state = optimizer.start(model, stage, optimizer.optimizer(recipe.stage(stage)))
         graphs.append((graph, lora.described(model)))
         return state._replace(optimizer=())
@@ -316,7 +297,7 @@ def finished(workdir: Path, recipe: Recipe, *, merge: bool = True) -> VLM:
             f"{workdir}/{stage} holds {steps} of {wanted} steps: repeat the command "
             "that trains it (`vlm-jax train` or `vlm-jax grid`) to finish it"
         )
-    model = optimizer.finish(graph, restored[0])
+    model = precision.widened(optimizer.finish(graph, restored[0]))
     return lora.merge(model) if merge else model
 
 

@@ -40,15 +40,16 @@ def workdir_of(workdir: str | None) -> Path:
 
 
 def join(options: argparse.Namespace) -> None:
-    """Keeps freed memory and joins the other processes, if any; before JAX sees a device.
+    """Joins the other processes, if any, and keeps memory and programs; before JAX sees a device.
 
     One process writes to stdout and warns; errors come from all.
     """
     import jax
 
-    from vlm_jax import cpu, hosts
+    from vlm_jax import compiled, cpu, hosts
 
     cpu.keep_freed_memory()
+    compiled.keep()
     before = jax.distributed.is_initialized()
     hosts.join(
         options.coordinator,

@@ -48,9 +48,6 @@ def run(options: argparse.Namespace) -> int:
             dry_run(config, cells)
             print(memory_of(cells))
             return 0
-        # Cells of one size and V are one program, and a restart compiles nothing twice.
-        if not jax.config.values["jax_compilation_cache_dir"]:  # JAX_COMPILATION_CACHE_DIR
-            jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
         with claim(folder, config, grid=True) as claimed:
             print(json.dumps(grids.run(claimed, " ".join(["vlm-jax grid", *options.words]))))
     return 0

@@ -2,8 +2,8 @@
 """LoRA adapters as PEFT publishes them: written from a trained model, and merged into a base.
 
 A folder has adapter_config.json, adapter_model.safetensors (`base_model.model.` + the module's name
-in its transformers class + `.lora_A.weight` [r inputs], `.lora_B.weight` [outputs r]) and, as
-LLaVA's own LoRA has it, non_lora_trainables for what was trained whole and no such class holds.
+in its transformers class + `.lora_A.weight` [r inputs], `.lora_B.weight` [outputs r]) and, as in
+LLaVA's own LoRA, non_lora_trainables for fully trained modules that are not in that class.
 """
 
 import json
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import regex
 
-from vlm_jax.compressors import pretrained
 from vlm_jax.compressors.tensors import Table, Tensor
 from vlm_jax.models import lora
 from vlm_jax.models.vlm import VLM
@@ -30,7 +29,7 @@ from vlm_jax.weights.values import number, value_text, whole
 
 CONFIG, WEIGHTS, BESIDE = "adapter_config.json", "adapter_model", "non_lora_trainables"
 PEFT = "base_model.model."
-# Names of our parts in transformers' classes: of a LLaVA, and of a language model alone.
+# Names of the parts in transformers' classes: in a LLaVA, and in a language model alone.
 LLAVA = {
     "llm.": "model.language_model.",
     "compressor.0.": "model.multi_modal_projector.linear_1.",
@@ -38,8 +37,8 @@ LLAVA = {
 }
 LANGUAGE = {"llm.": "model.", "compressor.": "model.mm_projector."}
 
-# What an adapter_config.json may ask for that A and B alone do not say, and nothing here does.
-ELSEWHERE = (
+# Settings of an adapter_config.json that need more than A and B; none is supported.
+UNSUPPORTED = (
     "alora_invocation_tokens",
     "alpha_pattern",
     "arrow_config",
@@ -56,7 +55,7 @@ ELSEWHERE = (
     "velora_config",
 )
 SECONDS = 0.5  # for one match of a pattern
-# Beginnings of A and B that leave the base as it is; others (PiSSA, CorDA ...) subtract from it.
+# Initial values of A and B that leave the base as it is; others (PiSSA, CorDA ...) change it.
 INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
@@ -64,48 +63,53 @@ INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 def table(model: VLM) -> Table:
-    """The published tensors of a model's adapters, under their one name."""
-    found: Table = {}
+    """The published tensors of a model's adapters, by canonical name."""
+    rows: Table = {}
     for target in lora.adapted(model):
         layer, path = lora.at(model, target), lora.TARGETS[target]
         module = f"{'self_attn' if path[0] == 'attention' else 'mlp'}.{target}"
         depth, outputs = layer.lora_b[...].shape[0], layer.lora_b[...].ndim - 2
         for k in range(depth):
             for part, count in (("A", 1), ("B", outputs)):
-                ours = ("llm", "blocks", *path, f"lora_{part.lower()}")
+                parameter = ("llm", "blocks", *path, f"lora_{part.lower()}")
                 name = f"llm.layers.{k}.{module}.lora_{part}.weight"
-                found[name] = Tensor((ours,), outputs=count, layer=k)
-    return found
+                rows[name] = Tensor((parameter,), outputs=count, layer=k)
+    return rows
 
 
-def write(model: VLM, about: Model, target: Path, *, dtype: str | None = None) -> dict[str, Any]:
-    """Makes a PEFT folder of `model`'s adapters and its compressor; returns what it holds.
+def write(
+    model: VLM, description: Model, target: Path, *, dtype: str | None = None
+) -> dict[str, Any]:
+    """Writes `model`'s adapters and its compressor as a PEFT folder; returns what it holds.
 
-    `about` describes the model. Where transformers has a LLaVA class for it, the adapter is of that
-    class and holds the projector (`modules_to_save`); else it is of the language model alone, and
-    the compressor lies beside it. ValueError for a model without adapters.
+    If transformers has a LLaVA class for the model that `description` describes, the adapter is for
+    that class and holds the projector (`modules_to_save`); else it is for the language model alone
+    and the compressor has a file of its own. Raises ValueError for a model without adapters.
     """
-    if (described := lora.described(model)) is None:
+    if (adapters_of_model := lora.described(model)) is None:
         raise ValueError("the model has no adapters")
-    whole = hf.inexpressible(about) is None
-    prefixes = LLAVA if whole else LANGUAGE
+    as_llava = hf.inexpressible(description) is None
+    prefixes = LLAVA if as_llava else LANGUAGE
     adapters = folder.published(table(model), names.parameters(model))
-    compressor = {f"compressor.{n}": x for n, x in pretrained.export(model.compressor).items()}
-    files = {WEIGHTS: adapters | compressor} if whole else {WEIGHTS: adapters, BESIDE: compressor}
-    any_of = "|".join(described["targets"])
-    alpha = described["alpha"]
+    compressor = folder.compressor_tensors(model.compressor)
+    compressor = {f"compressor.{name}": x for name, x in compressor.items()}
+    files = (
+        {WEIGHTS: adapters | compressor} if as_llava else {WEIGHTS: adapters, BESIDE: compressor}
+    )
+    names_pattern = "|".join(adapters_of_model["targets"])
+    alpha = adapters_of_model["alpha"]
     config = dict(
         peft_type="LORA",
         task_type="CAUSAL_LM",
         base_model_name_or_path=None,
-        r=described["rank"],
+        r=adapters_of_model["rank"],
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         lora_dropout=0.0,
         # In a LLaVA the bare names would mean the layers of the tower too.
-        target_modules=rf"model\.language_model\.layers\.\d+\.\w+\.({any_of})"
-        if whole
-        else described["targets"],
-        modules_to_save=["multi_modal_projector"] if whole else None,
+        target_modules=rf"model\.language_model\.layers\.\d+\.\w+\.({names_pattern})"
+        if as_llava
+        else adapters_of_model["targets"],
+        modules_to_save=["multi_modal_projector"] if as_llava else None,
         bias="none",
         fan_in_fan_out=False,
         inference_mode=True,
@@ -118,17 +122,17 @@ def write(model: VLM, about: Model, target: Path, *, dtype: str | None = None) -
             named = {renamed(n, prefixes): x for n, x in tensors.items()}
             write_file(fresh / f"{name}.safetensors", folder.pending(named, dtype))
         (fresh / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    held = adapters | compressor
+    all_tensors = adapters | compressor
     return dict(
         layout="peft",
-        base="LlavaForConditionalGeneration" if whole else "the language model alone",
-        tensors=len(held),
-        parameters=sum(x.size for x in held.values()),
+        base="LlavaForConditionalGeneration" if as_llava else "the language model alone",
+        tensors=len(all_tensors),
+        parameters=sum(x.size for x in all_tensors.values()),
     )
 
 
 def renamed(name: str, prefixes: Mapping[str, str]) -> str:
-    """The name of one of our tensors in an adapter."""
+    """The name of a canonical tensor in an adapter."""
     prefix = next(p for p in prefixes if name.startswith(p))
     return PEFT + prefixes[prefix] + name.removeprefix(prefix)
 
@@ -138,9 +142,9 @@ def renamed(name: str, prefixes: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Updated(Stored):
-    """A stored matrix plus `scale` B A, summed in float32 as it is read, piece by piece.
+    """A stored matrix plus `scale` B A, summed in float32 when it is read, piece by piece.
 
-    `dtype` is what it is stored in, and in what it is written unless told otherwise.
+    `dtype` is the type in which it is stored, and by default written.
     """
 
     a: np.ndarray  # [r inputs]
@@ -148,7 +152,7 @@ class Updated(Stored):
     scale: float
 
     def part(self, start: int, stop: int) -> np.ndarray:
-        """The sums from place `start` up to `stop`, in order, flat, in float32."""
+        """The sums from position `start` up to `stop`, in order, flat, in float32."""
         columns = self.shape[1]
         first, last = start // columns, math.ceil(stop / columns)
         update = (self.scale * self.b[first:last]) @ self.a
@@ -165,50 +169,53 @@ def updated(base: Stored | np.ndarray, a: np.ndarray, b: np.ndarray, scale: floa
 
 
 def merge(model: Model, path: Path, **allowed) -> tuple[list[str], list[str]]:
-    """Adds a published adapter to the weights of `model`; missing and surplus tensors as allowed.
+    """Adds a published adapter to the weights of `model`; returns missing and surplus tensors.
 
-    Tensors that it holds whole replace those of the model.
+    `allowed` is allow_missing and allow_surplus of `names.fit`. Complete tensors in the adapter
+    replace those of the model.
 
     Raises:
-      FileNotFoundError: where there is no adapter.
+      FileNotFoundError: if there is no adapter.
       ValueError: for an adapter of another kind or model; every tensor that does not fit is listed.
     """
     settings = settings_of(path)
     stored = read(path)
-    found = {names.canonical(name): tensor for name, tensor in stored.items()}
-    low = {name: tensor for name, tensor in found.items() if ".lora_" in name}
-    if not low:
-        raise ValueError(f"{path} holds no LoRA tensors, only {names.names_text(list(found))}")
+    canonical = {names.canonical(name): tensor for name, tensor in stored.items()}
+    halves_by_name = {name: tensor for name, tensor in canonical.items() if ".lora_" in name}
+    if not halves_by_name:
+        raise ValueError(f"{path} holds no LoRA tensors, only {names.names_text(list(canonical))}")
     bases = {n.removesuffix(".weight") for n, x in model.tensors.items() if len(x.shape) == 2}
     if model.llm["tied_embeddings"]:
         bases -= {"llm.lm_head"}  # it is the embedding, which such an adapter leaves alone
-    modules = {name.rpartition(".lora_")[0] for name in low} & bases
+    modules = {name.rpartition(".lora_")[0] for name in halves_by_name} & bases
     modules |= expected(settings, stored, bases)
-    wanted = {}
+    shapes = {}
     for module in sorted(modules):
         outputs, inputs = model.tensors[f"{module}.weight"].shape
-        half = low.get(f"{module}.lora_A.weight")
+        half = halves_by_name.get(f"{module}.lora_A.weight")
         rank = settings["r"] if half is None else half.shape[0]
         if rank != settings["r"] and not settings.get("rank_pattern"):
             raise ValueError(
                 f"{path / CONFIG} says r={settings['r']} and no rank_pattern, and the rank of "
                 f"{module} is {rank}: the two are not of one adapter"
             )
-        wanted[f"{module}.lora_A.weight"] = (rank, inputs)
-        wanted[f"{module}.lora_B.weight"] = (outputs, rank)
+        shapes[f"{module}.lora_A.weight"] = (rank, inputs)
+        shapes[f"{module}.lora_B.weight"] = (outputs, rank)
     try:
-        missing, surplus = names.fit(wanted, {n: x.shape for n, x in low.items()}, **allowed)
+        missing, surplus = names.fit(
+            shapes, {n: x.shape for n, x in halves_by_name.items()}, **allowed
+        )
     except ValueError as error:
         raise ValueError(f"adapter {path}: {error}") from None
-    whole = {name: tensor for name, tensor in found.items() if name not in low}
-    if over := sorted(name for name in whole if name in model.tensors):
+    complete = {name: tensor for name, tensor in canonical.items() if name not in halves_by_name}
+    if replaced := sorted(name for name in complete if name in model.tensors):
         model.notes["adapted"] = (
-            f"{len(over)} tensors replaced by those that {path} holds whole: "
-            f"{names.names_text(over, 4)}"
+            f"{len(replaced)} tensors replaced by those that {path} holds whole: "
+            f"{names.names_text(replaced, 4)}"
         )
-    model.tensors |= whole
+    model.tensors |= complete
     for module in sorted(modules):
-        halves = [low.get(f"{module}.lora_{part}.weight") for part in "AB"]
+        halves = [halves_by_name.get(f"{module}.lora_{part}.weight") for part in "AB"]
         if None in halves:
             continue
         a, b = (half.read() for half in halves)
@@ -219,24 +226,24 @@ def merge(model: Model, path: Path, **allowed) -> tuple[list[str], list[str]]:
 
 
 def settings_of(path: Path) -> dict[str, Any]:
-    """An adapter_config.json; ValueError where A, B, r and alpha are not all that it asks for."""
+    """An adapter_config.json. Raises ValueError if it needs more than A, B, r and alpha."""
     settings = read_json(path / CONFIG)
     with within(f"{path / CONFIG}"):
         refuse_quantized(settings)
     if (kind := settings.get("peft_type")) != "LORA":
         raise ValueError(f"{path} is an adapter of kind {kind!r}; supported is LORA")
-    asked = {name: settings[name] for name in ELSEWHERE if settings.get(name)}
+    unsupported = {name: settings[name] for name in UNSUPPORTED if settings.get(name)}
     if settings.get("bias", "none") != "none":
-        asked["bias"] = settings["bias"]
+        unsupported["bias"] = settings["bias"]
     if (init := settings.get("init_lora_weights")) not in INITS:
-        asked["init_lora_weights"] = init
-    if asked:
-        said = ", ".join(f"{name}={value!r}" for name, value in asked.items())
+        unsupported["init_lora_weights"] = init
+    if unsupported:
+        listed = ", ".join(f"{name}={value!r}" for name, value in unsupported.items())
         raise ValueError(
-            f"{path}: {said} is not supported: merge the adapter with PEFT and convert the result"
+            f"{path}: {listed} is not supported: merge the adapter with PEFT and convert the result"
         )
-    if absent := [name for name in ("r", "lora_alpha", "target_modules") if name not in settings]:
-        raise ValueError(f"{path / CONFIG} lacks {', '.join(absent)}")
+    if missing := [name for name in ("r", "lora_alpha", "target_modules") if name not in settings]:
+        raise ValueError(f"{path / CONFIG} lacks {', '.join(missing)}")
     with within(f"{path / CONFIG}"):
         whole("r", settings["r"])
         number("lora_alpha", settings["lora_alpha"])
@@ -252,50 +259,50 @@ def settings_of(path: Path) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Stored]:
-    """The tensors of an adapter and those beside it, under the names of the adapted class."""
-    found = {}
+    """The tensors of an adapter and of its extra file, by the names of the adapted class."""
+    tensors = {}
     for name in (WEIGHTS, BESIDE):
         files = [path / f"{name}{suffix}" for suffix in (".safetensors", ".bin")]
-        there = [file for file in files if file.is_file()]
-        if name == WEIGHTS and not there:
+        existing = [file for file in files if file.is_file()]
+        if name == WEIGHTS and not existing:
             raise FileNotFoundError(f"{path} is no adapter: it has no {files[0].name}")
-        for file in there[:1]:
-            found |= READERS[file.suffix](file)
-    # A layer that is adapted and saved whole besides is a part of its adapter there.
-    return {n.removeprefix(PEFT).replace(".base_layer.", "."): x for n, x in found.items()}
+        for file in existing[:1]:
+            tensors |= READERS[file.suffix](file)
+    # A layer that is both adapted and saved completely is a part of its adapter there.
+    return {n.removeprefix(PEFT).replace(".base_layer.", "."): x for n, x in tensors.items()}
 
 
 def expected(settings: dict[str, Any], stored: Mapping[str, Stored], bases: set[str]) -> set[str]:
     """The layers of the language model that `target_modules` names, by PEFT's rule.
 
-    Of the tower's nothing is said: a published LoRA of the LLM may name them alike and leave them.
+    Layers of the tower do not count: a LoRA of the LLM may match their names and not adapt them.
     """
     if settings.get("layers_to_transform") is not None or settings.get("exclude_modules"):
         return set()
     target = settings["target_modules"]
-    found = {names.canonical(name): name for name in stored if ".lora_" in name}
-    ours = next((name for name in found if name.startswith("llm.layers.")), None)
-    if ours is None:
+    stored_names = {names.canonical(name): name for name in stored if ".lora_" in name}
+    example = next((name for name in stored_names if name.startswith("llm.layers.")), None)
+    if example is None:
         return set()
-    prefix = found[ours].removesuffix(ours.removeprefix("llm."))
+    prefix = stored_names[example].removesuffix(example.removeprefix("llm."))
 
     def named(module: str) -> bool:
-        theirs = prefix + module.removeprefix("llm.")
+        stored_name = prefix + module.removeprefix("llm.")
         if isinstance(target, str):
-            return fits(target, theirs)
-        return any(theirs == name or theirs.endswith(f".{name}") for name in target)
+            return fits(target, stored_name)
+        return any(stored_name == name or stored_name.endswith(f".{name}") for name in target)
 
     return {module for module in bases if module.startswith("llm.layers.") and named(module)}
 
 
 def fits(pattern: str, name: str) -> bool:
-    """Whether a stranger's pattern matches a whole name; ValueError where that is hard to say."""
+    """Whether a pattern from a file matches a whole name; ValueError if that takes too long."""
     try:
-        # Python's own `re` may take years over a short pattern, and cannot be told to stop.
+        # Python's own `re` may take years for a short pattern and has no time limit.
         return regex.fullmatch(pattern, name, timeout=SECONDS) is not None
     except (regex.error, TimeoutError, RecursionError, OverflowError, MemoryError) as error:
-        said = "takes too long" if isinstance(error, TimeoutError) else f"is none ({error})"
+        problem = "takes too long" if isinstance(error, TimeoutError) else f"is not valid ({error})"
         raise ValueError(
-            f"{CONFIG}: the pattern target_modules={value_text(pattern)} {said}: merge the adapter "
-            "with PEFT and convert the result"
+            f"{CONFIG}: the pattern target_modules={value_text(pattern)} {problem}: merge the "
+            "adapter with PEFT and convert the result"
         ) from None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published config.json files as the `vit` and `llm` sections of our configurations, and back.
+"""Published config.json files as `vit` and `llm` sections of a configuration, and back.
 
-What a config.json leaves out has the default of its transformers class, which needs no torch.
+Fields that a config.json omits have the defaults of its transformers class, which needs no torch.
 """
 
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from vlm_jax.weights.values import number, table, text, value_text, whole
 Section = dict[str, Any]
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-# model_type of a config.json -> model_type of the section that we read in it.
+# model_type of a config.json -> model_type of the section that is read in it.
 TOWERS = {
     "clip": "clip_vision_model",
     "clip_vision_model": "clip_vision_model",
@@ -42,12 +42,17 @@ SUPPORTED = (
 
 @dataclass(frozen=True)
 class Published:
-    """What a folder of weights says about itself.
+    """The description of a folder of weights.
 
-    kind: tower, llm, llava (a whole model of transformers) or llava-1.5 (as first published: its
-    tower lies elsewhere). vit and llm: sections of our configuration, where the folder has them;
-    vit has no levels where the folder names none. image_token: the id that stands for the image.
-    length: tokens of a row that the language model was made for. family: its model_type.
+    Attributes:
+      kind: tower, llm, llava (a whole model of transformers) or llava-1.5 (as first published, with
+        its tower in another folder).
+      vit, llm: sections of a configuration, if the folder has them; vit has no levels if the folder
+        names none.
+      image_token: the id that stands for the image.
+      image_fit: "pad" or "crop", if the folder says so.
+      length: the longest row, in tokens, of the language model.
+      family: the model_type of the language model.
     """
 
     kind: str
@@ -63,8 +68,8 @@ def read(folder: Path) -> Published:
     """The description of a folder, from its config.json.
 
     Raises:
-      FileNotFoundError: where there is no config.json.
-      ValueError: for an architecture, or a property of one, that our models do not have.
+      FileNotFoundError: if there is no config.json.
+      ValueError: for an architecture, or a property of one, that is not supported.
     """
     fields = read_json(folder / "config.json")
     with within(f"{folder}/config.json"):
@@ -72,7 +77,7 @@ def read(folder: Path) -> Published:
 
 
 def describe(fields: dict) -> Published:
-    """The description that a config.json gives."""
+    """The description in the fields of a config.json."""
     refuse_quantized(fields)
     kind = fields.get("model_type")
     if kind is not None:
@@ -94,7 +99,7 @@ def describe(fields: dict) -> Published:
 
 
 def _llava(fields: dict) -> Published:
-    given = {
+    config_fields = {
         name: fields[name]
         for name in (
             "vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act",
@@ -104,7 +109,7 @@ def _llava(fields: dict) -> Published:
         if name in fields
     }  # fmt: skip
     kinds = {}
-    for name, default, known, sizes in (
+    for name, default, read_fields, sizes in (
         ("vision_config", "clip_vision_model", TOWER_FIELDS, TOWER_SIZES),
         ("text_config", "llama", LLM_FIELDS, LLM_SIZES),
     ):
@@ -115,14 +120,14 @@ def _llava(fields: dict) -> Published:
                 kind = text("model_type", table(name, section).get("model_type", default))
                 check_sizes(section, sizes)
             kinds[name] = kind
-            given[name] = picked(section, known) | dict(model_type=kind)
+            config_fields[name] = picked(section, read_fields) | dict(model_type=kind)
     tower, llm = kinds.values()
     if tower not in TOWERS or llm not in LLMS:
         raise ValueError(
             f"a llava of {value_text(tower)[1:-1]} and {value_text(llm)[1:-1]} is not supported; "
             f"known are: {SUPPORTED}"
         )
-    full = defaults("llava", given, set(given))
+    full = defaults("llava", config_fields, set(config_fields))
     with within("vision_config"):
         vit = vit_section(full.vision_config.to_dict(), TOWERS[tower])
     # A list of one level is that level.
@@ -168,9 +173,9 @@ def _llava15(fields: dict) -> Published:
 
 
 def choose_level(vit: Section, layer: int, strategy: str) -> None:
-    """Writes into `vit` the one level that a LLaVA reads, and whether with the class token."""
+    """Sets in `vit` the level that a LLaVA reads and whether it keeps the class token."""
     depth, names = vit["depth"], {"default": False, "patch": False, "full": True, "cls_patch": True}
-    # Entry 0 of transformers' hidden_states is what enters the first block.
+    # Entry 0 of transformers' hidden_states is the input of the first block.
     level = layer if layer >= 0 else depth + 1 + layer
     if not 1 <= level <= depth:
         raise ValueError(f"vision_feature_layer={layer}: from 1 to {depth}, or -1 to {-depth}")
@@ -184,7 +189,7 @@ def choose_level(vit: Section, layer: int, strategy: str) -> None:
 
 
 def vit_section(fields: dict, kind: str) -> Section:
-    """Our `vit` fields of a tower, without levels."""
+    """The `vit` section of a tower, without levels."""
     check_sizes(fields, TOWER_SIZES)
     full = defaults(kind, fields, TOWER_FIELDS)
     allow("hidden_act", full.hidden_act, tuple(ACTIVATIONS))
@@ -213,7 +218,7 @@ def vit_section(fields: dict, kind: str) -> Section:
 
 
 def square(name: str, value: Any) -> int:
-    """The one side of what is square; ValueError for what is not."""
+    """The side of a square; ValueError for other shapes."""
     sides = value if isinstance(value, list | tuple) else (value, value)
     if len(sides) != 2 or sides[0] != sides[1]:
         raise ValueError(f"{name}={value_text(value)}: only squares are supported")
@@ -227,7 +232,7 @@ def divides(name: str, value: int, of: str, whole_of: int) -> None:
         raise ValueError(f"{name}={value} does not divide {of}={whole_of}")
 
 
-# How a published rope_type is called in vlm_jax/models/rope.py, and the fields that it reads.
+# rope_type of published files and of vlm_jax/models/rope.py -> fields that it reads: here -> there.
 ROPES = {
     "default": {},
     "linear": {"rope_factor": "factor"},
@@ -238,21 +243,21 @@ ROPES = {
         "rope_original_length": "original_max_position_embeddings",
     },
 }
-# Fields of our `llm` section that a model without them does not have.
+# Values in the `llm` section of models without these fields.
 PLAIN_ROPE = dict(
     rope_factor=1.0, rope_low_frequency=1.0, rope_high_frequency=4.0, rope_original_length=8192
 )
 
 
 def llm_section(fields: dict) -> Section:
-    """Our `llm` fields of a language model."""
+    """The `llm` section of a language model."""
     kind = fields["model_type"]
     check_sizes(fields, LLM_SIZES)
     full = defaults(kind, fields, LLM_FIELDS)
     allow("hidden_act", full.hidden_act, ("silu", "swish"))  # two names of one function
     allow("mlp_bias", bool(fields.get("mlp_bias", False)), (False,))
-    # Qwen1.5 to 2.5 have biases without saying so; with the field, Llama and Qwen3 would have one
-    # behind the output projection too.
+    # Qwen1.5 to 2.5 have biases without this field; with it, Llama and Qwen3 would also have one
+    # after the output projection.
     allow("attention_bias", kind != "qwen2" and bool(fields.get("attention_bias")), (False,))
     refuse_windows(kind, fields, full)
     size = fields.get("head_dim") or getattr(full, "head_dim", None)
@@ -279,12 +284,12 @@ def llm_section(fields: dict) -> Section:
 
 
 def length(fields: dict) -> int:
-    """Tokens of a row that a language model was made for."""
+    """The longest row, in tokens, of a language model."""
     return defaults(fields["model_type"], fields, LLM_FIELDS).max_position_embeddings
 
 
 def refuse_windows(kind: str, fields: dict, full: Any) -> None:
-    """ValueError where a token does not see every token before it."""
+    """Raises ValueError if a token does not see every token before it."""
     kinds, longest = getattr(full, "layer_types", None), full.max_position_embeddings
     kinds = kinds or fields.get("layer_types") or ()
     window = full.sliding_window if hasattr(full, "sliding_window") else None
@@ -303,27 +308,27 @@ def refuse_windows(kind: str, fields: dict, full: Any) -> None:
 
 
 def rope_fields(rope: dict[str, Any]) -> Section:
-    """Our fields of rotary positions, from transformers' `rope_parameters`."""
+    """The fields of rotary positions in an `llm` section, from transformers' `rope_parameters`."""
     if "rope_type" not in rope:
         raise ValueError(f"rope_parameters={value_text(rope)} by kind of layer are not supported")
     kind = rope["rope_type"]
     allow("rope_type", kind, tuple(ROPES))
     allow("partial_rotary_factor", rope.get("partial_rotary_factor", 1), (1,))
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    if kind == "default" and (strange := sorted(set(rope) - known)):
+    plain_fields = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if kind == "default" and (strange := sorted(set(rope) - plain_fields)):
         raise ValueError(
             f"rope_parameters has {', '.join(strange)}, and no rope_type that reads it"
         )
-    read = {}
-    for ours, theirs in ROPES[kind].items():
-        value = number(theirs, rope.get(theirs))
-        read[ours] = whole(theirs, rope[theirs]) if ours == "rope_original_length" else value
+    values = {}
+    for key, published in ROPES[kind].items():
+        value = number(published, rope.get(published))
+        values[key] = whole(published, rope[published]) if key == "rope_original_length" else value
     theta = number("rope_theta", rope.get("rope_theta"))
-    return dict(rope_theta=theta, rope_kind=kind, **PLAIN_ROPE | read)
+    return dict(rope_theta=theta, rope_kind=kind, **PLAIN_ROPE | values)
 
 
 def hf_vision(vit: Section) -> Section:
-    """The vision_config of a `vit` section; ValueError where no published class has its fields."""
+    """The vision_config of a `vit` section; ValueError if no published class has its fields."""
     kind = {
         # class token, patch bias, first norm
         (True, False, True): "clip_vision_model",
@@ -331,7 +336,7 @@ def hf_vision(vit: Section) -> Section:
     }.get((vit["class_token"], vit["patch_bias"], vit["pre_norm"]))
     if kind is None:
         raise ValueError("the encoder is neither a CLIP nor a SigLIP tower")
-    found = dict(
+    config = dict(
         model_type=kind,
         image_size=vit["image_size"],
         patch_size=vit["patch_size"],
@@ -340,9 +345,9 @@ def hf_vision(vit: Section) -> Section:
         intermediate_size=vit["mlp"],
         num_attention_heads=vit["heads"],
         layer_norm_eps=vit["norm_eps"],
-        hidden_act={ours: theirs for theirs, ours in ACTIVATIONS.items()}[vit["activation"]],
+        hidden_act={here: published for published, here in ACTIVATIONS.items()}[vit["activation"]],
     )
-    return found | ({"vision_use_head": False} if kind == "siglip_vision_model" else {})
+    return config | ({"vision_use_head": False} if kind == "siglip_vision_model" else {})
 
 
 def hf_text(llm: Section, *, length: int) -> Section:
@@ -352,7 +357,7 @@ def hf_text(llm: Section, *, length: int) -> Section:
     )
     if kind is None:
         raise ValueError("a language model with biases and norms on q and k has no published class")
-    named = ROPES[llm["rope_kind"]]
+    rope_names = ROPES[llm["rope_kind"]]
     return dict(
         model_type=kind,
         vocab_size=llm["vocab"],
@@ -369,6 +374,6 @@ def hf_text(llm: Section, *, length: int) -> Section:
         rope_parameters=dict(
             rope_type=llm["rope_kind"],
             rope_theta=llm["rope_theta"],
-            **{theirs: llm[ours] for ours, theirs in named.items()},
+            **{published: llm[key] for key, published in rope_names.items()},
         ),
     )

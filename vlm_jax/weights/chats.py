@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a converted model reads and writes conversations: its tokenizer, its template, and both as
-transformers has them.
-"""
+"""The tokenizer and chat template of a converted model, here and in transformers' form."""
 
 import json
 import shutil
@@ -17,21 +15,22 @@ from vlm_jax.weights import architectures, ends, folder, processors, sources
 from vlm_jax.weights.files import read_json
 from vlm_jax.weights.folder import Model
 
-# Conversations by which two ways of writing them are compared.
+# Conversations for comparing two ways of tokenizing them.
 TURNS = (("What is shown?", "A red cat, small."), ("is it old?\n(yes or no)", "no"))
 TEXTS = ("", "a", " b  c\n", "\n\nWhat?", "é 日本", "USER: no. </s><s> x")
 ENDS = ("bos", "eos", "pad")
 
 
 def settle(model: Model, *, published: Path | None, tokenizer: Path | None) -> None:
-    """Finds the tokenizer of a model that is converted, checks it, and names its template.
+    """Finds and checks the tokenizer of a model that is converted, and names its template.
 
-    published: the folder that the weights came from, where it is one of transformers.
-    tokenizer: the folder that was given in place of its own.
-
+    Args:
+      model: is changed in place.
+      published: the folder of the weights, if it is one of transformers.
+      tokenizer: a folder to use in place of its own tokenizer.
     Raises:
-      ValueError: for a folder without a tokenizer where one was given, files that are damaged,
-        ids for which the model has no embedding, and a chat template that cannot be used.
+      ValueError: for a given folder without a tokenizer, damaged files, ids for which the model has
+        no embedding, and a chat template that cannot be used.
     """
     if tokenizer is not None:
         if not folder.has_tokenizer(tokenizer):
@@ -42,75 +41,75 @@ def settle(model: Model, *, published: Path | None, tokenizer: Path | None) -> N
         model.tokenizer = tokenizer
     if model.tokenizer is None or not folder.has_tokenizer(model.tokenizer):
         return
-    words, facts = load_tokenizer(model.tokenizer), model.facts
-    check_vocabulary(words, model.llm["vocab"], image=facts.get("image_token"))
+    loaded, facts = load_tokenizer(model.tokenizer), model.facts
+    check_vocabulary(loaded, model.llm["vocab"], image=facts.get("image_token"))
     fields = {} if published is None else read_json(published / "config.json")
     if fields.get("model_type") == folder.MODEL_TYPE:
-        fields = {}  # a model folder says itself what it was trained on
+        fields = {}  # a model folder records its own template
     if fields and tokenizer is not None:
         facts["template"] = sources.template(tokenizer, architectures.read(published))
-        facts["image_token"] = words.get_vocab().get(IMAGE_MARK)
+        facts["image_token"] = loaded.get_vocab().get(IMAGE_MARK)
     if facts.get("template") == "checkpoint":
-        mark, text = mark_of(words, facts.get("image_token")), words.chat_template
+        mark, text = mark_of(loaded, facts.get("image_token")), loaded.chat_template
         if fields and isinstance(text, str) and (name := jinja.named(text, mark=mark)):
             facts["template"] = name
         else:
-            TEMPLATES["checkpoint"].of(words, mark)
+            TEMPLATES["checkpoint"].of(loaded, mark)
 
 
 def export(model: Model, fresh: Path, *, add_image_token: bool) -> tuple[int, str] | None:
-    """Puts tokenizer and chat template of a model into a folder of transformers.
+    """Writes tokenizer and chat template of a model into a folder of transformers.
 
-    Returns: the token of an image, its number and its name; None for a model without a tokenizer.
+    Returns: the number and the name of the image token; None for a model without a tokenizer.
 
     Raises:
-      ValueError: where the tokenizer has no token for images and may be given none.
+      ValueError: if the tokenizer has no image token and none may be added.
     """
     if model.tokenizer is None:
         return None
     folder.copy_tokenizer(model.tokenizer, fresh)
     if not folder.has_tokenizer(model.tokenizer):
         return None
-    # Which class reads a tokenizer depends on what the model beside it is.
+    # The class that reads a tokenizer depends on the model next to it.
     (fresh / "config.json").write_text(json.dumps(dict(model_type="llava")))
-    words = load_tokenizer(model.tokenizer)
-    name = mark_of(words, model.facts.get("image_token"))
-    had = words.get_vocab().get(name)
-    if had is None:
+    tokenizer = load_tokenizer(model.tokenizer)
+    name = mark_of(tokenizer, model.facts.get("image_token"))
+    image_id = tokenizer.get_vocab().get(name)
+    if image_id is None:
         if not add_image_token:
             raise ValueError(
                 f"the tokenizer has no image token {name}, which a llava-hf folder needs: repeat "
                 "with --add-image-token to give it one"
             )
-        words.add_special_tokens(
+        tokenizer.add_special_tokens(
             {"extra_special_tokens": [name]}, replace_extra_special_tokens=False
         )
-    if had is None or not _alike(words, load_tokenizer(fresh)):
-        words.save_pretrained(fresh)
-    theirs = load_tokenizer(fresh)
+    if image_id is None or not _alike(tokenizer, load_tokenizer(fresh)):
+        tokenizer.save_pretrained(fresh)
+    hf_tokenizer = load_tokenizer(fresh)
     try:
-        ours = processors.processor_of(model)
+        own_processor = processors.processor_of(model)
     except ValueError as error:
         model.notes["chat_template"] = f"no chat template was written: {error}"
-        return theirs.get_vocab()[name], name
+        return hf_tokenizer.get_vocab()[name], name
     if model.facts.get("ends", dict(trained=True)).get("trained"):
-        _name_ends(model, fresh, theirs, ours)
-    if (text := _chat_template(model, ours, theirs, name)) is not None:
+        _name_ends(model, fresh, hf_tokenizer, own_processor)
+    if (text := _chat_template(model, own_processor, hf_tokenizer, name)) is not None:
         _write_chat_template(fresh, text)
-    return theirs.get_vocab()[name], name
+    return hf_tokenizer.get_vocab()[name], name
 
 
-def _name_ends(model: Model, fresh: Path, theirs: Any, ours: Any) -> None:
-    """Names the tokens of a model that was trained here, and where its answers end."""
-    known = model.facts.get("ends", {})
-    fields = known.get("text") or {
-        f"{kind}_token_id": getattr(theirs, f"{kind}_token_id") for kind in ENDS
+def _name_ends(model: Model, fresh: Path, hf_tokenizer: Any, own_processor: Any) -> None:
+    """Writes the special tokens of a model trained here, and the tokens that end its answers."""
+    ends_fact = model.facts.get("ends", {})
+    fields = ends_fact.get("text") or {
+        f"{kind}_token_id": getattr(hf_tokenizer, f"{kind}_token_id") for kind in ENDS
     }
-    stop = list(ours.stop_ids)
-    model.facts["ends"] = dict(outer=known.get("outer", {}), text=fields, stop=stop)
+    stop = list(own_processor.stop_ids)
+    model.facts["ends"] = dict(outer=ends_fact.get("outer", {}), text=fields, stop=stop)
     path = fresh / ends.GENERATION
-    found = read_json(path) if path.is_file() else dict(fields)
-    path.write_text(json.dumps(found | dict(eos_token_id=stop or None), indent=1) + "\n")
+    generation = read_json(path) if path.is_file() else dict(fields)
+    path.write_text(json.dumps(generation | dict(eos_token_id=stop or None), indent=1) + "\n")
 
 
 def _alike(one: Any, other: Any) -> bool:
@@ -122,46 +121,48 @@ def _alike(one: Any, other: Any) -> bool:
     )
 
 
-def _chat_template(model: Model, ours: Any, theirs: Any, mark: str) -> str | None:
-    """The chat template that writes what a model was trained on, in the form whose ids are its own;
-    None where the tokenizer's several are to stay."""
+def _chat_template(model: Model, own_processor: Any, hf_tokenizer: Any, mark: str) -> str | None:
+    """The chat template that gives the ids the model was trained on, or the most of them.
+
+    None if the tokenizer has several templates, which then stay.
+    """
     name = model.facts.get("template", "vicuna_v1")
     if name == "checkpoint":
-        return theirs.chat_template if isinstance(theirs.chat_template, str) else None
-    best, most, same = None, -1, []
+        return hf_tokenizer.chat_template if isinstance(hf_tokenizer.chat_template, str) else None
+    best, most, equal = None, -1, []
     for form in jinja.FORMS:
-        if form.begins and theirs.bos_token is None:
+        if form.begins and hf_tokenizer.bos_token is None:
             continue
-        theirs.chat_template = jinja.written(TEMPLATES[name], form, mark=mark)
-        same = list(_compared(ours, theirs, mark))
-        if sum(same) > most:
-            best, most = theirs.chat_template, sum(same)
-        if all(same):
+        hf_tokenizer.chat_template = jinja.written(TEMPLATES[name], form, mark=mark)
+        equal = list(_compared(own_processor, hf_tokenizer, mark))
+        if sum(equal) > most:
+            best, most = hf_tokenizer.chat_template, sum(equal)
+        if all(equal):
             break
-    if most < len(same):
-        why = "" if ours.template.joined else ", which tokenizes each part by itself"
+    if most < len(equal):
+        why = "" if own_processor.template.joined else ", which tokenizes each part by itself"
         model.notes["chat_template"] = (
-            f"transformers tokenizes {len(same) - most} of {len(same)} conversations that were "
+            f"transformers tokenizes {len(equal) - most} of {len(equal)} conversations that were "
             f"tried in another way than this model was trained (template {name}{why}): prepare "
             "those here"
         )
     return best
 
 
-def _compared(ours: Any, theirs: Any, mark: str) -> Iterator[bool]:
-    """Whether transformers gives our ids to prompts and rows, with and without an image.
+def _compared(own_processor: Any, hf_tokenizer: Any, mark: str) -> Iterator[bool]:
+    """Whether transformers gives the same ids for prompts and rows, with and without an image.
 
-    Its tokenizers put nothing in front of a chat, its processors do where the chat does not begin
-    so: both have to be right.
+    Its tokenizers add no token before a chat; its processors add one if the chat does not begin
+    with it. Both cases have to be right.
     """
-    image = theirs.get_vocab()[mark]
+    image = hf_tokenizer.get_vocab()[mark]
     for count in (1, 2):
-        for shown in (True, False):
+        for with_image in (True, False):
             for answer in (False, True):
                 turns = TURNS[:count]
-                example = Example("", 0 if shown else None, turns, "", "")
+                example = Example("", 0 if with_image else None, turns, "", "")
                 try:
-                    row = ours.tokens(example, answer=answer)
+                    row = own_processor.tokens(example, answer=answer)
                 except ValueError:  # a tokenizer that does not know these words
                     continue
                 ids = list(row.ids)
@@ -169,18 +170,20 @@ def _compared(ours: Any, theirs: Any, mark: str) -> Iterator[bool]:
                     ids.insert(place, image)
                 messages = []
                 for k, (question, reply) in enumerate(turns):
-                    parts = [{"type": "image"}] * (shown and k == 0)
-                    asked = [*parts, {"type": "text", "text": question}]
-                    messages.append({"role": "user", "content": asked})
+                    parts = [{"type": "image"}] * (with_image and k == 0)
+                    content = [*parts, {"type": "text", "text": question}]
+                    messages.append({"role": "user", "content": content})
                     messages.append({"role": "assistant", "content": reply})
                 messages = messages if answer else messages[:-1]
-                text = theirs.apply_chat_template(
+                text = hf_tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=not answer
                 )
-                bare = theirs(text, add_special_tokens=False).input_ids
-                begun = theirs.bos_token is not None and text.startswith(theirs.bos_token)
+                bare = hf_tokenizer(text, add_special_tokens=False).input_ids
+                has_bos = hf_tokenizer.bos_token is not None and text.startswith(
+                    hf_tokenizer.bos_token
+                )
                 yield bare == ids
-                yield theirs(text, add_special_tokens=not begun).input_ids == ids
+                yield hf_tokenizer(text, add_special_tokens=not has_bos).input_ids == ids
 
 
 def _write_chat_template(fresh: Path, text: str) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration classes of transformers, for what a config.json leaves out; they need no torch.
+"""The configuration classes of transformers, for omitted fields of a config.json, without torch.
 
-A class is shown the fields that change what a model computes and no others, and their sizes are
-checked first: it would make lists as long as any of them says.
+A class gets only the fields that change what a model computes, and their sizes are checked first,
+because the class would build lists of any length.
 """
 
 import copy
@@ -33,7 +33,7 @@ DEEPEST = 10_000  # blocks
 
 @contextmanager
 def within(place: str) -> Iterator[None]:
-    """Errors of the body say where they were found."""
+    """Adds `place` in front of the ValueErrors of the body."""
     try:
         yield
     except ValueError as error:
@@ -41,7 +41,7 @@ def within(place: str) -> Iterator[None]:
 
 
 def allow(name: str, value: Any, allowed: tuple | type) -> None:
-    """ValueError unless a property of a published model is one that ours can have."""
+    """Raises ValueError unless a property of a published model is supported."""
     if isinstance(value, allowed) if isinstance(allowed, type) else value in allowed:
         return
     choices = allowed.__name__ if isinstance(allowed, type) else ", ".join(map(str, allowed))
@@ -49,7 +49,7 @@ def allow(name: str, value: Any, allowed: tuple | type) -> None:
 
 
 def check_sizes(fields: dict, names: tuple[str, ...]) -> None:
-    """ValueError for a size that no model has, before anything is made of it."""
+    """Raises ValueError for an impossible size, before anything is built from it."""
     if fields.get("rope_theta") is not None:
         number("rope_theta", fields["rope_theta"])
     for name in names:
@@ -63,17 +63,17 @@ def check_sizes(fields: dict, names: tuple[str, ...]) -> None:
 
 
 def most(name: str) -> int:
-    """The largest that a size may be."""
+    """The largest allowed value of a size."""
     return DEEPEST if name in ("num_hidden_layers", "max_window_layers") else 10**8
 
 
-def picked(fields: dict, known: set[str]) -> dict:
-    """Those of the fields that are known, to be changed at will."""
-    return {name: copy.deepcopy(value) for name, value in fields.items() if name in known}
+def picked(fields: dict, names: set[str]) -> dict:
+    """A deep copy of the fields with these names."""
+    return {name: copy.deepcopy(value) for name, value in fields.items() if name in names}
 
 
-def defaults(kind: str, fields: dict, known: set[str]) -> Any:
-    """The transformers configuration of a section: the known fields, and what they leave out."""
+def defaults(kind: str, fields: dict, names: set[str]) -> Any:
+    """The transformers configuration of a section: its fields of these names, and defaults."""
     # Deferred: transformers takes seconds to import. Its own warnings concern its own models.
     from transformers import CONFIG_MAPPING
 
@@ -81,11 +81,11 @@ def defaults(kind: str, fields: dict, known: set[str]) -> Any:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        return CONFIG_MAPPING[kind](**picked(fields, known))
+        return CONFIG_MAPPING[kind](**picked(fields, names))
     # Its validators raise errors of several libraries.
     except Exception as error:
-        said = " ".join(str(error).split())
-        said = said if len(said) <= 300 else f"{said[:300]}..."
-        raise ValueError(f"transformers cannot make a {kind} of it ({said})") from None
+        message = " ".join(str(error).split())
+        message = message if len(message) <= 300 else f"{message[:300]}..."
+        raise ValueError(f"transformers cannot make a {kind} of it ({message})") from None
     finally:
         logger.setLevel(level)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model that was read becomes a folder: its words settled, adapters merged, every tensor checked.
+"""Converts a model that was read into a folder: tokenizer, adapters, and a check of every tensor.
 
-Tensors pass through one at a time, whatever the size of the model.
+Tensors are processed one at a time, whatever the size of the model.
 """
 
 import math
@@ -21,7 +21,7 @@ from vlm_jax.weights.methods import Wish
 
 @dataclass(frozen=True)
 class Converted:
-    """What was made: `facts` in JSON's values, `notes` in sentences that a person should read."""
+    """The result of a conversion: `facts` as JSON values and `notes`, sentences for the user."""
 
     facts: dict[str, Any]
     notes: list[str]
@@ -30,10 +30,10 @@ class Converted:
 def gathered(
     source: Path | None, *, vision: Path | None, llm: Path | None, wish: Wish
 ) -> folder.Model:
-    """The published model of a folder, or of the folders of its parts; its tensors unread.
+    """The published model of a folder, or of the folders of its parts, with its tensors unread.
 
     Raises:
-      FileNotFoundError, ValueError: for folders that are none, and a wish that cannot be met.
+      FileNotFoundError, ValueError: for folders without weights, and for flags that do not fit.
     """
     compresses = wish.kind is not None and COMPRESSORS[wish.kind].compresses
     if wish.replace and compresses and wish.tokens is None:
@@ -64,7 +64,7 @@ def convert(
     add_image_token: bool = False,
     seed: int = 0,
 ) -> Converted:
-    """Makes the folder `target` of a model.
+    """Writes a model as the folder `target`.
 
     Args:
       name: what errors call the model.
@@ -127,7 +127,7 @@ def convert(
 
 
 def room(target: Path, size: int) -> None:
-    """OSError unless the disk of `target` has `size` bytes left, before anything is written."""
+    """Raises OSError unless the disk of `target` has `size` bytes left."""
     parent = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
     if (free := shutil.disk_usage(parent).free) < size:
         raise OSError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokens of a model that its configuration names: where a text begins and ends, and padding."""
+"""The special tokens that a model's configuration names: begin and end of text, and padding."""
 
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,16 @@ GENERATION = "generation_config.json"
 
 
 def of(folder: Path, family: str) -> dict[str, Any]:
-    """What the files of a published model say of its tokens, as a model folder keeps it.
+    """The special tokens in the files of a published model, as a model folder stores them.
 
     `family` is the model_type of its language model.
 
     Returns: `outer` and `text`, the fields of config.json and of its text_config that name tokens;
-    `stop`, the tokens at which transformers ends generation: those of generation_config.json where
-    there is one, else those of config.json, else those of the class of the language model.
+    `stop`, the tokens at which transformers ends generation: those of generation_config.json if it
+    exists, else those of config.json, else those of the class of the language model.
 
     Raises:
-      ValueError: for a field that names no token.
+      ValueError: for a field that is not a token number.
     """
     fields = read_json(folder / "config.json")
     text = fields.get("text_config")
@@ -40,9 +40,9 @@ def of(folder: Path, family: str) -> dict[str, Any]:
 
 
 def of_run(start: str) -> dict[str, Any]:
-    """The same for a model that was trained here from the model folder `start`, or from none ("").
+    """As `of`, for a model trained here from the model folder `start`, or from none ("").
 
-    It is `trained`: where its answers end is for its template to say, too.
+    It is marked `trained`: its template also defines where its answers end.
     """
     path = Path(start) / "config.json"
     facts = read_json(path).get("facts") if start and path.is_file() else None
@@ -51,10 +51,10 @@ def of_run(start: str) -> dict[str, Any]:
 
 
 def stops(folder: Path) -> list[int] | None:
-    """The tokens at which the generation_config.json of a folder ends; None where it has none.
+    """The stop tokens in the generation_config.json of a folder; None if there is no such file.
 
     Raises:
-      ValueError: where it is no JSON object, or names no tokens.
+      ValueError: if it is not a JSON object, or a field is not a token number.
     """
     path = folder / GENERATION
     if not path.is_file():
@@ -63,7 +63,7 @@ def stops(folder: Path) -> list[int] | None:
 
 
 def check(ends: dict[str, Any]) -> None:
-    """ValueError unless this is what `of` gives."""
+    """Raises ValueError unless this has the form that `of` returns."""
     for part in ("outer", "text"):
         _named(table(f"facts.ends.{part}", ends.get(part, {})), f"facts.ends.{part}.")
     if not isinstance(stop := ends.get("stop", []), list):
@@ -73,15 +73,15 @@ def check(ends: dict[str, Any]) -> None:
 
 def _named(fields: dict[str, Any], where: str) -> dict[str, Any]:
     """The fields that name tokens, checked."""
-    found = {name: fields[name] for name in FIELDS if name in fields}
-    for name, value in found.items():
+    tokens = {name: fields[name] for name in FIELDS if name in fields}
+    for name, value in tokens.items():
         several = value if isinstance(value, list) and name == "eos_token_id" else [value]
         if value is not None and not all(type(token) is int for token in several):
             raise ValueError(
-                f"{where}{name}={value!r:.80}: it has to be the number of a token"
+                f"{where}{name}={value!r:.80}: the number of a token is needed"
                 f"{', or a list of them' if name == 'eos_token_id' else ''}; correct or remove it"
             )
-    return found
+    return tokens
 
 
 def _listed(tokens: int | list[int] | None) -> list[int]:

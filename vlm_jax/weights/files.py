@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All tensors of a folder of weights, whatever its files are called; only headers are read."""
+"""All tensors of a folder of weights, in any supported file format; only headers are read."""
 
 import json
 from pathlib import Path
@@ -22,28 +22,28 @@ LONGEST_JSON = 16 * 2**20  # bytes; the index of 90,000 tensors has 9 MB
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; FileNotFoundError or ValueError say which file it should have been."""
+    """The JSON object in a file. Raises FileNotFoundError or ValueError with the file's name."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} is no checkpoint: it has no {path.name}")
+        raise FileNotFoundError(f"{path.parent} is not a checkpoint: it has no {path.name}")
     if (size := path.stat().st_size) > LONGEST_JSON:
         raise ValueError(f"{path} has {size} bytes: no such file is longer than {LONGEST_JSON}")
     try:
-        found = json.loads(path.read_bytes().decode())
-        nested = depth(found, DEEPEST)
+        value = json.loads(path.read_bytes().decode())
+        nested = depth(value, DEEPEST)
     except RecursionError:
         nested = DEEPEST
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): copy or download it again") from None
     if nested >= DEEPEST:
         raise ValueError(f"{path} is nested {DEEPEST} deep or deeper: copy or download it again")
-    return table(str(path), found)
+    return table(str(path), value)
 
 
 def read_tensors(path: str | Path) -> dict[str, Stored]:
     """The tensors of one file, or of a folder with an index, a single file, or several.
 
     Raises:
-      FileNotFoundError: where there is nothing to read, or a shard is missing.
+      FileNotFoundError: if there is nothing to read, or a shard is missing.
       ValueError: for a file that is cut off or unsafe, and an index that does not fit its files.
     """
     path = Path(path)
@@ -60,46 +60,47 @@ def read_tensors(path: str | Path) -> dict[str, Stored]:
     for name in SINGLES:
         if (path / name).is_file():
             return READERS[Path(name).suffix](path / name)
-    if found := sorted(p for p in path.glob("*.safetensors") if p.is_file()):
-        return _together(found)
-    held = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+    if shards := sorted(p for p in path.glob("*.safetensors") if p.is_file()):
+        return _together(shards)
+    listing = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
     raise FileNotFoundError(
-        f"{path} is no checkpoint: it has none of {', '.join([*INDICES, *SINGLES])}, only {held}"
+        f"{path} is not a checkpoint: it has none of {', '.join([*INDICES, *SINGLES])}, only "
+        f"{listing}"
     )
 
 
 def _indexed(folder: Path, places: Any, index: str) -> dict[str, Stored]:
-    said = f"{folder / index}: weight_map"
-    for tensor, name in table(said, places).items():
-        # What lies elsewhere on this machine is nobody's to name.
+    where = f"{folder / index}: weight_map"
+    for tensor, name in table(where, places).items():
+        # An index must not name files elsewhere on this machine.
         if not isinstance(name, str) or Path(name).name != name or "\0" in name:
             raise ValueError(
-                f"{said} places {value_text(tensor)} in {value_text(name)}: it may name files of "
+                f"{where} places {value_text(tensor)} in {value_text(name)}: it may name files of "
                 "its own folder only"
             )
         if Path(name).suffix not in READERS:
             raise ValueError(
-                f"{said} names {value_text(name)}: weights are files of {', '.join(READERS)}"
+                f"{where} names {value_text(name)}: weights are files of {', '.join(READERS)}"
             )
     if not places:
-        raise ValueError(f"{said} names no tensors: copy or download it again")
+        raise ValueError(f"{where} names no tensors: copy or download it again")
     files = sorted(set(places.values()))
-    if absent := [name for name in files if not (folder / name).is_file()]:
+    if missing := [name for name in files if not (folder / name).is_file()]:
         raise FileNotFoundError(
-            f"{folder} is not whole: {index} names {', '.join(absent[:3])}, which "
-            f"{'is' if len(absent) == 1 else 'are'} not there"
+            f"{folder} is incomplete: {index} names {', '.join(missing[:3])}, which "
+            f"{'is' if len(missing) == 1 else 'are'} missing"
         )
-    found = _together([folder / name for name in files])
-    if absent := [name for name in places if name not in found]:
-        raise ValueError(f"{folder}: {index} names tensors that no file has: {absent[:3]}")
-    return found
+    tensors = _together([folder / name for name in files])
+    if missing := [name for name in places if name not in tensors]:
+        raise ValueError(f"{folder}: {index} names tensors that no file has: {missing[:3]}")
+    return tensors
 
 
 def _together(files: list[Path]) -> dict[str, Stored]:
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for file in files:
-        more = READERS[file.suffix](file)
-        if twice := sorted(found.keys() & more.keys()):
-            raise ValueError(f"{file.parent} has {twice[0]} twice: in {file.name} and before it")
-        found |= more
-    return found
+        in_file = READERS[file.suffix](file)
+        if repeated := sorted(tensors.keys() & in_file.keys()):
+            raise ValueError(f"{file.parent} has {repeated[0]} twice: in {file.name} and before it")
+        tensors |= in_file
+    return tensors

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another compressor between tower and LLM: weights of a file or fresh ones, and what they replace.
+"""Replaces the compressor of a model, with weights of a file or fresh ones.
 
-Nothing trained goes without a flag that says so by name, and what went is noted in the model.
+Trained weights are dropped only with an explicit flag, and the model's notes record it.
 """
 
 from pathlib import Path
 
-from vlm_jax.compressors import COMPRESSORS, pretrained
+from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.compressors.none import NoneMethod
 from vlm_jax.models import vlm
 from vlm_jax.weights import folder, methods, names, sizes
@@ -18,30 +18,34 @@ from vlm_jax.weights.stored import Stored, equal
 
 
 def fitted(model: Model, wish: Wish) -> Model:
-    """`model` with another compressor in the place of the one that it has, if any, which is noted.
+    """`model` with the compressor that the flags describe; a replaced one is noted.
 
-    ValueError unless the flags say which.
+    Raises ValueError if the flags do not say which.
     """
     if wish.replace and not (wish.kind or wish.projector):
         raise ValueError(
             "--replace-compressor needs --compressor=METHOD --tokens=V for fresh weights, or "
             "--projector=FILE for those of a file"
         )
-    old = sorted(name for name in model.tensors if name.startswith("compressor."))
-    made = with_compressor(model, wish)
-    if old:
-        what = wish.projector or f"fresh weights of {made.compressor['kind']}"
-        made.notes["replaced"] = f"{len(old)} trained tensors by {what}: {names.names_text(old, 4)}"
-    return made
+    old_names = sorted(name for name in model.tensors if name.startswith("compressor."))
+    changed = with_compressor(model, wish)
+    if old_names:
+        source = wish.projector or f"fresh weights of {changed.compressor['kind']}"
+        changed.notes["replaced"] = (
+            f"{len(old_names)} trained tensors by {source}: {names.names_text(old_names, 4)}"
+        )
+    return changed
 
 
 def same_projector(model: Model, wish: Wish) -> None:
-    """ValueError where a file of stage 1 holds other numbers than the trained compressor."""
-    found = projector(wish.projector)
-    mine = {n: x for n, x in model.tensors.items() if n.startswith("compressor.")}
-    if found.keys() != mine.keys() or not all(equal(found[n], mine[n]) for n in mine):
+    """Raises ValueError if a file of stage 1 has other weights than the trained compressor."""
+    of_file = projector(wish.projector)
+    of_model = {n: x for n, x in model.tensors.items() if n.startswith("compressor.")}
+    if of_file.keys() != of_model.keys() or not all(
+        equal(of_file[n], of_model[n]) for n in of_model
+    ):
         raise ValueError(
-            f"--projector={wish.projector} is not the compressor that is there and was trained: "
+            f"--projector={wish.projector} differs from the trained compressor of the model: "
             "leave it out, or add --replace-compressor to take the file's weights"
         )
 
@@ -61,7 +65,7 @@ def with_compressor(model: Model, wish: Wish) -> Model:
         raise ValueError(f"--compressor={kind} needs --tokens=V")
     fields["tokens"] = wish.tokens
     levels = wish.levels or (model.vit["depth"] - 1,)
-    # A chosen level is an output of a block: without the class token, and no norm behind it.
+    # A chosen level is the output of a block, without class token and final norm.
     model.vit |= dict(levels=levels, keep_class=False, final_norm=False)
     model.compressor = folder.PLAIN | fields
     rows = sizes.patches(model.vit)
@@ -71,33 +75,36 @@ def with_compressor(model: Model, wish: Wish) -> Model:
         if wish.heads is not None or wish.query is not None:
             raise ValueError("--heads and --query are of a compressor: give --compressor=METHOD")
         model.compressor["tokens"] = rows
-    kept = {n: x for n, x in model.tensors.items() if not n.startswith("compressor.")}
+    others = {n: x for n, x in model.tensors.items() if not n.startswith("compressor.")}
     if wish.projector:
-        # What does not fit is found by the check.
-        made = projector(wish.projector)
+        # Shapes are checked later, with all other tensors.
+        weights = projector(wish.projector)
         with within(f"--projector={wish.projector}"):
-            held = methods.method_of({n: x.shape for n, x in made.items()})
-            if held is not method and not (held and not held.compresses and method.projected):
-                held = held and held.kind
+            method_of_file = methods.method_of({n: x.shape for n, x in weights.items()})
+            if method_of_file is not method and not (
+                method_of_file and not method_of_file.compresses and method.projected
+            ):
+                method_of_file = method_of_file and method_of_file.kind
                 raise ValueError(
-                    f"its tensors are of {held}, and not of --compressor={kind}: give "
-                    f"--compressor={held} --tokens=V"
+                    f"its tensors belong to {method_of_file}, and not to --compressor={kind}: give "
+                    f"--compressor={method_of_file} --tokens=V"
                 )
     else:
-        made = vlm.create(model.size(), seed=wish.seed, of=lambda model: model.compressor)
-        made = {f"compressor.{name}": x for name, x in pretrained.export(made).items()}
+        fresh = vlm.create(model.size(), seed=wish.seed, of=lambda model: model.compressor)
+        tensors = folder.compressor_tensors(fresh)
+        weights = {f"compressor.{name}": x for name, x in tensors.items()}
         model.notes["new"] = (
-            f"{len(made)} tensors of the compressor {kind}, drawn with seed {wish.seed}"
+            f"{len(weights)} tensors of the compressor {kind}, drawn with seed {wish.seed}"
         )
-    model.tensors = kept | made
+    model.tensors = others | weights
     return model
 
 
 def projector(path: Path) -> dict[str, Stored]:
-    """The tensors of a file of stage 1; ValueError where it holds others too."""
-    found = names.renamed(read_tensors(path))
-    if strange := [name for name in found if not name.startswith("compressor.")]:
+    """The tensors of a file of stage 1. Raises ValueError if it holds others too."""
+    tensors = names.renamed(read_tensors(path))
+    if unknown := [name for name in tensors if not name.startswith("compressor.")]:
         raise ValueError(
-            f"{path} is no projector of stage 1: it also has {names.names_text(strange)}"
+            f"{path} is not a projector of stage 1: it also has {names.names_text(unknown)}"
         )
-    return found
+    return tensors

@@ -18,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax import compressors, files
+from vlm_jax.compressors.compressor import Compressor
 from vlm_jax.compressors.tensors import Table
 from vlm_jax.models import vlm
 from vlm_jax.models.sizes import LLMSize, ViTSize, VLMSize
@@ -82,6 +83,11 @@ class Model:
         vit, llm = ViTSize.of(self.vit), LLMSize.of(self.llm)
         return VLMSize(vit, compressor, llm, kernels="xla")
 
+    def dtype(self) -> str:
+        """What it is computed in unless somebody chooses: float32 if stored so, else bfloat16."""
+        kind = NAMES[self.tensors["llm.embed_tokens.weight"].dtype]
+        return "float32" if kind == "F32" else "bfloat16"
+
     def config(self) -> ConfigDict:
         """The part of a configuration that makes the model."""
         made = dict(vit=self.vit, llm=self.llm, compressor=PLAIN | self.compressor)
@@ -96,7 +102,8 @@ class Model:
         Surplus tensors are dropped, and so are those that nothing reads.
         """
         self.tie()
-        wanted = names.shapes(vlm.shapes(self.size()))
+        shapes = vlm.shapes(self.size())
+        wanted = names.shapes(names.model_table(shapes), shapes)
         found = {name: tensor.shape for name, tensor in self.tensors.items()}
         missing, surplus = names.fit(wanted, found, **allowed)
         self.tensors = {name: x for name, x in self.tensors.items() if name in wanted}
@@ -226,23 +233,16 @@ def appearing(target: Path) -> Iterator[Path]:
         yield fresh
 
 
-def load(folder: str | Path, *, dtype: str | None = None) -> VLM:
-    """The model of a folder on the current mesh, every tensor read straight into its shards.
-
-    Parameters are float32, or `dtype`. The host holds one tensor at a time.
-    """
-    model = read(folder)
-    model.check()
-    shapes = vlm.shapes(model.size())
-    return place(shapes, names.model_table(shapes), model.tensors, dtype=dtype)
-
-
 def place(
     shapes: M, table: Table, tensors: dict[str, Stored | np.ndarray], *, dtype: str | None = None
 ) -> M:
     """The module that `shapes` describes, on the current mesh, filled from `tensors` one by one.
 
-    `table` says where each tensor belongs; together they are all parameters.
+    Args:
+      table: where each tensor belongs; together they are all parameters.
+      dtype: of the parameters; what `shapes` has unless given. The host holds one tensor at a time.
+    Raises:
+      ValueError: for a tensor with NaN or infinite numbers.
     """
     mesh = jax.sharding.get_mesh()
     ours = names.parameters(shapes)
@@ -265,7 +265,7 @@ def place(
             sharding = jax.sharding.NamedSharding(mesh, spec)
             array = jax.make_array_from_callback(part.shape, sharding, part.__getitem__)
             if not stack:
-                filled[key] = _cast(array, kind)
+                filled[key] = array if array.dtype == kind else _cast(array, kind)
                 continue
             if key not in filled:
                 whole = jax.sharding.NamedSharding(mesh, like.sharding.spec)
@@ -302,6 +302,11 @@ def fresh(size: VLMSize, wanted: list[str], *, seed: int) -> dict[str, np.ndarra
 def tensors_of(model: VLM) -> dict[str, np.ndarray]:
     """The published tensors of a model in memory, under their names."""
     return published(names.model_table(model), names.parameters(model))
+
+
+def compressor_tensors(compressor: Compressor) -> dict[str, np.ndarray]:
+    """The published tensors of a compressor alone, in the order of its published module."""
+    return published(compressor.method.published(), names.parameters(compressor))
 
 
 def published(table: Table, ours: dict[str, jax.Array]) -> dict[str, np.ndarray]:

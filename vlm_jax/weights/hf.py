@@ -14,7 +14,7 @@ from vlm_jax.weights import architectures, preprocessor
 from vlm_jax.weights.folder import Model, appearing, pending
 from vlm_jax.weights.stored import Stored, write_safetensors
 
-# Puts a model's tokenizer into a folder: the number and the name of its image token, or None.
+# Writes a model's tokenizer into a folder: the number and the name of its image token, or None.
 Words = Callable[[Path], tuple[int, str] | None]
 PREFIXES = {
     "vit.": "vision_tower.vision_model.",
@@ -23,20 +23,19 @@ PREFIXES = {
     "llm.lm_head.": "language_model.lm_head.",
     "llm.": "language_model.model.",
 }
-PRECISION = {4: "float32", 2: "bfloat16"}
 
 
 def inexpressible(model: Model) -> str | None:
-    """Why transformers has no class for this model; None where it has one."""
+    """Why transformers has no class for this model; None if it has one."""
     if (method := compressors.named(model.compressor["kind"])).compresses:
-        return f"transformers knows no compressor {method.kind!r}"
+        return f"transformers has no compressor {method.kind!r}"
     try:
         architectures.hf_vision(model.vit)
         architectures.hf_text(model.llm, length=1)
     except ValueError as error:
         return str(error)
     if model.vit["final_norm"]:
-        return "its LLaVA never applies the norm behind a tower's last block"
+        return "its LLaVA never applies the norm after a tower's last block"
     return None
 
 
@@ -47,24 +46,24 @@ def published(name: str) -> str:
 
 
 def write(model: Model, target: Path, *, words: Words, dtype: str | None = None) -> None:
-    """Makes a llava-hf folder: configuration, weights, and tokenizer and processor if there is one.
+    """Writes a llava-hf folder: configuration, weights, and tokenizer and processor if it has them.
 
     Raises:
-      ValueError: where transformers has no class for the model, and what `words` raises.
+      ValueError: if transformers has no class for the model, and what `words` raises.
     """
     if reason := inexpressible(model):
-        raise ValueError(f"this is no llava-hf model: {reason}")
+        raise ValueError(f"this is not a llava-hf model: {reason}")
     with appearing(target) as fresh:
         token = model.facts.get("image_token")
-        if found := words(fresh):
-            token, name = found
+        if image_token := words(fresh):
+            token, name = image_token
             processor(model, fresh, name)
         images = preprocessor.files(model.facts["image"], model.vit["image_size"])
         (fresh / preprocessor.NAME).write_text(json.dumps(images, indent=1) + "\n")
         token = model.llm["vocab"] if token is None else token
         tensors, vocab = dict(model.tensors), model.llm["vocab"]
         if token >= vocab:
-            # transformers looks the placeholder up before it puts the image there.
+            # transformers embeds the placeholder before it inserts the image.
             vocab = 64 * math.ceil((token + 1) / 64)
             grow(tensors, vocab)
         llm = model.llm | dict(vocab=vocab)
@@ -97,27 +96,27 @@ def configuration(model: Model, llm: dict[str, Any], token: int) -> dict[str, An
 
 
 def strategy(vit: dict[str, Any]) -> str:
-    """Whether all tokens of the tower are read, or all but the first."""
+    """transformers' name for reading all tokens of the tower ("full") or all but the first."""
     return "default" if vit["class_token"] and not vit["keep_class"] else "full"
 
 
 def processor(model: Model, folder: Path, image: str) -> None:
-    """Writes how a prompt with an image is prepared; `image` is the name of the image token."""
-    whole = dict(
+    """Writes the processor's configuration; `image` is the name of the image token."""
+    fields = dict(
         processor_class="LlavaProcessor",
         image_token=image,
         patch_size=model.vit["patch_size"],
         num_additional_image_tokens=int(model.vit["class_token"]),
         vision_feature_select_strategy=strategy(model.vit),
     )
-    (folder / preprocessor.WHOLE).write_text(json.dumps(whole, indent=1) + "\n")
+    (folder / preprocessor.WHOLE).write_text(json.dumps(fields, indent=1) + "\n")
 
 
 def grow(tensors: dict[str, Stored | np.ndarray], vocab: int) -> None:
-    """Adds rows to the embedding and the output layer: their mean, which no argmax prefers."""
+    """Adds rows to the embedding and the output layer: their mean, which is never the argmax."""
     for name in ("llm.embed_tokens.weight", "llm.lm_head.weight"):
-        if (old := tensors.get(name)) is not None:
-            rows = old.read() if isinstance(old, Stored) else old
+        if (tensor := tensors.get(name)) is not None:
+            rows = tensor.read() if isinstance(tensor, Stored) else tensor
             mean = rows.astype(np.float32).mean(0, keepdims=True).astype(rows.dtype)
-            more = np.repeat(mean, vocab - len(rows), axis=0)
-            tensors[name] = np.concatenate([rows, more])
+            added = np.repeat(mean, vocab - len(rows), axis=0)
+            tensors[name] = np.concatenate([rows, added])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a config.json says of a layout before its sizes: quantized, in tiles, and of which family.
+"""Layouts in a config.json: quantized weights, image tiles and the family of the language model.
 
-A layout that is taken for another gives another model without a word; these are refused by name.
+A layout that is mistaken for another would silently give another model; these are refused by name.
 """
 
 import re
@@ -27,18 +27,20 @@ CLASSES = {
     "Qwen3": "qwen3",
 }
 TILED = ("llava_next", "llava_next_video", "llava_onevision")
-# Where a checkpoint says that its weights are not the numbers themselves.
+# Fields of checkpoints whose weights are quantized.
 QUANTIZED = ("quantization_config", "compression_config", "quantization", "quant_config")
 
 
 def refuse_quantized(fields: dict, level: str = "") -> None:
-    """ValueError where weights are quantized, at whatever level the file says so."""
+    """Raises ValueError if the weights are quantized, at any level of the file."""
     for name in QUANTIZED:
-        if said := fields.get(name):
-            how = said.get("quant_method") if isinstance(said, dict) else said
+        if quantization := fields.get(name):
+            method = (
+                quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            )
             raise ValueError(
-                f"{level}{name} says that the weights are quantized ({value_text(how)}): get them "
-                "as they were before (float32, bfloat16 or float16), or dequantize them with the "
+                f"{level}{name} says that the weights are quantized ({value_text(method)}): get "
+                "the original ones (float32, bfloat16 or float16), or dequantize them with the "
                 "library that quantized them and save them again"
             )
     for name in ("text_config", "vision_config", "llm_config", "language_config"):
@@ -47,10 +49,10 @@ def refuse_quantized(fields: dict, level: str = "") -> None:
 
 
 def refuse_tiles(fields: dict) -> None:
-    """ValueError for LLaVA-1.6 and its kin, which cut an image into tiles."""
-    way = "LLaVA-1.6 and NeXT cut images into tiles, which is not supported: take a LLaVA-1.5"
+    """Raises ValueError for LLaVA-1.6 and similar models, which cut an image into tiles."""
+    advice = "LLaVA-1.6 and NeXT cut images into tiles, which is not supported: take a LLaVA-1.5"
     if (kind := fields.get("model_type")) in TILED:
-        raise ValueError(f"model_type={kind!r}: {way}")
+        raise ValueError(f"model_type={kind!r}: {advice}")
     for name, plain in (
         ("image_aspect_ratio", (None, "square", "pad")),
         ("mm_patch_merge_type", (None, "flat")),
@@ -59,27 +61,27 @@ def refuse_tiles(fields: dict) -> None:
         ("s2", (None, False)),
     ):
         if (value := fields.get(name)) not in plain:
-            known = ", ".join(str(x) for x in plain if x not in (None, [])) or "null"
+            allowed = ", ".join(str(x) for x in plain if x not in (None, [])) or "null"
             raise ValueError(
-                f"{name}={value_text(value)} is not supported; supported: {known}. {way}"
+                f"{name}={value_text(value)} is not supported; supported: {allowed}. {advice}"
             )
 
 
 def family(fields: dict) -> str:
-    """The language model of a flat LLaVA: model_type and architectures say it, and must agree."""
-    said: dict[str, str | None] = {}
+    """The language model of a flat LLaVA, from model_type and architectures, which must agree."""
+    families: dict[str, str | None] = {}
     if (kind := fields.get("model_type")) is not None:
-        said[f"model_type={value_text(kind)}"] = FLAT.get(kind)
+        families[f"model_type={value_text(kind)}"] = FLAT.get(kind)
     classes = fields.get("architectures")
     for name in classes if isinstance(classes, list) else []:
-        found = re.fullmatch(r"(?:Llava)?(\w+?)(?:LM)?ForCausalLM", text("architectures", name))
-        said[f"architectures=[{value_text(name)}]"] = found and CLASSES.get(found[1])
-    unknown = [name for name, family in said.items() if family is None]
-    if unknown or not said:
+        match = re.fullmatch(r"(?:Llava)?(\w+?)(?:LM)?ForCausalLM", text("architectures", name))
+        families[f"architectures=[{value_text(name)}]"] = match and CLASSES.get(match[1])
+    unknown = [name for name, family in families.items() if family is None]
+    if unknown or not families:
         raise ValueError(
             f"{unknown[0] if unknown else 'model_type=null'} is not supported for a LLaVA as first "
             f"published; supported are model_type {', '.join(FLAT)}"
         )
-    if len(set(said.values())) > 1:
-        raise ValueError(f"{' and '.join(said)} name different language models")
-    return next(iter(said.values()))
+    if len(set(families.values())) > 1:
+        raise ValueError(f"{' and '.join(families)} name different language models")
+    return next(iter(families.values()))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compressor inside a published LLaVA: its method and sizes, from config.json and tensors.
 
-Read as the code that made such files reads them: locuslab/llava-token-compression (986db5b),
+Fields mean what they mean in the published code: locuslab/llava-token-compression (986db5b),
 CircleRadon/TokenPacker (c38f140), gordonhu608/MQT-LLaVA (92c35d0), mu-cai/matryoshka-mm (163ac77).
-PruMerge has no weights and no field of its own: a plain LLaVA is what it runs on.
+PruMerge has no weights and no fields of its own: it runs on a plain LLaVA.
 """
 
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ RAW_WIDTH = 1024  # of the published towers
 
 @dataclass(frozen=True)
 class Wish:
-    """What a user's flags say of the compressor; None where they say nothing.
+    """The user's flags about the compressor; None for flags that are not given.
 
-    `projector` is a file of stage 1 with its weights, without which they are fresh ones of `seed`;
-    `replace` allows it to stand in the place of a trained one.
+    `projector` is a file of stage 1 with its weights; without it they are drawn with `seed`.
+    `replace` allows it to replace a trained compressor.
     """
 
     kind: str | None = None
@@ -42,25 +42,25 @@ class Wish:
     replace: bool = False
 
     def flags(self) -> list[str]:
-        """The flags that were given, as they were written."""
+        """The given flags as text."""
         levels = self.levels and ",".join(map(str, self.levels))
-        given = dict(
+        values = dict(
             compressor=self.kind, tokens=self.tokens, heads=self.heads, levels=levels,
             query=self.query, projector=self.projector,
         )  # fmt: skip
-        flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
+        flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
         return flags + ["--replace-compressor"] * self.replace
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A compressor with the weights it was trained to, and its levels."""
+    """A trained compressor and the levels that it reads."""
 
     method: Method
     levels: tuple[int, ...]
 
     def describe(self) -> str:
-        """It in words."""
+        """The description in words."""
         section = self.method.section()
         words = [f"{section['tokens']} tokens", f"levels {','.join(map(str, self.levels))}"]
         words += [f"{section[name]} heads" for name in ("heads",) if name in section]
@@ -72,9 +72,9 @@ class Trained:
 class Published:
     """A published LLaVA, as `Method.of_published` reads the compressor inside it.
 
-    `fields` is its config.json where that is flat, else nothing; `shapes` has the compressor's
-    tensors under the names in `mm_projector`; `vit` has the one level that its configuration names.
-    Of the flags (`wish`) only those are heard that say what files do not.
+    `fields` is its config.json if that is flat, else empty; `shapes` are those of the compressor's
+    tensors, by their names in `mm_projector`; `vit` has the one level that its configuration names.
+    Flags (`wish`) are used only for what the files do not say.
     """
 
     fields: dict[str, Any]
@@ -84,7 +84,7 @@ class Published:
 
     @property
     def side(self) -> int:
-        """Patches on each side; ValueError where a class token stays beside them."""
+        """Patches on each side. Raises ValueError if the class token is kept as well."""
         if self.vit["keep_class"]:
             raise ValueError(
                 "mm_vision_select_feature='cls_patch' keeps the class token, which only a LLaVA "
@@ -94,7 +94,7 @@ class Published:
 
     @property
     def rows(self) -> int:
-        """What the tower keeps of an image, a class token with it."""
+        """Rows that the tower gives for an image, including a kept class token."""
         return sizes.patches(self.vit) + self.vit["keep_class"]
 
     @property
@@ -104,22 +104,22 @@ class Published:
 
     @property
     def tokens(self) -> int | None:
-        """V that a flag asks for."""
+        """V of the flag --tokens."""
         return self.wish.tokens
 
     def whole(self, name: str, value: Any, **limits: int) -> int:
-        """A whole number that a field has; ValueError by the field's name."""
+        """A whole number in a field; ValueError with the field's name."""
         return whole(name, value, **limits)
 
     def value_text(self, value: Any) -> str:
-        """A value as it is written in a message."""
+        """A value as shown in a message."""
         return value_text(value)
 
     def heads(self, kind: str, published: int, *, fixed: bool = False) -> int:
-        """How many heads a trained compressor has, which neither config nor tensors say.
+        """The number of heads of a trained compressor, which neither config nor tensors contain.
 
-        Those `published` are written into its code where they are `fixed`, else go with the
-        published width, and for another width the flag may say more.
+        It is `published` if the published code has it `fixed` or the width is the published one;
+        for another width the flag may give it.
         """
         width = self.vit["width"]
         fixed = fixed or width == RAW_WIDTH
@@ -128,13 +128,15 @@ class Published:
         if width % published:
             raise ValueError(
                 f"the {published} heads of the published {kind} do not divide the tower's width of "
-                f"{width}: say with --heads=N how many it has"
+                f"{width}: give their number with --heads=N"
             )
         return published
 
     def levels_of(self, name: str, published: tuple[int, ...]) -> tuple[int, ...]:
-        """The blocks that the keys read whose first layer has the tensor `name`: those `published`
-        of a tower that has them, and else those that a flag says."""
+        """The blocks that the keys read: `published` if the tower has them, else those of the flag.
+
+        `name` is the tensor of the first layer of the keys.
+        """
         vit, wish = self.vit, self.wish
         width, shape = vit["width"], self.shapes.get(name)
         inputs = shape[-1] if shape else 0
@@ -165,23 +167,28 @@ class Published:
 
 
 def method_of(shapes: Shapes) -> type[Method] | None:
-    """The method whose tensors these are; None where there are none of a compressor.
+    """The method to which these tensors belong; None if none belongs to a compressor.
 
     Raises:
-      ValueError: for tensors of two methods, or of none that is known.
+      ValueError: for tensors of two methods, or of an unknown one.
     """
     names = [n.removeprefix("compressor.") for n in shapes if n.startswith("compressor.")]
     marked = {method: method.marks for method in COMPRESSORS.values() if method.marks}
-    kinds = {of: sorted(n for n in names if n.startswith(marks)) for of, marks in marked.items()}
-    kinds = {method: of for method, of in kinds.items() if of}
+    kinds = {
+        tensors: sorted(n for n in names if n.startswith(marks))
+        for tensors, marks in marked.items()
+    }
+    kinds = {method: tensors for method, tensors in kinds.items() if tensors}
     if len(kinds) > 1:
-        said = "; ".join(f"of {method.kind}: {', '.join(of[:3])}" for method, of in kinds.items())
-        raise ValueError(f"it has the tensors of several compressors ({said}): keep one of them")
+        listed = "; ".join(
+            f"of {method.kind}: {', '.join(tensors[:3])}" for method, tensors in kinds.items()
+        )
+        raise ValueError(f"it has the tensors of several compressors ({listed}): keep one of them")
     if kinds or not names:
         return next(iter(kinds), None)
-    if strange := sorted(set(names) - set(PLAIN)):
+    if unknown := sorted(set(names) - set(PLAIN)):
         raise ValueError(
-            f"its projector is of no known method: it has {', '.join(strange[:4])}; known are "
+            f"its projector is of no known method: it has {', '.join(unknown[:4])}; known are "
             "LLaVA's of two layers (mlp2x_gelu) and those of "
             f"{', '.join(method.kind for method in marked)}"
         )
@@ -189,44 +196,44 @@ def method_of(shapes: Shapes) -> type[Method] | None:
 
 
 def named(fields: dict) -> tuple[type[Method] | None, str]:
-    """The method that a flat config.json names, and the field that names it; None where none does.
+    """The method that a flat config.json names and the field that names it, or (None, "").
 
     Raises:
-      ValueError: for one that is not known, and where two fields name different ones.
+      ValueError: for an unknown method, and if two fields name different ones.
     """
-    known: dict[str, dict[str | None, type[Method]]] = {}
+    choices: dict[str, dict[str | None, type[Method]]] = {}
     for method in COMPRESSORS.values():
         for field, value in method.named_by:
-            known.setdefault(field, {})[value] = method
-    said: dict[str, type[Method]] = {}
-    for field, methods in known.items():
+            choices.setdefault(field, {})[value] = method
+    claims: dict[str, type[Method]] = {}
+    for field, methods in choices.items():
         value = fields.get(field)
         plain = ("mlp2x_gelu", "linear") if field == "mm_projector_type" else ()
         if value is None or value in plain:
             continue
         if None in methods:
-            said[field] = methods[None]
+            claims[field] = methods[None]
             continue
         allow(field, value, (*methods, *plain[:1]))
-        said[f"{field}={value_text(value)}"] = methods[value]
-    if len(set(said.values())) > 1:
-        raise ValueError(f"{' and '.join(said)} name different compressors")
-    return next(((method, field) for field, method in said.items()), (None, ""))
+        claims[f"{field}={value_text(value)}"] = methods[value]
+    if len(set(claims.values())) > 1:
+        raise ValueError(f"{' and '.join(claims)} name different compressors")
+    return next(((method, field) for field, method in claims.items()), (None, ""))
 
 
 def inside(fields: dict, shapes: Shapes, vit: Section, wish: Wish) -> Trained | None:
-    """The trained compressor of a published LLaVA; None where no tensor of one is there.
+    """The trained compressor of a published LLaVA; None if it has no tensors of one.
 
-    Arguments as the attributes of `Published`, `shapes` of the whole model.
+    Arguments are the attributes of `Published`, with the `shapes` of the whole model.
 
     Raises:
-      ValueError: where config and tensors do not agree, and for what our models do not have.
+      ValueError: if config and tensors do not agree, and for properties that are not supported.
     """
     (claimed, field), method = named(fields), method_of(shapes)
     if method is None:
         if claimed and not wish.replace and not wish.projector:
             raise ValueError(
-                f"{field} names the compressor {claimed.kind}, and none of its tensors is there: "
+                f"{field} names the compressor {claimed.kind}, and none of its tensors exists: "
                 "give --projector=FILE with them, or --replace-compressor for fresh ones"
             )
         return None
@@ -245,42 +252,43 @@ def inside(fields: dict, shapes: Shapes, vit: Section, wish: Wish) -> Trained | 
 
 
 def chosen(trained: Trained, wish: Wish, vit: Section, path: Path) -> Trained:
-    """What the flags make of a trained compressor without replacing it.
+    """The trained compressor under the flags, without replacing its weights.
 
-    A plain LLaVA may become a method whose only weights are its projector's; everything else that
-    the flags ask for must be what is there.
+    A plain LLaVA may become a method whose only weights are its projector's; all other flags must
+    agree with the trained compressor.
 
     Raises:
-      ValueError: with what is there, for flags that ask for something else.
+      ValueError: for flags that do not agree, with what the model has.
     """
     method = trained.method
-    wanted = COMPRESSORS[wish.kind] if wish.kind else type(method)
-    other = []
-    if wanted is not type(method):
-        if method.projected and wanted.projected and not vit["keep_class"]:
-            method = projected(wish, wanted, vit)
+    requested = COMPRESSORS[wish.kind] if wish.kind else type(method)
+    conflicts = []
+    if requested is not type(method):
+        if method.projected and requested.projected and not vit["keep_class"]:
+            method = projected(wish, requested, vit)
         else:
-            other.append(f"--compressor={wanted.kind}")
+            conflicts.append(f"--compressor={requested.kind}")
     if wish.tokens not in (None, method.tokens) and not method.any_tokens:
-        other.append(f"--tokens={wish.tokens}")
+        conflicts.append(f"--tokens={wish.tokens}")
     for name, plain in (("heads", 1), ("query", "none")):
         if getattr(wish, name) not in (None, getattr(method, name, plain)):
-            other.append(f"--{name}={getattr(wish, name)}")
+            conflicts.append(f"--{name}={getattr(wish, name)}")
     if wish.levels not in (None, trained.levels):
-        other.append(f"--levels={','.join(map(str, wish.levels))}")
-    if other:
+        conflicts.append(f"--levels={','.join(map(str, wish.levels))}")
+    if conflicts:
         raise ValueError(
-            f"{path} has a trained compressor, {trained.describe()}, and not {' '.join(other)}: "
-            "leave these flags out, or add --replace-compressor to drop its weights for fresh ones"
+            f"{path} has a trained compressor, {trained.describe()}, and not "
+            f"{' '.join(conflicts)}: leave these flags out, or add --replace-compressor to drop "
+            "its weights for fresh ones"
         )
     return Trained(method, trained.levels)
 
 
-def projected(wish: Wish, wanted: type[Method], vit: Section) -> Method:
+def projected(wish: Wish, requested: type[Method], vit: Section) -> Method:
     """Another method around LLaVA's trained projector."""
     tokens = wish.tokens
     if tokens is None:
-        tokens = wanted.usual(vit["image_size"] // vit["patch_size"])
+        tokens = requested.usual(vit["image_size"] // vit["patch_size"])
     if tokens is None:
-        raise ValueError(f"--compressor={wanted.kind} needs --tokens=V")
-    return wanted(tokens=tokens)
+        raise ValueError(f"--compressor={requested.kind} needs --tokens=V")
+    return requested(tokens=tokens)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One name for each published tensor, whatever prefix a layout gives it, and its parameter of ours.
+"""Canonical names of published tensors, without the prefixes of layouts, and their parameters.
 
 `vit.` + the name inside CLIPVisionModel or SiglipVisionModel, `llm.` + the name inside LlamaModel,
 Qwen2Model or Qwen3Model (and `llm.lm_head.weight`), `compressor.` + the name inside `mm_projector`.
@@ -21,9 +21,9 @@ from vlm_jax.models.vlm import VLM
 T = TypeVar("T")
 PARTS = ("vit.", "llm.", "compressor.")
 
-# The prefixes of the layouts that are read; the first that fits is taken.
+# The prefixes of the supported layouts; the first match is used.
 PREFIXES = (
-    # haotian-liu/LLaVA and those who built on it: the tower inside, and files of stage 1.
+    # haotian-liu/LLaVA and code based on it: the tower inside, and files of stage 1.
     (r"model\.vision_tower\.vision_tower\.(vision_model\.)?", "vit."),
     (r"(base_model\.model\.)?(model\.)?(mm_projector|query_abstractor)\.", "compressor."),
     # transformers' LlavaForConditionalGeneration: as published, and as its class names them.
@@ -38,7 +38,7 @@ PREFIXES = (
     (r"model\.", "llm."),
 )
 
-# What published files hold and nothing here reads, so that its absence or presence means nothing.
+# Tensors of published files that are not read: their presence or absence does not matter.
 UNREAD = (
     "vit.head.*",  # SigLIP's pooling
     "vit.embeddings.position_ids",
@@ -52,23 +52,23 @@ UNREAD = (
 
 
 def canonical(name: str) -> str:
-    """The one name of a published tensor; its own where no layout is known."""
+    """The canonical name of a published tensor; its own name if no layout matches."""
     if name.startswith(PARTS):
         return name
     for prefix, part in PREFIXES:
-        if found := re.match(prefix, name):
-            return part + name[found.end() :]
+        if match := re.match(prefix, name):
+            return part + name[match.end() :]
     return name
 
 
 def renamed(tensors: Mapping[str, T]) -> dict[str, T]:
-    """The tensors under their one name; ValueError where two have the same."""
-    found: dict[str, T] = {}
+    """The tensors by canonical name. Raises ValueError if two have the same."""
+    by_name: dict[str, T] = {}
     for name, tensor in tensors.items():
-        if (one := canonical(name)) in found:
-            raise ValueError(f"two tensors mean {one}: the second is {name}")
-        found[one] = tensor
-    return found
+        if (canonical_name := canonical(name)) in by_name:
+            raise ValueError(f"two tensors mean {canonical_name}: the second is {name}")
+        by_name[canonical_name] = tensor
+    return by_name
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -144,7 +144,7 @@ def stacked(prefix: str, layer: int, block: Table) -> Table:
 
 
 def model_table(model: VLM) -> Table:
-    """Every published tensor of a whole model, under its one name; `model` may be abstract."""
+    """Every published tensor of a whole model by canonical name; `model` may be abstract."""
     parts = {
         "vit": vit_table(model.vit),
         "llm": llm_table(model.llm),
@@ -168,47 +168,51 @@ def dotted(path: Sequence) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
-def shapes(model: VLM) -> dict[str, tuple[int, ...]]:
-    """The published shape of every tensor of a model, which may be abstract."""
-    ours = parameters(model)
-    found = {}
-    for name, row in model_table(model).items():
-        of = [ours[".".join(path)].shape for path in row.paths]
-        found[name] = row.shape([row.item_shape(shape) for shape in of])
-    return found
+def shapes(table: Table, module: Any) -> dict[str, tuple[int, ...]]:
+    """The published shape of every tensor of a module, which may be abstract."""
+    of_module = parameters(module)
+    by_name = {}
+    for name, row in table.items():
+        of_row = [of_module[".".join(path)].shape for path in row.paths]
+        by_name[name] = row.shape([row.item_shape(shape) for shape in of_row])
+    return by_name
 
 
 def fit(
-    wanted: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    existing: Mapping[str, tuple[int, ...]],
     *,
     allow_missing: Sequence[str] = (),
     allow_surplus: Sequence[str] = (),
 ) -> tuple[list[str], list[str]]:
-    """The missing and the surplus names that are allowed; everything else is one ValueError.
+    """The missing and the surplus names that are allowed; others are listed in one ValueError.
 
     A shape that differs is never allowed.
     """
-    missing = [name for name in wanted if name not in found]
-    surplus = [name for name in found if name not in wanted and not matches(name, UNREAD)]
+    missing = [name for name in expected if name not in existing]
+    surplus = [name for name in existing if name not in expected and not matches(name, UNREAD)]
     bad = {
         "missing": [name for name in missing if not matches(name, allow_missing)],
         "surplus": [name for name in surplus if not matches(name, allow_surplus)],
         "of another shape": [
-            f"{name} {found[name]} instead of {wanted[name]}"
-            for name in wanted
-            if name in found and found[name] != wanted[name]
+            f"{name} {existing[name]} instead of {expected[name]}"
+            for name in expected
+            if name in existing and existing[name] != expected[name]
         ],
     }
     if any(bad.values()):
-        said = "; ".join(f"{len(of)} {kind}: {names_text(of)}" for kind, of in bad.items() if of)
+        listed = "; ".join(
+            f"{len(entries)} {kind}: {names_text(entries)}"
+            for kind, entries in bad.items()
+            if entries
+        )
         raise ValueError(
-            f"the tensors do not make this model: {said}. Names that may be absent or ignored are "
-            "given as --allow-missing=PATTERN,... and --allow-surplus=PATTERN,..."
+            f"the tensors do not make this model: {listed}. Names that may be absent or ignored "
+            "are given as --allow-missing=PATTERN,... and --allow-surplus=PATTERN,..."
         )
     return missing, surplus
 
 
 def names_text(names: Sequence[str], most: int = 12) -> str:
-    """A list for a message."""
+    """Names as a list for a message, shortened after `most`."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" * (len(names) > most))

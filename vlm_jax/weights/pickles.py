@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Torch's own files of weights (.bin, .pth), read without torch and without running what they say.
+"""Reads torch's files of weights (.bin, .pth) without torch and without running their code.
 
 A pickle is a program for a stack machine. This reader is such a machine with the few instructions
-that torch writes and the few words with which it describes tensors; both only describe. Every other
-instruction and word is refused before it acts, and so is a program longer than any that describes a
-model. Python's own unpickler is not used: it reserves memory for whatever place in its memo a
-program names, and hashes tuples that are nested deeper than its stack.
+that torch writes and the few names with which it describes tensors. Every other instruction and
+name is refused before it runs, and so is a program longer than any that describes a model. Python's
+own unpickler is not used: it reserves memory for any memo index in a program, and hashes tuples
+that are nested deeper than its stack.
 """
 
 import itertools
@@ -35,8 +35,8 @@ STORAGES = {
     "ByteStorage": "U8",
     "BoolStorage": "BOOL",
 }
-# A tensor takes about 150 bytes and 40 instructions of description, so these are 13,000 tensors;
-# the numbers themselves lie beside it.
+# The description of a tensor takes about 150 bytes and 40 instructions, so these are 13,000
+# tensors; the numbers themselves are outside the pickle.
 LONGEST_PICKLE = 2 * 2**20
 MOST_INSTRUCTIONS = 2**19
 LONGEST_DIRECTORY = 4 * 2**20  # bytes of a zip's directory, about 70 for each tensor
@@ -46,7 +46,7 @@ END, LOCATOR, LARGE_END = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 
 
 class Refused(ValueError):
-    """What describes no tensor; the text is what the user is told."""
+    """A file that does not describe tensors; the text is the message for the user."""
 
 
 def read_torch(path: Path) -> dict[str, Stored]:
@@ -75,27 +75,27 @@ def read_torch(path: Path) -> dict[str, Stored]:
             if order in entries and small(path, archive, entries[order], 16) != b"little":
                 raise Refused(f"{path} was written on a big-endian machine")
             program = small(path, archive, entries[main], LONGEST_PICKLE)
-            found = Machine(path, root, entries).run(program)
+            state = Machine(path, root, entries).run(program)
     except Refused as error:
         raise ValueError(str(error)) from None
-    # What zipfile raises for files that are none, and pickletools for a program that is cut off.
+    # Errors of zipfile for other files, and of pickletools for a program that is cut off.
     except (
         zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError, EOFError,
         ValueError, OverflowError, struct.error,
     ) as error:  # fmt: skip
-        said = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         raise ValueError(
-            f"{path} is cut off or no file of weights ({said}): copy or download it again"
+            f"{path} is cut off or not a file of weights ({message}): copy or download it again"
         ) from None
-    if not isinstance(found, dict) or not all(isinstance(x, Stored) for x in found.values()):
+    if not isinstance(state, dict) or not all(isinstance(x, Stored) for x in state.values()):
         raise ValueError(f"{path} holds something else than named tensors")
-    if strange := [name for name in found if not isinstance(name, str)]:
-        raise ValueError(f"{path} has a tensor named {value_text(strange[0])}: names are texts")
-    return dict(found)
+    if wrong_names := [name for name in state if not isinstance(name, str)]:
+        raise ValueError(f"{path} has a tensor named {value_text(wrong_names[0])}: names are texts")
+    return dict(state)
 
 
 def check_directory(path: Path) -> None:
-    """Raises where a zip's directory is longer than a model's: zipfile would read it whole."""
+    """Raises Refused if a zip's directory is too long for weights: zipfile would read all of it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(max(0, size - 2**16 - 22))
@@ -116,7 +116,7 @@ def check_directory(path: Path) -> None:
 
 
 def small(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> bytes:
-    """The content of an entry that is not compressed, of `most` bytes at most."""
+    """The content of an uncompressed entry of at most `most` bytes."""
     if entry.compress_type != zipfile.ZIP_STORED:
         raise Refused(f"{path}: {value_text(entry.filename)} is compressed, which torch never does")
     if entry.file_size > most:
@@ -129,26 +129,26 @@ def small(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: in
 
 @dataclass(frozen=True)
 class Word:
-    """A word of the program that means something here: what it makes of its arguments."""
+    """A known name in a program, and the function that it calls."""
 
     name: str
     makes: Callable[..., Any] | None = None
 
 
 class Mark:
-    """A place on the stack from which several values are taken together."""
+    """A marker on the stack; the values above it are taken together."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Where the numbers of some tensors lie: their type, their place in the file, their count."""
+    """The numbers of some tensors: their type, their offset in the file and their count."""
 
     dtype: np.dtype
     place: int
     count: int
 
 
-# Instructions that put the value that stands in the program itself on the stack.
+# Instructions that push a value from the program on the stack.
 VALUES = frozenset({
     "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE",
     "BINSTRING", "SHORT_BINSTRING", "NONE", "NEWTRUE", "NEWFALSE",
@@ -159,7 +159,7 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class Machine:
-    """Runs the program of one file; `Stored` comes out where torch would build tensors."""
+    """Runs the program of one file and builds `Stored` where torch would build tensors."""
 
     def __init__(self, path: Path, root: str, entries: dict[str, zipfile.ZipInfo]):
         self.path, self.root, self.entries = path, root, entries
@@ -173,13 +173,13 @@ class Machine:
         }
 
     def run(self, program: bytes) -> Any:
-        """What the program describes.
+        """The value that the program builds.
 
         Raises:
-          Refused: for an instruction or a word that describes no tensor.
+          Refused: for an instruction or a name that torch does not use for tensors.
           ValueError: for a program that is cut off.
         """
-        # Counted first: they are soon read, and slowly run.
+        # Counted first, because reading them is fast and running them is slow.
         if any(
             True for _ in itertools.islice(pickletools.genops(program), MOST_INSTRUCTIONS, None)
         ):
@@ -194,7 +194,7 @@ class Machine:
         raise ValueError("its description does not end")
 
     def step(self, name: str, value: Any) -> None:
-        """One instruction."""
+        """Runs one instruction."""
         if name in VALUES:
             self.stack.append(CONSTANTS.get(name, value))
         elif name in EMPTY:
@@ -224,76 +224,78 @@ class Machine:
         elif name == "REDUCE":
             self.call(self.pop(), self.pop())
         elif name == "BUILD":
-            # A state dict carries the versions of its modules, which say nothing about tensors.
+            # A state dict has the versions of its modules, which do not concern tensors.
             self.pop()
             self.expect(self.top(), dict)
         elif name not in ("PROTO", "FRAME"):
             raise Refused(
-                f"{self.path} has the instruction {name}, which is no part of a file of weights: "
+                f"{self.path} has the instruction {name}, which is not part of a file of weights: "
                 "it is refused; get the weights as safetensors"
             )
 
     def pop(self) -> Any:
-        """The last value of the stack, taken off."""
+        """Removes and returns the last value of the stack."""
         if not self.stack or self.stack[-1] is Mark:
-            raise ValueError("its description takes what was not given")
+            raise ValueError("its description takes a value that does not exist")
         return self.stack.pop()
 
     def top(self) -> Any:
         """The last value of the stack."""
         if not self.stack or self.stack[-1] is Mark:
-            raise ValueError("its description takes what was not given")
+            raise ValueError("its description takes a value that does not exist")
         return self.stack[-1]
 
     def marked(self) -> list[Any]:
-        """All values behind the last mark, taken off with it."""
-        found = []
+        """Removes the values after the last mark, and the mark, and returns the values."""
+        values = []
         while self.stack and self.stack[-1] is not Mark:
-            found.append(self.stack.pop())
+            values.append(self.stack.pop())
         if not self.stack:
-            raise ValueError("its description takes what was not given")
+            raise ValueError("its description takes a value that does not exist")
         self.stack.pop()
-        return found[::-1]
+        return values[::-1]
 
     def expect(self, value: Any, kind: Any) -> Any:
-        """`value`; Refused where it is of another kind than torch writes there."""
+        """`value`, or Refused if it has another type than torch writes there."""
         if not isinstance(value, kind):
             raise Refused(f"{self.path} holds something else than named tensors")
         return value
 
     def put(self, pairs: list[Any]) -> None:
-        """Names and values in turn, into the dictionary on top of the stack."""
+        """Adds alternating names and values to the dictionary on top of the stack."""
         target = self.expect(self.top(), dict)
         if len(pairs) % 2:
-            raise ValueError("its description names what has no value")
+            raise ValueError("its description has a name without a value")
         for name, value in zip(pairs[::2], pairs[1::2], strict=True):
             # A tuple as a name may be nested deeper than can be hashed.
             target[self.expect(name, str | int)] = value
 
     def append(self, values: list[Any]) -> None:
-        """Values behind the list on top of the stack."""
+        """Appends values to the list on top of the stack."""
         self.expect(self.top(), list).extend(values)
 
     def word(self, module: Any, name: Any) -> None:
-        """A word on the stack; Refused where it means nothing here."""
-        known = isinstance(module, str) and isinstance(name, str)
-        if not known or (module, name) not in self.words:
-            asked = f"{module}.{name}" if known else f"{value_text(module)}.{value_text(name)}"
+        """Pushes a known name on the stack; Refused for an unknown one."""
+        are_texts = isinstance(module, str) and isinstance(name, str)
+        if not are_texts or (module, name) not in self.words:
+            full_name = (
+                f"{module}.{name}" if are_texts else f"{value_text(module)}.{value_text(name)}"
+            )
             raise Refused(
-                f"{self.path} asks for {value_text(asked).strip(chr(39))}, which is no part of a "
-                "file "
-                "of weights: it is refused, for it could run code; get the weights as safetensors"
+                f"{self.path} asks for {value_text(full_name).strip(chr(39))}, which is not part "
+                "of a file of weights: it is refused, because it could run code; get the weights "
+                "as safetensors"
             )
         self.stack.append(self.words[module, name])
 
-    def call(self, given: Any, word: Any) -> None:
-        """What a word makes of its arguments, on the stack."""
-        if not isinstance(word, Word) or word.makes is None or not isinstance(given, tuple):
+    def call(self, arguments: Any, word: Any) -> None:
+        """Pushes the result of a known name for its arguments."""
+        if not isinstance(word, Word) or word.makes is None or not isinstance(arguments, tuple):
             raise Refused(f"{self.path} holds something else than named tensors")
-        self.stack.append(word.makes(*given[:8]))
+        self.stack.append(word.makes(*arguments[:8]))
 
     def dictionary(self, *pairs: Any) -> dict[str, Any]:
-        """An OrderedDict of torch, which is made empty and filled later."""
+        """An OrderedDict of torch, which starts empty and is filled later."""
         if pairs and pairs != ([],):
             raise Refused(f"{self.path} holds something else than named tensors")
         return {}
@@ -303,12 +305,16 @@ class Machine:
         del rest
         return self.expect(tensor, Stored)
 
-    def storage(self, said: Any) -> Storage:
+    def storage(self, description: Any) -> Storage:
         """Type, place in the file and length of one storage."""
-        wrong = Refused(f"{self.path}: storage {value_text(said)} is not as torch writes it")
-        if not isinstance(said, tuple) or len(said) != 5 or said[0] != "storage":
+        wrong = Refused(f"{self.path}: storage {value_text(description)} is not as torch writes it")
+        if (
+            not isinstance(description, tuple)
+            or len(description) != 5
+            or description[0] != "storage"
+        ):
             raise wrong
-        _, word, key, _, count = said
+        _, word, key, _, count = description
         named = isinstance(word, Word) and word.name in STORAGES
         if not named or not isinstance(key, str) or not natural(count):
             raise wrong
@@ -320,7 +326,7 @@ class Machine:
         if not stored or entry.file_size != count * dtype.itemsize:
             raise wrong
         with self.path.open("rb") as file:
-            # The local header has lengths of its own: torch pads it, so that numbers are aligned.
+            # The local header has its own lengths, because torch pads it to align the numbers.
             file.seek(entry.header_offset)
             header = file.read(30)
             total = file.seek(0, 2)
@@ -332,9 +338,9 @@ class Machine:
             raise Refused(f"{self.path} is cut off inside storage {value_text(key)}")
         return Storage(dtype, place, count)
 
-    def tensor(self, *said: Any) -> Stored:
+    def tensor(self, *arguments: Any) -> Stored:
         """A contiguous view of a storage."""
-        storage, offset, shape, strides = (*said, None, None, None, None)[:4]
+        storage, offset, shape, strides = (*arguments, None, None, None, None)[:4]
         numbers = isinstance(shape, tuple) and isinstance(strides, tuple)
         if not isinstance(storage, Storage) or not numbers or not natural(offset):
             raise Refused(f"{self.path} holds something else than named tensors")
@@ -355,5 +361,5 @@ class Machine:
 
 
 def natural(value: Any) -> bool:
-    """Whether a value is a whole number from 0, and no truth value."""
+    """Whether a value is a whole number from 0, and not a bool."""
     return type(value) is int and value >= 0

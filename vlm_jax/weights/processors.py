@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes the tokens and pixels of a model folder, by what the folder says of itself."""
+"""The processor of a model folder, from the folder's own facts."""
 
 from vlm_jax.data.images import Preparation
 from vlm_jax.data.processor import Processor, RowFormat
@@ -8,7 +8,7 @@ from vlm_jax.weights import ends, folder, preprocessor
 
 
 def processor_of(stored: folder.Model) -> Processor:
-    """What makes the tokens and pixels of a model folder. ValueError where it has no tokenizer."""
+    """The processor of a model folder. Raises ValueError if the folder has no tokenizer."""
     if stored.tokenizer is None or not folder.has_tokenizer(stored.tokenizer):
         raise ValueError(
             "this model folder has no tokenizer: convert it again with --tokenizer=DIR"
@@ -28,8 +28,8 @@ def processor_of(stored: folder.Model) -> Processor:
     tokenizer, image_token = load_tokenizer(stored.tokenizer), facts.get("image_token")
     check_vocabulary(tokenizer, size.llm.vocab, image=image_token)
     processor = Processor(tokenizer, rows, image_token)
-    more = ends.stops(stored.tokenizer)
-    if more is None:
-        more = facts.get("ends", {}).get("stop", [])
-    processor.stop_ids = tuple(dict.fromkeys([*processor.stop_ids, *more]))
+    stop_ids = ends.stops(stored.tokenizer)
+    if stop_ids is None:
+        stop_ids = facts.get("ends", {}).get("stop", [])
+    processor.stop_ids = tuple(dict.fromkeys([*processor.stop_ids, *stop_ids]))
     return processor

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The config.json of a model folder: every field is of its kind, none is missing or strange.
+"""Checks the config.json of a model folder: types of fields, missing and unknown fields.
 
-What a field may be is what the description that has it says: its annotation there.
+The type of a field is its annotation in the description (`LLMSize`, `ViTSize`, methods).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ ZERO = ("compressor.tokens", "compressor.queries")  # sizes of which 0 means som
 
 
 def check(fields: dict[str, Any]) -> None:
-    """ValueError with the first field of a model folder's config.json that cannot be read."""
+    """Raises ValueError with the first invalid field of a model folder's config.json."""
     check_model(fields)
     facts = table("facts", fields.get("facts"))
     check_image(table("facts.image", facts.get("image")))
@@ -33,11 +33,11 @@ def check(fields: dict[str, Any]) -> None:
 
 
 def check_image(image: dict[str, Any]) -> None:
-    """ValueError with the first field of `facts.image` that cannot be read."""
+    """Raises ValueError with the first invalid field of `facts.image`."""
     for name in ("mean", "std"):
         three(f"facts.image.{name}", image.get(name), positive=name == "std")
     allow("facts.image.fit", image.get("fit"), ("pad", "crop", "stretch"))
-    # What older folders lack has the value with which nothing changed.
+    # Fields that older folders lack have the value that changes nothing.
     image = OLDER | image
     allow("facts.image.resample", image["resample"], tuple(FILTERS.values()))
     # 0 alone stands for no resizing.
@@ -48,46 +48,46 @@ def check_image(image: dict[str, Any]) -> None:
 
 
 def check_model(fields: dict[str, Any]) -> None:
-    """ValueError with the first field of the sections that make a model which cannot be read.
+    """Raises ValueError with the first invalid field of the sections that describe a model.
 
-    A field of `vit` or `llm` that is absent gets the value that changed nothing when it was born.
+    A missing field of `vit` or `llm` that has a default gets it.
     """
     for name, cls in (("vit", ViTSize), ("llm", LLMSize)):
-        taken = dataclasses.fields(cls)
-        born = {of.name: of.default for of in taken if of.default is not dataclasses.MISSING}
-        needed = [of.name for of in taken if of.name not in born]
-        section(name, fields, {of.name: of.type for of in taken}, needed)
-        fields[name] = born | fields[name]
+        size_fields = dataclasses.fields(cls)
+        defaults = {f.name: f.default for f in size_fields if f.default is not dataclasses.MISSING}
+        needed = [f.name for f in size_fields if f.name not in defaults]
+        section(name, fields, {f.name: f.type for f in size_fields}, needed)
+        fields[name] = defaults | fields[name]
     section("compressor", fields, compressor_fields(), ("kind", "tokens"))
     allow("compressor.kind", fields["compressor"]["kind"], tuple(sorted(COMPRESSORS)))
 
 
 def compressor_fields() -> dict[str, Any]:
-    """Every field that some method reads, and of which kind it is: a folder has all of them."""
-    found: dict[str, Any] = {"kind": str}
+    """The fields of all methods and their types; a folder has all of them."""
+    kinds: dict[str, Any] = {"kind": str}
     for method in COMPRESSORS.values():
-        found |= {of.name: of.type for of in dataclasses.fields(method)}
-    return found | {"tokens": int}  # never a part of one, as a plan may ask for
+        kinds |= {f.name: f.type for f in dataclasses.fields(method)}
+    return kinds | {"tokens": int}  # not fractional, as in a plan
 
 
 def section(
     name: str, fields: dict[str, Any], kinds: Mapping[str, Any], needed: tuple[str, ...] | list[str]
 ) -> None:
-    """ValueError unless a section has all that is needed, and what it has is of its kind."""
-    found = table(name, fields.get(name))
-    if absent := [key for key in needed if key not in found]:
-        raise ValueError(f"{name} lacks {', '.join(absent)}: convert the model again")
-    for key, value in found.items():
+    """Raises ValueError unless a section has all needed fields, and all fields have their type."""
+    values = table(name, fields.get(name))
+    if missing := [key for key in needed if key not in values]:
+        raise ValueError(f"{name} lacks {', '.join(missing)}: convert the model again")
+    for key, value in values.items():
         if key not in kinds:
             raise ValueError(
-                f"{name}.{value_text(key).strip(chr(39))} is no field that is known here: a newer "
+                f"{name}.{value_text(key).strip(chr(39))} is not a known field: a newer "
                 f"version made the folder, or another program; known are {', '.join(kinds)}"
             )
         typed(f"{name}.{key}", value, kinds[key])
 
 
 def typed(name: str, value: Any, kind: Any) -> None:
-    """ValueError unless a value is of a kind: int, float, bool, str, or a sequence of ints."""
+    """Raises ValueError unless a value has the type `kind`: int, float, bool, str or ints."""
     if kind is int:
         whole(name, value, least=int(name not in ZERO), most=MOST.get(name.split(".")[-1], LARGEST))
     elif kind is float:
@@ -105,7 +105,7 @@ def typed(name: str, value: Any, kind: Any) -> None:
 
 
 def three(name: str, value: Any, *, positive: bool) -> None:
-    """ValueError unless there is a number for red, green and blue."""
+    """Raises ValueError unless there is a number for red, green and blue."""
     numbers = value if isinstance(value, list | tuple) else []
     good = [type(x) in (int, float) and finite(x) and (x > 0 or not positive) for x in numbers]
     if len(good) != 3 or not all(good):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes that a configuration names, held against the tensors that are there.
+"""Compares the sizes of a configuration with the shapes of its tensors.
 
-Before anything is built: names and shapes of every layer that a configuration promises are made
-when a model is described, and 300,000 layers take minutes and gigabytes.
+This happens before anything is built: describing a model makes names and shapes of every layer, and
+300,000 layers take minutes and gigabytes.
 """
 
 import re
@@ -11,21 +11,21 @@ from typing import Any
 
 Section = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
-# The tables that say how large a model is at all.
+# The tables that define the size of a model.
 POSITIONS, WORDS = "vit.embeddings.position_embedding.weight", "llm.embed_tokens.weight"
 LAYER = {"llm": r"llm\.layers\.(\d{1,9})\.", "vit": r"vit\.encoder\.layers\.(\d{1,9})\."}
 
 
 def patches(vit: Section) -> int:
-    """How many patches an image has."""
+    """The number of patches of an image."""
     return (vit["image_size"] // vit["patch_size"]) ** 2
 
 
 def check(vit: Section, llm: Section, shapes: Shapes) -> None:
-    """ValueError where encoder or LLM are described otherwise than their tensors are shaped.
+    """Raises ValueError if the sizes of encoder or LLM differ from the shapes of their tensors.
 
-    `shapes` has the tensors under their one name. Those that are missing are not looked at, but for
-    the tables that say how large a model is at all.
+    `shapes` are by canonical name. Missing tensors are ignored here, except for the tables that
+    define the size of a model.
     """
     side = vit["image_size"] // vit["patch_size"]
     rows = side**2 + int(vit["class_token"])
@@ -47,21 +47,21 @@ def check(vit: Section, llm: Section, shapes: Shapes) -> None:
     ):
         shape = shapes.get(name)
         if shape is None and name in (POSITIONS, WORDS):
-            raise ValueError(f"it has no tensor {name}, without which it is no whole model")
+            raise ValueError(f"it has no tensor {name}, so it is not a whole model")
         if shape is not None and (len(shape) <= axis or shape[axis] != value):
             raise ValueError(f"config.json says {field} = {value}, and {name} is {shape}")
     for part, section in (("vit", vit), ("llm", llm)):
-        found = {int(m[1]) for name in shapes if (m := re.match(LAYER[part], name))}
-        if section["depth"] > len(found):
+        layers = {int(m[1]) for name in shapes if (m := re.match(LAYER[part], name))}
+        if section["depth"] > len(layers):
             raise ValueError(
                 f"config.json says {part}.depth (num_hidden_layers) = {section['depth']}, and the "
-                f"tensors have {len(found)} such layers: the file is not whole, or not of this "
+                f"tensors have {len(layers)} such layers: the file is incomplete, or not of this "
                 "configuration"
             )
 
 
 def check_compressor(vit: Section, compressor: Section, tensors: Mapping[str, Any]) -> None:
-    """ValueError where a compressor promises more tokens or queries than can be there."""
+    """Raises ValueError if a compressor has more tokens or queries than its tensors allow."""
     most = patches(vit) + 1
     queries = getattr(tensors.get("compressor.query"), "shape", (0,))[0]
     most = max(most, queries)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user has, gathered into one model: a published LLaVA, or tower, compressor and LLM."""
+"""Reads a published model, or a tower, a compressor and an LLM, as one `folder.Model`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,17 +22,17 @@ Section = dict[str, Any]
 
 
 def llava(path: Path, *, vision: Path | None, wish: Wish) -> Model:
-    """A whole published model, its compressor with it, or a model folder of ours.
+    """A whole published model including its compressor, or a model folder.
 
-    `vision` is where the tower of a LLaVA in its first layout lies; `wish` is what the flags say of
-    the compressor, which is replaced only where they say so by name.
+    `vision` is the folder of the tower for a LLaVA in its first layout. `wish` holds the flags
+    about the compressor, which is replaced only with an explicit flag.
     """
     fields = read_json(path / "config.json")
     if fields.get("model_type") == folder.MODEL_TYPE:
-        if given := wish.flags() + ([f"--vision={vision}"] if vision else []):
+        if flags := wish.flags() + ([f"--vision={vision}"] if vision else []):
             raise ValueError(
                 f"{path} is a model folder already: it is converted as it is, without "
-                f"{' '.join(given)}"
+                f"{' '.join(flags)}"
             )
         return folder.read(path)
     described = architectures.read(path)
@@ -55,18 +55,18 @@ def llava(path: Path, *, vision: Path | None, wish: Wish) -> Model:
         sizes.check(vit, described.llm, {n: x.shape for n, x in tensors.items()})
         inside = any(name.startswith("compressor.") for name in tensors)
         if wish.projector and not (inside or wish.kind or wish.replace):
-            # What stage 1 has saved beside a model whose configuration tells of it.
+            # Weights that stage 1 saved separately from a model whose configuration names them.
             tensors |= projector(wish.projector)
         trained = methods.inside(flat, {n: x.shape for n, x in tensors.items()}, vit, wish)
-    told = facts(path, vision or path, vit, described)
+    model_facts = facts(path, vision or path, vit, described)
     model = Model(
         vit,
         described.llm,
         folder.PLAIN | dict(tokens=sizes.patches(vit) + vit["keep_class"]),
-        told,
+        model_facts,
         tensors,
         path,
-        preprocessor.notes(vision or path, told["image"]) | notes,
+        preprocessor.notes(vision or path, model_facts["image"]) | notes,
     )
     if trained is None or wish.replace:
         return fitted(model, wish) if wish.flags() else model
@@ -79,24 +79,26 @@ def llava(path: Path, *, vision: Path | None, wish: Wish) -> Model:
 
 
 def refuse_newline(tensors: dict[str, Stored]) -> None:
-    """ValueError for the tensor with which LLaVA-1.6 ends each row of an image's tiles."""
-    if found := [name for name in tensors if name.rpartition(".")[2] == "image_newline"]:
+    """Raises ValueError for the tensor with which LLaVA-1.6 ends each row of image tiles."""
+    if newlines := [name for name in tensors if name.rpartition(".")[2] == "image_newline"]:
         raise ValueError(
-            f"it has {found[0]}: LLaVA-1.6 and NeXT cut images into tiles, which is not supported: "
-            "take a LLaVA-1.5"
+            f"it has {newlines[0]}: LLaVA-1.6 and NeXT cut images into tiles, which is not "
+            "supported: take a LLaVA-1.5"
         )
 
 
 def tower_of_llava15(
     path: Path, vision: Path | None, choice: Section, tensors: dict[str, Stored]
 ) -> tuple[Section, Section]:
-    """The `vit` section of a LLaVA in its first layout, and what is to be noted of its tower, whose
-    tensors join `tensors`."""
+    """The `vit` section of a LLaVA in its first layout, and notes about its tower.
+
+    The tower's tensors are added to `tensors`.
+    """
     fields = read_json(path / "config.json")
     name = fields.get("mm_vision_tower", "openai/clip-vit-large-patch14-336")
     if vision is None:
         raise ValueError(
-            f"{path} is a LLaVA-1.5 as first published, whose vision tower lies elsewhere: give "
+            f"{path} is a LLaVA-1.5 as first published, whose vision tower is elsewhere: give "
             f"--vision=DIR, a folder with {value_text(name).strip(chr(39))}"
         )
     vit, tower = of_tower(vision)
@@ -105,8 +107,8 @@ def tower_of_llava15(
     if not fields.get("unfreeze_mm_vision_tower"):
         if inside := [n for n in tensors if n.startswith("vit.")]:
             notes["tower"] = (
-                f"{len(inside)} tensors of the tower inside were left for those of {vision}, as "
-                "config.json has no unfreeze_mm_vision_tower"
+                f"{len(inside)} tensors of the tower inside were replaced by those of {vision}, "
+                "because config.json has no unfreeze_mm_vision_tower"
             )
         for name in inside:
             del tensors[name]
@@ -123,7 +125,7 @@ def tower_of_llava15(
 
 
 def assembled(vision: Path, llm: Path, wish: Wish) -> Model:
-    """A new model of a tower, a compressor and a language model."""
+    """A new model from a tower, a compressor and a language model."""
     if wish.replace:
         raise ValueError("--replace-compressor is for --from: a new model has none to replace")
     vit, tensors = of_tower(vision)
@@ -135,22 +137,22 @@ def assembled(vision: Path, llm: Path, wish: Wish) -> Model:
         tensors |= alone("llm.", names.renamed(stored), "language model")
         sizes.check(vit, described.llm, {n: x.shape for n, x in tensors.items()})
     none = folder.PLAIN | dict(tokens=sizes.patches(vit))
-    told = facts(llm, vision, vit, described)
-    about = preprocessor.notes(vision, told["image"])
-    made = Model(vit, described.llm, none, told, tensors, llm, about)
-    return with_compressor(made, wish)
+    model_facts = facts(llm, vision, vit, described)
+    notes = preprocessor.notes(vision, model_facts["image"])
+    model = Model(vit, described.llm, none, model_facts, tensors, llm, notes)
+    return with_compressor(model, wish)
 
 
 def alone(part: str, tensors: dict[str, Stored], what: str) -> dict[str, Stored]:
-    """The tensors of one part; ValueError where there are others, which would be lost."""
-    strange = [n for n in tensors if not n.startswith(part) and not names.matches(n, names.UNREAD)]
-    if strange:
-        raise ValueError(f"it is no {what} alone: it also has {names.names_text(strange, 4)}")
+    """The tensors of one part. Raises ValueError if there are others, which would be lost."""
+    others = [n for n in tensors if not n.startswith(part) and not names.matches(n, names.UNREAD)]
+    if others:
+        raise ValueError(f"it is not only a {what}: it also has {names.names_text(others, 4)}")
     return {name: x for name, x in tensors.items() if name.startswith(part)}
 
 
 def of_tower(path: Path) -> tuple[Section, dict[str, Stored]]:
-    """The `vit` section and the tensors of a vision tower, alone or the half of a CLIP."""
+    """The `vit` section and the tensors of a vision tower, alone or as part of a CLIP."""
     described = architectures.read(path)
     if described.kind != "tower":
         raise ValueError(f"--vision={path} holds a {described.kind}, not a vision tower")
@@ -161,7 +163,7 @@ def of_tower(path: Path) -> tuple[Section, dict[str, Stored]]:
 
 
 def facts(path: Path, vision: Path, vit: Section, described: architectures.Published) -> Section:
-    """What generation needs to know besides the sizes."""
+    """Facts that generation needs in addition to the sizes."""
     return dict(
         image=preprocessor.facts(vision, vit, pad=described.image_fit == "pad"),
         image_token=described.image_token,
@@ -172,18 +174,18 @@ def facts(path: Path, vision: Path, vit: Section, described: architectures.Publi
 
 
 def template(path: Path, described: architectures.Published) -> str:
-    """How a conversation is written for this model: a name of data.template."""
+    """The conversation template of this model: a name of data.template."""
     own = any((path / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
     if not own and (path / "tokenizer_config.json").is_file():
         own = bool(read_json(path / "tokenizer_config.json").get("chat_template"))
     if described.kind == "llava-1.5" or not own:
         return "chatml" if "qwen" in described.family else "vicuna_v1"
-    # Qwen's own template is chatml, the system text apart, which changed between its versions.
+    # Qwen's own template is chatml, except for the system text, which differs between its versions.
     return "chatml" if described.kind == "llm" and "qwen" in described.family else "checkpoint"
 
 
 def numbers(text: str | None) -> tuple[int, ...] | None:
-    """Ascending block numbers written with commas."""
+    """Block numbers from a text with commas; None for None."""
     if text is None:
         return None
     parts: Sequence[str] = text.split(",")
@@ -193,17 +195,17 @@ def numbers(text: str | None) -> tuple[int, ...] | None:
 
 
 def of_run(path: Path, config: ConfigDict, model: vlm.VLM) -> Model:
-    """A model that `vlm-jax train` made, from its configuration and its weights in memory."""
-    about = described_run(path, config)
-    about.tensors = folder.tensors_of(model)
-    return about
+    """A model trained by `vlm-jax train`, from its configuration and its weights in memory."""
+    description = described_run(path, config)
+    description.tensors = folder.tensors_of(model)
+    return description
 
 
 def described_run(path: Path, config: ConfigDict) -> Model:
-    """What a run's configuration says of its model; no tensor is in it."""
+    """The model that a run's configuration describes, without tensors."""
     compressor = vlm.shapes(VLMSize.of(config)).compressor
-    # Rows had room for as many as it can give: of a request's V, or of an image that chooses.
-    most = max(compressor.tokens, config.compressor.tokens, *compressor.buckets)
+    # Rows had room for the most tokens: the largest V of requests or of an adaptive method.
+    largest = max(compressor.tokens, config.compressor.tokens, *compressor.buckets)
     return Model(
         config.vit.to_dict(),
         config.llm.to_dict(),
@@ -211,7 +213,7 @@ def described_run(path: Path, config: ConfigDict) -> Model:
         dict(
             image=preprocessor.of_data(config.data),
             image_token=None,
-            max_length=config.data.text_length + most * config.data.images_per_row,
+            max_length=config.data.text_length + largest * config.data.images_per_row,
             template=config.data.template,
             ends=ends.of_run(config.start_from),
         ),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that lie in files, as yet unread; and the safetensors format, read and written in pieces.
+"""Tensors in files, read on demand, and the safetensors format, read and written in pieces.
 
 Format: https://github.com/huggingface/safetensors#format. Its own reader maps whole files, and its
-writer takes a whole shard in memory; here no more than one tensor or one piece of it ever is.
+writer holds a whole shard in memory; here memory holds at most one tensor or one piece of it.
 """
 
 import json
@@ -34,18 +34,17 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-WEIGHTS = ("F32", "F16", "BF16", "F64")  # what the numbers of a model may be stored in
+WEIGHTS = ("F32", "F16", "BF16", "F64")  # allowed types of a model's numbers
 PIECE = 64 * 2**20  # bytes read, cast and written at a time
 # Bytes. The format's own reader takes 100 MB, and JSON of that size takes several GB of memory; a
 # shard with ten thousand tensors has 1.5 MB.
 LONGEST_HEADER = 4 * 2**20
-BLOCK = 2**22  # numbers looked at together, so that looking takes little memory
+BLOCK = 2**22  # numbers checked together, to limit memory
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A C-ordered little-endian tensor at an offset of a file; nothing is read before it is asked
-    for."""
+    """A C-ordered little-endian tensor at an offset of a file, read on demand."""
 
     path: Path
     offset: int
@@ -54,11 +53,11 @@ class Stored:
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """The number of its elements."""
         return math.prod(self.shape)
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start` to `stop` of the first axis (of a scalar: itself)."""
+        """Rows `start` to `stop` of the first axis; a scalar is returned as it is."""
         if not self.shape:
             return self.part(0, 1).reshape(())
         stop = self.shape[0] if stop is None else stop
@@ -72,7 +71,7 @@ class Stored:
             yield self.part(start, min(start + step, self.size))
 
     def part(self, start: int, stop: int) -> np.ndarray:
-        """The numbers from place `start` up to `stop`, in order, flat."""
+        """The numbers from position `start` up to `stop`, in order, flat."""
         size = self.dtype.itemsize
         # Bytes first: numpy's file reader does not know bfloat16.
         raw = np.fromfile(
@@ -84,10 +83,10 @@ class Stored:
 
 
 def read_safetensors(path: Path) -> dict[str, Stored]:
-    """What a safetensors file holds, from its header alone.
+    """The tensors of a safetensors file; only its header is read.
 
     Raises:
-      ValueError: for a file that is cut off, or is none.
+      ValueError: for a file that is cut off or is not a safetensors file.
     """
     total = path.stat().st_size
     with path.open("rb") as file:
@@ -95,7 +94,7 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else total
         if length > min(LONGEST_HEADER, total - 8):
             raise ValueError(
-                f"{path} is cut off or no safetensors file: it has {total} bytes, its header "
+                f"{path} is cut off or not a safetensors file: it has {total} bytes, its header "
                 f"would end at {length + 8}; copy or download it again"
             )
         try:
@@ -104,68 +103,68 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
             raise ValueError(f"{path}: its header names {error} twice") from None
         # Nested 100,000 deep, JSON is a RecursionError.
         except (ValueError, RecursionError):
-            raise ValueError(f"{path} is no safetensors file: its header is not JSON") from None
+            raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from None
     if not isinstance(header, dict):
-        raise ValueError(f"{path} is no safetensors file: its header describes no tensors")
+        raise ValueError(f"{path} is not a safetensors file: its header describes no tensors")
     header.pop("__metadata__", None)
-    entries = sorted(described(path, name, of) for name, of in header.items())
-    found, end = {}, 8 + length
+    entries = sorted(described(path, name, entry) for name, entry in header.items())
+    tensors, end = {}, 8 + length
     for start, stop, name, kind, shape in entries:
         tensor = Stored(path, 8 + length + start, DTYPES[kind], shape)
         if tensor.offset != end or stop - start != tensor.size * tensor.dtype.itemsize:
-            raise ValueError(f"{path}: the header is at odds with itself at {name}")
-        found[name], end = tensor, 8 + length + stop
+            raise ValueError(f"{path}: the header contradicts itself at {name}")
+        tensors[name], end = tensor, 8 + length + stop
     if end != total:
         raise ValueError(
             f"{path} is cut off: it has {total} bytes, its header promises {end}; "
             "copy or download it again"
         )
-    return found
+    return tensors
 
 
 class Repeated(ValueError):
-    """A name that an object of JSON has twice: which of the two counts, readers disagree about."""
+    """A name that occurs twice in a JSON object; readers disagree on which one counts."""
 
 
 def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; Repeated where a name is there twice."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    """A JSON object. Raises Repeated if a name occurs twice."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
         counts = Counter(name for name, _ in pairs)
         raise Repeated(value_text(counts.most_common(1)[0][0]))
-    return found
+    return fields
 
 
-def described(path: Path, name: str, of: Any) -> tuple[int, int, str, str, tuple[int, ...]]:
-    """Begin, end, name, type and shape of one entry of a header; ValueError where it is none."""
-    said = f"{path} is no safetensors file: {value_text(name)} in its header"
-    if not isinstance(of, dict):
-        raise ValueError(f"{said} is {value_text(of)}, which describes no tensors")
-    if absent := [field for field in ("dtype", "shape", "data_offsets") if field not in of]:
-        raise ValueError(f"{said} has no {', '.join(absent)} and describes no tensors")
-    kind, shape, places = of["dtype"], of["shape"], of["data_offsets"]
+def described(path: Path, name: str, entry: Any) -> tuple[int, int, str, str, tuple[int, ...]]:
+    """Begin, end, name, type and shape of one entry of a header; ValueError if it is invalid."""
+    where = f"{path} is not a safetensors file: {value_text(name)} in its header"
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is {value_text(entry)}, which describes no tensors")
+    if missing := [field for field in ("dtype", "shape", "data_offsets") if field not in entry]:
+        raise ValueError(f"{where} has no {', '.join(missing)} and describes no tensors")
+    kind, shape, places = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
         raise ValueError(
             f"{path}: {value_text(name)} has dtype {value_text(kind).strip(chr(39))}: weights may "
             f"be {', '.join(WEIGHTS)}"
         )
     for field, numbers, most in (("shape", shape, 64), ("data_offsets", places, 2)):
-        whole = isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
-        if not whole or len(numbers) > most or (field == "data_offsets" and len(numbers) < 2):
+        are_whole = isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+        if not are_whole or len(numbers) > most or (field == "data_offsets" and len(numbers) < 2):
             raise ValueError(
-                f"{said} has {field}={value_text(numbers)}: whole numbers from 0 are needed"
+                f"{where} has {field}={value_text(numbers)}: whole numbers from 0 are needed"
             )
     return *places, name, kind, tuple(shape)
 
 
 def all_finite(numbers: np.ndarray) -> bool:
-    """Whether no number is infinite or none at all (NaN)."""
+    """Whether all numbers are finite."""
     flat = numbers.reshape(-1)
     return all(_finite(flat[i : i + BLOCK]) for i in range(0, flat.size, BLOCK))
 
 
 def _finite(numbers: np.ndarray) -> bool:
-    # By the bits of the exponent: the slow half types are not computed with.
+    # By the bits of the exponent, because arithmetic on half types is slow.
     exponent = {DTYPES["BF16"]: 0x7F80, DTYPES["F16"]: 0x7C00}.get(numbers.dtype)
     if exponent is None:
         return bool(np.isfinite(numbers).all())
@@ -173,10 +172,10 @@ def _finite(numbers: np.ndarray) -> bool:
 
 
 def equal(one: Stored | np.ndarray, other: Stored | np.ndarray) -> bool:
-    """Whether two tensors hold the same numbers, whatever their types; read in pieces."""
+    """Whether two tensors hold the same numbers, in any types; they are read in pieces."""
     if one is other or one.shape != other.shape:
         return one is other
-    # One storage that two names share, as torch saves tied weights.
+    # One storage with two names, as torch saves tied weights.
     if type(one) is type(other) is Stored and one == other:
         return True
     return all(
@@ -189,7 +188,7 @@ def equal(one: Stored | np.ndarray, other: Stored | np.ndarray) -> bool:
 
 
 def part(tensor: Stored | np.ndarray, start: int, stop: int) -> np.ndarray:
-    """The numbers of a tensor from place `start` up to `stop`, in order, flat."""
+    """The numbers of a tensor from position `start` up to `stop`, in order, flat."""
     if isinstance(tensor, Stored):
         return tensor.part(start, min(stop, tensor.size))
     return tensor.reshape(-1)[start:stop]
@@ -197,9 +196,9 @@ def part(tensor: Stored | np.ndarray, start: int, stop: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pending:
-    """A tensor that is to be written: its numbers are made when their turn comes.
+    """A tensor to be written; `pieces` computes its numbers when they are needed.
 
-    where: what a message about them begins with, the file that they are read from.
+    `where` is the beginning of messages about them, the file that they are read from.
     """
 
     name: str
@@ -210,6 +209,7 @@ class Pending:
 
     @property
     def nbytes(self) -> int:
+        """Its size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -241,7 +241,7 @@ def write_safetensors(folder: Path, tensors: list[Pending], *, shard: int = 5 * 
 def write_file(path: Path, tensors: list[Pending]) -> None:
     """Writes one safetensors file."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    # Names in order, as the format's own writer has them within one dtype.
+    # Sorted names, as the format's own writer does within one dtype.
     tensors = sorted(tensors, key=lambda t: t.name)
     for tensor in tensors:
         start, end = end, end + tensor.nbytes
@@ -257,10 +257,9 @@ def write_file(path: Path, tensors: list[Pending]) -> None:
                 if not all_finite(piece):
                     raise ValueError(
                         f"{tensor.where}{tensor.name} holds NaN or infinite numbers: a model with "
-                        "them answers nothing; get the file again, or take a checkpoint from "
-                        "before they came"
+                        "them cannot answer; get the file again, or take an earlier checkpoint"
                     )
-                # Overflow to infinity is looked for below, and said with the tensor's name.
+                # Overflow to infinity is checked below, with the tensor's name in the message.
                 with np.errstate(over="ignore"):
                     cast = np.ascontiguousarray(piece).astype(tensor.dtype, copy=False)
                 if cast.dtype != piece.dtype and not finite_as(piece, cast):
@@ -273,5 +272,5 @@ def write_file(path: Path, tensors: list[Pending]) -> None:
 
 def finite_as(before: np.ndarray, after: np.ndarray) -> bool:
     """Whether casting made no finite number infinite."""
-    lost = ~np.isfinite(after)
-    return not lost.any() or not np.isfinite(before[lost]).any()
+    infinite = ~np.isfinite(after)
+    return not infinite.any() or not np.isfinite(before[infinite]).any()

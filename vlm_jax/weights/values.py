@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of files that strangers wrote: each is what its name asks for, or refused by that name."""
+"""Checks of values in files from elsewhere; an error starts with the name of the value."""
 
 import math
 from typing import Any
 
-LARGEST = 10**8  # of every size; a model of this width would not fit anywhere
+LARGEST = 10**8  # of every size; no machine could hold a model of this width
 
 
 def whole(name: str, value: Any, *, least: int = 1, most: int = LARGEST) -> int:
-    """A whole number of `least` to `most`; ValueError with the name."""
+    """A whole number from `least` to `most`. Raises ValueError with the name."""
     if type(value) is not int or not least <= value <= most:
         raise ValueError(
             f"{name}={value_text(value)}: a whole number from {least} to {most} is needed"
@@ -17,7 +17,7 @@ def whole(name: str, value: Any, *, least: int = 1, most: int = LARGEST) -> int:
 
 
 def number(name: str, value: Any, *, least: float = 0.0) -> float:
-    """A finite number above `least`; ValueError with the name."""
+    """A finite number above `least`. Raises ValueError with the name."""
     if type(value) not in (int, float) or not finite(value) or value <= least:
         raise ValueError(f"{name}={value_text(value)}: a finite number above {least:g} is needed")
     return float(value)
@@ -32,32 +32,32 @@ def finite(value: int | float) -> bool:
 
 
 def text(name: str, value: Any) -> str:
-    """A string; ValueError with the name."""
+    """A string. Raises ValueError with the name."""
     if not isinstance(value, str):
         raise ValueError(f"{name}={value_text(value)}: a text is needed")
     return value
 
 
 def table(name: str, value: Any) -> dict[str, Any]:
-    """A JSON object; ValueError with the name."""
+    """A JSON object. Raises ValueError with the name."""
     if not isinstance(value, dict):
         raise ValueError(f"{name}={value_text(value)}: an object with named fields is needed")
     return value
 
 
 def value_text(value: Any, most: int = 80) -> str:
-    """A value as it is written in a message: one line, however long it is."""
-    # Of large containers only their size is said: their text might not fit in memory.
+    """A value as one short line for a message."""
+    # Large containers are shown by their size: their text might not fit in memory.
     if not short(value):
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, int) and value.bit_length() > 200:
         return f"a number of {value.bit_length()} bits"
-    said = " ".join(repr(value[:most] if isinstance(value, str) else value).split())
-    return said if len(said) <= most else f"{said[:most]}..."
+    shown = " ".join(repr(value[:most] if isinstance(value, str) else value).split())
+    return shown if len(shown) <= most else f"{shown[:most]}..."
 
 
 def short(value: Any, levels: int = 3) -> bool:
-    """Whether a value holds no more than a line could show."""
+    """Whether a value is small enough for one line."""
     if not isinstance(value, (list, tuple, dict)):
         return True
     inside = value.values() if isinstance(value, dict) else value
@@ -65,12 +65,12 @@ def short(value: Any, levels: int = 3) -> bool:
 
 
 def depth(value: Any, most: int) -> int:
-    """How deep containers are nested inside each other, at most `most`."""
-    level, reached = [value], 0
-    while reached < most:
+    """The nesting depth of containers, counted up to `most`."""
+    level, levels = [value], 0
+    while levels < most:
         level = [x for x in level if isinstance(x, (list, tuple, dict))]
         if not level:
             break
         level = [y for x in level for y in (x.values() if isinstance(x, dict) else x)]
-        reached += 1
-    return reached
+        levels += 1
+    return levels

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from vlm_jax.data.benchmark.scenes import COLOR_NAMES, KINDS, SIZES, Scene
 
-FILLER_RATE = 0.05  # questions that open with words that say nothing
-SYNONYM_RATE = 0.1  # words replaced by one of their synonyms
+FILLER_RATE = 0.05  # share of questions that begin with filler words
+SYNONYM_RATE = 0.1  # share of words replaced by a synonym
 
 SYNONYMS = {
     "big": ("large",),
@@ -73,14 +73,15 @@ class View:
         self.side = side
 
     def mask(self, p: Phrase) -> int:
-        found = self.all
+        """The bits of the shapes that a description fits."""
+        mask = self.all
         if p.size >= 0:
-            found &= self.sizes[p.size]
+            mask &= self.sizes[p.size]
         if p.color >= 0:
-            found &= self.colors[p.color]
+            mask &= self.colors[p.color]
         if p.kind >= 0:
-            found &= self.kinds[p.kind]
-        return found
+            mask &= self.kinds[p.kind]
+        return mask
 
     def phrase(self, index: int, parts: str) -> Phrase:
         """The description of shape `index` by "s" size, "c" color, "k" kind."""
@@ -92,7 +93,7 @@ class View:
         )
 
     def any_phrase(self, parts: str) -> Phrase:
-        """A description with these parts: of a shape that is there, or, as often, at random."""
+        """A description with these parts: of a shape of the scene or, as often, at random."""
         rng = self.rng
         if rng.random() < 0.5:
             return self.phrase(rng.randrange(len(self.shapes)), parts)
@@ -114,8 +115,7 @@ class View:
             for parts in ("k", "c", "ck", "sk", "sc", "sck")
             if not set(parts) & set(without) and self.mask(self.phrase(index, parts)) == 1 << index
         ]
-        # A longer description than needed gives the answer away no more, and adds words: keep it
-        # rare.
+        # A longer description than needed adds words without information: keep it rare.
         options = (
             [p for p in options if len(p) == len(options[0])] if rng.random() < 0.8 else options
         )
@@ -123,10 +123,12 @@ class View:
 
     # Wording.
     def word(self, word: str) -> str:
+        """The word or, sometimes, a synonym."""
         others = SYNONYMS.get(word)
         return self.rng.choice(others) if others and self.rng.random() < SYNONYM_RATE else word
 
     def say(self, p: Phrase, plural: bool = False) -> str:
+        """A description in words, without article."""
         words = [self.word(SIZES[p.size])] if p.size >= 0 else []
         if p.color >= 0:
             words.append(COLOR_NAMES[p.color])
@@ -137,12 +139,15 @@ class View:
         return " ".join(words)
 
     def a(self, p: Phrase) -> str:
+        """A description in words with "a" or "an"."""
         text = self.say(p)
         return ("an " if text[0] in "aeiou" else "a ") + text
 
     def relation(self, name: str) -> str:
+        """One of the wordings of a relation."""
         return self.rng.choice(RELATIONS[name])
 
     def ask(self, *wordings: str) -> str:
+        """One of the wordings of a question, sometimes with filler words before it."""
         text = self.rng.choice(wordings)
         return f"{self.rng.choice(FILLERS)} {text}" if self.rng.random() < FILLER_RATE else text

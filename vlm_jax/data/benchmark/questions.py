@@ -65,8 +65,8 @@ def exists(v: View):
 def count(v: View):
     parts = v.rng.choice(("c", "k", "c", "k", "s"))
     p = v.any_phrase(parts)
-    found = v.mask(p).bit_count()
-    if found > (MOST if len(parts) == 1 else 2):
+    number = v.mask(p).bit_count()
+    if number > (MOST if len(parts) == 1 else 2):
         return None
     s = v.say(p, plural=True)
     text = v.ask(
@@ -75,7 +75,7 @@ def count(v: View):
         f"count the {s}.",
         f"what is the number of {s}?",
     )
-    return _question("count", "count:" + parts, p, str(found), text)
+    return _question("count", "count:" + parts, p, str(number), text)
 
 
 # compare
@@ -160,7 +160,7 @@ def is_beside(v: View):
 
 
 def _step(v: View, anchor: int, without: str) -> tuple[int, str, Phrase, str] | None:
-    """A shape singled out by a relation to `anchor`: its index, words, phrase and relation."""
+    """A shape identified by a relation to `anchor`: its index, words, phrase and relation."""
     name = v.rng.choice(tuple(RELATIONS))
     near = v.side[name][anchor]
     if not near:
@@ -214,9 +214,9 @@ def extreme(v: View):
 # attribute
 def attribute(v: View):
     part = v.rng.choice("csk")
-    if (found := v.named(without=part)) is None:
+    if (shape := v.named(without=part)) is None:
         return None
-    index, p = found
+    index, p = shape
     s = v.say(p)
     if part == "s":
         first = v.rng.randrange(2)
@@ -233,16 +233,16 @@ def attribute(v: View):
 
 
 def is_color(v: View):
-    if (found := v.named(without="c")) is None:
+    if (shape := v.named(without="c")) is None:
         return None
-    index, p = found
-    own = v.shapes[index].color
-    color = own if v.rng.random() < 0.5 else v.rng.randrange(len(COLOR_NAMES))
+    index, p = shape
+    true_color = v.shapes[index].color
+    color = true_color if v.rng.random() < 0.5 else v.rng.randrange(len(COLOR_NAMES))
     text = v.ask(
         f"is the {v.say(p)} {COLOR_NAMES[color]}?",
         f"does the {v.say(p)} look {COLOR_NAMES[color]}?",
     )
-    return _question("attribute", "is_color", (p, color), _yes(color == own), text)
+    return _question("attribute", "is_color", (p, color), _yes(color == true_color), text)
 
 
 # composition
@@ -250,13 +250,13 @@ def chain(v: View):
     depth, attribute = v.rng.choice(CHAIN_DEPTH), v.rng.choice("ck")
     if (anchor := v.named()) is None:
         return None
-    index, key, words, seen = anchor[0], [anchor[1]], v.say(anchor[1]), 1 << anchor[0]
+    index, key, words, visited = anchor[0], [anchor[1]], v.say(anchor[1]), 1 << anchor[0]
     for k in range(depth):
         step = _step(v, index, attribute if k == depth - 1 else "")
-        if step is None or seen >> step[0] & 1:
+        if step is None or visited >> step[0] & 1:
             return None
         index, more_words, p, name = step
-        seen |= 1 << index
+        visited |= 1 << index
         key += [p, name]
         words = f"{more_words} {words}"
     answer, what = _about(v, index, attribute)
@@ -283,27 +283,27 @@ def logic(v: View):
 def not_a(v: View):
     one, other = v.rng.choice(("ck", "kc", "sk", "sc"))
     p, q = v.any_phrase(one), v.any_phrase(other)
-    found = v.mask(p) & ~v.mask(q)
+    mask = v.mask(p) & ~v.mask(q)
     if v.rng.random() < 0.5:
         word = COLOR_NAMES[q.color] if other == "c" else v.a(q)
         text = v.ask(
             f"is there {v.a(p)} that is not {word}?", f"can you see {v.a(p)} which is not {word}?"
         )
-        return _question("composition", "not", (p, q), _yes(found > 0), text)
-    if found.bit_count() > 2:
+        return _question("composition", "not", (p, q), _yes(mask > 0), text)
+    if mask.bit_count() > 2:
         return None
     word = COLOR_NAMES[q.color] if other == "c" else v.say(q, True)
     text = v.ask(f"how many {v.say(p, True)} are not {word}?")
-    return _question("composition", "count_not", (p, q), str(found.bit_count()), text)
+    return _question("composition", "count_not", (p, q), str(mask.bit_count()), text)
 
 
 def either(v: View):
     p, q = v.any_phrase("c"), v.any_phrase("k")
-    found = (v.mask(p) | v.mask(q)).bit_count()
-    if found > MOST:
+    number = (v.mask(p) | v.mask(q)).bit_count()
+    if number > MOST:
         return None
     text = v.ask(f"how many {v.say(ANY, True)} are {COLOR_NAMES[p.color]} or {v.say(q, True)}?")
-    return _question("composition", "either", (p, q), str(found), text)
+    return _question("composition", "either", (p, q), str(number), text)
 
 
 def count_beside(v: View):
@@ -311,11 +311,11 @@ def count_beside(v: View):
         return None
     name = v.rng.choice(tuple(RELATIONS))
     p = ANY if v.rng.random() < 0.5 else v.any_phrase(v.rng.choice("ck"))
-    found = (v.side[name][anchor[0]] & v.mask(p)).bit_count()
-    if found > 3:
+    number = (v.side[name][anchor[0]] & v.mask(p)).bit_count()
+    if number > 3:
         return None
     text = v.ask(f"how many {v.say(p, True)} are {v.relation(name)} the {v.say(anchor[1])}?")
-    return _question("composition", "count_beside", (p, name, anchor[1]), str(found), text)
+    return _question("composition", "count_beside", (p, name, anchor[1]), str(number), text)
 
 
 def same(v: View):

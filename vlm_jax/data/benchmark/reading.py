@@ -40,7 +40,7 @@ WRITTEN_HEIGHT = (9, 12)  # pixels of a scanned digit
 ADVANCE = PATCH  # pixels from glyph to glyph
 INDENT = 1  # patches by which the left edge of a line varies
 HELD_OUT = 3  # strings of this length or more are never shared between splits
-FILLER_RATE = 0.05  # questions that open with words that say nothing
+FILLER_RATE = 0.05  # share of questions that begin with filler words
 
 CONSONANTS, VOWELS = "BDFGHKLMNPRSTVZ", "AEIOU"
 FONTS = (
@@ -83,6 +83,8 @@ class Line(NamedTuple):
 
 
 class Page(NamedTuple):
+    """A page: its background and its lines, from top to bottom."""
+
     background: tuple[int, int, int]
     lines: tuple[Line, ...]
 
@@ -99,9 +101,9 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
 @functools.cache
 def scans_of(split: str, digit: int) -> tuple[int, ...]:
     """The scans of one digit that a split has: 70 % train, 10 % val, 20 % test, in file order."""
-    found = np.flatnonzero(_scans()[1] == digit)
-    a, b = int(0.7 * len(found)), int(0.8 * len(found))
-    return tuple(int(i) for i in {"train": found[:a], "val": found[a:b], "test": found[b:]}[split])
+    scans = np.flatnonzero(_scans()[1] == digit)
+    a, b = int(0.7 * len(scans)), int(0.8 * len(scans))
+    return tuple(int(i) for i in {"train": scans[:a], "val": scans[a:b], "test": scans[b:]}[split])
 
 
 @functools.cache
@@ -300,8 +302,11 @@ def _draw_props(canvas: ImageDraw.ImageDraw, page: Page, card_fill, shape_fill) 
 
 
 def patch_labels(page: Page, side: int) -> np.ndarray:
-    """Per patch what it shows, int32 [side * side]: the character whose center it holds, else the
-    shape or the card that covers most of it, else 0."""
+    """The class of each patch, int32 [side * side].
+
+    It is the character whose center the patch holds, else the shape or the card that covers most of
+    it, else 0.
+    """
     owners = Image.new("L", (SIDE, SIDE), 0)
     count = len(page.lines)
     _draw_props(ImageDraw.Draw(owners), page, range(count + 1, count + 1 + len(COLORS)), True)

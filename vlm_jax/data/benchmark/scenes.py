@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes of colored shapes for questions that need reasoning: drawn, described and labeled by
-patch.
+"""Scenes of colored shapes for questions that need reasoning: drawn, and labeled by patch.
 
 A scene is a tuple of shapes on a jittered grid, so that "left of" and "above" are never in doubt:
 two shapes of one column are at most 2 JITTER pixels apart in x, two of different columns at least
@@ -36,6 +35,8 @@ SHAPE_CLASSES = len(KINDS) * len(COLORS) * len(SIZES)  # patch classes 1 .. SHAP
 
 
 class Shape(NamedTuple):
+    """One shape: kind, color and size are indices into KINDS, COLOR_NAMES and SIZES."""
+
     kind: int
     color: int
     size: int
@@ -46,6 +47,8 @@ class Shape(NamedTuple):
 
 
 class Scene(NamedTuple):
+    """A scene: its background and its shapes in reading order."""
+
     background: tuple[int, int, int]
     shapes: tuple[Shape, ...]
 
@@ -81,7 +84,7 @@ def draw_scene(rng: random.Random) -> Scene:
 
 def _jitter(rng: random.Random) -> int:
     """From the middle of a cell, a corner of four patches, to about the middle of one of them."""
-    return rng.choice((-1, 1)) * PATCH // 2 + rng.randint(-1, 1)
+    return rng.choice((-1, 1)) * (JITTER - 1) + rng.randint(-1, 1)
 
 
 def content(scene: Scene) -> tuple:

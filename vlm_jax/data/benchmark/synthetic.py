@@ -44,7 +44,7 @@ class _Balance:
         self.keys = collections.defaultdict(collections.Counter)
 
     def choose(self, candidates: list[questions.Question]) -> questions.Question | None:
-        """The question whose answer its form and key lack most; None if all tip the form."""
+        """The question with the rarest answer in its form and key; None if none keeps balance."""
 
         def lead(q):
             form, key = self.forms[q.form], self.keys[q.key]
@@ -61,26 +61,26 @@ class _Balance:
 def _about_scene(
     scene: scenes.Scene, rng: random.Random, balance: _Balance
 ) -> list[questions.Question]:
-    """Two to four questions about one scene, no form twice; fewer only where it allows no more."""
+    """Two to four questions about one scene, no form twice; fewer if it allows no more."""
     view = naming.View(scene, rng)
     forms = sorted(questions.FORMS, key=lambda f: rng.random() ** (1 / f[1]), reverse=True)
-    wanted, chosen = rng.randint(*QUESTIONS), []
+    number, chosen = rng.randint(*QUESTIONS), []
     for form, _ in forms:
         drawn = [q for q in (form(view) for _ in range(DRAWS)) if q is not None]
         if (q := balance.choose(drawn)) is not None:
             chosen.append(q)
-        if len(chosen) == wanted:
+        if len(chosen) == number:
             break
     return chosen
 
 
 class Synthetic:
-    """A split of the embedded benchmark; images are drawn when asked for (about 0.5 ms each).
+    """A split of the embedded benchmark; images are drawn on demand (about 0.5 ms each).
 
     Args:
       split: train, val or test.
-      images: how many images, half of them scenes.
-      seed: of everything.
+      images: the number of images, TEXT_SHARE of them pages to be read.
+      seed: of all random choices.
     Raises:
       ValueError: for an unknown split or a negative number of images.
     """
@@ -105,30 +105,30 @@ class Synthetic:
 
     def _make(self, images: int) -> None:
         rng = random.Random(f"{self.seed}/{self.split}")
-        balance, seen = _Balance(), set()
+        balance, contents = _Balance(), set()
         while len(self.specs) < images:
             index = len(self.specs)
             is_text = int((index + 1) * TEXT_SHARE) > int(index * TEXT_SHARE)
             spec = reading.draw_page(rng, self.split) if is_text else scenes.draw_scene(rng)
             content = (reading if is_text else scenes).content(spec)
-            if split_of(content) != self.split or content in seen:
+            if split_of(content) != self.split or content in contents:
                 continue
             if is_text:
-                asked = []
+                of_image = []
                 for k, line in enumerate(spec.lines):
                     text, form = reading.ask(spec, k, rng)
-                    asked.append(
+                    of_image.append(
                         questions.Question(line.task, form, (form,), line.text, line.text, text)
                     )
             else:
-                asked = _about_scene(spec, rng, balance)
-                if len(asked) < QUESTIONS[0]:
+                of_image = _about_scene(spec, rng, balance)
+                if len(of_image) < QUESTIONS[0]:
                     continue
                 if self.split == "train":
-                    asked.append(questions.caption(spec))
-            seen.add(content)
+                    of_image.append(questions.caption(spec))
+            contents.add(content)
             self.specs.append(spec)
-            for k, q in enumerate(asked):
+            for k, q in enumerate(of_image):
                 self.questions.append(q)
                 self._examples.append(
                     Example(
@@ -165,7 +165,7 @@ class Synthetic:
         return (reading if isinstance(spec, reading.Page) else scenes).patch_labels(spec, side)
 
     def notes(self) -> list[str]:
-        """Nothing: what is made is as it should be."""
+        """An empty list: generated data has no faults."""
         return []
 
     def describe(self) -> dict:
@@ -182,9 +182,9 @@ class Synthetic:
 
 
 def majority(train: Synthetic, test: Synthetic) -> dict[str, float]:
-    """Per task the share right on `test` of the answer most frequent in `train` for each form.
+    """Per task the accuracy on `test` of the most frequent answer in `train` for each form.
 
-    This is what can be known from the wording alone without training: the baseline next to a
+    This is what the wording alone tells without training: the baseline next to a
     trained blind model. Where the answer repeats a word of the question, "the first one named" is
     an answer too.
     """
