@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from vlm_jax import __version__, files, hosts
 from vlm_jax.models import lora, vlm
 from vlm_jax.models.vlm import VLM
-from vlm_jax.training import fields, fingerprint, lease, memory, optimizer
+from vlm_jax.training import fields, fingerprint, lease, memory, optimizer, precision
 from vlm_jax.training.checkpoint import Checkpoints, numbered
 from vlm_jax.training.fields import Change
 from vlm_jax.training.recipe import Recipe
@@ -242,9 +242,12 @@ def of_json(tree: dict[str, Any]) -> ConfigDict:
 
     config = ConfigDict(tuples(tree))
     for name, value in fields.LATER.items():
-        section, _, leaf = name.partition(".")
-        if section in config and leaf not in config[section]:
-            config[section][leaf] = value
+        section, _, leaf = name.rpartition(".")
+        if section and section not in config:
+            continue
+        home = config[section] if section else config
+        if leaf not in home:
+            home[leaf] = value
     return config
 
 
@@ -255,9 +258,10 @@ def digest(config: ConfigDict) -> str:
     """
     tree = config.to_dict()
     for name, value in fields.LATER.items():
-        section, _, leaf = name.partition(".")
-        if tree[section].get(leaf) == value:
-            del tree[section][leaf]
+        section, _, leaf = name.rpartition(".")
+        home = tree[section] if section else tree
+        if home.get(leaf) == value:
+            del home[leaf]
     text = json.dumps(tree, sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -275,6 +279,7 @@ def finished(workdir: PurePath, recipe: Recipe, *, merge: bool = True) -> VLM:
         model = vlm.build(recipe.model, nnx.Rngs(recipe.seed))
         if stage == "finetune":
             model = lora.adapt(model, recipe.lora, seed=recipe.seed)
+        model = precision.narrowed(model, stage, recipe.frozen_dtype)
         graph, state = optimizer.start(model, stage, optimizer.optimizer(recipe.stage(stage)))
         graphs.append((graph, lora.described(model)))
         return state._replace(optimizer=())
@@ -295,7 +300,7 @@ def finished(workdir: PurePath, recipe: Recipe, *, merge: bool = True) -> VLM:
             f"{workdir}/{stage} holds {steps} of {wanted} steps: repeat the command "
             "that trains it (`vlm-jax train` or `vlm-jax grid`) to finish it"
         )
-    model = optimizer.finish(graph, restored[0])
+    model = precision.widened(optimizer.finish(graph, restored[0]))
     return lora.merge(model) if merge else model
 
 
