@@ -85,6 +85,12 @@ def get_config() -> ConfigDict:
     # Of activations and matmuls; parameters, norms, softmax and loss are float32.
     c.compute_dtype = "bfloat16"
     c.remat = "full"  # what the backward pass recomputes: none, dots, full
+    # Of the weights that a stage leaves alone: float32, or bfloat16 for the encoder's and LLM's
+    # matrices. With bfloat16 activations a step computes the same from either.
+    c.frozen_dtype = "float32"
+    # Positions of a row whose scores over the vocabulary are there at a time in training, and made
+    # twice. 0: all of a row, made once; -1: all where a device's scores stay under 268 MB.
+    c.loss_chunk = -1
     c.kernels = "auto"  # windowed attention by "pallas" (TPU alone) or "xla"; "auto" by the devices
 
     # Data.
@@ -113,6 +119,13 @@ def get_config() -> ConfigDict:
     # M, most images of a row, each V tokens at its mark. Rows with fewer cost as much: the encoder
     # and the LLM's row of text_length + M V tokens are the same for all.
     c.data.images_per_row = 1
+    # Packed rows hold several examples, which do not see each other; `batch` of a stage then counts
+    # rows. Not with compressor.query="prefix".
+    c.data.row_length = 0  # tokens of a packed row, text and visual; 0: one example a row
+    c.data.row_images = 8  # most images of a packed row, each encoded whether it is there or not
+    # Batches of like length, such as (256, 512, 1024), with images or without: rows of one example,
+    # as long as the first of these that holds them all, or as text_length. Each shape is compiled.
+    c.data.buckets = ()
     c.data.on_bad_example = "fail"  # or "skip": counted and reported
     c.data.text_only = False  # accept rows without an image
     c.data.blind = False  # replace every image by the mean image: the blind baseline
@@ -136,6 +149,9 @@ def get_config() -> ConfigDict:
         stage.beta1 = 0.9
         stage.beta2 = 0.999
         stage.epsilon = 1e-8
+        # Adam's two means for each parameter: float32 (8 bytes), bfloat16 (4), or factored: squares
+        # by rows and columns, as Adafactor's (2; beta2 and epsilon are not read).
+        stage.moments = "float32"
         stage.clip_norm = 0.0  # global gradient norm; 0 does not clip
         stage.z_loss = 0.0  # weight of log(Z)^2
         # Steps in a row whose loss or gradient is not finite that end the run; the updates of such

@@ -199,8 +199,8 @@ def test_a_field_that_came_later_has_the_value_that_changes_nothing(tmp_path, c)
     begun(tmp_path, c)
     older = json.loads((tmp_path / "config.json").read_text())
     for name in fields.LATER:
-        section, field = name.split(".")
-        del older[section][field]
+        section, _, field = name.rpartition(".")
+        del (older[section] if section else older)[field]
     files.write_json(tmp_path / "config.json", older)
     entered(tmp_path, c)
     assert workdir.of_json(older).to_dict() == c.to_dict()

@@ -116,7 +116,7 @@ def check_split(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], dims: tuple[s
             )
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the batch is cut."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 

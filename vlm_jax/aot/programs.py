@@ -17,7 +17,7 @@ from vlm_jax import mesh
 from vlm_jax.models import vlm
 from vlm_jax.serving import decoder
 from vlm_jax.training import memory, optimizer
-from vlm_jax.training.objective import every_scale, next_token
+from vlm_jax.training.objective import of_stage
 from vlm_jax.training.recipe import Recipe
 
 MODES = ("align", "finetune", "prefill", "decode", "evaluate")
@@ -41,10 +41,15 @@ def shape_of(shape: tuple[int, ...], dtype: Any, *dims: str) -> jax.ShapeDtypeSt
 
 def batch_of(recipe: Recipe, rows: int, *, answer: bool) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch as the loader gives it for this recipe, with pixels; `answer` as in training."""
-    images, side = recipe.rows.images_per_row, recipe.model.vit.image_size
+    side = recipe.model.vit.image_size
+    # As long as in the largest bucket where there are several; requests are not packed.
+    packed = answer and recipe.arrangement.row_length > 0
+    text, images = (
+        recipe.row[:2] if packed else (recipe.rows.text_length, recipe.rows.images_per_row)
+    )
     of_image = (rows, images) if images > 1 else (rows,)
     made: dict[str, tuple[tuple[int, ...], Any]] = dict(
-        ids=((rows, recipe.rows.text_length), jnp.int32),
+        ids=((rows, text), jnp.int32),
         length=((rows,), jnp.int32),
         image_at=(of_image, jnp.int32),
         question=((*of_image, recipe.rows.question_length), jnp.int32),
@@ -52,9 +57,11 @@ def batch_of(recipe: Recipe, rows: int, *, answer: bool) -> dict[str, jax.ShapeD
         pixels=((*of_image, side, side, 3), jnp.float32),
     )
     if answer:
-        made |= dict(
-            loss_mask=((rows, recipe.rows.text_length), jnp.bool_), index=((rows,), jnp.int32)
-        )
+        made["loss_mask"] = ((rows, text), jnp.bool_)
+    if packed:
+        made |= dict(segment=((rows, text), jnp.int32), image_segment=(of_image, jnp.int32))
+    elif answer:
+        made["index"] = ((rows,), jnp.int32)
     return {name: shape_of(*of, "batch") for name, of in made.items()}
 
 
@@ -63,9 +70,8 @@ def train_step(recipe: Recipe, name: str) -> Program:
     stage = recipe.stage(name)
     graph, state = memory.state_of(recipe, name)
     state = memory.placed(state)
-    objective: Callable = next_token
-    if name == "finetune" and vlm.shapes(recipe.model).compressor.scales:
-        objective = every_scale
+    compressor = vlm.shapes(recipe.model).compressor
+    objective = of_stage(name, compressor, chunk=recipe.loss_chunk)
     step = optimizer.make_step(
         graph,
         optimizer.optimizer(stage),

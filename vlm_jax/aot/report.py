@@ -193,7 +193,7 @@ def work(recipe: Recipe, mode: str, serving: Serving) -> tuple[int, int, float, 
     model, rows = recipe.model, recipe.rows
     row = rows.text_length + rows.images_per_row * model.visual_tokens
     if mode in ("align", "finetune"):
-        stage = recipe.stage(mode)
+        stage, row = recipe.stage(mode), recipe.row[2]
         steps = max(stage.steps, 1)
         one = stage_flops(recipe, mode, cached=False) / steps
         again = 0.0

@@ -181,7 +181,8 @@ def train_step_flops(
     Args:
         vit_cached: features come from a cache.
         compressor, llm, vit: the sizes.
-        tokens: length of the LLM's rows, text and visual tokens and padding together.
+        tokens: length of the LLM's rows, text and visual tokens and padding together; of a packed
+            row too, whose attention runs over the whole row under its mask.
         stage: what is trained.
         logits: positions whose vocabulary scores are computed; all `tokens` when None.
         question: tokens that QueCC reads as the question: those of a separate pass (without
@@ -193,7 +194,7 @@ def train_step_flops(
         adapters: parameters of LoRA adapters (`lora_parameters`), which finetune trains in place of
             the LLM's weights; 0 without adapters.
         images: the number of images a row holds; each is encoded and compressed, and has a question
-            pass.
+            pass. 0: a row of a batch of text alone.
     """
     if stage not in ("align", "finetune"):
         raise ValueError(f"stage {stage!r} is not trained: choose align or finetune")
@@ -207,6 +208,8 @@ def train_step_flops(
     linear += low
     again = linear + attention if recompute else 0
     language = 2 * (linear + head) + 3 * attention + weights + again
+    if not images:
+        return language
     products = compressor_products(compressor, vit, llm, form=form)
     encoder = 0 if vit_cached else encoder_flops(vit, compressor)
     return language + images * (

@@ -20,6 +20,8 @@ from jax.sharding import Mesh
 
 from vlm_jax import mesh as meshes
 from vlm_jax.data.example import BadExample, Source
+from vlm_jax.data.packed_rows import PackedRows, Usage
+from vlm_jax.data.packing import Arrangement, Buckets, Packing
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.skips import Skip, Skips
 from vlm_jax.data.texts import BadText, Texts, none_usable, stack
@@ -28,6 +30,7 @@ EPOCHS = (
     1 << 32
 )  # more than anyone trains; grain's endless repeat has no length that fits batches of 1
 
+PLAIN = Arrangement()
 Batch = dict[str, Any]  # of numpy or sharded jax arrays
 Faults = dict[int, tuple[str, str]]  # example -> the kind of what is wrong with it, and a sentence
 
@@ -86,6 +89,13 @@ class _Rows:
             raise BadExample(f"image {name} could not be read when its features were made")
         return text, np.zeros(0, np.uint8)
 
+    def whole(self, index: int) -> tuple[Batch, np.ndarray]:
+        """`_parts`, with the text also where the table has it."""
+        text, images = self._parts(index)
+        if text is None:
+            text = {name: column[index] for name, column in self.texts.table.items()}
+        return text, images
+
     def _usable(
         self, index: int, replace: bool, faults: Faults
     ) -> tuple[int, tuple[Batch | None, np.ndarray] | None]:
@@ -137,6 +147,7 @@ class _Rows:
             texts = [parts[0] if parts else self.texts.any() for _, parts in found]
             text = stack(texts)
         skipped = missing | (indices != wanted)
+        text["cut"] = indices[text["cut"]]
         return {
             **text,
             **extra,
@@ -181,6 +192,8 @@ class Batches:
       mesh: where batches go; None leaves numpy arrays of all rows.
       workers: processes that read ahead; 0 reads in this one, with threads where images must be
         decoded.
+      arrangement: which examples share a row or a batch; `PackedRows` says what these hold.
+      visual: V, visual tokens of an image, which have room in a packed row and count as tokens.
     Raises:
       ValueError: for an empty source, a batch the mesh cannot cut, or features of another split.
       BadExample: while iterating, for an image that cannot be read, unless `skip`; with it where no
@@ -199,18 +212,30 @@ class Batches:
         texts: Texts | None = None,
         mesh: Mesh | None = None,
         workers: int = 0,
+        arrangement: Arrangement = PLAIN,
+        visual: int = 0,
     ):
         if not len(source):
             raise ValueError(f"source {source.name}, split {source.split}, has no examples")
         self.batch, self.mesh, self.workers = batch, mesh, workers
         self.source, self.skips, self.cut_rows = source, Skips(), set()
+        self._bad_texts: Faults = {}  # that no plan holds: counted with the first batch
         mine = local_rows(mesh, batch)
         if texts is None:
             texts = Texts(source, processor, answer=True, skip=skip)
         rows = _Rows(texts, features)
-        order = grain.MapDataset.range(len(source)).shuffle(seed=seed % (1 << 32)).repeat(EPOCHS)
-        order = order.batch(batch, batch_fn=lambda found: np.array(found, np.int64)[mine])
-        self._data = order.map(rows)
+        self.usage, self.plan = Usage(visual), None
+        if arrangement.plain:
+            order = grain.MapDataset.range(len(source)).shuffle(seed=seed % (1 << 32))
+            order = order.repeat(EPOCHS)
+            order = order.batch(batch, batch_fn=lambda found: np.array(found, np.int64)[mine])
+            self._data = order.map(rows)
+        else:
+            self.plan = planned(texts, arrangement, batch=batch, seed=seed, visual=visual)
+            made = PackedRows(texts, self.plan, rows.whole, mine, features)
+            self._data = grain.MapDataset.range(EPOCHS).map(made)
+            for example, error in texts.bad.items():
+                self._bad_texts[example] = ("text", str(error))
         # Reading ahead pays only where there are images to decode.
         self._ahead = features is None
         self._position, self._iterator = 0, None
@@ -236,6 +261,11 @@ class Batches:
         return self._finish(self._data[k])
 
     @property
+    def examples(self) -> int | float:
+        """Examples of a batch, of packed rows on average."""
+        return self.batch if self.plan is None else self.plan.examples
+
+    @property
     def skipped(self) -> int:
         """Examples so far, of this process, that could not be used; each counts once."""
         return len(self.skips)
@@ -246,15 +276,20 @@ class Batches:
         return len(self.cut_rows)
 
     def fields(self) -> dict[str, Any]:
-        """For a file of numbers, what of the data is not used; {} where all of it is."""
+        """For a file of numbers: what of the data is not used, and how much of what is computed
+        is."""
         left = len(self.source.left_out)
-        return ({"left_out": left} if left else {}) | self.skips.fields()
+        return ({"left_out": left} if left else {}) | self.skips.fields() | self.usage.fields()
 
     def _finish(self, batch: Batch) -> Batch:
-        del batch["skipped"]
-        for example, (kind, reason) in batch.pop("faults").items():
+        batch.pop("skipped", None)
+        faults, self._bad_texts = self._bad_texts | batch.pop("faults"), {}
+        for example, (kind, reason) in faults.items():
             self.skips.add(example, kind, skip_of(self.source, example, reason))
-        self.cut_rows.update(batch["index"][batch.pop("cut")].tolist())
+            if self.plan is not None and len(self.skips) == len(self.source):
+                raise none_usable(self.source, BadExample(reason))
+        self.cut_rows.update(batch.pop("cut").tolist())
+        self.usage.add(batch)
         return on_mesh(batch, self.mesh, self.batch)
 
     def _start(self) -> Iterator[Batch]:
@@ -286,6 +321,18 @@ class Batches:
         batch = self._finish(made)
         self._position += 1
         return batch
+
+
+def planned(
+    texts: Texts, arrangement: Arrangement, *, batch: int, seed: int, visual: int
+) -> Packing | Buckets:
+    """The plan of an arrangement for these texts, where it has one."""
+    processor, of = texts.processor, dict(batch=batch, seed=seed)
+    if arrangement.buckets:
+        buckets = (*arrangement.buckets, processor.text_length)
+        return Buckets(texts.lengths(), **of, buckets=buckets, images=texts.most)
+    tokens, images = arrangement.row_length, arrangement.row_images
+    return Packing(texts.lengths(), **of, tokens=tokens, images=images, visual=visual)
 
 
 def skip_of(source: Source, example: int, reason: str) -> Skip:

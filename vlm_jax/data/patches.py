@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from vlm_jax.data.example import BadExample, Source
 from vlm_jax.data.loader import Batch, Batches, Faults, local_rows, on_mesh
+from vlm_jax.data.packed_rows import Usage
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.skips import Skip, Skips
 
@@ -34,6 +35,7 @@ class PatchBatches(Batches):
         mesh: Mesh | None = None,
     ):
         self.batch, self.mesh, self.workers = batch, mesh, 0
+        self.usage, self.plan = Usage(0), None
         self.source, self.skips, self.cut_rows = source, Skips(), set()
         mine, count = local_rows(mesh, batch), len(source.images)
 

@@ -34,6 +34,11 @@ class RandomPrefixes:
         self.batches.position = value
 
     @property
+    def examples(self) -> int | float:
+        """As for the batches themselves."""
+        return self.batches.examples
+
+    @property
     def skips(self) -> Skips:
         """As for the batches themselves."""
         return self.batches.skips

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax import progress
 from vlm_jax.data.example import BadExample, Example, Source
+from vlm_jax.data.packing import Lengths
 from vlm_jax.data.processor import Processor
 
 TABLE_BYTES = 1 << 28  # sources whose ids fit into this are tokenized once, at the start
@@ -38,6 +40,7 @@ class Texts:
         self.most = processor.images_per_row
         self.table: dict[str, np.ndarray] | None = None
         self.bad: dict[int, BadText] = {}
+        self._lengths: Lengths | None = None
         row_bytes = processor.text_length * 5 + processor.question_length * 4 * self.most
         if len(source) * row_bytes <= TABLE_BYTES:
             examples = [source[i] for i in range(len(source))]
@@ -66,6 +69,46 @@ class Texts:
         if self.table is not None:
             return self._images[index]
         return np.array(self._padded(self.source[index].images), np.int64)
+
+    def lengths(self) -> Lengths:
+        """What every example needs of a row. Where there is no table all texts are made for it.
+
+        Raises:
+          BadExample: for a text that cannot be used, unless `skip`; with it where none can.
+        """
+        if self._lengths is None:
+            self._lengths = self._measured()
+        return self._lengths
+
+    def _measured(self) -> Lengths:
+        table, count = self.table, len(self.source)
+        if table is None:
+            needed = []
+            with progress.doing("measuring the texts", count) as task:
+                for i in range(count):
+                    try:
+                        needed.append(self._needed(self.of(i)))
+                    except BadText as error:
+                        self.bad[i] = error
+                        needed.append((0, 0, 0))
+                    task.note(i + 1)
+        else:
+            rows = ({name: column[i] for name, column in table.items()} for i in range(count))
+            needed = [self._needed(row) for row in rows]
+        usable = np.array([i not in self.bad for i in range(count)], bool)
+        if not usable.any():
+            raise none_usable(self.source, self.bad[count - 1])
+        return Lengths(*np.array(needed, np.int32).reshape(-1, 3).T, usable)
+
+    def _needed(self, text: dict[str, Any]) -> tuple[int, int, int]:
+        """Tokens and images of an example, and the places of a row of its own that it takes."""
+        places = np.atleast_1d(text["image_at"])
+        places, length = places[places < self.processor.text_length], int(text["length"])
+        if self.processor.query == "prefix":
+            behind = length - int(text["question_length"])
+            return length, len(places), self.processor.question_length + behind
+        # An image that ends its row needs a place behind it: the end of a row says that none is.
+        return length, len(places), max(length, int(places.max(initial=-1)) + 1)
 
     def _all(self, examples: list[Example]) -> list[dict[str, Any]]:
         made: list[dict[str, Any] | None] = []

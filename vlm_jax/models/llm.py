@@ -259,6 +259,11 @@ class LLM(nnx.Module):
         """Number of blocks."""
         return self.size.depth
 
+    @property
+    def table(self) -> Float[Array, "W D"]:
+        """The output layer: the embedding where that is tied to it."""
+        return (self.embedding if self.head is None else self.head)[...]
+
     def unrolled(self, *, consume: bool = False) -> "LLM":
         """The same model with the weights of each layer apart, for generation.
 
@@ -380,13 +385,12 @@ class LLM(nnx.Module):
     @jax.named_scope("logits")
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
         """Float32 scores of the next token."""
-        table = self.embedding if self.head is None else self.head
 
         def product(hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
             return jnp.einsum(
                 "BTD,WD->BTW",
                 hidden,
-                table[...].astype(hidden.dtype),
+                self.table.astype(hidden.dtype),
                 out_sharding=mesh.spec("batch", "len", "vocab"),
                 preferred_element_type=jnp.float32,
             )

@@ -6,7 +6,7 @@ D llm width  W vocabulary  I image side in pixels
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,21 @@ from vlm_jax import cpu, mesh
 from vlm_jax.compressors.compressor import Visual
 from vlm_jax.models.cache import KV, Cache, Past, repeated
 from vlm_jax.models.llm import LLM
+from vlm_jax.models.segments import starts
 from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vit import ViT
 
 Batch = Mapping[str, Array]
+
+
+class Assembled(NamedTuple):
+    """What the LLM's last pass reads: the spliced rows, the visual tokens of each image, what was
+    read before, and the example of each token where rows hold several."""
+
+    x: Float[Array, "B X D"]
+    count: Int[Array, "B *M"]
+    past: Past | None = None
+    segments: Int[Array, "B X"] | None = None
 
 
 class VLM(nnx.Module):
@@ -36,6 +47,14 @@ class VLM(nnx.Module):
     For a compressor that reads the text before the image, `question` is that text, at most U tokens
     in the first `question_length` of `ids`, and at most T - U follow the image. A row without an
     image may be cut anywhere so. Its rows have one image at most.
+
+    A row may hold several examples, whose tokens stand side by side: `segment` [B T] numbers them
+    from 1 (0: padding) and `image_segment` [B M] says whose each image is. None sees another's
+    tokens. T is then the length of the spliced row, of which text leaves room for visual tokens.
+    Not for a compressor that reads the text before the image.
+
+    A batch without images, neither `pixels` nor `levels` nor `visual`, is text alone: nothing is
+    encoded, compressed or spliced.
 
     Where one model serves any number of visual tokens a batch may also hold `limit` [B], how many
     of an image the LLM reads at most, and `visual` [B*M V D], made already, in place of images.
@@ -95,15 +114,15 @@ class VLM(nnx.Module):
         there = at < batch["ids"].shape[1]
         return Visual(tokens.astype(self.llm.dtype), count * there)
 
-    def assemble(
-        self, batch: Batch
-    ) -> tuple[Float[Array, "B X D"], Int[Array, "B *M"], Past | None]:
-        """What the LLM's last pass reads, the visual tokens of each image, what was read before.
+    def assemble(self, batch: Batch) -> "Assembled":
+        """What the LLM's last pass reads, and what was read before it.
 
         A compressor that reads the text before the image gets it from a first pass over it, and the
         last pass goes on behind it with that pass's keys and values: no token is read twice.
         """
         ids = batch["ids"]
+        if not has_images(batch):
+            return Assembled(self.llm.embed(ids), jnp.zeros_like(batch["image_at"]))
         if not self.compressor.reads_prefix:
             question = None
             if self.compressor.reads_question:
@@ -111,7 +130,13 @@ class VLM(nnx.Module):
                     asked = self.llm(self.llm.embed(each(batch, "question")))
                     question = feature(asked, each(batch, "question_length"))
             visual = self.visual_tokens(batch, question)
-            return self.splice(self.llm.embed(ids), visual, batch["image_at"]), visual.count, None
+            x, segments = self.splice(self.llm.embed(ids), visual, batch)
+            return Assembled(x, visual.count, segments=segments)
+        if "segment" in batch:
+            raise ValueError(
+                "a compressor that reads the text before the image in a pass of its own has one "
+                "example in a row: compressor.query='separate' or 'none' can be packed"
+            )
         if batch["image_at"].ndim > 1:
             raise ValueError("a compressor that reads the text before the image has one in a row")
         length, first = batch["question_length"], batch["question"].shape[1]
@@ -120,20 +145,22 @@ class VLM(nnx.Module):
         text = self.llm.embed(ids)
         past = self.llm.start(text[:, :first], length)
         visual = self.visual_tokens(batch, feature(past.hidden, length))
-        x = self.splice(text[:, first:], visual, jnp.zeros_like(length))
-        return x, visual.count, past
+        x, _ = self.splice(text[:, first:], visual, {"image_at": jnp.zeros_like(length)})
+        return Assembled(x, visual.count, past)
 
     @jax.named_scope("splice")
     def splice(
-        self, text: Float[Array, "B T D"], visual: Visual, at: Int[Array, "B *M"]
-    ) -> Float[Array, "B X D"]:
+        self, text: Float[Array, "B T D"], visual: Visual, batch: Batch
+    ) -> tuple[Float[Array, "B X D"], Int[Array, "B X"] | None]:
         """Each row's text with each image's tokens before its text position, packed: no holes.
 
-        What stands behind a row's last token is never seen: rows are causal.
+        Where rows hold several examples, the one that each token belongs to comes beside it, and X
+        is T. What stands behind a row's last token is never seen: rows are causal.
         """
         length, slots = text.shape[1], visual.tokens.shape[1]
-        place = jnp.arange(length + slots)[:, None]
-        at, count = by_image(at)[:, None], by_image(visual.count)[:, None]
+        several = "segment" in batch
+        place = jnp.arange(length if several else length + slots)[:, None]
+        at, count = by_image(batch["image_at"])[:, None], by_image(visual.count)[:, None]
         images = at.shape[2]
         # An image comes behind the tokens of those before it.
         start = at + jnp.cumsum(count, axis=2) - count
@@ -142,20 +169,37 @@ class VLM(nnx.Module):
         first = length + slots // images * jnp.arange(images)
         seen = jnp.where(inside, first + place - start, 0).sum(2)
         read = place[:, 0] - jnp.where(place >= end, count, 0).sum(2)
-        index = jnp.where(inside.any(2), seen, jnp.minimum(read, length - 1))
-        return rows(jnp.concatenate([text, visual.tokens], axis=1), index)
+        read = jnp.minimum(read, length - 1)
+        index = jnp.where(inside.any(2), seen, read)
+        x = rows(jnp.concatenate([text, visual.tokens], axis=1), index)
+        if not several:
+            return x, None
+        of_images = jnp.where(inside, by_image(batch["image_segment"])[:, None], 0).sum(2)
+        return x, jnp.where(inside.any(2), of_images, rows(batch["segment"], read))
 
     def logits(self, batch: Batch) -> Float[Array, "B T W"]:
         """For every text token the scores given all before it; the first has none before it."""
-        x, count, past = self.assemble(batch)
-        return self.llm.logits(read(self.llm(x, past), past, self.before(batch, count)))
+        return self.llm.logits(self.states(batch))
 
-    def before(self, batch: Batch, count: Int[Array, "B *M"]) -> Int[Array, "B T"]:
-        """Where in the spliced row the token before each text token stands."""
+    def states(self, batch: Batch, order: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
+        """For every text token the hidden state of what stands before it, in the order of the text
+        or in this `order` of its places."""
+        made = self.assemble(batch)
+        index = self.before(batch, made)
+        index = index if order is None else rows(index, order)
+        return read(self.llm(made.x, made.past, made.segments), made.past, index)
+
+    def before(self, batch: Batch, made: "Assembled") -> Int[Array, "B T"]:
+        """Where in the spliced row the token before each text token of its example stands; that
+        token itself where there is none."""
         text = jnp.arange(batch["ids"].shape[1])
         behind = text[:, None] >= by_image(batch["image_at"])[:, None]
-        visual = jnp.where(behind, by_image(count)[:, None], 0).sum(2)
-        return jnp.maximum(text + visual - 1, 0)
+        visual = jnp.where(behind, by_image(made.count)[:, None], 0).sum(2)
+        if made.segments is None:
+            return jnp.maximum(text + visual - 1, 0)
+        # Padding ends behind the row.
+        own = jnp.minimum(text + visual, made.x.shape[1] - 1)
+        return jnp.maximum(own - 1, rows(starts(made.segments), own))
 
     @jax.named_scope("prefill")
     def prefill(
@@ -170,7 +214,7 @@ class VLM(nnx.Module):
         `prefix` is a pass over tokens that stand before those of the batch, the same in every row
         [1 S D]; not for a compressor that reads the prompt from its first token.
         """
-        x, count, past = self.assemble(batch)
+        x, count, past, _ = self.assemble(batch)
         length = batch["length"] + by_image(count).sum(1)
         if prefix is not None:
             past = repeated(prefix, x.shape[0])
@@ -190,6 +234,11 @@ class VLM(nnx.Module):
         """Scores of the token after `ids`, which stand at `position`."""
         hidden, caches = self.llm.decode(self.llm.embed(ids[:, None]), caches, position)
         return self.llm.logits(hidden)[:, 0], caches
+
+
+def has_images(batch: Batch) -> bool:
+    """Whether a batch has room for an image: one of text alone is a program of its own."""
+    return any(name in batch for name in ("pixels", "levels", "visual"))
 
 
 def each(batch: Batch, name: str) -> Shaped[Array, "BM *X"]:

@@ -60,6 +60,12 @@ def cells_of(config: ConfigDict) -> list[Cell]:
             "those of one image in a request, and so is the law; compare models of several images "
             "by `vlm-jax train` and `vlm-jax evaluate`"
         )
+    if config.data.row_length or config.data.buckets:
+        raise ValueError(
+            f"data.row_length={config.data.row_length}, data.buckets={config.data.buckets}: cells "
+            "are compared after the same rows in the same order, one example each; pack rows in "
+            "`vlm-jax train`"
+        )
     seeds = [arguments.seed_of("grid.seeds", seed) for seed in config.grid.seeds]
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"grid.seeds={seeds}: name at least one seed, and each once")
@@ -133,7 +139,8 @@ def stage_flops(recipe: Recipe, stage: str, *, cached: bool) -> float:
     if stage == "finetune":
         shown = compressor.trained_tokens(vit.side) or shown
     made = [compressor.at(tokens) for tokens in shown]
-    images, batch = rows.images_per_row, trained.batch // trained.accumulate
+    text, images, packed = *recipe.row[:2], recipe.arrangement.row_length
+    batch = trained.batch // trained.accumulate
     example = sum(
         cost.train_step_flops(
             True,
@@ -141,8 +148,8 @@ def stage_flops(recipe: Recipe, stage: str, *, cached: bool) -> float:
             llm,
             vit=vit,
             stage=stage,
-            tokens=rows.text_length + images * cost.visual_tokens(each, vit),
-            logits=rows.text_length,
+            tokens=packed or text + images * cost.visual_tokens(each, vit),
+            logits=text,
             question=rows.question_length,
             recompute=model.remat == "full",
             adapters=cost.lora_parameters(llm, recipe.lora.rank, recipe.lora.targets),

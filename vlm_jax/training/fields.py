@@ -27,6 +27,12 @@ LATER = {
     "data.image_normalize": True,
     "data.image_exif": "ignore",
     "compressor.queries": 0,
+    "loss_chunk": -1,
+    "frozen_dtype": "float32",
+    **{f"{stage}.moments": "float32" for stage in STAGES},
+    "data.row_length": 0,
+    "data.row_images": 8,
+    "data.buckets": (),
     **{f"{stage}.max_nonfinite": 3 for stage in ("encoder", "align", "finetune")},
 }
 
@@ -116,7 +122,7 @@ LAYOUT = Range(True, -1)  # of devices; vlm_jax/mesh.py says what fits
 RUN, SHOWN, PLACE, ANSWERS, BATCH, ROUNDING, NOTHING, CELLS = Change
 
 
-def _section(name: str, change: Change, **ranges: Range | None) -> dict[str, Field]:
+def _section(name: str, change: Change, **ranges: Range | Choice | None) -> dict[str, Field]:
     return {f"{name}.{field}": Field(change, of) for field, of in ranges.items()}
 
 
@@ -133,6 +139,7 @@ def _stage(name: str) -> dict[str, Field]:
         beta1=DECAY,
         beta2=DECAY,
         epsilon=POSITIVE,
+        moments=Choice(("float32", "bfloat16", "factored")),
         clip_norm=NOT_NEGATIVE,
         z_loss=NOT_NEGATIVE,
     ) | {
@@ -197,6 +204,9 @@ FIELDS: dict[str, Field] = {
     # In 16 bits of another kind gradients vanish, and whole numbers have none.
     "compute_dtype": Field(SHOWN, Choice(("float32", "bfloat16"))),
     "remat": Field(ROUNDING),  # the same numbers, computed once or twice
+    # Checkpoints hold the weights as a step has them.
+    "frozen_dtype": Field(RUN, Choice(("float32", "bfloat16"))),
+    "loss_chunk": Field(ROUNDING, Range(True, -1)),  # one sum, in parts or at once
     "kernels": Field(ROUNDING),  # two forms of one formula
     "data.source": Field(SHOWN),
     "data.path": Field(PLACE),
@@ -212,6 +222,8 @@ FIELDS: dict[str, Field] = {
     # Photographs of another camera may be turned otherwise.
     "data.image_exif": Field(SHOWN),
     **_section("data", SHOWN, text_length=COUNT, question_length=COUNT, images_per_row=COUNT),
+    # Which examples meet in a step.
+    **_section("data", RUN, row_length=SOME, row_images=COUNT, buckets=COUNTS),
     # A run that met no bad row is the one that would have skipped it.
     "data.on_bad_example": Field(NOTHING),
     "data.text_only": Field(SHOWN),
@@ -305,6 +317,8 @@ def unread(name: str, values: Flat) -> bool:
         return values.get(f"{section}.steps") == 0
     if name in ("lora.alpha", "lora.targets"):
         return values.get("lora.rank") == 0
+    if name == "data.row_images":
+        return values.get("data.row_length") == 0
     if name in SYNTHETIC:
         return values.get("data.source") != "synthetic"
     if name in ("data.path", "data.images"):

@@ -46,8 +46,11 @@ def dry_run(recipe: Recipe) -> None:
     parts = {name: vlm.parameters(getattr(shapes, name)) for name in ("vit", "compressor", "llm")}
     named = "   ".join(f"{name} {count:,}" for name, count in parts.items())
     print(f"parameters  {named}   together {sum(parts.values()):,}")
-    visual = f"{recipe.rows.images_per_row} x {size.visual_tokens}"
-    print(f"rows        {recipe.rows.text_length} tokens of text and {visual} of images")
+    text, images, _ = recipe.row
+    shape = f"{text} tokens of text and {images} x {size.visual_tokens} of images"
+    if recipe.arrangement.row_length:
+        shape = f"packed: {text} tokens, text and at most {images} images"
+    print(f"rows        {shape}")
     rate, how = speed(recipe)
     columns = ("parameters", "gradients", "optimizer", "activations")
     heads = "".join(f"{name:>13}" for name in (*columns, "together", "FLOPs")) + f"{'time':>18}"

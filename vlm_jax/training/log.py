@@ -24,10 +24,10 @@ class Log:
     """The progress of one stage: `metrics.jsonl`, and a line every `every` steps (a bar on a
     terminal).
 
-    `more` gives what else a line of `metrics.jsonl` says. Only process 0 writes. On a restart,
-    lines behind the step that is resumed are dropped. An update that is not finite is not made
-    (`optimizer.make_step`): `skipped` counts those of all processes of the run before this one,
-    and `patience` of them in a row are too many.
+    `batch` is the examples of a step. `more` gives what else a line of `metrics.jsonl` says. Only
+    process 0 writes. On a restart, lines behind the step that is resumed are dropped. An update
+    that is not finite is not made (`optimizer.make_step`): `skipped` counts those of all processes
+    of the run before this one, and `patience` of them in a row are too many.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Log:
         first: int,
         last: int,
         every: int,
-        batch: int,
+        batch: int | float,
         patience: int,
         tensorboard: bool = False,
         skipped: int = 0,

@@ -4,7 +4,7 @@
 Parameters, gradients and the optimizer's state are counted on shapes, each in its shard.
 Activations are a formula, held to the compiler's own count (tests/test_memory.py).
 
-B batch rows of a device  X = T + V tokens of a row  T text tokens  P patches
+B batch rows of a device  X = T + M V tokens of a row, T where packed  T text tokens  P patches
 """
 
 import math
@@ -19,7 +19,7 @@ from flax import nnx
 
 from vlm_jax import mesh as meshes
 from vlm_jax.models import lora, vlm
-from vlm_jax.training import optimizer
+from vlm_jax.training import chunked_loss, optimizer, precision
 from vlm_jax.training.objective import reader
 from vlm_jax.training.recipe import Recipe
 
@@ -102,6 +102,8 @@ def state_of(recipe: Recipe, name: str) -> tuple[nnx.GraphDef, optimizer.State]:
                 model = model.at(model.compressor.buckets[-1])
         if name == "finetune":
             model = lora.adapt(model, recipe.lora, seed=0)
+        if name != "encoder":
+            model = precision.narrowed(model, name, recipe.frozen_dtype)
         graph, state = optimizer.start(model, name, tx)
         found.append(graph)
         return state
@@ -137,25 +139,29 @@ def activations(recipe: Recipe, name: str) -> int:
     tensor = mesh.shape["tensor"]
     # A CPU computes in float32 whatever is asked for.
     size = 4 if meshes.platform() == "cpu" or model.compute_dtype == "float32" else 2
-    patches = rows * recipe.rows.images_per_row * vit.patches
+    length, images, places = recipe.row
+    patches = rows * images * vit.patches
     scores = 4 * patches * vit.patches * vit.heads
     seen = 2 * scores + 3 * size * patches * vit.mlp + 4 * patches * len(vit.levels) * vit.width
     if name == "encoder":
         kept = 2 * scores + size * patches * (4 * vit.mlp + 8 * vit.width)
         return round(vit.depth * kept * (model.remat != "full") + seen)
-    visual = model.visual_tokens * recipe.rows.images_per_row
-    tokens = rows * (recipe.rows.text_length + visual)
-    attention = 4 * tokens * (recipe.rows.text_length + visual) * llm.heads / tensor
+    tokens = rows * places
+    attention = 4 * tokens * places * llm.heads / tensor
     mlp, width = size * tokens * llm.mlp / tensor, size * tokens * llm.width
     kept = {
         "none": 3 * attention + 4 * mlp + 8 * width,
         "dots": 3 * width + 2 * mlp,
         "full": width,
     }[model.remat]
-    logits = 4 * rows * recipe.rows.text_length * llm.vocab / tensor
     shown = model.compressor.trained_tokens(vit.side) if name == "finetune" else ()
     passes = max(len(shown), 1)
-    language = passes * (llm.depth * kept + 2.5 * logits) + 2 * attention + 3 * mlp
+    language = passes * llm.depth * kept + 2 * attention + 3 * mlp
+    vocab = math.ceil(llm.vocab / tensor)
+    chunk = chunked_loss.positions(recipe.loss_chunk, rows=rows, length=length, vocab=vocab)
+    logits = 4 * rows * (chunk or length) * vocab
+    # In chunks no more than one is there, and the output layer with its gradient, both gathered.
+    language += 2.5 * logits + vocab * llm.width * (size + 4) if chunk else 2.5 * passes * logits
     return round(max(language, seen) + 4 * patches * len(vit.levels) * vit.width)
 
 
@@ -236,6 +242,8 @@ def ways(recipe: Recipe, need: Need) -> str:
     learnt = need.gradients + need.optimizer
     if need.phase == "finetune" and not recipe.lora.rank and learnt > need.total / 8:
         found.append("train adapters alone (lora.rank=16)")
+    if need.optimizer > need.total / 8 and recipe.stage(need.phase).moments == "float32":
+        found.append(f"keep less of past gradients ({need.phase}.moments=bfloat16 or factored)")
     if need.activations > need.parameters and recipe.model.remat != "full":
         found.append("recompute activations (remat=full)")
     stage = recipe.stage(need.phase)

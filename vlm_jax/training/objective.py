@@ -4,7 +4,8 @@
 An objective returns sums, not means, so that accumulated micro-batches equal one large batch.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +13,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import cpu, mesh
+from vlm_jax.compressors.compressor import Compressor
 from vlm_jax.layers import Linear
 from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vit import ViT
-from vlm_jax.models.vlm import VLM, Batch
-
-
-class Sums(NamedTuple):
-    """Totals over the supervised positions of a batch."""
-
-    nll: Float[Array, ""]  # nats
-    log_z_squared: Float[Array, ""]
-    correct: Float[Array, ""]  # positions whose best guess is right
+from vlm_jax.models.vlm import VLM, Batch, has_images
+from vlm_jax.models.vlm import rows as by_row
+from vlm_jax.training import chunked_loss
+from vlm_jax.training.chunked_loss import Sums as Sums
 
 
 @jax.named_scope("loss")
@@ -42,19 +39,39 @@ def score(
     )
 
 
-def next_token(model: VLM, batch: Batch) -> Sums:
-    """Every supervised text token, given the image and all text before it."""
-    return score(model.logits(batch), batch["ids"], batch["loss_mask"])
+def next_token(model: VLM, batch: Batch, *, chunk: int = 0) -> Sums:
+    """Every supervised text token, given the image and all text before it.
+
+    With `chunk` (config.loss_chunk) the scores [B T W] are never there as a whole: those of so many
+    positions of each row are made, summed and, for the gradient, made again.
+    """
+    target, mask, llm = batch["ids"], batch["loss_mask"], model.llm
+    rows, length = target.shape
+    chunk = chunked_loss.on_this_mesh(chunk, rows=rows, length=length, vocab=llm.size.vocab)
+    if not chunk:
+        return score(model.logits(batch), target, mask)
+    order = chunked_loss.supervised_first(mask)
+    target, mask = by_row(target, order), by_row(mask, order)
+    return chunked_loss.score(model.states(batch, order), llm.table, target, mask, chunk)
 
 
-def every_scale(model: VLM, batch: Batch) -> Sums:
+def every_scale(model: VLM, batch: Batch, *, chunk: int = 0) -> Sums:
     """`next_token` at each of the compressor's `scales`: the mean of their sums, as M3 is trained.
 
     The encoder, where it runs, and the compressor's layers are passed through once for all of them.
     """
+    if not has_images(batch):
+        return next_token(model, batch, chunk=chunk)
     seen = model.compressor.every_scale(model.levels(batch))
-    sums = [next_token(model, {**batch, "visual": tokens}) for tokens in seen]
+    sums = [next_token(model, {**batch, "visual": tokens}, chunk=chunk) for tokens in seen]
     return jax.tree.map(lambda *parts: sum(parts) / len(parts), *sums)
+
+
+def of_stage(name: str, compressor: Compressor, *, chunk: int) -> Callable[[VLM, Batch], Sums]:
+    """What stage `name` minimises for a model with this compressor; `chunk` is
+    config.loss_chunk."""
+    each_scale = name == "finetune" and compressor.scales
+    return functools.partial(every_scale if each_scale else next_token, chunk=chunk)
 
 
 class PatchReader(nnx.Module):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax import cpu, mesh
 from vlm_jax.models import lora
 from vlm_jax.models.vlm import Batch
+from vlm_jax.training import moments
 from vlm_jax.training.objective import Sums
 from vlm_jax.training.recipe import Stage
 
@@ -67,7 +68,8 @@ def schedule(stage: Stage) -> optax.Schedule:
 
 
 def optimizer(stage: Stage) -> optax.GradientTransformation:
-    """AdamW; weight decay falls on matrices only, as in the published recipes."""
+    """AdamW with the moments that the stage keeps; weight decay falls on matrices only, as in the
+    published recipes."""
 
     def decays(tree):
         return jax.tree_util.tree_map_with_path(
@@ -78,13 +80,11 @@ def optimizer(stage: Stage) -> optax.GradientTransformation:
             tree,
         )
 
-    adamw = optax.adamw(
-        schedule(stage),
-        b1=stage.beta1,
-        b2=stage.beta2,
-        eps=stage.epsilon,
-        weight_decay=stage.weight_decay,
-        mask=decays,
+    # optax.adamw, but for what the scaling remembers.
+    adamw = optax.chain(
+        moments.scaling(stage),
+        optax.add_decayed_weights(stage.weight_decay, decays),
+        optax.scale_by_learning_rate(schedule(stage)),
     )
     clip = [optax.clip_by_global_norm(stage.clip_norm)] if stage.clip_norm > 0 else []
     # An update is proportional to its rate: another rate is a multiple of the update.

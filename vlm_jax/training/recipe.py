@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 from vlm_jax.compressors.method import read
+from vlm_jax.data.packing import Arrangement
 from vlm_jax.data.processor import RowFormat
 from vlm_jax.data.sources import Origin
 from vlm_jax.models.sizes import LoRASize, VLMSize
@@ -24,6 +25,7 @@ class Stage:
     beta1: float
     beta2: float
     epsilon: float
+    moments: str
     clip_norm: float
     z_loss: float
     max_nonfinite: int
@@ -40,8 +42,11 @@ class Recipe:
 
     Attributes:
       model: what is trained. lora: adapters of its LLM.
-      origin: where examples come from. rows: how one becomes a row. skip: whether bad examples
+      origin: where examples come from. rows: how one becomes a row.
+      arrangement: which examples share a row or a batch. skip: whether bad examples
         are passed over. workers: processes that read.
+      loss_chunk: positions of a row whose scores are there at a time, as config.loss_chunk.
+      frozen_dtype: of the weights that a stage leaves alone.
       encoder, align, finetune: the stages, in this order.
       seed: of weights and order. start_from: the folder with the first weights, or "".
       checkpoint_every, checkpoint_keep, log_every: steps, checkpoints, steps.
@@ -52,8 +57,11 @@ class Recipe:
     lora: LoRASize
     origin: Origin
     rows: RowFormat
+    arrangement: Arrangement
     skip: bool
     workers: int
+    loss_chunk: int
+    frozen_dtype: str
     encoder: Stage
     align: Stage
     finetune: Stage
@@ -72,8 +80,11 @@ class Recipe:
             lora=LoRASize.of(config.lora),
             origin=Origin.of(config),
             rows=RowFormat.of(config),
+            arrangement=Arrangement.of(config),
             skip=config.data.on_bad_example == "skip",
             workers=config.data.workers,
+            loss_chunk=config.loss_chunk,
+            frozen_dtype=config.frozen_dtype,
             encoder=Stage.of(config.encoder),
             align=Stage.of(config.align),
             finetune=Stage.of(config.finetune),
@@ -88,6 +99,24 @@ class Recipe:
     def stage(self, name: str) -> Stage:
         """The stage of this name."""
         return getattr(self, name)
+
+    @property
+    def visual(self) -> int:
+        """V of an image in training: all that a method of any V can give, most slots of an adaptive
+        one."""
+        side, method = self.model.vit.side, self.model.compressor
+        buckets = method.buckets(side)
+        return buckets[-1] if buckets else self.model.visual_tokens
+
+    @property
+    def row(self) -> tuple[int, int, int]:
+        """Places of text of a row, its images, and the LLM's tokens of both; of the largest bucket
+        where there are several, and of the V that is asked for where a method gives any."""
+        arranged, rows = self.arrangement, self.rows
+        if arranged.row_length:
+            return arranged.row_length, arranged.row_images, arranged.row_length
+        images = rows.images_per_row
+        return rows.text_length, images, rows.text_length + images * self.model.visual_tokens
 
     @property
     def last(self) -> str:

@@ -27,11 +27,12 @@ from vlm_jax.data.tokenizer import check_vocabulary, hash_of, keep_tokenizer
 from vlm_jax.models import lora, vlm
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM
-from vlm_jax.training import memory, optimizer, runs
+from vlm_jax.training import memory, optimizer, precision, runs
 from vlm_jax.training.checkpoint import Checkpoints
 from vlm_jax.training.fingerprint import Beginning
+from vlm_jax.training.first_weights import first_model
 from vlm_jax.training.log import Log
-from vlm_jax.training.objective import Sums, every_scale, next_token, patch_class, patch_reader
+from vlm_jax.training.objective import Sums, of_stage, patch_class, patch_reader
 from vlm_jax.training.overview import overview
 from vlm_jax.training.recipe import Recipe
 from vlm_jax.training.workdir import Claim, claim
@@ -104,7 +105,7 @@ def run_stage(
             first=first,
             last=stage.steps,
             every=recipe.log_every,
-            batch=stage.batch,
+            batch=batches.examples,
             tensorboard=recipe.tensorboard,
             patience=stage.max_nonfinite,
             skipped=skipped_before,
@@ -184,6 +185,13 @@ def check(recipe: Recipe) -> None:
         raise ValueError(
             "align.steps=0 and finetune.steps=0: such a run trains no model; set one of them"
         )
+    recipe.arrangement.check(
+        text=recipe.rows.text_length,
+        question=recipe.rows.question_length,
+        images=recipe.rows.images_per_row,
+        visual=recipe.visual,
+        query=recipe.rows.query,
+    )
     for name in ("encoder", "align", "finetune"):
         stage = recipe.stage(name)
         if stage.batch % stage.accumulate:
@@ -243,24 +251,18 @@ def train(
     tokens as it can give in align, as its method is published in finetune.
     """
     seed = recipe.seed if seed is None else seed
-    if recipe.start_from:
-        with progress.doing("reading the weights to start from"):
-            stored = runs.read(recipe.start_from, "start_from")
-            model = weights_start.load(
-                recipe.model, stored, start_from=recipe.start_from, seed=seed
-            )
-    else:
-        with progress.doing("drawing the first weights"):
-            model = vlm.create(recipe.model, seed=seed)
-    if encoder is not None:
-        model = VLM(encoder, model.compressor, model.llm)
-    if model.compressor.buckets:
-        model = model.at(model.compressor.buckets[-1])
+    model = first_model(recipe, encoder, seed=seed)
     for name in ("align", "finetune"):
         if recipe.stage(name).steps == 0:
             continue
         if name == "finetune":
+            if recipe.align.steps and recipe.frozen_dtype != "float32":
+                # What align left alone was narrowed: trained on, or frozen again, from the first.
+                first = first_model(recipe, encoder, seed=seed)
+                model = VLM(first.vit, model.compressor, first.llm)
+                del first
             model = lora.adapt(model, recipe.lora, seed=seed)
+        model = precision.narrowed(model, name, recipe.frozen_dtype)
         with progress.doing(f"{name}: preparing the rows"):
             batches = rows = loader.Batches(
                 inputs.source,
@@ -272,8 +274,11 @@ def train(
                 skip=recipe.skip,
                 mesh=jax.sharding.get_mesh(),
                 workers=recipe.workers,
+                arrangement=recipe.arrangement,
+                visual=model.compressor.tokens,
             )
-        objective = next_token
+        if rows.plan is not None:
+            progress.say(rows.plan.said(name))
         if name == "finetune" and model.compressor.prefixes:
             batches = prefixes.RandomPrefixes(
                 batches,
@@ -281,14 +286,15 @@ def train(
                 seed=seed,
                 accumulate=recipe.finetune.accumulate,
             )
-        if name == "finetune" and model.compressor.scales:
-            objective = every_scale
-        if (batch := recipe.stage(name).batch) > len(inputs.source):
+        batch = recipe.stage(name).batch
+        if recipe.arrangement.plain and batch > len(inputs.source):
             log.warning(
                 f"{name}.batch={batch} is more than the {len(inputs.source)} examples "
                 "of the data: each batch has some of them more than once"
             )
+        objective = of_stage(name, model.compressor, chunk=recipe.loss_chunk)
         model = run_stage(name, model, batches, recipe, folder, objective, begin=begin)
+        progress.say(f"{name}: {rows.usage.everywhere()}")
         cut = set().union(*hosts.collected(sorted(rows.cut_rows)))
         if cut:
             log.warning(
@@ -296,7 +302,7 @@ def train(
                 f"data.text_length={recipe.rows.text_length} and data.question_length="
                 f"{recipe.rows.question_length} allow, and lost their end"
             )
-    return lora.merge(model)
+    return lora.merge(precision.widened(model))
 
 
 def tokenizer_of(named: str, vocab: int, kept: PurePath | None, source: sources.Source) -> Any:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from vlm_jax import __version__, files, hosts
 from vlm_jax.models import lora, vlm
 from vlm_jax.models.vlm import VLM
-from vlm_jax.training import fields, fingerprint, lease, memory, optimizer
+from vlm_jax.training import fields, fingerprint, lease, memory, optimizer, precision
 from vlm_jax.training.checkpoint import Checkpoints, numbered
 from vlm_jax.training.fields import Change
 from vlm_jax.training.recipe import Recipe
@@ -99,11 +99,14 @@ class Claim:
 
 
 @contextmanager
-def claim(workdir: PurePath, config: ConfigDict, *, grid: bool = False) -> Iterator[Claim]:
+def claim(
+    workdir: PurePath, config: ConfigDict, *, grid: bool = False, wait: bool = False
+) -> Iterator[Claim]:
     """Holds `workdir` for this process; refuses a second run, another run, a bad disk.
 
     Another run is one whose configuration differs in a field that its results depend on
-    (`vlm_jax/training/fields.py`), of a `grid` or of one training.
+    (`vlm_jax/training/fields.py`), of a `grid` or of one training. With `wait` a second run waits
+    for the first instead of being refused.
     """
     hosts.check_same("configuration or --workdir", [str(workdir), digest(config)])
     above = workdir.parent.parent
@@ -112,7 +115,7 @@ def claim(workdir: PurePath, config: ConfigDict, *, grid: bool = False) -> Itera
             f"--workdir={workdir} is a cell of the grid in {above}, which `vlm-jax grid` trains: "
             "choose another --workdir (config.start_from takes a cell to start from)"
         )
-    with lock(workdir):
+    with lock(workdir, wait=wait):
         claimed = Claim(workdir, config)
 
         def found() -> dict[str, Any]:
@@ -239,9 +242,12 @@ def of_json(tree: dict[str, Any]) -> ConfigDict:
 
     config = ConfigDict(tuples(tree))
     for name, value in fields.LATER.items():
-        section, _, leaf = name.partition(".")
-        if section in config and leaf not in config[section]:
-            config[section][leaf] = value
+        section, _, leaf = name.rpartition(".")
+        if section and section not in config:
+            continue
+        home = config[section] if section else config
+        if leaf not in home:
+            home[leaf] = value
     return config
 
 
@@ -252,9 +258,10 @@ def digest(config: ConfigDict) -> str:
     """
     tree = config.to_dict()
     for name, value in fields.LATER.items():
-        section, _, leaf = name.partition(".")
-        if tree[section].get(leaf) == value:
-            del tree[section][leaf]
+        section, _, leaf = name.rpartition(".")
+        home = tree[section] if section else tree
+        if home.get(leaf) == value:
+            del home[leaf]
     text = json.dumps(tree, sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -272,6 +279,7 @@ def finished(workdir: PurePath, recipe: Recipe, *, merge: bool = True) -> VLM:
         model = vlm.build(recipe.model, nnx.Rngs(recipe.seed))
         if stage == "finetune":
             model = lora.adapt(model, recipe.lora, seed=recipe.seed)
+        model = precision.narrowed(model, stage, recipe.frozen_dtype)
         graph, state = optimizer.start(model, stage, optimizer.optimizer(recipe.stage(stage)))
         graphs.append((graph, lora.described(model)))
         return state._replace(optimizer=())
@@ -292,7 +300,7 @@ def finished(workdir: PurePath, recipe: Recipe, *, merge: bool = True) -> VLM:
             f"{workdir}/{stage} holds {steps} of {wanted} steps: repeat the command "
             "that trains it (`vlm-jax train` or `vlm-jax grid`) to finish it"
         )
-    model = optimizer.finish(graph, restored[0])
+    model = precision.widened(optimizer.finish(graph, restored[0]))
     return lora.merge(model) if merge else model
 
 

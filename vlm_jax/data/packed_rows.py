@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays of a planned batch: several examples in a row, or rows as long as their bucket; how much
+of them is used.
+
+B rows of this process  M images of a row  T text tokens  Tq question tokens  S pixels  P patches
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlm_jax import hosts
+from vlm_jax.data.example import BadExample
+from vlm_jax.data.packing import Group, Plan
+from vlm_jax.data.texts import BadText, Texts
+
+# The text of an example, and its images: uint8 [M, S, S, 3], or nothing where there are features.
+Parts = tuple[dict[str, Any], np.ndarray]
+
+
+@dataclass
+class Usage:
+    """How many tokens and images of those that were computed belong to an example.
+
+    Tokens are those of the LLM's rows, of text and of images: an image has all its V (of an
+    adaptive method, as many as it may have).
+    """
+
+    visual: int
+    tokens: int = 0
+    tokens_computed: int = 0
+    images: int = 0
+    images_computed: int = 0
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Counts the rows of a batch of numpy arrays."""
+        count, length = batch["ids"].shape
+        there = int((batch["image_at"] < length).sum())
+        shown = next((batch[name] for name in ("pixels", "levels") if name in batch), None)
+        slots = 0 if shown is None else batch["image_at"].size
+        self.tokens += int(batch["length"].sum()) + there * self.visual
+        added = 0 if "segment" in batch else slots * self.visual
+        self.tokens_computed += count * length + added
+        self.images, self.images_computed = self.images + there, self.images_computed + slots
+
+    def everywhere(self) -> "Usage":
+        """The counts of all processes together; to be asked in each of them."""
+        counts = (self.tokens, self.tokens_computed, self.images, self.images_computed)
+        return Usage(self.visual, *map(sum, zip(*hosts.collected(list(counts)), strict=True)))
+
+    def fields(self) -> dict[str, float]:
+        """For a file of numbers: the shares that are used; {} before anything is."""
+        made = {}
+        if self.tokens_computed:
+            made["tokens_used"] = self.tokens / self.tokens_computed
+        if self.images_computed:
+            made["images_used"] = self.images / self.images_computed
+        return made
+
+    def __str__(self) -> str:
+        if not self.tokens_computed:
+            return "no step was left to take"
+        parts = [f"{self.tokens:,} of {self.tokens_computed:,} tokens"]
+        if self.images_computed:
+            parts.append(f"{self.images:,} of {self.images_computed:,} images")
+        shares = " and ".join(f"{share:.1%}" for share in self.fields().values())
+        return f"{' and '.join(parts)} that were computed belong to examples ({shares})"
+
+
+class PackedRows:
+    """Makes the rows that one process holds of a planned batch.
+
+    A batch has, besides what `Batches` describes, where rows are packed, `segment` int32 [B, T]:
+    which of its row's examples each token belongs to, from 1; 0 is padding; and `image_segment`
+    int32 [B, M]. T is then the length of the spliced row: text leaves room for visual tokens. A
+    batch of text alone has neither pixels nor levels.
+
+    An example that cannot be used leaves its place in the batch empty, without supervised tokens.
+
+    Args:
+      parts: the text and images of an example; it may raise BadExample.
+      mine: which rows of a batch.
+      features: cached encoder outputs [images, P, C].
+    """
+
+    def __init__(
+        self,
+        texts: Texts,
+        plan: Plan,
+        parts: Callable[[int], Parts],
+        mine: np.ndarray,
+        features: np.ndarray | None,
+    ):
+        self.texts, self.plan, self.parts = texts, plan, parts
+        self.mine, self.features = mine, features
+
+    def __call__(self, k: int) -> dict[str, Any]:
+        """The rows of batch `k`, with what `Batches` takes out: `faults`, and in `cut` the examples
+        that lost their end."""
+        group = self.plan.batch(int(k))
+        batch = self._empty(group)
+        faults: dict[int, tuple[str, str]] = {}
+        cut: list[int] = []
+        for row, number in enumerate(self.mine):
+            self._fill(batch, row, group, group.rows[number], faults, cut)
+        if group.images == 1:
+            images = (
+                "image_at",
+                "question",
+                "question_length",
+                "image_segment",
+                "pixels",
+                "levels",
+            )
+            batch |= {name: batch[name][:, 0] for name in images if name in batch}
+        if group.images == 0:
+            batch["image_at"] = np.full(len(self.mine), group.text, np.int32)
+            for name in ("question", "question_length", "pixels", "levels"):
+                batch.pop(name, None)
+        return batch | {"faults": faults, "cut": np.array(cut, np.int64)}
+
+    def _empty(self, group: Group) -> dict[str, np.ndarray]:
+        """Arrays without an example."""
+        processor, count = self.texts.processor, len(self.mine)
+        text, images = (count, group.text), (count, group.images)
+        batch = {
+            "ids": np.full(text, processor.pad_id, np.int32),
+            "loss_mask": np.zeros(text, bool),
+            "length": np.zeros(count, np.int32),
+            "image_at": np.full(images, group.text, np.int32),
+            "question": np.full((*images, processor.question_length), processor.pad_id, np.int32),
+            "question_length": np.ones(images, np.int32),
+        }
+        if group.packed:
+            batch |= {
+                "segment": np.zeros(text, np.int32),
+                "image_segment": np.zeros(images, np.int32),
+            }
+        if self.features is None:
+            size = processor.images.size
+            batch["pixels"] = np.zeros((*images, size, size, 3), np.float32)
+        else:
+            shape = (*images, *self.features.shape[1:])
+            batch["levels"] = np.zeros(shape, self.features.dtype)
+        return batch
+
+    def _fill(
+        self,
+        batch: dict[str, np.ndarray],
+        row: int,
+        group: Group,
+        examples: np.ndarray,
+        faults: dict[int, tuple[str, str]],
+        cut: list[int],
+    ) -> None:
+        """Lays the examples of a row side by side."""
+        processor, at, shown = self.texts.processor, 0, 0
+        for number, example in enumerate(map(int, examples), start=1):
+            try:
+                text, pictures = self.parts(example)
+            except BadExample as error:
+                if not self.texts.skip:
+                    raise
+                faults[example] = ("text" if isinstance(error, BadText) else "image", str(error))
+                continue
+            places = np.atleast_1d(text["image_at"])
+            count, length = int((places < processor.text_length).sum()), int(text["length"])
+            here, slots = slice(at, at + length), slice(shown, shown + count)
+            batch["ids"][row, here] = text["ids"][:length]
+            batch["loss_mask"][row, here] = text["loss_mask"][:length]
+            batch["image_at"][row, slots] = at + places[:count]
+            # Of a row of its own what is read of no image counts too: it may be its first text.
+            asked = slice(shown, shown + (count if group.packed else group.images))
+            read = np.atleast_2d(text["question"])[: asked.stop - shown]
+            batch["question"][row, asked] = read
+            batch["question_length"][row, asked] = np.atleast_1d(text["question_length"])[
+                : len(read)
+            ]
+            if group.packed:
+                batch["segment"][row, here] = number
+                batch["image_segment"][row, slots] = number
+            if count and self.features is None:
+                batch["pixels"][row, slots] = processor.images.normalized(pictures[:count])
+            elif count:
+                batch["levels"][row, slots] = self.features[self.texts.images(example)[:count]]
+            if text["cut"]:
+                cut.append(example)
+            at, shown = at + length, shown + count
+        batch["length"][row] = at

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model that a training begins with: read from a folder, or drawn from the seed."""
+
+from vlm_jax import progress
+from vlm_jax.models import vlm
+from vlm_jax.models.vit import ViT
+from vlm_jax.models.vlm import VLM
+from vlm_jax.training import runs
+from vlm_jax.training.recipe import Recipe
+from vlm_jax.weights import start as weights_start
+
+
+def first_model(recipe: Recipe, encoder: ViT | None, *, seed: int) -> VLM:
+    """The model that a training begins with, as many visual tokens as it can give."""
+    if recipe.start_from:
+        with progress.doing("reading the weights to start from"):
+            stored = runs.read(recipe.start_from, "start_from")
+            model = weights_start.load(
+                recipe.model, stored, start_from=recipe.start_from, seed=seed
+            )
+    else:
+        with progress.doing("drawing the first weights"):
+            model = vlm.create(recipe.model, seed=seed)
+    if encoder is not None:
+        model = VLM(encoder, model.compressor, model.llm)
+    return model.at(model.compressor.buckets[-1]) if model.compressor.buckets else model

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that a stage reads and leaves alone, in fewer bytes (config.frozen_dtype)."""
+
+import jax
+
+from vlm_jax.models import lora
+from vlm_jax.models.vlm import VLM
+
+# Parts of their names: what is cast to the type of the activations wherever it is used.
+MATRICES = {"kernel", "embedding", "head"}
+
+
+def frozen(model: VLM, stage: str) -> set[str]:
+    """The parts of a model whose matrices stage `stage` leaves alone."""
+    parts = {"vit"}
+    if stage == "align" or lora.adapted(model):
+        parts.add("llm")
+    # What decides which patches are kept is computed in float32 from the encoder's own weights.
+    return parts - {"vit"} if model.compressor.reads_keys else parts
+
+
+def narrowed(model: VLM, stage: str, dtype: str) -> VLM:
+    """The model as stage `stage` holds it: the matrices that it leaves alone in `dtype`.
+
+    With activations of the same type the step computes what it does from float32 weights. Norms,
+    biases and tables of positions, which take part in float32, stay so.
+    """
+    parts = frozen(model, stage)
+
+    def narrow(path: tuple, x: jax.Array) -> jax.Array:
+        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        return x.astype(dtype) if names[0] in parts and MATRICES & set(names) else x
+
+    return model if dtype == "float32" else jax.tree_util.tree_map_with_path(narrow, model)
+
+
+def widened(model: VLM) -> VLM:
+    """Every weight in float32, with the value that it has."""
+    return jax.tree.map(lambda x: x if x.dtype == "float32" else x.astype("float32"), model)
