@@ -57,9 +57,3 @@ everywhere() {
   done
   return "$status"
 }
-
-# Sleeps until the cloud is looked at again.
-pause() {
-  echo "$1; looking again in $POLL_SECONDS s"
-  sleep "$POLL_SECONDS"
-}
