@@ -85,7 +85,7 @@ class Form:
 FORMS = (Form(True), Form(), Form(True, True), Form(False, True))
 
 
-def written(template: Template, form: Form, *, mark: str = IMAGE_MARK) -> str:
+def chat_template(template: Template, form: Form, *, mark: str = IMAGE_MARK) -> str:
     """`template` as a chat template in the form `form`, with `mark` for an image.
 
     It refuses system texts and roles that do not alternate, for which the model was not trained.
@@ -128,10 +128,10 @@ def written(template: Template, form: Form, *, mark: str = IMAGE_MARK) -> str:
     return "\n".join([*lines, "{%- endif -%}", "{%- endfor -%}"])
 
 
-def named(text: str, *, mark: str = IMAGE_MARK) -> str | None:
-    """The name of the template that `written` turned into this text; None for any other text."""
+def template_name(text: str, *, mark: str = IMAGE_MARK) -> str | None:
+    """The name of the template that `chat_template` wrote as this text; None for other texts."""
     for name, template in builtin():
-        if any(text.strip() == written(template, form, mark=mark) for form in FORMS):
+        if any(text.strip() == chat_template(template, form, mark=mark) for form in FORMS):
             return name
     return None
 

@@ -58,8 +58,8 @@ def read_image(
       BadExample: if it cannot be decoded completely, with the row that `owner` describes, if any.
     """
     try:
-        with regular(path) as file:
-            return decoded(file, exif=exif)
+        with open_regular(path) as file:
+            return decode(file, exif=exif)
     except Unusable as error:
         reason = str(error)
     # Any exception, because each decoder has its own.
@@ -68,7 +68,7 @@ def read_image(
     raise BadExample(f"{owner}{': ' * bool(owner)}image {path} {reason}; {way_out}")
 
 
-def regular(path: str) -> io.BufferedIOBase:
+def open_regular(path: str) -> io.BufferedIOBase:
     """A file opened for reading. Raises Unusable for anything but a regular file with content."""
     try:
         about = os.stat(path)  # opening a pipe would wait for its writer
@@ -85,7 +85,7 @@ def regular(path: str) -> io.BufferedIOBase:
         raise Unusable(f"cannot be read: {error.strerror or error}") from None
 
 
-def decoded(file: io.BufferedIOBase, *, exif: str) -> np.ndarray:
+def decode(file: io.BufferedIOBase, *, exif: str) -> np.ndarray:
     """The pixels of an open file. Raises any exception of its decoder."""
     try:
         return rgb(open_image(file), exif=exif)
