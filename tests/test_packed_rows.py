@@ -2,6 +2,7 @@
 """Packed and bucketed rows are the rows that they hold: loss, gradient, order, what cannot be
 used."""
 
+import functools
 import itertools
 
 import jax
@@ -17,7 +18,8 @@ from vlm_jax.data.processor import Processor, RowFormat
 from vlm_jax.data.skips import Skips
 from vlm_jax.data.texts import BadText, Texts
 from vlm_jax.data.word_tokenizer import train_tokenizer
-from vlm_jax.training import objective
+from vlm_jax.models import vlm
+from vlm_jax.training import memory, objective
 
 WORDS = "what is this a red star and how many are there two three left of the".split()
 PACKED = Arrangement(row_length=96, row_images=4)
@@ -218,6 +220,21 @@ def test_rows_hold_their_examples_side_by_side(source, tokenizer):
                 np.testing.assert_array_equal(batch["question"][row][ours],
                                               text["question"][: len(places)])  # fmt: skip
             assert not batch["loss_mask"][row][batch["segment"][row] == 0].any()
+
+
+@pytest.mark.parametrize("arrangement", [PACKED, BUCKETS], ids=["packed", "buckets"])
+def test_a_mesh_takes_packed_rows_and_rows_of_text_alone(arrangement, source, tokenizer, mesh8):
+    """Traced alone: on an explicit mesh every operation says where its result lies."""
+    c = config(compressor=METHODS["quecc"])
+    made = batches_of(c, source, tokenizer, arrangement, batch=4, features=features_of(c, source))
+    parts = [made.at(k) for k in range(3)]
+    with jax.set_mesh(mesh8):
+        model = memory.placed(vlm.shapes(tiny.size(c)))
+        for part in parts:
+            for chunk in (0, 16):
+                run = functools.partial(objective.next_token, chunk=chunk)
+                sums = jax.eval_shape(run, model, tiny.placed(part))
+                assert sums.nll.shape == ()
 
 
 def test_what_cannot_be_used_is_left_out_of_its_row_and_counted(tokenizer):
