@@ -55,6 +55,8 @@ setup(
     install_requires=[
         *JAX_AND_FLAX,
         "absl-py>=2.5",
+        "etils>=1.15",  # paths of checkpoints; orbax asks for both
+        "tensorstore>=0.1.86",
         "filelock>=3.16",  # the bounded folder of compiled programs
         "grain>=0.2.18",
         "jinja2>=3.1",  # the report page, chat templates (transformers does not ask for it)
@@ -85,9 +87,12 @@ setup(
         # docs/quickstart.ipynb, to open it in an editor or to run it.
         "notebook": ["ipykernel>=7.0", "matplotlib>=3.11", "nbclient>=0.11", "nbformat>=5.10"],
         "tensorboard": ["tensorboardX>=2.6.5"],
+        # A run's folder in a bucket of Google Cloud Storage.
+        "gcs": ["gcsfs>=2026.9"],
         "tfds": ["tensorflow-datasets>=4.9.10"],
         "test": [
             "beartype>=0.23",
+            "gcsfs>=2026.9",  # the tests bring a bucket of their own
             "hypothesis>=6.170",
             "mypy>=2.4",
             "pytest>=9.2",

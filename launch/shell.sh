@@ -81,7 +81,7 @@ show() {
   printf '+'
   for word; do
     case "$word" in
-      '' | *[!A-Za-z0-9_./:=,@%+-]*) printf " '%s'" "$(printf %s "$word" | sed "s/'/'\\\\''/g")" ;;
+      '' | *[!A-Za-z0-9_./:=,@%+-]*) printf " '%s'" "${word//\'/\'\\\'\'}" ;;
       *) printf ' %s' "$word" ;;
     esac
   done

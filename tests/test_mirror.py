@@ -27,6 +27,7 @@ THROUGH = {
     "test_report.py": "reports.score_tables",
     "test_generate.py": "serving.talk",
     "test_checkpoint.py": "training.arrays training.verify",
+    "test_optimizer.py": "training.compiler",
     "test_train.py": "training.first_weights",
     "test_convert.py": "weights.conversion weights.fitting weights.sizes weights.values",
     "test_layouts.py": "weights.classes weights.layouts",

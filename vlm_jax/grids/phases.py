@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import PurePath
 
 from vlm_jax import files, hosts
 
@@ -13,7 +13,7 @@ from vlm_jax import files, hosts
 class Phases:
     """Seconds of each phase of a run over all its restarts and jobs, kept in run.json."""
 
-    def __init__(self, path: Path, facts: dict):
+    def __init__(self, path: PurePath, facts: dict):
         self.path, self.facts, self.seconds = path, facts, {}
 
     @contextmanager

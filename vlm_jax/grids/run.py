@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -110,7 +110,7 @@ def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),))
     return Shared(inputs, Inputs(test, processor), made, encoder)
 
 
-def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.Row:
+def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> records.Row:
     """Trains and evaluates one cell; its row, which `facts` are a part of."""
     config, recipe = cell.config, cell.recipe
     size = recipe.model
@@ -201,7 +201,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     )
 
 
-def once(path: Path, seconds: float) -> float:
+def once(path: PurePath, seconds: float) -> float:
     """What the file holds; it is written with `seconds` where it is not there."""
     if not path.exists():
         files.write_json(path, {"seconds": seconds})
@@ -258,7 +258,7 @@ def cell_names(config: Any) -> list[str]:
     return [cell.name for cell in cells_of(open_config(config))]
 
 
-def train_cell(config: Any, workdir: str | Path, *, cell: str) -> records.Row:
+def train_cell(config: Any, workdir: str | PurePath, *, cell: str) -> records.Row:
     """Trains and evaluates one cell of a grid; its row, which is read back where it is finished.
 
     What cells share (encoder, features, tokenizer) is made at the first call. `workdir` is the
@@ -273,7 +273,7 @@ def train_cell(config: Any, workdir: str | Path, *, cell: str) -> records.Row:
       ValueError: for another cell, and a folder of another run.
       Diverged: where the loss is no longer finite.
     """
-    config, folder = open_config(config), Path(workdir).absolute()
+    config, folder = open_config(config), files.path_of(workdir)
     command = f"vlm_jax.train_cell(config, {str(workdir)!r}, cell={cell!r})"
     with jax.set_mesh(mesh.make(**config.mesh)):
         run_some(folder, config, command, [cell])
@@ -312,7 +312,7 @@ class Grid:
         written = hosts.from_writer(read)
         return {name: records.Row.from_json(text) for name, text in written.items()}
 
-    def home(self, cell: Cell) -> Path:
+    def home(self, cell: Cell) -> PurePath:
         return self.folder / "cells" / cell.name
 
     def finish(self, cell: Cell, shared: Shared) -> None:
@@ -369,7 +369,7 @@ def run(claimed: Claim, command: str) -> dict[str, Any]:
 
 
 def run_some(
-    folder: Path, config: ConfigDict, command: str, names: Sequence[str]
+    folder: PurePath, config: ConfigDict, command: str, names: Sequence[str]
 ) -> dict[str, Any]:
     """Some cells of a grid of which other jobs may run others in the same folder at the same time;
     what the report of all rows so far says.
