@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of docs/pods.md: steps compiled for slices of TPUs, one command for each row.
 
-    python benchmarks/pods.py --list       # the rows with their commands, and which have results
-    python benchmarks/pods.py --most=2     # compiles the first two that have none
-    python benchmarks/pods.py --only=7b    # those with this in their name
-    python benchmarks/pods.py --table      # the table in Markdown, from the results
+    python benchmarks/pods.py --list             # the rows, their commands, which have results
+    python benchmarks/pods.py --most=2           # compiles the first two that have none
+    python benchmarks/pods.py --only=7b          # those with this in their name
+    python benchmarks/pods.py --table            # the table in Markdown, from the results
 
 Needs libtpu (extra aot), no TPU. A row takes minutes of CPU; results are kept one by one in
 benchmarks/results/pods.jsonl, and a row that is there is not compiled again.
