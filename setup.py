@@ -55,6 +55,8 @@ setup(
     install_requires=[
         *JAX_AND_FLAX,
         "absl-py>=2.5",
+        "etils>=1.15",  # paths of checkpoints; orbax asks for both
+        "tensorstore>=0.1.86",
         "filelock>=3.16",  # the bounded folder of compiled programs
         "grain>=0.2.18",
         "jinja2>=3.1",  # the report page, chat templates (transformers does not ask for it)
@@ -83,9 +85,12 @@ setup(
         # Handwritten digits (scikit-learn) and fonts (matplotlib) of the embedded benchmark.
         "demo": ["scikit-learn>=1.9", "matplotlib>=3.11"],
         "tensorboard": ["tensorboardX>=2.6.5"],
+        # A run's folder in a bucket of Google Cloud Storage.
+        "gcs": ["gcsfs>=2026.9"],
         "tfds": ["tensorflow-datasets>=4.9.10"],
         "test": [
             "beartype>=0.23",
+            "gcsfs>=2026.9",  # the tests bring a bucket of their own
             "hypothesis>=6.170",
             "mypy>=2.4",
             "pytest>=9.2",

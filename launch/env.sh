@@ -33,33 +33,28 @@ source "launch/api/$API.sh"
 # say. Each worker that failed or gave no answer is named; returns the highest status of a worker,
 # AGAIN where one gave no answer.
 everywhere() {
-  local answers worker ended reached=0 status=0
+  local answers line worker reached=0 status=0
+  local -A statuses=()
   answers=$(mktemp)
   # Each worker says who it is and how the command ended: who does not say it gave no answer.
   on_workers "( $1 ); echo worker \${HOSTNAME##*-w-} ended: \$?" "$answers" || reached=$?
-  ended=$(sed -n 's/^worker \([^ ]*\) ended: /\1 /p' "$answers")
-  sed '/^worker [^ ]* ended: /d' "$answers"
+  while IFS= read -r line; do
+    if [[ "$line" =~ ^worker\ ([^ ]+)\ ended:\ ([0-9]+)$ ]]; then
+      statuses[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
+    else
+      echo "$line"
+    fi
+  done < "$answers"
   rm "$answers"
   [ "$DRY" != 1 ] || return 0
-  if [ "$reached" = 0 ]; then
-    NAMES=$(cut -d' ' -f1 <<< "$ended")
-  else
-    name_workers
-  fi
+  if [ "$reached" = 0 ]; then NAMES=${!statuses[*]}; else name_workers; fi
   for worker in $NAMES; do
-    case "$(grep "^$worker " <<< "$ended")" in
+    case "${statuses[$worker]:-}" in
       '') echo "worker $worker gave no answer" >&2 && status=$AGAIN ;;
-      *' 0') ;;
-      *) worker=$(grep "^$worker " <<< "$ended")
-        echo "worker ${worker% *} failed with status ${worker#* }" >&2
-        [ "${worker#* }" -le "$status" ] || status=${worker#* } ;;
+      0) ;;
+      *) echo "worker $worker failed with status ${statuses[$worker]}" >&2
+        [ "${statuses[$worker]}" -le "$status" ] || status=${statuses[$worker]} ;;
     esac
   done
   return "$status"
-}
-
-# Sleeps until the cloud is looked at again.
-pause() {
-  echo "$1; looking again in $POLL_SECONDS s"
-  sleep "$POLL_SECONDS"
 }

@@ -32,13 +32,56 @@ quoted() {
   echo "${text# }"
 }
 
+# Sleeps until things are looked at again.
+pause() {
+  echo "$1; looking again in $POLL_SECONDS s"
+  sleep "$POLL_SECONDS"
+}
+
+# Prints the chips of a topology; ends where the accelerator has another number of them.
+chips_of() {
+  local topology=$1 accelerator=$2 cores chips
+  case "$accelerator" in # N counts TensorCores, of which some chips have two
+    tpu7x-* | v5p-* | v4-*) cores=2 ;;
+    v6e-* | v5litepod-*) cores=1 ;;
+    *) die "$USAGE" "ACCELERATOR=$accelerator is not known here:" \
+      "v4-N, v5litepod-N, v5p-N, v6e-N or tpu7x-N" ;;
+  esac
+  [[ "$topology" =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || die "$USAGE" "TOPOLOGY=$topology: write it as 2x2x2"
+  chips=$((${topology//x/*}))
+  [ $((chips * cores)) = "${accelerator##*-}" ] || die "$USAGE" "TOPOLOGY=$topology has $chips" \
+    "chips, ACCELERATOR=$accelerator has $((${accelerator##*-} / cores))"
+  echo "$chips"
+}
+
+# Prints the runtime version of a TPU VM; ends where there is none.
+runtime_of() {
+  case "$1" in
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v4-*) echo tpu-ubuntu2204-base ;;
+    *) die "$USAGE" "ACCELERATOR=$1 is no TPU VM: v4-N, v5litepod-N, v5p-N or v6e-N here;" \
+      "TPU7x by Compute Engine or GKE" ;;
+  esac
+}
+
+# Ends where the work folder would go with the machine; $1 holds the words of a verb.
+needs_bucket() {
+  case " $1" in
+    *' --workdir='[a-z]*://* | *' --workdir '[a-z]*://*) ;;
+    *' --workdir='/* | *' --workdir '/*) [ "${2:-}" = mounted ] && return ;;&
+    *) die "$USAGE" "--workdir must outlive the TPU: gs://BUCKET/DIR${2:+, or a mounted folder}" ;;
+  esac
+}
+
 # Prints a command as it could be typed.
 show() {
   local word
   printf '+'
   for word; do
     case "$word" in
-      '' | *[!A-Za-z0-9_./:=,@%+-]*) printf " '%s'" "$(printf %s "$word" | sed "s/'/'\\\\''/g")" ;;
+      '' | *[!A-Za-z0-9_./:=,@%+-]*) printf " '%s'" "${word//\'/\'\\\'\'}" ;;
       *) printf ' %s' "$word" ;;
     esac
   done

@@ -7,10 +7,7 @@ set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 [ $# -gt 0 ] || die "$USAGE" "which verb? launch/supervise.sh train --config=FILE --workdir=DIR"
-case " $*" in # the disk goes with the machine
-  *' --workdir='[a-z]*://* | *' --workdir=/'* | *' --workdir '[a-z]*://* | *' --workdir /'*) ;;
-  *) die "$USAGE" "--workdir must outlive the TPU: gs://BUCKET/DIR, or a mounted folder (/mnt/...)" ;;
-esac
+needs_bucket "$*" mounted
 read -ra flags <<< "${FLAGS:-}"
 
 if [ "$DRY" = 1 ]; then

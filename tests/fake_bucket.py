@@ -103,6 +103,12 @@ class Handler(BaseHTTPRequestHandler):
                 return self.refuse(404, "notFound")
             bucket.put(target, bucket.objects[source][0])
             return self.answer(200, {"done": True, "resource": described(bucket, target)})
+        if found := re.fullmatch(r"/b/a-bucket/o/([^/]+)/moveTo/o/([^/]+)", path):
+            source, target = map(unquote, found.groups())
+            if source not in bucket.objects:
+                return self.refuse(404, "notFound")
+            bucket.put(target, bucket.objects.pop(source)[0])
+            return self.answer(200, described(bucket, target))
         if found := re.fullmatch(r"/b/a-bucket/o/([^/]+)", path):
             return self.object(bucket, unquote(found[1]), query)
         return self.refuse(404, f"notFound {self.command} {self.path}")
@@ -187,10 +193,15 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_PATCH = handle_any
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request, address):
+        pass  # a client that is gone
+
+
 @contextmanager
 def serving():
     """The bucket gs://a-bucket, and the environment in which a process finds it there."""
-    server = ThreadingHTTPServer(("localhost", 0), Handler)
+    server = Server(("localhost", 0), Handler)
     server.bucket = Bucket()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://localhost:{server.server_port}"

@@ -5,10 +5,14 @@ What gcloud prints for a refused ssh, a failed worker, a quota and a lost connec
 528.0.0 prints, as its sources have it.
 """
 
+import atexit
+import functools
+import os
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -175,8 +179,24 @@ exit "$(cat "$CLOUD/stop")"
 
 def executable(path: Path, text: str):
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # other copies have the file in common
     path.write_text(text)
     path.chmod(0o755)
+
+
+IDENTITY = "-c user.name=t -c user.email=t@example.com"
+
+
+@functools.cache
+def committed() -> Path:
+    """A checkout of the scripts, of which every test has a copy with files in common."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    shutil.copytree(LAUNCH, folder / "launch")
+    (folder / ".gitignore").write_text("runs/\n")
+    command = f"git init -q && git add -A && git {IDENTITY} commit -q -m first && rm -r .git/hooks"
+    subprocess.run(["bash", "-c", command], cwd=folder, check=True)
+    return folder
 
 
 class Cloud:
@@ -187,8 +207,7 @@ class Cloud:
         for worker in ("0", "1") if api == "queued" else ("vlm-jax-a1b2", "vlm-jax-c3d4"):
             (folder / "home" / worker).mkdir(parents=True)
         (folder / "faults").mkdir()
-        shutil.copytree(LAUNCH, self.checkout / "launch")
-        (self.checkout / ".gitignore").write_text("runs/\n")
+        shutil.copytree(committed(), self.checkout, copy_function=os.link, symlinks=True)
         executable(folder / "bin/gcloud", GCLOUD.replace("PYTHON", sys.executable))
         executable(folder / "bin/python3", PYTHON)
         executable(folder / "vlm-jax", VLM_JAX)
@@ -202,12 +221,9 @@ class Cloud:
         }
         if api == "compute":
             self.environment |= {"ACCELERATOR": "tpu7x-16", "TOPOLOGY": "2x2x2", "CAPACITY": "spot"}
-        self.shell("git init -q && git add -A")
-        self.commit("first")
 
     def commit(self, message: str):
-        identity = "-c user.name=t -c user.email=t@example.com"
-        self.shell(f"git {identity} commit -q --allow-empty -m {message}")
+        self.shell(f"git {IDENTITY} commit -q --allow-empty -m {message}")
 
     def shell(self, command: str, **environment) -> subprocess.CompletedProcess:
         return subprocess.run(

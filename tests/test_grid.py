@@ -3,6 +3,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor, RowFormat, load_tokenizer
 from vlm_jax.data.sources import Origin
 from vlm_jax.evals import tasks
-from vlm_jax.grids import details
+from vlm_jax.grids import details, phases
 from vlm_jax.grids import run as grid_run
 from vlm_jax.models import vlm
 from vlm_jax.rows import records
@@ -31,8 +32,8 @@ NAMES = ["only-v1-token_packer-s0", "only-v4-token_packer-s0", "only-v1-blind-s0
 
 # In the middle of the second cell: its row was computed and is being written.
 IN_A_ROW = """
-from vlm_jax.training import workdir
-replace = workdir.os.replace
+from vlm_jax import files
+replace = files.os.replace
 class Os:
     def __getattr__(self, name):
         return getattr(os, name)
@@ -41,12 +42,12 @@ class Os:
             os.truncate(old, 100)
             os.kill(os.getpid(), signal.SIGKILL)
         replace(old, new)
-workdir.os = Os()
+files.os = Os()
 """
 
 
-def run(folder, before=""):
-    return tiny.run("grid", *SMALL, f"--workdir={folder}", before=before)
+def run(folder, before="", flags=()):
+    return tiny.run("grid", *SMALL, f"--workdir={folder}", *flags, before=before)
 
 
 def rows_of(folder):
@@ -119,14 +120,46 @@ def test_a_finished_grid_repeated_changes_no_row(repeated, capsys):
         assert (path.read_text(), path.stat().st_mtime_ns) == (text, time)
 
 
+def test_jobs_with_cells_of_their_own_make_the_grid_together(unbroken, tmp_path):
+    """Two at once, one cell in both: each cell is trained once, the rows are the grid's."""
+    jobs = [(NAMES[1], NAMES[0]), (NAMES[1], NAMES[2])]
+    with ThreadPoolExecutor() as pool:
+        done = list(
+            pool.map(lambda names: run(tmp_path, flags=[f"--cell={n}" for n in names]), jobs)
+        )
+    assert [job.returncode for job in done] == [0, 0], [job.stderr for job in done]
+    said = done[0].stderr + done[1].stderr
+    assert said.count("encoder 3/3") == 1 and said.count("finetune 3/3") == 3
+    assert f"{NAMES[1]} was finished by another job" in said
+    ours, theirs = rows_of(tmp_path), rows_of(unbroken[0])
+    assert list(ours) == list(theirs) == NAMES
+    for name, row in theirs.items():
+        assert ours[name].tasks == row.tasks and ours[name].config_hash == row.config_hash
+    assert json.loads(done[0].stdout)["report"] == str(tmp_path / "report/index.html")
+    spent = json.loads((tmp_path / "run.json").read_text())["phases"]
+    assert list(spent) == ["cells", "data", "encoder", "features", "law and report"]
+
+
+def test_cells_are_listed_one_a_line_and_a_wrong_one_is_named(tmp_path, capsys):
+    assert main(["grid", "--config=tests/one_size.py", "--list-cells"]) == 0
+    names = capsys.readouterr().out.splitlines()
+    assert names == grid_run.cell_names("tests/one_size.py")
+    given = ["grid", "--config=tests/one_size.py", f"--workdir={tmp_path}/run"]
+    assert main([*given, "--cell=only-v9"]) == 2
+    assert f"cell='only-v9': choose one of {names[0]}" in capsys.readouterr().err
+    assert main([*given, f"--cell={names[0]}", "--list-cells"]) == 2
+    assert "leave it or --dry-run and --list-cells away" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_answer_of_a_grid_is_one_object_and_its_times_are_said(unbroken):
     folder, done = unbroken
     made = json.loads(done.stdout)
     assert made["cells"] == 3 and made["report"] == str(folder / "report/index.html")
     page = (folder / "report/index.html").read_text()
     assert all(name in page or name.split("-")[0] in page for name in NAMES)
-    phases = json.loads((folder / "run.json").read_text())["phases"]
-    assert list(phases) == ["cells", "data", "encoder", "features", "law and report"]
+    spent = json.loads((folder / "run.json").read_text())["phases"]
+    assert list(spent) == ["cells", "data", "encoder", "features", "law and report"]
     assert re.search(r"seconds per phase: .*total \d+", done.stderr)
     assert json.loads((folder / "run.json").read_text())["command"].startswith(
         "vlm-jax grid --config="
@@ -318,9 +351,9 @@ def test_a_grid_needs_a_folder(capsys):
 
 def test_phases_add_up_over_restarts(tmp_path, monkeypatch):
     clock = iter([0.0, 2.0, 10.0, 13.0, 20.0, 24.5])
-    monkeypatch.setattr(grid_run.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(phases.time, "monotonic", lambda: next(clock))
     for name in ("cells", "cells", "data"):
-        with grid_run.Phases(tmp_path / "run.json", {"command": "c"})(name):
+        with phases.Phases(tmp_path / "run.json", {"command": "c"})(name):
             pass
     assert json.loads((tmp_path / "run.json").read_text()) == {
         "command": "c", "phases": {"cells": 5.0, "data": 4.5}}  # fmt: skip

@@ -73,3 +73,14 @@ def test_every_serving_program_is_compiled(capsys):
     assert [one["name"] for one in found["programs"]] == ["prefill", "decode"]
     assert found["hbm_bytes"]["cache"] > 0
     assert jax.default_backend() == "cpu"
+
+
+@pytest.mark.parametrize("slice_", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
+def test_a_step_of_decoding_moves_its_weights_and_its_cache_once(slice_):
+    c = small(mesh=dict(fsdp=1), data=dict(text_length=2000), evaluate=dict(batch=64))
+    c.llm.vocab = 8192
+    topology.prepare()
+    found = report.of_config(c, "decode", topology.named(slice_))["programs"][0]
+    once = found["hbm_bytes"]["frozen"] + found["hbm_bytes"]["cache"]
+    assert 0.9 < found["hbm_traffic_bytes"] / once < 1.15
+    assert found["unread_loops"] == []

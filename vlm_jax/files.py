@@ -16,15 +16,16 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any, Literal
 
 from vlm_jax import buckets
+from vlm_jax.buckets import is_bucket, path_of  # noqa: F401  # of runs, which ask here alone
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | PurePath, text: str) -> None:
     """Replaces a file by `text` in UTF-8, line ends as they are.
 
     Raises:
@@ -34,19 +35,19 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text)
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
+def write_bytes(path: str | PurePath, data: bytes) -> None:
     """Replaces a file by these bytes; raises as `write_text` does."""
     with writing(path, "wb") as file:
         file.write(data)
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | PurePath, value: Any) -> None:
     """Replaces a file by a value as indented JSON, keys in order; raises as `write_text` does."""
     write_text(path, json.dumps(value, indent=1, sort_keys=True))
 
 
 @contextmanager
-def writing(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
+def writing(path: str | PurePath, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
     """A stream of text ("w", UTF-8, line ends as they are) or bytes ("wb") that replaces a file.
 
     The file is replaced when the body ends without an error; otherwise the old file stays. Several
@@ -66,7 +67,7 @@ def writing(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any
 
 
 @contextmanager
-def making(path: str | Path) -> Iterator[Path]:
+def making(path: str | PurePath) -> Iterator[Path]:
     """A path PATH.tmp for a file or a folder that replaces `path` when the body ends.
 
     What a killed process left at PATH.tmp is removed first, so only one process may write `path`.
@@ -85,7 +86,7 @@ def making(path: str | Path) -> Iterator[Path]:
         yield fresh
 
 
-def create(path: str | Path, text: str) -> bool:
+def create(path: str | PurePath, text: str) -> bool:
     """Makes a file with this text unless there is one, of two that try the first; whether it did.
 
     Raises:
@@ -110,6 +111,30 @@ def on_disk(path: Any) -> Path:
     return buckets.download(path) if buckets.is_bucket(path) else Path(path)
 
 
+def size(path: Any) -> int:
+    """Bytes of a file."""
+    found = path.stat()
+    return found.length if buckets.is_bucket(path) else found.st_size
+
+
+@contextmanager
+def copied(folder: Any, names: Iterable[str]) -> Iterator[Path]:
+    """A folder on the disk with the files of `folder` that have these names, where the body makes
+    others, which are in `folder` afterwards. A folder on the disk is its own."""
+    if not buckets.is_bucket(folder):
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="vlm-jax-") as temporary:
+        home, names = Path(temporary, folder.name), [n for n in names if (folder / n).exists()]
+        home.mkdir()
+        for name in names:
+            (home / name).write_bytes((folder / name).read_bytes())
+        yield home
+        for name in names:
+            (home / name).unlink()
+        buckets.upload(home, folder)
+
+
 class Lines:
     """A file that lines are added to, whose last may be cut off by a crash.
 
@@ -121,8 +146,8 @@ class Lines:
 
     def __init__(self, path: Any):
         self.path, self.bucket = path, buckets.is_bucket(path)
-        self.text, self.written, self.at = "", "", time.monotonic()
         if self.bucket:
+            self.at = time.monotonic()
             self.text = self.written = path.read_text() if path.exists() else ""
         else:
             self.file = open(path, "a", encoding="utf-8")
@@ -148,6 +173,16 @@ class Lines:
         self.save()
         if not self.bucket:
             self.file.close()
+
+
+@contextmanager
+def adding(path: Any) -> Iterator[Lines]:
+    """Lines for the body alone, which are there when it ends."""
+    lines = Lines(path)
+    try:
+        yield lines
+    finally:
+        lines.close()
 
 
 @contextmanager

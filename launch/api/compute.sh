@@ -3,10 +3,10 @@
 # for several hosts a workload policy, all three named $TPU): v5p, v6e, TPU7x and later.
 
 region=${ZONE%-*}
-case "$ACCELERATOR" in # N of the name counts TensorCores, of which a v5p and a TPU7x chip have two
-  tpu7x-*) machine=tpu7x-standard-4t image=ubuntu-accel-2404-amd64-tpu-tpu7x cores=2 ;;
-  v6e-*) machine=ct6e-standard-4t image=ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e cores=1 ;;
-  v5p-*) machine=ct5p-hightpu-4t image=ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e cores=2 ;;
+case "$ACCELERATOR" in
+  tpu7x-*) machine=tpu7x-standard-4t image=ubuntu-accel-2404-amd64-tpu-tpu7x ;;
+  v6e-*) machine=ct6e-standard-4t image=ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e ;;
+  v5p-*) machine=ct5p-hightpu-4t image=ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e ;;
   *) die "$USAGE" "instance groups have no $ACCELERATOR: v5p-N, v6e-N or tpu7x-N" ;;
 esac
 case "$CAPACITY" in
@@ -18,10 +18,7 @@ case "$CAPACITY" in
     "(a reservation: on-demand, and --reservation-affinity=specific --reservation=NAME)" ;;
 esac
 [ -n "$TOPOLOGY" ] || die "$USAGE" "set TOPOLOGY, as 2x2x2 for tpu7x-16 (8 chips on 2 hosts)"
-[[ "$TOPOLOGY" =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || die "$USAGE" "TOPOLOGY=$TOPOLOGY: write it as 2x2x2"
-chips=$((${TOPOLOGY//x/*}))
-[ $((chips * cores)) = "${ACCELERATOR##*-}" ] || die "$USAGE" "TOPOLOGY=$TOPOLOGY has $chips chips," \
-  "ACCELERATOR=$ACCELERATOR has $((${ACCELERATOR##*-} / cores))"
+chips=$(chips_of "$TOPOLOGY" "$ACCELERATOR") || exit
 [ $((chips % 4)) = 0 ] || die "$USAGE" "TOPOLOGY=$TOPOLOGY: a $machine has 4 chips"
 hosts=$((chips / 4))
 groups=(gcloud compute instance-groups managed)

@@ -1,13 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2153
 # Sourced by launch/env.sh: a TPU by queued resources of the Cloud TPU API, v4 to v6e.
 
-case "$ACCELERATOR" in
-  v6e-*) runtime=v2-alpha-tpuv6e ;;
-  v5p-*) runtime=v2-alpha-tpuv5 ;;
-  v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
-  v4-*) runtime=tpu-ubuntu2204-base ;;
-  *) die "$USAGE" "queued resources have no $ACCELERATOR: leave API away, or API=compute" ;;
-esac
+runtime=$(runtime_of "$ACCELERATOR") || exit
 case "$CAPACITY" in
   spot | reserved) asked=("--$CAPACITY") ;;
   on-demand) asked=() ;;

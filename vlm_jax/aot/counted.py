@@ -283,9 +283,14 @@ def traffic(op: Operation, table: Mapping[str, Operation]) -> float:
     """
     if op.opcode in FREE or op.opcode.endswith("-done"):
         return 0.0
+    if '"bytes_accessed":"' in op.rest:  # a kernel that says so: what it updates in place is whole
+        return float(re.findall(r'"bytes_accessed":"(\d+)"', op.rest)[0])
     read = [in_hbm(table[name].type) for name in op.operands if name in table]
-    if op.opcode == "copy-start":
-        return 2 * read[0] if read else 0.0
+    if op.opcode == "copy-start":  # its result names both ends; one in VMEM is no traffic
+        return in_hbm(op.type)
+    if op.opcode == "slice-start":  # whole, and the part of it that is copied into VMEM
+        _, part, *_ = whole_arrays(op.type)
+        return in_hbm(re.sub(r"S\(\d\)", "", part)) + in_hbm(part)
     if op.opcode == "dynamic-update-slice":
         return 2 * read[1]
     if op.opcode in ("dynamic-slice", "slice"):

@@ -182,7 +182,7 @@ class PackedRows:
                 batch["segment"][row, here] = number
                 batch["image_segment"][row, slots] = number
             if count and self.features is None:
-                batch["pixels"][row, slots] = processor.images.normalise(pictures[:count])
+                batch["pixels"][row, slots] = processor.images.normalized(pictures[:count])
             elif count:
                 batch["levels"][row, slots] = self.features[self.texts.images(example)[:count]]
             if text["cut"]:

@@ -4,7 +4,7 @@
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from vlm_jax import files
@@ -43,7 +43,7 @@ class Skips:
         self.first: dict[int, Skip] = {}
         self._seen: set[int] = set()
         self._fresh: list[tuple[int, str, dict[str, str]]] = []
-        self._path: Path | None = None
+        self._path: PurePath | None = None
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -60,8 +60,9 @@ class Skips:
             del self.first[max(self.first)]
         self.first = dict(sorted(self.first.items()))
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"number": number, "kind": kind, **asdict(skip)}) + "\n")
+            line = json.dumps({"number": number, "kind": kind, **asdict(skip)})
+            with files.adding(self._path) as lines:
+                lines.add(line)
 
     def share(self) -> None:
         """Notes what the other processes of the run skipped since they last shared; all call it."""
@@ -73,7 +74,7 @@ class Skips:
                 self.add(number, kind, Skip(**skip))
         self._fresh = []
 
-    def keep(self, path: Path) -> None:
+    def keep(self, path: PurePath) -> None:
         """Reads the notes of an earlier attempt from a file, and appends further ones to it."""
         if path.exists():
             # A killed run may have left half a line.

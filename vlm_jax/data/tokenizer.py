@@ -7,7 +7,7 @@ tokenizer_config.json and tokenizer.json may contradict each other.
 
 import hashlib
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
@@ -19,7 +19,7 @@ from vlm_jax.data.example import IMAGE_MARK
 KNOWN_TEXTS = 50_000  # tokenized texts that are remembered
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | PurePath) -> Any:
     """The fast tokenizer saved in a folder; nothing is downloaded, no code of the folder is run.
 
     Truncation and padding that tokenizer.json stores are switched off: they belong to the program
@@ -29,6 +29,8 @@ def load_tokenizer(path: str | Path) -> Any:
       FileNotFoundError: if there is no such folder.
       ValueError: if it holds no tokenizer that transformers can load with character offsets.
     """
+    if files.is_bucket(path):
+        path = files.on_disk(path)
     if not Path(path).is_dir():
         raise FileNotFoundError(
             f"no tokenizer folder {path}: give data.tokenizer a folder that holds "
@@ -227,7 +229,7 @@ def hash_of(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def keep_tokenizer(tokenizer: Any, folder: Path) -> None:
+def keep_tokenizer(tokenizer: Any, folder: PurePath) -> None:
     """Saves a tokenizer atomically: a killed run leaves no incomplete folder."""
     with files.making(folder) as fresh:
         tokenizer.save_pretrained(fresh)

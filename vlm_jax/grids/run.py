@@ -8,11 +8,10 @@ found again by a restart.
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from vlm_jax.cost import flops as cost
 from vlm_jax.data import loader, sources, targets
 from vlm_jax.evals import tasks
 from vlm_jax.grids import details
+from vlm_jax.grids.phases import Phases
 from vlm_jax.kernels import window_attention
 from vlm_jax.models import vlm
 from vlm_jax.models.vit import ViT
@@ -48,6 +48,7 @@ from vlm_jax.training.workdir import (
     claim,
     digest,
     flat,
+    lock,
     of_json,
     provenance,
 )
@@ -63,24 +64,6 @@ class Shared:
     test: Inputs
     features: dict[Sight, Features]
     encoder: ViT
-
-
-class Phases:
-    """Seconds of each phase of a run over all its restarts, kept in run.json."""
-
-    def __init__(self, path: Path, facts: dict):
-        self.path = path
-        before = json.loads(path.read_text()) if path.exists() else {}
-        self.facts = {**facts, "phases": before.get("phases", {})}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        then = time.monotonic()
-        yield
-        phases = self.facts["phases"]
-        phases[name] = round(phases.get(name, 0.0) + time.monotonic() - then, 1)
-        if hosts.is_writer():
-            files.write_json(self.path, self.facts)
 
 
 def sights_of(cells: Sequence[Cell]) -> list[Sight]:
@@ -127,7 +110,7 @@ def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),))
     return Shared(inputs, Inputs(test, processor), made, encoder)
 
 
-def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.Row:
+def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> records.Row:
     """Trains and evaluates one cell; its row, which `facts` are a part of."""
     config, recipe = cell.config, cell.recipe
     size = recipe.model
@@ -218,7 +201,7 @@ def run_cell(cell: Cell, folder: Path, shared: Shared, facts: dict) -> records.R
     )
 
 
-def once(path: Path, seconds: float) -> float:
+def once(path: PurePath, seconds: float) -> float:
     """What the file holds; it is written with `seconds` where it is not there."""
     if not path.exists():
         files.write_json(path, {"seconds": seconds})
@@ -245,11 +228,6 @@ def same_cells(claimed: Claim, cells: Sequence[Cell]) -> None:
         if changed := list(fields.differing(then, is_now)):
             named = fields.changes(changed, then, is_now)
             raise ValueError(another(claimed.folder, f"cell {cell.name}: {named}"))
-
-
-def keep(folder: Path, cells: Sequence[Cell], rows: Mapping[str, records.Row]) -> None:
-    """Writes rows.jsonl: the rows that there are, in the order of the cells."""
-    records.write(folder / "rows.jsonl", [rows[c.name] for c in cells if c.name in rows])
 
 
 def checked(config: ConfigDict) -> ConfigDict:
@@ -280,12 +258,12 @@ def cell_names(config: Any) -> list[str]:
     return [cell.name for cell in cells_of(open_config(config))]
 
 
-def train_cell(config: Any, workdir: str | Path, *, cell: str) -> records.Row:
+def train_cell(config: Any, workdir: str | PurePath, *, cell: str) -> records.Row:
     """Trains and evaluates one cell of a grid; its row, which is read back where it is finished.
 
     What cells share (encoder, features, tokenizer) is made at the first call. `workdir` is the
-    folder of the grid: `vlm-jax grid` with the same configuration goes on from it. A call that was
-    killed goes on when it is repeated.
+    folder of the grid: `vlm-jax grid` with the same configuration goes on from it, and other
+    processes may train other cells there. A call that was killed goes on when it is repeated.
 
     Args:
       config: a configuration, or the path of one.
@@ -295,72 +273,127 @@ def train_cell(config: Any, workdir: str | Path, *, cell: str) -> records.Row:
       ValueError: for another cell, and a folder of another run.
       Diverged: where the loss is no longer finite.
     """
-    config, folder = open_config(config), Path(workdir).absolute()
-    known = [one.name for one in cells_of(config)]
-    if cell not in known:
-        raise ValueError(f"cell={cell!r}: choose one of {', '.join(known)}")
+    config, folder = open_config(config), files.path_of(workdir)
     command = f"vlm_jax.train_cell(config, {str(workdir)!r}, cell={cell!r})"
-    with jax.set_mesh(mesh.make(**config.mesh)), claim(folder, config, grid=True) as claimed:
-        run(claimed, command, only=cell)
+    with jax.set_mesh(mesh.make(**config.mesh)):
+        run_some(folder, config, command, [cell])
     return records.Row.from_json((folder / "cells" / cell / "row.json").read_text())
 
 
-def run(claimed: Claim, command: str, *, only: str | None = None) -> dict[str, Any]:
-    """All cells that have no row yet, or `only` one, then the law and the report; what the report
-    says of it."""
-    begun = time.monotonic()
-    config, folder, cells = claimed.config, claimed.folder, cells_of(claimed.config)
-    same_cells(claimed, cells)
-    facts = provenance(window_attention.form(config.kernels))
-    # The law is fitted to the grid's own method, where others are run beside it.
-    method = records.method_of(**details.method_of(cells[0].recipe.model.compressor))
-    # What changes no result changes no hash: rows of one run have one.
-    first = claimed.first()
-    hashes = {cell.name: digest(cell.config) for cell in cells_of(first)}
-    about = dict(command=command, config=digest(first), method=method)
-    phase = Phases(folder / "run.json", about | facts)
-    stages.check(Recipe.of(config))
-    for cell in cells:
-        describe(cell)  # an impossible cell is found before the first is trained
-    for cell in largest(cells):
-        for warning in memory.check_training(cell.recipe):
-            log.warning(warning)
-    shared = prepare(claimed, phase, sights_of(cells))
-    homes = {cell.name: folder / "cells" / cell.name for cell in cells}
-    written = hosts.from_writer(
-        lambda: {
-            name: (home / "row.json").read_text()
-            for name, home in homes.items()
-            if (home / "row.json").exists()
-        }
-    )
-    rows = {name: records.Row.from_json(text) for name, text in written.items()}
-    if rows:
-        progress.say(f"{len(rows)} of {len(cells)} cells were finished before")
-    for number, cell in enumerate(cells, 1):
-        if cell.name in rows or only not in (None, cell.name):
-            continue
-        preemption.point(f"{len(rows)} of {len(cells)} cells are finished")
-        home, which = homes[cell.name], f"cell {number}/{len(cells)}: {cell.name}"
+class Grid:
+    """A grid in a folder that is held: its cells, their rows, what a row says of the run."""
+
+    def __init__(self, claimed: Claim, command: str):
+        config, self.folder = claimed.config, claimed.folder
+        self.cells, self.begun = cells_of(config), time.monotonic()
+        same_cells(claimed, self.cells)
+        self.facts = provenance(window_attention.form(config.kernels))
+        # The law is fitted to the grid's own method, where others are run beside it.
+        method = records.method_of(**details.method_of(self.cells[0].recipe.model.compressor))
+        # What changes no result changes no hash: rows of one run have one.
+        first = claimed.first()
+        self.hashes = {cell.name: digest(cell.config) for cell in cells_of(first)}
+        about = dict(command=command, config=digest(first), method=method)
+        self.phase = Phases(self.folder / "run.json", about | self.facts)
+        stages.check(Recipe.of(config))
+        for cell in self.cells:
+            describe(cell)  # an impossible cell is found before the first is trained
+        for cell in largest(self.cells):
+            for warning in memory.check_training(cell.recipe):
+                log.warning(warning)
+
+    def rows(self) -> dict[str, records.Row]:
+        """The rows that are there, of whichever job, in the order of the cells."""
+
+        def read() -> dict[str, str]:
+            paths = {cell.name: self.home(cell) / "row.json" for cell in self.cells}
+            return {name: path.read_text() for name, path in paths.items() if path.exists()}
+
+        written = hosts.from_writer(read)
+        return {name: records.Row.from_json(text) for name, text in written.items()}
+
+    def home(self, cell: Cell) -> PurePath:
+        return self.folder / "cells" / cell.name
+
+    def finish(self, cell: Cell, shared: Shared) -> None:
+        """Makes the row of a cell; where another job is making it, waits and finds it."""
+        which = f"cell {self.cells.index(cell) + 1}/{len(self.cells)}: {cell.name}"
         progress.say(which)
-        with phase("cells"), progress.doing(which):
-            made = facts | dict(config_hash=hashes[cell.name])
-            row = run_cell(cell, home, shared, made)
-        # The row is written whole or not at all, and rows.jsonl is always all rows so far.
-        rows[cell.name] = records.Row.from_json(row.to_json())
-        if hosts.is_writer():
-            files.write_json(home / "row.json", json.loads(row.to_json()))
-            keep(folder, cells, rows)
+        # Cells of one model train it in one place.
+        with lock(self.folder / "cells" / cell.model, wait=True), progress.doing(which):
+            if cell.name in self.rows():
+                progress.say(f"{which} was finished by another job")
+                return
+            made = self.facts | dict(config_hash=self.hashes[cell.name])
+            row = run_cell(cell, self.home(cell), shared, made)
+            # The row is written whole or not at all.
+            if hosts.is_writer():
+                files.write_json(self.home(cell) / "row.json", json.loads(row.to_json()))
         scores = "  ".join(f"{name} {s['score']:.3f}" for name, s in row.families.items())
         progress.say(f"{which}  {scores}")
-        progress.say(standing(cells, rows, time.monotonic() - begun))
-    if hosts.is_writer():
-        keep(folder, cells, rows)
-    with phase("law and report"), progress.doing("law and report"):
-        made = hosts.from_writer(lambda: report.write(folder))
-    progress.say(
-        "seconds per phase: "
-        + "  ".join(f"{k} {v:.0f}" for k, v in phase.facts["phases"].items())
-        + f"  total {sum(phase.facts['phases'].values()):.0f}"
-    )
-    return made
+
+    def collect(self) -> dict[str, records.Row]:
+        """Writes rows.jsonl, which is always all rows so far; the rows."""
+        rows = self.rows()
+        if hosts.is_writer():
+            records.write(self.folder / "rows.jsonl", list(rows.values()))
+        return rows
+
+    def report(self) -> dict[str, Any]:
+        """Fits the law and writes the report; what the report says."""
+        self.collect()
+        with self.phase("law and report"), progress.doing("law and report"):
+            made = hosts.from_writer(lambda: report.write(self.folder))
+        seconds = self.phase.seconds
+        each = "  ".join(f"{name} {spent:.0f}" for name, spent in seconds.items())
+        progress.say(f"seconds per phase: {each}  total {sum(seconds.values()):.0f}")
+        return made
+
+
+def run(claimed: Claim, command: str) -> dict[str, Any]:
+    """All cells that have no row yet, then the law and the report; what the report says of it."""
+    grid = Grid(claimed, command)
+    shared = prepare(claimed, grid.phase, sights_of(grid.cells))
+    rows = grid.rows()
+    if rows:
+        progress.say(f"{len(rows)} of {len(grid.cells)} cells were finished before")
+    for cell in grid.cells:
+        if cell.name in rows:
+            continue
+        preemption.point(f"{len(rows)} of {len(grid.cells)} cells are finished")
+        with grid.phase("cells"):
+            grid.finish(cell, shared)
+        rows = grid.collect()
+        progress.say(standing(grid.cells, rows, time.monotonic() - grid.begun))
+    return grid.report()
+
+
+def run_some(
+    folder: PurePath, config: ConfigDict, command: str, names: Sequence[str]
+) -> dict[str, Any]:
+    """Some cells of a grid of which other jobs may run others in the same folder at the same time;
+    what the report of all rows so far says.
+
+    The folder is held while what all cells share is made or read, and while rows are collected; in
+    between only a cell is. A job waits for what another one holds, and finds what it made.
+
+    Raises:
+      ValueError: for a cell that the grid does not have.
+    """
+    known = {cell.name: cell for cell in cells_of(config)}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"cell={unknown[0]!r}: choose one of {', '.join(known)}")
+    with claim(folder, config, grid=True, wait=True) as claimed:
+        grid = Grid(claimed, command)
+        rows = grid.rows()
+        todo = [known[name] for name in dict.fromkeys(names) if name not in rows]
+        progress.say(f"{len(todo)} of {len(grid.cells)} cells are to be run here")
+        shared = prepare(claimed, grid.phase, sights_of(grid.cells)) if todo else None
+    then = time.monotonic()
+    for number, cell in enumerate(todo):
+        preemption.point(f"{number} of {len(todo)} cells are finished here")
+        grid.finish(cell, shared)
+    with claim(folder, config, grid=True, wait=True):
+        if todo:
+            grid.phase.add("cells", time.monotonic() - then)
+        return grid.report()

@@ -4,6 +4,7 @@
 B batch  T tokens  S keys  L layers  D llm width  K kv heads  H head size
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from vlm_jax import cpu, mesh
+from vlm_jax.kernels.cache_tpu import write_token
+from vlm_jax.kernels.tiles import ROWS
 
 
 class KV(NamedTuple):
@@ -83,18 +86,26 @@ def kept(kv: KV, slots: int) -> KV | Cache:
     by heads is copied when it is written. Where products of bfloat16 are made by casts, a cache
     is float32: cast once, not in every step.
     """
+    slots = math.ceil(slots / ROWS) * ROWS if tpu() else slots
     room = [(0, 0), (0, slots - kv.slots), (0, 0), (0, 0)]
     padded = KV(*(jnp.pad(x, room) for x in kv))
-    if len(kv.keys) == 1:
+    if len(kv.keys) == 1 and not tpu():
         return padded
     dtype = jnp.float32 if cpu.emulates(kv.keys.dtype) else kv.keys.dtype
     return Cache(*(x.astype(dtype).transpose(0, 2, 1, 3) for x in padded))
 
 
+def tpu() -> bool:
+    """Whether the current mesh is one of TPUs, where a kernel writes into caches by head."""
+    return mesh.platform() == "tpu"
+
+
 def write(cache: KV | Cache, new: KV, at: Int[Array, "B"]) -> KV | Cache:
     """The cache with `new` written from each row's own position on."""
     if by_head := isinstance(cache, Cache):
-        new = Cache(*(x.transpose(0, 2, 1, 3) for x in new))
+        new = Cache(*(x.transpose(0, 2, 1, 3).astype(cache.keys.dtype) for x in new))
+        if tpu() and new.slots == 1:
+            return Cache(*write_token(*cache, *new, at))
     # vmap keeps the write inside the shard that holds the row: no collective.
     put = jax.vmap(lambda row, x, i: lax.dynamic_update_slice_in_dim(row, x, i, int(by_head)))
     pairs = zip(cache, new, strict=True)

@@ -25,11 +25,17 @@ def write(workdir: Path | str) -> dict:
     Without matplotlib the page has no figures and says so. Raises ValueError or OSError for a file
     that is missing or invalid.
     """
-    workdir = Path(workdir)
+    workdir = files.path_of(workdir)
     if not (workdir / "rows.jsonl").is_file():
         raise FileNotFoundError(
             f"no rows.jsonl in {workdir}: vlm-jax grid --config=FILE --workdir={workdir} makes it"
         )
+    with files.copied(workdir, ("rows.jsonl", "baselines.json", "run.json")) as home:
+        return _write(home) | {"report": str(workdir / "report" / "index.html")}
+
+
+def _write(workdir: Path) -> dict:
+    """`write` in a folder on the disk."""
     # Sorted, so that the page does not depend on the order in which cells finished.
     rows = sorted(
         records.read(workdir / "rows.jsonl"),
@@ -61,7 +67,6 @@ def write(workdir: Path | str) -> dict:
     index.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(index, html)
     return {
-        "report": str(index),
         "cells": len(rows),
         "figures": len(drawn),
         "laws": {family: {"form": law.form, **law.params} for family, law in laws.items()},

@@ -13,7 +13,7 @@ docs/generation.md says what is compiled when, and what was measured.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -98,7 +98,7 @@ class VLM:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None
+        cls, path: str | PurePath, *, dtype: str | None = None, mesh: Mesh | None = None
     ) -> "VLM":
         """The model of a folder: of `vlm-jax convert`, a finished `vlm-jax train`, a grid's cell.
 
@@ -371,6 +371,6 @@ class VLM:
         return answers
 
 
-def load(path: str | Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> VLM:
+def load(path: str | PurePath, *, dtype: str | None = None, mesh: Mesh | None = None) -> VLM:
     """The model of a folder, as `VLM.from_checkpoint` reads it."""
     return VLM.from_checkpoint(path, dtype=dtype, mesh=mesh)

@@ -4,7 +4,7 @@
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -108,6 +108,6 @@ def predict(
             faults |= {example: tuple(fault) for example, fault in found}
 
 
-def write_predictions(path: Path, records: list[dict[str, Any]]) -> None:
+def write_predictions(path: PurePath, records: list[dict[str, Any]]) -> None:
     """One JSON line per record, whole or not at all."""
     files.write_text(path, "".join(json.dumps(r, sort_keys=True) + "\n" for r in records))

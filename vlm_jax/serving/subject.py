@@ -4,11 +4,12 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from vlm_jax import files
 from vlm_jax.data.processor import Processor, RowFormat, load_tokenizer
 from vlm_jax.data.tokenizer import hash_of
 from vlm_jax.models.sizes import VLMSize
@@ -38,7 +39,7 @@ class Subject:
     has none) it is called by its split.
     """
 
-    folder: Path
+    folder: PurePath
     config: ConfigDict
     run: runs.Run | None = None
     stored: model_folders.Model | None = None
@@ -46,7 +47,7 @@ class Subject:
     @classmethod
     def of(cls, path: str) -> "Subject":
         """What lies in a folder. FileNotFoundError or ValueError where that is no model."""
-        folder = Path(path).absolute()
+        folder = files.path_of(path)
         if runs.trained_here(path, "--workdir"):
             run = runs.of(path, "--workdir")
             return cls(folder, run.config, run=run)
@@ -156,7 +157,7 @@ class Subject:
             made.images_per_row = config.data.images_per_row
             made.blind = config.data.blind
             return made
-        named = Path(config.data.tokenizer) if config.data.tokenizer else self.run.tokenizer
+        named = config.data.tokenizer or self.run.tokenizer
         tokenizer = load_tokenizer(named)
         if named != self.run.tokenizer:
             # It may have moved since, and is the same if it does the same.

@@ -261,5 +261,6 @@ def restore(
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, cut to one line."""
-    return str(error).strip().partition("\n")[0] or repr(error)
+    """What an error says, cut to one line and without tensorstore's description of itself."""
+    text = str(error).strip().partition("\n")[0].partition(" [tensorstore_spec=")[0]
+    return text or repr(error)

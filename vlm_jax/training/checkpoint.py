@@ -232,7 +232,10 @@ def read_notes(step: epath.Path) -> dict[str, Any]:
 
 def digits(folder: epath.PathLike) -> list[int]:
     """Whatever in a folder is called as a step is."""
-    return sorted(int(p.name) for p in epath.Path(folder).iterdir() if p.name.isdigit())
+    folder = epath.Path(folder)
+    if not folder.is_dir():  # in a bucket an empty one is not there
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
 def numbered(folder: epath.PathLike) -> list[int]:

@@ -3,7 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
+from pathlib import PurePath
 from typing import NamedTuple
 
 import jax
@@ -47,7 +47,7 @@ def features_of(
     source: sources.Source,
     processor: Processor,
     sight: Sight,
-    folder: Path,
+    folder: PurePath,
     *,
     skip: bool = False,
 ) -> np.ndarray:
@@ -76,7 +76,7 @@ def features_of(
             if table is not None:
                 table.flush()
         hosts.barrier(f"{path.name} is written")
-    return np.load(path, mmap_mode="r")
+    return np.load(files.on_disk(path), mmap_mode="r")
 
 
 def encoded(

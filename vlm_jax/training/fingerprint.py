@@ -10,7 +10,7 @@ import json
 import math
 import os
 import platform
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -48,7 +48,7 @@ def of_weights(tree: Any) -> str:
 class Beginning:
     """A fingerprint of a stage's first weights and the loss of its first batch, kept in a file."""
 
-    def __init__(self, folder: Path, state: State):
+    def __init__(self, folder: PurePath, state: State):
         self.folder = folder
         self.fresh = int(state.step) == 0
         self.weights = of_weights((state.trained, state.frozen)) if self.fresh else ""
@@ -61,7 +61,7 @@ class Beginning:
             files.write_text(self.folder / BEGAN, text + "\n")
 
 
-def of_run(folder: Path, stages: list[str]) -> dict[str, Any]:
+def of_run(folder: PurePath, stages: list[str]) -> dict[str, Any]:
     """initial_weights and first_loss of the first of these stages of a run, last_loss of the last.
 
     Empty for a run that began before there were fingerprints.

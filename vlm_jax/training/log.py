@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from tqdm import tqdm
@@ -32,7 +32,7 @@ class Log:
 
     def __init__(
         self,
-        folder: Path,
+        folder: PurePath,
         name: str,
         *,
         first: int,
@@ -56,7 +56,7 @@ class Log:
             return
         path = folder / "metrics.jsonl"
         drop_after(path, first)
-        self.file = path.open("a")
+        self.file = files.Lines(path)
         if sys.stderr.isatty():
             self.bar = tqdm(total=last, initial=first, desc=name, unit="step", leave=False)
         if tensorboard:
@@ -103,8 +103,7 @@ class Log:
         without |= {"skipped_updates": self.skipped} if self.skipped else {}
         # JSON has no word for what is not finite.
         known = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self.file.write(json.dumps(known | without | self.more()) + "\n")
-        self.file.flush()
+        self.file.add(json.dumps(known | without | self.more()))
         if self.board is not None:
             for key, value in values.items():
                 self.board.add_scalar(f"{self.name}/{key}", value, step)
@@ -137,6 +136,11 @@ class Log:
                 f"this stage; {self.patience} in a row end the run"
             )
 
+    def save(self) -> None:
+        """Returns when all lines are in their file: before a checkpoint that goes on from them."""
+        if self.file is not None:
+            self.file.save()
+
     def close(self) -> None:
         """Ends the bar and the files."""
         for thing in (self.file, self.bar, self.board):
@@ -144,7 +148,7 @@ class Log:
                 thing.close()
 
 
-def drop_after(path: Path, step: int) -> None:
+def drop_after(path: PurePath, step: int) -> None:
     """Removes the lines of `path` behind `step`, and a last line that was cut off."""
     if not path.exists():
         return
@@ -155,8 +159,13 @@ def drop_after(path: Path, step: int) -> None:
     files.write_text(path, "".join(kept))
 
 
-def board(folder: Path):
+def board(folder: PurePath):
     """A TensorBoard writer."""
+    if files.is_bucket(folder):
+        raise ValueError(
+            f"log.tensorboard=True: its files cannot be written to {folder}: leave it off "
+            "(metrics.jsonl is always written)"
+        )
     try:
         from tensorboardX import SummaryWriter
     except ImportError:

@@ -13,10 +13,10 @@ from flax import nnx
 from flax.nnx import filterlib
 from jaxtyping import Array, Float, Int
 
-from vlm_jax import cpu, mesh
+from vlm_jax import mesh
 from vlm_jax.models import lora
 from vlm_jax.models.vlm import Batch
-from vlm_jax.training import moments
+from vlm_jax.training import compiler, moments
 from vlm_jax.training.objective import Sums
 from vlm_jax.training.recipe import Stage
 
@@ -134,7 +134,7 @@ def make_step(
         sums = objective(nnx.merge(graph, trained, frozen), batch)
         return (sums.nll + z_loss * sums.log_z_squared) / total, sums
 
-    options = mesh.known(cpu.step_options())
+    options = compiler.step_options()
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
     def update(changed, frozen, batch: Batch):

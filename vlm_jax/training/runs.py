@@ -11,13 +11,13 @@ in a folder beside theirs, which is a model too.
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import mesh, progress
+from vlm_jax import files, mesh, progress
 from vlm_jax.models import vlm
 from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vlm import VLM
@@ -41,10 +41,10 @@ class Run:
     predictions in `folder`.
     """
 
-    folder: Path
+    folder: PurePath
     config: ConfigDict
-    home: Path
-    root: Path
+    home: PurePath
+    root: PurePath
 
     @property
     def grid(self) -> bool:
@@ -52,10 +52,10 @@ class Run:
         return self.root != self.folder
 
     @property
-    def tokenizer(self) -> Path:
+    def tokenizer(self) -> PurePath:
         """Where the tokenizer lies."""
         named = self.config.data.tokenizer
-        return Path(named) if named else self.root / "tokenizer"
+        return files.path_of(named) if named else self.root / "tokenizer"
 
     def content(self) -> dict[str, str]:
         """Hashes of what it was trained on; none of a run of an earlier version."""
@@ -63,23 +63,23 @@ class Run:
         return read_json(path) if path.is_file() else {}
 
 
-def is_run(path: str | Path) -> bool:
+def is_run(path: str | PurePath) -> bool:
     """Whether a folder belongs to a training or a grid; one of weights has a model_type."""
-    path = Path(path).absolute()
+    path = files.path_of(path)
     if (path / "config.json").is_file():
         fields = read_json(path / "config.json")
         return "model_type" not in fields and "finetune" in fields
     return bool({"cells", *STAGES} & {path.name, path.parent.name})
 
 
-def of(path: str | Path, flag: str) -> Run:
+def of(path: str | PurePath, flag: str) -> Run:
     """The trained model of a folder; `flag` is how the command calls it.
 
     Raises:
       FileNotFoundError, ValueError: for a folder that is none, saying what it is instead.
     """
     named = f"{flag}={path}"
-    path = Path(path).absolute()
+    path = files.path_of(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {named}")
     if path.name in STAGES and numbered(path):
@@ -107,7 +107,7 @@ def of(path: str | Path, flag: str) -> Run:
     return Run(path, config, path, path)
 
 
-def config_of(folder: Path) -> ConfigDict:
+def config_of(folder: PurePath) -> ConfigDict:
     """The configuration of a run's folder; ValueError with the field that no model can have."""
     found = read_json(folder / "config.json")
     with within(f"{folder}/config.json"):
@@ -118,7 +118,7 @@ def config_of(folder: Path) -> ConfigDict:
     return config
 
 
-def cell(path: Path, named: str) -> Run:
+def cell(path: PurePath, named: str) -> Run:
     """The cell of a grid whose folder is `path`, or the model that several share."""
     grid = path.parent.parent
     config = config_of(grid)
@@ -137,23 +137,23 @@ def cell(path: Path, named: str) -> Run:
     return Run(path, one.config, path.parent / one.model, grid)
 
 
-def finished_cells(grid: Path) -> list[str]:
+def finished_cells(grid: PurePath) -> list[str]:
     """The names of a grid's cells that have a row."""
     return sorted(path.parent.name for path in (grid / "cells").glob("*/row.json"))
 
 
-def trained_here(path: str | Path, flag: str) -> bool:
+def trained_here(path: str | PurePath, flag: str) -> bool:
     """Whether a folder is a training's and no model folder.
 
     FileNotFoundError where it is neither.
     """
-    path = Path(path)
+    path = files.path_of(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {flag}={path}")
     return is_run(path) or not (path / "config.json").is_file()
 
 
-def described(path: str | Path, flag: str) -> folder.Model:
+def described(path: str | PurePath, flag: str) -> folder.Model:
     """The model of a folder without its weights: of a trained run no tensor is read."""
     if not trained_here(path, flag):
         return folder.read(path)
@@ -162,7 +162,7 @@ def described(path: str | Path, flag: str) -> folder.Model:
         return sources.described_run(run.root, run.config)
 
 
-def read(path: str | Path, flag: str) -> folder.Model:
+def read(path: str | PurePath, flag: str) -> folder.Model:
     """The model of a trained run, a cell or a model folder, on one device.
 
     Raises:
@@ -202,7 +202,7 @@ def trained(run: Run) -> folder.Model:
     return sources.of_run(run.root, run.config, finished(run.home, Recipe.of(run.config)))
 
 
-def adapted(path: str | Path | None, flag: str) -> tuple[VLM, folder.Model]:
+def adapted(path: str | PurePath | None, flag: str) -> tuple[VLM, folder.Model]:
     """The model of a finished training with its adapters apart, and what its folder is about.
 
     ValueError for a folder that is no training, or one without adapters.

@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -67,7 +67,7 @@ def run_stage(
     model: Any,
     batches: loader.Batches,
     recipe: Recipe,
-    folder: Path,
+    folder: PurePath,
     objective: Callable[[Any, Any], Sums],
     *,
     begin: Callable[[], None] | None = None,
@@ -140,6 +140,7 @@ def run_stage(
                         notes = {"position": batches.position} | described
                         if lines.skipped:
                             notes |= {"skipped_updates": lines.skipped}
+                        lines.save()
                         checkpoints.save(state, notes)
                     if stops:
                         checkpoints.close()
@@ -158,7 +159,7 @@ def run_stage(
     return optimizer.finish(graph, state)
 
 
-def skipped(name: str, batches: loader.Batches, path: Path) -> str:
+def skipped(name: str, batches: loader.Batches, path: PurePath) -> str:
     """What stage `name` says in its end of the data that it could not use."""
     what, of = "examples", len(batches.source)
     if name == "encoder":
@@ -208,7 +209,7 @@ def check(recipe: Recipe) -> None:
 
 def pretrain_encoder(
     recipe: Recipe,
-    folder: Path,
+    folder: PurePath,
     inputs: Inputs,
     *,
     begin: Callable[[], None] | None = None,
@@ -236,7 +237,7 @@ def pretrain_encoder(
 
 def train(
     recipe: Recipe,
-    folder: Path,
+    folder: PurePath,
     inputs: Inputs,
     *,
     encoder: ViT | None = None,
@@ -304,7 +305,7 @@ def train(
     return lora.merge(precision.widened(model))
 
 
-def tokenizer_of(named: str, vocab: int, kept: Path | None, source: sources.Source) -> Any:
+def tokenizer_of(named: str, vocab: int, kept: PurePath | None, source: sources.Source) -> Any:
     """The tokenizer that is named, or that a run keeps in a folder, or a small one
     made from the training texts."""
     if named:
@@ -354,7 +355,7 @@ def with_start(config: ConfigDict) -> ConfigDict:
     return weights_start.adopt(config, runs.described(config.start_from, "start_from"))
 
 
-def run(config: ConfigDict, folder: Path) -> int:
+def run(config: ConfigDict, folder: PurePath) -> int:
     """Trains as the configuration says, in `folder`."""
     with jax.set_mesh(mesh.make(**config.mesh)), claim(folder, config) as claimed:
         recipe = Recipe.of(config)

@@ -35,7 +35,8 @@ class Found:
         return "damaged" if self.problems else "unchecked" if self.unchecked else "whole"
 
     def problem(self, what: object, array: str = "", box: Box | str = "") -> None:
-        self.problems.append({"array": array, "piece": str(box), "what": str(what)})
+        what = str(what).removeprefix(f"{array}{box}").strip()
+        self.problems.append({"array": array, "piece": str(box), "what": what})
 
 
 def steps_under(path: Any) -> list[epath.Path]:

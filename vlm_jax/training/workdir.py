@@ -99,11 +99,14 @@ class Claim:
 
 
 @contextmanager
-def claim(workdir: PurePath, config: ConfigDict, *, grid: bool = False) -> Iterator[Claim]:
+def claim(
+    workdir: PurePath, config: ConfigDict, *, grid: bool = False, wait: bool = False
+) -> Iterator[Claim]:
     """Holds `workdir` for this process; refuses a second run, another run, a bad disk.
 
     Another run is one whose configuration differs in a field that its results depend on
-    (`vlm_jax/training/fields.py`), of a `grid` or of one training.
+    (`vlm_jax/training/fields.py`), of a `grid` or of one training. With `wait` a second run waits
+    for the first instead of being refused.
     """
     hosts.check_same("configuration or --workdir", [str(workdir), digest(config)])
     above = workdir.parent.parent
@@ -112,7 +115,7 @@ def claim(workdir: PurePath, config: ConfigDict, *, grid: bool = False) -> Itera
             f"--workdir={workdir} is a cell of the grid in {above}, which `vlm-jax grid` trains: "
             "choose another --workdir (config.start_from takes a cell to start from)"
         )
-    with lock(workdir):
+    with lock(workdir, wait=wait):
         claimed = Claim(workdir, config)
 
         def found() -> dict[str, Any]:

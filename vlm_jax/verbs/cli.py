@@ -7,9 +7,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import PurePath
 
-from vlm_jax import errors, preemption, progress
+from vlm_jax import errors, files, preemption, progress
 from vlm_jax.arguments import seed_of
 
 
@@ -32,11 +32,11 @@ def say_warnings() -> None:
             handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
 
 
-def workdir_of(workdir: str | None) -> Path:
+def workdir_of(workdir: str | None) -> PurePath:
     """The folder of --workdir; ValueError where it is missing, which only a dry run allows."""
     if workdir is None:
         raise ValueError("--workdir is missing: name the folder that the run lives in")
-    return Path(workdir).absolute()
+    return files.path_of(workdir)
 
 
 def join(options: argparse.Namespace) -> None:

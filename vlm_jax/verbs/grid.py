@@ -4,10 +4,13 @@
     vlm-jax grid --config=configs/demo.py --workdir=runs/demo
     vlm-jax grid --config=configs/demo.py --workdir=runs/demo --config.grid.seeds="(0,1)"
     vlm-jax grid --config=configs/demo.py --dry-run
+    vlm-jax grid --config=configs/demo.py --list-cells
+    vlm-jax grid --config=configs/demo.py --workdir=runs/demo --cell=10k-v4-token_packer-s0
 
 A cell is an LLM size x a number of visual tokens x a seed, or one of the baselines. All cells share
 one frozen encoder, pretrained first, and its cached features. Repeating the command goes on where
-it stopped.
+it stopped. Several jobs may work in one folder, each at cells of its own (--cell); a job waits for
+what another one is making, and finds it.
 """
 
 import argparse
@@ -20,13 +23,28 @@ from vlm_jax.verbs.parser import Parser
 def add_flags(parser: Parser) -> None:
     """The flags of the verb."""
     add = parser.add_argument
-    add("--workdir", metavar="DIR", help="the folder of the run (needed but for --dry-run)")
+    add("--workdir", metavar="DIR", help="the folder of the run (needed to run anything)")
     add("--dry-run", action="store_true", help="print the cells and the memory, and stop")
+    add("--list-cells", action="store_true", help="print the names of the cells, and stop")
+    add(
+        "--cell",
+        action="append",
+        metavar="NAME",
+        help="run this cell alone, or these if it is given several times; without it all of them",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Trains and evaluates all cells; 0."""
+    """Trains and evaluates all cells, or some; 0."""
     config = configuration.read(options.config).config
+    only = options.cell or []
+    if (options.dry_run or options.list_cells) and only:
+        raise ValueError("--cell names what to run: leave it or --dry-run and --list-cells away")
+    if options.list_cells:
+        from vlm_jax.grids.run import cell_names
+
+        print(*cell_names(config), sep="\n")
+        return 0
     folder = None if options.dry_run else cli.workdir_of(options.workdir)
     cli.say_warnings()
     cli.join(options)
@@ -48,6 +66,10 @@ def run(options: argparse.Namespace) -> int:
             dry_run(config, cells)
             print(memory_of(cells))
             return 0
+        command = " ".join(["vlm-jax grid", *options.words])
+        if only:
+            print(json.dumps(grids.run_some(folder, config, command, only)))
+            return 0
         with claim(folder, config, grid=True) as claimed:
-            print(json.dumps(grids.run(claimed, " ".join(["vlm-jax grid", *options.words]))))
+            print(json.dumps(grids.run(claimed, command)))
     return 0

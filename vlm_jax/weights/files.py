@@ -2,9 +2,10 @@
 """All tensors of a folder of weights, in any supported file format; only headers are read."""
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+from vlm_jax import files
 from vlm_jax.weights.pickles import read_torch
 from vlm_jax.weights.stored import Stored, read_safetensors
 from vlm_jax.weights.values import depth, table, value_text
@@ -21,11 +22,11 @@ DEEPEST = 50  # objects and lists of JSON inside each other
 LONGEST_JSON = 16 * 2**20  # bytes; the index of 90,000 tensors has 9 MB
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: PurePath) -> dict[str, Any]:
     """The JSON object in a file. Raises FileNotFoundError or ValueError with the file's name."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is not a checkpoint: it has no {path.name}")
-    if (size := path.stat().st_size) > LONGEST_JSON:
+    if (size := files.size(path)) > LONGEST_JSON:
         raise ValueError(f"{path} has {size} bytes: no such file is longer than {LONGEST_JSON}")
     try:
         value = json.loads(path.read_bytes().decode())

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 import jax
@@ -74,7 +74,7 @@ class Model:
     compressor: dict[str, Any]
     facts: dict[str, Any]
     tensors: dict[str, Stored | np.ndarray]
-    tokenizer: Path | None = None
+    tokenizer: PurePath | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
     def size(self) -> VLMSize:

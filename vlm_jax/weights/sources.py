@@ -2,11 +2,12 @@
 """Reads a published model, or a tower, a compressor and an LLM, as one `folder.Model`."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from vlm_jax import files
 from vlm_jax.models import vlm
 from vlm_jax.models.sizes import VLMSize
 from vlm_jax.weights import architectures, ends, folder, methods, names, preprocessor, sizes
@@ -194,14 +195,14 @@ def numbers(text: str | None) -> tuple[int, ...] | None:
     return tuple(int(part) for part in parts)
 
 
-def of_run(path: Path, config: ConfigDict, model: vlm.VLM) -> Model:
+def of_run(path: PurePath, config: ConfigDict, model: vlm.VLM) -> Model:
     """A model trained by `vlm-jax train`, from its configuration and its weights in memory."""
     description = described_run(path, config)
     description.tensors = folder.tensors_of(model)
     return description
 
 
-def described_run(path: Path, config: ConfigDict) -> Model:
+def described_run(path: PurePath, config: ConfigDict) -> Model:
     """The model that a run's configuration describes, without tensors."""
     compressor = vlm.shapes(VLMSize.of(config)).compressor
     # Rows had room for the most tokens: the largest V of requests or of an adaptive method.
@@ -218,5 +219,5 @@ def described_run(path: Path, config: ConfigDict) -> Model:
             ends=ends.of_run(config.start_from),
         ),
         {},
-        Path(config.data.tokenizer) if config.data.tokenizer else path / "tokenizer",
+        files.on_disk(config.data.tokenizer or path / "tokenizer"),
     )
