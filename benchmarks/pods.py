@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of docs/pods.md: steps compiled for slices of TPUs, one command for each row.
 
-    python benchmarks/pods.py --list             # the rows, and which of them have results
+    python benchmarks/pods.py --list             # the rows, their commands, which have results
     python benchmarks/pods.py --most=2           # compiles the first two that have none
     python benchmarks/pods.py --only=7b          # those with this in their name
     python benchmarks/pods.py --table            # the table in Markdown, from the results
@@ -127,7 +127,7 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--list", action="store_true", help="the rows, compiled or not")
+    parser.add_argument("--list", action="store_true", help="the rows and their commands")
     parser.add_argument("--table", action="store_true", help="the table from the results")
     parser.add_argument("--most", type=int, default=1000, help="rows to compile at most")
     parser.add_argument("--only", default="", help="rows with this in their name")
@@ -139,7 +139,8 @@ def main() -> None:
     chosen = [row for row in rows() if given.only in row.name]
     if given.list:
         for row in chosen:
-            print(("compiled " if row.name in known else "         ") + row.name)
+            print(f"{'compiled' if row.name in known else '':8} {row.name}")
+            print(f"         vlm-jax compile {' '.join(row.command())}")
         return
     for row in [row for row in chosen if row.name not in known][: given.most]:
         made = compiled(row)

@@ -91,7 +91,7 @@ def get_config() -> ConfigDict:
     # Positions of a row whose scores over the vocabulary are there at a time in training, and made
     # twice. 0: all of a row, made once; -1: all where a device's scores stay under 268 MB.
     c.loss_chunk = -1
-    c.kernels = "auto"  # windowed attention by "pallas" (TPU alone) or "xla"; "auto" by the devices
+    c.kernels = "auto"  # attention by "pallas" (TPU alone) or "xla"; "auto" by the devices
 
     # Data.
     c.data = ConfigDict()

@@ -14,7 +14,7 @@ case "$1" in
     cd vlm_jax
     python3 -m uv venv --quiet --allow-existing --python 3.11 .venv
     python3 -m uv pip install --quiet --python .venv/bin/python \
-      --constraint constraints/py311.txt --editable '.[tpu,report,demo,tensorboard]'
+      --constraint constraints/py311.txt --editable '.[tpu,gcs,report,demo,tensorboard]'
     ;;
   start)
     shift

@@ -94,7 +94,7 @@ def test_a_template_of_ours_is_written_so_that_transformers_gives_our_ids(kind, 
         model = described(base, name, tmp_path / "words")
         token, mark = chats.export(model, fresh, add_image_token=True)
         theirs = AutoTokenizer.from_pretrained(fresh)
-        assert jinja.named(theirs.chat_template) == name
+        assert jinja.template_name(theirs.chat_template) == name
         ours = processors.processor_of(model)
         for turns in TALKS[: 2 if template.joined else 1]:
             for image in (0, None):
@@ -124,7 +124,7 @@ def test_a_template_of_ours_is_written_so_that_transformers_gives_our_ids(kind, 
 
 def test_a_chat_template_of_ours_refuses_what_its_model_was_not_made_for():
     words = real.qwen()
-    words.chat_template = jinja.written(TEMPLATES["vicuna_v1"], jinja.Form())
+    words.chat_template = jinja.chat_template(TEMPLATES["vicuna_v1"], jinja.Form())
     for talk in (
         [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}],
         [{"role": "user", "content": "hello"}, {"role": "user", "content": "hello"}],

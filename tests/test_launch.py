@@ -226,7 +226,7 @@ def test_a_group_of_which_a_machine_is_gone_is_replaced_whole(tmp_path):
         ("ACCELERATOR=h100-8 launch/create.sh", "tpu7x-N"),
         ("ACCELERATOR=tpu7x-16 launch/create.sh", "set TOPOLOGY"),
         ("ACCELERATOR=tpu7x-16 TOPOLOGY=4x4x4 launch/create.sh", "has 64 chips"),
-        ("ACCELERATOR=tpu7x-8 API=queued launch/create.sh", "API=compute"),
+        ("ACCELERATOR=tpu7x-8 API=queued launch/create.sh", "Compute Engine"),
         ("ACCELERATOR=v5litepod-8 API=compute launch/create.sh", "v5p-N"),
         ("TOPOLOGY=2x4 launch/create.sh", "ACCELERATOR says the size"),
         ("API=rest launch/create.sh", "queued or compute"),

@@ -191,7 +191,7 @@ def test_a_name_says_what_differs_and_the_settings_too(flags, name, trained):
 
 
 def test_the_number_of_tokens_is_an_evaluation_where_one_model_serves_any(copy):
-    with pytest.raises(ValueError, match="trained otherwise .compressor.tokens was 4, is 1"):
+    with pytest.raises(ValueError, match="trained differently .compressor.tokens was 4, is 1"):
         asked(copy, "--config.compressor.tokens=1")
     fields = json.loads((copy / "config.json").read_text())
     fields["compressor"]["kind"] = "mqt"
@@ -211,7 +211,7 @@ def test_what_was_trained_is_not_changed_by_an_evaluation(flag, words, trained, 
     for config in ((), ("--config=tests/tiny.py",)):
         assert main(["evaluate", f"--workdir={trained}", *config, f"--config.{flag}"]) == 2
         err = capsys.readouterr().err
-        assert words in err and "trained otherwise" in err and "Traceback" not in err
+        assert words in err and "trained differently" in err and "Traceback" not in err
 
 
 def test_a_cell_keeps_the_predictions_of_its_grid(grid, tmp_path):

@@ -202,7 +202,7 @@ def test_a_llava_in_its_first_layout_and_a_projector_of_stage_1(tmp_path, mesh1)
 
 def covered(found, table, shapes, tied=False):
     """Asserts that our key table is exactly the published tensors, shapes included."""
-    found = names.renamed(found)
+    found = names.by_canonical_name(found)
     if tied:
         del found["llm.lm_head.weight"]
     read = {n: shape for n, shape in found.items() if not names.matches(n, names.UNREAD)}

@@ -187,7 +187,7 @@ def test_every_layout_comes_to_one_name(name, one):
 
 def test_two_tensors_of_one_meaning_are_refused():
     with pytest.raises(ValueError, match="two tensors mean llm.norm.weight"):
-        names.renamed({"model.norm.weight": 1, "language_model.model.norm.weight": 2})
+        names.by_canonical_name({"model.norm.weight": 1, "language_model.model.norm.weight": 2})
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path):

@@ -14,7 +14,7 @@
     vlm = vlm_jax.load("runs/demo/cells/10k-v4-token_packer-s0")
     vlm.generate("page.png", "What does it say?", max_new_tokens=16)[0].text
 
-Everything is imported when it is asked for: fitting and planning need no JAX.
+Everything is imported on first use: fitting and planning need no JAX.
 """
 
 import os
@@ -64,7 +64,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What the catalog names, imported when it is asked for."""
+    """Names of the catalog, imported on first use."""
     match name:
         case "VLM" | "Answer" | "load":
             without_notices()

@@ -19,14 +19,14 @@ INSTALLED, CHECKOUT = PACKAGE / "shipped" / "configs", PACKAGE.parent / "configs
 CONFIGS = INSTALLED if INSTALLED.is_dir() else CHECKOUT
 
 
-def place(path: str | Path) -> Path:
+def config_path(path: str | Path) -> Path:
     """The path of a configuration; `configs/NAME.py` that does not exist is the package's own."""
     shipped = CONFIGS.parent / path
     in_configs = Path(path).parts[:1] == ("configs",)
     return shipped if in_configs and shipped.is_file() and not Path(path).is_file() else Path(path)
 
 
-def neighbors(path: Path) -> tuple[str, str]:
+def import_paths(path: Path) -> tuple[str, str]:
     """The first and the last entry of sys.path for a configuration that imports `configs`."""
     return str(path.resolve().parent.parent), str(CONFIGS.parent)
 
@@ -36,10 +36,10 @@ def load(path: str | Path, name: str) -> Any:
 
     Raises ValueError if there is no such file.
     """
-    path, before = place(path), list(sys.path)
+    path, before = config_path(path), list(sys.path)
     if not path.is_file():
         raise ValueError(f"no configuration at {path}: name a file that exists")
-    first, last = neighbors(path)
+    first, last = import_paths(path)
     sys.path[:] = [first, *before, last]
     try:
         return runpy.run_path(str(path))[name]

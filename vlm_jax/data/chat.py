@@ -125,7 +125,7 @@ class Chat:
         text = self._apply(self._messages(turns, self._takes_lists(images > 0), open_), open_)
         if text.count(self.mark) != images:
             raise ValueError(
-                f"{self.name} does not say where the image stands: it writes {self.mark} "
+                f"{self.name} does not say where the image is: it writes {self.mark} "
                 f"{text.count(self.mark)} times for images={images}; choose another data.template"
             )
         return text
@@ -187,7 +187,7 @@ class Chat:
             and all(text.count(word) == 1 for word in words)
         )
 
-    # --- where the answers stand -------------------------------------------------------------
+    # --- where the answers are ---------------------------------------------------------------
 
     def _skeleton(self, turns: Turns, *, open_: bool) -> list[str] | None:
         """What a template writes between the texts of such turns.
@@ -331,12 +331,12 @@ def _between(text: str, words: list[str]) -> list[str] | None:
 
 
 def _fit(text: str, between: list[str], texts: list[str]) -> list[Span] | None:
-    """Where texts stand in a rendering that is `between` and texts in turn, or those trimmed."""
+    """The spans of texts in a rendering of alternating `between` and (trimmed) texts, or None."""
     if not text.startswith(between[0]):
         return None
     at, places = len(between[0]), []
-    for k, said in enumerate(texts):
-        for form in (said, said.rstrip(), said.lstrip(), said.strip()):
+    for k, part in enumerate(texts):
+        for form in (part, part.rstrip(), part.lstrip(), part.strip()):
             rest = form + between[k + 1]
             if text[at:] == rest if k == len(texts) - 1 else text.startswith(rest, at):
                 places.append((at, at + len(form)))

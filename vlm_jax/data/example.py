@@ -10,7 +10,7 @@ import numpy as np
 from vlm_jax.data.skips import Skips
 
 IMAGE_MARK = "<image>"  # where the LLaVA format puts the image into a question
-EXIF = ("apply", "ignore")  # what becomes of the EXIF orientation of an image
+EXIF = ("apply", "ignore")  # choices for the EXIF orientation of an image
 
 
 class BadExample(ValueError):
@@ -19,7 +19,7 @@ class BadExample(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """Questions and answers about an image, about several in their order, or about none.
+    """Questions and answers about one image, several images in order, or none.
 
     Attributes:
       id: unique within a source and split.
@@ -28,9 +28,9 @@ class Example:
         without any, all images belong to the first question.
       family: the group whose tasks are averaged for the scaling law.
       task: the task inside the family, scored on its own.
-      cluster: what examples that err together share, for standard errors; the image
-        unless given, a row's own id where there is none.
-      given: the id in the data set, where `id` is one of our own because that came before.
+      cluster: shared by examples with correlated errors, for standard errors; by default the image,
+        or the example's id without an image.
+      given: the id in the data set, if `id` is another one because the id was repeated.
     """
 
     id: str
@@ -48,16 +48,16 @@ class Example:
 
     @property
     def images(self) -> tuple[int, ...]:
-        """The images in their order, however many there are."""
+        """The indices of the images in order; () without an image."""
         if self.image is None:
             return ()
         return self.image if isinstance(self.image, tuple) else (self.image,)
 
     def questions(self) -> tuple[tuple[int, str], ...]:
-        """Each turn's question: how many images stand where a template puts them, and its text.
+        """Each turn's question: the number of images at the template's place, and its text.
 
-        A mark alone in its question goes there, wherever it was written, as LLaVA moves it. Of
-        several in one question each stays in the text where it is, as in LLaVA-NeXT.
+        A single mark in a question moves to the template's place, as in LLaVA. If a question has
+        several, each stays in the text, as in LLaVA-NeXT.
         """
         texts = [question for question, _ in self.turns]
         marks = [text.count(IMAGE_MARK) * bool(self.images) for text in texts]
@@ -76,9 +76,9 @@ class Source(Protocol):
 
     `images[i]` is uint8 [H, W, 3], RGB, and may raise BadExample when the file cannot be read.
     `data_hash` is a sha256 over what defines the data, `protocol` how its predictions are scored
-    (evals/tasks.py). `left_out` counts the rows that are no examples because they are bad.
-    `describe()` gives counts for the log, `notes()` sentences about what is not as it was given.
-    Sources that know what an image shows also have `patch_labels(i, side)`, int32 [side * side] in
+    (evals/tasks.py). `left_out` counts the bad rows. `describe()` gives counts for the log,
+    `notes()` sentences about changes to the given data. Sources with labels of image content also
+    have `patch_labels(i, side)`, int32 [side * side] in
     raster order, and `patch_classes`, one more than the largest label.
     """
 
@@ -99,13 +99,13 @@ class Source(Protocol):
 
 
 class Images(Sequence):
-    """Images made or read one at a time, when asked for; `names` are their paths if any."""
+    """Images that are drawn or read on access, one at a time; `names` are their paths if any."""
 
     def __init__(self, read, count: int, names: Sequence[str] | None = None):
         self._read, self._count, self._names = read, count, names
 
     def name(self, index: int) -> str:
-        """What to call an image."""
+        """The name of an image for messages."""
         return f"image {index}" if self._names is None else self._names[index]
 
     def __len__(self) -> int:

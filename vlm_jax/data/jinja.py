@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The templates of this package as chat templates of transformers, and which one a text is."""
+"""Writes the templates of this package as chat templates of transformers, and recognizes them."""
 
 import string
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from vlm_jax.data.example import IMAGE_MARK
 from vlm_jax.data.templates import TEMPLATES, OwnTemplate, Template
 
-# A question in `ns`: how many images a template puts there (`shown`) and its text. One image alone
-# is moved to where the template has it, several stay where they are between the words.
+# A question in `ns`: the number of images at the template's place (`shown`) and its text. One image
+# moves to the template's place, several stay where they are between the words.
 QUESTION = """\
 {%- set ns = namespace(shown=0, said='', words=false, inside=false) -%}
 {%- if message['content'] is string -%}
@@ -49,7 +49,7 @@ ANSWER = """\
 """
 
 
-# Writes a text with a space in front of each piece behind an image, or behind the beginning.
+# Writes a text with a space before each piece after an image, or at the beginning.
 SAY = """\
 {%- macro say(state, text) -%}
 {%- for piece in text.split(MARK) -%}
@@ -69,12 +69,13 @@ SAY = """\
 
 @dataclass(frozen=True)
 class Form:
-    """How a template is written for one kind of tokenizer; the text that a model reads is one.
+    """How a template is written for one kind of tokenizer; the model reads the same text.
 
-    begins: whether the first token is written, rather than left to whoever tokenizes. spaced: a
-    space in front of each piece of text between images. A tokenizer that puts a space in front of a
-    text, and of nothing behind a special token, gives the ids of a model whose texts between images
-    were tokenized each by itself only so.
+    Attributes:
+      begins: whether the template writes the first token, instead of the tokenizer.
+      spaced: whether the template writes a space before each piece of text between images. A
+        tokenizer that adds a space before a text, but not after a special token, needs this for
+        models whose texts between images were tokenized separately.
     """
 
     begins: bool = False
@@ -84,19 +85,19 @@ class Form:
 FORMS = (Form(True), Form(), Form(True, True), Form(False, True))
 
 
-def written(template: Template, form: Form, *, mark: str = IMAGE_MARK) -> str:
-    """A chat template that writes what `template` does, as `form` says, with `mark` for an image.
+def chat_template(template: Template, form: Form, *, mark: str = IMAGE_MARK) -> str:
+    """`template` as a chat template in the form `form`, with `mark` for an image.
 
-    It refuses what the model was not made for: system texts, roles that do not alternate.
+    It refuses system texts and roles that do not alternate, for which the model was not trained.
     """
     images = _quoted(template.image.replace(IMAGE_MARK, mark)) + " * ns.shown"
-    asked = []
+    question = []
     for literal, name, _, _ in string.Formatter().parse(template.user):
-        asked += [_quoted(literal)] if literal else []
-        asked += {"image": [f"({images})"], "question": ["ns.said"]}.get(name, [])
+        question += [_quoted(literal)] if literal else []
+        question += {"image": [f"({images})"], "question": ["ns.said"]}.get(name, [])
     before, _, behind = template.answer.partition("{answer}")
     close = _quoted(template.end) if template.end else "eos_token" * template.eos
-    said = [_quoted(before) * bool(before), "ns.said", _quoted(behind) * bool(behind)]
+    answer = [_quoted(before) * bool(before), "ns.said", _quoted(behind) * bool(behind)]
 
     def say(*parts: str) -> str:
         text = " ~ ".join(part for part in parts if part)
@@ -120,17 +121,17 @@ def written(template: Template, form: Form, *, mark: str = IMAGE_MARK) -> str:
     ]
     if "{question}" not in template.user:  # which is dropped, and its images are not
         lines.append("{%- set ns.shown = images -%}")
-    lines += [say(*asked), "{%- else -%}", ANSWER.rstrip("\n"), say(*said)]
+    lines += [say(*question), "{%- else -%}", ANSWER.rstrip("\n"), say(*answer)]
     lines += [
         f"{{{{- {text} -}}}}" for text in (close, _quoted(template.gap)) if text not in ("", "''")
     ]
     return "\n".join([*lines, "{%- endif -%}", "{%- endfor -%}"])
 
 
-def named(text: str, *, mark: str = IMAGE_MARK) -> str | None:
-    """The template of this package that wrote a chat template; None for any other."""
+def template_name(text: str, *, mark: str = IMAGE_MARK) -> str | None:
+    """The name of the template that `chat_template` wrote as this text; None for other texts."""
     for name, template in builtin():
-        if any(text.strip() == written(template, form, mark=mark) for form in FORMS):
+        if any(text.strip() == chat_template(template, form, mark=mark) for form in FORMS):
             return name
     return None
 

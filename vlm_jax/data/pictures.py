@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture from anywhere as RGB uint8 [H, W, 3], or one sentence that says why it is none.
+"""Reads picture files as RGB uint8 [H, W, 3], or says in one sentence why that is not possible.
 
-Whatever the image library raises is a fault of the picture: its decoders raise ValueError,
-RuntimeError, OverflowError, MemoryError, SyntaxError and struct.error for damaged files. A picture
-that is cut short is bad, never half gray.
+Every exception of the image library is a fault of the picture: its decoders raise ValueError,
+RuntimeError, OverflowError, MemoryError, SyntaxError and struct.error for damaged files. A
+truncated picture is bad, never half gray.
 """
 
 import io
@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vlm_jax.data.example import EXIF, BadExample
 
-# A longer image shows nothing, and would fill memory where the short side is resized.
+# A longer image has no use, and resizing its short side would fill memory.
 MOST_ELONGATED = 100
 # How a picture with an EXIF orientation is turned upright (Exif 3.0, 4.6.5.1.6). 1 is upright.
 TURNS = {
@@ -28,18 +28,18 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 PNG = b"\x89PNG\r\n\x1a\n"
-# Chunks of a PNG without pixels in them, whose size PIL bounds for the sake of who reads them.
+# Chunks of a PNG without pixels; PIL limits their size as a protection.
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 
 def check_exif(name: str, exif: str) -> None:
-    """ValueError unless a field called `name` says what becomes of an EXIF orientation."""
+    """Raises ValueError unless the value of the field `name` is one of EXIF."""
     if exif not in EXIF:
         raise ValueError(f"{name}={exif!r}: choose one of {', '.join(EXIF)}")
 
 
 class Unusable(ValueError):
-    """Why a picture cannot be used: the end of a sentence that begins with its name."""
+    """Why a picture cannot be used: the end of a sentence that starts with its name."""
 
 
 def read_image(
@@ -49,28 +49,27 @@ def read_image(
     *,
     exif: str = "ignore",
 ) -> np.ndarray:
-    """An image file as RGB uint8 [H, W, 3], decoded by its content whatever its name; the first
-    frame of several.
+    """An image file as RGB uint8 [H, W, 3], decoded by its content, not its name; the first frame.
 
-    `exif` says what becomes of an orientation that the file states: "apply" turns the picture
-    upright, "ignore" takes the pixels as they lie.
+    `exif` is for the orientation in the file: "apply" turns the picture upright, "ignore" uses the
+    pixels as stored.
 
     Raises:
-      BadExample: where it cannot be decoded whole, naming the row that `owner` describes, if any.
+      BadExample: if it cannot be decoded completely, with the row that `owner` describes, if any.
     """
     try:
-        with regular(path) as file:
-            return decoded(file, exif=exif)
+        with open_regular(path) as file:
+            return decode(file, exif=exif)
     except Unusable as error:
         reason = str(error)
-    # Not a list of kinds: each decoder has its own.
+    # Any exception, because each decoder has its own.
     except Exception as error:
         reason = f"cannot be decoded: {one_line(error)}"
     raise BadExample(f"{owner}{': ' * bool(owner)}image {path} {reason}; {way_out}")
 
 
-def regular(path: str) -> io.BufferedIOBase:
-    """A file opened for reading; Unusable for what is no file with something in it."""
+def open_regular(path: str) -> io.BufferedIOBase:
+    """A file opened for reading. Raises Unusable for anything but a regular file with content."""
     try:
         about = os.stat(path)  # opening a pipe would wait for its writer
         if stat.S_ISDIR(about.st_mode):
@@ -86,15 +85,15 @@ def regular(path: str) -> io.BufferedIOBase:
         raise Unusable(f"cannot be read: {error.strerror or error}") from None
 
 
-def decoded(file: io.BufferedIOBase, *, exif: str) -> np.ndarray:
-    """The pixels of an open file. Raises whatever its decoder does."""
+def decode(file: io.BufferedIOBase, *, exif: str) -> np.ndarray:
+    """The pixels of an open file. Raises any exception of its decoder."""
     try:
         return rgb(open_image(file), exif=exif)
     except Unusable:
         raise
     except ValueError:
-        # PIL takes a text or a color profile beyond its bounds for an attack. It is none on
-        # pixels: read them without. Its bounds are the process's own and stay as they are.
+        # PIL refuses large texts and color profiles as an attack. They do not affect the pixels, so
+        # the picture is read without them. PIL's limits are global and stay unchanged.
         file.seek(0)
         if file.read(len(PNG)) != PNG:
             raise
@@ -102,7 +101,7 @@ def decoded(file: io.BufferedIOBase, *, exif: str) -> np.ndarray:
 
 
 def open_image(file: io.BufferedIOBase) -> Image.Image:
-    """A picture whose header was read, and none of its pixels."""
+    """A picture of which only the header was read."""
     try:
         image = Image.open(file)
     except UnidentifiedImageError:
@@ -116,7 +115,7 @@ def open_image(file: io.BufferedIOBase) -> Image.Image:
 
 
 def check_shape(width: int, height: int) -> None:
-    """Unusable for an image of no pixels, and for a thread."""
+    """Raises Unusable for an image without pixels and for a very long one."""
     if min(width, height) < 1:
         raise Unusable(f"is {width} x {height} pixels: it is empty")
     if max(width, height) > MOST_ELONGATED * min(width, height):
@@ -128,21 +127,21 @@ def check_shape(width: int, height: int) -> None:
 def without_texts(file: io.BufferedIOBase) -> io.BufferedIOBase:
     """A PNG without its texts and its color profile."""
     file.seek(len(PNG))
-    kept = [PNG]
+    chunks = [PNG]
     while len(head := file.read(8)) == 8:
         length = int.from_bytes(head[:4], "big") + 4  # with the checksum
         if head[4:] in PNG_TEXTS:
             file.seek(length, os.SEEK_CUR)
         else:
-            kept += [head, file.read(length)]
-    return io.BytesIO(b"".join(kept))
+            chunks += [head, file.read(length)]
+    return io.BytesIO(b"".join(chunks))
 
 
 def rgb(image: Image.Image, *, exif: str) -> np.ndarray:
     """A picture of PIL as uint8 [H, W, 3].
 
-    Pixels of 16 bits are scaled by 1 / 257, so that white is white. What is transparent is shown:
-    transparency is dropped as the published code drops it. Raises whatever a decoder does.
+    Pixels of 16 bits are scaled by 1 / 257, so that white stays white. Transparency is dropped, as
+    in the published code. Raises any exception of a decoder.
     """
     image.load()
     turn = TURNS.get(orientation(image)) if exif == "apply" else None
@@ -152,7 +151,7 @@ def rgb(image: Image.Image, *, exif: str) -> np.ndarray:
         image = Image.fromarray(eight_bits(image))
     elif mode in ("I", "F"):
         raise Unusable(
-            f"has numbers of 32 bits (mode {mode}), of which nobody says what is white: save it "
+            f"has numbers of 32 bits (mode {mode}), whose white level is undefined: save it "
             "with 8 or 16 bits"
         )
     elif mode in ("La", "RGBa"):  # the colors were multiplied with their opacity
@@ -168,7 +167,7 @@ def eight_bits(image: Image.Image) -> np.ndarray:
     """A gray picture of up to 16 bits as uint8 [H, W]."""
     pixels, bits, inverted = np.asarray(image).astype(np.int64), 16, False
     if image.format == "TIFF":
-        # Which PIL leaves as they are: numbers of 12 bits, and those where 0 is white.
+        # PIL does not convert numbers of 12 bits, and images in which 0 is white.
         bits = image.tag_v2.get(258, (16,))[0]
         inverted = image.tag_v2.get(262) == 0
     most = (1 << bits) - 1
@@ -177,14 +176,14 @@ def eight_bits(image: Image.Image) -> np.ndarray:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation from 1 to 8; 1, upright, where there is none that can be read."""
+    """The EXIF orientation from 1 to 8; 1 (upright) if none can be read."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # as everything that shows pictures does: the pixels are there
+    except Exception:  # as picture viewers do: the pixels are valid
         return 1
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of a library says, in one line."""
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(said.split()) or type(error).__name__
+    """The message of a library's error in one line."""
+    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(message.split()) or type(error).__name__

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches for a model that is trained for any number of visual tokens: how many each row is shown.
+"""Batches for models trained for any number of visual tokens, with the number for each row.
 
 Shapes: B rows of all processes.
 """
@@ -13,10 +13,10 @@ from vlm_jax.data.skips import Skips
 
 
 class RandomPrefixes:
-    """Batches that say in `limit` int32 [B] how many visual tokens each row is shown.
+    """Batches with `limit` int32 [B], the number of visual tokens of each row.
 
-    One of `choices` for each micro-batch, all alike: micro-batch a of `accumulate` holds rows a,
-    a + accumulate, ... What batch k draws is a pure function of (k, seed).
+    One of `choices` for each micro-batch, with equal probability: micro-batch a of `accumulate`
+    holds rows a, a + accumulate, ... What batch k draws is a pure function of (k, seed).
     """
 
     def __init__(self, batches: Batches, choices: Sequence[int], *, seed: int, accumulate: int = 1):

@@ -27,7 +27,9 @@ class Tokens(NamedTuple):
     ids: list[int]
     mask: list[bool]  # which ids are supervised
     places: tuple[int, ...]  # before which id the visual tokens of each image belong, ascending
-    questions: list[list[int]]  # what a question-reading compressor reads of each image, or of none
+    questions: list[
+        list[int]
+    ]  # the input of a question-reading compressor for each image, or for none
 
     @property
     def image_at(self) -> int | None:
@@ -36,22 +38,22 @@ class Tokens(NamedTuple):
 
     @property
     def question(self) -> list[int]:
-        """What is read of the first image."""
+        """The question of the first image."""
         return self.questions[0]
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How an example becomes a row: fields of config.data, and what the model asks of its rows.
+    """How an example becomes a row: fields of config.data, and what the model requires of its rows.
 
     Attributes:
-      images: how an image is prepared.
-      query: who reads the question for the compressor: "none", "separate" or "prefix".
-      vocab: rows of the LLM's embedding, where they are known.
+      images: how images are prepared.
+      query: how the question is read for the compressor: "none", "separate" or "prefix".
+      vocab: rows of the LLM's embedding, if known.
     Raises:
       ValueError: for an unknown template; for query "prefix" with a template whose question does
-        not stand before the image, with several images in a row, or with lengths that leave no room
-        behind it.
+        come before the image, with several images in a row, or with lengths that leave no room
+        after it.
     """
 
     template: str

@@ -115,7 +115,7 @@ def _parsed(text: str, path: Path) -> tuple[list, list[int] | None]:
     )
     raise ValueError(
         f"{path} holds a JSON {type(value).__name__} at the top, not {SHAPE}"
-        + (f": save what stands under {lists[0]!r:.40} alone" if lists else "")
+        + (f": save the list {lists[0]!r:.40} alone" if lists else "")
     )
 
 

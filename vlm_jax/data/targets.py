@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether there is something to learn: rows whose every answer token is cut away teach nothing.
+"""Finds rows that teach nothing, because all tokens of their answers are cut off.
 
 A row is cut after data.text_length tokens (and with compressor.query="prefix" before its image
-after data.question_length). What of it is supervised may all lie behind that.
+after data.question_length). All its supervised tokens may be after the cut.
 """
 
 import logging
@@ -17,7 +17,7 @@ from vlm_jax.data.templates import OwnTemplate
 
 log = logging.getLogger(__name__)
 
-LOOKED_AT = 10_000  # most rows that are tokenized; of more an even sample
+LOOKED_AT = 10_000  # the most rows that are tokenized; of more rows an even sample
 WORTH_A_WARNING = 0.01  # of the rows
 # A byte of text is one token at most; a character may become several in a tokenizer's normal form
 # (U+FDFA, three bytes: eighteen letters of two bytes).
@@ -26,7 +26,7 @@ MOST_TOKENS_PER_BYTE = 12
 
 @dataclass(frozen=True)
 class Targets:
-    """Rows that no token of an answer is left of, and what would keep them.
+    """Rows without a token of an answer after the cut, and lengths that would keep them.
 
     Attributes:
       rows: of the source. doubtful: rows that may be too long; looked_at of them were tokenized.
@@ -88,11 +88,11 @@ def survey(source: Source, processor: Processor, *, skip: bool) -> Targets:
 
 
 def warning(targets: Targets, processor: Processor, *, skip: bool = False) -> str:
-    """What `survey` found, in a sentence; "" where every row has a target.
+    """The result of `survey` in a sentence; "" if every row has a target.
 
     Raises:
-      ValueError: where no row has one.
-      BadExample: where a row cannot even be cut, unless `skip`.
+      ValueError: if no row has one.
+      BadExample: if a row cannot even be cut, unless `skip`.
     """
     if not targets.without:
         return ""
@@ -106,7 +106,7 @@ def warning(targets: Targets, processor: Processor, *, skip: bool = False) -> st
         way_out += f", {most} and {most_question} all but 1 % of the rows"
     if targets.without == targets.looked_at and targets.doubtful == targets.rows:
         raise ValueError(
-            f"not one of {targets.rows} rows has a token of an answer {limits}: there is nothing "
+            f"none of {targets.rows} rows has a token of an answer {limits}: there is nothing "
             f"to learn; {way_out}"
         )
     counted = f"{targets.without} of {targets.rows} rows ({targets.share:.2%})"
@@ -123,7 +123,7 @@ def warning(targets: Targets, processor: Processor, *, skip: bool = False) -> st
 
 
 def _surely_fits(processor: Processor, example: Example) -> bool:
-    """Whether the first answer ends in time, judged by bytes, which are more than tokens."""
+    """Whether the first answer certainly ends before the cut, judged by its number of bytes."""
     template = processor.template
     if isinstance(template, OwnTemplate) or processor.query == "prefix":
         return False
@@ -138,35 +138,35 @@ def _surely_fits(processor: Processor, example: Example) -> bool:
 
 
 def _beginning(example: Example) -> Example:
-    """The first turn of an example; all of it where others show images."""
+    """The first turn of an example; all turns if other turns have images."""
     one = example.image is None or not isinstance(example.image, tuple)
     marked = any(IMAGE_MARK in question for question, _ in example.turns)
     return replace(example, turns=example.turns[:1]) if one and not marked else example
 
 
-def _behind(processor: Processor, tokens: Tokens) -> int | None:
-    """Where the text is cut in two by its image, so that each part has a limit of its own."""
+def _split_at(processor: Processor, tokens: Tokens) -> int | None:
+    """Where the image splits the text into two parts with separate limits; None if it does not."""
     return tokens.image_at if processor.query == "prefix" else None
 
 
 def _has_target(processor: Processor, tokens: Tokens) -> bool:
     """Whether a supervised token is left when the row is cut to its lengths."""
     most, first = processor.text_length, processor.question_length
-    if (at := _behind(processor, tokens)) is not None:
+    if (at := _split_at(processor, tokens)) is not None:
         return any(tokens.mask[: min(at, first)]) or any(tokens.mask[at:][: most - first])
     return any(tokens.mask[:most]) and (tokens.image_at or 0) < most
 
 
 def _needs(processor: Processor, tokens: Tokens) -> tuple[int, int]:
-    """How many tokens the row has behind its image (or in all), and how many are read first."""
-    if (at := _behind(processor, tokens)) is not None:
+    """The number of tokens after the image (or in all), and the number of those read first."""
+    if (at := _split_at(processor, tokens)) is not None:
         return len(tokens.ids) - at, at
     longest = max(map(len, tokens.questions)) if processor.query == "separate" else 0
     return len(tokens.ids), longest
 
 
 def _lengths(processor: Processor, needs: list[tuple[int, int]]) -> tuple[int, int]:
-    """data.text_length and data.question_length with which rows of these needs are whole."""
+    """data.text_length and data.question_length that keep rows of these needs complete."""
     text, question = (8 * math.ceil(max(column) / 8) for column in zip(*needs, strict=True))
     question = max(question, processor.question_length)
     text = text + question if processor.query == "prefix" else text
@@ -174,14 +174,14 @@ def _lengths(processor: Processor, needs: list[tuple[int, int]]) -> tuple[int, i
 
 
 def check(source: Source, processor: Processor, *, skip: bool) -> str:
-    """Looks for rows that teach nothing: a warning above one in a hundred, below it the sentence.
+    """Looks for rows that teach nothing: logs a warning if they are over 1 %, else returns it.
 
     Raises:
-      ValueError, BadExample: as `survey` and `told` have it.
+      ValueError, BadExample: as `survey` and `warning` do.
     """
-    found = survey(source, processor, skip=skip)
-    said = warning(found, processor, skip=skip)
-    if found.share > WORTH_A_WARNING:
-        log.warning(said)
+    targets = survey(source, processor, skip=skip)
+    sentence = warning(targets, processor, skip=skip)
+    if targets.share > WORTH_A_WARNING:
+        log.warning(sentence)
         return ""
-    return said
+    return sentence

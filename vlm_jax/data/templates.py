@@ -69,27 +69,27 @@ class Template:
 class OwnTemplate(Template):
     """The tokenizer's own chat template (jinja), rendered by transformers.
 
-    chat: that of the tokenizer at hand; None in the table.
+    chat: that of the tokenizer; None in the table.
     """
 
     chat: Chat | None = None
 
     def of(self, tokenizer: Any, mark: str = IMAGE_MARK) -> "OwnTemplate":
-        """With the chat template of `tokenizer`. ValueError where it has none, or a broken one."""
+        """With the chat template of `tokenizer`. Raises ValueError for none or an invalid one."""
         if not tokenizer.chat_template:
-            known = ", ".join(name for name in TEMPLATES if name != "checkpoint")
+            choices = ", ".join(name for name in TEMPLATES if name != "checkpoint")
             raise ValueError(
                 "data.template='checkpoint' is the tokenizer's own chat template, and this "
-                f"tokenizer has none: choose one of {known}"
+                f"tokenizer has none: choose one of {choices}"
             )
         return replace(self, chat=Chat(tokenizer, mark))
 
     def closing(self, tokenizer: Any) -> str:
-        """What the chat template writes behind an answer, spaces apart."""
+        """The text that the chat template writes after an answer, without spaces."""
         return self.chat.closing
 
     def parts(self, example: Example, tokenizer: Any, *, answer: bool) -> list[Part]:
-        """The rendered row, its answers and what closes them supervised."""
+        """The rendered row; its answers and their closing text are supervised."""
         turns = turns_of(example)
         if not answer:
             return [(self.chat.prompt(turns), False)]
@@ -106,7 +106,7 @@ class OwnTemplate(Template):
 
 
 def turns_of(example: Example) -> list[Turn]:
-    """The turns of an example, their questions cut where an image stands inside."""
+    """The turns of an example, with questions split at the images inside them."""
     cut = bool(example.images)
     return [
         Turn(shown, tuple(text.split(IMAGE_MARK) if cut else [text]), reply)
@@ -126,7 +126,7 @@ TEMPLATES = {
         joined=True,
     ),
     "plain": Template("", "{image}", "{answer}\n", eos=False, image="<image>", joined=True),
-    # Qwen's own: the system text of the Qwen1.5 chat models, and a line break behind each turn.
+    # Qwen's own: the system text of the Qwen1.5 chat models, and a line break after each turn.
     "chatml": Template(
         start="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
         user="<|im_start|>user\n{image}{question}<|im_end|>\n<|im_start|>assistant\n",
@@ -171,7 +171,7 @@ def check_prefix(name: str) -> None:
     if not mark or "{question}" not in before:
         good = [name for name, t in TEMPLATES.items() if "{question}{image}" in t.user]
         raise ValueError(
-            "compressor.query='prefix' reads the question that stands before the image, and "
+            "compressor.query='prefix' reads the question before the image, and "
             f"data.template={name!r} has none there: choose one of "
             f"{', '.join(good)}, or compressor.query='separate'"
         )

@@ -87,7 +87,7 @@ def load_tokenizer(path: str | PurePath) -> Any:
             "does not list under special_tokens: copy it again"
         )
     _plain(tokenizer.backend_tokenizer)
-    word_tokenizer.completed(tokenizer)
+    word_tokenizer.add_bos(tokenizer)
     return tokenizer
 
 

@@ -77,7 +77,7 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> Any:
     )
 
 
-def completed(tokenizer: Any) -> None:
+def add_bos(tokenizer: Any) -> None:
     """Adds <bos> to a tokenizer of `train_tokenizer` whose files do not have it yet.
 
     Files of earlier versions did not record that rows begin with <bos>, although the models were

@@ -144,7 +144,7 @@ def _cells(run: Run) -> Table:
 def _baselines(run: Run) -> Table:
     caption = (
         "Baseline cells. Blind models see the mean image instead of the image; the other "
-        "methods stand beside the grid's own at the same LLM and V."
+        "methods are next to the grid's own at the same LLM and V."
     )
     others = [*run.blind, *run.other]
     kept = sorted(others, key=lambda r: (score_tables.kind(r), r.llm_parameters, r.V, r.seed))
@@ -161,7 +161,7 @@ def _laws(run: Run, laws: Mapping) -> Table:
     titles = ["family", "form", *names, "best V at the measured Q", "misfit (RMSE)", "points"]
     lines = [_law_line(family, law, names, run) for family, law in sorted(laws.items())]
     caption = (
-        "Parameters of the fitted law. Each has its 95 % interval beside it. N is in billions "
+        "Parameters of the fitted law. Each is followed by its 95 % interval. N is in billions "
         "of parameters; the best V minimizes the error at fixed 2N(Q+V) within the measured V."
     )
     return Table(caption, titles, lines)

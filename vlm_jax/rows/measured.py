@@ -61,7 +61,7 @@ def read(
         all_rows = [row for path in paths for row in records.read(path)]
         method = compressor or records.main_method(all_rows)
         rows = records.of_method([row for row in all_rows if not row.blind], method)
-        note = used(rows, all_rows)
+        note = rows_used_note(rows, all_rows)
         of_families = records.cells(rows, by="families")
         of_tasks = records.cells(rows, by="tasks")
     else:
@@ -97,7 +97,7 @@ def check_once(cells: Sequence[Cell]) -> None:
         keys.add(key)
 
 
-def used(rows: Sequence[records.Row], all_rows: Sequence[records.Row]) -> str:
+def rows_used_note(rows: Sequence[records.Row], all_rows: Sequence[records.Row]) -> str:
     """A sentence: which rows of a grid a law is fitted to, and which are not used."""
     others = {name: n for name, n in records.methods(all_rows).items() if name != rows[0].method}
     unused = [f"{n} cells of {name}" for name, n in others.items()]

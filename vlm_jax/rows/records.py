@@ -244,7 +244,7 @@ def points(
     return of_cells(cells(rows, blind=blind, method=method, by=by), family)
 
 
-def doubts(rows: Sequence[Row], chip: str) -> list[str]:
+def timing_warnings(rows: Sequence[Row], chip: str) -> list[str]:
     """Warnings about times of this chip that are fitted to these rows, one sentence each."""
     sentences = []
     machines = sorted({row.machine for row in rows if ("cpu" in row.machine) != (chip == "cpu")})

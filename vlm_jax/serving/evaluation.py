@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model answers a split: predictions.jsonl and scores.json in its folder."""
+"""Evaluates a trained model on a split: predictions.jsonl and scores.json in its folder."""
 
 import json
 import logging
@@ -21,13 +21,13 @@ log = logging.getLogger(__name__)
 
 
 def mesh_of(config: ConfigDict, overrides: Mapping[str, Any]) -> jax.sharding.Mesh:
-    """The configured mesh; all devices side by side where it is that of another machine."""
+    """The configured mesh, or all devices on its first axis if it is that of another machine."""
     try:
         return mesh.make(**config.mesh)
     except ValueError as error:
         if any(name.startswith("mesh.") for name in overrides):
             raise
-        progress.say(f"{error}; here all devices stand side by side")
+        progress.say(f"{error}; here all devices share the batch")
         return mesh.make()
 
 
@@ -38,8 +38,8 @@ def evaluate(subject: Subject, given: ConfigDict, overrides: Mapping[str, Any]) 
       given: the configuration; `overrides` are the fields that were set on the command line, by
         dotted name: what was trained cannot be changed, all else makes another evaluation.
     Raises:
-      ValueError: for a field that is none, or belongs to what was trained, and for a folder that
-        holds the scores of another evaluation under this one's name.
+      ValueError: for an unknown field or a field of the trained model, and for a folder that holds
+        the scores of another evaluation with the same name.
     """
     fields.check_names(flat(given))
     config = subject.requested(given, overrides)
@@ -69,8 +69,8 @@ def evaluate(subject: Subject, given: ConfigDict, overrides: Mapping[str, Any]) 
         faults: loader.Faults = {}
         records = list(predict(config, model, source, processor, faults=faults))
         scores = tasks.score(source.protocol, records, loader.not_answered(source, faults))
-        if said := tasks.summary(scores):
-            log.warning(said)
+        if summary := tasks.summary(scores):
+            log.warning(summary)
         scores |= {"settings": settings} if name else {}
         if hosts.is_writer():
             write_predictions(subject.folder / f"predictions{ending}.jsonl", records)

@@ -65,7 +65,7 @@ def answer_file(
 
         def answer(lines: list[tuple[Line, Any]]) -> None:
             try:
-                found = model.answer([request for _, request in lines], **options)
+                answers = model.answer([request for _, request in lines], **options)
             # If one of them fails, for any reason, the others are answered one by one.
             except Exception as error:
                 if len(lines) == 1:
@@ -74,7 +74,7 @@ def answer_file(
                     for one in lines:
                         answer([one])
                 return
-            for (line, _), said in zip(lines, found, strict=True):
+            for (line, _), said in zip(lines, answers, strict=True):
                 write(
                     line,
                     dict(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is evaluated, what an evaluation may choose, and what it is called by what it chose."""
+"""The model of an evaluation, the fields that an evaluation may change, and its name."""
 
 import re
 from collections.abc import Mapping
@@ -25,18 +25,18 @@ from vlm_jax.weights.processors import processor_of
 
 # Changes that make another evaluation of a model.
 NAMED = (Change.SHOWN, Change.PLACE, Change.ANSWERS, Change.BATCH)
-# The order of the parts of a name; what is in neither stands between, by its field's name.
+# The order of the parts of a name; other fields are between them, by field name.
 ORDER = ("evaluate.split", "data.source", "data.path", "data.images", "data.blind")
 LAST = {"compressor.tokens": "v", "evaluate.batch": "batch", "evaluate.max_new_tokens": "new"}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: a trained run, or a model folder's model.
+    """The model that is evaluated: that of a trained run, or of a model folder.
 
-    `config` is what it was made with, as far as its folder knows. An evaluation by the folder's own
-    settings is called nothing, of a cell (whose folder has the grid's) and of a model folder (which
-    has none) it is called by its split.
+    `config` is its configuration as far as the folder records it. An evaluation with the folder's
+    own settings has the name ""; for a cell (whose folder has the grid's settings) and for a model
+    folder (which has none) the name is the split.
     """
 
     folder: PurePath
@@ -46,7 +46,7 @@ class Subject:
 
     @classmethod
     def of(cls, path: str) -> "Subject":
-        """What lies in a folder. FileNotFoundError or ValueError where that is no model."""
+        """The model in a folder. Raises FileNotFoundError or ValueError if there is none."""
         folder = files.path_of(path)
         if runs.trained_here(path, "--workdir"):
             run = runs.of(path, "--workdir")
@@ -59,10 +59,10 @@ class Subject:
         return None if self.run is None else self.run.config.copy_and_resolve_references()
 
     def requested(self, given: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-        """The configuration of this model's evaluation out of one that is `given`.
+        """The configuration for evaluating this model, from the `given` one.
 
         Raises:
-          ValueError: for fields that were set on the command line and are another model's.
+          ValueError: for fields on the command line that describe another model.
         """
         config = given.copy_and_resolve_references()
         if self.stored is not None:
@@ -88,7 +88,7 @@ class Subject:
                 )
             config = named[self.folder.name]
         elif self.run.config.start_from and given.start_from == self.run.config.start_from:
-            # As training has taken them over.
+            # As training does.
             for section in ("vit", "llm"):
                 config[section].update(self.run.config[section].to_dict())
             for name, value in self.run.config.data.items():
@@ -109,7 +109,7 @@ class Subject:
         return config
 
     def free(self, name: str, then: fields.Flat, now: fields.Flat) -> bool:
-        """Whether an evaluation may choose a field."""
+        """Whether an evaluation may change a field."""
         if self.stored is not None and name == "data.image_fit":
             return False  # a model folder prepares images by its own description
         return fields.change_of(name, then, now) is not Change.RUN
@@ -118,7 +118,7 @@ class Subject:
         """The fields in which an evaluation differs from the folder's own, with their values.
 
         Raises:
-          ValueError: for a field that belongs to what was trained.
+          ValueError: for a field of the trained model.
         """
         then, now = flat(self.config), flat(config)
         if self.stored is not None:
@@ -128,46 +128,46 @@ class Subject:
                 for name in sorted(named & now.keys())
                 if now[name] != "" and fields.change_of(name, now, now) in NAMED
             }
-        found, refused = {}, []
+        changed, refused = {}, []
         for name in fields.differing(then, now):
             change = fields.change_of(name, then, now)
             if change is Change.RUN:
                 refused.append(name)
             elif change in NAMED:
-                found[name] = now.get(name)
+                changed[name] = now.get(name)
         if refused:
             raise ValueError(
-                f"{self.folder} holds a model that was trained otherwise "
+                f"{self.folder} holds a model that was trained differently "
                 f"({fields.changes(refused, then, now)}): an evaluation may change the data, the "
                 "prompt, the batch and the lengths, not the model; leave --config out, the folder "
                 "has its own"
             )
-        found.pop("data.tokenizer", None)  # `processor` compares what it holds
+        changed.pop("data.tokenizer", None)  # `processor` compares what it holds
         if self.run.grid:
-            found |= {"evaluate.split": config.evaluate.split}
-        return found
+            changed |= {"evaluate.split": config.evaluate.split}
+        return changed
 
     def processor(self, config: ConfigDict) -> Processor:
-        """What makes this model's tokens and pixels; ValueError for another tokenizer."""
+        """The processor of this model. Raises ValueError for another tokenizer."""
         if self.stored is not None:
             self.stored.facts["template"] = config.data.template
-            made = processor_of(self.stored)
-            made.text_length = config.data.text_length
-            made.question_length = config.data.question_length
-            made.images_per_row = config.data.images_per_row
-            made.blind = config.data.blind
-            return made
+            processor = processor_of(self.stored)
+            processor.text_length = config.data.text_length
+            processor.question_length = config.data.question_length
+            processor.images_per_row = config.data.images_per_row
+            processor.blind = config.data.blind
+            return processor
         named = config.data.tokenizer or self.run.tokenizer
         tokenizer = load_tokenizer(named)
         if named != self.run.tokenizer:
-            # It may have moved since, and is the same if it does the same.
+            # The folder may have moved since; equal tokenizers have equal hashes.
             then = self.run.content().get("tokenizer") or hash_of(
                 load_tokenizer(self.run.tokenizer)
             )
             if hash_of(tokenizer) != then:
                 raise ValueError(
-                    f"data.tokenizer={named} is another one than the model in {self.folder} was "
-                    "trained with: leave it out"
+                    f"data.tokenizer={named} is not the one with which the model in {self.folder} "
+                    "was trained: leave it out"
                 )
         return Processor(tokenizer, RowFormat.of(config))
 
@@ -180,7 +180,7 @@ class Subject:
 
 
 def name_of(settings: Mapping[str, Any], data_hash: str) -> str:
-    """What an evaluation is called by its settings: "val", "vqa-1f2e3d4c-v4"; "" of none."""
+    """The name of an evaluation with these settings: "val", "vqa-1f2e3d4c-v4"; "" for none."""
     parts = []
     others = sorted(settings.keys() - {*ORDER, *LAST})
     for name in [*ORDER, *others, *LAST]:

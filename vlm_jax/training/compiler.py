@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from vlm_jax import cpu, mesh
+from vlm_jax import cpu
 
 # Gathers of weights run beside matrix products: by the compiler's own text about half of them
 # (docs/pods.md, "Collectives"). A v5e does so by itself.
@@ -23,7 +23,7 @@ STEP_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def step_options() -> dict[str, Any]:
-    """Those of the current mesh that its compiler knows."""
+    """Those for the current mesh; `mesh.known` leaves out what its compiler does not take."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = "" if device is None else device.device_kind
-    return mesh.known(cpu.step_options() | STEP_OPTIONS.get(kind, {}))
+    return cpu.step_options() | STEP_OPTIONS.get(kind, {})

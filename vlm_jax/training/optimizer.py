@@ -134,7 +134,7 @@ def make_step(
         sums = objective(nnx.merge(graph, trained, frozen), batch)
         return (sums.nll + z_loss * sums.log_z_squared) / total, sums
 
-    options = compiler.step_options()
+    options = mesh.known(compiler.step_options())
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
     def update(changed, frozen, batch: Batch):

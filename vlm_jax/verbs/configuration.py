@@ -59,7 +59,7 @@ def read(words: Sequence[str], *, default: Any = None) -> Given:
     # A configuration may import its neighbors (`from configs import base`) wherever it is run
     # from.
     if path:
-        first, last = described.neighbors(Path(path))
+        first, last = described.import_paths(Path(path))
         sys.path[:] = [first, *sys.path, last]
     try:
         if default is not None and not path:
@@ -127,7 +127,7 @@ def value_of(argv: Sequence[str], name: str) -> str:
 def located(argv: Sequence[str]) -> list[str]:
     """`argv` with --config=configs/NAME.py, where there is no such file, naming the package's."""
     given = value_of(argv, "config")
-    place = described.place(given)
+    place = described.config_path(given)
     if not given or place == Path(given):
         return list(argv)
     at = next(i for i, word in enumerate(argv) if word in ("--config", f"--config={given}"))

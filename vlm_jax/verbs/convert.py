@@ -174,4 +174,4 @@ def gathered(options: argparse.Namespace) -> Any:
                     f"{' '.join(given)}"
                 )
             return runs.read(options.source, "--from")
-    return conversion.gathered(options.source, wish=wish, **folders)
+    return conversion.read_source(options.source, wish=wish, **folders)

@@ -170,7 +170,7 @@ def efficiency_of(options: argparse.Namespace) -> tuple[Any, list[str]]:
         raise ValueError("--measured needs --chip, and replaces --efficiency")
     rows = records.read(options.measured)
     chip = chips.named(options.chip).times(options.chips)
-    return roofline.calibrate_rows(rows, chip), records.doubts(rows, options.chip)
+    return roofline.calibrate_rows(rows, chip), records.timing_warnings(rows, options.chip)
 
 
 def draw(plan: Any, out: str) -> list[str]:

@@ -119,7 +119,7 @@ def write(
     )
     with folder.appearing(target) as fresh:
         for name, tensors in files.items():
-            named = {renamed(n, prefixes): x for n, x in tensors.items()}
+            named = {adapter_name(n, prefixes): x for n, x in tensors.items()}
             write_file(fresh / f"{name}.safetensors", folder.pending(named, dtype))
         (fresh / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     all_tensors = adapters | compressor
@@ -131,7 +131,7 @@ def write(
     )
 
 
-def renamed(name: str, prefixes: Mapping[str, str]) -> str:
+def adapter_name(name: str, prefixes: Mapping[str, str]) -> str:
     """The name of a canonical tensor in an adapter."""
     prefix = next(p for p in prefixes if name.startswith(p))
     return PEFT + prefixes[prefix] + name.removeprefix(prefix)
@@ -160,7 +160,7 @@ class Updated(Stored):
         return super().part(start, stop).astype(np.float32) + update
 
 
-def updated(base: Stored | np.ndarray, a: np.ndarray, b: np.ndarray, scale: float):
+def add_update(base: Stored | np.ndarray, a: np.ndarray, b: np.ndarray, scale: float):
     """`base` with scale B A added, in the same form."""
     a, b = a.astype(np.float32), b.astype(np.float32)
     if isinstance(base, Stored):
@@ -221,7 +221,7 @@ def merge(model: Model, path: Path, **allowed) -> tuple[list[str], list[str]]:
         a, b = (half.read() for half in halves)
         scale = settings["lora_alpha"] / (len(a) ** 0.5 if settings.get("use_rslora") else len(a))
         name = f"{module}.weight"
-        model.tensors[name] = updated(model.tensors[name], a, b, scale)
+        model.tensors[name] = add_update(model.tensors[name], a, b, scale)
     return missing, surplus
 
 

@@ -21,7 +21,7 @@ TEXTS = ("", "a", " b  c\n", "\n\nWhat?", "é 日本", "USER: no. </s><s> x")
 ENDS = ("bos", "eos", "pad")
 
 
-def settle(model: Model, *, published: Path | None, tokenizer: Path | None) -> None:
+def find_tokenizer(model: Model, *, published: Path | None, tokenizer: Path | None) -> None:
     """Finds and checks the tokenizer of a model that is converted, and names its template.
 
     Args:
@@ -51,7 +51,7 @@ def settle(model: Model, *, published: Path | None, tokenizer: Path | None) -> N
         facts["image_token"] = loaded.get_vocab().get(IMAGE_MARK)
     if facts.get("template") == "checkpoint":
         mark, text = mark_of(loaded, facts.get("image_token")), loaded.chat_template
-        if fields and isinstance(text, str) and (name := jinja.named(text, mark=mark)):
+        if fields and isinstance(text, str) and (name := jinja.template_name(text, mark=mark)):
             facts["template"] = name
         else:
             TEMPLATES["checkpoint"].of(loaded, mark)
@@ -133,7 +133,7 @@ def _chat_template(model: Model, own_processor: Any, hf_tokenizer: Any, mark: st
     for form in jinja.FORMS:
         if form.begins and hf_tokenizer.bos_token is None:
             continue
-        hf_tokenizer.chat_template = jinja.written(TEMPLATES[name], form, mark=mark)
+        hf_tokenizer.chat_template = jinja.chat_template(TEMPLATES[name], form, mark=mark)
         equal = list(_compared(own_processor, hf_tokenizer, mark))
         if sum(equal) > most:
             best, most = hf_tokenizer.chat_template, sum(equal)

@@ -27,7 +27,7 @@ class Converted:
     notes: list[str]
 
 
-def gathered(
+def read_source(
     source: Path | None, *, vision: Path | None, llm: Path | None, wish: Wish
 ) -> folder.Model:
     """The published model of a folder, or of the folders of its parts, with its tensors unread.
@@ -41,7 +41,7 @@ def gathered(
     if source is None:
         if not (vision and llm):
             raise ValueError("give --from=DIR, or --vision=DIR and --llm=DIR")
-        return sources.assembled(vision, llm, wish)
+        return sources.assemble(vision, llm, wish)
     if llm:
         raise ValueError("--from=DIR is a whole model: leave --llm out")
     if not source.is_dir():
@@ -80,7 +80,7 @@ def convert(
       OSError: where the disk has no room, before anything is written.
       ValueError: for tensors that are missing, left over or of another shape.
     """
-    chats.settle(model, published=published, tokenizer=tokenizer)
+    chats.find_tokenizer(model, published=published, tokenizer=tokenizer)
     patterns = dict(allow_missing=list(allow_missing), allow_surplus=list(allow_surplus))
     model.tie()
     apart: list[list[str]] = [[], []]
@@ -94,7 +94,9 @@ def convert(
         name: list(of) for name, of in (("fresh", missing), ("left_out", surplus)) if of
     }
     reason = hf.inexpressible(model) if to_hf else None
-    room(target, sum(x.dtype.itemsize * math.prod(x.shape) for x in model.tensors.values()))
+    check_disk_space(
+        target, sum(x.dtype.itemsize * math.prod(x.shape) for x in model.tensors.values())
+    )
     as_hf = to_hf and reason is None
     if as_hf:
         words = partial(chats.export, model, add_image_token=add_image_token)
@@ -126,7 +128,7 @@ def convert(
     return Converted(facts, notes)
 
 
-def room(target: Path, size: int) -> None:
+def check_disk_space(target: Path, size: int) -> None:
     """Raises OSError unless the disk of `target` has `size` bytes left."""
     parent = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
     if (free := shutil.disk_usage(parent).free) < size:

@@ -17,7 +17,7 @@ from vlm_jax.weights.methods import Wish
 from vlm_jax.weights.stored import Stored, equal
 
 
-def fitted(model: Model, wish: Wish) -> Model:
+def replace_compressor(model: Model, wish: Wish) -> Model:
     """`model` with the compressor that the flags describe; a replaced one is noted.
 
     Raises ValueError if the flags do not say which.
@@ -102,7 +102,7 @@ def with_compressor(model: Model, wish: Wish) -> Model:
 
 def projector(path: Path) -> dict[str, Stored]:
     """The tensors of a file of stage 1. Raises ValueError if it holds others too."""
-    tensors = names.renamed(read_tensors(path))
+    tensors = names.by_canonical_name(read_tensors(path))
     if unknown := [name for name in tensors if not name.startswith("compressor.")]:
         raise ValueError(
             f"{path} is not a projector of stage 1: it also has {names.names_text(unknown)}"

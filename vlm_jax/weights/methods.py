@@ -221,7 +221,7 @@ def named(fields: dict) -> tuple[type[Method] | None, str]:
     return next(((method, field) for field, method in claims.items()), (None, ""))
 
 
-def inside(fields: dict, shapes: Shapes, vit: Section, wish: Wish) -> Trained | None:
+def trained_compressor(fields: dict, shapes: Shapes, vit: Section, wish: Wish) -> Trained | None:
     """The trained compressor of a published LLaVA; None if it has no tensors of one.
 
     Arguments are the attributes of `Published`, with the `shapes` of the whole model.
@@ -251,7 +251,7 @@ def inside(fields: dict, shapes: Shapes, vit: Section, wish: Wish) -> Trained | 
     return Trained(*method.of_published(Published(fields, own, vit, wish)))
 
 
-def chosen(trained: Trained, wish: Wish, vit: Section, path: Path) -> Trained:
+def apply_flags(trained: Trained, wish: Wish, vit: Section, path: Path) -> Trained:
     """The trained compressor under the flags, without replacing its weights.
 
     A plain LLaVA may become a method whose only weights are its projector's; all other flags must

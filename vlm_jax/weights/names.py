@@ -61,7 +61,7 @@ def canonical(name: str) -> str:
     return name
 
 
-def renamed(tensors: Mapping[str, T]) -> dict[str, T]:
+def by_canonical_name(tensors: Mapping[str, T]) -> dict[str, T]:
     """The tensors by canonical name. Raises ValueError if two have the same."""
     by_name: dict[str, T] = {}
     for name, tensor in tensors.items():

@@ -13,7 +13,7 @@ from vlm_jax.models.sizes import VLMSize
 from vlm_jax.weights import architectures, ends, folder, methods, names, preprocessor, sizes
 from vlm_jax.weights.classes import within
 from vlm_jax.weights.files import read_json, read_tensors
-from vlm_jax.weights.fitting import fitted, projector, same_projector, with_compressor
+from vlm_jax.weights.fitting import projector, replace_compressor, same_projector, with_compressor
 from vlm_jax.weights.folder import Model
 from vlm_jax.weights.methods import Wish
 from vlm_jax.weights.stored import Stored
@@ -44,7 +44,7 @@ def llava(path: Path, *, vision: Path | None, wish: Wish) -> Model:
         )
     stored = read_tensors(path)
     with within(str(path)):
-        tensors = names.renamed(stored)
+        tensors = names.by_canonical_name(stored)
         refuse_newline(tensors)
     vit, flat, notes = described.vit, {}, {}
     if described.kind == "llava-1.5":
@@ -58,7 +58,9 @@ def llava(path: Path, *, vision: Path | None, wish: Wish) -> Model:
         if wish.projector and not (inside or wish.kind or wish.replace):
             # Weights that stage 1 saved separately from a model whose configuration names them.
             tensors |= projector(wish.projector)
-        trained = methods.inside(flat, {n: x.shape for n, x in tensors.items()}, vit, wish)
+        trained = methods.trained_compressor(
+            flat, {n: x.shape for n, x in tensors.items()}, vit, wish
+        )
     model_facts = facts(path, vision or path, vit, described)
     model = Model(
         vit,
@@ -70,8 +72,8 @@ def llava(path: Path, *, vision: Path | None, wish: Wish) -> Model:
         preprocessor.notes(vision or path, model_facts["image"]) | notes,
     )
     if trained is None or wish.replace:
-        return fitted(model, wish) if wish.flags() else model
-    trained = methods.chosen(trained, wish, vit, path)
+        return replace_compressor(model, wish) if wish.flags() else model
+    trained = methods.apply_flags(trained, wish, vit, path)
     model.compressor |= folder.PLAIN | trained.method.section()
     model.vit |= dict(levels=trained.levels)
     if wish.projector:
@@ -125,7 +127,7 @@ def tower_of_llava15(
     return vit, notes
 
 
-def assembled(vision: Path, llm: Path, wish: Wish) -> Model:
+def assemble(vision: Path, llm: Path, wish: Wish) -> Model:
     """A new model from a tower, a compressor and a language model."""
     if wish.replace:
         raise ValueError("--replace-compressor is for --from: a new model has none to replace")
@@ -135,7 +137,7 @@ def assembled(vision: Path, llm: Path, wish: Wish) -> Model:
         raise ValueError(f"--llm={llm} holds a {described.kind}, not a language model alone")
     stored = read_tensors(llm)
     with within(f"--llm={llm}"):
-        tensors |= alone("llm.", names.renamed(stored), "language model")
+        tensors |= only_part("llm.", names.by_canonical_name(stored), "language model")
         sizes.check(vit, described.llm, {n: x.shape for n, x in tensors.items()})
     none = folder.PLAIN | dict(tokens=sizes.patches(vit))
     model_facts = facts(llm, vision, vit, described)
@@ -144,7 +146,7 @@ def assembled(vision: Path, llm: Path, wish: Wish) -> Model:
     return with_compressor(model, wish)
 
 
-def alone(part: str, tensors: dict[str, Stored], what: str) -> dict[str, Stored]:
+def only_part(part: str, tensors: dict[str, Stored], what: str) -> dict[str, Stored]:
     """The tensors of one part. Raises ValueError if there are others, which would be lost."""
     others = [n for n in tensors if not n.startswith(part) and not names.matches(n, names.UNREAD)]
     if others:
@@ -160,7 +162,7 @@ def of_tower(path: Path) -> tuple[Section, dict[str, Stored]]:
     vit = described.vit | dict(levels=(described.vit["depth"] - 1,))
     stored = read_tensors(path)
     with within(f"--vision={path}"):
-        return vit, alone("vit.", names.renamed(stored), "vision tower")
+        return vit, only_part("vit.", names.by_canonical_name(stored), "vision tower")
 
 
 def facts(path: Path, vision: Path, vit: Section, described: architectures.Published) -> Section:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from vlm_jax.compressors.method import Interface, Method, Products, linear
 from vlm_jax.compressors.tensors import Table, Tensor, attention, norm
 
-QUERIES = 256  # a 16 x 16 grid, or one per patch if those are fewer; arXiv 2405.19315
+LEARNED_QUERIES = 256  # a 16 x 16 grid, or one per patch if those are fewer; arXiv 2405.19315
 HEADS = 16  # in the published code, at width 1024
 BUCKETS = (1, 4, 16, 36, 144)  # and all queries
 
@@ -38,22 +38,23 @@ class MQTMethod(Method):
     @staticmethod
     def supported(side: int) -> list[int]:
         """Supported V on a `side` x `side` patch grid, ascending: any up to the queries."""
-        return list(range(1, min(QUERIES, side**2) + 1))
+        return list(range(1, min(LEARNED_QUERIES, side**2) + 1))
 
     @classmethod
     def planned(cls, side: int) -> list[int]:
         """The powers of two: any prefix of its queries works."""
-        return [2**i for i in range(QUERIES.bit_length())]
+        return [2**i for i in range(LEARNED_QUERIES.bit_length())]
 
     def learned(self, side: int) -> int:
         """The number of learned queries, which is independent of V."""
-        return self.queries or min(QUERIES, side**2)
+        return self.queries or min(LEARNED_QUERIES, side**2)
 
     def check(self, interface: Interface) -> None:
         learned = self.learned(interface.side)
         if math.isqrt(max(learned, 0)) ** 2 != learned or learned < 1:
             raise ValueError(
-                f"mqt: {learned} queries are not a square grid: choose 1, 4, 9, ... {QUERIES}"
+                f"mqt: {learned} queries are not a square grid: choose 1, 4, 9, ... "
+                f"{LEARNED_QUERIES}"
             )
         if interface.width % 4:
             raise ValueError(

@@ -20,7 +20,7 @@ from vlm_jax.compressors.method import (
 from vlm_jax.compressors.tensors import Table, Tensor, attention, joined_mlp, mlp, norm
 from vlm_jax.compressors.tensors import linear as linear_tensors
 
-QUERIES = ("none", "separate", "prefix")  # where the feature of the question comes from
+QUERY_SOURCES = ("none", "separate", "prefix")  # where the feature of the question comes from
 DOWNSAMPLES = ("conv", "pool")  # how the query of a window is made
 HEADS = 8  # written into the published code
 TEXT_PROJECTION = "0.text_projection.0.weight"  # exists if the model reads the question
@@ -41,8 +41,10 @@ class QueCCMethod(Method):
     downsample: str = "conv"  # as published
 
     def __post_init__(self) -> None:
-        if self.query not in QUERIES:
-            raise ValueError(f"compressor.query={self.query!r}: choose one of {list(QUERIES)}")
+        if self.query not in QUERY_SOURCES:
+            raise ValueError(
+                f"compressor.query={self.query!r}: choose one of {list(QUERY_SOURCES)}"
+            )
         if self.downsample not in DOWNSAMPLES:
             raise ValueError(
                 f"compressor.downsample={self.downsample!r}: choose one of {list(DOWNSAMPLES)}"
