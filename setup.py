@@ -84,6 +84,8 @@ setup(
         "report": ["matplotlib>=3.11"],
         # Handwritten digits (scikit-learn) and fonts (matplotlib) of the embedded benchmark.
         "demo": ["scikit-learn>=1.9", "matplotlib>=3.11"],
+        # docs/quickstart.ipynb, to open it in an editor or to run it.
+        "notebook": ["ipykernel>=7.0", "matplotlib>=3.11", "nbclient>=0.11", "nbformat>=5.10"],
         "tensorboard": ["tensorboardX>=2.6.5"],
         # A run's folder in a bucket of Google Cloud Storage.
         "gcs": ["gcsfs>=2026.9"],

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of docs/pods.md: steps compiled for slices of TPUs, one command for each row.
 
-    python benchmarks/pods.py --list             # the rows with their commands, and which have results
+    python benchmarks/pods.py --list             # the rows, their commands, which have results
     python benchmarks/pods.py --most=2           # compiles the first two that have none
     python benchmarks/pods.py --only=7b          # those with this in their name
     python benchmarks/pods.py --table            # the table in Markdown, from the results

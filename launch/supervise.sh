@@ -74,7 +74,10 @@ while :; do
   case "$status" in
     0) finish 0 "finished after $starts restarts" ;;
     "$RESTART" | "$NOT_STARTED") silences=0 ;; # the next round starts it
-    "$LOST") silences=0 && again "$TPU was taken away" ;;
+    "$LOST") # a group that has lost a machine looks like one that still waits for it
+      silences=0
+      [ "$API" != compute ] || launch/delete.sh || die "$AGAIN" "$TPU could not be given back"
+      again "$TPU was taken away" ;;
     "$AGAIN") # a worker that cannot be reached comes back, or the TPU is exchanged
       silences=$((silences + 1))
       if [ "$silences" -ge "$PATIENCE" ]; then

@@ -76,6 +76,9 @@ def happen(event, *which):
     if event == "take":  # a spot TPU is taken away, with its disk
         wipe()
         write("state", "TERMINATED" if compute else "SUSPENDING SUSPENDED")
+    elif event == "vanish":  # one machine of a group, which the group no longer lists
+        end(which[0], 9)
+        write("vanished", which[0])
     elif event == "kill":  # one worker's process
         end(which[0], 9)
     elif event == "reboot":  # one worker's machine: nobody writes down how the run ended
@@ -111,7 +114,7 @@ if verb in ("list", "list-instances", "list-errors"):
     elif states:
         write("state", " ".join(states[1:] or states))
         action = "NONE" if states[0] in ("RUNNING", "TERMINATED") else "CREATING"
-        machines = [f"{name},{states[0]},{action}" for name in names]
+        machines = [f"{name},{states[0]},{action}" for name in names if name != read("vanished")]
         print(*(machines if compute else states[:1]), sep="\n")
 elif verb == "describe":
     print(len(homes) if "tpu-vm" in words else read("reason"))
@@ -131,6 +134,7 @@ elif verb == "delete" and request:
         fail("NOT_FOUND: Resource not found")
     wipe()
     write("state", "")
+    write("vanished", "")
 elif verb == "ssh":
     if compute:
         code = ssh(workers.index(plain[2]), flags["command"])

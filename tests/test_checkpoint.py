@@ -179,6 +179,15 @@ def test_empty_and_foreign_folders_are_passed_over(tmp_path, mesh1):
     assert restored(tmp_path, mesh1) == (3, 30)
 
 
+def test_what_one_process_cannot_read_none_uses(tmp_path, mesh1, monkeypatch, caplog):
+    saved(tmp_path, mesh1)
+    told = iter(["its disk is gone", ""])
+    both = lambda mine: [mine, mine | {"why": next(told)}]  # noqa: E731
+    monkeypatch.setattr(checkpoint.hosts, "collected", both)
+    assert restored(tmp_path, mesh1) == (2, 20)
+    assert f"{tmp_path}/3 cannot be used (its disk is gone)" in caplog.text
+
+
 def test_if_all_are_damaged_nothing_is_started_over_silently(tmp_path, mesh1):
     saved(tmp_path, mesh1)
     for step in (1, 2, 3):

@@ -57,6 +57,14 @@ def test_a_tpu_that_is_taken_away_is_asked_for_again_and_the_same_command_contin
     assert log.count(": step 1") == 2  # of each worker of the second TPU
 
 
+def test_a_group_that_lost_a_machine_is_replaced_whole(tmp_path):
+    cloud = Cloud(tmp_path / "cloud", api="compute")
+    cloud.script("", "vanish vlm-jax-c3d4", "", "end 0")
+    done = cloud.shell(SUPERVISE)
+    assert done.returncode == 0, done.stderr
+    assert (requests(cloud), starts(cloud), deletes(cloud)) == (2, 2, 2)
+
+
 def test_a_quota_that_is_too_small_ends_at_once(queued):
     for script in ("launch/create.sh", SUPERVISE):
         queued.fault("quota")

@@ -2,6 +2,7 @@
 """Packed and bucketed rows are the rows that they hold: loss, gradient, order, what cannot be
 used."""
 
+import functools
 import itertools
 
 import jax
@@ -17,12 +18,12 @@ from vlm_jax.data.processor import Processor, RowFormat
 from vlm_jax.data.skips import Skips
 from vlm_jax.data.texts import BadText, Texts
 from vlm_jax.data.word_tokenizer import train_tokenizer
-from vlm_jax.models.vlm import has_images
-from vlm_jax.training import objective
+from vlm_jax.models import vlm
+from vlm_jax.training import memory, objective
 
 WORDS = "what is this a red star and how many are there two three left of the".split()
 PACKED = Arrangement(row_length=96, row_images=4)
-BUCKETS = Arrangement(buckets=(16, 24))
+BUCKETS = Arrangement(buckets=(20,))
 
 
 class Made:
@@ -153,14 +154,14 @@ def test_bucketed_rows_have_the_loss_and_the_gradient_of_full_ones(query, source
     """Batches of text alone encode nothing, those with images are as long as they must be."""
     c = config(compressor=dict(kind="quecc", tokens=4, query=query))
     if query == "prefix":
-        c.data.images_per_row = 1
+        c.data.update(dict(images_per_row=1, template="question_first"))
         source = Made()
         source.__class__ = type("One", (Made,), {"__getitem__": one_image})
     features = features_of(c, source)
     single = batches_of(c, source, tokenizer, Arrangement(), batch=12, features=features)
     arranged = batches_of(c, source, tokenizer, BUCKETS, batch=1, features=features)
     parts = [arranged.at(k) for k in range(12)]
-    assert {has_images(part) for part in parts} == {False, True}
+    assert {"levels" in part for part in parts} == {False, True}
     assert len({part["ids"].shape for part in parts}) > 1
     with jax.set_mesh(mesh1):
         model = tiny.roughened(tiny.created(c), scale=0.1)
@@ -219,6 +220,21 @@ def test_rows_hold_their_examples_side_by_side(source, tokenizer):
                 np.testing.assert_array_equal(batch["question"][row][ours],
                                               text["question"][: len(places)])  # fmt: skip
             assert not batch["loss_mask"][row][batch["segment"][row] == 0].any()
+
+
+@pytest.mark.parametrize("arrangement", [PACKED, BUCKETS], ids=["packed", "buckets"])
+def test_a_mesh_takes_packed_rows_and_rows_of_text_alone(arrangement, source, tokenizer, mesh8):
+    """Traced alone: on an explicit mesh every operation says where its result lies."""
+    c = config(compressor=METHODS["quecc"])
+    made = batches_of(c, source, tokenizer, arrangement, batch=4, features=features_of(c, source))
+    parts = [made.at(k) for k in range(3)]
+    with jax.set_mesh(mesh8):
+        model = memory.placed(vlm.shapes(tiny.size(c)))
+        for part in parts:
+            for chunk in (0, 16):
+                run = functools.partial(objective.next_token, chunk=chunk)
+                sums = jax.eval_shape(run, model, tiny.placed(part))
+                assert sums.nll.shape == ()
 
 
 def test_what_cannot_be_used_is_left_out_of_its_row_and_counted(tokenizer):

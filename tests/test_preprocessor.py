@@ -117,7 +117,7 @@ def test_pixels_are_those_of_transformers_for_any_description():
         image = dict(
             fit=fit,
             resize=resize,
-            resample=str(draw.choice(list(preprocessor.FILTERS.values()))),
+            resample=str(draw.choice(list(preprocessor.FILTERS))),
             mean=[float(x) for x in draw.random(3)],
             std=[float(x) for x in draw.random(3) + 0.1],
             rescale=float(draw.choice([1 / 255, 1 / 127.5, 1.0])),

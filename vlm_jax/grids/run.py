@@ -76,15 +76,15 @@ def sights_of(cells: Sequence[Cell]) -> list[Sight]:
 
 def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),)) -> Shared:
     """Data, encoder and features, made once and found again by a restart."""
-    config, folder = claimed.config, claimed.folder
+    folder, recipe = claimed.folder, Recipe.of(claimed.config)
     with phase("data"):
         with progress.doing("opening the evaluation data"):
-            test = sources.open_source(sources.Origin.of(config), config.evaluate.split)
-        inputs, begin = stages.open_inputs(claimed, evaluation=test.data_hash)
+            test = sources.open_source(recipe.origin, claimed.config.evaluate.split)
+        inputs, begin = stages.open_inputs(claimed, recipe, evaluation=test.data_hash)
         train, processor = inputs.source, inputs.processor
         progress.say(f"data: {json.dumps(test.describe())}")
     with phase("encoder"):
-        encoder = stages.pretrain_encoder(Recipe.of(config), folder, inputs, begin=begin)
+        encoder = stages.pretrain_encoder(recipe, folder, inputs, begin=begin)
     begin()
     hosts.check_same("evaluation data", test.data_hash)
     if hosts.is_writer():
@@ -99,7 +99,7 @@ def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),))
                         processor,
                         sight,
                         folder / "features",
-                        skip=config.data.on_bad_example == "skip",
+                        skip=recipe.skip,
                     )
                     for source in (train, test)
                 ),

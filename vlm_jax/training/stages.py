@@ -319,30 +319,31 @@ def tokenizer_of(named: str, vocab: int, kept: PurePath | None, source: sources.
     return tokenizer
 
 
-def open_inputs(claimed: Claim, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
-    """The training split of a claimed folder's run, and what makes the folder its own.
+def open_inputs(claimed: Claim, recipe: Recipe, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
+    """The training split of a claimed folder's run, as `recipe` describes it, and what makes the
+    folder its own.
 
     ValueError where the folder was begun with other data or another tokenizer, or with anything
     else of other `hashes`.
     """
-    config, kept = claimed.config, claimed.folder / "tokenizer"
+    named, kept = claimed.config.data.tokenizer, claimed.folder / "tokenizer"
     with progress.doing("opening the training data"):
-        source = sources.open_source(sources.Origin.of(config), "train")
+        source = sources.open_source(recipe.origin, "train")
     progress.say(f"data: {json.dumps(source.describe())}")
     with progress.doing("making or reading the tokenizer"):
         there = kept if claimed.begun else None
-        tokenizer = tokenizer_of(config.data.tokenizer, config.llm.vocab, there, source)
+        tokenizer = tokenizer_of(named, recipe.model.llm.vocab, there, source)
     claimed.reads(data=source.data_hash, tokenizer=hash_of(tokenizer), **hashes)
 
     def begin() -> None:
         fresh = claimed.begun is None
-        if fresh and not config.data.tokenizer and hosts.is_writer():
+        if fresh and not named and hosts.is_writer():
             keep_tokenizer(tokenizer, kept)
         claimed.begin()
 
-    made = processor.Processor(tokenizer, processor.RowFormat.of(config))
+    made = processor.Processor(tokenizer, recipe.rows)
     with progress.doing("looking for rows without an answer"):
-        note = targets.check(source, made, skip=config.data.on_bad_example == "skip")
+        note = targets.check(source, made, skip=recipe.skip)
     if note:
         progress.say(note)
     return Inputs(source, made), begin
@@ -365,7 +366,7 @@ def run(config: ConfigDict, folder: PurePath) -> int:
         for warning in memory.check_training(recipe):
             log.warning(warning)
         progress.say(overview(shapes, recipe))
-        inputs, begin = open_inputs(claimed)
+        inputs, begin = open_inputs(claimed, recipe)
         if not (config.start_from or config.encoder.steps):
             log.warning(
                 "the encoder has random weights and keeps them: name a model that has one "

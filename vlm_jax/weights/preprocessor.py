@@ -14,21 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from vlm_jax.data.images import largest_edge
+from vlm_jax.data.images import CLIP_MEAN, CLIP_STD, FILTERS, largest_edge
 from vlm_jax.weights.files import read_json
 
 Section = dict[str, Any]
 
 NAME, WHOLE = "preprocessor_config.json", "processor_config.json"
-FILTERS = {int(how): how.name.lower() for how in Image.Resampling}
+NUMBERED = {int(how): name for name, how in FILTERS.items()}  # as its files have them
 # openai/clip-vit-large-patch14-336 and google/siglip-so400m-patch14-384
-CLIP = dict(
-    mean=[0.48145466, 0.4578275, 0.40821073],
-    std=[0.26862954, 0.26130258, 0.27577711],
-    fit="crop",
-)
+CLIP = dict(mean=[*CLIP_MEAN], std=[*CLIP_STD], fit="crop")
 SIGLIP = dict(mean=[0.5] * 3, std=[0.5] * 3, fit="stretch")
 # What a model folder has that was made before a field was born.
 OLDER = dict(resample="bicubic", resize=[], rescale=1 / 255, normalize=True)
@@ -169,7 +163,7 @@ def described(fields: Section, kind: str, side: int) -> Section:
     made = dict(
         mean=color("image_mean", full.image_mean or 0.0),
         std=color("image_std", full.image_std or 1.0),
-        resample=FILTERS[int(full.resample or 0)],
+        resample=NUMBERED[int(full.resample or 0)],
         rescale=float(full.rescale_factor) if full.do_rescale else 1.0,
         normalize=bool(full.do_normalize),
     )
@@ -231,8 +225,8 @@ def check(fields: Section) -> None:
             _allow(name, value, all(map(_whole, several)) and several, "whole numbers above 0")
             _allow(name, value, not isinstance(value, list) or len(value) == 2, "two numbers")
         elif name == "resample":
-            known = ", ".join(f"{k} ({v})" for k, v in sorted(FILTERS.items()))
-            _allow(name, value, type(value) is int and value in FILTERS, known)
+            known = ", ".join(f"{k} ({v})" for k, v in sorted(NUMBERED.items()))
+            _allow(name, value, type(value) is int and value in NUMBERED, known)
         elif name == "rescale_factor":
             _allow(name, value, _number(value) and value > 0, "a number above 0")
         else:
@@ -321,7 +315,7 @@ def files(image: Section, side: int) -> Section:
         do_convert_rgb=True,
         do_resize=resize != [0],
         size=size,
-        resample={name: number for number, name in FILTERS.items()}[image["resample"]],
+        resample=int(FILTERS[image["resample"]]),
         do_center_crop=fit != "stretch" or bool(resize),
         crop_size=dict(height=side, width=side),
         do_rescale=image["rescale"] != 1,

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.compressors import COMPRESSORS
+from vlm_jax.data.images import FILTERS
 from vlm_jax.models.sizes import LLMSize, ViTSize
 from vlm_jax.weights import ends
 from vlm_jax.weights.classes import DEEPEST, allow
-from vlm_jax.weights.preprocessor import FILTERS, OLDER
+from vlm_jax.weights.preprocessor import OLDER
 from vlm_jax.weights.values import LARGEST, finite, number, table, text, value_text, whole
 
 MOST = {"depth": DEEPEST, "image_size": 2**16, "patch_size": 2**16}
@@ -39,7 +40,7 @@ def check_image(image: dict[str, Any]) -> None:
     allow("facts.image.fit", image.get("fit"), ("pad", "crop", "stretch"))
     # Fields that older folders lack have the value that changes nothing.
     image = OLDER | image
-    allow("facts.image.resample", image["resample"], tuple(FILTERS.values()))
+    allow("facts.image.resample", image["resample"], tuple(FILTERS))
     # 0 alone stands for no resizing.
     if image["resize"] not in ([0], (0,)):
         typed("facts.image.resize", image["resize"], tuple[int, ...])
