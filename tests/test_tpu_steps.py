@@ -4,13 +4,24 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 import tiny
 
+from vlm_jax import mesh
 from vlm_jax.__main__ import main
-from vlm_jax.aot import report, topology
+from vlm_jax.aot import counted, programs, report, topology
+from vlm_jax.models import vlm
+from vlm_jax.training import compiler, memory
 
 pytestmark = pytest.mark.tpu_compiler
+
+
+@pytest.fixture(scope="module", autouse=True)
+def products_of_bfloat16():
+    """Mosaic refuses the precision that the other tests ask for with bfloat16."""
+    with jax.default_matmul_precision("default"):
+        yield
 
 
 def small(**changes):
@@ -84,3 +95,35 @@ def test_a_step_of_decoding_moves_its_weights_and_its_cache_once(slice_):
     once = found["hbm_bytes"]["frozen"] + found["hbm_bytes"]["cache"]
     assert 0.9 < found["hbm_traffic_bytes"] / once < 1.15
     assert found["unread_loops"] == []
+
+
+@pytest.mark.parametrize("slice_, data, fsdp", [
+    ("v5p:4x4x4", 4, 16), ("v6e:8x8", 8, 8), ("v5e:8x8", 8, 8),
+])  # fmt: skip
+def test_weights_are_gathered_and_no_gradient_of_a_whole_weight_is_reduced(slice_, data, fsdp):
+    """Two wide blocks of a decoder on 64 chips: values and gradients."""
+    c = small()
+    c.kernels = "xla"
+    c.llm.update(dict(width=2048, mlp=5504, heads=16, kv_heads=16))
+    topology.prepare()
+    devices = topology.named(slice_).devices()
+    with jax.set_mesh(mesh.make(data, fsdp, 1, devices=devices)):
+        llm = memory.placed(vlm.shapes(tiny.size(c)).llm)
+        x = programs.shape_of((64, 128, 2048), jnp.bfloat16, "batch")
+        options = mesh.known(compiler.step_options())
+        step = jax.jit(jax.grad(lambda llm, x: llm(x).astype(jnp.float32).sum()))
+        text = step.trace(llm, x).lower().compile(compiler_options=options).as_text()
+    sent = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce"), 0.0)
+    for collective in counted.facts(text).collectives:
+        sent[collective.kind] = sent.get(collective.kind, 0) + collective.bytes * collective.times
+    blocks = 2 * (4 * 2048**2 + 3 * 2048 * 5504)
+    assert sent["all-gather"] > 0.9 * 2 * blocks * 2  # forward and backward, in bfloat16
+    assert sent["reduce-scatter"] > 0.9 * blocks * 2
+    # Shards of gradients over mesh.data, and what is small.
+    assert sent["all-reduce"] < 1.2 * blocks * 4 / fsdp
+
+
+def test_a_stage_that_the_configuration_does_not_have_is_refused(capsys):
+    argv = [f"--config={tiny.ROOT}/tests/tiny.py", "--config.align.steps=0", "--mode=align"]
+    assert main(["compile", "--topology=v5e:2x2", *argv]) == 2
+    assert "align.steps=0" in capsys.readouterr().err

@@ -90,12 +90,12 @@ def train_step(recipe: Recipe, name: str) -> Program:
     return Program(name, traced, inputs)
 
 
-def serving(recipe: Recipe, *, rows: int, new_tokens: int) -> Callable[[str], Program]:
-    """What gives the program "prefill" or "decode" of `rows` requests, as `serving/` runs them."""
-    dtype = recipe.model.compute_dtype
+def serving(recipe: Recipe, *, rows: int, new_tokens: int, dtype: str) -> Callable[[str], Program]:
+    """What gives the program "prefill" or "decode" of `rows` requests, as `serving/` runs them,
+    with weights of `dtype`."""
 
     def stored(model: vlm.VLM) -> vlm.VLM:
-        """The model as `serving/` has it: weights in the type of the activations, layers apart."""
+        """The model as `serving/` has it: the layers of the LLM apart."""
         if model.compressor.buckets:
             model = model.at(model.compressor.slots(recipe.model.compressor.tokens))
         model = jax.tree.map(lambda x: x.astype(dtype), model)
@@ -138,5 +138,7 @@ def programs(
     if mode in ("align", "finetune"):
         return [lambda: train_step(recipe, mode)]
     names = ("prefill", "decode") if mode == "evaluate" else (mode,)
-    made = serving(recipe, rows=rows, new_tokens=new_tokens)
+    # A run is evaluated with the weights that it trained; `VLM.from_checkpoint` rounds them.
+    dtype = "float32" if mode == "evaluate" else recipe.model.compute_dtype
+    made = serving(recipe, rows=rows, new_tokens=new_tokens, dtype=dtype)
     return [lambda name=name: made(name) for name in names]  # type: ignore[misc]

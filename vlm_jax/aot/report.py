@@ -194,8 +194,7 @@ def work(recipe: Recipe, mode: str, serving: Serving) -> tuple[int, int, float, 
     row = rows.text_length + rows.images_per_row * model.visual_tokens
     if mode in ("align", "finetune"):
         stage, row = recipe.stage(mode), recipe.row[2]
-        steps = max(stage.steps, 1)
-        one = stage_flops(recipe, mode, cached=False) / steps
+        one = stage_flops(recipe, mode, cached=False) / stage.steps
         again = 0.0
         if model.remat == "full":
             again = stage.batch * cost.llm_flops(model.llm, row, logits=0)
@@ -342,6 +341,11 @@ def check(recipe: Recipe, mode: str, serving: Serving) -> None:
     rows, name = serving.rows, "evaluate.batch"
     if mode in ("align", "finetune"):
         stage = recipe.stage(mode)
+        if not stage.steps:
+            raise ValueError(
+                f"{mode}.steps=0: this configuration has no such stage; set {mode}.steps, or "
+                "choose another --mode"
+            )
         if stage.batch % stage.accumulate:
             raise ValueError(f"{mode}.accumulate={stage.accumulate} does not divide {mode}.batch="
                              f"{stage.batch}")  # fmt: skip
