@@ -164,18 +164,18 @@ def test_a_training_in_a_bucket_ends_as_one_on_a_disk(served, bucket, trained, m
     command = ("train", "--config=tests/tiny.py", "--workdir=gs://a-bucket/run")
     for name, value in served[1].items():
         monkeypatch.setenv(name, value)
-    killed = tiny.run(*command, before=KILL.format(signal="SIGKILL"))
+    killed = tiny.run(*command, before=KILL.format(signal="SIGKILL"), timeout=900)
     assert killed.returncode == -9, killed.stderr
     assert numbered(at("run/finetune"))[-1] == 4
-    # The lease of the killed process is known to be free: it was this machine's.
-    ended = tiny.run(*command)
+    # It waits until the lease of the killed process has run out.
+    ended = tiny.run(*command, timeout=900)
     assert ended.returncode == 0, ended.stderr
     assert "finetune 5/6" in ended.stderr and "finetune 4/6" not in ended.stderr
     for stage in ("encoder", "align", "finetune"):
         lines = at(f"run/{stage}/metrics.jsonl").read_text().splitlines()
         ours = [(m["step"], m["loss"], m["gradient_norm"]) for m in map(json.loads, lines)]
         assert ours == tiny.losses(trained / stage)
-    evaluated = tiny.run("evaluate", "--workdir=gs://a-bucket/run")
+    evaluated = tiny.run("evaluate", "--workdir=gs://a-bucket/run", timeout=900)
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads(at("run/scores.json").read_text()) == json.loads(evaluated.stdout)
 
@@ -186,13 +186,13 @@ def test_a_grid_in_a_bucket_leaves_its_rows_and_its_report(served, bucket, monke
         monkeypatch.setenv(name, value)
     flags = ("--config=tests/one_size.py", "--config.finetune.steps=2", "--config.align.steps=1",
              "--config.encoder.steps=1")  # fmt: skip
-    done = tiny.run("grid", *flags, "--workdir=gs://a-bucket/grid")
+    done = tiny.run("grid", *flags, "--workdir=gs://a-bucket/grid", timeout=900)
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     assert made["report"] == "gs://a-bucket/grid/report/index.html"
     assert "<html" in at("grid/report/index.html").read_text()
     rows = at("grid/rows.jsonl").read_text().splitlines()
     assert len(rows) == made["cells"] > 1
-    again = tiny.run("grid", *flags, "--workdir=gs://a-bucket/grid")
+    again = tiny.run("grid", *flags, "--workdir=gs://a-bucket/grid", timeout=900)
     assert again.returncode == 0 and "finetune" not in again.stderr, again.stderr
     assert at("grid/rows.jsonl").read_text().splitlines() == rows

@@ -79,6 +79,7 @@ def test_a_holder_elsewhere_is_refused_while_it_lives_and_followed_when_it_is_de
     assert time.monotonic() - then > lease.LIFE
 
 
+@pytest.mark.slow
 def test_one_who_waits_is_next(tmp_path, quick):
     other = holder(tmp_path, ELSEWHERE)
     threading.Timer(1.0, other.stdin.close).start()

@@ -80,7 +80,9 @@ def unbroken(setting, mesh1, tmp_path_factory):
         return folder, jax.tree.map(np.asarray, stage(setting, folder))
 
 
-@pytest.mark.parametrize("term", [1, 3, pytest.param(4, marks=pytest.mark.slow), 6])
+@pytest.mark.parametrize(
+    "term", [1, 3, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 6))]
+)
 def test_a_stage_is_saved_at_the_step_that_was_under_way(term, setting, unbroken, tmp_path, mesh1):
     with jax.set_mesh(mesh1):
         with pytest.raises(preemption.Preempted):
