@@ -31,12 +31,16 @@ def environment(devices):
     }
 
 
-def start(commands, *, processes, devices, flags=()):
-    """Begins `commands`, a list of command lines, in each of so many processes."""
+def start(commands, *, processes, devices, flags=(), script=None):
+    """Begins `commands`, a list of command lines, in each of so many processes.
+
+    With a `script` they are its arguments.
+    """
+    given = [__file__, json.dumps(commands)] if script is None else [script, *commands]
     joined = [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"]
     return [
         subprocess.Popen(
-            [sys.executable, __file__, json.dumps(commands),
+            [sys.executable, *given,
              *([*joined, f"--process={i}", *flags] if processes > 1 else ())],
             cwd=ROOT,
             env=environment(devices),

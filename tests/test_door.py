@@ -152,7 +152,7 @@ def config():
 
 def test_one_cell_of_a_grid_is_asked_for_by_its_name(config, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(run, "run", lambda claimed, command, *, only: asked.append(only))
+    monkeypatch.setattr(run, "run_some", lambda folder, config, command, names: asked.extend(names))
     names = vlm_jax.cell_names(config)
     path = tmp_path / "run" / "cells" / names[1] / "row.json"
     path.parent.mkdir(parents=True)

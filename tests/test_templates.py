@@ -205,7 +205,7 @@ def test_vicuna_ids_are_the_ones_that_llama_gives(prefix, second):
 def test_what_a_template_needs_and_lacks_is_named():
     with pytest.raises(ValueError, match="tokenizer has none: choose one of vicuna_v1"):
         processor(tokenizer(), "checkpoint").text(Example("x", 0, TURNS, "f", "t"))
-    with pytest.raises(ValueError, match=r"'chatml' closes answers with <\|im_end\|>.*no token"):
+    with pytest.raises(ValueError, match=r"'chatml' closes answers with <\|im_end\|>.*not a token"):
         processor(tokenizer(specials=()), "chatml")
     silent = tokenizer(template="{{ messages[0].content }}".replace("content", "role"))
     with pytest.raises(ValueError, match="does not say where the image stands"):

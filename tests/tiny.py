@@ -197,16 +197,17 @@ def created(c, *, seed=0):
     from vlm_jax import mesh as meshes
     from vlm_jax.models import vlm
 
-    with jax.set_mesh(meshes.make(devices=jax.devices()[:1])):
+    with jax.set_mesh(meshes.make(devices=jax.local_devices()[:1])):
         drawn = vlm.build(size(c), nnx.Rngs(seed))
     now = jax.sharding.get_mesh()
-    return jax.tree.map(
-        lambda x, like: jax.device_put(
-            np.asarray(x), jax.sharding.NamedSharding(now, like.sharding.spec)
-        ),
-        drawn,
-        vlm.shapes(size(c)),
-    )
+
+    def place(x, like):
+        where = jax.sharding.NamedSharding(now, like.sharding.spec)
+        if jax.process_count() == 1:
+            return jax.device_put(np.asarray(x), where)
+        return jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__)
+
+    return jax.tree.map(place, drawn, vlm.shapes(size(c)))
 
 
 def roughened(model, seed=0, scale=0.3):
