@@ -121,16 +121,16 @@ class _Rows:
         used: the next good one stands in, or, without `replace`, an empty image of each. `faults`
         says what is wrong with every example that was met and cannot be used."""
         wanted, extra, faults = indices, {}, {}
-        found = [self._usable(int(i), replace, faults) for i in indices]
-        indices = np.array([i for i, _ in found], np.int64)
-        missing = np.array([parts is None for _, parts in found])
+        usable = [self._usable(int(i), replace, faults) for i in indices]
+        indices = np.array([i for i, _ in usable], np.int64)
+        missing = np.array([parts is None for _, parts in usable])
         images = np.stack([self.texts.images(int(i)) for i in indices])
         empty = (images < 0) | missing[:, None]
         if self.features is None:
             size = self.processor.images.size
             blank = np.zeros((self.texts.most, size, size, 3), np.uint8)
             pixels = self.processor.images.normalized(
-                np.stack([blank if parts is None else parts[1] for _, parts in found])
+                np.stack([blank if parts is None else parts[1] for _, parts in usable])
             )
             pixels[empty] = 0  # as LLaVA: zeros after normalization
             extra["pixels"] = pixels
@@ -144,7 +144,7 @@ class _Rows:
         if self.texts.table is not None:
             text = {name: column[indices] for name, column in self.texts.table.items()}
         else:
-            texts = [parts[0] if parts else self.texts.any() for _, parts in found]
+            texts = [parts[0] if parts else self.texts.any() for _, parts in usable]
             text = stack(texts)
         skipped = missing | (indices != wanted)
         text["cut"] = indices[text["cut"]]
@@ -228,12 +228,12 @@ class Batches:
         if arrangement.plain:
             order = grain.MapDataset.range(len(source)).shuffle(seed=seed % (1 << 32))
             order = order.repeat(EPOCHS)
-            order = order.batch(batch, batch_fn=lambda found: np.array(found, np.int64)[mine])
+            order = order.batch(batch, batch_fn=lambda indices: np.array(indices, np.int64)[mine])
             self._data = order.map(rows)
         else:
             self.plan = planned(texts, arrangement, batch=batch, seed=seed, visual=visual)
-            made = PackedRows(texts, self.plan, rows.whole, mine, features)
-            self._data = grain.MapDataset.range(EPOCHS).map(made)
+            packed_rows = PackedRows(texts, self.plan, rows.whole, mine, features)
+            self._data = grain.MapDataset.range(EPOCHS).map(packed_rows)
             for example, error in texts.bad.items():
                 self._bad_texts[example] = ("text", str(error))
         # Reading ahead pays only where there are images to decode.
@@ -314,11 +314,11 @@ class Batches:
         if self._iterator is None:
             self._iterator = self._start()
         try:
-            made = next(self._iterator)
+            rows = next(self._iterator)
         except BaseException:
             self.close()  # worker processes would complain of what they hold
             raise
-        batch = self._finish(made)
+        batch = self._finish(rows)
         self._position += 1
         return batch
 
@@ -337,21 +337,21 @@ def planned(
 
 def skip_of(source: Source, example: int, reason: str) -> Skip:
     """What to say of an example that is not used."""
-    found = source[example]
-    return Skip(found.id, ", ".join(source.images.name(i) for i in found.images), reason)
+    skipped = source[example]
+    return Skip(skipped.id, ", ".join(source.images.name(i) for i in skipped.images), reason)
 
 
 def not_answered(source: Source, faults: Faults) -> list[dict[str, Any]]:
     """What evaluation leaves out, as `evals/tasks.py` counts it: examples that cannot be used, then
     the rows that the source left out when it was opened."""
-    found = []
+    skips = []
     for example, (_, reason) in sorted(faults.items()):
         own = source[example]
         of = dict(task=own.task, cluster=own.cluster)
-        found.append(asdict(skip_of(source, example, reason)) | of)
+        skips.append(asdict(skip_of(source, example, reason)) | of)
     first = [asdict(skip) for skip in source.left_out.first.values()]
     more = dict(id="", image="", reason="left out when the data was opened")
-    return [*found, *first, *[more] * (len(source.left_out) - len(first))]
+    return [*skips, *first, *[more] * (len(source.left_out) - len(first))]
 
 
 def evaluation_batches(
@@ -380,8 +380,8 @@ def evaluation_batches(
     mine = local_rows(mesh, batch)
     for start in range(0, len(source), batch):
         positions = start + mine
-        made = rows(np.minimum(positions, len(source) - 1), replace=False)
-        del made["cut"]
-        faults |= made.pop("faults")
-        made["valid"] = (positions < len(source)) & ~made.pop("skipped")
-        yield on_mesh(made, mesh, batch)
+        local = rows(np.minimum(positions, len(source) - 1), replace=False)
+        del local["cut"]
+        faults |= local.pop("faults")
+        local["valid"] = (positions < len(source)) & ~local.pop("skipped")
+        yield on_mesh(local, mesh, batch)

@@ -37,13 +37,13 @@ class Usage:
     def add(self, batch: dict[str, Any]) -> None:
         """Counts the rows of a batch of numpy arrays."""
         count, length = batch["ids"].shape
-        there = int((batch["image_at"] < length).sum())
+        present = int((batch["image_at"] < length).sum())
         shown = next((batch[name] for name in ("pixels", "levels") if name in batch), None)
         slots = 0 if shown is None else batch["image_at"].size
-        self.tokens += int(batch["length"].sum()) + there * self.visual
+        self.tokens += int(batch["length"].sum()) + present * self.visual
         added = 0 if "segment" in batch else slots * self.visual
         self.tokens_computed += count * length + added
-        self.images, self.images_computed = self.images + there, self.images_computed + slots
+        self.images, self.images_computed = self.images + present, self.images_computed + slots
 
     def everywhere(self) -> "Usage":
         """The counts of all processes together; to be asked in each of them."""
@@ -52,12 +52,12 @@ class Usage:
 
     def fields(self) -> dict[str, float]:
         """For a file of numbers: the shares that are used; {} before anything is."""
-        made = {}
+        shares = {}
         if self.tokens_computed:
-            made["tokens_used"] = self.tokens / self.tokens_computed
+            shares["tokens_used"] = self.tokens / self.tokens_computed
         if self.images_computed:
-            made["images_used"] = self.images / self.images_computed
-        return made
+            shares["images_used"] = self.images / self.images_computed
+        return shares
 
     def __str__(self) -> str:
         if not self.tokens_computed:
@@ -172,10 +172,10 @@ class PackedRows:
             batch["loss_mask"][row, here] = text["loss_mask"][:length]
             batch["image_at"][row, slots] = at + places[:count]
             # Of a row of its own what is read of no image counts too: it may be its first text.
-            asked = slice(shown, shown + (count if group.packed else group.images))
-            read = np.atleast_2d(text["question"])[: asked.stop - shown]
-            batch["question"][row, asked] = read
-            batch["question_length"][row, asked] = np.atleast_1d(text["question_length"])[
+            read_slots = slice(shown, shown + (count if group.packed else group.images))
+            read = np.atleast_2d(text["question"])[: read_slots.stop - shown]
+            batch["question"][row, read_slots] = read
+            batch["question_length"][row, read_slots] = np.atleast_1d(text["question_length"])[
                 : len(read)
             ]
             if group.packed:

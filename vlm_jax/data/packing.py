@@ -175,7 +175,11 @@ class Plan(ABC):
         units, waiting = self.made(order, waiting)
         self._epochs[epoch] = Epoch(first, len(units), waiting)
         # Threads may come here together: each makes the same, and replaces what others may hold.
-        kept = {number: made for number, made in self._units.items() if number == epoch - 1}
+        kept = {
+            number: units_of_epoch
+            for number, units_of_epoch in self._units.items()
+            if number == epoch - 1
+        }
         self._units = kept | {epoch: units}
         return units
 
@@ -189,9 +193,9 @@ class Plan(ABC):
     def unit(self, number: int) -> Any:
         """Unit `number`, counted over all epochs."""
         index = 0
-        while number >= (found := self.epoch(index)).first + found.count:
+        while number >= (epoch := self.epoch(index)).first + epoch.count:
             index += 1
-        return self.units(index)[number - found.first]
+        return self.units(index)[number - epoch.first]
 
 
 class Packing(Plan):
@@ -257,7 +261,7 @@ class Buckets(Plan):
     def made(self, order: np.ndarray, waiting: np.ndarray) -> tuple[list, np.ndarray]:
         """Batches in the order in which they became full."""
         size, order = self.size, np.concatenate([waiting, order])
-        found, left = [], {}
+        full, left = [], {}
         for bucket in range(len(self.buckets)):
             for shown in (False, True):
                 place = np.flatnonzero(
@@ -266,9 +270,9 @@ class Buckets(Plan):
                 whole = len(place) // size * size
                 for start in range(0, whole, size):
                     of_batch = place[start : start + size]
-                    found.append((of_batch[-1], self._group(order[of_batch], bucket, shown)))
+                    full.append((of_batch[-1], self._group(order[of_batch], bucket, shown)))
                 left[bucket, shown] = order[place[whole:]]
-        units = [group for _, group in sorted(found, key=lambda pair: pair[0])]
+        units = [group for _, group in sorted(full, key=lambda pair: pair[0])]
         rest = {shown: np.zeros(0, np.int64) for shown in (False, True)}
         for bucket in range(len(self.buckets)):
             for shown in (False, True):

@@ -111,17 +111,17 @@ class Texts:
         return length, len(places), max(length, int(places.max(initial=-1)) + 1)
 
     def _all(self, examples: list[Example]) -> list[dict[str, Any]]:
-        made: list[dict[str, Any] | None] = []
+        texts: list[dict[str, Any] | None] = []
         for i, example in enumerate(examples):
             try:
-                made.append(self._made(example))
+                texts.append(self._made(example))
             except BadText as error:
                 self.bad[i] = error
-                made.append(None)
-        spare = next((text for text in made if text is not None), None)
+                texts.append(None)
+        spare = next((text for text in texts if text is not None), None)
         if spare is None:
             raise none_usable(self.source, self.bad[len(examples) - 1])
-        return [spare if text is None else text for text in made]
+        return [spare if text is None else text for text in texts]
 
     def _made(self, example: Example) -> dict[str, Any]:
         try:
