@@ -114,14 +114,14 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
     """Trains and evaluates one cell; its row, which `facts` are a part of."""
     config, recipe = cell.config, cell.recipe
     size = recipe.model
-    found = shared.features[Sight.of(vlm.shapes(size).compressor)]
+    encoded = shared.features[Sight.of(vlm.shapes(size).compressor)]
     inputs, test = (
         replace(
             i,
             processor=i.processor.reading_as(size.compressor.query),
-            features=blind_to(seen, found.blind) if cell.blind else seen,
+            features=blind_to(features, encoded.blind) if cell.blind else features,
         )
-        for i, seen in ((shared.train, found.train), (shared.test, found.test))
+        for i, features in ((shared.train, encoded.train), (shared.test, encoded.test))
     )
     if inputs.processor.query == "prefix" != shared.train.processor.query:
         # Of such a row less is left than was found when the data was opened.
@@ -139,7 +139,7 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
         train_seconds = hosts.from_writer(lambda: once(home / "trained.json", took))
     then = time.monotonic()
     clock, faults = Clock(), {}
-    found = list(
+    predictions = list(
         predict(
             config,
             model,
@@ -153,9 +153,9 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
     )
     seconds = time.monotonic() - then
     if hosts.is_writer():
-        write_predictions(folder / "predictions.jsonl", found)
+        write_predictions(folder / "predictions.jsonl", predictions)
     protocol = test.source.protocol
-    scores = tasks.score(protocol, found, loader.not_answered(test.source, faults))
+    scores = tasks.score(protocol, predictions, loader.not_answered(test.source, faults))
     if summary := tasks.summary(scores):
         log.warning(f"{cell.name}: {summary}")
     method = details.method_of(size.compressor)

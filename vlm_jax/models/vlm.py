@@ -69,8 +69,8 @@ class VLM(nnx.Module):
             count = "as many" if self.compressor.adaptive else self.compressor.tokens
             needs = " as each image needs" if self.compressor.adaptive else ""
             raise ValueError(
-                f"this {type(self.compressor).__name__} was trained for {count} visual tokens{needs}"
-                f", not {tokens}: train another, or a matryoshka method"
+                f"this {type(self.compressor).__name__} was trained for {count} visual "
+                f"tokens{needs}, not {tokens}: train another, or a matryoshka method"
             )
         return VLM(self.vit, self.compressor.at(tokens), self.llm)
 

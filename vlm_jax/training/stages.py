@@ -278,7 +278,7 @@ def train(
                 visual=model.compressor.tokens,
             )
         if rows.plan is not None:
-            progress.say(rows.plan.said(name))
+            progress.say(rows.plan.summary(name))
         if name == "finetune" and model.compressor.prefixes:
             batches = prefixes.RandomPrefixes(
                 batches,
