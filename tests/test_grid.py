@@ -148,7 +148,7 @@ def test_cells_are_listed_one_a_line_and_a_wrong_one_is_named(tmp_path, capsys):
     assert main([*given, "--cell=only-v9"]) == 2
     assert f"cell='only-v9': choose one of {names[0]}" in capsys.readouterr().err
     assert main([*given, f"--cell={names[0]}", "--list-cells"]) == 2
-    assert "leave it or --dry-run and --list-cells away" in capsys.readouterr().err
+    assert "drop it, or drop --dry-run and --list-cells" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -342,7 +342,9 @@ def test_what_is_kept_can_go_on_with_another_log_and_other_workers(trained, tmp_
 
 def test_another_encoder_does_not_replace_the_one_that_is_started_from(trained, capsys, tmp_path):
     line = message(capsys, tmp_path, f"--config.start_from={trained}")
-    assert re.search("encoder.steps=3: start_from=.* has an encoder.*set encoder.steps=0", line)
+    assert re.search(
+        "encoder.steps=3: a new encoder would replace .*start_from=.*set encoder.steps=0", line
+    )
 
 
 def test_a_run_of_no_step_is_no_run(capsys, tmp_path):

@@ -206,10 +206,7 @@ def check(
 def end_after_timeout(
     done: threading.Event, where: str, processes: int | None, process: int | None, seconds: int
 ) -> None:
-    """Ends this process with one line unless `done` is set within `seconds`.
-
-    JAX itself would abort without an explanation.
-    """
+    """Ends this process with one line, where JAX would abort, unless `done` within `seconds`."""
     if done.wait(seconds):
         return
     name, _, port = where.rpartition(":")

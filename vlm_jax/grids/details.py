@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a row says of its cell beside the scores: its method, its V, the lengths of its requests."""
+"""Fields of a row besides the scores: the cell's method, its V, the lengths of its requests."""
 
 from typing import Any
 
@@ -16,12 +16,12 @@ from vlm_jax.training.stages import Inputs
 
 
 def adapters_of(adapters: LoRASize) -> dict[str, Any]:
-    """What a row says of the adapters that its model was trained by."""
+    """The fields of a row about the adapters of its model."""
     return vars(adapters) | dict(targets=lora.check(adapters))
 
 
 def tokens_read(compressor: Compressor, features: np.ndarray) -> int | float:
-    """V: visual tokens of an image, their mean over these features where an image chooses."""
+    """V: visual tokens of an image; for an adaptive method their mean over these features."""
     if not compressor.adaptive:
         return compressor.tokens
     count = jax.jit(lambda module, levels: module(levels).count)
@@ -32,8 +32,8 @@ def tokens_read(compressor: Compressor, features: np.ndarray) -> int | float:
 
 
 def method_of(method: Method) -> dict[str, str]:
-    """What a row says of its compressor: kind, who reads the question for it, what is not its
-    published form."""
+    """The fields of a row about its compressor: its kind, how it reads the question, and how it
+    differs from its published form."""
     return dict(compressor=method.kind, query=method.query, variant=method.variant)
 
 
@@ -42,8 +42,8 @@ def request_lengths(
 ) -> tuple[float, float, float]:
     """Mean tokens of prompts, answers and questions of the evaluation split (an even sample of it).
 
-    The question is what a question-reading compressor reads, or with `prefix` all text before the
-    image.
+    The question is the text that a question-reading compressor reads; with `prefix`, all text
+    before the image.
     """
     picked = np.linspace(0, len(test.source) - 1, min(sample, len(test.source))).astype(int)
     prompts = [test.processor.text(test.source[int(i)], answer=False) for i in picked]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long each phase of a grid took, over all its restarts and jobs."""
+"""The time of each phase of a grid, over all its restarts and jobs."""
 
 import json
 import time
@@ -23,7 +23,7 @@ class Phases:
         self.add(name, time.monotonic() - then)
 
     def add(self, name: str, seconds: float) -> None:
-        """Adds to what the file has; for who holds the folder."""
+        """Adds to the seconds in the file; only the holder of the folder may call it."""
         if not hosts.is_writer():
             return
         before = json.loads(self.path.read_text()) if self.path.exists() else {}

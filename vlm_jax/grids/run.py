@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cells of a grid, one after another: train, evaluate, one row; then the law and the report.
 
-All cells share one frozen encoder, pretrained first, and its cached features. What is finished is
-found again by a restart.
+All cells share one frozen encoder, pretrained first, and its cached features. A restart reuses what
+is finished.
 """
 
 import json
@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Shared:
-    """What all cells share: splits, the encoder, and what it gives for their images."""
+    """What all cells share: splits, the encoder, and its features of their images."""
 
     train: Inputs
     test: Inputs
@@ -67,15 +67,15 @@ class Shared:
 
 
 def sights_of(cells: Sequence[Cell]) -> list[Sight]:
-    """How the images are encoded for these cells, each way once."""
-    # It depends on the compressor alone: cells of one LLM and seed have them all.
+    """The different ways in which images are encoded for these cells."""
+    # They depend only on the compressor: the cells of one LLM and seed have all of them.
     distinct = [c for c in cells if (c.llm, c.seed) == (cells[0].llm, cells[0].seed)]
     sights = [Sight.of(vlm.shapes(cell.recipe.model).compressor) for cell in distinct]
     return list(dict.fromkeys(sights))
 
 
 def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),)) -> Shared:
-    """Data, encoder and features, made once and found again by a restart."""
+    """Data, encoder and features, made once and reused by a restart."""
     folder, recipe = claimed.folder, Recipe.of(claimed.config)
     with phase("data"):
         with progress.doing("opening the evaluation data"):
@@ -111,7 +111,7 @@ def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),))
 
 
 def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> records.Row:
-    """Trains and evaluates one cell; its row, which `facts` are a part of."""
+    """Trains and evaluates one cell; its row, which includes `facts`."""
     config, recipe = cell.config, cell.recipe
     size = recipe.model
     encoded = shared.features[Sight.of(vlm.shapes(size).compressor)]
@@ -124,7 +124,7 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
         for i, features in ((shared.train, encoded.train), (shared.test, encoded.test))
     )
     if inputs.processor.query == "prefix" != shared.train.processor.query:
-        # Of such a row less is left than was found when the data was opened.
+        # Such rows have less space than those that were checked when the data was opened.
         if note := targets.check(inputs.source, inputs.processor, skip=recipe.skip):
             progress.say(f"{cell.name}: {note}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
     train_seconds = time.monotonic() - then
     if cell.shares:
         model = model.at(config.compressor.tokens)
-        # The first cell trains; the others find the model, and say what it took.
+        # The first cell trains; the others reuse the model and report its training time.
         took = train_seconds
         train_seconds = hosts.from_writer(lambda: once(home / "trained.json", took))
     then = time.monotonic()
@@ -161,7 +161,7 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
     method = details.method_of(size.compressor)
     Q, G, question = details.request_lengths(test, prefix=method["query"] == "prefix")
     steps = config.align.steps + config.finetune.steps
-    # What the writer wrote of the losses is read by it alone.
+    # Only the writer reads the losses that it wrote.
     stages_run = [s for s in ("align", "finetune") if config[s].steps]
     began = hosts.from_writer(lambda: fingerprint.of_run(home, stages_run))
     return records.Row(
@@ -202,14 +202,14 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
 
 
 def once(path: PurePath, seconds: float) -> float:
-    """What the file holds; it is written with `seconds` where it is not there."""
+    """The seconds in the file, which is first written with `seconds` if it does not exist."""
     if not path.exists():
         files.write_json(path, {"seconds": seconds})
     return json.loads(path.read_text())["seconds"]
 
 
 def same_cells(claimed: Claim, cells: Sequence[Cell]) -> None:
-    """Raises ValueError where a grid lost or changed a cell that was begun; more cells are fine."""
+    """Raises ValueError if a grid lost or changed a cell that was started; more cells are fine."""
     if claimed.recorded is None:
         return
     now = {cell.name: cell.config for cell in cells}
@@ -217,8 +217,8 @@ def same_cells(claimed: Claim, cells: Sequence[Cell]) -> None:
     started = [c for c in cells_of(of_json(claimed.recorded)) if (home / c.name).is_dir()]
     if lost := [cell.name for cell in started if cell.name not in now]:
         raise ValueError(
-            f"{claimed.folder} has cells that this grid lacks ({', '.join(lost[:4])}): a grid may "
-            "be given more cells, not fewer; name them too, or choose another --workdir"
+            f"{claimed.folder} has cells that this grid lacks ({', '.join(lost[:4])}): cells can "
+            "be added to a grid, not removed; name them too, or choose another --workdir"
         )
     for cell in started:
         then, is_now = (
@@ -231,19 +231,19 @@ def same_cells(claimed: Claim, cells: Sequence[Cell]) -> None:
 
 
 def checked(config: ConfigDict) -> ConfigDict:
-    """The configuration of a grid; ValueError for a field that is none, or that no grid has."""
+    """The configuration of a grid; ValueError for an unknown field, or one that no grid has."""
     fields.check_names(flat(config))
     fields.check(flat(config))
     if config.start_from:
         raise ValueError(
             f"start_from={config.start_from}: a grid makes models of its own sizes; only "
-            "`vlm-jax train` starts from a model that is there"
+            "`vlm-jax train` starts from an existing model"
         )
     return config
 
 
 def open_config(config: Any) -> ConfigDict:
-    """A configuration, or the one of a file, checked as that of a grid."""
+    """A configuration, or the one in a file, checked for a grid."""
     return checked(described.open_config(config))
 
 
@@ -253,25 +253,25 @@ def cell_names(config: Any) -> list[str]:
     Args:
       config: a configuration, or the path of one.
     Raises:
-      ValueError: for a configuration of no grid.
+      ValueError: if it is not the configuration of a grid.
     """
     return [cell.name for cell in cells_of(open_config(config))]
 
 
 def train_cell(config: Any, workdir: str | PurePath, *, cell: str) -> records.Row:
-    """Trains and evaluates one cell of a grid; its row, which is read back where it is finished.
+    """Trains and evaluates one cell of a grid; its row, which is read back if it is finished.
 
-    What cells share (encoder, features, tokenizer) is made at the first call. `workdir` is the
-    folder of the grid: `vlm-jax grid` with the same configuration goes on from it, and other
-    processes may train other cells there. A call that was killed goes on when it is repeated.
+    What cells share (encoder, features, tokenizer) is made by the first call. `workdir` is the
+    folder of the grid: `vlm-jax grid` with the same configuration continues in it, and other
+    processes may train other cells there. Repeat a call that was killed to continue it.
 
     Args:
       config: a configuration, or the path of one.
-      workdir: a folder, made if it is not there.
+      workdir: a folder, created if it does not exist.
       cell: one of `cell_names(config)`.
     Raises:
-      ValueError: for another cell, and a folder of another run.
-      Diverged: where the loss is no longer finite.
+      ValueError: for an unknown cell, or a folder of another run.
+      Diverged: if the loss is no longer finite.
     """
     config, folder = open_config(config), files.path_of(workdir)
     command = f"vlm_jax.train_cell(config, {str(workdir)!r}, cell={cell!r})"
@@ -281,29 +281,29 @@ def train_cell(config: Any, workdir: str | PurePath, *, cell: str) -> records.Ro
 
 
 class Grid:
-    """A grid in a folder that is held: its cells, their rows, what a row says of the run."""
+    """A grid in a held folder: its cells, their rows, and the facts of the run for each row."""
 
     def __init__(self, claimed: Claim, command: str):
         config, self.folder = claimed.config, claimed.folder
         self.cells, self.started = cells_of(config), time.monotonic()
         same_cells(claimed, self.cells)
         self.facts = provenance(window_attention.form(config.kernels))
-        # The law is fitted to the grid's own method, where others are run beside it.
+        # The law is fitted to the grid's own method if others are run besides it.
         method = records.method_of(**details.method_of(self.cells[0].recipe.model.compressor))
-        # What changes no result changes no hash: rows of one run have one.
+        # Fields that change no result do not change the hash: rows of one run share it.
         first = claimed.first()
         self.hashes = {cell.name: digest(cell.config) for cell in cells_of(first)}
         about = dict(command=command, config=digest(first), method=method)
         self.phase = Phases(self.folder / "run.json", about | self.facts)
         stages.check(Recipe.of(config))
         for cell in self.cells:
-            describe(cell)  # an impossible cell is found before the first is trained
+            describe(cell)  # an impossible cell is refused before the first is trained
         for cell in largest(self.cells):
             for warning in memory.check_training(cell.recipe):
                 log.warning(warning)
 
     def rows(self) -> dict[str, records.Row]:
-        """The rows that are there, of whichever job, in the order of the cells."""
+        """The rows that any job has finished, in the order of the cells."""
 
         def read() -> dict[str, str]:
             paths = {cell.name: self.home(cell) / "row.json" for cell in self.cells}
@@ -316,7 +316,7 @@ class Grid:
         return self.folder / "cells" / cell.name
 
     def finish(self, cell: Cell, shared: Shared) -> None:
-        """Makes the row of a cell; where another job is making it, waits and finds it."""
+        """Makes the row of a cell; if another job is making it, waits for it."""
         which = f"cell {self.cells.index(cell) + 1}/{len(self.cells)}: {cell.name}"
         progress.say(which)
         # Cells of one model train it in one place.
@@ -333,14 +333,14 @@ class Grid:
         progress.say(f"{which}  {scores}")
 
     def collect(self) -> dict[str, records.Row]:
-        """Writes rows.jsonl, which is always all rows so far; the rows."""
+        """Writes all rows so far to rows.jsonl; the rows."""
         rows = self.rows()
         if hosts.is_writer():
             records.write(self.folder / "rows.jsonl", list(rows.values()))
         return rows
 
     def report(self) -> dict[str, Any]:
-        """Fits the law and writes the report; what the report says."""
+        """Fits the law and writes the report; its summary."""
         self.collect()
         with self.phase("law and report"), progress.doing("law and report"):
             result = hosts.from_writer(lambda: report.write(self.folder))
@@ -351,7 +351,7 @@ class Grid:
 
 
 def run(claimed: Claim, command: str) -> dict[str, Any]:
-    """All cells that have no row yet, then the law and the report; what the report says of it."""
+    """Runs all cells that have no row yet, then the law and the report; the report's summary."""
     grid = Grid(claimed, command)
     shared = prepare(claimed, grid.phase, sights_of(grid.cells))
     rows = grid.rows()
@@ -371,11 +371,11 @@ def run(claimed: Claim, command: str) -> dict[str, Any]:
 def run_some(
     folder: PurePath, config: ConfigDict, command: str, names: Sequence[str]
 ) -> dict[str, Any]:
-    """Some cells of a grid of which other jobs may run others in the same folder at the same time;
-    what the report of all rows so far says.
+    """Runs some cells of a grid, while other jobs may run others in the same folder; the summary of
+    the report on all rows so far.
 
-    The folder is held while what all cells share is made or read, and while rows are collected; in
-    between only a cell is. A job waits for what another one holds, and finds what it made.
+    The folder is held while shared parts are made or read, and while rows are collected; in between
+    only the current cell is held. A job waits for what another one holds, and then reuses it.
 
     Raises:
       ValueError: for a cell that the grid does not have.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One token's keys and values written into a cache in place, on a TPU.
 
-XLA writes rows at positions of their own one after another, in a loop of its own for every layer
-and for keys and values each. Here one kernel visits the few slots around each position.
+XLA writes rows at different positions one after another, with a separate loop for each layer and
+for keys and values. Here one kernel touches only the slots around each position.
 
 B batch  K kv heads  S slots  H head size
 """
@@ -27,9 +27,10 @@ def write_token(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-    """The cache with the new token of each row at its position; the arrays given are used up.
+    """The cache with the new token of each row at its position; `keys` and `values` are reused.
 
-    On each device its own rows and heads: nothing is sent. `interpret` runs it on a CPU, slowly.
+    Each device handles its own rows and heads: nothing is sent. `interpret` runs it on a CPU,
+    slowly.
     """
     kv, rows = mesh.spec("batch", "kv_heads", "len", "head"), mesh.spec("batch")
     f = jax.shard_map(
@@ -42,7 +43,7 @@ def write_token(
 
 
 def on_device(keys, values, new_keys, new_values, position, *, interpret: bool):
-    """`write_token` of the rows and heads of one device."""
+    """`write_token` for the rows and heads of one device."""
     batch, heads, slots, size = keys.shape
     rows = min(ROWS, slots)
     tile = pl.BlockSpec((1, heads, rows, size), lambda b, at: (b, 0, at[b] // rows, 0))
@@ -57,7 +58,7 @@ def on_device(keys, values, new_keys, new_values, position, *, interpret: bool):
             out_specs=[tile, tile],
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (keys, values)],
-        input_output_aliases={1: 0, 2: 1},  # counted with the positions
+        input_output_aliases={1: 0, 2: 1},  # operand 0 is the positions
         name="write_token",
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved),
@@ -73,6 +74,6 @@ def _write(at_ref, keys_ref, values_ref, new_keys_ref, new_values_ref, keys_out,
         (keys_ref, new_keys_ref, keys_out),
         (values_ref, new_values_ref, values_out),
     ):
-        # In float32: a choice by a mask of 32 bits.
+        # In float32, because the mask has 32 bits.
         chosen = jnp.where(here, new[...].astype(jnp.float32), old[...].astype(jnp.float32))
         out[...] = chosen.astype(out.dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Causal self-attention of many queries by JAX's splash attention: no scores leave the chip.
+"""Causal self-attention of many queries by JAX's splash attention: scores are not written to HBM.
 
 B batch  T queries  S keys, the last T of them the queries' own  N heads  K kv heads  H head size
 """
@@ -20,17 +20,17 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax import mesh
 
-# Fewer queries than this are padded to it: XLA's form is then no worse.
+# Fewer queries would be padded to this number, and XLA's form is then as good.
 SHORTEST = 128
-BLOCKS = (512, 256, 128)  # sides of what is computed at a time, the best first
+BLOCKS = (512, 256, 128)  # sides of the blocks, the fastest first
 PADDED = 1.13  # times its length, to which a row may be padded for a larger block
-UNSEEN = -1  # the group of keys that nobody may see
+UNSEEN = -1  # the group of keys that no query may see
 
 
 class Groups(NamedTuple):
-    """Which tokens may see each other: those of one group, each what does not come after it.
+    """The group of each token: a token sees the tokens of its group that do not come after it.
 
-    None where every token of a row may see all before it.
+    None if every token of a row sees all before it.
     """
 
     queries: Int[Array, "B T"] | None
@@ -38,7 +38,7 @@ class Groups(NamedTuple):
 
 
 def block_of(length: int) -> int:
-    """The side of the blocks for rows of `length` tokens: the largest that pads them little."""
+    """The side of the blocks for rows of `length` tokens: the largest within PADDED."""
     for side in BLOCKS[:-1]:
         if math.ceil(length / side) * side <= PADDED * length:
             return side
@@ -55,8 +55,8 @@ def causal_attention(
 ) -> Float[Array, "B T N H"]:
     """Softmax attention of each query to the keys of its group up to its own, scaled by H^-1/2.
 
-    Rows of any length are padded inside. On each device its own rows and heads: nothing is sent.
-    `interpret` runs the kernel on a CPU, slowly.
+    Rows are padded inside to whole blocks. Each device handles its own rows and heads: nothing is
+    sent. `interpret` runs the kernel on a CPU, slowly.
     """
     of_query = mesh.spec("batch", "len", "heads", "head")
     of_keys = mesh.spec("batch", "len", "kv_heads", "head")
@@ -80,12 +80,12 @@ def causal_attention(
 
 
 def on_device(query, keys, values, groups: Groups, *, interpret: bool):
-    """`causal_attention` of the rows and heads of one device."""
+    """`causal_attention` for the rows and heads of one device."""
     length, heads, size = query.shape[1:]
     before = keys.shape[1] - length
     side = block_of(length)
     own, first = (math.ceil(n / side) * side - n for n in (length, before))
-    # What fills the blocks up stands before the first key and behind the last.
+    # Padding comes before the first key and after the last.
     query = fill(query * jnp.asarray(size**-0.5, query.dtype), 0, own)
     keys, values = (fill(x, first, own) for x in (keys, values))
     ids = None
@@ -111,5 +111,5 @@ def on_device(query, keys, values, groups: Groups, *, interpret: bool):
 
 
 def fill(x: Array, first: int, last: int, value: int = 0) -> Array:
-    """`x` with `first` more of `value` before its rows and `last` behind them."""
+    """`x` padded with `first` rows of `value` before it and `last` after it."""
     return jnp.pad(x, [(0, 0), (first, last), *[(0, 0)] * (x.ndim - 2)], constant_values=value)

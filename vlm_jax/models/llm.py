@@ -31,12 +31,12 @@ from vlm_jax.models.segments import same, starts
 from vlm_jax.models.sizes import LLMSize
 
 HIDDEN = ("batch", "len", "feature")
-# How many queries attend at a time: the keys behind the last of them are not multiplied.
+# How many queries attend at a time: keys after the last of them are left out of the product.
 QUERIES = 128
 
 
 def out_std(size: LLMSize) -> float:
-    """Standard deviation of what is added to the stream: it adds up over twice the depth."""
+    """Standard deviation of weights that write to the residual stream, 2 x depth times."""
     return size.width**-0.5 * (2 * size.depth) ** -0.5
 
 
@@ -89,9 +89,9 @@ class Attention(nnx.Module):
         seen: KV,
         mask: Bool[Array, "B T S"] | Groups,
     ) -> Float[Array, "B T D"]:
-        """Each query over the keys that its mask admits, in Pallas where that is by groups.
+        """Attention of each query to the keys that its mask admits; by `Groups` in Pallas.
 
-        Of several queries none sees what comes after it: the last keys are their own, in order.
+        Several queries are causal: the last keys are their own, in order.
         """
         if isinstance(mask, Groups):
             return self.out(causal_attention(query, *seen, mask))
@@ -113,10 +113,10 @@ class Attention(nnx.Module):
 def mix(
     query: Float[Array, "B T N H"], seen: KV | Cache, mask: Bool[Array, "B T S"]
 ) -> Float[Array, "B T N H"]:
-    """The values that each query admits, weighed by the softmax of their keys' scores."""
+    """The values that each query admits, weighted by the softmax of their keys' scores."""
     batch, length, heads, size = query.shape
     order = "BKSH" if isinstance(seen, Cache) else "BSKH"
-    # Said, because the sharding of a single kv head would be guessed onto its group of queries.
+    # Explicit, because JAX would put the sharding of a single kv head on its group of queries.
     groups = jnp.reshape(
         query,
         (batch, length, seen.keys.shape[order.index("K")], -1, size),
@@ -172,8 +172,8 @@ class Block(nnx.Module):
         mask: Bool[Array, "B T S"] | Groups,
         past: KV | None = None,
     ) -> tuple[Float[Array, "B T D"], KV]:
-        """The tokens' keys and values beside the result; they see those of `past`, which come
-        first in the mask, and their own."""
+        """The result, and the tokens' keys and values. Tokens attend to `past`, which comes first
+        in the mask, and to each other."""
         query, kv = self.attention.project(self.norm1(x), turns)
         seen = kv
         if past is not None:
@@ -205,7 +205,7 @@ class Block(nnx.Module):
 def mask_of(
     positions: Int[Array, "B T"], past: Past | None, segments: Int[Array, "B T"] | None
 ) -> Bool[Array, "B T S"]:
-    """Which keys each token of a row may see: what was read before, its own, those before it."""
+    """The keys that each token may attend to: those of `past`, earlier ones, and its own."""
     batch, length = positions.shape
     mask = positions[:, :, None] >= positions[:, None, :]
     if past is not None:
@@ -218,7 +218,7 @@ def mask_of(
 def groups_of(
     positions: Int[Array, "B T"], past: Past | None, segments: Int[Array, "B T"] | None
 ) -> Groups:
-    """The same as groups of tokens, for attention that is causal by itself."""
+    """`mask_of` as groups of tokens, for attention that is causal by itself."""
     if past is None:
         return Groups(segments, segments)
     own = jnp.zeros_like(positions)
@@ -243,7 +243,7 @@ class LLM(nnx.Module):
         kernels: str = "auto",
     ):
         self.size, self.remat_policy, self.dtype = size, remat_policy, dtype
-        self.form = form(kernels)  # of attention to many keys
+        self.form = form(kernels)  # of attention in long rows
         self.rope = Rope.of(size)
         std = size.width**-0.5
         table = (size.vocab, size.width)
@@ -261,14 +261,14 @@ class LLM(nnx.Module):
 
     @property
     def table(self) -> Float[Array, "W D"]:
-        """The output layer: the embedding where that is tied to it."""
+        """The weights of the output layer; the embedding if they are tied."""
         return (self.embedding if self.head is None else self.head)[...]
 
     def unrolled(self, *, consume: bool = False) -> "LLM":
-        """The same model with the weights of each layer apart, for generation.
+        """The same model with separate weights for each layer, for generation.
 
-        A layer cut out of the stack is a copy of its weights in every step of decoding. With
-        `consume` this model is used up: its layers are freed one weight at a time on the way.
+        Slicing a layer out of the stack would copy its weights in every decoding step. `consume`
+        frees this model's layers one weight at a time; it cannot be used afterwards.
         """
         other = jax.tree.map(lambda x: x, self)
         other.blocks = unstacked(self.blocks, self.depth, consume=consume)
@@ -277,7 +277,8 @@ class LLM(nnx.Module):
     @jax.named_scope("embedding")
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The embedding of each token, in the compute type."""
-        # Gathered over fsdp first: a lookup whose rows are cut like its batch forces replication.
+        # Gathered over fsdp first: a table and a batch that are both sharded over it force
+        # replication.
         table = jax.sharding.reshard(
             self.embedding[...].astype(self.dtype), mesh.spec("vocab", "feature")
         )
@@ -289,18 +290,18 @@ class LLM(nnx.Module):
         past: Past | None = None,
         segments: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Hidden states of a causal pass over whole rows, or over what follows their `past`.
+        """Hidden states of a causal pass over whole rows, or over the tokens after their `past`.
 
-        With `segments` a row holds several examples, the tokens of each side by side under a number
-        of its own: no token sees another example's, and positions begin anew with each. ValueError
-        for segments behind a `past`.
+        With `segments` a row holds several examples, each a run of tokens with one number: no token
+        attends to another example, and positions restart in each. ValueError for segments with a
+        `past`.
         """
         if past is not None and segments is not None:
-            raise ValueError("rows of several examples (segments) cannot go on from a past")
+            raise ValueError("rows of several examples (segments) cannot continue from a past")
         return self.run(x, past, remat(self.remat_policy), keep=False, segments=segments)[0]
 
     def start(self, x: Float[Array, "B T D"], length: Int[Array, "B"]) -> Past:
-        """The pass over the first `length` tokens of each row, for a second one to go on from.
+        """The pass over the first `length` tokens of each row, from which a second one continues.
 
         Both passes together are one causal pass over the rows, in values and in gradients.
         """
@@ -318,7 +319,7 @@ class LLM(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], list[KV | Cache]]:
         """Hidden states, and one cache per layer with room for `slots` positions.
 
-        The cache of a row begins with its `past`, whose padding is written over: no holes.
+        The cache of a row starts with its `past`, whose padding is overwritten: no gaps.
         """
         hidden, new = self.run(x, past, lambda f: f, keep=True)
         if not isinstance(new, list):
@@ -331,9 +332,9 @@ class LLM(nnx.Module):
 
     @jax.named_scope("llm")
     def run(self, x, past, rematerialize, *, keep: bool, segments=None):
-        """Every block in turn, and their keys and values if kept.
+        """All blocks in order; their keys and values with `keep`.
 
-        By a scan over stacked weights, which gives stacked keys and values; a list of blocks is
+        Stacked weights are scanned, which gives stacked keys and values; a list of blocks is
         unrolled and gives a list.
         """
         batch, length = x.shape[:2]
@@ -369,9 +370,9 @@ class LLM(nnx.Module):
         caches: list[KV | Cache],
         position: Int[Array, "B"],
     ) -> tuple[Float[Array, "B 1 D"], list[KV | Cache]]:
-        """Hidden state of one more token per row, placed at `position`; slots behind it are unseen.
+        """Hidden state of one more token per row at `position`; later slots are masked.
 
-        Layers are unrolled: a cache that travels through a scan is copied at every step.
+        Layers are unrolled: a cache carried through a scan would be copied at every step.
         """
         slots = positions_of(x.shape[0], caches[0].slots)
         mask = (slots <= position[:, None])[:, None]

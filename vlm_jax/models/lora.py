@@ -119,7 +119,7 @@ def adapt(model: VLM, size: LoRASize, *, seed: int) -> VLM:
 
 
 def merge(model: VLM) -> VLM:
-    """`model` with its adapters in its LLM's weights, whose memory it takes; without any, itself.
+    """`model` with its adapters merged into its LLM's weights, in place; itself if it has none.
 
     Equal to `model` up to the rounding of W + alpha / r A B in float32.
     """
@@ -135,7 +135,7 @@ def adapted(model: VLM) -> list[str]:
 
 
 def described(model: VLM) -> dict[str, Any] | None:
-    """Rank, alpha and targets of a model's adapters, for a JSON file; None where it has none."""
+    """Rank, alpha and targets of a model's adapters, for a JSON file; None if it has none."""
     if not (targets := adapted(model)):
         return None
     first = at(model, targets[0])
@@ -143,7 +143,7 @@ def described(model: VLM) -> dict[str, Any] | None:
 
 
 def changed(module: M, path: tuple[str, ...], part: Any) -> M:
-    """`module` with `part` at `path`; all else is shared with it."""
+    """`module` with `part` at `path`; everything else is shared with it."""
     first, *rest = path
     other = copy.copy(module)
     setattr(other, first, changed(getattr(module, first), tuple(rest), part) if rest else part)

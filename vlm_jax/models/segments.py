@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several examples in one row: where each begins, and which tokens may see which.
+"""Several examples in one row: where each starts, and which tokens may see which.
 
 B batch  X tokens of a row
 """
@@ -12,9 +12,9 @@ from vlm_jax.models.cache import positions_of
 
 
 def starts(segments: Int[Array, "B X"]) -> Int[Array, "B X"]:
-    """Where in its row the segment of each token begins.
+    """The position in its row at which the segment of each token starts.
 
-    The tokens of a segment stand side by side and have one number, another than their neighbors'.
+    The tokens of a segment are contiguous and share a number that differs from their neighbors'.
     """
     place = positions_of(*segments.shape)
     first = segments != jnp.concatenate([segments[:, :1], segments[:, :-1]], axis=1)

@@ -93,7 +93,7 @@ class Block(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """CLIP's or SigLIP's vision tower, without the blocks behind the last level that is asked for.
+    """CLIP's or SigLIP's vision tower, without the blocks after the last requested level.
 
     Levels are counted from 1 as in HF's `hidden_states`: level b is the output of block b, without
     a final norm unless `final_norm` asks for it. Architectures: arXiv 2103.00020 and
@@ -137,7 +137,7 @@ class ViT(nnx.Module):
             size.depth,
             rngs,
         )
-        # Always there, though only `final_norm` applies it: a tower converts back whole.
+        # Always present, though only used by `final_norm`: a tower converts back whole.
         self.post_norm = LayerNorm(width, eps=eps, rngs=rngs)
 
     def __call__(
@@ -152,14 +152,14 @@ class ViT(nnx.Module):
         token is dropped, or with `keep_class` comes before them (P is then one more).
 
         Patches come window by window (windows of `window` x `window` patches, raster inside and
-        over windows); `window=1` is raster order. The transformer does not care: only the cutting
-        of the image and the rows of the position table follow the order.
+        over windows); `window=1` is raster order. The transformer does not depend on it: only the
+        split of the image and the rows of the position table follow the order.
 
         `shrink` makes the image that many times smaller on each side, and takes the position table
-        at the middle of what each larger patch covers. `keys` adds what PruMerge reads of the block
-        behind the last level: its key of each patch (E channels), and the attention of the class
-        token to it, of which the rest is for other patches and the class token itself (Y = Z + E +
-        1, all in float32). ValueError where there is no such block or no such shrinking.
+        at the center of the area that each larger patch covers. `keys` adds what PruMerge reads
+        from the block after the last level: the key of each patch (E channels), and the class
+        token's attention to it, out of a softmax over all patches and the class token (Y = Z + E +
+        1, all in float32). ValueError if that block or that shrinking does not exist.
         """
         size, whole = self.size, self.size.side
         order = window_order(whole // self.check_shrink(shrink), window)
@@ -188,7 +188,7 @@ class ViT(nnx.Module):
         if not keys:
             return jnp.concatenate(kept, axis=-1)
         size.check_keys()
-        # In float32: of what is nearly equal, rounding would decide what is kept.
+        # In float32: otherwise rounding would decide between nearly equal patches.
         next_block = layer(self.blocks, size.levels[-1])
         patch_keys, query = next_block.attention.keys(next_block.norm1(x.astype(jnp.float32)))
         attention = class_attention(query, patch_keys)[..., None]
@@ -196,7 +196,7 @@ class ViT(nnx.Module):
         return jnp.concatenate([*kept, patch_keys[:, 1:], attention], axis=-1)
 
     def order(self, window: int, shrink: int = 1) -> np.ndarray:
-        """Which row of a level in raster order each row of it in window-major order is, int [P]."""
+        """For each row of a level in window-major order, its row in raster order, int [P]."""
         order = window_order(self.size.side // self.check_shrink(shrink), window)
         return np.concatenate([np.arange(self.size.kept), self.size.kept + order])
 
@@ -214,10 +214,11 @@ class ViT(nnx.Module):
 def class_attention(
     query: Float[Array, "B E"], keys: Float[Array, "B S E"]
 ) -> Float[Array, "B S-1"]:
-    """How much the class token attends to each patch, heads not told apart, in float32.
+    """How much the class token attends to each patch, all heads as one, in float32.
 
-    `keys` hold the class token's first; it takes its share of the softmax and is left out. Only the
-    class token's row of the score matrix is computed. As published for PruMerge (arXiv 2403.15388).
+    The first of `keys` is the class token's: it counts in the softmax and is left out of the
+    result. Only the class token's row of scores is computed. As published for PruMerge
+    (arXiv 2403.15388).
     """
     scores = jnp.einsum(
         "BE,BSE->BS",

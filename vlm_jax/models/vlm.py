@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision language model: encoder, compressor, decoder; visual tokens stand at their image's place.
+"""Vision language model: encoder, compressor, decoder; visual tokens replace their image in a row.
 
 B batch  M images of a row  P patches  Z = levels x E  V visual tokens  T text tokens  X = T + M V
 D llm width  W vocabulary  I image side in pixels
@@ -26,8 +26,8 @@ Batch = Mapping[str, Array]
 
 
 class Assembled(NamedTuple):
-    """What the LLM's last pass reads: the spliced rows, the visual tokens of each image, what was
-    read before, and the example of each token where rows hold several."""
+    """The input of the LLM's last pass: spliced rows, the number of visual tokens of each image,
+    the earlier pass, and the example of each token if rows hold several."""
 
     x: Float[Array, "B X D"]
     count: Int[Array, "B *M"]
@@ -39,32 +39,33 @@ class VLM(nnx.Module):
     """A LLaVA-style model (arXiv 2310.03744) whose image is V tokens, however many patches it had.
 
     A batch holds `ids` [B T] (right-padded, without a slot for an image), `image_at` [B M] (each
-    image's visual tokens stand before ids[image_at], ascending; T for one that is not there),
-    `question` [B M U] and `question_length` [B M] for compressors that read the question, and
-    either `pixels` [B M I I 3] or `levels` [B M P Y] (what the encoder gives for this compressor,
-    in raster order). Where rows have one image at most, M is left out of all these shapes.
+    image's visual tokens come before ids[image_at], ascending; T for a missing image), `question`
+    [B M U] and `question_length` [B M] for compressors that read the question, and either `pixels`
+    [B M I I 3] or `levels` [B M P Y] (the encoder's output for this compressor, in raster order).
+    If rows have at most one image, M is left out of all these shapes.
 
-    For a compressor that reads the text before the image, `question` is that text, at most U tokens
-    in the first `question_length` of `ids`, and at most T - U follow the image. A row without an
-    image may be cut anywhere so. Its rows have one image at most.
+    For a compressor that reads the text before the image, `question` is that text: the first
+    `question_length` of `ids`, at most U tokens; at most T - U tokens follow the image. A row
+    without an image may be split anywhere. Such rows have at most one image.
 
-    A row may hold several examples, whose tokens stand side by side: `segment` [B T] numbers them
-    from 1 (0: padding) and `image_segment` [B M] says whose each image is. None sees another's
-    tokens. T is then the length of the spliced row, of which text leaves room for visual tokens.
-    Not for a compressor that reads the text before the image.
+    A row may hold several examples one after another: `segment` [B T] numbers them from 1 (0:
+    padding) and `image_segment` [B M] gives the example of each image. No example sees another's
+    tokens. T is then the length of the spliced row, with room for visual tokens. This does not work
+    for a compressor that reads the text before the image.
 
-    A batch without images, neither `pixels` nor `levels` nor `visual`, is text alone: nothing is
-    encoded, compressed or spliced.
+    A batch without `pixels`, `levels` and `visual` is text only: nothing is encoded, compressed or
+    spliced.
 
-    Where one model serves any number of visual tokens a batch may also hold `limit` [B], how many
-    of an image the LLM reads at most, and `visual` [B*M V D], made already, in place of images.
+    If one model serves any number of visual tokens, a batch may also hold `limit` [B], the most
+    tokens of an image that the LLM reads, and `visual` [B*M V D], computed before, instead of
+    images.
     """
 
     def __init__(self, vit: ViT, compressor: nnx.Module, llm: LLM):
         self.vit, self.compressor, self.llm = vit, compressor, llm
 
     def at(self, tokens: int) -> "VLM":
-        """The same weights giving `tokens` visual tokens; ValueError where they cannot."""
+        """The same weights with `tokens` visual tokens; ValueError if they do not support it."""
         if not self.compressor.buckets:
             count = "as many" if self.compressor.adaptive else self.compressor.tokens
             needs = " as each image needs" if self.compressor.adaptive else ""
@@ -76,14 +77,14 @@ class VLM(nnx.Module):
 
     @jax.named_scope("encoder")
     def encode(self, pixels: Float[Array, "B I I 3"]) -> Float[Array, "B P Z"]:
-        """Encoder levels as the compressor reads them; the encoder is frozen."""
+        """Encoder levels in the compressor's order and type; the encoder is frozen."""
         reader = self.compressor
         return lax.stop_gradient(
             self.vit(pixels, window=reader.window, shrink=reader.shrink, keys=reader.reads_keys)
         )
 
     def levels(self, batch: Batch) -> Float[Array, "BM P Z"]:
-        """What the compressor reads of each image, row by row, in its patch order and type."""
+        """The levels of each image, row by row, in the compressor's patch order and type."""
         if "levels" not in batch:
             return self.encode(each(batch, "pixels"))
         order = self.vit.order(self.compressor.window, self.compressor.shrink)
@@ -91,7 +92,7 @@ class VLM(nnx.Module):
         return each(batch, "levels")[:, order].astype(dtype)
 
     def visual_tokens(self, batch: Batch, question: Float[Array, "BM D"] | None) -> Visual:
-        """The visual tokens of each row's images, and how many: none of one that is not there."""
+        """The visual tokens of each row's images, and their number: 0 for a missing image."""
         if "visual" in batch:
             output = batch["visual"]
         else:
@@ -115,10 +116,10 @@ class VLM(nnx.Module):
         return Visual(tokens.astype(self.llm.dtype), count * present)
 
     def assemble(self, batch: Batch) -> "Assembled":
-        """What the LLM's last pass reads, and what was read before it.
+        """The input of the LLM's last pass, and the pass before it.
 
-        A compressor that reads the text before the image gets it from a first pass over it, and the
-        last pass goes on behind it with that pass's keys and values: no token is read twice.
+        For a compressor that reads the text before the image, a first pass reads that text, and the
+        last pass continues with its keys and values: no token is read twice.
         """
         ids = batch["ids"]
         if not has_images(batch):
@@ -134,11 +135,13 @@ class VLM(nnx.Module):
             return Assembled(x, visual.count, segments=segments)
         if "segment" in batch:
             raise ValueError(
-                "a compressor that reads the text before the image in a pass of its own has one "
+                "a compressor that reads the text before the image in a separate pass has one "
                 "example in a row: compressor.query='separate' or 'none' can be packed"
             )
         if batch["image_at"].ndim > 1:
-            raise ValueError("a compressor that reads the text before the image has one in a row")
+            raise ValueError(
+                "a compressor that reads the text before the image takes one image in a row"
+            )
         length, first = batch["question_length"], batch["question"].shape[1]
         rest = length[:, None] + jnp.arange(ids.shape[1] - first)
         ids = jnp.concatenate([ids[:, :first], rows(ids, rest)], axis=1)
@@ -152,17 +155,17 @@ class VLM(nnx.Module):
     def splice(
         self, text: Float[Array, "B T D"], visual: Visual, batch: Batch
     ) -> tuple[Float[Array, "B X D"], Int[Array, "B X"] | None]:
-        """Each row's text with each image's tokens before its text position, packed: no holes.
+        """Each row's text with each image's tokens inserted at its position, without gaps.
 
-        Where rows hold several examples, the one that each token belongs to comes beside it, and X
-        is T. What stands behind a row's last token is never seen: rows are causal.
+        If rows hold several examples, also the example of each token, and X is T. What comes after
+        a row's last token is never seen: rows are causal.
         """
         length, slots = text.shape[1], visual.tokens.shape[1]
         several = "segment" in batch
         place = jnp.arange(length if several else length + slots)[:, None]
         at, count = by_image(batch["image_at"])[:, None], by_image(visual.count)[:, None]
         images = at.shape[2]
-        # An image comes behind the tokens of those before it.
+        # An image comes after the tokens of earlier images.
         start = at + jnp.cumsum(count, axis=2) - count
         end = start + count
         inside = (place >= start) & (place < end)
@@ -178,12 +181,12 @@ class VLM(nnx.Module):
         return x, jnp.where(inside.any(2), of_images, rows(batch["segment"], read))
 
     def logits(self, batch: Batch) -> Float[Array, "B T W"]:
-        """For every text token the scores given all before it; the first has none before it."""
+        """The scores of every text token, given all tokens before it."""
         return self.llm.logits(self.states(batch))
 
     def states(self, batch: Batch, order: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
-        """For every text token the hidden state of what stands before it, in the order of the text
-        or in this `order` of its places."""
+        """For every text token the hidden state of the token before it, in the order of the text or
+        in this `order` of its positions."""
         assembled = self.assemble(batch)
         index = self.before(batch, assembled)
         index = index if order is None else rows(index, order)
@@ -192,14 +195,14 @@ class VLM(nnx.Module):
         )
 
     def before(self, batch: Batch, assembled: "Assembled") -> Int[Array, "B T"]:
-        """Where in the spliced row the token before each text token of its example stands; that
-        token itself where there is none."""
+        """The position in the spliced row of the token before each text token, within its example;
+        of the token itself if it is the first."""
         text = jnp.arange(batch["ids"].shape[1])
         behind = text[:, None] >= by_image(batch["image_at"])[:, None]
         visual = jnp.where(behind, by_image(assembled.count)[:, None], 0).sum(2)
         if assembled.segments is None:
             return jnp.maximum(text + visual - 1, 0)
-        # Padding ends behind the row.
+        # Padding may lie after the end of the row.
         own = jnp.minimum(text + visual, assembled.x.shape[1] - 1)
         return jnp.maximum(own - 1, rows(starts(assembled.segments), own))
 
@@ -213,8 +216,8 @@ class VLM(nnx.Module):
     ) -> tuple[Float[Array, "B W"], list[KV | Cache], Int[Array, "B"]]:
         """Scores of the first new token, caches with room for `new_tokens` more, row lengths.
 
-        `prefix` is a pass over tokens that stand before those of the batch, the same in every row
-        [1 S D]; not for a compressor that reads the prompt from its first token.
+        `prefix` is a pass over tokens that come before those of every row [1 S D]; not for a
+        compressor that reads the prompt from its first token.
         """
         x, count, past, _ = self.assemble(batch)
         length = batch["length"] + by_image(count).sum(1)
@@ -233,18 +236,18 @@ class VLM(nnx.Module):
         caches: list[KV | Cache],
         position: Int[Array, "B"],
     ) -> tuple[Float[Array, "B W"], list[KV | Cache]]:
-        """Scores of the token after `ids`, which stand at `position`."""
+        """Scores of the token after `ids`, which are at `position`."""
         hidden, caches = self.llm.decode(self.llm.embed(ids[:, None]), caches, position)
         return self.llm.logits(hidden)[:, 0], caches
 
 
 def has_images(batch: Batch) -> bool:
-    """Whether a batch has room for an image: one of text alone is a program of its own."""
+    """Whether a batch has image slots; a batch of text only is a separate program."""
     return any(name in batch for name in ("pixels", "levels", "visual"))
 
 
 def each(batch: Batch, name: str) -> Shaped[Array, "BM *X"]:
-    """What a batch says of images with a row for each, those of a row one after another."""
+    """An array of a batch with one row per image, the images of a row one after another."""
     x = batch[name]
     if batch["image_at"].ndim == 1:
         return x
@@ -254,15 +257,15 @@ def each(batch: Batch, name: str) -> Shaped[Array, "BM *X"]:
 
 
 def by_image(x: Int[Array, "B *M"]) -> Int[Array, "B M"]:
-    """Numbers of images with the dimension that is left out where a row has one at most."""
+    """Numbers of images with the dimension M, which is left out if a row has at most one image."""
     return x[:, None] if x.ndim == 1 else x
 
 
 def feature(hidden: Float[Array, "B U D"], length: Int[Array, "B"]) -> Float[Array, "B D"]:
     """What a compressor reads of a question: the hidden state of its last token, no gradient.
 
-    As published for QueCC, whose question has a pass of its own: live weights, no gradient. The
-    same holds where the question is part of the prompt; its keys and values do get a gradient.
+    As published for QueCC, which reads the question in a separate pass with the current weights. A
+    question that is part of the prompt is treated alike; its keys and values do get a gradient.
     """
     return lax.stop_gradient(rows(hidden, length[:, None] - 1)[:, 0])
 
@@ -270,11 +273,11 @@ def feature(hidden: Float[Array, "B U D"], length: Int[Array, "B"]) -> Float[Arr
 def read(
     hidden: Float[Array, "B X D"], past: Past | None, index: Int[Array, "B Y"]
 ) -> Float[Array, "B Y D"]:
-    """Hidden states at these places of the spliced rows, of which `past` has the first ones."""
+    """Hidden states at these positions of the spliced rows; `past` holds the first ones."""
     if past is not None:
         first, length = past.hidden.shape[1], past.length[:, None]
         hidden = jnp.concatenate([past.hidden, hidden], axis=1)
-        # What a row does not hold may lie anywhere.
+        # Positions outside a row may give anything.
         behind = jnp.minimum(index - length + first, hidden.shape[1] - 1)
         index = jnp.where(index < length, index, behind)
     return rows(hidden, index)
@@ -286,7 +289,7 @@ def rows(x: Shaped[Array, "B X *D"], index: Int[Array, "B Y"]) -> Shaped[Array, 
 
 
 def build(size: VLMSize, rngs: nnx.Rngs) -> VLM:
-    """The model of a description, with fresh float32 parameters."""
+    """The model of a description, with new float32 parameters."""
     shared = dict(rngs=rngs, remat_policy=size.remat, dtype=size.compute_dtype)
     vit = ViT(size.vit, **shared)
     compressor = size.compressor.build(size.interface, rngs=rngs, kernels=size.kernels)
@@ -294,19 +297,19 @@ def build(size: VLMSize, rngs: nnx.Rngs) -> VLM:
 
 
 def create(size: VLMSize, *, seed: int, of: Callable[[VLM], Any] = lambda model: model) -> Any:
-    """`build` on the current mesh in one compiled call, every parameter born in its shard.
+    """`build` on the current mesh in one compiled call, every parameter created in its shard.
 
-    `of` may take a part of the model: no more than that is computed.
+    `of` may select a part of the model: only that is computed.
     """
     once = mesh.known(cpu.RUN_ONCE)
     return jax.jit(lambda: of(build(size, nnx.Rngs(seed))), compiler_options=once)()
 
 
 def shapes(size: VLMSize) -> VLM:
-    """The model of a description, parameters as shapes: nothing is computed."""
+    """The model of a description with shapes as parameters: nothing is computed."""
     return jax.eval_shape(lambda: build(size, nnx.Rngs(0)))
 
 
 def parameters(module: nnx.Module) -> int:
-    """How many numbers a module holds; works on shapes alone."""
+    """The number of parameters of a module; shapes are enough."""
     return sum(leaf.size for leaf in jax.tree.leaves(module))

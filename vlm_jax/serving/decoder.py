@@ -27,8 +27,8 @@ SMALLEST = 16  # tokens of the smallest bucket
 class Sampling(NamedTuple):
     """How each row's tokens are drawn; temperature 0 takes the likeliest.
 
-    A draw depends on the row's seed and on the token's place in its row alone: a request gives the
-    same text whatever else is in its batch.
+    A draw depends only on the row's seed and on the token's position in its row: a request gives
+    the same text in any batch.
     """
 
     temperature: Float[Array, "B"]
@@ -37,10 +37,10 @@ class Sampling(NamedTuple):
 
 
 def bucket(length: int, smallest: int = SMALLEST) -> int:
-    """The smallest of smallest, 2 smallest, 3, 4, 6, 8, 12, 16 ... that holds `length`.
+    """The first of 1, 2, 3, 4, 6, 8, 12, 16 ... times `smallest` that holds `length`.
 
-    Powers of two and one size between each: of a bucket beyond the second no more than a third is
-    padding, of the second less than half.
+    Powers of two with one size between them: at most a third of a bucket after the second is
+    padding, and less than half of the second.
     """
     size = smallest
     while size < length:
@@ -54,7 +54,7 @@ def bucket(length: int, smallest: int = SMALLEST) -> int:
 def choose(
     logits: Float[Array, "B W"], sampling: Sampling | None, place: Int[Array, "B"]
 ) -> Int[Array, "B"]:
-    """The next token of each row, which will stand at `place`; the likeliest without sampling."""
+    """The next token of each row, for position `place`; the likeliest without sampling."""
     logits = jax.sharding.reshard(logits, mesh.spec("batch", "none"))
     likeliest = jnp.argmax(logits, -1).astype(jnp.int32)
     if sampling is None:
@@ -64,7 +64,7 @@ def choose(
         scores = logits / jnp.maximum(temperature, 1e-6)
         ranked = jnp.sort(scores, descending=True)
         mass = jnp.cumsum(jax.nn.softmax(ranked))
-        # A token counts while those before it have less than top_p; the first always does.
+        # A token is kept while likelier ones have less than top_p; the first is always kept.
         kept = jnp.maximum((mass - jax.nn.softmax(ranked) < top_p).sum(), 1)
         scores = jnp.where(scores >= ranked[kept - 1], scores, -jnp.inf)
         key = jax.random.fold_in(jax.random.key(seed), place)
@@ -95,8 +95,8 @@ def following(
 
 
 def programs() -> tuple[Any, Any]:
-    """`first` and `following` as they are compiled: caches are donated."""
-    # New functions each time: what one decoder compiled is freed with it.
+    """`first` and `following`, jitted, with donated caches."""
+    # New functions each time, so that compiled programs are freed with their decoder.
     return (
         jax.jit(functools.partial(first), static_argnames="new_tokens"),
         jax.jit(functools.partial(following), donate_argnums=(2, 3)),
@@ -107,10 +107,10 @@ class Decoder:
     """Generates with one model.
 
     Args:
-      model: of which the layers of the LLM are taken apart, and what does not depend on the image
-        is computed now.
+      model: the LLM's layers are unstacked, and what does not depend on the image is computed
+        once.
       stop_ids: tokens that end a row.
-      consume: free the model's own layers on the way; the model is used up.
+      consume: free the model's own layers meanwhile; the model cannot be used afterwards.
     """
 
     def __init__(self, model: VLM, *, stop_ids: Sequence[int], consume: bool = False):
@@ -126,14 +126,14 @@ class Decoder:
         self.first, self.following = programs()
 
     def read_prefix(self, ids: Sequence[int]) -> Past | None:
-        """The pass over tokens with which every row of later batches begins; None of no token."""
+        """The pass over the tokens that start every row of later batches; None for no tokens."""
         if not ids:
             return None
 
         def start(llm: LLM, ids):
             return llm.start(llm.embed(ids), jnp.full_like(ids[:, 0], ids.shape[1]))
 
-        # As many rows as the mesh cuts a batch into; they are all the same.
+        # One equal row for each part into which the mesh divides a batch.
         now = jax.sharding.get_mesh()
         rows = np.tile(np.array(ids, np.int32), (mesh.batch_shards(now), 1))
         placed = mesh.spread(rows, now, "batch")
@@ -152,9 +152,9 @@ class Decoder:
     ) -> "Started":
         """Reads a batch, and chooses the first token of every row.
 
-        `tokens` asks a model that serves any number of visual tokens for so many, in the slots of
-        the smallest bucket that holds them: no more programs are compiled than there are buckets.
-        `prefix` is what `read_prefix` gave, `new_tokens` the most that will be asked for.
+        `tokens` is V for a model that serves any number, in the slots of the smallest bucket that
+        holds them: there are no more programs than buckets. `prefix` is the result of
+        `read_prefix`, `new_tokens` the most that will be generated.
         """
         model = self.model
         if tokens is not None:
@@ -193,7 +193,7 @@ class Decoder:
 
 
 class Started(NamedTuple):
-    """A batch that was read: its rows' first new tokens, and what the next ones come from."""
+    """A batch that was read: the first new token of each row, and the state for the next ones."""
 
     ids: Int[Array, "B"]
     caches: list[KV | Cache]

@@ -43,16 +43,16 @@ from vlm_jax.training import runs
 from vlm_jax.weights import folder
 from vlm_jax.weights.processors import processor_of
 
-MOST_NEW_TOKENS = 256  # of an answer to whose length nobody set a limit, where they fit
+MOST_NEW_TOKENS = 256  # of an answer without a set limit, if they fit
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to one request, and what that took.
+    """The model's answer to one request, with counts and times.
 
-    `ids` end with the token that ended the answer, where one did (`stopped`). `first_token_seconds`
-    is from pixels and ids to the first token of the batch; `tokens_per_second` are this answer's
-    own, behind its first. A shape that was not compiled before is compiled in these times.
+    `ids` end with the stop token if one ended the answer (`stopped`). `first_token_seconds` is from
+    pixels and ids to the first token of the batch; `tokens_per_second` is this answer's rate after
+    its first token. Times include the compilation of a new shape.
     """
 
     text: str
@@ -67,7 +67,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How answers are drawn and batched, as `VLM.answer` has it."""
+    """How answers are drawn and batched: arguments of `VLM.answer`."""
 
     max_new_tokens: int | None = None
     temperature: float = 0.0
@@ -81,10 +81,10 @@ class VLM:
     """A model with its processor, on a mesh.
 
     Args:
-      model: used up.
-      processor: what makes its tokens and pixels.
+      model: cannot be used afterwards.
+      processor: makes its tokens and pixels.
       max_length: most tokens of a row: prompt, visual tokens and answer together.
-      mesh: of the devices; batches are cut over its data and fsdp axes.
+      mesh: of the devices; batches are sharded over its data and fsdp axes.
     """
 
     def __init__(self, model: vlm.VLM, processor: Processor, *, max_length: int, mesh: Mesh):
@@ -92,7 +92,7 @@ class VLM:
         self.compressor, self.width = model.compressor, model.llm.embedding[...].shape[1]
         with jax.set_mesh(mesh):
             self.decoder = Decoder(model, stop_ids=processor.stop_ids, consume=True)
-            # What every prompt begins with is read once, unless the compressor wants to read it.
+            # The constant start of all prompts is read once, unless the compressor reads it.
             self.prefix = [] if model.compressor.reads_prefix else processor.constant_prefix()
             self.prefix_pass = self.decoder.read_prefix(self.prefix)
 
@@ -103,10 +103,10 @@ class VLM:
         """The model of a folder: of `vlm-jax convert`, a finished `vlm-jax train`, a grid's cell.
 
         Args:
-          dtype: of weights and activations, float32 or bfloat16; as stored unless given.
-          mesh: all devices side by side unless given.
+          dtype: of weights and activations, float32 or bfloat16; default: as stored.
+          mesh: default: all devices on the data axes.
         Raises:
-          FileNotFoundError, ValueError: for a folder that is none, with the way to make one.
+          FileNotFoundError, ValueError: if it is not a model folder, with the way to make one.
         """
         return cls.of(runs.read(path, "--checkpoint"), dtype=dtype, mesh=mesh)
 
@@ -147,12 +147,12 @@ class VLM:
           prompts: a question, or a conversation as a list [question, answer, ..., question]. Each
             "<image>" in the questions stands for the next image; without any, all images belong to
             the first question, whose template places them.
-          exif: "apply" turns an image upright as its EXIF orientation says, "ignore" takes the
-            pixels as they lie.
+          exif: "apply" rotates an image as its EXIF orientation says, "ignore" takes the pixels as
+            stored.
           max_new_tokens, temperature, top_p, seed, visual_tokens, batch, on_text: as in `answer`.
         Raises:
-          ValueError, OSError: for what cannot be answered, before anything is; of an image with its
-            number.
+          ValueError, OSError: if something cannot be answered, before anything is; for an image
+            with its number.
         """
         check_exif("exif", exif)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -185,7 +185,7 @@ class VLM:
         )
 
     def request(self, image: Any, prompt: Any, *, exif: str = "apply") -> Request:
-        """A Picture or a list of them, and a Prompt, made ready.
+        """The request of a Picture or a list of them and a Prompt, ready for `answer`.
 
         Raises:
           ValueError, OSError: for anything else, or what this model cannot read.
@@ -203,7 +203,7 @@ class VLM:
         tokens = self.processor.tokens(example, answer=False)
         if self.processor.query != "none" and images and not all(tokens.questions):
             raise ValueError(
-                "this model's compressor reads the question, and there is none: ask something"
+                "this model's compressor reads the question, and the prompt has none: ask something"
             )
         pixels = [self.processor.pixels(picture(one, exif=exif)) for one in images]
         return Request(tokens.ids, tokens.places, tokens.questions, pixels)
@@ -223,15 +223,15 @@ class VLM:
         """Answers to requests, in order.
 
         Args:
-          max_new_tokens: most tokens of an answer; unless given, what each request leaves of the
-            model's length, 256 at most.
+          max_new_tokens: most tokens of an answer; default: what each request leaves of the model's
+            length, at most 256.
           temperature: 0 takes the likeliest token; top_p: of the probability mass, when drawing.
-          seed: of each request's draws: the same request gets the same answer in any company.
-          visual_tokens: V, where the compressor serves any; as the checkpoint has it unless given.
-          batch: most requests that are read together.
-          on_text: called with a request's number and the next piece of its text, as it comes.
+          seed: of each request's draws: the same request gets the same answer in any batch.
+          visual_tokens: V, if the compressor serves any number; default: as in the checkpoint.
+          batch: most requests in a batch.
+          on_text: called with a request's number and each new piece of its text.
         Raises:
-          ValueError: for what cannot be answered, before anything is.
+          ValueError: if a request cannot be answered, before any is.
         """
         if max_new_tokens is not None:
             max_new_tokens = arguments.whole_number("max_new_tokens", max_new_tokens)
@@ -252,8 +252,8 @@ class VLM:
             self.room(request, new_tokens=max_new_tokens, visual_tokens=visual_tokens)
             for request in requests
         ]
-        # What a batch shares: how it begins, and for how many images there is room in its rows.
-        # Each is a program.
+        # Requests of a batch share their start and the number of image slots. Each kind is a
+        # program.
         kinds = [(self.begins(r), bucket_of_images(len(r.pixels))) for r in requests]
         answers: dict[int, Answer] = {}
         for kind in sorted(set(kinds)):
@@ -276,7 +276,7 @@ class VLM:
     def room(
         self, request: Request, *, new_tokens: int | None = None, visual_tokens: int | None = None
     ) -> int:
-        """How many new tokens an answer may have: `new_tokens`, or what fits, 256 at most.
+        """How many new tokens an answer may have: `new_tokens`, or what fits, at most 256.
 
         Raises:
           ValueError: for a request that does not fit into the model, with the numbers.
@@ -286,7 +286,7 @@ class VLM:
         read = len(request.ids) + V
         most = min(self.max_length - read, MOST_NEW_TOKENS) if new_tokens is None else new_tokens
         if read + max(most, 1) > self.max_length:
-            way = "lower max_new_tokens" if most > 1 else "use a model of a greater length"
+            way = "lower max_new_tokens" if most > 1 else "use a model with a longer context"
             raise ValueError(
                 f"{len(request.ids)} tokens of prompt, {V} of the "
                 f"{'image' if len(request.pixels) < 2 else f'{len(request.pixels)} images'} and "
@@ -297,19 +297,19 @@ class VLM:
         return most
 
     def requested_tokens(self, visual_tokens: int | None) -> int | None:
-        """The V to ask of the compressor; None where it has only one."""
+        """The V to request from the compressor; None if it has only one."""
         if not self.compressor.buckets:
             return None
         return self.compressor.tokens if visual_tokens is None else visual_tokens
 
     def begins(self, request: Request) -> bool:
-        """Whether a request begins with what was read already."""
+        """Whether a request starts with the prefix that is already read."""
         length = len(self.prefix)
         at = len(request.ids) if request.image_at is None else request.image_at
         return 0 < length <= at and request.ids[:length] == self.prefix
 
     def _together(self, requests, *, begins, drawn, room, visual_tokens, on_text) -> list[Answer]:
-        """The answers of one batch, each of as many tokens as its request has `room` for."""
+        """The answers of one batch, each with at most the tokens in `room`."""
         tokenizer, stop_ids = self.processor.tokenizer, self.processor.stop_ids
         with jax.set_mesh(self.mesh):
             then = time.perf_counter()

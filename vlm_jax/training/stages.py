@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of a training: the encoder where it is to be made, then align, then finetune."""
+"""The stages of training: the encoder if it is trained, then align, then finetune."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """A split, how its examples become arrays, and its cached features if there are any."""
+    """A split, the processor of its examples, and its cached features if any."""
 
     source: sources.Source
     processor: processor.Processor
@@ -51,10 +51,10 @@ class Inputs:
     _texts: dict[tuple, Texts] = field(default_factory=dict, repr=False)
 
     def texts(self, *, answer: bool, skip: bool) -> Texts:
-        """The texts of the split, made once for all stages and for all cells that read alike.
+        """The texts of the split, tokenized once for all stages and all cells that read them alike.
 
-        Cells share what a grid makes of these inputs by `dataclasses.replace`; of the texts, only
-        what is read as the question differs between them (`Processor.reading_as`).
+        The cells of a grid share these inputs by `dataclasses.replace`; their texts differ only in
+        what is read as the question (`Processor.reading_as`).
         """
         key = (self.processor.query, answer, skip)
         if key not in self._texts:
@@ -72,15 +72,15 @@ def run_stage(
     *,
     begin: Callable[[], None] | None = None,
 ) -> Any:
-    """The model after stage `name` (encoder, align or finetune), resumed from `folder` if begun.
+    """The model after stage `name` (encoder, align or finetune), resumed from `folder` if started.
 
-    `begin` is called when the first step of this process has ended.
+    `begin` is called after the first step of this process.
     """
     stage = recipe.stage(name)
     tx = optimizer.optimizer(stage)
     graph, state = optimizer.start(model, name, tx)
     checkpoints = Checkpoints(folder / name, keep=recipe.checkpoint_keep)
-    # Of a stage without adapters the notes are what they were before there were any.
+    # Without adapters the notes are as in versions that had none.
     adapters = lora.described(model) if name == "finetune" else None
     described = {"stage": name} | ({"lora": adapters} if adapters else {})
     with progress.doing(f"{name}: reading its checkpoint"):
@@ -93,7 +93,7 @@ def run_stage(
     if first < stage.steps:
         skipped_path = folder / name / "skipped.jsonl"
         if hosts.is_writer():
-            if first == 0:  # an attempt that left nothing else may have been another run
+            if first == 0:  # an attempt without a checkpoint may have been a different run
                 skipped_path.unlink(missing_ok=True)
             batches.skips.keep(skipped_path)
         step_of = optimizer.make_step(
@@ -134,7 +134,7 @@ def run_stage(
                     waiting = (step, metrics)
                     stops = preemption.reached()
                     if stops or step % recipe.checkpoint_every == 0 or step == stage.steps:
-                        seen(*waiting)  # it raises where the run is to end without a save
+                        seen(*waiting)  # it raises if the run must end without a save
                         waiting = None
                         batches.skips.share()
                         notes = {"position": batches.position} | described
@@ -147,7 +147,7 @@ def run_stage(
                         lines.close()
                         raise preemption.stopped(
                             f"{name} is saved at step {step} of {stage.steps}; the same command "
-                            "goes on from there"
+                            "continues from there"
                         )
                 with progress.doing(f"{name}: writing its checkpoint"):
                     checkpoints.wait()
@@ -160,16 +160,16 @@ def run_stage(
 
 
 def skipped(name: str, batches: loader.Batches, path: PurePath) -> str:
-    """What stage `name` says in its end of the data that it could not use."""
+    """The message at the end of stage `name` about the data that it could not use."""
     what, of = "examples", len(batches.source)
     if name == "encoder":
         what, of = "images", len(batches.source.images)
-    what += " were skipped, the next good one taken instead"
+    what += " were skipped and replaced by the next good one"
     return f"{name}: {batches.skips.summary(of, what)}\nall of them: {path}"
 
 
 def check(recipe: Recipe) -> None:
-    """Raises for a training that no later step could serve."""
+    """Raises ValueError for a recipe that cannot be trained."""
     layers.remat(recipe.model.remat)
     lora.check(recipe.lora)
     if recipe.lora.rank and not recipe.finetune.steps:
@@ -178,8 +178,8 @@ def check(recipe: Recipe) -> None:
         )
     if recipe.start_from and recipe.encoder.steps:
         raise ValueError(
-            f"encoder.steps={recipe.encoder.steps}: start_from={recipe.start_from} has an encoder, "
-            "which a new one would replace: set encoder.steps=0"
+            f"encoder.steps={recipe.encoder.steps}: a new encoder would replace the one of "
+            f"start_from={recipe.start_from}: set encoder.steps=0"
         )
     if not recipe.align.steps + recipe.finetune.steps:
         raise ValueError(
@@ -214,7 +214,7 @@ def pretrain_encoder(
     *,
     begin: Callable[[], None] | None = None,
 ) -> ViT:
-    """An encoder that has learnt what each patch of the training images shows."""
+    """An encoder trained to say what each patch of the training images shows."""
     source = inputs.source
     if not hasattr(source, "patch_labels"):
         raise ValueError(
@@ -244,11 +244,12 @@ def train(
     seed: int | None = None,
     begin: Callable[[], None] | None = None,
 ) -> VLM:
-    """A model through both stages, its checkpoints in `folder`; `seed` defaults to the recipe's.
+    """Trains a model through both stages, with checkpoints in `folder`; `seed` defaults to the
+    recipe's.
 
-    Adapters, where finetune trains them, are merged into the LLM in the end.
-    Where one model serves any V it is trained alike whatever `compressor.tokens` says: by as many
-    tokens as it can give in align, as its method is published in finetune.
+    Adapters of finetune are merged into the LLM at the end. A model that serves any V is trained
+    the same way for any `compressor.tokens`: with the most tokens that it can give in align, and as
+    its method is published in finetune.
     """
     seed = recipe.seed if seed is None else seed
     model = first_model(recipe, encoder, seed=seed)
@@ -257,7 +258,7 @@ def train(
             continue
         if name == "finetune":
             if recipe.align.steps and recipe.frozen_dtype != "float32":
-                # What align left alone was narrowed: trained on, or frozen again, from the first.
+                # Align held its frozen weights in fewer bytes: take the first weights again.
                 first = first_model(recipe, encoder, seed=seed)
                 model = VLM(first.vit, model.compressor, first.llm)
                 del first
@@ -290,7 +291,7 @@ def train(
         if recipe.arrangement.plain and batch > len(inputs.source):
             log.warning(
                 f"{name}.batch={batch} is more than the {len(inputs.source)} examples "
-                "of the data: each batch has some of them more than once"
+                "of the data: each batch repeats some of them"
             )
         objective = of_stage(name, model.compressor, chunk=recipe.loss_chunk)
         model = run_stage(name, model, batches, recipe, folder, objective, begin=begin)
@@ -300,14 +301,14 @@ def train(
             log.warning(
                 f"{name}: {len(cut)} of {len(inputs.source)} rows were longer than "
                 f"data.text_length={recipe.rows.text_length} and data.question_length="
-                f"{recipe.rows.question_length} allow, and lost their end"
+                f"{recipe.rows.question_length} allow, and were truncated"
             )
     return lora.merge(precision.widened(model))
 
 
 def tokenizer_of(named: str, vocab: int, kept: PurePath | None, source: sources.Source) -> Any:
-    """The tokenizer that is named, or that a run keeps in a folder, or a small one
-    made from the training texts."""
+    """The tokenizer of this name, or the one kept in a run's folder, or a small one trained on the
+    training texts."""
     if named:
         tokenizer = processor.load_tokenizer(named)
     elif kept is not None and kept.is_dir():
@@ -320,11 +321,11 @@ def tokenizer_of(named: str, vocab: int, kept: PurePath | None, source: sources.
 
 
 def open_inputs(claimed: Claim, recipe: Recipe, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
-    """The training split of a claimed folder's run, as `recipe` describes it, and what makes the
-    folder its own.
+    """The training split of a claimed folder's run, as `recipe` describes it, and a function that
+    records the run in the folder.
 
-    ValueError where the folder was begun with other data or another tokenizer, or with anything
-    else of other `hashes`.
+    ValueError if the folder was started with different data, a different tokenizer, or anything
+    else with different `hashes`.
     """
     named, kept = claimed.config.data.tokenizer, claimed.folder / "tokenizer"
     with progress.doing("opening the training data"):
@@ -350,18 +351,18 @@ def open_inputs(claimed: Claim, recipe: Recipe, **hashes: str) -> tuple[Inputs, 
 
 
 def with_start(config: ConfigDict) -> ConfigDict:
-    """The configuration with what the folder that it starts from decides."""
+    """The configuration with the fields that the folder of `start_from` determines."""
     if not config.start_from:
         return config
     return weights_start.adopt(config, runs.described(config.start_from, "start_from"))
 
 
 def run(config: ConfigDict, folder: PurePath) -> int:
-    """Trains as the configuration says, in `folder`."""
+    """Trains as the configuration says, in `folder`; 0, the exit status."""
     with jax.set_mesh(mesh.make(**config.mesh)), claim(folder, config) as claimed:
         recipe = Recipe.of(config)
         check(recipe)
-        # An impossible model, or one too large, is found before anything is made of it.
+        # An impossible or too large model is refused before anything is computed.
         shapes = vlm.shapes(recipe.model)
         for warning in memory.check_training(recipe):
             log.warning(warning)
@@ -369,8 +370,8 @@ def run(config: ConfigDict, folder: PurePath) -> int:
         inputs, begin = open_inputs(claimed, recipe)
         if not (config.start_from or config.encoder.steps):
             log.warning(
-                "the encoder has random weights and keeps them: name a model that has one "
-                "(start_from), or let one be trained (encoder.steps)"
+                "the encoder has random weights and is not trained: name a model that has one "
+                "(start_from), or train one (encoder.steps)"
             )
         encoder = None
         if config.encoder.steps:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether checkpoints are what was written: every piece is read and compared with its digest.
+"""Verifies checkpoints: every piece is read and compared with its digest.
 
     vlm-jax checkpoint verify runs/one
     vlm-jax checkpoint verify runs/demo
     vlm-jax checkpoint verify runs/one/finetune/1000
 
-The folder of a training or of a grid: all steps that are kept; or one stage, or one step. A table
-on stderr names each damaged array and which piece of it; one JSON object on stdout says the same.
-Exit status 0: no damage was found; 1: something is damaged; 2: there was nothing to verify.
-"unchecked" is a checkpoint of an earlier version that can be read and has no digests. No device
-is used: a training may be running.
+Takes the folder of a training or of a grid (all steps that are kept), of a stage, or of one step. A
+table on stderr names each damaged array and piece; one JSON object on stdout has the same content.
+Exit status 0: no damage; 1: something is damaged; 2: there was nothing to verify. "unchecked" means
+a checkpoint of an earlier version that can be read but has no digests. No device is used, so
+training may continue meanwhile.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from vlm_jax.verbs.parser import Parser
 def add_flags(parser: Parser) -> None:
     """The flags of the verb."""
     add = parser.add_argument
-    add("action", choices=("verify",), metavar="verify", help="the only thing there is to do")
+    add("action", choices=("verify",), metavar="verify", help="the only action")
     add("path", metavar="DIR", help="the folder of a training, a grid, a stage or one step")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Verifies; 0, or 1 where something is damaged."""
+    """Verifies; 0, or 1 if something is damaged."""
     cli.say_warnings()
     from vlm_jax.training import verify
 

@@ -24,8 +24,8 @@ def seed_flag(text: str) -> int:
 
 
 def say_warnings() -> None:
-    """Warnings go to stderr without the name of what gave them, also where an imported library has
-    set up logging already."""
+    """Sends warnings to stderr without the logger's name, even if an imported library has already
+    set up logging."""
     logging.basicConfig(level=logging.WARNING)
     for handler in logging.root.handlers:
         if getattr(handler, "stream", None) is sys.stderr:
@@ -33,16 +33,16 @@ def say_warnings() -> None:
 
 
 def workdir_of(workdir: str | None) -> PurePath:
-    """The folder of --workdir; ValueError where it is missing, which only a dry run allows."""
+    """The folder of --workdir; ValueError if it is missing, which only a dry run allows."""
     if workdir is None:
-        raise ValueError("--workdir is missing: name the folder that the run lives in")
+        raise ValueError("--workdir is missing: name the folder of the run")
     return files.path_of(workdir)
 
 
 def join(options: argparse.Namespace) -> None:
-    """Joins the other processes, if any, and keeps memory and programs; before JAX sees a device.
+    """Joins the other processes, if any, and sets up memory and the cache of programs.
 
-    One process writes to stdout and warns; errors come from all.
+    Call it before JAX uses a device. One process writes to stdout and warns; errors come from all.
     """
     import jax
 
@@ -60,8 +60,8 @@ def join(options: argparse.Namespace) -> None:
     )
     if before or not jax.distributed.is_initialized():
         return
-    preemption.install()  # JAX took SIGTERM for itself
-    # XLA may add up by Gloo, which prints on the descriptor of stdout.
+    preemption.install()  # JAX has replaced the handler of SIGTERM
+    # XLA may use Gloo, which prints to the file descriptor of stdout.
     stdout, silence = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     sys.stdout = os.fdopen(stdout if hosts.is_writer() else silence, "w")
@@ -70,10 +70,10 @@ def join(options: argparse.Namespace) -> None:
 
 
 def report_errors(verb: str, body: Callable[[], int]) -> int:
-    """Runs `body`; what a user can fix is one line on stderr and exit status 2, not a traceback.
+    """Runs `body`; an error that a user can fix is one line on stderr and exit status 2.
 
-    While it runs, it says at least every 20 seconds what it is doing, and SIGTERM is a notice to
-    save and stop: exit status 42.
+    Meanwhile a progress message appears at least every 20 seconds, and SIGTERM is a notice to save
+    and stop: exit status 42.
     """
     try:
         with progress.speaking(f"vlm-jax {verb} is at work"), preemption.listening():
@@ -84,7 +84,7 @@ def report_errors(verb: str, body: Callable[[], int]) -> int:
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         message = errors.sentence(error)
         print(f"vlm-jax {verb}: {message}", file=sys.stderr)
-        # Of several processes what a device raises is mostly that another one is gone.
+        # With several processes a device error mostly means that another process died.
         lost = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" not in str(error)
         end_others(134 if lost else 2, message)
         return 2
@@ -106,7 +106,7 @@ def several() -> bool:
 
 
 def end_others(code: int, message: str) -> None:
-    """Ends all processes of this command, of which there may be this one alone: then it returns."""
+    """Ends all processes of this command; returns if this is the only one."""
     if several():
         from vlm_jax import hosts
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real step of a configuration, compiled for a real slice of TPUs on a machine without one.
+"""Compiles the real step of a configuration for a real TPU slice, on a machine without a TPU.
 
     vlm-jax compile --config=configs/finetune.py --topology=v5p:4x4x4 --config.mesh.fsdp=64 \\
         --config.mesh.data=1
@@ -7,8 +7,8 @@
     vlm-jax compile --config=configs/finetune.py --topology=v5e:8x8 --search
 
 Prints one JSON object on stdout and a table on stderr: memory of a device by kind, FLOPs,
-collectives, estimated times. Exit status 3 where it does not fit. Needs libtpu (extra aot);
-docs/pods.md explains every number and where it misleads.
+collectives, estimated times. Exit status 3 if it does not fit. Needs libtpu (extra aot);
+docs/pods.md explains every number and its limits.
 """
 
 import argparse
@@ -28,20 +28,20 @@ def add_flags(parser: Parser) -> None:
     add("--topology", required=True, metavar="NAME",
         help="the slice, KIND:SHAPE, such as v5e:8x8, v5p:4x4x4, v6e:8x8, tpu7x:2x2x1")  # fmt: skip
     add("--mode", choices=MODES, default="finetune",
-        help="what is compiled: a training step of a stage, a serving program, or both of these as "
-        "evaluation runs them; serving takes evaluate.batch requests of data.text_length tokens "
-        "and evaluate.max_new_tokens new ones")  # fmt: skip
+        help="what to compile: a training step of a stage, a serving program, or both serving "
+        "programs as evaluation runs them; serving takes evaluate.batch requests of "
+        "data.text_length tokens and evaluate.max_new_tokens new ones")  # fmt: skip
     add("--examples", type=int, metavar="N",
         help="rows of an epoch (default: steps x batch of the stage)")  # fmt: skip
     add("--dollars-per-chip-hour", type=float, metavar="USD",
         help="price of a chip, for dollars per epoch (default: none, prices differ)")  # fmt: skip
     add("--search", action="store_true",
         help="try meshes, remat and micro-batches, and rank what fits")  # fmt: skip
-    add("--most", type=int, metavar="N", default=8, help="compilations of --search at most")
+    add("--most", type=int, metavar="N", default=8, help="most compilations of --search")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compiles; 0, or 3 where it does not fit."""
+    """Compiles; 0, or 3 if it does not fit."""
     from vlm_jax.aot import topology
 
     slice_ = topology.named(options.topology)

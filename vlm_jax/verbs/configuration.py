@@ -98,7 +98,7 @@ def place_in(error: Exception, path: str) -> str:
 
 
 def in_one_line(message: str, path: str) -> str:
-    """What absl and ml_collections say of a configuration, without tracebacks and dumps of it."""
+    """An error of absl or ml_collections about a configuration, without tracebacks and dumps."""
     if "Traceback (most recent call last)" in message:
         lines = re.findall(rf'File "[^"]*{re.escape(Path(path).name)}", line (\d+)', message)
         where = f"{path}, line {lines[-1]}" if lines else path
@@ -125,7 +125,7 @@ def value_of(argv: Sequence[str], name: str) -> str:
 
 
 def located(argv: Sequence[str]) -> list[str]:
-    """`argv` with --config=configs/NAME.py, where there is no such file, naming the package's."""
+    """`argv` with --config=configs/NAME.py replaced by the package's file if there is none."""
     given = value_of(argv, "config")
     place = described.config_path(given)
     if not given or place == Path(given):

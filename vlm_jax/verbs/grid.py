@@ -8,9 +8,9 @@
     vlm-jax grid --config=configs/demo.py --workdir=runs/demo --cell=10k-v4-token_packer-s0
 
 A cell is an LLM size x a number of visual tokens x a seed, or one of the baselines. All cells share
-one frozen encoder, pretrained first, and its cached features. Repeating the command goes on where
-it stopped. Several jobs may work in one folder, each at cells of its own (--cell); a job waits for
-what another one is making, and finds it.
+one frozen encoder, pretrained first, and its cached features. Repeating the command continues where
+it stopped. Several jobs may work in one folder, each on its own cells (--cell); a job waits for
+what another one is making, and then reuses it.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from vlm_jax.verbs.parser import Parser
 def add_flags(parser: Parser) -> None:
     """The flags of the verb."""
     add = parser.add_argument
-    add("--workdir", metavar="DIR", help="the folder of the run (needed to run anything)")
+    add("--workdir", metavar="DIR", help="the folder of the run (required to run anything)")
     add("--dry-run", action="store_true", help="print the cells and the memory, and stop")
     add("--list-cells", action="store_true", help="print the names of the cells, and stop")
     add(
         "--cell",
         action="append",
         metavar="NAME",
-        help="run this cell alone, or these if it is given several times; without it all of them",
+        help="run only this cell; may be given several times (default: all cells)",
     )
 
 
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     config = configuration.read(options.config).config
     only = options.cell or []
     if (options.dry_run or options.list_cells) and only:
-        raise ValueError("--cell names what to run: leave it or --dry-run and --list-cells away")
+        raise ValueError("--cell names what to run: drop it, or drop --dry-run and --list-cells")
     if options.list_cells:
         from vlm_jax.grids.run import cell_names
 

@@ -125,7 +125,7 @@ class Parser(argparse.ArgumentParser):
             )
 
     def check(self, words: Iterable[str]) -> None:
-        """Refuses a flag that is not there, and an empty value, as of an unset shell variable."""
+        """Refuses an unknown flag, and an empty value, as from an unset shell variable."""
         for word in words:
             name, given, value = word.partition("=")
             if not re.match(r"--?[A-Za-z]", name):
@@ -139,13 +139,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """The end of a refusal: the known word that is nearest, or nothing where none is near."""
+    """The end of an error message: the nearest known word, or nothing if none is near."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f", did you mean {near[0]}?" if near else ""
 
 
 class PrintCompletion(argparse.Action):
-    """Prints what a shell completes `vlm-jax` by, and exits."""
+    """Prints the shell completion script of `vlm-jax`, and exits."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         try:
@@ -179,7 +179,7 @@ def fields(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def build(filled: Iterable[str]) -> tuple[Parser, dict[str, Parser]]:
-    """The parser of the command and those of its verbs; the verbs `filled` with their flags."""
+    """The parser of the command and those of its verbs; the verbs in `filled` get their flags."""
     whole = Parser(
         prog="vlm-jax",
         description="For an inference budget: which language model, and how many visual tokens?",
@@ -188,7 +188,7 @@ def build(filled: Iterable[str]) -> tuple[Parser, dict[str, Parser]]:
     whole.add_argument("--version", action="version", version=f"vlm-jax {__version__}")
     whole.add_argument(
         "--print-completion", choices=("bash", "zsh"), metavar="SHELL", action=PrintCompletion,
-        help="print what the shell completes this command by: bash or zsh",
+        help="print the shell completion script of this command: bash or zsh",
     )  # fmt: skip
     under = whole.add_subparsers(title="verbs", dest="verb", metavar="VERB")
     verbs: dict[str, Parser] = {}
@@ -206,7 +206,7 @@ def build(filled: Iterable[str]) -> tuple[Parser, dict[str, Parser]]:
 
 
 def configuration_flags(parser: Parser, otherwise: str) -> None:
-    """Shows the flags of a configuration, which are read elsewhere."""
+    """Lists the flags of a configuration in the help; they are parsed elsewhere."""
     group = parser.add_argument_group("configuration")
     group.add_argument(
         "--config", metavar="FILE",
@@ -221,7 +221,7 @@ def configuration_flags(parser: Parser, otherwise: str) -> None:
 
 
 def process_flags(parser: Parser) -> None:
-    """The flags of a run of several processes, which `vlm_jax/hosts.py` reads."""
+    """The flags of a run of several processes, for `vlm_jax/hosts.py`."""
     add = parser.add_argument_group("several hosts, the same command on each").add_argument
     add(
         "--coordinator", metavar="HOST:PORT",
@@ -229,15 +229,15 @@ def process_flags(parser: Parser) -> None:
     )  # fmt: skip
     add(
         "--processes", type=int, metavar="N",
-        help="how many there are; 1 alone looks for no other (default: as JAX finds)",
+        help="number of processes; 1 alone looks for no other (default: as JAX finds)",
     )  # fmt: skip
     add(
         "--process", type=int, metavar="I",
-        help="which of them this is, from 0 (default: as JAX finds)",
+        help="number of this process, from 0 (default: as JAX finds)",
     )  # fmt: skip
     add(
         "--join-timeout", type=int, metavar="SECONDS", default=300,
-        help="how long to wait until all have come",
+        help="how long to wait for all processes to join",
     )  # fmt: skip
     add(
         "--heartbeat-timeout", type=int, metavar="SECONDS", default=100,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's rows become figures and one HTML page, DIR/report/index.html.
+"""Turns a run's rows into figures and one HTML page, DIR/report/index.html.
 
     vlm-jax report --workdir=runs/demo
 
-What it reads and writes stands in vlm_jax/reports/report.py.
+vlm_jax/reports/report.py lists the files that it reads and writes.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
     """Writes the report; 0."""
     from vlm_jax.reports import report
 
-    with progress.doing("fitting the law, and drawing"):
+    with progress.doing("fitting the law and drawing figures"):
         result = report.write(options.workdir)
     for family, why in result["no_law"].items():
         print(f"no law for {family}: {why}", file=sys.stderr)

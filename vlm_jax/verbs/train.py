@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration to checkpoint: the encoder where it is to be made, then align, then finetune.
+"""Configuration to checkpoint: the encoder if it is trained, then align, then finetune.
 
     vlm-jax train --config=configs/demo.py --workdir=runs/one --config.llm.depth=4
     vlm-jax train --config=configs/finetune.py --dry-run
 
-The same command resumes: a finished stage is read back, a broken one goes on behind its newest
-whole checkpoint, with the same numbers as if it had never stopped. The folder is this run's from
-its first step on: an attempt that failed before that claims nothing.
+The same command resumes: a finished stage is read back, an interrupted one continues from its
+newest intact checkpoint, with the same numbers as without the interruption. The folder belongs to
+the run from its first step: an attempt that failed before that claims nothing.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from vlm_jax.verbs.parser import Parser
 def add_flags(parser: Parser) -> None:
     """The flags of the verb."""
     add = parser.add_argument
-    add("--workdir", metavar="DIR", help="the folder of the run (needed but for --dry-run)")
-    add("--dry-run", action="store_true", help="print what the run would take, and stop")
+    add("--workdir", metavar="DIR", help="the folder of the run (required except for --dry-run)")
+    add("--dry-run", action="store_true", help="print what the run would need, and stop")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     for name, value in given.overrides.items():
         if fields_now.get(name) != given_fields.get(name):
             progress.say(
-                f"start: {name}={fields.value_text(value)} gives way to "
+                f"start: {name}={fields.value_text(value)} is replaced by "
                 f"{fields.value_text(fields_now[name])} of start_from={config.start_from}"
             )
     if workdir is None:
