@@ -30,7 +30,7 @@ def add_flags(parser: Parser) -> None:
         "--cell",
         action="append",
         metavar="NAME",
-        help="run this cell alone, or these if it is given several times; without it all of them",
+        help="run this cell; repeat the flag for several; default: all cells",
     )
 
 
