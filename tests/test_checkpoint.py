@@ -213,7 +213,7 @@ def test_a_full_disk_is_reported_and_what_was_finished_stays(tmp_path, mesh1):
     large = state(2, mesh1)._replace(frozen={"table": jnp.asarray(draw.normal(size=(512, 512)))})
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, hard))
     try:
-        words = f"could not be written to {tmp_path} .*File too large.*: make room and repeat"
+        words = f"could not be written to {tmp_path} .*File too large.*: free some space and repeat"
         with pytest.raises(OSError, match=words):
             checkpoints.save(large, {"position": 20, "stage": "align"})
             checkpoints.close()

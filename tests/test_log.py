@@ -129,5 +129,5 @@ def test_tensorboard_holds_what_the_jsonl_holds(tmp_path):
 
 def test_tensorboard_without_its_package_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ValueError, match=r"pip install 'vlm_jax\[tensorboard\]', or leave it off"):
+    with pytest.raises(ValueError, match=r"pip install 'vlm_jax\[tensorboard\]', or turn it off"):
         run(tmp_path, tensorboard=True)

@@ -99,7 +99,7 @@ def test_a_batch_follows_from_its_number_and_the_seed(make):
                               "data.text_length=58"),
     (dict(row_length=96, row_images=1), {}, "data.row_images=1 is less than data.images_per_row=2"),
     (dict(row_length=96), dict(query="prefix"), "query='prefix'.*cannot be packed: use"),
-    (dict(buckets=(16,)), dict(query="prefix"), "room behind the data.question_length=16"),
+    (dict(buckets=(16,)), dict(query="prefix"), "more than the data.question_length=16"),
     (dict(buckets=(32, 64)), {}, "below data.text_length=64"),
     (dict(buckets=(32, 16)), {}, "ascending order"),
     (dict(buckets=(16,), row_length=96), {}, "choose one of them"),

@@ -130,14 +130,14 @@ def child(body, *, again=()):
 def test_a_process_with_nothing_to_save_stops_at_once():
     code, err = child("    print('ready', flush=True); time.sleep(60)")
     assert code == preemption.STATUS
-    assert err.endswith("vlm-jax train: SIGTERM: nothing was to be saved\n")
+    assert err.endswith("vlm-jax train: SIGTERM: there was nothing to save\n")
 
 
 def test_a_process_stops_while_it_compiles():
     # The main thread is away in C: the signal goes to another thread, and no sleep is interrupted.
     away = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])"
     code, err = child(f"    {away}; print('ready', flush=True); time.sleep(60)")
-    assert code == preemption.STATUS and err.endswith("SIGTERM: nothing was to be saved\n")
+    assert code == preemption.STATUS and err.endswith("SIGTERM: there was nothing to save\n")
 
 
 def test_what_is_held_is_finished_and_then_the_process_stops():

@@ -234,7 +234,7 @@ def test_a_disk_that_fills_up_loses_nothing_finished(
     with jax.set_mesh(mesh1):
         try:
             with pytest.raises(
-                OSError, match="could not be written to .*align .*: make room and repeat"
+                OSError, match="could not be written to .*align .*: free some space and repeat"
             ):
                 stage(setting, tmp_path)
         finally:

@@ -64,9 +64,7 @@ def test_a_folder_of_something_else_is_left_alone(text, tmp_path, c):
 
 def test_two_runs_in_one_folder_are_refused(tmp_path, c):
     with claim(tmp_path, c):
-        with pytest.raises(
-            ValueError, match="another run is at work in .* choose another --workdir"
-        ):
+        with pytest.raises(ValueError, match="another run is using .* choose another --workdir"):
             with claim(tmp_path, c):
                 pass
     with claim(tmp_path, c):
@@ -84,7 +82,7 @@ def test_the_claim_of_a_killed_process_is_free(tmp_path, c):
         stdout=subprocess.PIPE,
     )
     assert child.stdout.readline() == b"held\n"
-    with pytest.raises(ValueError, match="another run is at work"), claim(tmp_path, c):
+    with pytest.raises(ValueError, match="another run is using"), claim(tmp_path, c):
         pass
     child.kill()
     child.communicate()
@@ -171,7 +169,7 @@ def test_a_longer_run_is_told_what_its_schedule_does_and_what_to_do(tmp_path, c)
     with pytest.raises(ValueError, match="finetune.steps was 6, is 2: .*choose another --workdir"):
         entered(tmp_path, tiny.config(finetune=dict(steps=2)))
     begun(tmp_path / "grid", c, grid=True)
-    with pytest.raises(ValueError, match="align.steps was 4, is 9: .*every cell is trained anew"):
+    with pytest.raises(ValueError, match="align.steps was 4, is 9: .*every cell is trained again"):
         entered(tmp_path / "grid", tiny.config(align=dict(steps=9)), grid=True)
 
 

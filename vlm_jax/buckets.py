@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paths in a bucket (gs://BUCKET/..., s3://BUCKET/...), where a folder of a run may lie.
+"""Paths in a bucket (gs://BUCKET/..., s3://BUCKET/...), where the folder of a run may be.
 
-An object appears whole when its upload ends, or not at all. There is nothing else of a disk: no
-renaming, no adding to the end, no lock, and a folder is what names begin with. `files.py` makes
-of that what runs need; paths are those of etils, which have the methods of pathlib's.
+An object appears whole when its upload ends, or not at all. A bucket has no renaming, no appending
+and no locks, and a folder is only a common prefix of names. `files.py` builds on that what runs
+need. Paths are those of etils, which have the methods of pathlib.
 
-Orbax and tensorstore, which write the checkpoints, know gs:// and s3:// alone.
+Orbax and tensorstore, which write the checkpoints, support only gs:// and s3://.
 """
 
 import atexit
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# What reads and writes each of them, and the extra that installs it.
+# The package that reads and writes each kind, and what to install for it.
 PACKAGES = {"gs": ("gcsfs", "vlm_jax[gcs]"), "s3": ("s3fs", "s3fs")}
 
 
@@ -26,10 +26,10 @@ def is_bucket(path: Any) -> bool:
 
 
 def path_of(path: Any) -> Any:
-    """A path of pathlib, absolute, or one of etils in a bucket.
+    """An absolute pathlib path, or an etils path in a bucket.
 
     Raises:
-      ValueError: for a bucket that is not known, or without the package that reads it.
+      ValueError: for an unknown kind of bucket, or without the package that reads it.
     """
     text = os.fspath(path)
     if not is_bucket(text):
@@ -37,7 +37,7 @@ def path_of(path: Any) -> Any:
     scheme = text.partition("://")[0]
     if scheme not in PACKAGES:
         known = ", ".join(f"{name}://" for name in PACKAGES)
-        raise ValueError(f"{text}: of buckets {known} are known; or give a folder of a disk")
+        raise ValueError(f"{text}: known buckets are {known}; or give a folder on a disk")
     package, extra = PACKAGES[scheme]
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"{text} needs {package}: pip install '{extra}'")
@@ -47,8 +47,8 @@ def path_of(path: Any) -> Any:
 
 
 def put(path: Any, data: bytes, *, new: bool = False) -> bool:
-    """Makes or replaces an object; with `new` only where there is none. Whether it was written."""
-    filesystem, name = opened(path)
+    """Writes an object; with `new` only if it does not exist. Returns whether it was written."""
+    filesystem, name = filesystem_of(path)
     try:
         filesystem.pipe_file(name, data, mode="create" if new else "overwrite")
     except FileExistsError:
@@ -58,22 +58,22 @@ def put(path: Any, data: bytes, *, new: bool = False) -> bool:
     return True
 
 
-def upload(made: Path, path: Any) -> None:
+def upload(source: Path, path: Any) -> None:
     """Copies a file, or the files of a folder one after another, to a path in a bucket."""
-    filesystem, name = opened(path)
-    for file in sorted(p for p in (made, *made.rglob("*")) if p.is_file()):
-        target = name if file == made else f"{name}/{file.relative_to(made).as_posix()}"
+    filesystem, name = filesystem_of(path)
+    for file in sorted(p for p in (source, *source.rglob("*")) if p.is_file()):
+        target = name if file == source else f"{name}/{file.relative_to(source).as_posix()}"
         filesystem.put_file(str(file), target)
     filesystem.invalidate_cache()
 
 
 def download(path: Any) -> Path:
-    """A copy of a file or folder on this machine's disk, which goes when the process ends.
+    """A copy of a file or folder on this machine's disk, removed when the process ends.
 
     Raises:
-      FileNotFoundError: where there is none.
+      FileNotFoundError: if it does not exist.
     """
-    filesystem, name = opened(path)
+    filesystem, name = filesystem_of(path)
     home = Path(tempfile.mkdtemp(prefix="vlm-jax-"))
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     copy = home / Path(name).name
@@ -81,8 +81,8 @@ def download(path: Any) -> Path:
     return copy
 
 
-def opened(path: Any) -> tuple[Any, str]:
-    """The filesystem of fsspec that a path is in, and its name there."""
+def filesystem_of(path: Any) -> tuple[Any, str]:
+    """The fsspec filesystem of a path, and the path's name in it."""
     import fsspec
 
     return fsspec.core.url_to_fs(os.fspath(path))

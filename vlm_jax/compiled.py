@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled programs are kept between runs: cells of one shape are compiled once on a machine."""
+"""The cache of compiled programs: cells of one shape are compiled once on a machine."""
 
 import hashlib
 import os
@@ -10,22 +10,22 @@ import jax
 
 from vlm_jax import progress
 
-LIMIT = 2 * 10**9  # bytes; the programs that were not used for longest go first
-SHORTEST = 0.3  # seconds of compilation that are worth a file
+LIMIT = 2 * 10**9  # bytes; the least recently used programs are removed first
+SHORTEST = 0.3  # seconds of compilation from which a program is kept
 
 
 def home() -> Path:
     """The folder of the programs of this kind of processor.
 
-    A home folder may serve machines of several kinds, and a program made for one may end another
-    with an illegal instruction.
+    Machines of several kinds may share a home folder, and a program compiled for one may crash on
+    another with an illegal instruction.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "vlm_jax" / "compiled" / processor()
 
 
 def processor() -> str:
-    """The architecture and a hash of what the processor can do, as Linux has it."""
+    """The architecture and a hash of the processor's features, as Linux lists them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -37,9 +37,9 @@ def processor() -> str:
 
 
 def keep() -> None:
-    """Keeps what is compiled from now on, in `home`; JAX_COMPILATION_CACHE_DIR names another place.
+    """Keeps programs compiled from now on in `home`, or in JAX_COMPILATION_CACHE_DIR.
 
-    A folder that cannot be written is said, and nothing is kept.
+    If the folder cannot be written, a message says so and nothing is kept.
     """
     if jax.config.values["jax_compilation_cache_dir"]:
         return

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forms that XLA's CPU backend needs to be fast, each with its cause; models read as TPU code.
+"""Forms of operations that are fast on XLA's CPU backend, each with its reason.
 
-Results are equal on every platform, and TPU programs are the same with and without the forms that
-do not ask for the platform. benchmarks/cpu.py times each against the plain form.
+With them here, models read as TPU code. Results are equal on every platform, and TPU programs are
+the same with and without the forms that do not check the platform. benchmarks/cpu.py times each
+against the plain form.
 """
 
 import ctypes
@@ -18,12 +19,12 @@ from jaxtyping import Array, Float
 
 from vlm_jax import mesh
 
-# Compiler options of a program that runs once, such as the drawing of weights: optimizing that of a
-# toy takes 13 s of CPU.
+# Compiler options of a program that runs once, such as weight initialization: optimizing that of a
+# toy model takes 13 s of CPU.
 RUN_ONCE = {"xla_backend_optimization_level": 0}
-# Compiler options of a training step. XLA's newer loop emitters made the many small loops of a
-# small model's step up to 1.2 times as slow. LLVM's first level of optimization takes 60 % of the
-# time of its third, for a step that is as fast and gives the same bits (benchmarks/train_step.py).
+# Compiler options of a training step. XLA's newer loop emitters made the small loops of a small
+# model's step up to 1.2 times slower. LLVM's optimization level 1 compiles in 60 % of the time of
+# level 3, and the step is as fast and gives the same bits (benchmarks/train_step.py).
 STEP_OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
 
 
@@ -35,10 +36,10 @@ def step_options() -> dict[str, Any]:
 
 
 def emulates(dtype: jnp.dtype) -> bool:
-    """Whether products of this type need two rows and a float32 result, or are made by casts.
+    """Whether products of this type need two rows and a float32 result to avoid casts.
 
-    XLA's CPU backend has kernels for such products of bfloat16, twice as fast as those of float32;
-    any other product of bfloat16 it makes in float32, casting both factors in every call.
+    XLA's CPU backend has bfloat16 kernels for such products, twice as fast as those of float32. It
+    computes any other bfloat16 product in float32, casting both factors in every call.
     """
     return dtype == jnp.bfloat16 and mesh.platform() == "cpu"
 
@@ -48,7 +49,7 @@ def two_rows(
     x: Float[Array, "..."],
     axis: int,
 ) -> Float[Array, "..."]:
-    """`product(x)`; of one emulated row along `axis`, the first row of the product of two."""
+    """`product(x)`; for one emulated row along `axis`, the first row of the product of two."""
     if not emulates(x.dtype) or math.prod(x.shape[: axis + 1]) != 1:
         return product(x)
     return lax.slice_in_dim(product(jnp.concatenate([x, x], axis)), 0, 1, axis=axis)
@@ -59,7 +60,7 @@ def project(
 ) -> Float[Array, "..."]:
     """Contracts the last `read` dimensions of x with the kernel's first; `out` names the result's.
 
-    Leading dimensions are merged meanwhile: kept apart, XLA's CPU backend transposes the larger
+    Leading dimensions are merged for the product: otherwise XLA's CPU backend transposes the larger
     factor of every weight gradient, element by element.
     """
     lead, given = x.shape[: x.ndim - read], x.shape[x.ndim - read :]
@@ -84,7 +85,7 @@ def project(
 def sum_of_windows(x: Float[Array, "B V W E"]) -> Float[Array, "B V E"]:
     """The sum over W, as a product with ones.
 
-    A sum is fused with the product after it and computed anew for every tile of that.
+    XLA fuses a plain sum into the product after it and recomputes it for every tile.
     """
     return jnp.einsum(
         "BVW,BVWE->BVE",
@@ -95,9 +96,10 @@ def sum_of_windows(x: Float[Array, "B V W E"]) -> Float[Array, "B V E"]:
 
 
 def for_every_image(scores: Float[Array, "N V P"], batch: int) -> Float[Array, "B V N P"]:
-    """The scores that all images share, repeated so that each image has a product of its own.
+    """The scores that all images share, repeated so that each image has its own product.
 
-    For one product of all images the patches are transposed, which takes longer than the product.
+    A single product for all images would transpose the patches, which takes longer than the
+    product itself.
     """
     heads, tokens, patches = scores.shape
     return jnp.broadcast_to(
@@ -110,9 +112,9 @@ def for_every_image(scores: Float[Array, "N V P"], batch: int) -> Float[Array, "
 def keep_freed_memory() -> None:
     """Freed memory stays with this process and is reused; must be called before JAX starts.
 
-    XLA on a CPU allocates the temporaries of every call afresh. Large blocks go back to the system
-    when freed, and the page faults of the next call took 40 % of a training step of a demo with 144
-    patches. One arena, because only the first can grow beyond 64 MB. Does nothing without glibc.
+    XLA on a CPU allocates temporaries in every call. Freed large blocks return to the system, and
+    the page faults of the next call took 40 % of a training step of a demo with 144 patches. One
+    arena, because only the first can grow beyond 64 MB. Does nothing without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:

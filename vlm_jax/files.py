@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Atomic writes: a file is written next to its place, synced and renamed.
+"""Atomic writes: a file is written next to its target, synced and renamed.
 
-A reader, also after a crash, finds all of the old content or all of the new. Files reach the disk
+A reader, also after a crash, sees all of the old content or all of the new. Files reach the disk
 in the order in which they are written (a configuration before its checkpoint). New files have the
 permissions that `open` gives them. Links are followed.
 
-Paths may be in a bucket (`buckets.py`), where an object is whole or not there; what is made of
+Paths may be in a bucket (`buckets.py`), where an object is whole or does not exist; a folder of
 several files is copied there when it is complete, file by file.
 """
 
@@ -22,14 +22,14 @@ from pathlib import Path, PurePath
 from typing import IO, Any, Literal
 
 from vlm_jax import buckets
-from vlm_jax.buckets import is_bucket, path_of  # noqa: F401  # of runs, which ask here alone
+from vlm_jax.buckets import is_bucket, path_of  # noqa: F401  # callers import them from here
 
 
 def write_text(path: str | PurePath, text: str) -> None:
     """Replaces a file by `text` in UTF-8, line ends as they are.
 
     Raises:
-      OSError: if it cannot be written; the old file is still there.
+      OSError: if it cannot be written; the old file is kept.
     """
     with writing(path) as file:
         file.write(text)
@@ -56,8 +56,8 @@ def writing(path: str | PurePath, mode: Literal["w", "wb"] = "w") -> Iterator[IO
     if buckets.is_bucket(path):
         stream = io.BytesIO() if mode == "wb" else io.StringIO(newline="")
         yield stream
-        made = stream.getvalue()
-        buckets.put(path, made.encode() if isinstance(made, str) else made)
+        content = stream.getvalue()
+        buckets.put(path, content.encode() if isinstance(content, str) else content)
         return
     path = Path(os.path.realpath(path))
     fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -70,8 +70,8 @@ def writing(path: str | PurePath, mode: Literal["w", "wb"] = "w") -> Iterator[IO
 def making(path: str | PurePath) -> Iterator[Path]:
     """A path PATH.tmp for a file or a folder that replaces `path` when the body ends.
 
-    What a killed process left at PATH.tmp is removed first, so only one process may write `path`.
-    Parent folders are created.
+    Leftovers of a killed process at PATH.tmp are removed first, so only one process may write
+    `path`. Parent folders are created.
     """
     if buckets.is_bucket(path):
         with tempfile.TemporaryDirectory(prefix="vlm-jax-") as home:
@@ -87,7 +87,7 @@ def making(path: str | PurePath) -> Iterator[Path]:
 
 
 def create(path: str | PurePath, text: str) -> bool:
-    """Makes a file with this text unless there is one, of two that try the first; whether it did.
+    """Creates a file with this text unless it exists; returns whether this call created it.
 
     Raises:
       OSError: if it cannot be written.
@@ -107,20 +107,20 @@ def create(path: str | PurePath, text: str) -> bool:
 
 
 def on_disk(path: Any) -> Path:
-    """A path that any library can open: of one in a bucket, a copy for the life of the process."""
+    """A path that any library can open; for a bucket, a copy that lasts as long as the process."""
     return buckets.download(path) if buckets.is_bucket(path) else Path(path)
 
 
 def size(path: Any) -> int:
     """Bytes of a file."""
-    found = path.stat()
-    return found.length if buckets.is_bucket(path) else found.st_size
+    stat = path.stat()
+    return stat.length if buckets.is_bucket(path) else stat.st_size
 
 
 @contextmanager
 def copied(folder: Any, names: Iterable[str]) -> Iterator[Path]:
-    """A folder on the disk with the files of `folder` that have these names, where the body makes
-    others, which are in `folder` afterwards. A folder on the disk is its own."""
+    """A folder on the disk with the named files of `folder`. Files that the body adds to it are in
+    `folder` afterwards. For a folder on the disk it is `folder` itself."""
     if not buckets.is_bucket(folder):
         yield Path(folder)
         return
@@ -136,10 +136,10 @@ def copied(folder: Any, names: Iterable[str]) -> Iterator[Path]:
 
 
 class Lines:
-    """A file that lines are added to, whose last may be cut off by a crash.
+    """A file that lines are appended to; a crash may cut off the last one.
 
-    On a disk each line is there at once. In a bucket, where nothing can be added, the file is
-    written anew: at most once a minute, and when it is `saved`.
+    On a disk each line is written at once. In a bucket, which cannot append, the whole file is
+    rewritten: at most once a minute, and by `save`.
     """
 
     EVERY = 60.0  # seconds
@@ -153,7 +153,7 @@ class Lines:
             self.file = open(path, "a", encoding="utf-8")
 
     def add(self, line: str) -> None:
-        """Adds a line, without its end."""
+        """Appends a line, given without its line end."""
         if not self.bucket:
             self.file.write(line + "\n")
             self.file.flush()
@@ -163,13 +163,13 @@ class Lines:
             self.save()
 
     def save(self) -> None:
-        """Returns when all lines are there."""
+        """Returns when all lines are written."""
         if self.bucket and self.text != self.written:
             write_text(self.path, self.text)
             self.written, self.at = self.text, time.monotonic()
 
     def close(self) -> None:
-        """Saves and ends."""
+        """Saves and closes the file."""
         self.save()
         if not self.bucket:
             self.file.close()
@@ -177,7 +177,7 @@ class Lines:
 
 @contextmanager
 def adding(path: Any) -> Iterator[Lines]:
-    """Lines for the body alone, which are there when it ends."""
+    """Lines for the body, closed when it ends."""
     lines = Lines(path)
     try:
         yield lines
@@ -210,7 +210,7 @@ def _put(fresh: Path, path: Path) -> Iterator[None]:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file or a folder, if it is there."""
+    """Removes a file or a folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

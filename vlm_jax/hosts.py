@@ -2,15 +2,15 @@
 """The processes of one run: how they find each other, which of them writes, what they agree on.
 
 A run on many hosts is one process for each host, all started with the same command. Process 0 is
-the writer: it alone writes files and speaks. What it decides or reads reaches the others by
-`from_writer`; what each of them found reaches all by `collected`; `barrier` waits for all.
+the writer: it alone writes files and messages. What it decides or reads reaches the others by
+`from_writer`; a value of each process reaches all by `collected`; `barrier` waits for all.
 
-These three go over the coordination service of `jax.distributed` and not over the devices: a wait
-may last as long as the writer works, and nothing is compiled. A process that fails says so there
-(`fail`), and the others end within seconds instead of waiting for it. A process that dies without a
-word is found by its missing heartbeat, and JAX then aborts the others.
+These three use the coordination service of `jax.distributed`, not the devices: a wait may last as
+long as the writer works, and nothing is compiled. A process that fails reports it there (`fail`),
+and the others end within seconds instead of waiting for it. A process that dies without a report is
+detected by its missing heartbeat, and JAX then aborts the others.
 
-In a run of one process every function here is free.
+In a run of one process these functions cost nothing.
 """
 
 import atexit
@@ -33,11 +33,11 @@ from vlm_jax import errors, progress
 
 T = TypeVar("T")
 JOIN_TIMEOUT, HEARTBEAT_TIMEOUT = 300, 100  # seconds: the defaults of jax.distributed
-# Exit status where another process died: what JAX itself ends with (SIGABRT).
+# Exit status if another process died: the one that JAX itself ends with (SIGABRT).
 PEER_DIED = 134
-SLICE_MS = 5000  # of one wait at the service: between two of them Python sees its signals
-PIECE = 1 << 20  # bytes of one value at the service, whose messages are bounded
-# What a process may raise in the others as it is.
+SLICE_MS = 5000  # of one wait for the service: between two waits Python handles signals
+PIECE = 1 << 20  # bytes of one value in the service, whose message size is limited
+# Exceptions that the other processes raise with the same type.
 KINDS = {
     kind.__name__: kind
     for kind in (ValueError, OSError, RuntimeError, FileNotFoundError, PermissionError)
@@ -45,7 +45,7 @@ KINDS = {
 
 
 class Run:
-    """What this process knows of the others; of one process alone, that there are none."""
+    """The state of this process in a run of several; the defaults mean a run of one."""
 
     client: Any = None
     turn = 0  # calls so far: every process makes the same ones in the same order
@@ -63,32 +63,34 @@ def join(
     join_timeout: int = JOIN_TIMEOUT,
     heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
 ) -> None:
-    """Makes this process one of a run of several; before anything of JAX has touched a device.
+    """Makes this process one of a run of several. Call it before JAX uses a device.
 
     Without arguments JAX looks for the others itself (Cloud TPU VMs, GKE, Slurm, Open MPI), and
-    finds none on a machine of its own; where JAX_PLATFORMS is cpu it looks for Slurm alone.
-    `processes=1` alone looks for nobody.
+    finds none on a single machine; if JAX_PLATFORMS is cpu it looks for Slurm only. `processes=1`
+    alone looks for no other process.
 
     Args:
       coordinator: HOST:PORT of process 0, the same for all; the port is free on that host.
-      processes: how many there are. process: which of them this is, from 0.
-      join_timeout: seconds that all of them have to come.
-      heartbeat_timeout: seconds without a sign of life after which a process counts as dead.
+      processes: their number. process: the number of this one, from 0.
+      join_timeout: seconds in which all processes must join.
+      heartbeat_timeout: seconds without a heartbeat after which a process counts as dead.
     Raises:
-      ValueError: for arguments that are incomplete or contradict each other, and where JAX then
-        sees another number of processes.
+      ValueError: for arguments that are incomplete or contradict each other, and if JAX then sees
+        a different number of processes.
     """
     if _RUN.client is not None:
         return
     check(coordinator, processes, process, join_timeout, heartbeat_timeout)
     if coordinator is None and (processes == 1 or no_cluster()):
-        add_up_alike()
+        add_up_in_ring_order()
         return
-    done = threading.Event()
+    joined_event = threading.Event()
     where = coordinator or "the address that JAX found for process 0"
-    said = functools.partial(nobody_came, done, where, processes, process, join_timeout)
-    threading.Thread(target=said, daemon=True).start()
-    # All that is given is all that counts; with nothing given JAX detects everything.
+    watch = functools.partial(
+        end_after_timeout, joined_event, where, processes, process, join_timeout
+    )
+    threading.Thread(target=watch, daemon=True).start()
+    # With arguments JAX detects nothing; without any it detects everything.
     how = {} if coordinator is None else {"cluster_detection_method": "deactivate"}
     try:
         with progress.doing("waiting for the other processes"):
@@ -96,19 +98,19 @@ def join(
                 coordinator,
                 processes,
                 process,
-                # JAX aborts when this is over: `nobody_came` says first what is missing.
+                # JAX aborts after this: `end_after_timeout` reports first what is missing.
                 initialization_timeout=join_timeout + 30,
                 heartbeat_timeout_seconds=heartbeat_timeout,
                 **how,
             )
     except ValueError as error:
         if coordinator is None and "coordinator_address" in str(error):
-            add_up_alike()
-            return  # no cluster: a machine of its own
+            add_up_in_ring_order()
+            return  # no cluster: a single machine
         raise
     finally:
-        done.set()
-    from jax._src import distributed  # its key-value store has no public door
+        joined_event.set()
+    from jax._src import distributed  # its key-value store has no public API
 
     state = distributed.global_state
     if state.num_processes == 1:
@@ -129,33 +131,33 @@ def join(
 def no_cluster() -> bool:
     """Whether JAX need not look for other processes.
 
-    On the CPU of a TPU VM it would find the VMs of the slice, which a run on CPUs does not mean.
+    On the CPU of a TPU VM it would find the VMs of the slice, which a run on CPUs does not use.
     """
     return os.environ.get("JAX_PLATFORMS") == "cpu" and "SLURM_STEP_NODELIST" not in os.environ
 
 
-def add_up_alike() -> None:
-    """Lets simulated devices of this one process add up in the order in which those of several do.
+def add_up_in_ring_order() -> None:
+    """Makes simulated devices of one process add up in the same order as those of several.
 
-    Within a process XLA adds the parts of a sum in the order of the devices, between processes
-    Gloo goes around a ring. With Gloo here too, a run of 8 simulated devices gives the bits of 2
-    processes of 4, and a test of one speaks for the other. One device, and any accelerator, is left
-    alone.
+    Within a process XLA adds the parts of a sum in the order of the devices; between processes
+    Gloo goes around a ring. With Gloo in both cases, 8 simulated devices give the same bits as 2
+    processes with 4 each, so a test of one covers the other. A single device and accelerators are
+    left as they are.
     """
     simulated = re.findall(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     count = max(int((simulated or ["1"])[-1]), jax.config.jax_num_cpu_devices)
     if os.environ.get("JAX_PLATFORMS") != "cpu" or count < 2:
         return
     if any(name.lower().endswith("_proxy") for name in os.environ):
-        # Not through a proxy to this machine itself, of which JAX would warn.
+        # A connection to this machine needs no proxy, and JAX would warn about one.
         direct = os.environ.get("no_grpc_proxy", os.environ.get("no_proxy", ""))
         os.environ["no_grpc_proxy"] = f"{direct},127.0.0.1".lstrip(",")
         with suppress(AttributeError):
             jax.config.update("jax_check_proxy_envs", False)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{found.getsockname()[1]}"
-    # RuntimeError: a program that imports this one has used its devices already.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    # RuntimeError: the program that imports this one has already used its devices.
     with suppress(RuntimeError):
         jax.distributed.initialize(
             address, 1, 0, coordinator_bind_address=address, cluster_detection_method="deactivate"
@@ -169,19 +171,19 @@ def check(
     join_timeout: int,
     heartbeat_timeout: int,
 ) -> None:
-    """ValueError for what `join` cannot be called with."""
+    """Raises ValueError for arguments that `join` does not accept."""
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < 3 and (missing, processes) != (["--coordinator", "--process"], 1):
-        there = " and ".join(name for name in given if name not in missing)
+        present = " and ".join(name for name in given if name not in missing)
         raise ValueError(
-            f"{there} without {' and '.join(missing)}: "
-            "give all three, as --coordinator=HOST:PORT --processes=N --process=I; none where JAX "
+            f"{present} without {' and '.join(missing)}: "
+            "give all three, as --coordinator=HOST:PORT --processes=N --process=I; none if JAX "
             "finds the processes itself (TPU VMs, GKE, Slurm); or --processes=1 alone for one "
             "process"
         )
     if processes is not None and processes < 1:
-        raise ValueError(f"--processes={processes}: give how many there are, 1 or more")
+        raise ValueError(f"--processes={processes}: give the number of processes, 1 or more")
     if process is not None and not 0 <= process < processes:
         raise ValueError(
             f"--process={process} of --processes={processes}: give each host its number, from 0 "
@@ -201,10 +203,13 @@ def check(
             raise ValueError(f"{name}={value}: give seconds, 1 or more")
 
 
-def nobody_came(
+def end_after_timeout(
     done: threading.Event, where: str, processes: int | None, process: int | None, seconds: int
 ) -> None:
-    """Ends this process with one line unless `done` within `seconds`: JAX would abort without."""
+    """Ends this process with one line unless `done` is set within `seconds`.
+
+    JAX itself would abort without an explanation.
+    """
     if done.wait(seconds):
         return
     name, _, port = where.rpartition(":")
@@ -215,7 +220,8 @@ def nobody_came(
             answers = True
         except OSError:
             pass
-    missing = f"nothing answers at {where}" if process and not answers else "not all of them came"
+    missing = f"nothing answers at {where}" if process and not answers else (
+        "not all processes joined")  # fmt: skip
     print(
         f"vlm-jax: {missing} within {seconds} s: start the same command on every host"
         f"{f', {processes} processes' if processes else ''}, with the address of process 0, whose "
@@ -233,8 +239,8 @@ def topology() -> str:
     mine = len(jax.local_devices())
     return (
         f"{jax.process_count()} processes x {mine} devices ({devices[0].device_kind}) = "
-        f"{len(devices)} devices; process {jax.process_index()} of {socket.gethostname()} writes "
-        "and speaks"
+        f"{len(devices)} devices; process {jax.process_index()} on {socket.gethostname()} writes "
+        "files and messages"
     )
 
 
@@ -244,19 +250,19 @@ def joined() -> bool:
 
 
 def is_writer() -> bool:
-    """Whether this process writes files and speaks: one of each run does."""
+    """Whether this process writes files and messages: one process of each run does."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has come here."""
+    """Returns when every process has called it."""
     collected(name)
 
 
 def from_writer(make: Callable[[], T]) -> T:
-    """What `make` gives in the writer, where alone it is called, in every process.
+    """Calls `make` in the writer only; its value in every process.
 
-    A value is what JSON holds. Files that `make` writes are there when this returns. What it raises
+    The value must be JSON. Files that `make` writes exist when this returns. An exception of `make`
     is raised in every process.
     """
     if not joined():
@@ -272,13 +278,13 @@ def from_writer(make: Callable[[], T]) -> T:
         _set(key, json.dumps({"value": value}))
         return value
     except Exception as error:
-        said = {"error": errors.sentence(error), "kind": type(error).__name__}
-        _set(key, json.dumps(said))
+        failure = {"error": errors.sentence(error), "kind": type(error).__name__}
+        _set(key, json.dumps(failure))
         raise
 
 
 def collected(value: T) -> list[T]:
-    """The values of all processes, in their order, in every process; a value is what JSON holds."""
+    """The JSON values of all processes, in their order, in every process."""
     if not joined():
         return [value]
     key = _next_key()
@@ -287,22 +293,22 @@ def collected(value: T) -> list[T]:
 
 
 def check_same(what: str, value: Any) -> None:
-    """ValueError in every process where `value`, which JSON holds, differs between them."""
+    """Raises ValueError in every process if `value`, which must be JSON, differs between them."""
     if not joined():
         return
     value = json.loads(json.dumps(value))
-    for process, theirs in enumerate(collected(value)):
-        if theirs != value:
+    for process, other in enumerate(collected(value)):
+        if other != value:
             raise ValueError(
-                f"process {process} has another {what} than process {jax.process_index()}: every "
-                "host needs the same command, the same version and the same files"
+                f"{what} of process {process} and process {jax.process_index()} differ: every host "
+                "needs the same command, the same version and the same files"
             )
 
 
 def fetched(tree: Any) -> Any:
-    """Arrays as numpy in the memory of every process, those of all processes gathered.
+    """Arrays as numpy in every process, gathered from all devices.
 
-    Every process calls it with the same arrays.
+    Every process must call it with the same arrays.
     """
 
     def one(x: Any) -> np.ndarray:
@@ -319,25 +325,24 @@ def _everywhere(x: jax.Array) -> jax.Array:
 
 
 def fail(code: int, message: str) -> None:
-    """Ends every process of the run, because this one cannot go on; returns in a run of one.
+    """Ends every process of the run with `code`, because this one failed; returns in a run of one.
 
-    The others end with `code` too. At its end a process would otherwise wait for them, and they
-    for it.
+    Otherwise this process and the others would wait for each other at their ends.
     """
     if not joined():
         return
     _RUN.stop.set()
-    said = {"process": jax.process_index(), "code": code, "message": message}
+    failure = {"process": jax.process_index(), "code": code, "message": message}
     try:
-        _RUN.client.key_value_set("vlm_jax/failed", json.dumps(said))
+        _RUN.client.key_value_set("vlm_jax/failed", json.dumps(failure))
     except Exception:
-        pass  # another process failed first, or the service is gone: JAX ends the others
+        pass  # another process failed first, or the service has ended: JAX ends the others
     _end(code)
 
 
 def _end(code: int) -> None:
-    """Leaves without JAX's own good-bye, which waits for all; the process of the service waits a
-    little, so that the others hear why."""
+    """Exits without JAX's own shutdown, which waits for all processes. The process of the service
+    waits up to 5 s, so that the others can read the reason."""
     sys.stdout.flush()
     sys.stderr.flush()
     try:
@@ -352,20 +357,20 @@ def _end(code: int) -> None:
 
 
 def _listen(stop: threading.Event, client: Any) -> None:
-    """Ends this process soon after another one has failed."""
+    """Ends this process soon after another one failed."""
     while not stop.wait(1.0):
         try:
-            said = json.loads(client.key_value_try_get("vlm_jax/failed"))
+            failure = json.loads(client.key_value_try_get("vlm_jax/failed"))
         except Exception:
-            continue  # nobody has; or the service is gone, and JAX ends this process
+            continue  # no process failed; or the service has ended, and JAX ends this process
         if not stop.is_set():
             print(
-                f"vlm-jax: process {said['process']} failed ({said['message']}), and process "
+                f"vlm-jax: process {failure['process']} failed ({failure['message']}), and process "
                 f"{jax.process_index()} ends with it",
                 file=sys.stderr,
                 flush=True,
             )
-            _end(said["code"])
+            _end(failure["code"])
 
 
 def _next_key() -> str:
@@ -387,7 +392,7 @@ def _get(key: str) -> str:
 
 
 def _wait_for(key: str) -> bytes:
-    """A value of the service, however long it takes to be there."""
+    """A value of the service; waits for it without a limit."""
     while True:
         try:
             return _RUN.client.blocking_key_value_get_bytes(key, SLICE_MS)

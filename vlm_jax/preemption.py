@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM says that a machine is taken back: what is worth keeping is saved, the status is 42.
+"""SIGTERM means that the machine is preempted: work is saved, and the exit status is 42.
 
-Where there is work to save, a loop is `held` and asks at every step whether to stop (`reached`);
-the answer is the same step in all processes of a run. Elsewhere one process stops at once. A run
-of several processes stops in its loops alone: one that left by itself would take the others down.
+A loop with work to save is `held` and asks at every step whether to stop (`reached`); all processes
+of a run stop at the same step. Elsewhere a single process stops at once. A run of several processes
+stops only in its loops: a process that left alone would take the others down.
 
 A second SIGTERM, a second or more after the first, ends the process at once.
 """
@@ -16,36 +16,36 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-STATUS = 42  # of a process that stopped because of SIGTERM and goes on when it is started again
-# Seconds in which a second SIGTERM is part of the first: `timeout` sends it to a process and again
-# to its group.
+STATUS = 42  # of a process that stopped after SIGTERM and continues when it is started again
+# Seconds in which a second SIGTERM counts as part of the first: `timeout` signals a process and
+# then its group.
 ONE_NOTICE = 1.0
-# Seconds until a process is ended whose main thread does not answer, as in a compilation.
+# Seconds after which a process is ended if its main thread does not react, as in a compilation.
 PATIENCE = 5.0
 
 
 class Preempted(BaseException):
-    """The run stops here and goes on from here when its command is repeated.
+    """The run stops here and continues from here when its command is repeated.
 
-    Like KeyboardInterrupt it is no Exception: nothing that handles a failure handles it.
+    Like KeyboardInterrupt it is not an Exception, so that no handler of failures catches it.
     """
 
 
 class Notice:
-    """What this process knows of SIGTERM."""
+    """The state of SIGTERM handling in this process."""
 
     def __init__(self) -> None:
         self.received = threading.Event()
         self.depth = 0  # of `held`
         self.asked = 0
-        self.answered = threading.Event()  # the main thread stops by itself
+        self.answered = threading.Event()  # set when the main thread stops by itself
         self.closed = threading.Event()
         self.last: list[Callable[[], None]] = []  # called before a process is ended from outside
         self.forward: Callable[[int], None] | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While the body runs, SIGTERM is a notice. It must be the main thread's."""
+        """While the body runs, SIGTERM is a notice. Only the main thread can listen."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -53,8 +53,8 @@ class Notice:
             event.clear()
         self.depth = 0
         before = signal.getsignal(signal.SIGTERM)
-        # A signal handler of Python waits until the main thread is back in Python, which a
-        # compilation may put off for minutes; what is written here is read by a thread at once.
+        # A Python signal handler runs only when the main thread is back in Python, which may take
+        # minutes in a compilation. The wake-up pipe is read by a thread at once.
         read, write = os.pipe()
         os.set_blocking(write, False)
         woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -71,33 +71,33 @@ class Notice:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
     def install(self) -> None:
-        """Takes SIGTERM; called again when jax.distributed has begun, which takes it for itself.
+        """Installs the handler; called again after jax.distributed starts, which replaces it.
 
-        JAX's handler, a function of C, is remembered: its service, which agrees on a step with the
-        other processes, must hear of the signal too.
+        JAX's handler, a C function, is kept and called too: its service agrees on a step with the
+        other processes.
         """
         if distributed():
             libc = ctypes.CDLL(None)
             libc.signal.restype = ctypes.c_void_p
             libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-            theirs = libc.signal(signal.SIGTERM, None)
-            if theirs and self.forward is None:
-                self.forward = ctypes.CFUNCTYPE(None, ctypes.c_int)(theirs)
+            handler = libc.signal(signal.SIGTERM, None)
+            if handler and self.forward is None:
+                self.forward = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
         signal.signal(signal.SIGTERM, self.handle)
 
     def handle(self, *_: object) -> None:
-        """Runs in the main thread: stops it where it stands, unless there is work to save."""
+        """Runs in the main thread: stops it at once unless there is work to save."""
         self.received.set()
         if not self.depth and not distributed() and not self.answered.is_set():
-            raise self.stopped("nothing was to be saved")
+            raise self.stopped("there was nothing to save")
 
     def stopped(self, what: str) -> Preempted:
-        """What the main thread raises to stop."""
+        """The exception that the main thread raises to stop."""
         self.answered.set()
         return Preempted(f"SIGTERM: {what}")
 
     def wait(self, read: int) -> None:
-        """The thread that hears of the signal, whatever the main thread does."""
+        """Runs in a thread that sees the signal, whatever the main thread does."""
         try:
             while signal.SIGTERM not in (heard := os.read(read, 64)):
                 if not heard:
@@ -110,7 +110,7 @@ class Notice:
         print("SIGTERM: stopping; a second one ends at once", file=sys.stderr, flush=True)
         if self.closed.wait(ONE_NOTICE):
             return
-        # By the kernel from now on: it needs no thread of ours.
+        # From now on the kernel ends the process: that needs no thread.
         ctypes.CDLL(None).signal(signal.SIGTERM, None)
         self.closed.wait(PATIENCE - ONE_NOTICE)
         stops = self.closed.is_set() or self.answered.is_set()
@@ -118,37 +118,37 @@ class Notice:
             return
         for end in self.last:
             end()
-        print("SIGTERM: nothing was to be saved", file=sys.stderr, flush=True)
+        print("SIGTERM: there was nothing to save", file=sys.stderr, flush=True)
         os._exit(STATUS)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """The body has work to save: it asks `reached`, and is not stopped elsewhere."""
+        """The body has work to save: it asks `reached`, and is stopped nowhere else."""
         self.depth += 1
         try:
             yield
         finally:
             self.depth -= 1
         if not self.depth and not distributed() and self.received.is_set():
-            raise self.stopped("what was under way is saved")
+            raise self.stopped("the work in progress is saved")
 
     def reached(self) -> bool:
-        """Whether to save and stop now. All processes ask equally often, and are told the same."""
+        """Whether to save and stop now. All processes ask equally often and get the same answer."""
         if not distributed():
             return self.received.is_set()
         from jax.experimental import multihost_utils
 
-        self.asked += 1  # over all loops of the process: the service wants rising numbers
+        self.asked += 1  # over all loops of the process: the service needs increasing numbers
         return multihost_utils.reached_preemption_sync_point(self.asked)
 
     def point(self, what: str) -> None:
-        """A place in a loop without work to save: Preempted if it is to stop here."""
+        """Raises Preempted if a loop without work to save should stop here."""
         if self.reached():
             raise self.stopped(what)
 
 
 def distributed() -> bool:
-    """Whether this process is one of a run's several, as far as JAX was told; never imports it."""
+    """Whether jax.distributed runs in this process; does not import JAX."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The largest arrays of a program that was traced but does not compile: all that it names, by the
-shard of a device. The compiler may not keep some of them, since it fuses operations."""
+"""The largest arrays of a traced program that does not compile, by the size of a device's shard.
+
+The compiler fuses operations, so it may not allocate all of them.
+"""
 
 import math
 from collections.abc import Iterator
@@ -11,10 +13,10 @@ import jax
 
 def inner(value: Any) -> Iterator[Any]:
     """The programs in a parameter of an equation."""
-    for one in value if isinstance(value, (tuple, list)) else [value]:
-        found = getattr(one, "jaxpr", one)
-        if hasattr(found, "eqns"):
-            yield found
+    for part in value if isinstance(value, (tuple, list)) else [value]:
+        program = getattr(part, "jaxpr", part)
+        if hasattr(program, "eqns"):
+            yield program
 
 
 def on_device(aval: Any) -> int:
@@ -28,7 +30,7 @@ def on_device(aval: Any) -> int:
 
 def largest(jaxpr: Any, most: int = 8) -> list[dict[str, Any]]:
     """Type, bytes on a device and scope of the largest arrays that a program makes."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    arrays: dict[tuple[str, str], dict[str, Any]] = {}
 
     def walk(program: Any, above: str) -> None:
         for equation in program.eqns:
@@ -37,7 +39,7 @@ def largest(jaxpr: Any, most: int = 8) -> list[dict[str, Any]]:
             parts = [p for value in equation.params.values() for p in inner(value)]
             for part in parts:
                 walk(part, scope)
-            # What a call returns is named inside of it; a loop stacks it anew.
+            # The results of a call are already listed inside it; a loop stacks its own.
             if parts and equation.primitive.name not in ("scan", "while"):
                 continue
             for out in equation.outvars:
@@ -45,7 +47,7 @@ def largest(jaxpr: Any, most: int = 8) -> list[dict[str, Any]]:
                     continue
                 named = out.aval.str_short(short_dtypes=True)
                 size, at = on_device(out.aval), f"{scope}/{equation.primitive.name}".strip("/")
-                found.setdefault((named, scope), dict(type=named, bytes=size, scope=at))
+                arrays.setdefault((named, scope), dict(type=named, bytes=size, scope=at))
 
     walk(getattr(jaxpr, "jaxpr", jaxpr), "")
-    return sorted(found.values(), key=lambda one: -one["bytes"])[:most]
+    return sorted(arrays.values(), key=lambda one: -one["bytes"])[:most]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compiled program computes, moves and sends on one device, loops multiplied.
+"""What a compiled program computes, moves and sends on one device; loop bodies count per trip.
 
 Matrix products are counted from the text, HBM bytes from the types and layouts of operands and
 results, collectives by kind. docs/pods.md says where such numbers mislead.
@@ -15,7 +15,7 @@ from vlm_jax.aot.hlo import ARRAY, Module, Operation, in_hbm, size_of
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
                "collective-broadcast")  # fmt: skip
-# Operations that move nothing.
+# Operations that move no data.
 FREE = {"parameter", "bitcast", "tuple", "get-tuple-element", "constant", "after-all",
         "partition-id", "opt-barrier", "while", "conditional", "call"}  # fmt: skip
 
@@ -39,7 +39,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An array that an operation makes: its type, its bytes in HBM, where it comes from."""
+    """The result of an operation: its type, its bytes in HBM, its place in the source."""
 
     type: str
     bytes: int
@@ -52,13 +52,13 @@ class Facts:
 
     Attributes:
       flops: of matrix products and convolutions.
-      kernel_calls: of Pallas kernels; kernel_flops, kernel_bytes: what these declare themselves.
-      cycles: as the compiler estimates, by scope; neither collectives nor kernels are in it.
+      kernel_calls: of Pallas kernels; kernel_flops, kernel_bytes: as the kernels declare them.
+      cycles: the compiler's estimate by scope, without collectives and kernels.
       hbm_bytes: read and written by all operations, arrays in VMEM left out.
       saved_bytes: of the arrays that loops over layers leave for the backward pass.
-      gradient_bytes: of those that the backward loops leave.
+      gradient_bytes: of the arrays that the backward loops leave.
       collectives: all of them. largest: arrays, the largest first.
-      unread_loops: loops counted once.
+      unread_loops: loops whose trip count could not be read; their bodies count once.
     """
 
     flops: float
@@ -76,12 +76,12 @@ class Facts:
 
 def dimensions(type: str) -> list[int]:
     """The sizes of an array."""
-    found = ARRAY.match(type)
-    return [int(n) for n in found[2].split(",") if n] if found else []
+    match = ARRAY.match(type)
+    return [int(n) for n in match[2].split(",") if n] if match else []
 
 
 def flops_of(op: Operation, table: Mapping[str, Operation]) -> float:
-    """FLOPs of a matrix product or a convolution, 2 per multiply-add; 0 of anything else."""
+    """FLOPs of a matrix product or a convolution, 2 per multiply-add; 0 for other operations."""
     if op.opcode not in ("dot", "convolution") or any(name not in table for name in op.operands):
         return 0.0
     left, right = (dimensions(table[name].type) for name in op.operands[:2])
@@ -103,12 +103,12 @@ def flops_of(op: Operation, table: Mapping[str, Operation]) -> float:
 
 
 def windows(op: Operation, count: int) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
-    """Of each spatial dimension its letter, stride, padding before, and dilations of both sides."""
+    """For each spatial dimension: its letter, stride, padding before, dilations of both sides."""
     text = re.search(r"window=\{([^}]*)\}", op.rest)
-    said = dict(part.split("=") for part in text[1].split()) if text else {}
+    window = dict(part.split("=") for part in text[1].split()) if text else {}
 
     def per(name: str, default: int) -> list[int]:
-        parts = said[name].split("x") if name in said else [str(default)] * count
+        parts = window[name].split("x") if name in window else [str(default)] * count
         return [int(part.split("_")[0]) for part in parts]
 
     values = zip(
@@ -121,18 +121,18 @@ def windows(op: Operation, count: int) -> Iterator[tuple[str, tuple[int, int, in
 def reached(
     left: int, right: int, out: int, stride: int, pad: int, left_apart: int, right_apart: int
 ) -> int:
-    """Pairs of a place in the result and one in the window whose input is there, in one dimension.
+    """Pairs of an output position and a window position whose input exists, in one dimension.
 
-    Products over a batch are written as convolutions of which most pairs fall between the inputs.
+    XLA writes batched products as convolutions in which most pairs fall between the inputs.
     """
     if right == 1 and pad == 0 and left_apart == 1:
         return out
-    found = 0
+    pairs = 0
     for k in range(right):
         for o in range(out):
             at = o * stride - pad + k * right_apart
-            found += at >= 0 and at % left_apart == 0 and at // left_apart < left
-    return found
+            pairs += at >= 0 and at % left_apart == 0 and at // left_apart < left
+    return pairs
 
 
 def group_of(op: Operation) -> int:
@@ -153,15 +153,15 @@ def group_of(op: Operation) -> int:
 def collective_of(
     op: Operation, table: Mapping[str, Operation], times: int, asynchronous: bool
 ) -> Collective | None:
-    """The communication of an operation; None of one that has none."""
+    """The collective that an operation is; None for any other operation."""
     kind = op.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
     read = sum(size_of(table[name].type) for name in op.operands if name in table)
-    made = size_of(op.type)
+    written = size_of(op.type)
     if op.opcode.endswith("-start") and op.type.startswith("("):
-        made = max(made - read, read) if kind == "all-gather" else read
-    whole, group = (made if kind == "all-gather" else read), group_of(op)
+        written = max(written - read, read) if kind == "all-gather" else read
+    whole, group = (written if kind == "all-gather" else read), group_of(op)
     ring = (group - 1) / group if group > 1 else 0.0
     sent = {"all-reduce": 2 * ring * whole, "collective-permute": float(whole)}.get(
         kind, ring * whole
@@ -178,8 +178,8 @@ def facts(text: str, scope_of: Callable[[str], str] = lambda scope: "all") -> Fa
     flops, moved = 0.0, 0.0
     kernels = [0, 0.0, 0.0]
     cycles: dict[str, int] = {}
-    collectives, met = [], set()
-    made: dict[tuple[str, str], Tensor] = {}
+    collectives, places = [], set()
+    tensors: dict[tuple[str, str], Tensor] = {}
     for op, times, table in module.executed():
         estimate = re.search(r'"estimated_cycles":"(\d+)"', op.rest)
         if estimate:
@@ -188,7 +188,7 @@ def facts(text: str, scope_of: Callable[[str], str] = lambda scope: "all") -> Fa
         moved += times * traffic(op, table)
         if op.opcode not in FREE and not op.opcode.endswith(("-start", "-done")):
             for type in whole_arrays(op.type):
-                made.setdefault((type, op.scope), Tensor(type, int(in_hbm(type)), op.scope))
+                tensors.setdefault((type, op.scope), Tensor(type, int(in_hbm(type)), op.scope))
         beside = op.opcode == "async-start" or "async" in f"{op.name} {op.called('calls')}"
         for inner, names in [(op, table), *module.inside(op)]:
             flops += times * flops_of(inner, names)
@@ -197,16 +197,16 @@ def facts(text: str, scope_of: Callable[[str], str] = lambda scope: "all") -> Fa
             if sent is None:
                 continue
             if "all-reduce-scatter" in str(op.called("calls")):
-                # The compiler's form of it: a reduction whose shard alone is kept.
+                # The compiler's form of a reduce-scatter: only a shard of the reduction is kept.
                 sent = dataclasses.replace(sent, kind="reduce-scatter", sent=sent.sent / 2)
-            # What runs beside computing is spread over several fusions, each of which repeats it.
+            # An asynchronous collective is spread over several fusions, each of which repeats it.
             channel = re.search(r"channel_id=(\d+)", inner.rest)
             place = (next(iter(table)), channel and channel[1])
-            if channel is None or not sent.asynchronous or place not in met:
+            if channel is None or not sent.asynchronous or place not in places:
                 collectives.append(sent)
-                met.add(place)
+                places.add(place)
     saved, gradients = kept_by_loops(module)
-    largest = sorted(made.values(), key=lambda tensor: -tensor.bytes)[:20]
+    largest = sorted(tensors.values(), key=lambda tensor: -tensor.bytes)[:20]
     return Facts(
         flops,
         int(kernels[0]),
@@ -223,17 +223,17 @@ def facts(text: str, scope_of: Callable[[str], str] = lambda scope: "all") -> Fa
 
 
 def whole_arrays(type: str) -> list[str]:
-    """The arrays of a type, each as it is written."""
-    return [found[0] for found in ARRAY.finditer(type)]
+    """The arrays of a type, each as text."""
+    return [match[0] for match in ARRAY.finditer(type)]
 
 
-# Matrix products of each kind of kernel of splash attention, which declares none, over one triangle
-# of queries and keys.
+# Matrix products of each splash attention kernel over one triangle of queries and keys; the kernels
+# declare no cost.
 SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def splash_flops(op: Operation, table: Mapping[str, Operation]) -> float:
-    """FLOPs of a kernel of splash attention, from its operands; half of the pairs are hidden."""
+    """FLOPs of a splash attention kernel, from its operands; half of the pairs are masked."""
     kind = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", op.rest)
     shapes = [dimensions(table[name].type) for name in op.operands if name in table]
     # Queries, keys and values: [B N T H], or without B where a device has one row.
@@ -245,18 +245,18 @@ def splash_flops(op: Operation, table: Mapping[str, Operation]) -> float:
 
 
 def declared(op: Operation, table: Mapping[str, Operation]) -> tuple[int, float, float]:
-    """Of a Pallas kernel 1 and the FLOPs and bytes that it declares itself; nothing of others."""
+    """For a Pallas kernel: 1, and the FLOPs and bytes that it declares; 0 for other operations."""
     if 'custom_call_target="tpu_custom_call"' not in op.rest:
         return 0, 0.0, 0.0
     if flops := splash_flops(op, table):
         return 1, flops, traffic(op, table)
-    said = [re.search(rf'"{name}":"(\d+)"', op.rest) for name in ("flops", "bytes_accessed")]
-    return 1, *(float(found[1]) if found else 0.0 for found in said)  # type: ignore[return-value]
+    matches = [re.search(rf'"{name}":"(\d+)"', op.rest) for name in ("flops", "bytes_accessed")]
+    return 1, *(float(match[1]) if match else 0.0 for match in matches)  # type: ignore[return-value]
 
 
 def kept_by_loops(module: Module) -> tuple[int, int]:
-    """Bytes of the stacked arrays that the loops of ENTRY fill, those of forward passes and those
-    of backward passes (gradients)."""
+    """Bytes of the stacked arrays that the loops of ENTRY fill: in forward passes, and in backward
+    passes (gradients)."""
     kept = {False: 0, True: 0}
     for loop in module.computations[module.entry]:
         body = str(loop.called("body"))
@@ -278,17 +278,17 @@ def kept_by_loops(module: Module) -> tuple[int, int]:
 def traffic(op: Operation, table: Mapping[str, Operation]) -> float:
     """Bytes of HBM that an operation reads and writes: its operands and its result, padded.
 
-    What is updated in place or cut out counts by the part alone, where the operation itself says
-    so; a fusion that does it counts whole, which is too much.
+    An in-place update or a slice counts only the part that it touches. A fusion that contains one
+    counts whole arrays, which is too much.
     """
     if op.opcode in FREE or op.opcode.endswith("-done"):
         return 0.0
-    if '"bytes_accessed":"' in op.rest:  # a kernel that says so: what it updates in place is whole
+    if '"bytes_accessed":"' in op.rest:  # a kernel's own count; its in-place operands are whole
         return float(re.findall(r'"bytes_accessed":"(\d+)"', op.rest)[0])
     read = [in_hbm(table[name].type) for name in op.operands if name in table]
-    if op.opcode == "copy-start":  # its result names both ends; one in VMEM is no traffic
+    if op.opcode == "copy-start":  # its type names source and target; VMEM is no traffic
         return in_hbm(op.type)
-    if op.opcode == "slice-start":  # whole, and the part of it that is copied into VMEM
+    if op.opcode == "slice-start":  # its type names the array and the part copied to VMEM
         _, part, *_ = whole_arrays(op.type)
         return in_hbm(re.sub(r"S\(\d\)", "", part)) + in_hbm(part)
     if op.opcode == "dynamic-update-slice":

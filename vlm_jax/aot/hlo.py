@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the text of a compiled program: its operations, and how often each of them runs.
 
-XLA's own cost analysis counts the body of a loop once. Here the trips of a loop are read from its
-condition; a loop that cannot be read counts once and is named (`Module.unread`).
+XLA's own cost analysis counts the body of a loop once. Here the trip count of a loop is read from
+its condition; a loop whose count cannot be read counts once and is listed in `Module.unread`.
 """
 
 import dataclasses
@@ -27,24 +27,24 @@ class Operation:
     type: str
     opcode: str
     operands: tuple[str, ...]
-    arguments: str  # the operands as they are written
+    arguments: str  # the operands as text
     rest: str
     root: bool = False
 
     @property
     def scope(self) -> str:
         """Where the operation comes from in the source, such as "jit(step)/llm/mlp/dot_general"."""
-        found = re.search(r'op_name="([^"]*)"', self.rest)
-        return found[1] if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.rest)
+        return match[1] if match else ""
 
     def called(self, attribute: str) -> str | None:
         """The computation that an attribute such as `body` names."""
-        found = re.search(rf"\b{attribute}=%?([\w.-]+)", self.rest)
-        return found[1] if found else None
+        match = re.search(rf"\b{attribute}=%?([\w.-]+)", self.rest)
+        return match[1] if match else None
 
 
 def elements(dims: str) -> int:
-    """How many numbers an array "4,8" holds."""
+    """How many numbers an array with dimensions such as "4,8" holds."""
     return math.prod(int(n) for n in dims.split(",") if n)
 
 
@@ -55,7 +55,7 @@ def size_of(type: str) -> int:
 
 @functools.cache
 def in_hbm(type: str) -> float:
-    """Bytes that the arrays of a type take in HBM, padded to their tiles; 0 of one in VMEM."""
+    """Bytes that the arrays of a type take in HBM, padded to their tiles; 0 for those in VMEM."""
     total = 0.0
     for kind, dims, layout in ARRAY.findall(type):
         order, _, tiling = layout.strip("{}").partition(":")
@@ -74,21 +74,21 @@ def in_hbm(type: str) -> float:
 
 
 def closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` is closed."""
+    """The index of the parenthesis that closes the one at `start`."""
     depth = 0
     for at in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[at], 0)
         if not depth:
             return at
-    raise ValueError(f"no operation of a program: {text[:80]!r}")
+    raise ValueError(f"not an operation of a compiled program: {text[:80]!r}")
 
 
 def operation(line: str) -> Operation | None:
-    """The operation of a line; None of a line that has none."""
-    found = re.match(r"\s*(ROOT )?%?([\w.-]+) = ", line)
-    if not found:
+    """The operation on a line; None if the line has none."""
+    match = re.match(r"\s*(ROOT )?%?([\w.-]+) = ", line)
+    if not match:
         return None
-    rest = line[found.end() :]
+    rest = line[match.end() :]
     if rest.startswith("("):
         end = closing(rest, 0) + 1
     else:
@@ -102,13 +102,13 @@ def operation(line: str) -> Operation | None:
     closed = closing(rest, opened)
     arguments = rest[opened + 1 : closed]
     return Operation(
-        found[2],
+        match[2],
         rest[:end],
         rest[end:opened].strip(),
         tuple(NAME.findall(arguments)),
         arguments,
         rest[closed + 1 :],
-        bool(found[1]),
+        bool(match[1]),
     )
 
 
@@ -121,15 +121,15 @@ class Module:
         current: list[Operation] = []
         for line in text.splitlines():
             if line[:1] in ("%", "E") and line.rstrip().endswith("{"):
-                named = re.match(r"(ENTRY )?%?([\w.-]+)", line)
-                assert named is not None
-                current = self.computations[named[2]] = []
-                if named[1]:
-                    self.entry = named[2]
-            elif line.startswith("  ") and (found := operation(line)) is not None:
-                current.append(found)
+                match = re.match(r"(ENTRY )?%?([\w.-]+)", line)
+                assert match is not None
+                current = self.computations[match[2]] = []
+                if match[1]:
+                    self.entry = match[2]
+            elif line.startswith("  ") and (op := operation(line)) is not None:
+                current.append(op)
         if not self.entry:
-            raise ValueError("this text has no ENTRY: it is no compiled program")
+            raise ValueError("this text has no ENTRY: it is not a compiled program")
         self.unread: list[str] = []
 
     def table(self, name: str) -> dict[str, Operation]:
@@ -137,8 +137,8 @@ class Module:
         return {op.name: op for op in self.computations[name]}
 
     def executed(self) -> Iterator[tuple[Operation, int, dict[str, Operation]]]:
-        """Every operation that runs by itself (not inside of another), how often, and those of its
-        computation."""
+        """Every operation outside fusions, how often it runs, and the operations of its computation
+        by name."""
         yield from self._run(self.entry, 1)
 
     def _run(self, name: str, times: int) -> Iterator[tuple[Operation, int, dict[str, Operation]]]:
@@ -161,7 +161,8 @@ class Module:
                         yield from self._run(branch, times)
 
     def inside(self, op: Operation) -> Iterator[tuple[Operation, dict[str, Operation]]]:
-        """An operation's own and, of a fusion or what runs asynchronously, those it is made of."""
+        """The operations inside a fusion or an asynchronous start, each with those of its
+        computation by name."""
         to = op.called("calls") if op.opcode in ("fusion", "async-start") else None
         if to in self.computations:
             table = self.table(str(to))
@@ -170,10 +171,10 @@ class Module:
                 yield from (more for more in self.inside(inner) if more[0] is not inner)
 
     def trips(self, loop: Operation) -> int:
-        """How often the body of a loop runs; 1, and noted, where that cannot be read.
+        """How often the body of a loop runs; 1, and listed in `unread`, if that cannot be read.
 
-        The counter starts at 0: the condition compares it with a constant, the body adds one to it
-        or, of a loop that the compiler unrolled, more.
+        The counter starts at 0: the condition compares it with a constant, and the body adds 1 to
+        it, or more in a loop that the compiler unrolled.
         """
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
         if known:
@@ -197,9 +198,9 @@ class Module:
         ]
         compared = [op for op, _ in self._whole(condition) if op.opcode == "compare"]
         places = [
-            int(found[1])
+            int(match[1])
             for op in self.computations[condition]
-            if op.opcode == "get-tuple-element" and (found := re.search(r"index=(\d+)", op.rest))
+            if op.opcode == "get-tuple-element" and (match := re.search(r"index=(\d+)", op.rest))
         ]
         if len(constants) != 1 or len(compared) != 1 or "direction=LT" not in compared[0].rest:
             return None
@@ -212,7 +213,7 @@ class Module:
             yield from self.inside(op)
 
     def _step(self, body: str, index: int | None) -> int:
-        """What the body adds to its counter; 1 where it cannot be read."""
+        """What the body adds to its counter; 1 if it cannot be read."""
         table = self.table(body)
         root = next((op for op in self.computations[body] if op.root), None)
         if root is None or index is None or index >= len(root.operands):

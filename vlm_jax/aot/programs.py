@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The real programs of a configuration, traced from shapes on the current mesh.
 
-Nothing is allocated: parameters, optimizer state, batches and caches are shapes with their place.
+Nothing is allocated: parameters, optimizer state, batches and caches are shapes with shardings.
 
 B batch  M images of a row  T text tokens  U question tokens  I image side in pixels
 """
@@ -25,7 +25,7 @@ MODES = ("align", "finetune", "prefill", "decode", "evaluate")
 
 @dataclass(frozen=True)
 class Program:
-    """One traced program, and bytes on a device of what goes in, by kind."""
+    """One traced program, and the bytes of its inputs on one device, by kind."""
 
     name: str
     traced: Any  # jax.stages.Traced
@@ -40,15 +40,15 @@ def shape_of(shape: tuple[int, ...], dtype: Any, *dims: str) -> jax.ShapeDtypeSt
 
 
 def batch_of(recipe: Recipe, rows: int, *, answer: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as the loader gives it for this recipe, with pixels; `answer` as in training."""
+    """A batch as the loader makes it for this recipe, with pixels; `answer` as in training."""
     side = recipe.model.vit.image_size
-    # As long as in the largest bucket where there are several; requests are not packed.
+    # With buckets, the length of the largest one. Requests are not packed.
     packed = answer and recipe.arrangement.row_length > 0
     text, images = (
         recipe.row[:2] if packed else (recipe.rows.text_length, recipe.rows.images_per_row)
     )
     of_image = (rows, images) if images > 1 else (rows,)
-    made: dict[str, tuple[tuple[int, ...], Any]] = dict(
+    specs: dict[str, tuple[tuple[int, ...], Any]] = dict(
         ids=((rows, text), jnp.int32),
         length=((rows,), jnp.int32),
         image_at=(of_image, jnp.int32),
@@ -57,12 +57,12 @@ def batch_of(recipe: Recipe, rows: int, *, answer: bool) -> dict[str, jax.ShapeD
         pixels=((*of_image, side, side, 3), jnp.float32),
     )
     if answer:
-        made["loss_mask"] = ((rows, text), jnp.bool_)
+        specs["loss_mask"] = ((rows, text), jnp.bool_)
     if packed:
-        made |= dict(segment=((rows, text), jnp.int32), image_segment=(of_image, jnp.int32))
+        specs |= dict(segment=((rows, text), jnp.int32), image_segment=(of_image, jnp.int32))
     elif answer:
-        made["index"] = ((rows,), jnp.int32)
-    return {name: shape_of(*of, "batch") for name, of in made.items()}
+        specs["index"] = ((rows,), jnp.int32)
+    return {name: shape_of(*of, "batch") for name, of in specs.items()}
 
 
 def train_step(recipe: Recipe, name: str) -> Program:
@@ -91,11 +91,11 @@ def train_step(recipe: Recipe, name: str) -> Program:
 
 
 def serving(recipe: Recipe, *, rows: int, new_tokens: int, dtype: str) -> Callable[[str], Program]:
-    """What gives the program "prefill" or "decode" of `rows` requests, as `serving/` runs them,
+    """A function that traces "prefill" or "decode" for `rows` requests, as `serving/` runs them,
     with weights of `dtype`."""
 
     def stored(model: vlm.VLM) -> vlm.VLM:
-        """The model as `serving/` has it: the layers of the LLM apart."""
+        """The model as `serving/` holds it: the layers of the LLM unstacked."""
         if model.compressor.buckets:
             model = model.at(model.compressor.slots(recipe.model.compressor.tokens))
         model = jax.tree.map(lambda x: x.astype(dtype), model)
@@ -109,7 +109,7 @@ def serving(recipe: Recipe, *, rows: int, new_tokens: int, dtype: str) -> Callab
         batch["limit"] = shape_of((rows,), jnp.int32, "batch")
     weights = memory.in_shards(model)
 
-    def made(name: str) -> Program:
+    def program_of(name: str) -> Program:
         given = (model, batch, None, None)
         room = dict(new_tokens=decoder.bucket(new_tokens))
         if name == "prefill":
@@ -122,13 +122,13 @@ def serving(recipe: Recipe, *, rows: int, new_tokens: int, dtype: str) -> Callab
         inputs = dict(frozen=weights, cache=memory.in_shards(caches), batch=memory.in_shards(ids))
         return Program(name, traced, inputs)
 
-    return made
+    return program_of
 
 
 def programs(
     recipe: Recipe, mode: str, *, rows: int, new_tokens: int
 ) -> list[Callable[[], Program]]:
-    """What traces each program that a mode runs, in order; `rows` and `new_tokens` of serving.
+    """Functions that trace the programs of a mode, in order; `rows` and `new_tokens` of serving.
 
     Raises:
       ValueError: for an unknown mode.
@@ -140,5 +140,5 @@ def programs(
     names = ("prefill", "decode") if mode == "evaluate" else (mode,)
     # A run is evaluated with the weights that it trained; `VLM.from_checkpoint` rounds them.
     dtype = "float32" if mode == "evaluate" else recipe.model.compute_dtype
-    made = serving(recipe, rows=rows, new_tokens=new_tokens, dtype=dtype)
-    return [lambda name=name: made(name) for name in names]  # type: ignore[misc]
+    program_of = serving(recipe, rows=rows, new_tokens=new_tokens, dtype=dtype)
+    return [lambda name=name: program_of(name) for name in names]  # type: ignore[misc]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the programs of a mode for a topology, and says what they take, as one JSON object.
+"""Compiles the programs of a mode for a topology and reports their needs as one JSON object.
 
-Seconds are estimates without a TPU; `ESTIMATE` says how they are made and where they mislead.
+Seconds are estimates without a TPU; `ESTIMATE` explains the method and its limits.
 """
 
 import re
@@ -20,7 +20,6 @@ from vlm_jax.cost import flops as cost
 from vlm_jax.training.cells import stage_flops
 from vlm_jax.training.recipe import Recipe
 
-ROOM = 0.9  # of the usable bytes: what is above that is said not to leave room
 ESTIMATE = (
     "compute_seconds: the compiler's estimated cycles, loops multiplied, at the chip's clock, and "
     "kernels at the roofline of what they declare; element-wise operations come out about 2.5 "
@@ -28,7 +27,7 @@ ESTIMATE = (
     "the best case. step_seconds: computing plus synchronous collectives, and of asynchronous ones "
     "what is longer than the computing. Nothing was timed on a TPU"
 )
-# Parts of a step by the named scopes of the model, the first that an operation's scope has.
+# Parts of a step by the named scopes of the model; an operation belongs to the first that matches.
 PARTS = ("optimizer", "encoder", "compressor", "question", "splice", "embedding", "logits", "loss",
          "attention", "mlp")  # fmt: skip
 
@@ -40,14 +39,14 @@ def part_of(scope: str) -> str:
 
 @dataclass(frozen=True)
 class Serving:
-    """What serving programs are compiled for: requests at a time, and new tokens of each."""
+    """What serving programs are compiled for: requests in a batch, and new tokens of each."""
 
     rows: int
     new_tokens: int
 
 
 def compiled(lowered: Any) -> Any:
-    """The executable, or the compiler's message where it does not fit into memory."""
+    """The executable, or the compiler's message if the program does not fit into memory."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -58,14 +57,14 @@ def compiled(lowered: Any) -> Any:
 
 
 def of_program(program: programs.Program, topology: Topology) -> dict[str, Any]:
-    """What one program takes on each device."""
+    """What one program needs on each device."""
     then = time.perf_counter()
-    found = compiled(program.traced.lower())
+    executable = compiled(program.traced.lower())
     seconds = time.perf_counter() - then
-    if isinstance(found, str):
-        return too_large(program, found, topology) | dict(compile_seconds=round(seconds, 1))
-    facts = counted.facts(found.as_text(), part_of)
-    memory = found.memory_analysis()
+    if isinstance(executable, str):
+        return too_large(program, executable, topology) | dict(compile_seconds=round(seconds, 1))
+    facts = counted.facts(executable.as_text(), part_of)
+    memory = executable.memory_analysis()
     hbm = hbm_of(program, memory, facts)
     cycles = sum(facts.cycles.values())
     kernels = max(
@@ -102,7 +101,7 @@ def of_program(program: programs.Program, topology: Topology) -> dict[str, Any]:
 
 def hbm_of(program: programs.Program, memory: Any, facts: counted.Facts) -> dict[str, int]:
     """Bytes of a device by kind; they add up to the compiler's own sum ("total")."""
-    # The result that is not a donated argument's, and code, take room too.
+    # Results that do not reuse a donated argument, and code, take memory too.
     total = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -123,34 +122,35 @@ def hbm_of(program: programs.Program, memory: Any, facts: counted.Facts) -> dict
 
 
 def by_kind(facts: counted.Facts) -> list[dict[str, Any]]:
-    """Collectives by kind, synchronous and asynchronous apart; bytes of a device and a step."""
-    found: dict[tuple[str, bool], dict[str, Any]] = {}
+    """Collectives by kind, synchronous and asynchronous ones apart; bytes per device and step."""
+    entries: dict[tuple[str, bool], dict[str, Any]] = {}
     for c in facts.collectives:
-        entry = found.setdefault(
+        entry = entries.setdefault(
             (c.kind, c.asynchronous),
             dict(kind=c.kind, asynchronous=c.asynchronous, count=0, bytes=0, sent_bytes=0.0),
         )
         entry["count"] += c.times
         entry["bytes"] += c.bytes * c.times
         entry["sent_bytes"] += c.sent * c.times
-    return sorted(found.values(), key=lambda entry: -entry["sent_bytes"])
+    return sorted(entries.values(), key=lambda entry: -entry["sent_bytes"])
 
 
-def too_large(program: programs.Program, said: str, topology: Topology) -> dict[str, Any]:
-    """What is known of a program that does not fit: what goes in, and the compiler's message."""
-    needed = re.search(r"Used ([\d.]+)([KMGT]?) of|temporaries \(([\d.]+)([KMGT]?)\)", said)
+def too_large(program: programs.Program, message: str, topology: Topology) -> dict[str, Any]:
+    """What is known of a program that does not fit: its inputs, and the compiler's message."""
+    needed = re.search(r"Used ([\d.]+)([KMGT]?) of|temporaries \(([\d.]+)([KMGT]?)\)", message)
     unit = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
     total = None
     if needed:
         number, letter = needed[1] or needed[3], (needed[2] or needed[4]) or ""
         total = int(float(number) * 1024 ** unit[letter])
     inputs = program.inputs
+    reasons = [line for line in message.splitlines() if "memory" in line.lower()]
     return dict(
         name=program.name,
         fits=False,
         hbm_bytes=inputs | dict(total=max(total or 0, sum(inputs.values()))),
         largest=arrays.largest(program.traced.jaxpr),
-        message=next((line for line in said.splitlines() if "memory" in line.lower()), said)[:400],
+        message=(reasons or [message])[0][:400],
         estimate=None,
         collectives=[],
         unread_loops=[],
@@ -159,15 +159,15 @@ def too_large(program: programs.Program, said: str, topology: Topology) -> dict[
 
 def report(recipe: Recipe, mode: str, topology: Topology, serving: Serving) -> dict[str, Any]:
     """The programs of `mode`, compiled on the current mesh of `topology`."""
-    found = []
-    begun = time.perf_counter()
+    results = []
+    start = time.perf_counter()
     for trace in programs.programs(recipe, mode, rows=serving.rows, new_tokens=serving.new_tokens):
         with progress.doing(f"{mode}: tracing"):
             program = trace()
         with progress.doing(f"{program.name}: compiling for {topology.name}"):
-            found.append(of_program(program, topology))
-    seconds = time.perf_counter() - begun
-    worst = max(found, key=lambda one: one["hbm_bytes"]["total"])
+            results.append(of_program(program, topology))
+    seconds = time.perf_counter() - start
+    worst = max(results, key=lambda one: one["hbm_bytes"]["total"])
     return dict(
         topology=topology.name,
         chip=topology.kind.chip,
@@ -175,21 +175,21 @@ def report(recipe: Recipe, mode: str, topology: Topology, serving: Serving) -> d
         devices=topology.device_count,
         mesh=dict(jax.sharding.get_mesh().shape),
         mode=mode,
-        fits=all(one["fits"] for one in found),
+        fits=all(one["fits"] for one in results),
         hbm_bytes=worst["hbm_bytes"] | dict(usable=topology.hbm_bytes),
         hbm_share=worst["hbm_bytes"]["total"] / topology.hbm_bytes,
-        flops=flops(recipe, mode, serving, found, topology),
-        collectives=[dict(program=one["name"]) | c for one in found for c in one["collectives"]],
-        estimate=estimate(recipe, mode, serving, found, topology),
-        programs=found,
+        flops=flops(recipe, mode, serving, results, topology),
+        collectives=[dict(program=one["name"]) | c for one in results for c in one["collectives"]],
+        estimate=estimate(recipe, mode, serving, results, topology),
+        programs=results,
         compile_seconds=round(seconds, 1),
         versions={name: metadata.version(name) for name in ("jax", "libtpu")},
     )
 
 
 def work(recipe: Recipe, mode: str, serving: Serving) -> tuple[int, int, float, float]:
-    """Rows and tokens of one run of a mode, FLOPs that the model needs for it, and those that the
-    programs do (what is recomputed is in them, what a causal mask hides too)."""
+    """Rows and tokens of one run of a mode, FLOPs that the model needs for it, and FLOPs that the
+    programs execute (with recomputation and masked scores)."""
     model, rows = recipe.model, recipe.rows
     row = rows.text_length + rows.images_per_row * model.visual_tokens
     if mode in ("align", "finetune"):
@@ -198,7 +198,7 @@ def work(recipe: Recipe, mode: str, serving: Serving) -> tuple[int, int, float, 
         again = 0.0
         if model.remat == "full":
             again = stage.batch * cost.llm_flops(model.llm, row, logits=0)
-        # Of the scores of a row about half are masked: the convention of MFU counts those alone.
+        # About half of a row's scores are masked; by convention MFU counts only the others.
         pairs = stage.batch * cost.llm_flops(model.llm, row, logits=0)
         pairs -= stage.batch * row * cost.llm_flops(model.llm, 1, cached=-1, logits=0)
         return stage.batch, stage.batch * row, one - again - 3 * pairs / 2, one
@@ -219,15 +219,15 @@ def work(recipe: Recipe, mode: str, serving: Serving) -> tuple[int, int, float, 
 
 
 def flops(
-    recipe: Recipe, mode: str, serving: Serving, found: list[dict[str, Any]], topology: Topology
+    recipe: Recipe, mode: str, serving: Serving, results: list[dict[str, Any]], topology: Topology
 ) -> dict[str, Any]:
-    """FLOPs of one run of a mode on all devices: the model's, ours of the program, and the
-    compiler's with loops multiplied."""
-    _, _, needed, ours = work(recipe, mode, serving)
-    if not all("flops_per_device" in one for one in found):
-        return dict(model=needed, program=ours, compiler=None)
-    read = sum(one["flops_per_device"] * runs(one, mode, serving) for one in found)
-    return dict(model=needed, program=ours, compiler=read * topology.device_count)
+    """FLOPs of one run of a mode on all devices: the model's, our count of the program, and the
+    compiler's count with loop bodies per trip."""
+    _, _, needed, program = work(recipe, mode, serving)
+    if not all("flops_per_device" in one for one in results):
+        return dict(model=needed, program=program, compiler=None)
+    read = sum(one["flops_per_device"] * runs(one, mode, serving) for one in results)
+    return dict(model=needed, program=program, compiler=read * topology.device_count)
 
 
 def runs(one: dict[str, Any], mode: str, serving: Serving) -> int:
@@ -236,15 +236,15 @@ def runs(one: dict[str, Any], mode: str, serving: Serving) -> int:
 
 
 def estimate(
-    recipe: Recipe, mode: str, serving: Serving, found: list[dict[str, Any]], topology: Topology
+    recipe: Recipe, mode: str, serving: Serving, results: list[dict[str, Any]], topology: Topology
 ) -> dict[str, Any] | None:
-    """Seconds of one run of a mode, and what follows from them; None where it does not fit."""
-    if any(one["estimate"] is None for one in found):
+    """Seconds of one run of a mode, and rates computed from them; None if it does not fit."""
+    if any(one["estimate"] is None for one in results):
         return None
     rows, tokens, needed, _ = work(recipe, mode, serving)
 
     def total(name: str) -> float:
-        return sum(one["estimate"][name] * runs(one, mode, serving) for one in found)
+        return sum(one["estimate"][name] * runs(one, mode, serving) for one in results)
 
     seconds, compute = total("step_seconds"), total("compute_seconds")
     peak = topology.peak_flops * topology.device_count
@@ -266,7 +266,7 @@ def estimate(
 def epoch(
     result: dict[str, Any], rows: int, per_run: int, dollars_per_chip_hour: float | None
 ) -> dict[str, Any]:
-    """Hours and dollars of `rows` examples at `per_run` examples a step."""
+    """Hours and dollars for `rows` examples at `per_run` examples per step."""
     if result["estimate"] is None:
         return dict(rows=rows, steps=None, hours=None, chip_hours=None, dollars=None)
     steps = -(-rows // per_run)
@@ -283,23 +283,23 @@ def epoch(
 
 
 def helps(recipe: Recipe, mode: str) -> list[str]:
-    """What makes the programs of a mode smaller, the field that saves most first."""
+    """Changes that make the programs of a mode smaller, the largest saving first."""
     mesh = jax.sharding.get_mesh()
-    found = []
+    changes = []
     if mesh.shape["data"] > 1:
-        found.append(f"shard the state over all devices (mesh.data=1, mesh.fsdp={mesh.size})")
+        changes.append(f"shard the state over all devices (mesh.data=1, mesh.fsdp={mesh.size})")
     if mode in ("align", "finetune"):
         stage = recipe.stage(mode)
         if recipe.model.remat != "full":
-            found.append("recompute activations (remat=full)")
+            changes.append("recompute activations (remat=full)")
         if stage.batch // stage.accumulate > meshes.batch_shards(mesh):
-            found.append(f"raise {mode}.accumulate")
+            changes.append(f"raise {mode}.accumulate")
         if mode == "finetune" and not recipe.lora.rank:
-            found.append("train adapters alone (lora.rank=16)")
-        found.append("lower data.text_length")
+            changes.append("train adapters alone (lora.rank=16)")
+        changes.append("lower data.text_length")
     else:
-        found.append("lower evaluate.batch, or raise mesh.tensor")
-    return [*found, "take a larger slice (--topology)"]
+        changes.append("lower evaluate.batch, or raise mesh.tensor")
+    return [*changes, "take a larger slice (--topology)"]
 
 
 def of_config(
@@ -310,33 +310,33 @@ def of_config(
     examples: int | None = None,
     dollars_per_chip_hour: float | None = None,
 ) -> dict[str, Any]:
-    """What the programs of a configuration take on a slice, as `vlm-jax compile` prints it.
+    """What the programs of a configuration need on a slice, as `vlm-jax compile` prints it.
 
     Args:
       mode: one of programs.MODES.
-      examples: rows of an epoch; steps x batch of the stage where None.
+      examples: rows of an epoch; None: steps x batch of the stage.
     Raises:
-      ValueError: for a mesh that does not fit the slice, a batch that it does not cut evenly, and
-        where libtpu is missing.
+      ValueError: for a mesh that does not fit the slice, a batch that it does not divide evenly,
+        and if libtpu is missing.
     """
     recipe = Recipe.of(config)
     serving = Serving(config.evaluate.batch, config.evaluate.max_new_tokens)
     devices = topology.devices()
     with jax.set_mesh(meshes.make(**config.mesh, devices=devices)):
         check(recipe, mode, serving)
-        made = report(recipe, mode, topology, serving)
-        made["helps"] = [] if made["fits"] else helps(recipe, mode)
+        result = report(recipe, mode, topology, serving)
+        result["helps"] = [] if result["fits"] else helps(recipe, mode)
     if mode in ("align", "finetune"):
         stage = recipe.stage(mode)
         rows, per_run = stage.steps * stage.batch, stage.batch
     else:
         rows, per_run = serving.rows, serving.rows
-    made["epoch"] = epoch(made, examples or rows, per_run, dollars_per_chip_hour)
-    return made
+    result["epoch"] = epoch(result, examples or rows, per_run, dollars_per_chip_hour)
+    return result
 
 
 def check(recipe: Recipe, mode: str, serving: Serving) -> None:
-    """Raises where the mesh does not cut the batch of a mode evenly."""
+    """Raises ValueError if the mesh does not divide the batch of a mode evenly."""
     shards = meshes.batch_shards(jax.sharding.get_mesh())
     rows, name = serving.rows, "evaluate.batch"
     if mode in ("align", "finetune"):

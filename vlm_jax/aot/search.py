@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Meshes, recomputation and micro-batches of a mode on a slice: what fits, the fastest first."""
+"""A search over meshes, recomputation and micro-batches: what fits a slice, the fastest first."""
 
 import itertools
 from typing import Any
@@ -12,7 +12,7 @@ from vlm_jax.aot.topology import Topology
 from vlm_jax.layers import REMAT
 from vlm_jax.training.recipe import Recipe
 
-TENSOR = (1, 2, 4, 8)  # more cuts matrices too thin for the matrix units
+TENSOR = (1, 2, 4, 8)  # more makes matrices too thin for the matrix units
 
 
 def possible(config: ConfigDict, mode: str, topology: Topology) -> list[dict[str, Any]]:
@@ -20,7 +20,7 @@ def possible(config: ConfigDict, mode: str, topology: Topology) -> list[dict[str
     recipe, devices = Recipe.of(config), topology.device_count
     training = mode in ("align", "finetune")
     rows = recipe.stage(mode).batch if training else config.evaluate.batch
-    found = []
+    candidates = []
     for tensor, data in itertools.product(TENSOR, (1, 2, 4, 8)):
         if devices % (tensor * data) or recipe.model.llm.kv_heads % tensor:
             continue
@@ -29,14 +29,14 @@ def possible(config: ConfigDict, mode: str, topology: Topology) -> list[dict[str
         meshes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
         if not training:
             if rows % shards == 0:
-                found.append(meshes)
+                candidates.append(meshes)
             continue
         for remat, accumulate in itertools.product(sorted(REMAT), (1, 2, 4)):
             if rows % accumulate == 0 and (rows // accumulate) % shards == 0:
-                found.append(meshes | {"remat": remat, f"{mode}.accumulate": accumulate})
+                candidates.append(meshes | {"remat": remat, f"{mode}.accumulate": accumulate})
     order = {"full": 0, "dots": 1, "none": 2}
     return sorted(
-        found,
+        candidates,
         key=lambda f: (
             f["mesh.data"] > 1,
             f["mesh.tensor"],
@@ -47,12 +47,12 @@ def possible(config: ConfigDict, mode: str, topology: Topology) -> list[dict[str
 
 
 def search(config: ConfigDict, mode: str, topology: Topology, *, most: int) -> dict[str, Any]:
-    """Compiles the first `most` of what is possible; what fits comes first, by estimated time.
+    """Compiles the first `most` candidates; what fits comes first, by estimated time.
 
-    What would need more memory than something that did not fit is passed over.
+    A candidate that needs more memory than one that did not fit is not compiled.
 
     Raises:
-      ValueError: where no mesh of the slice cuts the batch.
+      ValueError: if no mesh of the slice divides the batch.
     """
     every = possible(config, mode, topology)
     if not every:
@@ -68,17 +68,17 @@ def search(config: ConfigDict, mode: str, topology: Topology, *, most: int) -> d
             fields = left.pop(0)
             entry: dict[str, Any] = dict(fields=fields, fits=False)
             tried.append(entry)
-            asked = config.copy_and_resolve_references()
-            asked.update_from_flattened_dict(fields)
+            changed = config.copy_and_resolve_references()
+            changed.update_from_flattened_dict(fields)
             try:
-                made = report.of_config(asked, mode, topology)
+                result = report.of_config(changed, mode, topology)
             except ValueError as error:
                 entry["error"] = str(error)
                 continue
-            entry |= {name: made[name] for name in ("fits", "hbm_share", "compile_seconds")}
+            entry |= {name: result[name] for name in ("fits", "hbm_share", "compile_seconds")}
             tried[-1] = entry
-            if made["fits"]:
-                entry |= {k: made["estimate"][k] for k in ("step_seconds", "mfu")}
+            if result["fits"]:
+                entry |= {k: result["estimate"][k] for k in ("step_seconds", "mfu")}
             else:
                 left = [other for other in left if not larger(other, fields, mode)]
             task.note(len(tried))
@@ -87,7 +87,7 @@ def search(config: ConfigDict, mode: str, topology: Topology, *, most: int) -> d
 
 
 def larger(fields: dict[str, Any], than: dict[str, Any], mode: str) -> bool:
-    """Whether what does not fit with `than` cannot fit with `fields`: same mesh, no less kept."""
+    """Whether `fields` cannot fit if `than` does not: the same mesh, and at least as much kept."""
     kept = {"full": 0, "dots": 1, "none": 2, "": 0}
     same = all(
         fields[f"mesh.{axis}"] == than[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """TPU topologies by name, and their devices without a TPU.
 
-libtpu does not check the sizes that it is asked for, so the ones that exist are listed here.
+libtpu does not check the requested shape, so the shapes that exist are listed here.
 Sources: docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x; GB/s between chips of
 jax-ml/scaling-book (docs/tpus) and the same pages.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from vlm_jax.cost.chips import CHIPS
 
-# What a process must say before libtpu is loaded where there is no TPU.
+# Environment variables that libtpu needs before it is loaded on a machine without a TPU.
 WITHOUT_TPU = dict(
     JAX_PLATFORMS="cpu",
     TPU_SKIP_MDS_QUERY="1",
@@ -32,13 +32,13 @@ class Kind:
 
     Attributes:
       chip: its name in cost/chips.py.
-      devices: JAX devices of one chip.
-      clock: cycles per second, by which the compiler's cycles become seconds: the published peak
-        divided by what the matrix units do in a cycle.
-      link_bytes_per_s: bytes that a chip sends to its neighbors in a second, all links together,
+      devices: JAX devices per chip.
+      clock: cycles per second, which turn the compiler's cycles into seconds: the published peak
+        divided by the FLOPs of the matrix units per cycle.
+      link_bytes_per_s: bytes that a chip sends to its neighbors per second, all links together,
         one direction.
-      shapes: that exist. one: the shape of a single chip.
-      settings: of the topology beyond its name.
+      shapes: slices that exist. one: the shape of a single chip.
+      settings: options of the topology besides its name.
     """
 
     chip: str
@@ -77,29 +77,29 @@ class Topology:
 
     @property
     def peak_flops(self) -> float:
-        """Of one device, bf16, per second."""
+        """Peak bf16 FLOPs of one device per second."""
         return CHIPS[self.kind.chip].peak_flops / self.kind.devices
 
     @property
     def hbm_bytes(self) -> int:
-        """Of one device, that a program can use."""
+        """HBM of one device that a program can use, in bytes."""
         return int(CHIPS[self.kind.chip].hbm_bytes / self.kind.devices)
 
     @property
     def hbm_bytes_per_s(self) -> float:
-        """Of one device."""
+        """HBM bandwidth of one device, in bytes per second."""
         return CHIPS[self.kind.chip].hbm_bytes_per_s / self.kind.devices
 
     @property
     def link_bytes_per_s(self) -> float:
-        """That one device sends to its neighbors in a second, at best."""
+        """Bytes that one device sends to its neighbors per second, at best."""
         return self.kind.link_bytes_per_s / self.kind.devices
 
     def devices(self) -> Sequence[Any]:
-        """JAX devices to compile for, none of which is there.
+        """JAX devices to compile for; none of them needs to exist.
 
         Raises:
-          ValueError: where libtpu is not installed.
+          ValueError: if libtpu is not installed.
         """
         check_libtpu()
         from jax.experimental import topologies
@@ -108,29 +108,29 @@ class Topology:
         settings = dict(self.kind.settings)
         if self.chips == 1:
             settings["chips_per_host_bounds"] = tuple(map(int, [*dims, "1"][:3]))
-        found = topologies.get_topology_desc(
+        devices = topologies.get_topology_desc(
             platform="tpu", topology_name=self.name, **settings
         ).devices
-        if len(found) != self.device_count:
+        if len(devices) != self.device_count:
             raise ValueError(
-                f"libtpu gives {len(found)} devices for {self.name}, not {self.device_count}: this "
-                "release counts them otherwise; install the one that the extra aot names"
+                f"libtpu gives {len(devices)} devices for {self.name}, not {self.device_count}: "
+                "this release counts them differently; install the one that the extra aot names"
             )
-        return found
+        return devices
 
 
 def named(name: str) -> Topology:
     """The topology "KIND:SHAPE", such as "v5p:4x4x4" (64 chips).
 
     Raises:
-      ValueError: for one that does not exist, with the nearest that does.
+      ValueError: for a topology that does not exist, with the nearest that does.
     """
     kind, _, shape = name.partition(":")
-    every = [f"{kind}:{shape}" for kind, found in KINDS.items() for shape in found.shapes]
+    every = [f"{kind}:{shape}" for kind, known in KINDS.items() for shape in known.shapes]
     if name not in every:
         near = nearest(name, kind, shape, every)
         raise ValueError(
-            f"--topology={name} is no slice of TPUs: did you mean {near}? Kinds: "
+            f"--topology={name} is not a TPU slice: did you mean {near}? Kinds: "
             f"{', '.join(KINDS)}; shapes of {near.partition(':')[0]}: "
             f"{', '.join(KINDS[near.partition(':')[0]].shapes)}"
         )
@@ -138,8 +138,8 @@ def named(name: str) -> Topology:
 
 
 def nearest(name: str, kind: str, shape: str, every: Sequence[str]) -> str:
-    """The topology that a wrong name may have meant: of its kind the next larger one, or the most
-    alike."""
+    """The topology that a wrong name may mean: the next larger one of its kind, or the one with the
+    most similar name."""
     numbers = shape or name.partition("-")[2]
     called = {"v5lite": "v5e", "v7": "tpu7x", "v5p": "v5p", "v5": "v5p", "v6": "v6e", "v4": "v4"}
     if kind not in KINDS:
@@ -158,16 +158,16 @@ def nearest(name: str, kind: str, shape: str, every: Sequence[str]) -> str:
 
 
 def check_libtpu() -> None:
-    """Raises where libtpu, which compiles, is not installed."""
+    """Raises ValueError if libtpu, the TPU compiler, is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            "libtpu is not installed, and it is what compiles for a TPU (on a machine without one "
-            "too): pip install 'vlm_jax[aot]'"
+            "libtpu is not installed: it is the TPU compiler, also on a machine without a TPU: pip "
+            "install 'vlm_jax[aot]'"
         )
 
 
 def prepare() -> None:
-    """Sets the environment in which libtpu compiles without a TPU; to be called before JAX starts
-    its backends."""
+    """Sets the environment in which libtpu compiles without a TPU. Call it before JAX starts its
+    backends."""
     check_libtpu()
     os.environ.update(WITHOUT_TPU)

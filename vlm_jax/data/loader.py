@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of a source in a shuffled order that depends on the seed alone, sharded over the mesh.
 
-Batch k is a pure function of (k, seed, source, batch size): not of how many processes read it, nor
-of where reading began. A process makes only the rows that its devices hold.
+Batch k is a pure function of (k, seed, source, batch size). It does not depend on the number of
+processes or on the position where reading started. A process makes only the rows of its devices.
 
 Shapes: B rows of all processes, M images of a row (data.images_per_row; left out where it is 1),
 T text tokens, Tq question tokens, S pixels, P patches, C channels.
@@ -26,10 +26,9 @@ from vlm_jax.data.processor import Processor
 from vlm_jax.data.skips import Skip, Skips
 from vlm_jax.data.texts import BadText, Texts, none_usable, stack
 
-EPOCHS = (
-    1 << 32
-)  # more than anyone trains; grain's endless repeat has no length that fits batches of 1
-
+# Repetitions of the data, more than any training needs: grain's endless repeat has a length that
+# does not fit batches of 1.
+EPOCHS = 1 << 32
 PLAIN = Arrangement()
 Batch = dict[str, Any]  # of numpy or sharded jax arrays
 Faults = dict[int, tuple[str, str]]  # example -> the kind of what is wrong with it, and a sentence
@@ -39,21 +38,21 @@ def local_rows(mesh: Mesh | None, batch: int) -> np.ndarray:
     """Which rows of a batch the devices of this process hold, ascending int64; all without a mesh.
 
     Raises:
-      ValueError: where the mesh does not cut the batch evenly.
+      ValueError: if the mesh does not divide the batch evenly.
     """
     if mesh is None:
         return np.arange(batch)
     if batch % (shards := meshes.batch_shards(mesh)):
         raise ValueError(
             f"a batch of {batch} rows is not divisible by the {shards} parts into which the mesh "
-            f"cuts it (data x fsdp): choose a multiple of {shards}"
+            f"divides it (data x fsdp): choose a multiple of {shards}"
         )
     places = meshes.sharding(mesh, "batch").addressable_devices_indices_map((batch,))
     return np.unique(np.concatenate([np.arange(batch)[place] for place in places.values()]))
 
 
 class _Rows:
-    """Assembles rows by example index: text, from a table where there is one, and image."""
+    """Assembles rows by example index: text, from the table if there is one, and image."""
 
     def __init__(self, texts: Texts, features: np.ndarray | None):
         self.texts, self.features = texts, features
@@ -76,8 +75,8 @@ class _Rows:
         return pictures
 
     def _parts(self, index: int) -> tuple[Batch | None, np.ndarray]:
-        """The text of an example, None where the table has it, and its images: uint8 [M, S, S, 3],
-        or [0] with features."""
+        """The text of an example, None if the table has it, and its images: uint8 [M, S, S, 3], or
+        [0] with features."""
         if index in self.texts.bad:
             raise self.texts.bad[index]
         text = None if self.texts.table is not None else self.texts.of(index)
@@ -90,7 +89,7 @@ class _Rows:
         return text, np.zeros(0, np.uint8)
 
     def whole(self, index: int) -> tuple[Batch, np.ndarray]:
-        """`_parts`, with the text also where the table has it."""
+        """`_parts`, with the text taken from the table if it is there."""
         text, images = self._parts(index)
         if text is None:
             text = {name: column[index] for name, column in self.texts.table.items()}
@@ -100,7 +99,7 @@ class _Rows:
         self, index: int, replace: bool, faults: Faults
     ) -> tuple[int, tuple[Batch | None, np.ndarray] | None]:
         """The example at `index`, or the next one that can be used, with its parts."""
-        last = BadExample("none was looked at")
+        last = BadExample("no example was tried")
         for step in range(len(self.source) if replace else 1):
             candidate = (index + step) % len(self.source)
             try:
@@ -117,22 +116,24 @@ class _Rows:
         raise none_usable(self.source, last)
 
     def __call__(self, indices: np.ndarray, *, replace: bool = True) -> Batch:
-        """Rows for these example indices. `skipped` [B] marks rows whose own example cannot be
-        used: the next good one stands in, or, without `replace`, an empty image of each. `faults`
-        says what is wrong with every example that was met and cannot be used."""
+        """Rows for these example indices.
+
+        `skipped` [B] marks rows whose own example cannot be used: they hold the next good one or,
+        without `replace`, empty images. `faults` describes every example that cannot be used.
+        """
         wanted, extra, faults = indices, {}, {}
-        found = [self._usable(int(i), replace, faults) for i in indices]
-        indices = np.array([i for i, _ in found], np.int64)
-        missing = np.array([parts is None for _, parts in found])
+        usable = [self._usable(int(i), replace, faults) for i in indices]
+        indices = np.array([i for i, _ in usable], np.int64)
+        missing = np.array([parts is None for _, parts in usable])
         images = np.stack([self.texts.images(int(i)) for i in indices])
         empty = (images < 0) | missing[:, None]
         if self.features is None:
             size = self.processor.images.size
             blank = np.zeros((self.texts.most, size, size, 3), np.uint8)
             pixels = self.processor.images.normalized(
-                np.stack([blank if parts is None else parts[1] for _, parts in found])
+                np.stack([blank if parts is None else parts[1] for _, parts in usable])
             )
-            pixels[empty] = 0  # as LLaVA: zeros after normalization
+            pixels[empty] = 0  # as in LLaVA: zeros after normalization
             extra["pixels"] = pixels
         else:
             levels = self.features[np.maximum(images, 0)]
@@ -144,7 +145,7 @@ class _Rows:
         if self.texts.table is not None:
             text = {name: column[indices] for name, column in self.texts.table.items()}
         else:
-            texts = [parts[0] if parts else self.texts.any() for _, parts in found]
+            texts = [parts[0] if parts else self.texts.any() for _, parts in usable]
             text = stack(texts)
         skipped = missing | (indices != wanted)
         text["cut"] = indices[text["cut"]]
@@ -173,31 +174,32 @@ def on_mesh(batch: Batch, mesh: Mesh | None, size: int) -> Batch:
 class Batches:
     """An endless iterator of training batches that can continue at any position.
 
-    `position`, the number of batches taken, is all that a checkpoint needs to store.
+    `position`, the number of batches taken, is the only state that a checkpoint needs.
 
     A batch: ids int32 [B, T], loss_mask bool [B, T], length int32 [B], image_at int32 [B, M],
     question int32 [B, M, Tq], question_length int32 [B, M], index int32 [B] (example of each row),
-    and either pixels float32 [B, M, S, S, 3] or, with `features`, levels [B, M, P, C]; without M
-    where a row has one image at most. Each epoch has its own order; a batch may span two.
+    and either pixels float32 [B, M, S, S, 3] or, with `features`, levels [B, M, P, C]; without M if
+    a row has at most one image. Each epoch has its own order; a batch may span two.
 
     Args:
       batch: rows, all processes together.
       seed: of the order.
-      skip: where an example cannot be used, its image or its text, take the next good one instead
-        of failing, and count it in `skips`, once.
+      skip: if the image or text of an example cannot be used, take the next good one instead of
+        failing, and count it in `skips`, once.
       features: cached encoder outputs [images, P, C], indexed by Example.images; replaces reading
         images.
-      texts: those of this source and processor, where they were made before, with answers and the
+      texts: those of this source and processor if they exist already, made with answers and the
         same `skip`.
-      mesh: where batches go; None leaves numpy arrays of all rows.
-      workers: processes that read ahead; 0 reads in this one, with threads where images must be
+      mesh: where batches go; None gives numpy arrays of all rows.
+      workers: processes that read ahead; 0 reads in this one, with threads if images must be
         decoded.
-      arrangement: which examples share a row or a batch; `PackedRows` says what these hold.
-      visual: V, visual tokens of an image, which have room in a packed row and count as tokens.
+      arrangement: which examples share a row or a batch; see `PackedRows` for the arrays.
+      visual: V, visual tokens of an image, which take space in a packed row and count as tokens.
     Raises:
-      ValueError: for an empty source, a batch the mesh cannot cut, or features of another split.
-      BadExample: while iterating, for an image that cannot be read, unless `skip`; with it where no
-        example can be used.
+      ValueError: for an empty source, a batch that the mesh cannot divide, or features of another
+        split.
+      BadExample: while iterating, for an image that cannot be read, unless `skip`; with `skip` if
+        no example can be used.
     """
 
     def __init__(
@@ -219,7 +221,7 @@ class Batches:
             raise ValueError(f"source {source.name}, split {source.split}, has no examples")
         self.batch, self.mesh, self.workers = batch, mesh, workers
         self.source, self.skips, self.cut_rows = source, Skips(), set()
-        self._bad_texts: Faults = {}  # that no plan holds: counted with the first batch
+        self._bad_texts: Faults = {}  # not in the plan: counted with the first batch
         mine = local_rows(mesh, batch)
         if texts is None:
             texts = Texts(source, processor, answer=True, skip=skip)
@@ -228,15 +230,15 @@ class Batches:
         if arrangement.plain:
             order = grain.MapDataset.range(len(source)).shuffle(seed=seed % (1 << 32))
             order = order.repeat(EPOCHS)
-            order = order.batch(batch, batch_fn=lambda found: np.array(found, np.int64)[mine])
+            order = order.batch(batch, batch_fn=lambda indices: np.array(indices, np.int64)[mine])
             self._data = order.map(rows)
         else:
             self.plan = planned(texts, arrangement, batch=batch, seed=seed, visual=visual)
-            made = PackedRows(texts, self.plan, rows.whole, mine, features)
-            self._data = grain.MapDataset.range(EPOCHS).map(made)
+            packed_rows = PackedRows(texts, self.plan, rows.whole, mine, features)
+            self._data = grain.MapDataset.range(EPOCHS).map(packed_rows)
             for example, error in texts.bad.items():
                 self._bad_texts[example] = ("text", str(error))
-        # Reading ahead pays only where there are images to decode.
+        # Reading ahead pays only if there are images to decode.
         self._ahead = features is None
         self._position, self._iterator = 0, None
 
@@ -251,33 +253,33 @@ class Batches:
         self._position = value
 
     def close(self) -> None:
-        """Stops reading ahead; the iterator can be used again."""
+        """Stops reading ahead; the iterator can still be used."""
         if self._iterator is not None:
             self._iterator.close()
         self._iterator = None
 
     def at(self, k: int) -> Batch:
-        """Batch k, wherever the iterator stands."""
+        """Batch k, independent of the iterator's position."""
         return self._finish(self._data[k])
 
     @property
     def examples(self) -> int | float:
-        """Examples of a batch, of packed rows on average."""
+        """Examples in a batch; an average if rows are packed."""
         return self.batch if self.plan is None else self.plan.examples
 
     @property
     def skipped(self) -> int:
-        """Examples so far, of this process, that could not be used; each counts once."""
+        """Examples of this process that could not be used so far; each counts once."""
         return len(self.skips)
 
     @property
     def cut(self) -> int:
-        """Examples so far, of this process, that lost their end to data.text_length; each once."""
+        """Examples of this process that data.text_length truncated so far; each counts once."""
         return len(self.cut_rows)
 
     def fields(self) -> dict[str, Any]:
-        """For a file of numbers: what of the data is not used, and how much of what is computed
-        is."""
+        """Fields for a log: how much of the data is not used, and which share of what is computed
+        is used."""
         left = len(self.source.left_out)
         return ({"left_out": left} if left else {}) | self.skips.fields() | self.usage.fields()
 
@@ -300,9 +302,8 @@ class Batches:
         )
         data = self._data[self._position :].to_iter_dataset(threads)
         if self.workers:
-            if (
-                not flags.FLAGS.is_parsed()
-            ):  # grain reads its own flags, also where no absl app runs
+            # grain reads its own flags, also without an absl app.
+            if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             data = data.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers))
         return iter(data)
@@ -314,11 +315,11 @@ class Batches:
         if self._iterator is None:
             self._iterator = self._start()
         try:
-            made = next(self._iterator)
+            rows = next(self._iterator)
         except BaseException:
-            self.close()  # worker processes would complain of what they hold
+            self.close()  # otherwise worker processes warn about what they still hold
             raise
-        batch = self._finish(made)
+        batch = self._finish(rows)
         self._position += 1
         return batch
 
@@ -326,7 +327,7 @@ class Batches:
 def planned(
     texts: Texts, arrangement: Arrangement, *, batch: int, seed: int, visual: int
 ) -> Packing | Buckets:
-    """The plan of an arrangement for these texts, where it has one."""
+    """The plan of an arrangement that is not plain, for these texts."""
     processor, of = texts.processor, dict(batch=batch, seed=seed)
     if arrangement.buckets:
         buckets = (*arrangement.buckets, processor.text_length)
@@ -336,22 +337,24 @@ def planned(
 
 
 def skip_of(source: Source, example: int, reason: str) -> Skip:
-    """What to say of an example that is not used."""
-    found = source[example]
-    return Skip(found.id, ", ".join(source.images.name(i) for i in found.images), reason)
+    """The report of an example that is not used."""
+    skipped = source[example]
+    return Skip(skipped.id, ", ".join(source.images.name(i) for i in skipped.images), reason)
 
 
 def not_answered(source: Source, faults: Faults) -> list[dict[str, Any]]:
-    """What evaluation leaves out, as `evals/tasks.py` counts it: examples that cannot be used, then
-    the rows that the source left out when it was opened."""
-    found = []
+    """The examples that evaluation leaves out, as `evals/tasks.py` counts them.
+
+    First those that cannot be used, then those that the source left out when it was opened.
+    """
+    skips = []
     for example, (_, reason) in sorted(faults.items()):
         own = source[example]
         of = dict(task=own.task, cluster=own.cluster)
-        found.append(asdict(skip_of(source, example, reason)) | of)
+        skips.append(asdict(skip_of(source, example, reason)) | of)
     first = [asdict(skip) for skip in source.left_out.first.values()]
     more = dict(id="", image="", reason="left out when the data was opened")
-    return [*found, *first, *[more] * (len(source.left_out) - len(first))]
+    return [*skips, *first, *[more] * (len(source.left_out) - len(first))]
 
 
 def evaluation_batches(
@@ -368,10 +371,10 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Every example exactly once, in order, as batches of one size with `valid` bool [B].
 
-    Rows that fill up the last batch repeat its last example and are not valid; nor, with `skip`,
-    are examples that cannot be used: `faults`, if given, is filled with what is wrong with them.
-    `ids` end where the last answer would start, unless `answer`. `texts` are those of this source
-    and processor, made before with the same `answer` and `skip`.
+    Rows that pad the last batch repeat its last example and are not valid. With `skip`, neither are
+    examples that cannot be used; `faults`, if given, receives the reasons. `ids` end where the last
+    answer would start, unless `answer`. `texts` are those of this source and processor, if they
+    exist already, made with the same `answer` and `skip`.
     """
     faults = {} if faults is None else faults
     if texts is None:
@@ -380,8 +383,8 @@ def evaluation_batches(
     mine = local_rows(mesh, batch)
     for start in range(0, len(source), batch):
         positions = start + mine
-        made = rows(np.minimum(positions, len(source) - 1), replace=False)
-        del made["cut"]
-        faults |= made.pop("faults")
-        made["valid"] = (positions < len(source)) & ~made.pop("skipped")
-        yield on_mesh(made, mesh, batch)
+        local = rows(np.minimum(positions, len(source) - 1), replace=False)
+        del local["cut"]
+        faults |= local.pop("faults")
+        local["valid"] = (positions < len(source)) & ~local.pop("skipped")
+        yield on_mesh(local, mesh, batch)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays of a planned batch: several examples in a row, or rows as long as their bucket; how much
-of them is used.
+"""Arrays of a planned batch: several examples in a row, or rows as long as their bucket, and the
+share of them that is used.
 
 B rows of this process  M images of a row  T text tokens  Tq question tokens  S pixels  P patches
 """
@@ -16,16 +16,16 @@ from vlm_jax.data.example import BadExample
 from vlm_jax.data.packing import Group, Plan
 from vlm_jax.data.texts import BadText, Texts
 
-# The text of an example, and its images: uint8 [M, S, S, 3], or nothing where there are features.
+# The text of an example, and its images: uint8 [M, S, S, 3], or empty with features.
 Parts = tuple[dict[str, Any], np.ndarray]
 
 
 @dataclass
 class Usage:
-    """How many tokens and images of those that were computed belong to an example.
+    """How many of the computed tokens and images belong to an example.
 
-    Tokens are those of the LLM's rows, of text and of images: an image has all its V (of an
-    adaptive method, as many as it may have).
+    Tokens are those of the LLM's rows, text and visual: an image counts all its V (for an adaptive
+    method, the most that it may have).
     """
 
     visual: int
@@ -37,51 +37,51 @@ class Usage:
     def add(self, batch: dict[str, Any]) -> None:
         """Counts the rows of a batch of numpy arrays."""
         count, length = batch["ids"].shape
-        there = int((batch["image_at"] < length).sum())
+        present = int((batch["image_at"] < length).sum())
         shown = next((batch[name] for name in ("pixels", "levels") if name in batch), None)
         slots = 0 if shown is None else batch["image_at"].size
-        self.tokens += int(batch["length"].sum()) + there * self.visual
+        self.tokens += int(batch["length"].sum()) + present * self.visual
         added = 0 if "segment" in batch else slots * self.visual
         self.tokens_computed += count * length + added
-        self.images, self.images_computed = self.images + there, self.images_computed + slots
+        self.images, self.images_computed = self.images + present, self.images_computed + slots
 
     def everywhere(self) -> "Usage":
-        """The counts of all processes together; to be asked in each of them."""
+        """The sums over all processes; every process must call it."""
         counts = (self.tokens, self.tokens_computed, self.images, self.images_computed)
         return Usage(self.visual, *map(sum, zip(*hosts.collected(list(counts)), strict=True)))
 
     def fields(self) -> dict[str, float]:
-        """For a file of numbers: the shares that are used; {} before anything is."""
-        made = {}
+        """Fields for a log: the shares that are used; {} before the first batch."""
+        shares = {}
         if self.tokens_computed:
-            made["tokens_used"] = self.tokens / self.tokens_computed
+            shares["tokens_used"] = self.tokens / self.tokens_computed
         if self.images_computed:
-            made["images_used"] = self.images / self.images_computed
-        return made
+            shares["images_used"] = self.images / self.images_computed
+        return shares
 
     def __str__(self) -> str:
         if not self.tokens_computed:
-            return "no step was left to take"
+            return "no steps were left"
         parts = [f"{self.tokens:,} of {self.tokens_computed:,} tokens"]
         if self.images_computed:
             parts.append(f"{self.images:,} of {self.images_computed:,} images")
         shares = " and ".join(f"{share:.1%}" for share in self.fields().values())
-        return f"{' and '.join(parts)} that were computed belong to examples ({shares})"
+        return f"{' and '.join(parts)} computed belong to examples ({shares})"
 
 
 class PackedRows:
-    """Makes the rows that one process holds of a planned batch.
+    """Makes the rows of a planned batch that one process holds.
 
-    A batch has, besides what `Batches` describes, where rows are packed, `segment` int32 [B, T]:
-    which of its row's examples each token belongs to, from 1; 0 is padding; and `image_segment`
-    int32 [B, M]. T is then the length of the spliced row: text leaves room for visual tokens. A
-    batch of text alone has neither pixels nor levels.
+    A packed batch has, besides what `Batches` describes, `segment` int32 [B, T]: the number, from
+    1, of the example in its row that each token belongs to, 0 for padding; and `image_segment`
+    int32 [B, M]. T is then the length of the spliced row, with room for visual tokens. A batch of
+    text alone has neither pixels nor levels.
 
     An example that cannot be used leaves its place in the batch empty, without supervised tokens.
 
     Args:
-      parts: the text and images of an example; it may raise BadExample.
-      mine: which rows of a batch.
+      parts: gives the text and images of an example; may raise BadExample.
+      mine: the rows of a batch that this process holds.
       features: cached encoder outputs [images, P, C].
     """
 
@@ -97,8 +97,8 @@ class PackedRows:
         self.mine, self.features = mine, features
 
     def __call__(self, k: int) -> dict[str, Any]:
-        """The rows of batch `k`, with what `Batches` takes out: `faults`, and in `cut` the examples
-        that lost their end."""
+        """The rows of batch `k`, with `faults` and `cut` (truncated examples), which `Batches`
+        removes."""
         group = self.plan.batch(int(k))
         batch = self._empty(group)
         faults: dict[int, tuple[str, str]] = {}
@@ -155,7 +155,7 @@ class PackedRows:
         faults: dict[int, tuple[str, str]],
         cut: list[int],
     ) -> None:
-        """Lays the examples of a row side by side."""
+        """Places the examples of a row one after another."""
         processor, at, shown = self.texts.processor, 0, 0
         for number, example in enumerate(map(int, examples), start=1):
             try:
@@ -171,11 +171,11 @@ class PackedRows:
             batch["ids"][row, here] = text["ids"][:length]
             batch["loss_mask"][row, here] = text["loss_mask"][:length]
             batch["image_at"][row, slots] = at + places[:count]
-            # Of a row of its own what is read of no image counts too: it may be its first text.
-            asked = slice(shown, shown + (count if group.packed else group.images))
-            read = np.atleast_2d(text["question"])[: asked.stop - shown]
-            batch["question"][row, asked] = read
-            batch["question_length"][row, asked] = np.atleast_1d(text["question_length"])[
+            # A row with one example has a question even without an image: it may be its first text.
+            read_slots = slice(shown, shown + (count if group.packed else group.images))
+            read = np.atleast_2d(text["question"])[: read_slots.stop - shown]
+            batch["question"][row, read_slots] = read
+            batch["question_length"][row, read_slots] = np.atleast_1d(text["question_length"])[
                 : len(read)
             ]
             if group.packed:

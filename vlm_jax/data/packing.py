@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which examples share a row or a batch, so that little of it is padding: known before any is read.
+"""Plans of which examples share a row or a batch, so that little of it is padding.
 
-A plan depends on the lengths of all examples and on the seed alone. Every example is planned once
-in each epoch; what a batch holds follows from its number, on any number of processes.
+A plan depends only on the lengths of all examples and on the seed. Every example is planned once in
+each epoch; the content of a batch follows from its number, on any number of processes.
 
 n examples  B rows of a batch
 """
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Rows that are being filled at a time: each example goes into the fullest that has room for it.
+# Rows that are open at once: each example goes into the fullest one that has room for it.
 OPEN_ROWS = 64
 
 
@@ -24,10 +24,10 @@ class Arrangement:
     """How examples are arranged in rows and batches: fields of config.data.
 
     Attributes:
-      row_length: tokens of a packed row, text and visual together; 0: one example in a row.
+      row_length: tokens of a packed row, text and visual together; 0: one example per row.
       row_images: most images of a packed row.
-      buckets: text lengths, ascending, that rows of one example are rounded up to, behind which
-        comes data.text_length; (): all rows have that.
+      buckets: text lengths, ascending, to which rows of one example are rounded up;
+        data.text_length is the last one. (): all rows have data.text_length.
     Raises:
       ValueError: for both, or for buckets that are not ascending.
     """
@@ -47,17 +47,17 @@ class Arrangement:
 
     @classmethod
     def of(cls, config: Any) -> "Arrangement":
-        """As a configuration says."""
+        """The arrangement of a configuration."""
         data = config.data
         return cls(data.row_length, data.row_images, tuple(data.buckets))
 
     @property
     def plain(self) -> bool:
-        """Whether each example has a row of data.text_length, in any company."""
+        """Whether each example has its own row of data.text_length, in any batch."""
         return not self.row_length and not self.buckets
 
     def check(self, *, text: int, question: int, images: int, visual: int, query: str) -> None:
-        """Raises ValueError where some example would have no place.
+        """Raises ValueError if some example might not fit.
 
         Args:
           text, question, images, query: data.text_length, data.question_length,
@@ -67,20 +67,20 @@ class Arrangement:
         if self.buckets and not question * (query == "prefix") < self.buckets[0]:
             raise ValueError(
                 f"data.buckets={self.buckets}: with compressor.query='prefix' each bucket needs "
-                f"room behind the data.question_length={question} tokens before the image"
+                f"more than the data.question_length={question} tokens before the image"
             )
         if self.buckets and self.buckets[-1] >= text:
             raise ValueError(
                 f"data.buckets={self.buckets}: give lengths below data.text_length={text}, which "
-                "is the last bucket unasked"
+                "is always the last bucket"
             )
         if not self.row_length:
             return
         if query == "prefix":
             raise ValueError(
                 f"data.row_length={self.row_length}: compressor.query='prefix' reads the text "
-                "before the image in a pass of its own, which cannot be packed: use data.buckets, "
-                "or compressor.query='separate' or 'none'"
+                "before the image in a separate pass, which cannot be packed: use data.buckets, or "
+                "compressor.query='separate' or 'none'"
             )
         most = text + images * visual
         if self.row_length < most:
@@ -92,7 +92,7 @@ class Arrangement:
         if self.row_images < images:
             raise ValueError(
                 f"data.row_images={self.row_images} is less than data.images_per_row={images}: a "
-                "packed row has room for the images of one example at least"
+                "packed row needs room for the images of at least one example"
             )
 
 
@@ -102,9 +102,9 @@ class Lengths:
 
     Attributes:
       text: its tokens, int32 [n]. images: its images, int32 [n].
-      slots: places of a row of its own that it needs: more than its tokens where its text is cut in
-        two (compressor.query "prefix"), int32 [n].
-      usable: whether its text can be used, bool [n]. The others are not planned.
+      slots: positions that it needs in its own row, int32 [n]: more than its tokens if its text is
+        split in two (compressor.query "prefix").
+      usable: whether its text can be used, bool [n]. Unusable examples are not planned.
     """
 
     text: np.ndarray
@@ -117,7 +117,7 @@ class Group(NamedTuple):
     """A planned batch.
 
     Attributes:
-      rows: the examples of each row. text: T. images: room for images of a row, 0 for none.
+      rows: the examples of each row. text: T. images: image slots of a row, 0 for none.
       packed: whether a row may hold several examples.
     """
 
@@ -128,7 +128,7 @@ class Group(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """Where the units of an epoch begin and how many they are; what waits for the next epoch."""
+    """The first unit of an epoch, the number of units, and the examples left for the next epoch."""
 
     first: int
     count: int
@@ -136,7 +136,7 @@ class Epoch(NamedTuple):
 
 
 class Plan(ABC):
-    """Batches of every epoch, found by number. Raises ValueError where there is no example."""
+    """Batches of every epoch, by number. Raises ValueError if there is no example."""
 
     def __init__(self, lengths: Lengths, *, batch: int, seed: int):
         self.lengths, self.size, self.seed = lengths, batch, seed % (1 << 32)
@@ -147,15 +147,15 @@ class Plan(ABC):
         self._units: dict[int, list] = {}
 
     @abstractmethod
-    def made(self, order: np.ndarray, waiting: np.ndarray) -> tuple[list, np.ndarray]:
-        """The units of an epoch of this order, and the examples that wait for the next one."""
+    def build(self, order: np.ndarray, waiting: np.ndarray) -> tuple[list, np.ndarray]:
+        """The units of an epoch in this order, and the examples left for the next one."""
 
     @abstractmethod
     def batch(self, k: int) -> Group:
         """Batch `k`."""
 
     @abstractmethod
-    def said(self, name: str) -> str:
+    def summary(self, name: str) -> str:
         """What stage `name` says of it before it begins."""
 
     @property
@@ -172,15 +172,19 @@ class Plan(ABC):
             before = self.epoch(epoch - 1)
             waiting, first = before.waiting, before.first + before.count
         order = np.random.default_rng((self.seed, epoch)).permutation(self.usable)
-        units, waiting = self.made(order, waiting)
+        units, waiting = self.build(order, waiting)
         self._epochs[epoch] = Epoch(first, len(units), waiting)
-        # Threads may come here together: each makes the same, and replaces what others may hold.
-        kept = {number: made for number, made in self._units.items() if number == epoch - 1}
+        # Several threads may be here at once: each builds the same and replaces, never mutates.
+        kept = {
+            number: units_of_epoch
+            for number, units_of_epoch in self._units.items()
+            if number == epoch - 1
+        }
         self._units = kept | {epoch: units}
         return units
 
     def epoch(self, number: int) -> Epoch:
-        """Where an epoch lies."""
+        """The units of an epoch, by number and count."""
         for earlier in range(number + 1):
             if earlier not in self._epochs:
                 self.units(earlier)
@@ -189,16 +193,16 @@ class Plan(ABC):
     def unit(self, number: int) -> Any:
         """Unit `number`, counted over all epochs."""
         index = 0
-        while number >= (found := self.epoch(index)).first + found.count:
+        while number >= (epoch := self.epoch(index)).first + epoch.count:
             index += 1
-        return self.units(index)[number - found.first]
+        return self.units(index)[number - epoch.first]
 
 
 class Packing(Plan):
     """Several examples in a row: an epoch is rows, of which `batch` make a batch.
 
     Args:
-      tokens: of a row, text and visual together. images: room of a row. visual: V of each image.
+      tokens: of a row, text and visual together. images: image slots of a row. visual: V.
     """
 
     def __init__(
@@ -207,8 +211,8 @@ class Packing(Plan):
         super().__init__(lengths, batch=batch, seed=seed)
         self.tokens, self.images, self.visual = tokens, images, visual
 
-    def made(self, order: np.ndarray, waiting: np.ndarray) -> tuple[list, np.ndarray]:
-        """Rows, each closed when the next example fits into none of those that are open."""
+    def build(self, order: np.ndarray, waiting: np.ndarray) -> tuple[list, np.ndarray]:
+        """Rows, each closed when the next example fits into none of the open ones."""
         need = self.lengths.text + self.lengths.images * self.visual
         return packed(order, need, self.lengths.images, self.tokens, self.images), waiting
 
@@ -227,7 +231,7 @@ class Packing(Plan):
         """Examples of a batch, on average."""
         return self.size * len(self.usable) / self.rows
 
-    def said(self, name: str) -> str:
+    def summary(self, name: str) -> str:
         """What stage `name` says of it before it begins."""
         return (
             f"{name}: {len(self.usable):,} examples in {self.rows:,} packed rows of {self.tokens} "
@@ -239,11 +243,11 @@ class Packing(Plan):
 class Buckets(Plan):
     """Rows of one example, each batch of one length and with images or without.
 
-    Where an epoch leaves too few of a kind for a batch, they go into the next larger bucket, at the
-    end text alone into one with images; fewer than a batch wait for the next epoch.
+    Leftovers of an epoch that do not fill a batch go into the next larger bucket, and at the end
+    text-only examples into a batch with images; fewer than a batch wait for the next epoch.
 
     Args:
-      buckets: lengths, ascending, the last one holds every example. images: room of a row.
+      buckets: lengths, ascending; the last one holds every example. images: image slots of a row.
     """
 
     def __init__(
@@ -254,10 +258,10 @@ class Buckets(Plan):
         self.bucket = np.searchsorted(self.buckets, lengths.slots)
         self.shown = lengths.images > 0
 
-    def made(self, order: np.ndarray, waiting: np.ndarray) -> tuple[list, np.ndarray]:
+    def build(self, order: np.ndarray, waiting: np.ndarray) -> tuple[list, np.ndarray]:
         """Batches in the order in which they became full."""
         size, order = self.size, np.concatenate([waiting, order])
-        found, left = [], {}
+        full, left = [], {}
         for bucket in range(len(self.buckets)):
             for shown in (False, True):
                 place = np.flatnonzero(
@@ -266,9 +270,9 @@ class Buckets(Plan):
                 whole = len(place) // size * size
                 for start in range(0, whole, size):
                     of_batch = place[start : start + size]
-                    found.append((of_batch[-1], self._group(order[of_batch], bucket, shown)))
+                    full.append((of_batch[-1], self._group(order[of_batch], bucket, shown)))
                 left[bucket, shown] = order[place[whole:]]
-        units = [group for _, group in sorted(found, key=lambda pair: pair[0])]
+        units = [group for _, group in sorted(full, key=lambda pair: pair[0])]
         rest = {shown: np.zeros(0, np.int64) for shown in (False, True)}
         for bucket in range(len(self.buckets)):
             for shown in (False, True):
@@ -291,7 +295,7 @@ class Buckets(Plan):
         """Batch `k`."""
         return self.unit(k)
 
-    def said(self, name: str) -> str:
+    def summary(self, name: str) -> str:
         """What stage `name` says of it before it begins."""
         units = self.units(0)
         kinds = len({(group.text, group.images) for group in units})
@@ -304,9 +308,9 @@ class Buckets(Plan):
 def packed(
     order: np.ndarray, need: np.ndarray, images: np.ndarray, tokens: int, most: int
 ) -> list[np.ndarray]:
-    """Rows of at most `tokens` tokens and `most` images, of the examples of `order`.
+    """The examples of `order` in rows of at most `tokens` tokens and `most` images.
 
-    Each example goes into the fullest of OPEN_ROWS rows that has room for it; where none has, the
+    Each example goes into the fullest of OPEN_ROWS rows that has room for it; if none has, the
     fullest of all is closed.
     """
     rows: list[list[int]] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The texts of a source as arrays: all at once where they are small, else row by row.
+"""The texts of a source as arrays: all at once if they are small, else row by row.
 
 M images of a row (data.images_per_row)
 """
@@ -13,7 +13,7 @@ from vlm_jax.data.example import BadExample, Example, Source
 from vlm_jax.data.packing import Lengths
 from vlm_jax.data.processor import Processor
 
-TABLE_BYTES = 1 << 28  # sources whose ids fit into this are tokenized once, at the start
+TABLE_BYTES = 1 << 28  # a source whose ids fit into this is tokenized once, at the start
 
 
 class BadText(BadExample):
@@ -21,17 +21,18 @@ class BadText(BadExample):
 
 
 class Texts:
-    """What a processor makes of the text of every example.
+    """The tokenized texts of all examples of a source.
 
     Args:
       answer: whether rows hold the last answer; without it they end where it would start.
-      skip: note an example whose text cannot be used in `bad`, instead of failing.
+      skip: record an example whose text cannot be used in `bad`, instead of failing.
     Attributes:
-      table: by name, the arrays of all examples, as `Processor.text` describes one of them; None
-        where they are larger than TABLE_BYTES.
-      bad: examples of the table whose text cannot be used; their rows are those of another example.
+      table: by name, the arrays of all examples, each as `Processor.text` describes it; None if
+        they are larger than TABLE_BYTES.
+      bad: examples whose text cannot be used; their rows in the table are those of another example.
     Raises:
-      ValueError, BadExample: for a text that cannot be used, unless `skip`; with it where none can.
+      ValueError, BadExample: for a text that cannot be used, unless `skip`; with `skip` if no text
+        can be used.
     """
 
     def __init__(self, source: Source, processor: Processor, *, answer: bool, skip: bool):
@@ -48,15 +49,15 @@ class Texts:
             self._images = np.array([self._padded(e.images) for e in examples], np.int64)
 
     def of(self, index: int) -> dict[str, Any]:
-        """The text of one example, made now.
+        """The text of one example, tokenized now.
 
         Raises:
-          BadText: where it cannot be used, and `skip`.
+          BadText: if it cannot be used, with `skip`.
         """
-        return self._made(self.source[index])
+        return self._tokenized(self.source[index])
 
     def any(self) -> dict[str, Any]:
-        """The text of the first example that has one that can be used."""
+        """The text of the first example whose text can be used."""
         for i in range(len(self.source)):
             try:
                 return self.of(i)
@@ -71,16 +72,16 @@ class Texts:
         return np.array(self._padded(self.source[index].images), np.int64)
 
     def lengths(self) -> Lengths:
-        """What every example needs of a row. Where there is no table all texts are made for it.
+        """What every example needs of a row. Without a table this tokenizes all texts.
 
         Raises:
-          BadExample: for a text that cannot be used, unless `skip`; with it where none can.
+          BadExample: for a text that cannot be used, unless `skip`; with `skip` if none can.
         """
         if self._lengths is None:
-            self._lengths = self._measured()
+            self._lengths = self._measure()
         return self._lengths
 
-    def _measured(self) -> Lengths:
+    def _measure(self) -> Lengths:
         table, count = self.table, len(self.source)
         if table is None:
             needed = []
@@ -101,29 +102,30 @@ class Texts:
         return Lengths(*np.array(needed, np.int32).reshape(-1, 3).T, usable)
 
     def _needed(self, text: dict[str, Any]) -> tuple[int, int, int]:
-        """Tokens and images of an example, and the places of a row of its own that it takes."""
+        """Tokens and images of an example, and the positions that it takes in its own row."""
         places = np.atleast_1d(text["image_at"])
         places, length = places[places < self.processor.text_length], int(text["length"])
         if self.processor.query == "prefix":
             behind = length - int(text["question_length"])
             return length, len(places), self.processor.question_length + behind
-        # An image that ends its row needs a place behind it: the end of a row says that none is.
+        # An image at the end of a row needs a position after it: `image_at` = the row's length
+        # means that there is no image.
         return length, len(places), max(length, int(places.max(initial=-1)) + 1)
 
     def _all(self, examples: list[Example]) -> list[dict[str, Any]]:
-        made: list[dict[str, Any] | None] = []
+        texts: list[dict[str, Any] | None] = []
         for i, example in enumerate(examples):
             try:
-                made.append(self._made(example))
+                texts.append(self._tokenized(example))
             except BadText as error:
                 self.bad[i] = error
-                made.append(None)
-        spare = next((text for text in made if text is not None), None)
+                texts.append(None)
+        spare = next((text for text in texts if text is not None), None)
         if spare is None:
             raise none_usable(self.source, self.bad[len(examples) - 1])
-        return [spare if text is None else text for text in made]
+        return [spare if text is None else text for text in texts]
 
-    def _made(self, example: Example) -> dict[str, Any]:
+    def _tokenized(self, example: Example) -> dict[str, Any]:
         try:
             return self.processor.text(example, answer=self.answer)
         except ValueError as error:
@@ -136,10 +138,10 @@ class Texts:
 
 
 def stack(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Rows as arrays of all of them, by name."""
+    """The arrays of all rows, stacked by name."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def none_usable(source: Source, last: BadExample) -> BadExample:
-    """What to raise where no example of a source can be used."""
+    """The exception for a source of which no example can be used."""
     return BadExample(f"not one of {len(source)} examples can be used; the last: {last}")

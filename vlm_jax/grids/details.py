@@ -31,10 +31,10 @@ def tokens_read(compressor: Compressor, features: np.ndarray) -> int | float:
     return float(np.concatenate(means)[: len(features)].mean())
 
 
-def method_of(made: Method) -> dict[str, str]:
+def method_of(method: Method) -> dict[str, str]:
     """What a row says of its compressor: kind, who reads the question for it, what is not its
     published form."""
-    return dict(compressor=made.kind, query=made.query, variant=made.variant)
+    return dict(compressor=method.kind, query=method.query, variant=method.variant)
 
 
 def request_lengths(
@@ -48,6 +48,8 @@ def request_lengths(
     picked = np.linspace(0, len(test.source) - 1, min(sample, len(test.source))).astype(int)
     prompts = [test.processor.text(test.source[int(i)], answer=False) for i in picked]
     wholes = [int(test.processor.text(test.source[int(i)])["length"]) for i in picked]
-    prompt = np.mean([int(made["length"]) for made in prompts])
-    question = np.mean([int(made["image_at" if prefix else "question_length"]) for made in prompts])
+    prompt = np.mean([int(prompt_row["length"]) for prompt_row in prompts])
+    question = np.mean(
+        [int(prompt_row["image_at" if prefix else "question_length"]) for prompt_row in prompts]
+    )
     return float(prompt), float(np.mean(wholes) - prompt), float(question)

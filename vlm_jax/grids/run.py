@@ -70,8 +70,8 @@ def sights_of(cells: Sequence[Cell]) -> list[Sight]:
     """How the images are encoded for these cells, each way once."""
     # It depends on the compressor alone: cells of one LLM and seed have them all.
     distinct = [c for c in cells if (c.llm, c.seed) == (cells[0].llm, cells[0].seed)]
-    found = [Sight.of(vlm.shapes(cell.recipe.model).compressor) for cell in distinct]
-    return list(dict.fromkeys(found))
+    sights = [Sight.of(vlm.shapes(cell.recipe.model).compressor) for cell in distinct]
+    return list(dict.fromkeys(sights))
 
 
 def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),)) -> Shared:
@@ -90,7 +90,7 @@ def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),))
     if hosts.is_writer():
         files.write_json(folder / "baselines.json", {"majority": sources.majority(train, test)})
     with phase("features"):
-        made = {
+        features = {
             sight: Features(
                 *(
                     features_of(
@@ -107,21 +107,21 @@ def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),))
             )
             for sight in sights
         }
-    return Shared(inputs, Inputs(test, processor), made, encoder)
+    return Shared(inputs, Inputs(test, processor), features, encoder)
 
 
 def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> records.Row:
     """Trains and evaluates one cell; its row, which `facts` are a part of."""
     config, recipe = cell.config, cell.recipe
     size = recipe.model
-    found = shared.features[Sight.of(vlm.shapes(size).compressor)]
+    encoded = shared.features[Sight.of(vlm.shapes(size).compressor)]
     inputs, test = (
         replace(
             i,
             processor=i.processor.reading_as(size.compressor.query),
-            features=blind_to(seen, found.blind) if cell.blind else seen,
+            features=blind_to(features, encoded.blind) if cell.blind else features,
         )
-        for i, seen in ((shared.train, found.train), (shared.test, found.test))
+        for i, features in ((shared.train, encoded.train), (shared.test, encoded.test))
     )
     if inputs.processor.query == "prefix" != shared.train.processor.query:
         # Of such a row less is left than was found when the data was opened.
@@ -139,7 +139,7 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
         train_seconds = hosts.from_writer(lambda: once(home / "trained.json", took))
     then = time.monotonic()
     clock, faults = Clock(), {}
-    found = list(
+    predictions = list(
         predict(
             config,
             model,
@@ -153,11 +153,11 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
     )
     seconds = time.monotonic() - then
     if hosts.is_writer():
-        write_predictions(folder / "predictions.jsonl", found)
+        write_predictions(folder / "predictions.jsonl", predictions)
     protocol = test.source.protocol
-    scores = tasks.score(protocol, found, loader.not_answered(test.source, faults))
-    if said := tasks.summary(scores):
-        log.warning(f"{cell.name}: {said}")
+    scores = tasks.score(protocol, predictions, loader.not_answered(test.source, faults))
+    if summary := tasks.summary(scores):
+        log.warning(f"{cell.name}: {summary}")
     method = details.method_of(size.compressor)
     Q, G, question = details.request_lengths(test, prefix=method["query"] == "prefix")
     steps = config.align.steps + config.finetune.steps
@@ -210,17 +210,17 @@ def once(path: PurePath, seconds: float) -> float:
 
 def same_cells(claimed: Claim, cells: Sequence[Cell]) -> None:
     """Raises ValueError where a grid lost or changed a cell that was begun; more cells are fine."""
-    if claimed.begun is None:
+    if claimed.recorded is None:
         return
     now = {cell.name: cell.config for cell in cells}
     home = claimed.folder / "cells"
-    begun = [c for c in cells_of(of_json(claimed.begun)) if (home / c.name).is_dir()]
-    if lost := [cell.name for cell in begun if cell.name not in now]:
+    started = [c for c in cells_of(of_json(claimed.recorded)) if (home / c.name).is_dir()]
+    if lost := [cell.name for cell in started if cell.name not in now]:
         raise ValueError(
             f"{claimed.folder} has cells that this grid lacks ({', '.join(lost[:4])}): a grid may "
             "be given more cells, not fewer; name them too, or choose another --workdir"
         )
-    for cell in begun:
+    for cell in started:
         then, is_now = (
             {k: v for k, v in flat(c).items() if k.startswith(("llm.", "compressor."))}
             for c in (cell.config, now[cell.name])
@@ -285,7 +285,7 @@ class Grid:
 
     def __init__(self, claimed: Claim, command: str):
         config, self.folder = claimed.config, claimed.folder
-        self.cells, self.begun = cells_of(config), time.monotonic()
+        self.cells, self.started = cells_of(config), time.monotonic()
         same_cells(claimed, self.cells)
         self.facts = provenance(window_attention.form(config.kernels))
         # The law is fitted to the grid's own method, where others are run beside it.
@@ -324,8 +324,8 @@ class Grid:
             if cell.name in self.rows():
                 progress.say(f"{which} was finished by another job")
                 return
-            made = self.facts | dict(config_hash=self.hashes[cell.name])
-            row = run_cell(cell, self.home(cell), shared, made)
+            facts = self.facts | dict(config_hash=self.hashes[cell.name])
+            row = run_cell(cell, self.home(cell), shared, facts)
             # The row is written whole or not at all.
             if hosts.is_writer():
                 files.write_json(self.home(cell) / "row.json", json.loads(row.to_json()))
@@ -343,11 +343,11 @@ class Grid:
         """Fits the law and writes the report; what the report says."""
         self.collect()
         with self.phase("law and report"), progress.doing("law and report"):
-            made = hosts.from_writer(lambda: report.write(self.folder))
+            result = hosts.from_writer(lambda: report.write(self.folder))
         seconds = self.phase.seconds
         each = "  ".join(f"{name} {spent:.0f}" for name, spent in seconds.items())
         progress.say(f"seconds per phase: {each}  total {sum(seconds.values()):.0f}")
-        return made
+        return result
 
 
 def run(claimed: Claim, command: str) -> dict[str, Any]:
@@ -364,7 +364,7 @@ def run(claimed: Claim, command: str) -> dict[str, Any]:
         with grid.phase("cells"):
             grid.finish(cell, shared)
         rows = grid.collect()
-        progress.say(standing(grid.cells, rows, time.monotonic() - grid.begun))
+        progress.say(standing(grid.cells, rows, time.monotonic() - grid.started))
     return grid.report()
 
 

@@ -320,13 +320,13 @@ class LLM(nnx.Module):
 
         The cache of a row begins with its `past`, whose padding is written over: no holes.
         """
-        hidden, made = self.run(x, past, lambda f: f, keep=True)
-        if not isinstance(made, list):
-            made = [layer(made, i) for i in range(self.depth)]
+        hidden, new = self.run(x, past, lambda f: f, keep=True)
+        if not isinstance(new, list):
+            new = [layer(new, i) for i in range(self.depth)]
         if past is None:
-            return hidden, [kept(kv, slots) for kv in made]
+            return hidden, [kept(kv, slots) for kv in new]
         caches = [kept(KV(*kv), slots) for kv in zip(past.keys, past.values, strict=True)]
-        caches = [write(*both, past.length) for both in zip(caches, made, strict=True)]
+        caches = [write(*both, past.length) for both in zip(caches, new, strict=True)]
         return hidden, caches
 
     @jax.named_scope("llm")

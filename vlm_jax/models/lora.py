@@ -152,7 +152,7 @@ def changed(module: M, path: tuple[str, ...], part: Any) -> M:
 
 def at(model: VLM, target: str) -> Linear | Adapted:
     """The layer of the LLM's blocks that a target names."""
-    found = model.llm.blocks
+    module = model.llm.blocks
     for name in TARGETS[target]:
-        found = getattr(found, name)
-    return found
+        module = getattr(module, name)
+    return module

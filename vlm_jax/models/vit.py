@@ -189,11 +189,11 @@ class ViT(nnx.Module):
             return jnp.concatenate(kept, axis=-1)
         size.check_keys()
         # In float32: of what is nearly equal, rounding would decide what is kept.
-        behind = layer(self.blocks, size.levels[-1])
-        found, query = behind.attention.keys(behind.norm1(x.astype(jnp.float32)))
-        seen = class_attention(query, found)[..., None]
+        next_block = layer(self.blocks, size.levels[-1])
+        patch_keys, query = next_block.attention.keys(next_block.norm1(x.astype(jnp.float32)))
+        attention = class_attention(query, patch_keys)[..., None]
         kept = [y.astype(jnp.float32) for y in kept]
-        return jnp.concatenate([*kept, found[:, 1:], seen], axis=-1)
+        return jnp.concatenate([*kept, patch_keys[:, 1:], attention], axis=-1)
 
     def order(self, window: int, shrink: int = 1) -> np.ndarray:
         """Which row of a level in raster order each row of it in window-major order is, int [P]."""

@@ -66,11 +66,11 @@ class VLM(nnx.Module):
     def at(self, tokens: int) -> "VLM":
         """The same weights giving `tokens` visual tokens; ValueError where they cannot."""
         if not self.compressor.buckets:
-            made = "as many" if self.compressor.adaptive else self.compressor.tokens
+            count = "as many" if self.compressor.adaptive else self.compressor.tokens
             needs = " as each image needs" if self.compressor.adaptive else ""
             raise ValueError(
-                f"this {type(self.compressor).__name__} was trained for {made} visual tokens{needs}"
-                f", not {tokens}: train another, or a matryoshka method"
+                f"this {type(self.compressor).__name__} was trained for {count} visual "
+                f"tokens{needs}, not {tokens}: train another, or a matryoshka method"
             )
         return VLM(self.vit, self.compressor.at(tokens), self.llm)
 
@@ -93,12 +93,12 @@ class VLM(nnx.Module):
     def visual_tokens(self, batch: Batch, question: Float[Array, "BM D"] | None) -> Visual:
         """The visual tokens of each row's images, and how many: none of one that is not there."""
         if "visual" in batch:
-            made = batch["visual"]
+            output = batch["visual"]
         else:
             levels = self.levels(batch)
             with jax.named_scope("compressor"):
-                made = self.compressor(levels, question)
-        tokens, count = made if self.compressor.adaptive else (made, made.shape[1])
+                output = self.compressor(levels, question)
+        tokens, count = output if self.compressor.adaptive else (output, output.shape[1])
         at, limit = batch["image_at"], batch.get("limit")
         if at.ndim > 1:
             tokens = jnp.reshape(
@@ -111,8 +111,8 @@ class VLM(nnx.Module):
             limit = None if limit is None else limit[:, None]
         if limit is not None:
             count = jnp.minimum(count, limit)
-        there = at < batch["ids"].shape[1]
-        return Visual(tokens.astype(self.llm.dtype), count * there)
+        present = at < batch["ids"].shape[1]
+        return Visual(tokens.astype(self.llm.dtype), count * present)
 
     def assemble(self, batch: Batch) -> "Assembled":
         """What the LLM's last pass reads, and what was read before it.
@@ -127,8 +127,8 @@ class VLM(nnx.Module):
             question = None
             if self.compressor.reads_question:
                 with jax.named_scope("question"):
-                    asked = self.llm(self.llm.embed(each(batch, "question")))
-                    question = feature(asked, each(batch, "question_length"))
+                    states = self.llm(self.llm.embed(each(batch, "question")))
+                    question = feature(states, each(batch, "question_length"))
             visual = self.visual_tokens(batch, question)
             x, segments = self.splice(self.llm.embed(ids), visual, batch)
             return Assembled(x, visual.count, segments=segments)
@@ -184,22 +184,24 @@ class VLM(nnx.Module):
     def states(self, batch: Batch, order: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
         """For every text token the hidden state of what stands before it, in the order of the text
         or in this `order` of its places."""
-        made = self.assemble(batch)
-        index = self.before(batch, made)
+        assembled = self.assemble(batch)
+        index = self.before(batch, assembled)
         index = index if order is None else rows(index, order)
-        return read(self.llm(made.x, made.past, made.segments), made.past, index)
+        return read(
+            self.llm(assembled.x, assembled.past, assembled.segments), assembled.past, index
+        )
 
-    def before(self, batch: Batch, made: "Assembled") -> Int[Array, "B T"]:
+    def before(self, batch: Batch, assembled: "Assembled") -> Int[Array, "B T"]:
         """Where in the spliced row the token before each text token of its example stands; that
         token itself where there is none."""
         text = jnp.arange(batch["ids"].shape[1])
         behind = text[:, None] >= by_image(batch["image_at"])[:, None]
-        visual = jnp.where(behind, by_image(made.count)[:, None], 0).sum(2)
-        if made.segments is None:
+        visual = jnp.where(behind, by_image(assembled.count)[:, None], 0).sum(2)
+        if assembled.segments is None:
             return jnp.maximum(text + visual - 1, 0)
         # Padding ends behind the row.
-        own = jnp.minimum(text + visual, made.x.shape[1] - 1)
-        return jnp.maximum(own - 1, rows(starts(made.segments), own))
+        own = jnp.minimum(text + visual, assembled.x.shape[1] - 1)
+        return jnp.maximum(own - 1, rows(starts(assembled.segments), own))
 
     @jax.named_scope("prefill")
     def prefill(

@@ -137,8 +137,8 @@ class Decoder:
         now = jax.sharding.get_mesh()
         rows = np.tile(np.array(ids, np.int32), (mesh.batch_shards(now), 1))
         placed = mesh.spread(rows, now, "batch")
-        made = hosts.fetched(jax.jit(start)(self.model.llm, placed))
-        one = Past(made.hidden[:1], made.keys[:, :1], made.values[:, :1], made.length[:1])
+        past = hosts.fetched(jax.jit(start)(self.model.llm, placed))
+        one = Past(past.hidden[:1], past.keys[:, :1], past.values[:, :1], past.length[:1])
         return mesh.spread(one, now)
 
     def start(
@@ -178,9 +178,9 @@ class Decoder:
             # token is waited for.
             if 0 < step < new_tokens - 1:
                 ids, caches, place = self.following(self.model, ids, caches, place, sampling)
-            found = hosts.fetched(now)
-            yield found
-            ended |= np.isin(found, self.stop_ids)
+            tokens = hosts.fetched(now)
+            yield tokens
+            ended |= np.isin(tokens, self.stop_ids)
             if ended.all():
                 return
             if step == 0 and new_tokens > 1:

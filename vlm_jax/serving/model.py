@@ -162,19 +162,19 @@ class VLM:
                 f"{len(images)} images and {len(prompts)} prompts: give one image (or None, or a "
                 "list of several) for each prompt, or a single one for all"
             )
-        made = []
+        requests = []
         for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-            found = []
+            pictures = []
             for k, one in enumerate(listed(image)):
                 name = f"image {number}[{k}]" if isinstance(image, (list, tuple)) else (
                     f"image {number}")  # fmt: skip
                 try:
-                    found.append(picture(one, exif=exif))
+                    pictures.append(picture(one, exif=exif))
                 except (ValueError, OSError) as error:
                     raise type(error)(f"{name}: {error}") from error
-            made.append(self.request(found, prompt))
+            requests.append(self.request(pictures, prompt))
         return self.answer(
-            made,
+            requests,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -200,13 +200,13 @@ class VLM:
             )
         which = tuple(range(len(images))) if len(images) > 1 else 0 if images else None
         example = Example("prompt", which, pairs, family="", task="")
-        made = self.processor.tokens(example, answer=False)
-        if self.processor.query != "none" and images and not all(made.questions):
+        tokens = self.processor.tokens(example, answer=False)
+        if self.processor.query != "none" and images and not all(tokens.questions):
             raise ValueError(
                 "this model's compressor reads the question, and there is none: ask something"
             )
         pixels = [self.processor.pixels(picture(one, exif=exif)) for one in images]
-        return Request(made.ids, made.places, made.questions, pixels)
+        return Request(tokens.ids, tokens.places, tokens.questions, pixels)
 
     def answer(
         self,
@@ -257,10 +257,10 @@ class VLM:
         kinds = [(self.begins(r), bucket_of_images(len(r.pixels))) for r in requests]
         answers: dict[int, Answer] = {}
         for kind in sorted(set(kinds)):
-            found = [i for i in range(len(requests)) if kinds[i] == kind]
-            for first in range(0, len(found), batch):
-                some = found[first : first + batch]
-                said = self._together(
+            members = [i for i in range(len(requests)) if kinds[i] == kind]
+            for first in range(0, len(members), batch):
+                some = members[first : first + batch]
+                batch_answers = self._together(
                     [requests[i] for i in some],
                     begins=kind[0],
                     drawn=(temperature, top_p, seed),
@@ -270,7 +270,7 @@ class VLM:
                     if on_text
                     else None,
                 )
-                answers |= zip(some, said, strict=True)
+                answers |= zip(some, batch_answers, strict=True)
         return [answers[i] for i in range(len(requests))]
 
     def room(
@@ -313,7 +313,7 @@ class VLM:
         tokenizer, stop_ids = self.processor.tokenizer, self.processor.stop_ids
         with jax.set_mesh(self.mesh):
             then = time.perf_counter()
-            made = batch_of(
+            batch = batch_of(
                 requests,
                 self.compressor,
                 skip=len(self.prefix) if begins else 0,
@@ -321,7 +321,7 @@ class VLM:
                 width=self.width,
                 pad=self.processor.pad_id,
             )
-            rows = len(made["ids"])
+            rows = len(batch["ids"])
             temperature, top_p, seed = drawn
             sampling = Sampling(
                 np.full(rows, temperature, np.float32),
@@ -329,7 +329,7 @@ class VLM:
                 np.full(rows, seed, np.uint32),
             )
             started = self.decoder.start(
-                meshes.spread(made, self.mesh, "batch"),
+                meshes.spread(batch, self.mesh, "batch"),
                 new_tokens=max(room),
                 tokens=self.requested_tokens(visual_tokens) if requests[0].pixels else None,
                 prefix=self.prefix_pass if begins else None,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arrays of a checkpoint on the disk, read box by box, and the digests written beside them.
 
-Orbax writes them (OCDBT with Zarr inside). Its own reading has barriers between processes, which
-one process that finds a damaged file would leave the others to wait at; here every process reads
-what it needs, and what came of it is compared afterwards.
+Orbax writes them (OCDBT with Zarr inside). Its own reader has barriers between processes, at which
+the others would wait forever for a process that meets a damaged file. Here every process reads what
+it needs, and results are compared afterwards.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from vlm_jax.training import digest
 
 DIGESTS = "digests"  # item of a step
 READERS = 8  # threads that read boxes, or add up digests
-AHEAD = 4  # arrays that are read before they are asked for
+AHEAD = 4  # arrays that are read ahead
 
 
 class Damaged(ValueError):
@@ -39,7 +39,7 @@ class Box(NamedTuple):
 
     @classmethod
     def of(cls, index: Sequence[slice], shape: Sequence[int]) -> "Box":
-        """The box of an index as a sharding gives it."""
+        """The box of an index that a sharding gives."""
         cut = [s.indices(n) for s, n in zip(index, shape, strict=True)]
         return cls(tuple(a for a, _, _ in cut), tuple(b for _, b, _ in cut))
 
@@ -60,23 +60,23 @@ class Box(NamedTuple):
 
 @dataclass
 class Pieces:
-    """One array of which this process has some pieces, in the memory of the host."""
+    """The pieces of one array that this process writes, in host memory."""
 
     shape: tuple[int, ...]
     dtype: str
     pieces: list[tuple[Box, np.ndarray]] = field(default_factory=list)
 
     def described(self) -> dict[str, Any]:
-        """As it stands in the file."""
-        found = [(box, digest.of_piece(x, box.start, self.shape)) for box, x in self.pieces]
-        rows = [[list(box.start), list(box.stop), f"{d:016x}"] for box, d in found]
+        """The entry of the array in the file of digests."""
+        digests = [(box, digest.of_piece(x, box.start, self.shape)) for box, x in self.pieces]
+        rows = [[list(box.start), list(box.stop), f"{d:016x}"] for box, d in digests]
         return {"shape": list(self.shape), "dtype": self.dtype, "pieces": rows}
 
 
 def pieces_of(arrays: Mapping[str, jax.Array]) -> dict[str, Pieces]:
-    """The pieces that this process answers for: of each box one process has the first copy.
+    """The pieces that this process is responsible for: the first copy of each box.
 
-    They are on the host when this returns. Orbax asks for the same copies, which are made once.
+    They are on the host when this returns. Orbax uses the same copies, so each is made once.
     """
     firsts = {
         name: [s for s in x.addressable_shards if s.replica_id == 0] for name, x in arrays.items()
@@ -95,7 +95,7 @@ def pieces_of(arrays: Mapping[str, jax.Array]) -> dict[str, Pieces]:
 
 
 class Handler(ocp.AsyncCheckpointHandler):
-    """Adds up the digests behind the training's back: a step is not finished without them."""
+    """Computes the digests in the background: a step is not finished without them."""
 
     async def async_save(self, directory: Any, args: "Save") -> list[Any]:
         return [
@@ -107,8 +107,8 @@ class Handler(ocp.AsyncCheckpointHandler):
     async def write(self, directory: Any, args: "Save") -> None:
         names = list(args.arrays)
         with ThreadPoolExecutor(READERS) as pool:
-            found = list(pool.map(lambda name: args.arrays[name].described(), names))
-        about = {"processes": jax.process_count(), "arrays": dict(zip(names, found, strict=True))}
+            digests = list(pool.map(lambda name: args.arrays[name].described(), names))
+        about = {"processes": jax.process_count(), "arrays": dict(zip(names, digests, strict=True))}
         (directory / f"process_{jax.process_index()}.json").write_text(json.dumps(about))
 
     def save(self, directory: Any, args: "Save") -> None:
@@ -129,7 +129,7 @@ class Save(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(Handler, for_restore=True)
 @dataclass
 class Restore(ocp.args.CheckpointArgs):
-    """Reads them back."""
+    """Reads the digests of a step."""
 
 
 # --- What is read ---------------------------------------------------------------------------------
@@ -137,38 +137,38 @@ class Restore(ocp.args.CheckpointArgs):
 
 @dataclass
 class Manifest:
-    """The digests of a step: of each array its shape, type and those of its pieces."""
+    """The digests of a step: for each array its shape, its type and the digests of its pieces."""
 
     arrays: dict[str, tuple[tuple[int, ...], str, list[tuple[Box, int]]]]
 
     @classmethod
     def read(cls, step: Any) -> "Manifest | None":
-        """Those of a step's folder; None where none were written, as by earlier versions.
+        """The digests in a step's folder; None if it has none, as from earlier versions.
 
         Raises:
-          Damaged: where some are missing.
+          Damaged: if some are missing.
         """
         folder = epath.Path(step) / DIGESTS
         if not folder.exists():
             return None
-        made, processes = cls({}), 1
+        manifest, processes = cls({}), 1
         files = sorted(folder.glob("process_*.json"))
         for path in files:
             about = read_json(path)
             processes = about["processes"]
             for name, x in about["arrays"].items():
                 shape, dtype = tuple(x["shape"]), x["dtype"]
-                _, _, pieces = made.arrays.setdefault(name, (shape, dtype, []))
+                _, _, pieces = manifest.arrays.setdefault(name, (shape, dtype, []))
                 pieces += [
                     (Box(tuple(a), tuple(b)), int(hexadecimal, 16))
                     for a, b, hexadecimal in x["pieces"]
                 ]
         if len(files) != processes:
             raise Damaged(f"{folder} has the digests of {len(files)} of {processes} processes")
-        for name, (shape, _, pieces) in made.arrays.items():
+        for name, (shape, _, pieces) in manifest.arrays.items():
             if sum(box.size for box, _ in pieces) != math.prod(shape):
                 raise Damaged(f"{folder} has no digests of some pieces of {name}")
-        return made
+        return manifest
 
     def total(self, name: str) -> int:
         """The digest of a whole array."""
@@ -176,7 +176,7 @@ class Manifest:
 
 
 def read_json(path: Any) -> Any:
-    """What a JSON file of a checkpoint holds; Damaged where it is none."""
+    """The content of a JSON file of a checkpoint; Damaged if it is missing or not JSON."""
     try:
         return json.loads(path.read_text())
     except (ValueError, FileNotFoundError) as error:
@@ -196,7 +196,7 @@ class Arrays:
         self.base = text if "://" in text else f"file://{text}"
 
     def open(self, name: str) -> ts.TensorStore:
-        """The array of this name; Damaged where it cannot be opened."""
+        """The array of this name; Damaged if it cannot be opened."""
         spec = {
             "driver": self.driver,
             "kvstore": {"driver": "ocdbt", "base": f"{self.base}/", "path": f"{name}/"},
@@ -207,20 +207,20 @@ class Arrays:
             raise Damaged(f"{name} cannot be opened: {first_line(error)}") from None
 
     def read(self, name: str, stored: ts.TensorStore, box: Box) -> np.ndarray:
-        """A box of an array; Damaged where it cannot be read."""
+        """A box of an array; Damaged if it cannot be read."""
         try:
-            found = stored[box.slices].read().result() if box.start else stored.read().result()
+            x = stored[box.slices].read().result() if box.start else stored.read().result()
         except Exception as error:
             raise Damaged(f"{name}{box} cannot be read: {first_line(error)}") from None
-        return np.asarray(found)
+        return np.asarray(x)
 
 
 def restore(
     arrays: Arrays, wanted: Mapping[str, jax.ShapeDtypeStruct]
 ) -> Iterator[tuple[str, jax.Array, int]]:
-    """Each wanted array with the digest of those of its pieces that this process answers for.
+    """Each wanted array with the digest of the pieces that this process is responsible for.
 
-    Every process reads what its devices are to hold. Raises Damaged.
+    Every process reads what its devices hold. Raises Damaged.
     """
     with ThreadPoolExecutor(READERS) as pool:
         under_way: dict[str, tuple[Any, ...]] = {}
@@ -244,23 +244,23 @@ def restore(
                 if ahead not in under_way:
                     begin(ahead)
             like, reads = under_way[name]
-            found = {box: read.result() for box, read in reads.items()}
+            boxes_read = {box: read.result() for box, read in reads.items()}
             under_way[name] = ()
 
-            def of(index: Any, found: dict = found, like: Any = like) -> np.ndarray:
-                return found[Box.of(index or (), like.shape)]
+            def of(index: Any, boxes_read: dict = boxes_read, like: Any = like) -> np.ndarray:
+                return boxes_read[Box.of(index or (), like.shape)]
 
             x = jax.make_array_from_callback(like.shape, like.sharding, of)
             firsts = {
                 Box.of(s.index, like.shape) for s in x.addressable_shards if s.replica_id == 0
             }
             sums = pool.map(
-                lambda b, f=found, s=like.shape: digest.of_piece(f[b], b.start, s), firsts
+                lambda b, f=boxes_read, s=like.shape: digest.of_piece(f[b], b.start, s), firsts
             )
             yield name, x, digest.total(list(sums))
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, cut to one line and without tensorstore's description of itself."""
+    """The first line of an error's message, without tensorstore's dump of its spec."""
     text = str(error).strip().partition("\n")[0].partition(" [tensorstore_spec=")[0]
     return text or repr(error)

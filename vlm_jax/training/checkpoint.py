@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints by orbax: written while training goes on, verified when read, older ones as a way
-back.
+"""Checkpoints by orbax: written while training continues, verified when read, with older ones as a
+fallback.
 
-Orbax restores flipped bits without a word, so every step carries a digest of each piece of each
-array, of every process (`arrays.py`). All processes go back to the same step.
+Orbax restores flipped bits without an error, so every step has a digest of each piece of each
+array, from every process (`arrays.py`). All processes fall back to the same step.
 """
 
 import json
@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 
 
 class Manager(ocp.CheckpointManager):
-    """Orbax's manager, which leaves it to the loop to ask whether the machine is taken back.
+    """Orbax's manager without its own check for preemption, which the training loop makes.
 
-    The service behind that wants the rising numbers of one asker.
+    JAX's service needs increasing numbers from a single caller.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -38,7 +38,7 @@ class Manager(ocp.CheckpointManager):
 
 
 class OtherAdapters(ValueError):
-    """A checkpoint whose model has other adapters: whole, and of no use here."""
+    """A checkpoint whose model has different adapters: intact, but not usable here."""
 
 
 class Checkpoints:
@@ -58,7 +58,7 @@ class Checkpoints:
         self.unusable: list[int] = []
 
     def save(self, state: State, notes: dict[str, Any]) -> None:
-        """Starts writing step `state.step`; OSError if it cannot, or if the write before it
+        """Starts writing step `state.step`; OSError if it cannot, or if the previous write
         failed."""
         self.wait()
         self.set_aside()
@@ -77,25 +77,24 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Returns when no write is under way; OSError if the last one failed."""
+        """Returns when no write is in progress; OSError if the last one failed."""
         with self.naming_failures():
             self.manager.wait_until_finished()
 
     @contextmanager
     def naming_failures(self) -> Iterator[None]:
-        """Turns whatever a write raises into an OSError that says where, why and what to do."""
+        """Turns any exception of a write into an OSError that says where, why and what to do."""
         try:
             yield
-        # Orbax hands on what its storage raised: OSError, ValueError or a bare Exception.
+        # Orbax passes on what its storage raised: OSError, ValueError or a bare Exception.
         except Exception as error:
             raise OSError(
-                f"a checkpoint could not be written to {self.folder} ({first_line(error)}); those "
-                "before it are whole: make room and repeat the command"
+                f"a checkpoint could not be written to {self.folder} ({first_line(error)}); "
+                "earlier ones are intact: free some space and repeat the command"
             ) from error
 
     def set_aside(self) -> None:
-        """Renames steps that cannot be used: orbax would not write them, nor any before them,
-        again."""
+        """Renames unusable steps: otherwise orbax would not write them, or earlier ones, again."""
         if self.unusable:
             hosts.from_writer(self.rename_unusable)
             self.manager.reload()
@@ -111,42 +110,44 @@ class Checkpoints:
     def restore(
         self, like: State, *, lora: dict[str, Any] | None = None
     ) -> tuple[State, dict[str, Any]] | None:
-        """The newest whole checkpoint with its notes, laid out like `like`; None if there is none.
+        """The newest intact checkpoint with its notes, sharded like `like`; None if there is none.
 
-        `like` may hold shapes with shardings. Without an optimizer's state, none is read.
+        `like` may hold shapes with shardings. If it has no optimizer state, none is read.
 
-        A damaged step is reported and the one before it is taken; if steps exist and none is whole,
-        RuntimeError: starting over silently would throw work away. ValueError for a checkpoint of
-        a model with other adapters than `lora` describes.
+        A damaged step is reported and the one before it is used.
+
+        Raises:
+          RuntimeError: if steps exist and all are damaged; starting over would lose work.
+          OtherAdapters: for a model with different adapters than `lora` describes.
         """
-        found, steps = hosts.from_writer(lambda: (digits(self.folder), numbered(self.folder)))
+        present, steps = hosts.from_writer(lambda: (digits(self.folder), numbered(self.folder)))
         steps.reverse()
-        self.unusable = [n for n in found if n not in steps]
+        self.unusable = [n for n in present if n not in steps]
         for step in steps:
-            got, why = None, ""
+            result, why = None, ""
             try:
-                got = self.read(step, like, lora)
+                result = self.read(step, like, lora)
             except OtherAdapters as error:
                 why = f"other adapters: {error}"
-            # Besides what is known to be damage, whatever a library raises at what it cannot read.
+            # Damaged, and whatever a library raises for files that it cannot read.
             except Exception as error:
                 why = first_line(error)
-            said = hosts.collected({"why": why, "sums": got[1] if got else {}})
-            if others := [x["why"] for x in said if x["why"].startswith("other adapters: ")]:
+            reports = hosts.collected({"why": why, "sums": result[1] if result else {}})
+            if others := [x["why"] for x in reports if x["why"].startswith("other adapters: ")]:
                 raise OtherAdapters(others[0].removeprefix("other adapters: "))
-            why = next((x["why"] for x in said if x["why"]), "")
-            if got and not why:
-                state, _, expected, notes = got
-                del got
-                # A process may read all of it for itself, as to convert it, or a part.
+            why = next((x["why"] for x in reports if x["why"]), "")
+            if result and not why:
+                state, _, expected, notes = result
+                del result
+                # A process may read the whole state by itself, as for conversion, or only a part.
                 own = all(x.sharding.is_fully_addressable for x in named(like).values())
-                sums = [x["sums"] for x in said]
+                sums = [x["sums"] for x in reports]
                 if not own:
                     sums = [{n: digest.total([x[n] for x in sums]) for n in expected}]
                 if not (bad := [n for n, s in expected.items() if any(x[n] != s for x in sums)]):
                     return state, notes
                 why = f"the digest differs of {', '.join(bad[:3])}"
-            got = None
+            result = None
             log.warning(
                 "checkpoint %s/%d cannot be used (%s): falling back to the one before",
                 self.folder,
@@ -164,37 +165,36 @@ class Checkpoints:
     def read(
         self, step: int, like: State, lora: dict[str, Any] | None
     ) -> tuple[State, dict[str, int], dict[str, int], dict[str, Any]]:
-        """Step `step`: the state, digests of what this process read of each array, those that all
-        processes together should come to, and the notes.
+        """Step `step`: the state, the digest of this process's part of each array, the expected
+        digests of the whole arrays, and the notes.
 
         Waits for no other process. Raises Damaged, OtherAdapters.
         """
         folder = self.folder / str(step)
         notes = read_notes(folder)
-        if (theirs := notes.get("lora")) != lora:
+        if (written := notes.get("lora")) != lora:
             raise OtherAdapters(
-                f"checkpoint {folder} was written with {adapters_text(theirs)}, and the "
+                f"checkpoint {folder} was written with {adapters_text(written)}, and the "
                 f"configuration says {adapters_text(lora)}: give the same, or choose another folder"
             )
         wanted = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for name, x in named(like).items()
         }
-        found = stored.Arrays(folder / "state")
-        if missing := sorted(wanted.keys() - found.names):
+        on_disk = stored.Arrays(folder / "state")
+        if missing := sorted(wanted.keys() - on_disk.names):
             raise Damaged(f"it has no {', '.join(missing[:3])}")
-        if jax.tree.leaves(like.optimizer) and (more := sorted(found.names - wanted.keys())):
+        if jax.tree.leaves(like.optimizer) and (more := sorted(on_disk.names - wanted.keys())):
             raise Damaged(f"it also has {', '.join(more[:3])}, which nothing here is")
         manifest = stored.Manifest.read(folder)
-        older = notes.pop("crc32", None)  # of versions before there were digests of pieces
+        older = notes.pop("crc32", None)  # of versions without digests of pieces
         if manifest is None and older is None:
             raise Damaged("it has no digests")
         leaves, sums = {}, {}
-        for name, x, sums[name] in stored.restore(found, wanted):
+        for name, x, sums[name] in stored.restore(on_disk, wanted):
             if older and older[name] is not None and checksum(x) not in (None, older[name]):
                 raise Damaged(f"the checksum differs of {name}")
-            # A copy, because the restored buffers may be borrowed from the reader and are donated
-            # later.
+            # A copy, because restored buffers may belong to the reader and are donated later.
             leaves[name] = jax.numpy.copy(x)
         expected = {} if manifest is None else {name: manifest.total(name) for name in wanted}
         state = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
@@ -209,18 +209,18 @@ class Checkpoints:
         return f"the last good checkpoint is {self.folder}/{step}"
 
     def close(self) -> None:
-        """Waits for a write under way; OSError if it failed."""
+        """Waits for a write in progress; OSError if it failed."""
         self.wait()
         self.manager.close()
 
 
 def of_notes(notes: dict[str, Any]) -> int:
-    """crc32 of notes, as JSON keeps them."""
+    """crc32 of notes as JSON."""
     return zlib.crc32(json.dumps(notes, sort_keys=True).encode())
 
 
 def read_notes(step: epath.Path) -> dict[str, Any]:
-    """The notes of a step's folder; Damaged where they are not those that were written."""
+    """The notes of a step's folder; Damaged if they are not those that were written."""
     notes = stored.read_json(step / "notes" / "metadata")
     if not isinstance(notes, dict):
         raise Damaged(f"{step}/notes are not notes")
@@ -231,18 +231,18 @@ def read_notes(step: epath.Path) -> dict[str, Any]:
 
 
 def digits(folder: epath.PathLike) -> list[int]:
-    """Whatever in a folder is called as a step is."""
+    """The entries of a folder whose names are numbers, as those of steps are."""
     folder = epath.Path(folder)
-    if not folder.is_dir():  # in a bucket an empty one is not there
+    if not folder.is_dir():  # in a bucket an empty folder does not exist
         return []
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
 def numbered(folder: epath.PathLike) -> list[int]:
-    """The steps that a stage's folder has a checkpoint of, ascending; none without a folder.
+    """The steps that have a finished checkpoint in a stage's folder, ascending; none without it.
 
-    A folder of a disk is renamed when it is whole. In a bucket nothing is renamed: the last file
-    that is written says that the others are there.
+    On a disk the folder of a step is renamed when it is complete. A bucket cannot rename: there the
+    last file written shows that the others exist.
     """
     folder = epath.Path(folder)
     if not folder.is_dir():
@@ -266,7 +266,7 @@ def named(state: State) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
 
 
 def checksum(x: jax.Array) -> int | None:
-    """crc32 of an array's bytes; None where other processes hold a part of it."""
+    """crc32 of an array's bytes; None if other processes hold a part of it."""
     return checksum_of(np.asarray(x)) if x.is_fully_addressable else None
 
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of a few positions at a time: the scores of a whole row over the vocabulary are never
-there.
+"""The loss in chunks of positions: the scores of a whole row over the vocabulary never exist.
 
-Each device sums its own rows. What the loop adds up for the gradient of the table is local, and
-meets that of other devices once, behind the loop.
+Each device sums its own rows. The gradient of the table adds up locally in the loop and is reduced
+over devices once, after it.
 
 B batch  T tokens  D llm width  W vocabulary  C chunks  c positions of a chunk
 """
@@ -18,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vlm_jax import mesh
 
-# Scores (float32) that a device holds at a time unless config.loss_chunk says otherwise: 268 MB.
+# Scores (float32) that a device holds at once unless config.loss_chunk says otherwise: 268 MB.
 MOST_SCORES = 1 << 26
 
 
@@ -27,14 +26,14 @@ class Sums(NamedTuple):
 
     nll: Float[Array, ""]  # nats
     log_z_squared: Float[Array, ""]
-    correct: Float[Array, ""]  # positions whose best guess is right
+    correct: Float[Array, ""]  # positions whose likeliest token is right
 
 
 def positions(chunk: int, *, rows: int, length: int, vocab: int) -> int:
-    """Positions of each row whose scores are computed at a time; 0: all of them.
+    """Positions of each row whose scores are computed at once; 0: all of them.
 
     Args:
-      chunk: config.loss_chunk: so many, 0 all; -1 as many as MOST_SCORES holds, 128 at least.
+      chunk: config.loss_chunk: that many; 0: all; -1: as many as MOST_SCORES holds, at least 128.
       rows, vocab: of a device. length: T.
     """
     if chunk < 0:
@@ -54,7 +53,7 @@ def on_this_mesh(chunk: int, *, rows: int, length: int, vocab: int) -> int:
 
 
 def supervised_first(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """The places of each row, those that are supervised before the others, each in its order."""
+    """The positions of each row, supervised ones first, otherwise in order."""
     return jnp.argsort(~mask, axis=1, stable=True).astype(jnp.int32)
 
 
@@ -66,11 +65,11 @@ def score(
     mask: Bool[Array, "B T"],
     chunk: int,
 ) -> Sums:
-    """What `objective.score` says of the scores of these hidden states, `chunk` places at a time.
+    """`objective.score` of these hidden states, computed `chunk` positions at a time.
 
     Equal to it in value and in gradient, up to the rounding of float32 sums. The scores of a chunk
-    are made again for the gradient. Chunks without a place in `mask` in any row are left out: let
-    the supervised places come first.
+    are recomputed for the gradient. Chunks without a supervised position in any row are skipped, so
+    supervised positions should come first.
     """
     batch = mesh.RULES["batch"]
     rows = jax.P(batch)
@@ -78,20 +77,20 @@ def score(
     def local(hidden, table, target, mask):
         table = gathered(table.astype(hidden.dtype))
         parts = [in_chunks(x, chunk) for x in (hidden, target, mask)]
-        # All devices of the mesh take the same way: there are sums over "tensor" on it.
+        # All devices of the mesh take the same branch, because it sums over "tensor".
         needed = lax.pmax(parts[2].any((1, 2)).astype(jnp.int32), batch) > 0
         nothing = lax.pcast(jnp.zeros(3), batch, to="varying")
 
         def add(sums, part):
             needed, hidden, target, mask = part
-            found = lax.cond(
+            sums_of_chunk = lax.cond(
                 needed,
                 lambda hidden, table: of_chunk(hidden, table, target, mask),
                 lambda hidden, table: nothing,
                 hidden,
                 table,
             )
-            return sums + found, None
+            return sums + sums_of_chunk, None
 
         step = jax.checkpoint(add, prevent_cse=False)
         return lax.psum(lax.scan(step, nothing, (needed, *parts))[0], batch)
@@ -105,12 +104,12 @@ def score(
 
 
 def gathered(table: Float[Array, "W d"]) -> Float[Array, "W D"]:
-    """A device's part of the vocabulary, whole over fsdp, as float32 of what it is in `table`.
+    """A device's part of the vocabulary, gathered over fsdp, as float32.
 
-    In float32, so that gradients of many chunks are added up in it; they are rounded, and go to
-    their shards, once.
+    Float32, so that the gradients of many chunks add up in it; they are rounded and scattered to
+    their shards once.
     """
-    # Behind the loop its gradient goes to the shards first, then over "data": fewer bytes.
+    # After the loop the gradient is scattered over fsdp, then reduced over "data": fewer bytes.
     table = lax.pcast(table, "data", to="varying")
     return lax.all_gather(table, "fsdp", axis=1, tiled=True).astype(jnp.float32)
 
@@ -141,7 +140,7 @@ def of_chunk(
 
 
 def in_chunks(x: Shaped[Array, "B T *D"], chunk: int) -> Shaped[Array, "C B c *D"]:
-    """So many places of each row at a time, the last ones filled up with zeros."""
+    """The positions of each row in chunks, the last one padded with zeros."""
     count = math.ceil(x.shape[1] / chunk)
     room = [(0, 0), (0, count * chunk - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
     filled = jnp.pad(x, room).reshape(x.shape[0], count, chunk, *x.shape[2:])

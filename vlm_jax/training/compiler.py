@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiler options of a training step by kind of device: how it runs, not what it computes."""
+"""Compiler options of a training step by kind of device. They do not change what it computes."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import jax
 
 from vlm_jax import cpu
 
-# Gathers of weights run beside matrix products: by the compiler's own text about half of them
-# (docs/pods.md, "Collectives"). A v5e does so by itself.
-GATHERS_BESIDE = {
+# Gathers of weights overlap with matrix products: about half of them, by the compiled text
+# (docs/pods.md, "Collectives"). The v5e compiler does so by default.
+ASYNC_GATHERS = {
     "xla_enable_async_all_gather": True,
     "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
@@ -17,13 +17,13 @@ GATHERS_BESIDE = {
     "xla_tpu_overlap_compute_collective_tc": True,
 }
 STEP_OPTIONS: dict[str, dict[str, Any]] = {
-    "TPU v5": GATHERS_BESIDE,  # v5p
-    "TPU v6 lite": GATHERS_BESIDE,  # v6e
+    "TPU v5": ASYNC_GATHERS,  # v5p
+    "TPU v6 lite": ASYNC_GATHERS,  # v6e
 }
 
 
 def step_options() -> dict[str, Any]:
-    """Those for the current mesh; `mesh.known` leaves out what its compiler does not take."""
+    """Options for the current mesh; `mesh.known` drops those that its compiler does not accept."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = "" if device is None else device.device_kind
     return cpu.step_options() | STEP_OPTIONS.get(kind, {})

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digests of the pieces of an array, which add up to that of the array however it is cut.
+"""Digests of the pieces of an array, which add up to the array's digest however it is divided.
 
 The digest of an array is the sum over its words of w x (2 i + 1) x MIX modulo 2^64: w is a word's
-bits, i its place in the whole array. A change of one word, and an exchange of two, always change
-it; any other change does but for one in 2^64. A sum needs no order: one mesh writes the pieces,
-another reads other pieces, and both come to the same number. A crc32 could not.
+bits, i its index in the whole array. A change of one word and a swap of two always change it; any
+other change does so except for one in 2^64. A sum does not depend on order: one mesh writes the
+pieces, another reads other pieces, and both get the same number. A crc32 does not allow that.
 """
 
 import math
@@ -14,20 +14,20 @@ import numpy as np
 
 MASK = 2**64 - 1
 MIX = 0x9E3779B97F4A7C15  # odd, so that nothing is lost; bits of the golden ratio
-BLOCK = 1 << 18  # words that are summed up at once: they fit into a cache
+BLOCK = 1 << 18  # words that are summed at once: they fit into a cache
 
 
 def of_piece(piece: np.ndarray, start: Sequence[int], shape: Sequence[int]) -> int:
-    """The part of an array's digest that one of its pieces is, from 0 to 2^64 - 1.
+    """The part of an array's digest that one of its pieces contributes, from 0 to 2^64 - 1.
 
     Args:
-      piece: the box of an array of this `shape` that begins at `start`; of no dimension, all of it.
+      piece: the box of an array of this `shape` that begins at `start`; a scalar is one piece.
     """
     x, start, shape = words(np.asarray(piece), list(start), list(shape))
     if not x.size:
         return 0
     strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-    # Behind `cut` the box has all of every dimension: it is runs that lie together in the array.
+    # After dimension `cut` the box is whole, so it consists of contiguous runs of the array.
     cut = max((d for d in range(len(shape)) if x.shape[d] != shape[d]), default=0)
     length = math.prod(x.shape[cut:])
     base = np.full((1,) * cut, start[cut] * strides[cut], np.uint64)
@@ -52,7 +52,7 @@ def of_piece(piece: np.ndarray, start: Sequence[int], shape: Sequence[int]) -> i
 def words(
     x: np.ndarray, start: list[int], shape: list[int]
 ) -> tuple[np.ndarray, list[int], list[int]]:
-    """A piece as unsigned words of up to 32 bits, with its start and the array's shape in them."""
+    """A piece as unsigned words of up to 32 bits, with its start and the array's shape in words."""
     if not shape:
         x, start, shape = x.reshape(1), [0], [1]
     size = x.dtype.itemsize
@@ -63,5 +63,5 @@ def words(
 
 
 def total(digests: Sequence[int]) -> int:
-    """The digest of an array of which these pieces are all."""
+    """The digest of an array from those of all its pieces."""
     return sum(digests) & MASK

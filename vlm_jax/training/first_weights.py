@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that a training begins with: read from a folder, or drawn from the seed."""
+"""The model that training starts from: read from a folder, or initialized from the seed."""
 
 from vlm_jax import progress
 from vlm_jax.models import vlm
@@ -11,7 +11,7 @@ from vlm_jax.weights import start as weights_start
 
 
 def first_model(recipe: Recipe, encoder: ViT | None, *, seed: int) -> VLM:
-    """The model that a training begins with, as many visual tokens as it can give."""
+    """The model that training starts from, at the most visual tokens that it can give."""
     if recipe.start_from:
         with progress.doing("reading the weights to start from"):
             stored = runs.read(recipe.start_from, "start_from")
@@ -19,7 +19,7 @@ def first_model(recipe: Recipe, encoder: ViT | None, *, seed: int) -> VLM:
                 recipe.model, stored, start_from=recipe.start_from, seed=seed
             )
     else:
-        with progress.doing("drawing the first weights"):
+        with progress.doing("initializing the weights"):
             model = vlm.create(recipe.model, seed=seed)
     if encoder is not None:
         model = VLM(encoder, model.compressor, model.llm)

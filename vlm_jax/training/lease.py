@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder belongs to one run at a time, whichever hosts the runs are on.
 
-A file in the folder says who holds it, and is written anew every few seconds. Who finds it takes
-the folder if the holder is gone: a process of this machine that no longer runs, or one elsewhere
-that gave no sign of life for as long as its file promises. Clocks of two machines are not compared;
-what counts is whether the file changes while it is watched.
+A lease file in the folder names the holder and is rewritten every few seconds. Another run takes
+the folder if the holder is dead: a process of this machine that no longer runs, or one on another
+machine whose file did not change for the time that it states. The clocks of two machines are not
+compared; what counts is whether the file changes while it is watched.
 
-On a disk the kernel's own lock comes first: it is free the moment its holder dies. A bucket has
-none; there the file is made on the condition that it is not there. Two that take a stale file at
-the same time both write it, wait, and read who was last; a holder that finds another's name in its
-file ends at once. So two runs can overlap for one beat at most, and only where one was thought dead
-and was not.
+On a disk the kernel's lock comes first: it is released when its holder dies. A bucket has no lock;
+there the file is created only if it does not exist. Two runs that take a stale file at the same
+time both write it, wait, and read which was last. A holder that reads another name in its file ends
+at once. So two runs can overlap for one beat at most, and only if a live run was taken for dead.
 """
 
 import fcntl
@@ -29,9 +28,9 @@ from typing import Any
 from vlm_jax import files, hosts, preemption, progress
 
 NAME = ".lease.json"
-BEAT, LIFE = 15.0, 60.0  # seconds between signs of life; without one after which a holder is gone
-SETTLE = 2.0  # seconds in which another that takes the same stale file writes its name
-POLL = 2.0  # seconds between two looks
+BEAT, LIFE = 15.0, 60.0  # seconds between heartbeats; without one after which a holder is dead
+SETTLE = 2.0  # seconds in which another run that takes the same stale file writes its name
+POLL = 2.0  # seconds between two reads
 
 
 class Busy(ValueError):
@@ -39,7 +38,7 @@ class Busy(ValueError):
 
 
 def me() -> dict[str, Any]:
-    """What tells this process from all others."""
+    """What identifies this process."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     machine = boot.read_text().strip() if boot.exists() else ""
     return dict(host=socket.gethostname(), boot=machine, pid=os.getpid(), id=secrets.token_hex(8))
@@ -58,86 +57,89 @@ class Lease:
         self.beats += 1
         return json.dumps(self.mine | {"beat": self.beats, "life": LIFE}) + "\n"
 
-    def found(self) -> dict[str, Any] | None:
-        """What the file says; None where it is not there, and no holder where it is unreadable."""
+    def read(self) -> dict[str, Any] | None:
+        """The content of the file; None if it does not exist, empty if it cannot be parsed."""
         try:
-            said = json.loads(self.path.read_text())
+            holding = json.loads(self.path.read_text())
         except FileNotFoundError:
             return None
         except ValueError:
-            said = {}
-        return said if isinstance(said, dict) else {}
+            holding = {}
+        return holding if isinstance(holding, dict) else {}
 
     def take(self, *, dead: bool, wait: bool) -> None:
         """Takes the folder.
 
         Args:
-          dead: no process of this machine holds it, as the kernel knows.
-          wait: until a live holder is done, instead of raising Busy.
+          dead: whether the kernel's lock shows that no process of this machine holds it.
+          wait: for a live holder to finish, instead of raising Busy.
         """
         seen, since = None, time.monotonic()
         with progress.doing(f"waiting for {self.folder}, which another run holds"):
             while not files.create(self.path, self.text()):
-                now = self.found()
-                if now is None:
+                current = self.read()
+                if current is None:
                     continue
-                here = (now.get("host"), now.get("boot")) == (self.mine["host"], self.mine["boot"])
-                if seen is None or now != seen:
-                    if seen is not None and now.get("id") == seen.get("id") and not wait:
-                        raise Busy(busy(self.folder, now))
-                    seen, since = now, time.monotonic()
+                here = (current.get("host"), current.get("boot")) == (
+                    self.mine["host"],
+                    self.mine["boot"],
+                )
+                if seen is None or current != seen:
+                    if seen is not None and current.get("id") == seen.get("id") and not wait:
+                        raise Busy(busy(self.folder, current))
+                    seen, since = current, time.monotonic()
                 gone = dead and here
-                if gone or time.monotonic() - since > now.get("life", LIFE):
+                if gone or time.monotonic() - since > current.get("life", LIFE):
                     files.write_text(self.path, self.text())
                     if not gone:
                         time.sleep(SETTLE)
-                    if (self.found() or {}).get("id") == self.mine["id"]:
+                    if (self.read() or {}).get("id") == self.mine["id"]:
                         return
                 else:
                     time.sleep(POLL)
 
     def beat(self) -> None:
-        """Signs of life, until `drop`; ends the process where another has taken the folder."""
+        """Writes heartbeats until `drop`; ends the process if another run took the folder."""
         while not self.stop.wait(BEAT):
             try:
-                now = self.found()
-                if now is not None and now.get("id") != self.mine["id"]:
-                    said = f"{self.folder} was taken by {holder(now)}: this run was thought dead"
-                    print(f"vlm-jax: {said}, and ends", file=sys.stderr, flush=True)
-                    hosts.fail(2, said)
+                current = self.read()
+                if current is not None and current.get("id") != self.mine["id"]:
+                    reason = f"{self.folder} was taken by {holder(current)}: this run looked dead"
+                    print(f"vlm-jax: {reason}, and ends", file=sys.stderr, flush=True)
+                    hosts.fail(2, reason)
                     os._exit(2)
                 files.write_text(self.path, self.text())
             except OSError as error:
                 progress.say(f"{self.path} could not be written ({error}): trying again")
 
     def drop(self) -> None:
-        """Gives the folder back."""
+        """Releases the folder."""
         self.stop.set()
         with suppress(OSError):
-            if (self.found() or {}).get("id") == self.mine["id"]:
+            if (self.read() or {}).get("id") == self.mine["id"]:
                 self.path.unlink()
 
 
-def holder(said: dict[str, Any]) -> str:
+def holder(lease: dict[str, Any]) -> str:
     """Who holds a folder, for a message."""
-    if "host" not in said:
+    if "host" not in lease:
         return "another run"
-    return f"process {said['pid']} of {said['host']} ({said.get('what', 'a run')})"
+    return f"process {lease['pid']} of {lease['host']} ({lease.get('what', 'a run')})"
 
 
-def busy(folder: Any, said: dict[str, Any] | None) -> str:
-    """Why a folder cannot be had."""
-    who = f" ({holder(said)})" if said and "host" in said else ""
-    return f"another run is at work in {folder}{who}: wait for it, or choose another --workdir"
+def busy(folder: Any, lease: dict[str, Any] | None) -> str:
+    """Why a folder cannot be taken."""
+    who = f" ({holder(lease)})" if lease and "host" in lease else ""
+    return f"another run is using {folder}{who}: wait for it, or choose another --workdir"
 
 
 @contextmanager
 def held(folder: Any, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Holds a folder, which is made, for the body: one process of a run does it for all.
+    """Creates and holds a folder for the body; one process of a run does it for all.
 
     Args:
-      what: is being done there, for the messages of others.
-      wait: for a live holder to be done.
+      what: the work in the folder, for the messages of other runs.
+      wait: for a live holder to finish.
     Raises:
       Busy: while another run holds it. OSError: for a disk that cannot be written.
     """
@@ -158,7 +160,7 @@ def held(folder: Any, what: str, *, wait: bool = False) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if not wait:
-                    raise Busy(busy(folder, lease.found())) from None
+                    raise Busy(busy(folder, lease.read())) from None
                 with progress.doing(f"waiting for {folder}, which another run holds"):
                     fcntl.flock(file, fcntl.LOCK_EX)
         lease.take(dead=file is not None, wait=wait)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a running stage says: a line or a bar for people, JSONL for machines, TensorBoard if
-asked."""
+"""The log of a running stage: a line or a bar for people, JSONL for programs, TensorBoard on
+request."""
 
 import json
 import math
@@ -24,10 +24,10 @@ class Log:
     """The progress of one stage: `metrics.jsonl`, and a line every `every` steps (a bar on a
     terminal).
 
-    `batch` is the examples of a step. `more` gives what else a line of `metrics.jsonl` says. Only
-    process 0 writes. On a restart, lines behind the step that is resumed are dropped. An update
-    that is not finite is not made (`optimizer.make_step`): `skipped` counts those of all processes
-    of the run before this one, and `patience` of them in a row are too many.
+    `batch` is the examples of a step. `more` gives further fields of a line of `metrics.jsonl`.
+    Only process 0 writes. On a restart, lines after the resumed step are dropped. An update that is
+    not finite is not applied (`optimizer.make_step`): `skipped` counts those before this restart,
+    and `patience` of them in a row end the run.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class Log:
             self.board = board(folder)
 
     def __call__(self, step: int, metrics: Metrics, newest: Callable[[], str]) -> None:
-        """Notes one finished step; raises Diverged where too many in a row were skipped, with
-        what `newest` says of the checkpoints."""
+        """Logs one finished step; raises Diverged if too many in a row were skipped, with the
+        sentence of `newest` on the checkpoints."""
         values = {k: float(v) for k, v in metrics._asdict().items()}
         if all(math.isfinite(values[k]) for k in ("loss", "gradient_norm")):
             self.in_a_row = 0
@@ -75,8 +75,8 @@ class Log:
         if step == self.last and not self.first and self.untaught == self.last:
             raise ValueError(
                 f"{self.name}: not one of {self.last} steps had a supervised token, so that "
-                "nothing was learnt: raise data.text_length (and data.question_length), or correct "
-                "the data"
+                "nothing was learned: raise data.text_length (and data.question_length), or "
+                "correct the data"
             )
         if not self.speaks:
             return
@@ -87,7 +87,7 @@ class Log:
             progress.spoke()
         first, self.compiled = not self.compiled, True
         if step % self.every and step != self.last:
-            if first:  # it was compiled: no measure of those that follow
+            if first:  # it includes compilation: leave it out of the rate
                 self.mark, self.tokens = (step, time.monotonic()), 0
             return
         since, then = self.mark
@@ -101,7 +101,7 @@ class Log:
         self.mark, self.tokens = (step, now), 0
         without = {"steps_without_tokens": self.untaught} if self.untaught else {}
         without |= {"skipped_updates": self.skipped} if self.skipped else {}
-        # JSON has no word for what is not finite.
+        # JSON has no value for what is not finite.
         known = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self.file.add(json.dumps(known | without | self.more()))
         if self.board is not None:
@@ -120,36 +120,36 @@ class Log:
             progress.spoke()
 
     def skip(self, step: int, values: dict[str, float], newest: Callable[[], str]) -> None:
-        """Counts an update that was not made and says so; Diverged at `patience` in a row."""
+        """Counts and reports a skipped update; raises Diverged at `patience` in a row."""
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        found = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
+        values_text = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
         if self.in_a_row >= self.patience:
             raise Diverged(
-                f"{self.name} step {step}: {found}, {self.in_a_row} in a row (their updates were "
-                f"not made; {self.name}.max_nonfinite allows {self.patience - 1}); {newest()}; "
+                f"{self.name} step {step}: {values_text}, {self.in_a_row} in a row (their updates "
+                f"were skipped; {self.name}.max_nonfinite allows {self.patience - 1}); {newest()}; "
                 f"lower {self.name}.learning_rate or set {self.name}.clip_norm, and start again in "
                 "another --workdir"
             )
         if self.speaks:
             progress.say(
-                f"{self.name} step {step}: {found}: the update is skipped, the {self.skipped}. of "
-                f"this stage; {self.patience} in a row end the run"
+                f"{self.name} step {step}: {values_text}: the update is skipped, number "
+                f"{self.skipped} of this stage; {self.patience} in a row end the run"
             )
 
     def save(self) -> None:
-        """Returns when all lines are in their file: before a checkpoint that goes on from them."""
+        """Returns when all lines are in their file; called before each checkpoint."""
         if self.file is not None:
             self.file.save()
 
     def close(self) -> None:
-        """Ends the bar and the files."""
+        """Closes the bar and the files."""
         for thing in (self.file, self.bar, self.board):
             if thing is not None:
                 thing.close()
 
 
 def drop_after(path: PurePath, step: int) -> None:
-    """Removes the lines of `path` behind `step`, and a last line that was cut off."""
+    """Removes the lines of `path` after `step`, and a last line that was cut off."""
     if not path.exists():
         return
     kept = []
@@ -163,7 +163,7 @@ def board(folder: PurePath):
     """A TensorBoard writer."""
     if files.is_bucket(folder):
         raise ValueError(
-            f"log.tensorboard=True: its files cannot be written to {folder}: leave it off "
+            f"log.tensorboard=True: its files cannot be written to {folder}: turn it off "
             "(metrics.jsonl is always written)"
         )
     try:
@@ -171,6 +171,6 @@ def board(folder: PurePath):
     except ImportError:
         raise ValueError(
             "log.tensorboard needs tensorboardX: pip install 'vlm_jax[tensorboard]', "
-            "or leave it off (metrics.jsonl is always written)"
+            "or turn it off (metrics.jsonl is always written)"
         ) from None
     return SummaryWriter(str(folder))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an optimizer remembers of past gradients, in float32, in half of it, or by rows and columns.
+"""The moments that an optimizer keeps: in float32, in bfloat16, or factored by rows and columns.
 
 Each scaling turns a gradient into the direction of an update, as Adam does (arXiv 1412.6980).
 """
@@ -13,15 +13,15 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.training.recipe import Stage
 
-# Of a matrix with a smaller side rows and columns are about as large as the matrix.
+# For a matrix with a smaller side, rows and columns are about as large as the matrix.
 FACTORED_FROM = 16
-# Adafactor's (arXiv 1804.04235): the mean of squares forgets at 1 - t^-0.8, updates have a root
-# mean square of 1 at most.
+# Of Adafactor (arXiv 1804.04235): the mean of squares decays by 1 - t^-0.8, and the root mean
+# square of an update is at most 1.
 FACTORED_DECAY, FACTORED_MOST = 0.8, 1.0
 
 
 class Halves(NamedTuple):
-    """Adam's two means in bfloat16."""
+    """Adam's two moments in bfloat16."""
 
     count: Int[Array, ""]
     mean: Any
@@ -34,10 +34,10 @@ def scaling(stage: Stage) -> optax.GradientTransformation:
 
 
 def in_halves(stage: Stage) -> optax.GradientTransformation:
-    """Adam with both means kept in bfloat16: 4 bytes for each parameter instead of 8.
+    """Adam with both moments in bfloat16: 4 bytes per parameter instead of 8.
 
-    The mean of squares moves by less than bfloat16's step where `beta2` is near 1, and would stand
-    still if it were rounded to the nearest; it is rounded up or down in proportion (`dithered`).
+    If `beta2` is near 1, the mean of squares changes by less than the spacing of bfloat16, and
+    rounding to nearest would freeze it. It is rounded stochastically instead (`dithered`).
     """
 
     def init(params: optax.Params) -> Halves:
@@ -73,24 +73,24 @@ def in_halves(stage: Stage) -> optax.GradientTransformation:
 
 
 def dithered(x: Float[Array, "..."], count: Int[Array, ""]) -> Float[Array, "..."]:
-    """A bfloat16 next to `x`, the nearer the likelier, so that it is right on average.
+    """`x` rounded stochastically to bfloat16: to a neighbor, in proportion to its closeness.
 
-    The draw is a hash of the number's own bits and of `count`: a step is a function of its state,
-    and every shard draws for itself.
+    The draw is a hash of the number's bits and of `count`, so a step is a function of its state and
+    each shard needs no other.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     mixed = (bits ^ (count.astype(jnp.uint32) * jnp.uint32(0x9E3779B9))) * jnp.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
     rounded = (bits + (mixed >> 16)) & jnp.uint32(0xFFFF0000)
-    there = jax.lax.bitcast_convert_type(rounded, jnp.float32)
-    return jnp.where(jnp.isfinite(x), there, x).astype(jnp.bfloat16)
+    neighbor = jax.lax.bitcast_convert_type(rounded, jnp.float32)
+    return jnp.where(jnp.isfinite(x), neighbor, x).astype(jnp.bfloat16)
 
 
 def factored(stage: Stage) -> optax.GradientTransformation:
-    """Adafactor's scaling with a mean of updates in bfloat16: about 2 bytes for each parameter.
+    """Adafactor's scaling with the mean of updates in bfloat16: about 2 bytes per parameter.
 
-    The mean of squares of a matrix is kept by its rows and columns; `beta2` and `epsilon` are not
-    read.
+    The mean of squares of a matrix is stored by rows and columns. `beta2` and `epsilon` are not
+    used.
     """
     inner = optax.chain(
         optax.scale_by_factored_rms(
@@ -102,7 +102,7 @@ def factored(stage: Stage) -> optax.GradientTransformation:
 
     def init(params: optax.Params) -> Any:
         state = inner.init(params)
-        # Rows and columns are born whole: laid out as an update leaves them, they stay so.
+        # optax creates rows and columns unsharded. Sharded as an update leaves them, they stay so.
         after = jax.eval_shape(inner.update, params, state, params)[1]
         return jax.tree.map(
             lambda x, like: jax.sharding.reshard(x, like.sharding.spec).astype(like.dtype),
@@ -114,7 +114,7 @@ def factored(stage: Stage) -> optax.GradientTransformation:
 
 
 def adam(stage: Stage) -> optax.GradientTransformation:
-    """Adam with both means in float32."""
+    """Adam with both moments in float32."""
     return optax.scale_by_adam(b1=stage.beta1, b2=stage.beta2, eps=stage.epsilon)
 
 

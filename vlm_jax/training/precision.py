@@ -1,29 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that a stage reads and leaves alone, in fewer bytes (config.frozen_dtype)."""
+"""Frozen weights of a stage in fewer bytes (config.frozen_dtype)."""
 
 import jax
 
 from vlm_jax.models import lora
 from vlm_jax.models.vlm import VLM
 
-# Parts of their names: what is cast to the type of the activations wherever it is used.
+# Parts of the names of weights that are cast to the type of the activations wherever they are used.
 MATRICES = {"kernel", "embedding", "head"}
 
 
 def frozen(model: VLM, stage: str) -> set[str]:
-    """The parts of a model whose matrices stage `stage` leaves alone."""
+    """The parts of a model whose matrices stage `stage` does not train."""
     parts = {"vit"}
     if stage == "align" or lora.adapted(model):
         parts.add("llm")
-    # What decides which patches are kept is computed in float32 from the encoder's own weights.
+    # Which patches are kept is decided in float32 from the encoder's own weights.
     return parts - {"vit"} if model.compressor.reads_keys else parts
 
 
 def narrowed(model: VLM, stage: str, dtype: str) -> VLM:
-    """The model as stage `stage` holds it: the matrices that it leaves alone in `dtype`.
+    """The model as stage `stage` holds it: the matrices that it does not train in `dtype`.
 
-    With activations of the same type the step computes what it does from float32 weights. Norms,
-    biases and tables of positions, which take part in float32, stay so.
+    With activations of the same type, a step computes the same as from float32 weights. Norms,
+    biases and position tables are used in float32 and stay so.
     """
     parts = frozen(model, stage)
 
@@ -35,5 +35,5 @@ def narrowed(model: VLM, stage: str, dtype: str) -> VLM:
 
 
 def widened(model: VLM) -> VLM:
-    """Every weight in float32, with the value that it has."""
+    """The model with every weight in float32, values unchanged."""
     return jax.tree.map(lambda x: x if x.dtype == "float32" else x.astype("float32"), model)

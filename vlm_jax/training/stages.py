@@ -91,11 +91,11 @@ def run_stage(
     first = int(state.step)
     skipped_before = restored[1].get("skipped_updates", 0) if restored else 0
     if first < stage.steps:
-        told = folder / name / "skipped.jsonl"
+        skipped_path = folder / name / "skipped.jsonl"
         if hosts.is_writer():
             if first == 0:  # an attempt that left nothing else may have been another run
-                told.unlink(missing_ok=True)
-            batches.skips.keep(told)
+                skipped_path.unlink(missing_ok=True)
+            batches.skips.keep(skipped_path)
         step_of = optimizer.make_step(
             graph, tx, objective, accumulate=stage.accumulate, z_loss=stage.z_loss
         )
@@ -154,7 +154,7 @@ def run_stage(
         lines.close()
         batches.close()
         if batches.skips:
-            log.warning(skipped(name, batches, told))
+            log.warning(skipped(name, batches, skipped_path))
     checkpoints.close()
     return optimizer.finish(graph, state)
 
@@ -278,7 +278,7 @@ def train(
                 visual=model.compressor.tokens,
             )
         if rows.plan is not None:
-            progress.say(rows.plan.said(name))
+            progress.say(rows.plan.summary(name))
         if name == "finetune" and model.compressor.prefixes:
             batches = prefixes.RandomPrefixes(
                 batches,
@@ -331,22 +331,22 @@ def open_inputs(claimed: Claim, recipe: Recipe, **hashes: str) -> tuple[Inputs, 
         source = sources.open_source(recipe.origin, "train")
     progress.say(f"data: {json.dumps(source.describe())}")
     with progress.doing("making or reading the tokenizer"):
-        there = kept if claimed.begun else None
-        tokenizer = tokenizer_of(named, recipe.model.llm.vocab, there, source)
+        folder = kept if claimed.recorded else None
+        tokenizer = tokenizer_of(named, recipe.model.llm.vocab, folder, source)
     claimed.reads(data=source.data_hash, tokenizer=hash_of(tokenizer), **hashes)
 
     def begin() -> None:
-        fresh = claimed.begun is None
+        fresh = claimed.recorded is None
         if fresh and not named and hosts.is_writer():
             keep_tokenizer(tokenizer, kept)
         claimed.begin()
 
-    made = processor.Processor(tokenizer, recipe.rows)
+    row_processor = processor.Processor(tokenizer, recipe.rows)
     with progress.doing("looking for rows without an answer"):
-        note = targets.check(source, made, skip=recipe.skip)
+        note = targets.check(source, row_processor, skip=recipe.skip)
     if note:
         progress.say(note)
-    return Inputs(source, made), begin
+    return Inputs(source, row_processor), begin
 
 
 def with_start(config: ConfigDict) -> ConfigDict:

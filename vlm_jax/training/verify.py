@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether checkpoints are what was written: every piece is read and compared with its digest."""
+"""Verifies checkpoints: every piece is read and compared with its digest."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +16,11 @@ from vlm_jax.training.fields import STAGES
 
 @dataclass
 class Found:
-    """What was found of one step.
+    """The result for one step.
 
     Args:
-      problems: array, box of it and what is wrong with it; no array where it is the whole step.
-      unchecked: arrays that could be read and have no digest to be compared with.
+      problems: array, box and what is wrong; an empty array name means the whole step.
+      unchecked: arrays that could be read but have no digest.
     """
 
     step: str
@@ -31,7 +31,7 @@ class Found:
 
     @property
     def result(self) -> str:
-        """whole, damaged, or unchecked: it can be read, and nothing says what it should be."""
+        """whole, damaged, or unchecked: readable, but without a digest."""
         return "damaged" if self.problems else "unchecked" if self.unchecked else "whole"
 
     def problem(self, what: object, array: str = "", box: Box | str = "") -> None:
@@ -40,10 +40,10 @@ class Found:
 
 
 def steps_under(path: Any) -> list[epath.Path]:
-    """The steps that a step's own folder, a stage, a training or a grid holds.
+    """The steps in a folder: of a step, a stage, a training or a grid.
 
     Raises:
-      FileNotFoundError: where there are none.
+      FileNotFoundError: if there are none.
     """
     path = epath.Path(path)
     if path.name.isdigit() and (path / "state").exists():
@@ -61,29 +61,29 @@ def steps_under(path: Any) -> list[epath.Path]:
 
 
 def check_step(step: epath.Path) -> Found:
-    """Reads one step whole, no more of it at a time than a few pieces."""
-    found = Found(str(step))
+    """Reads one whole step, a few pieces at a time."""
+    result = Found(str(step))
     older: dict[str, int | None] = {}
     manifest = None
     try:
         older = checkpoint.read_notes(step).get("crc32", {})
     except Damaged as error:
-        found.problem(error)
+        result.problem(error)
     try:
         manifest = Manifest.read(step)
         arrays = Arrays(step / "state")
     except Damaged as error:
-        found.problem(error)
-        return found
+        result.problem(error)
+        return result
     if manifest is not None:
         if missing := sorted(manifest.arrays.keys() - arrays.names):
-            found.problem("it is not there", missing[0])
+            result.problem("it is missing", missing[0])
         if more := sorted(arrays.names - manifest.arrays.keys()):
-            found.problem("it has no digest", more[0])
+            result.problem("it has no digest", more[0])
     for name in sorted(arrays.names):
         pieces = manifest.arrays[name][2] if manifest and name in manifest.arrays else None
-        check_array(arrays, name, pieces, older.get(name), found)
-    return found
+        check_array(arrays, name, pieces, older.get(name), result)
+    return result
 
 
 def check_array(
@@ -91,17 +91,17 @@ def check_array(
     name: str,
     pieces: list[tuple[Box, int]] | None,
     crc32: int | None,
-    found: Found,
+    result: Found,
 ) -> None:
-    """Reads an array by the pieces that it was written in, or whole where none are known."""
+    """Reads an array by the pieces in which it was written, or whole if they are unknown."""
     try:
         stored = arrays.open(name)
     except Damaged as error:
-        found.problem(error, name)
+        result.problem(error, name)
         return
     shape = tuple(stored.shape)
-    found.arrays += 1
-    found.bytes += math.prod(shape) * stored.dtype.numpy_dtype.itemsize
+    result.arrays += 1
+    result.bytes += math.prod(shape) * stored.dtype.numpy_dtype.itemsize
     whole = Box((0,) * len(shape), shape)
 
     def check(piece: tuple[Box, int] | None) -> tuple[Box | str, object]:
@@ -119,26 +119,26 @@ def check_array(
     with ThreadPoolExecutor(READERS) as pool:
         for box, error in pool.map(check, pieces or [None]):
             if error is not None:
-                found.problem(error, name, box)
-    found.unchecked += pieces is None and crc32 is None
+                result.problem(error, name, box)
+    result.unchecked += pieces is None and crc32 is None
 
 
 def verify(path: Any) -> list[Found]:
-    """What is found of every step under a folder, in their order."""
-    steps, found = steps_under(path), []
+    """The results of all steps under a folder, in order."""
+    steps, results = steps_under(path), []
     with progress.doing("reading checkpoints", len(steps)) as task:
         task.note(0)
         for step in steps:
-            found.append(check_step(step))
-            task.note(len(found))
-    return found
+            results.append(check_step(step))
+            task.note(len(results))
+    return results
 
 
-def table(found: list[Found]) -> str:
-    """The steps as lines of text, and the problems below each."""
-    width = max(len(f.step) for f in found)
+def table(results: list[Found]) -> str:
+    """The results as lines of text, with the problems below each step."""
+    width = max(len(f.step) for f in results)
     lines = [f"{'step':{width}}  {'arrays':>6}  {'MB':>10}  result"]
-    for f in found:
+    for f in results:
         lines.append(f"{f.step:{width}}  {f.arrays:6}  {f.bytes / 1e6:10,.1f}  {f.result}")
         lines += [
             "    " + " ".join(x for x in (p["array"] + p["piece"], p["what"]) if x)
@@ -147,8 +147,8 @@ def table(found: list[Found]) -> str:
     return "\n".join(lines)
 
 
-def described(found: list[Found]) -> dict[str, Any]:
-    """The same as one object."""
-    steps = [vars(f) | {"result": f.result} for f in found]
-    counts = {r: sum(f.result == r for f in found) for r in ("whole", "damaged", "unchecked")}
+def described(results: list[Found]) -> dict[str, Any]:
+    """The results as one JSON object."""
+    steps = [vars(f) | {"result": f.result} for f in results]
+    counts = {r: sum(f.result == r for f in results) for r in ("whole", "damaged", "unchecked")}
     return counts | {"steps": steps}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's folder: one process group at a time, one configuration for its life, what came of it."""
+"""A run's folder: one process group at a time, one configuration for good, the finished model."""
 
 import hashlib
 import json
@@ -25,75 +25,75 @@ from vlm_jax.training.fields import Change
 from vlm_jax.training.recipe import Recipe
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
-# What a run's hashes are of.
+# What each hash of a run describes.
 CONTENT = dict(data="training data", tokenizer="tokenizer", evaluation="evaluation data")
 
 
 @dataclass
 class Claim:
-    """A work folder that this process group holds, and what it says of the configuration.
+    """A work folder that this process group holds, and its recorded configuration.
 
-    The configuration becomes the folder's when there is something to keep (`begin`): an attempt
-    that failed before claims nothing.
+    The configuration is recorded when there is something to keep (`begin`): an attempt that failed
+    before that claims nothing.
 
     Args:
-      begun: the configuration of what is kept there, nested; None where nothing is.
-      places: fields that say where something lies, and differ from it.
-      other: sections of it that nothing was done for yet, and that are another thing now.
+      recorded: the configuration of what is kept there, nested; None if nothing is.
+      places: path fields that differ from it.
+      other: its sections that differ now and have no results yet.
     """
 
     folder: PurePath
     config: ConfigDict
-    begun: dict[str, Any] | None = None
+    recorded: dict[str, Any] | None = None
     places: list[str] = field(default_factory=list)
     other: list[str] = field(default_factory=list)
     content: dict[str, str] = field(default_factory=dict)
 
     def first(self) -> ConfigDict:
-        """The configuration that the folder was begun with, with what has not begun as it is now.
+        """The recorded configuration, with the sections that have no results yet as they are now.
 
         It differs from `config` in nothing that a result depends on.
         """
-        if self.begun is None:
+        if self.recorded is None:
             return self.config
         now = self.config.to_dict()
-        return of_json(self.begun | {name: now[name] for name in self.other})
+        return of_json(self.recorded | {name: now[name] for name in self.other})
 
     def reads(self, **hashes: str) -> None:
-        """Compares hashes of what the run reads (CONTENT) with those that it was begun with.
+        """Compares hashes of what the run reads (CONTENT) with the recorded ones.
 
         Raises:
-          ValueError: where something differs, or lies elsewhere and cannot be compared.
+          ValueError: if something differs, or was moved and cannot be compared.
         """
         self.content = hashes
         hosts.check_same("data or tokenizer", hashes)
         hosts.from_writer(self._compare_content)
 
     def _compare_content(self) -> None:
-        if self.begun is None:
+        if self.recorded is None:
             return
         path = self.folder / "content.json"
         then = json.loads(path.read_text()) if path.exists() else {}
-        named = fields.changes(self.places, fields.flat(self.begun), flat(self.config))
+        named = fields.changes(self.places, fields.flat(self.recorded), flat(self.config))
         for name, value in self.content.items():
             if name in then and then[name] != value:
                 raise ValueError(
-                    f"{self.folder} was begun with another {CONTENT[name]} "
+                    f"{self.folder} was started with another {CONTENT[name]} "
                     f"({named + '; ' if named else ''}its hash was {then[name][:12]}, is "
-                    f"{value[:12]}): what was learnt from one cannot go on with another; bring "
-                    "back the first, or choose another --workdir"
+                    f"{value[:12]}): training cannot continue with it; restore the first, or "
+                    "choose another --workdir"
                 )
         if self.places and not then:
             raise ValueError(another(self.folder, named))
 
     def begin(self) -> None:
-        """Writes down what the folder is of: from now on it is this run's."""
+        """Records the configuration: from now on the folder belongs to this run."""
         if not hosts.is_writer():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.begun is None or self.other:
-            self.begun, self.other = self.first().to_dict(), []
-            files.write_json(self.folder / "config.json", self.begun)
+        if self.recorded is None or self.other:
+            self.recorded, self.other = self.first().to_dict(), []
+            files.write_json(self.folder / "config.json", self.recorded)
             if self.content:
                 files.write_json(self.folder / "content.json", self.content)
 
@@ -102,9 +102,9 @@ class Claim:
 def claim(
     workdir: PurePath, config: ConfigDict, *, grid: bool = False, wait: bool = False
 ) -> Iterator[Claim]:
-    """Holds `workdir` for this process; refuses a second run, another run, a bad disk.
+    """Holds `workdir` for this process; refuses a second run, a different run, a bad disk.
 
-    Another run is one whose configuration differs in a field that its results depend on
+    A run is different if its configuration differs in a field that its results depend on
     (`vlm_jax/training/fields.py`), of a `grid` or of one training. With `wait` a second run waits
     for the first instead of being refused.
     """
@@ -118,47 +118,47 @@ def claim(
     with lock(workdir, wait=wait):
         claimed = Claim(workdir, config)
 
-        def found() -> dict[str, Any]:
+        def read() -> dict[str, Any]:
             if (path := workdir / "config.json").exists():
-                begun = a_runs(path)
+                begun = run_config(path)
                 if kept(workdir):
-                    claimed.begun = of_json(begun).to_dict()
+                    claimed.recorded = of_json(begun).to_dict()
                     compare(claimed, grid=grid)
-            return dict(begun=claimed.begun, places=claimed.places, other=claimed.other)
+            return dict(recorded=claimed.recorded, places=claimed.places, other=claimed.other)
 
-        told = hosts.from_writer(found)
-        if told["begun"] is not None and not hosts.is_writer():
-            claimed.begun = of_json(told["begun"]).to_dict()
-            claimed.places, claimed.other = told["places"], told["other"]
+        state = hosts.from_writer(read)
+        if state["recorded"] is not None and not hosts.is_writer():
+            claimed.recorded = of_json(state["recorded"]).to_dict()
+            claimed.places, claimed.other = state["places"], state["other"]
         yield claimed
 
 
-def a_runs(path: PurePath) -> dict[str, Any]:
-    """The configuration in a run's config.json; ValueError for what another program wrote."""
+def run_config(path: PurePath) -> dict[str, Any]:
+    """The configuration in a run's config.json; ValueError for a file of something else."""
     try:
-        found = json.loads(path.read_text())
+        tree = json.loads(path.read_text())
     except ValueError:
-        found = None
-    if not isinstance(found, dict) or not {*fields.STAGES} <= found.keys():
+        tree = None
+    if not isinstance(tree, dict) or not {*fields.STAGES} <= tree.keys():
         raise ValueError(
             f"{path} is not of a training, but of a model folder or something else: choose "
             "another --workdir"
         )
-    return found
+    return tree
 
 
 def kept(folder: PurePath) -> bool:
-    """Whether anything was done in a folder that its configuration has to answer for."""
-    made = [folder / name for name in ("features", "cells")]
-    return any(path.is_dir() for path in made) or len(untouched(folder)) < len(fields.STAGES)
+    """Whether a folder has results that depend on its configuration."""
+    folders = [folder / name for name in ("features", "cells")]
+    return any(path.is_dir() for path in folders) or len(untouched(folder)) < len(fields.STAGES)
 
 
 @contextmanager
 def lock(folder: PurePath, what: str = "a run", *, wait: bool = False) -> Iterator[None]:
-    """Holds `folder` for the processes of this run (`lease.held`): one of them does it for all."""
+    """Holds `folder` for all processes of this run (`lease.held`); one of them does it."""
     with ExitStack() as stack:
         hosts.from_writer(lambda: stack.enter_context(lease.held(folder, what, wait=wait)))
-        # What one process writes the others read: from the same disk.
+        # The others read what one process writes, so the disk must be the same.
         if not all(hosts.collected((folder / lease.NAME).exists())):
             raise ValueError(
                 f"--workdir={folder} is not the same folder for every process: choose one on a "
@@ -168,8 +168,8 @@ def lock(folder: PurePath, what: str = "a run", *, wait: bool = False) -> Iterat
 
 
 def compare(claimed: Claim, *, grid: bool) -> None:
-    """Raises ValueError where the configuration is another run than the one that was begun."""
-    then, now = fields.flat(claimed.begun), flat(claimed.config)
+    """Raises ValueError if the configuration describes a different run than the recorded one."""
+    then, now = fields.flat(claimed.recorded), flat(claimed.config)
     later = [] if grid else untouched(claimed.folder)
     refused = []
     for name in fields.differing(then, now):
@@ -190,9 +190,9 @@ def compare(claimed: Claim, *, grid: bool) -> None:
 
 
 def another(folder: PurePath, named: str) -> str:
-    """That these fields make another run of a folder, and the ways out."""
+    """The message that these fields make it a different run, with the ways out."""
     return (
-        f"{folder} was begun with another configuration ({named}): repeat "
+        f"{folder} was started with another configuration ({named}): repeat "
         "the first command, or choose another --workdir"
     )
 
@@ -203,14 +203,14 @@ def flat(config: ConfigDict) -> dict[str, Any]:
 
 
 def untouched(folder: PurePath) -> list[str]:
-    """The stages that neither have a checkpoint nor stand before one that has."""
-    begun = [bool(numbered(folder / stage)) for stage in fields.STAGES]
-    first = max((i + 1 for i, some in enumerate(begun) if some), default=0)
+    """The stages after the last one that has a checkpoint."""
+    started = [bool(numbered(folder / stage)) for stage in fields.STAGES]
+    first = max((i + 1 for i, some in enumerate(started) if some), default=0)
     return list(fields.STAGES[first:])
 
 
 def prolonged(folder: PurePath, name: str, then: dict, now: dict, *, grid: bool) -> str:
-    """What another number of steps does to a run, and how to have it."""
+    """The message for a different number of steps, with a way to train on."""
     stage = name.partition(".")[0]
     was, is_now = then.get(name), now[name]
     why = (
@@ -218,21 +218,21 @@ def prolonged(folder: PurePath, name: str, then: dict, now: dict, *, grid: bool)
         f"at step {was}, so other steps are another run from the first one on"
     )
     if grid:
-        return f"{why}; choose another --workdir, where every cell is trained anew"
+        return f"{why}; choose another --workdir, where every cell is trained again"
     if is_now < was or stage != "finetune":
         return f"{why}; choose another --workdir"
     return (
-        f"{why}. To train a finished run on, begin a new one from its weights, with a warm-up and "
-        f"a cosine of its own: vlm-jax train --config=FILE --workdir=NEW "
+        f"{why}. To continue training a finished run, start a new one from its weights, with its "
+        f"own warm-up and cosine: vlm-jax train --config=FILE --workdir=NEW "
         f"--config.start_from={folder} --config.encoder.steps=0 --config.align.steps=0 "
         f"--config.finetune.steps={is_now - was}"
     )
 
 
 def of_json(tree: dict[str, Any]) -> ConfigDict:
-    """The configuration that a file holds; JSON has lists where a configuration has tuples.
+    """The configuration in a file; JSON has lists where a configuration has tuples.
 
-    A field that came later than the file has the value at which nothing is different.
+    A field that is newer than the file gets the value at which nothing changes.
     """
 
     def tuples(value: Any) -> Any:
@@ -252,9 +252,9 @@ def of_json(tree: dict[str, Any]) -> ConfigDict:
 
 
 def digest(config: ConfigDict) -> str:
-    """Sixteen hex digits that change whenever any field does.
+    """Sixteen hex digits that change with any field.
 
-    A field of LATER counts only where it changes something: rows keep their digests.
+    A field of LATER counts only if it changes something, so that older rows keep their digests.
     """
     tree = config.to_dict()
     for name, value in fields.LATER.items():
@@ -267,15 +267,15 @@ def digest(config: ConfigDict) -> str:
 
 
 def finished(workdir: PurePath, recipe: Recipe, *, merge: bool = True) -> VLM:
-    """The model that `vlm-jax train` left in `workdir`, on the current mesh.
+    """The model that `vlm-jax train` wrote to `workdir`, on the current mesh.
 
-    Adapters are merged into its LLM unless `merge` is off. ValueError where training has not come
-    to its end.
+    Adapters are merged into its LLM unless `merge` is False. ValueError if training is not
+    finished.
     """
     stage = recipe.last
     graphs: list[tuple] = []
 
-    def made() -> optimizer.State:
+    def abstract_state() -> optimizer.State:
         model = vlm.build(recipe.model, nnx.Rngs(recipe.seed))
         if stage == "finetune":
             model = lora.adapt(model, recipe.lora, seed=recipe.seed)
@@ -284,8 +284,8 @@ def finished(workdir: PurePath, recipe: Recipe, *, merge: bool = True) -> VLM:
         graphs.append((graph, lora.described(model)))
         return state._replace(optimizer=())
 
-    # Nothing is computed, and no more is read than the model consists of.
-    like = memory.placed(jax.eval_shape(made))
+    # Nothing is computed, and only the model's arrays are read.
+    like = memory.placed(jax.eval_shape(abstract_state))
     memory.check(
         memory.of_model(like, f"the model in {workdir}"),
         "spread it over more devices (mesh.fsdp, mesh.tensor), or use a machine with more memory",
@@ -305,14 +305,14 @@ def finished(workdir: PurePath, recipe: Recipe, *, merge: bool = True) -> VLM:
 
 
 def commit(root: Path) -> str:
-    """The commit of the checkout at `root`; of an installed package, which has none, its version.
+    """The commit of the checkout at `root`; the version for an installed package.
 
-    A package may lie somewhere below a checkout of something else, whose commit says nothing.
+    An installed package may be inside the checkout of another project, whose commit is irrelevant.
     """
     described = ""
     if (root / ".git").exists():
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        # Without git there is no answer, and no error either.
+        # Without git: no answer, but no error either.
         with suppress(OSError):
             done = subprocess.run(command, cwd=root, capture_output=True, text=True)
             described = done.stdout.strip()

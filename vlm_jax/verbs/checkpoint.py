@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     cli.say_warnings()
     from vlm_jax.training import verify
 
-    found = verify.verify(options.path)
-    print(verify.table(found), file=sys.stderr)
-    print(json.dumps(verify.described(found)))
-    return int(any(f.problems for f in found))
+    results = verify.verify(options.path)
+    print(verify.table(results), file=sys.stderr)
+    print(json.dumps(verify.described(results)))
+    return int(any(f.problems for f in results))

@@ -82,11 +82,11 @@ def report_errors(verb: str, body: Callable[[], int]) -> int:
         print(f"vlm-jax {verb}: {notice}", file=sys.stderr)
         return preemption.STATUS
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        said = errors.sentence(error)
-        print(f"vlm-jax {verb}: {said}", file=sys.stderr)
+        message = errors.sentence(error)
+        print(f"vlm-jax {verb}: {message}", file=sys.stderr)
         # Of several processes what a device raises is mostly that another one is gone.
         lost = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" not in str(error)
-        end_others(134 if lost else 2, said)
+        end_others(134 if lost else 2, message)
         return 2
     except KeyboardInterrupt:
         print(f"vlm-jax {verb}: stopped from the keyboard", file=sys.stderr)
@@ -105,9 +105,9 @@ def several() -> bool:
     return hosts is not None and hosts.joined()
 
 
-def end_others(code: int, said: str) -> None:
+def end_others(code: int, message: str) -> None:
     """Ends all processes of this command, of which there may be this one alone: then it returns."""
     if several():
         from vlm_jax import hosts
 
-        hosts.fail(code, said)
+        hosts.fail(code, message)

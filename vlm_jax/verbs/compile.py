@@ -52,22 +52,22 @@ def run(options: argparse.Namespace) -> int:
     from vlm_jax.training import fields, stages
     from vlm_jax.training.workdir import flat
 
-    asked = flat(given.config)
-    fields.check_names(asked)
-    fields.check(asked)
+    given_fields = flat(given.config)
+    fields.check_names(given_fields)
+    fields.check(given_fields)
     config = stages.with_start(given.config)
     if options.search:
-        found = search.search(config, options.mode, slice_, most=options.most)
-        print(json.dumps(found))
-        print(table.of_search(found), file=sys.stderr)
-        return 0 if any(one["fits"] for one in found["tried"]) else DOES_NOT_FIT
-    made = report.of_config(
+        result = search.search(config, options.mode, slice_, most=options.most)
+        print(json.dumps(result))
+        print(table.of_search(result), file=sys.stderr)
+        return 0 if any(one["fits"] for one in result["tried"]) else DOES_NOT_FIT
+    result = report.of_config(
         config,
         options.mode,
         slice_,
         examples=options.examples,
         dollars_per_chip_hour=options.dollars_per_chip_hour,
     )
-    print(json.dumps(made))
-    print(table.of_report(made), file=sys.stderr)
-    return 0 if made["fits"] else DOES_NOT_FIT
+    print(json.dumps(result))
+    print(table.of_report(result), file=sys.stderr)
+    return 0 if result["fits"] else DOES_NOT_FIT

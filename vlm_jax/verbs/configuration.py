@@ -104,8 +104,8 @@ def in_one_line(message: str, path: str) -> str:
         where = f"{path}, line {lines[-1]}" if lines else path
         message = f"{where}: {message.strip().splitlines()[-1]}"
     message = message.replace("\\n", "\n").replace("\\'", "'")
-    for said, better in PARSERS.items():
-        message = re.sub(said, better, message)
+    for pattern, better in PARSERS.items():
+        message = re.sub(pattern, better, message)
     if meant := re.search(r'Did you mean "(.+?)" instead of "(.+?)"', message):
         return f'"{meant[2]}", did you mean "{meant[1]}"?'
     return re.sub(r"\s*Other \w+ present:.*", "", message, flags=re.DOTALL)

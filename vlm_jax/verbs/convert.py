@@ -124,8 +124,8 @@ def run(options: argparse.Namespace) -> int:
             if options.to_hf or options.adapter_from:
                 raise ValueError("--to-peft goes with neither --to-hf nor --adapter-from")
             model, about = runs.adapted(options.source, "--from")
-            made = adapters.write(model, about, options.to, dtype=dtype)
-            print(json.dumps(dict(to=str(options.to)) | made))
+            written = adapters.write(model, about, options.to, dtype=dtype)
+            print(json.dumps(dict(to=str(options.to)) | written))
             return 0
         source = options.source or options.llm
         done = conversion.convert(

@@ -96,19 +96,19 @@ def run(options: argparse.Namespace) -> int:
     from vlm_jax.rows import measured
 
     if options.published:
-        found = measured.of_published(options.published, text_tokens=options.text_tokens)
+        measurements = measured.of_published(options.published, text_tokens=options.text_tokens)
     else:
-        found = measured.read(
+        measurements = measured.read(
             options.rows,
             compressor=options.compressor,
             family=options.family,
             n_unit=options.n_unit,
             text_tokens=options.text_tokens,
         )
-    say([found.note] if found.note else [])
-    made = families.fit_families(
-        found.families,
-        found.tasks,
+    say([measurements.note] if measurements.note else [])
+    fit = families.fit_families(
+        measurements.families,
+        measurements.tasks,
         options.form,
         mean=measured.MEAN,
         exponents_of=options.published,
@@ -118,20 +118,22 @@ def run(options: argparse.Namespace) -> int:
         huber=options.huber,
         weighting=options.weights,
     )
-    say(made.words)
-    asked = ("bootstrap", "resample", "seed", "huber", "weights")
-    made.fields["made_by"] = {
+    say(fit.words)
+    names = ("bootstrap", "resample", "seed", "huber", "weights")
+    fit.fields["made_by"] = {
         "rows": options.rows or f"published {options.published}",
-        **{name: getattr(options, name) for name in asked},
+        **{name: getattr(options, name) for name in names},
         "versions": {"numpy": numpy.__version__, "scipy": scipy.__version__},
     }
     out = Path(options.out)
-    files = fitted.write(made, out)
+    files = fitted.write(fit, out)
     chip = chips.CHIPS[options.chip]
-    drawn, notes = fitted.draw(found.families, made.laws, out, rows=found.rows, chip=chip)
+    drawn, notes = fitted.draw(
+        measurements.families, fit.laws, out, rows=measurements.rows, chip=chip
+    )
     say(notes)
     files_made = {"files": [str(path) for path in [*files, *drawn]]}
-    print(json.dumps(fitted.without_draws(made.fields | files_made), allow_nan=False))
+    print(json.dumps(fitted.without_draws(fit.fields | files_made), allow_nan=False))
     return 0
 
 

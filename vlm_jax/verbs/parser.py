@@ -160,8 +160,8 @@ class PrintCompletion(argparse.Action):
                 text = f"configuration (default: {value!r:.40})".replace("%", "%%")
                 verbs[verb].add_argument(f"--config.{name}", dest="field", help=text)
         kinds = {"FILE": shtab.FILE, "DIR": shtab.DIRECTORY}
-        for found in verbs.values():
-            for action in found._actions:
+        for parser_of_verb in verbs.values():
+            for action in parser_of_verb._actions:
                 kind = kinds.get(str(action.metavar))
                 if kind is not None:
                     action.complete = kind  # type: ignore[attr-defined]  # shtab reads it there
@@ -195,9 +195,9 @@ def build(filled: Iterable[str]) -> tuple[Parser, dict[str, Parser]]:
     for verb, summary in VERBS.items():
         verbs[verb] = under.add_parser(verb, prog=f"vlm-jax {verb}", help=summary)
         if verb in filled:
-            found = module(verb)
-            verbs[verb].description = found.__doc__
-            found.add_flags(verbs[verb])
+            verb_module = module(verb)
+            verbs[verb].description = verb_module.__doc__
+            verb_module.add_flags(verbs[verb])
             if verb in USES_CONFIG:
                 configuration_flags(verbs[verb], USES_CONFIG[verb])
             if verb in USES_DEVICES:

@@ -26,10 +26,10 @@ def run(options: argparse.Namespace) -> int:
     from vlm_jax.reports import report
 
     with progress.doing("fitting the law, and drawing"):
-        made = report.write(options.workdir)
-    for family, why in made["no_law"].items():
+        result = report.write(options.workdir)
+    for family, why in result["no_law"].items():
         print(f"no law for {family}: {why}", file=sys.stderr)
-    if made["no_figures"]:
-        print(made["no_figures"], file=sys.stderr)
-    print(json.dumps(made))
+    if result["no_figures"]:
+        print(result["no_figures"], file=sys.stderr)
+    print(json.dumps(result))
     return 0

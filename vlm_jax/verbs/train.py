@@ -36,21 +36,21 @@ def run(options: argparse.Namespace) -> int:
     from vlm_jax.training.recipe import Recipe
     from vlm_jax.training.workdir import flat
 
-    asked = flat(given.config)
-    fields.check_names(asked)
-    fields.check(asked)
-    made = stages.with_start(given.config)
-    found = flat(made)
+    given_fields = flat(given.config)
+    fields.check_names(given_fields)
+    fields.check(given_fields)
+    config = stages.with_start(given.config)
+    fields_now = flat(config)
     for name, value in given.overrides.items():
-        if found.get(name) != asked.get(name):
+        if fields_now.get(name) != given_fields.get(name):
             progress.say(
                 f"start: {name}={fields.value_text(value)} gives way to "
-                f"{fields.value_text(found[name])} of start_from={made.start_from}"
+                f"{fields.value_text(fields_now[name])} of start_from={config.start_from}"
             )
     if workdir is None:
-        with jax.set_mesh(mesh.make(**made.mesh)):
-            recipe = Recipe.of(made)
+        with jax.set_mesh(mesh.make(**config.mesh)):
+            recipe = Recipe.of(config)
             stages.check(recipe)
             forecast.dry_run(recipe)
         return 0
-    return stages.run(made, workdir)
+    return stages.run(config, workdir)
