@@ -150,7 +150,7 @@ def test_rows_of_text_alone_need_leave(folder):
     "text, message",
     [
         ('[{"id": "r0", "image', "not JSON, or cut short"),
-        ('{"rows": []}', "a JSON dict at the top, not a list.*under 'rows' alone"),
+        ('{"rows": []}', "a JSON dict at the top, not a list.*save the list 'rows' alone"),
         ("\xff\xfe", "not JSON"),
         ("", "is empty"),
         (" \n\t", "is empty"),

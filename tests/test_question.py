@@ -65,8 +65,9 @@ def one_pass(model, batch):
     text = model.llm.embed(batch["ids"])
     asked = vlm.feature(model.llm(text), batch["question_length"])
     visual = model.visual_tokens(batch, asked)
-    hidden = model.llm(model.splice(text, visual, batch["image_at"]))
-    return model.llm.logits(vlm.rows(hidden, model.before(batch, visual.count)))
+    x, _ = model.splice(text, visual, batch)
+    before = model.before(batch, vlm.Assembled(x, visual.count))
+    return model.llm.logits(vlm.rows(model.llm(x), before))
 
 
 @pytest.mark.parametrize("devices, remat", [(1, "full"), (8, "none")])

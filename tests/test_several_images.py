@@ -76,9 +76,10 @@ def test_splicing_is_cutting_and_joining_at_every_place(mesh1):
     with jax.set_mesh(mesh1):
         model = vlm.shapes(tiny.size(tiny.config()))
         placed = tiny.placed((text, visual.reshape(len(rows), 4, 3), count, at))
-        ours = np.asarray(model.splice(placed[0], Visual(*placed[1:3]), placed[3]))
         read = dict(ids=placed[0][..., 0], image_at=placed[3])
-        before = np.asarray(model.before(read, placed[2]))
+        ours = np.asarray(model.splice(placed[0], Visual(*placed[1:3]), read)[0])
+        made = vlm.Assembled(placed[0], placed[2])
+        before = np.asarray(model.before(read, made))
     for k, ((first, second), (m, n)) in enumerate(zip(at, count, strict=True)):
         row = np.concatenate([text[k, :first], visual[k, 0, :m], text[k, first:second],
                               visual[k, 1, :n], text[k, second:]])  # fmt: skip

@@ -134,13 +134,13 @@ def test_decoder_flops_are_the_compilers(mesh1):
 # Where a configuration goes in: what makes a description of it, and what keeps it as a document.
 DOORS = {
     "of",
-    "adopted",
+    "with_start",
     "run",
     "claim",
     "flat",
     "digest",
     "describe",
-    "opened",
+    "open_config",
     "models",
 }  # of all rooms, and of a grid:
 DOORS |= {"cells_of", "cell_of", "by_size", "dry_run"}

@@ -81,7 +81,7 @@ def test_behind_an_image_is_a_length_of_its_own(tmp_path):
     how = dict(template="vicuna_question_first", compressor=dict(kind="quecc", query="prefix"))
     # One token is left behind the image, where "ASSISTANT:" stands in front of the answer.
     source, processor = opened(tmp_path, text_length=201, question_length=200, **how)
-    with pytest.raises(ValueError, match="not one of 5 rows .*data.question_length=200 keep"):
+    with pytest.raises(ValueError, match="none of 5 rows .*data.question_length=200 keep"):
         targets.check(source, processor, skip=False)
     (length, question), _ = targets.survey(source, processor, skip=False).lengths
     source, processor = opened(tmp_path, text_length=length, question_length=question, **how)
@@ -159,7 +159,7 @@ def test_a_run_in_which_no_row_has_a_target_is_refused(verb, tmp_path, capsys):
     more = ["--config.data.on_bad_example=skip"] if verb == "skip" else []
     assert main(["train", *flags(tmp_path, *more)]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "not one of 20 rows has a token of an answer within data.text_length=32" in last
+    assert "none of 20 rows has a token of an answer within data.text_length=32" in last
     assert "data.text_length=64 and data.question_length=28 keep all of them" in last
     assert not (tmp_path / "run" / "align").exists()
 
@@ -168,14 +168,14 @@ def test_a_stage_that_supervised_nothing_is_no_success(tmp_path, capsys):
     def step(tokens):
         return Metrics(loss=0.0, accuracy=0.0, gradient_norm=0.0, tokens=tokens)
 
-    progress = Log(tmp_path, "align", first=0, last=3, every=1, batch=8)
+    progress = Log(tmp_path, "align", first=0, last=3, every=1, batch=8, patience=3)
     progress(1, step(0), lambda: None)
     progress(2, step(0), lambda: None)
     with pytest.raises(ValueError, match="align: not one of 3 steps.*data.text_length"):
         progress(3, step(0), lambda: None)
     progress.close()
     assert "align 2/3  no supervised token" in capsys.readouterr().err
-    progress = Log(tmp_path, "align", first=0, last=3, every=1, batch=8)
+    progress = Log(tmp_path, "align", first=0, last=3, every=1, batch=8, patience=3)
     for k, tokens in enumerate((0, 5, 0), 1):
         progress(k, step(tokens), lambda: None)
     progress.close()

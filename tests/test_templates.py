@@ -208,7 +208,7 @@ def test_what_a_template_needs_and_lacks_is_named():
     with pytest.raises(ValueError, match=r"'chatml' closes answers with <\|im_end\|>.*not a token"):
         processor(tokenizer(specials=()), "chatml")
     silent = tokenizer(template="{{ messages[0].content }}".replace("content", "role"))
-    with pytest.raises(ValueError, match="does not say where the image stands"):
+    with pytest.raises(ValueError, match="does not say where the image is"):
         processor(silent, "checkpoint").text(Example("x", 0, TURNS, "f", "t"))
     twice = "{{ messages[1].content }}{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match="does not write answer 1 once"):

@@ -175,7 +175,8 @@ def test_splicing_is_cutting_and_joining(models, mesh1):
     at, count = np.array([0, 2, 4, 5, 1], np.int32), np.array([2, 1, 2, 0, 0], np.int32)
     with jax.set_mesh(mesh1):
         parts = tiny.placed((text, visual, count, at))
-        ours = models[1].splice(parts[0], vlm.Visual(*parts[1:3]), parts[3])
+        batch = {"image_at": parts[3]}
+        ours, _ = models[1].splice(parts[0], vlm.Visual(*parts[1:3]), batch)
     # Packed: visual slots that a row does not fill leave no hole.
     for row, t, v, n, i in zip(np.asarray(ours), text, visual, count, at, strict=True):
         np.testing.assert_array_equal(row[: len(t) + n], np.concatenate([t[:i], v[:n], t[i:]]))

@@ -30,7 +30,7 @@ def add_flags(parser: Parser) -> None:
         "--cell",
         action="append",
         metavar="NAME",
-        help="run only this cell; may be given several times (default: all cells)",
+        help="run this cell; repeat the flag for several; default: all cells",
     )
 
 
