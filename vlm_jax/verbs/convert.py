@@ -14,8 +14,8 @@
 --from is a published LLaVA, a model folder, or (with --to-hf or without) the --workdir of a
 finished `vlm-jax train` or a cell of a grid (GRID/cells/NAME). LoRA adapters of a training are
 merged unless --to-peft asks for them alone. Nothing trained is replaced unless --replace-compressor
-asks for it. Tensors pass through one at a time, whatever the size of the model. docs/weights.md
-says what can be read and what is written.
+asks for it. Tensors are converted one at a time, for models of any size. docs/weights.md lists what
+can be read and what is written.
 """
 
 import argparse
@@ -40,16 +40,16 @@ def add_flags(parser: Parser) -> None:
         metavar="DIR",
         help="a model: published, converted, or trained here",
     )
-    add("--to", required=True, type=Path, metavar="DIR", help="the folder to make")
-    add("--to-hf", action="store_true", help="make a llava-hf folder where that can hold the model")
-    add("--to-peft", action="store_true", help="make a PEFT folder of a run's LoRA adapters")
+    add("--to", required=True, type=Path, metavar="DIR", help="the folder to write")
+    add("--to-hf", action="store_true", help="write a llava-hf folder, if that can hold the model")
+    add("--to-peft", action="store_true", help="write a PEFT folder of a run's LoRA adapters")
     add(
         "--adapter-from",
         type=Path,
         metavar="DIR",
         help="a published LoRA adapter to merge (default: none)",
     )
-    add("--dtype", metavar="KIND", help="float32, bfloat16 or float16 (default: as it is stored)")
+    add("--dtype", metavar="KIND", help="float32, bfloat16 or float16 (default: as stored)")
     add("--vision", type=Path, metavar="DIR", help="folder of a CLIP or SigLIP tower")
     add(
         "--llm",
@@ -67,28 +67,38 @@ def add_flags(parser: Parser) -> None:
         "--tokens",
         type=int,
         metavar="V",
-        help="visual tokens of an image (0: as many as it needs; default: as published)",
+        help="visual tokens of an image (0: adaptive; default: as published)",
     )
     add(
         "--levels",
         metavar="LIST",
-        help="blocks of the tower that it reads, such as 12,16,22,23 (default: the last but one)",
+        help="blocks of the tower that the compressor reads, such as 12,16,22,23 (default: the "
+        "last but one)",
     )
-    add("--heads", type=int, metavar="N", help="heads of its attention (default for a new one: 8)")
+    add(
+        "--heads",
+        type=int,
+        metavar="N",
+        help="attention heads of the compressor (default for a new one: 8)",
+    )
     add(
         "--query",
         metavar="HOW",
-        help="quecc: who reads the question: none, separate or prefix (default for a new one: "
+        help="quecc: how the question is read: none, separate or prefix (default for a new one: "
         "separate)",
     )
     add(
         "--projector",
         type=Path,
         metavar="FILE",
-        help="weights of stage 1 for it (default: fresh ones)",
+        help="stage 1 weights of the compressor (default: new ones)",
     )
-    add("--replace-compressor", action="store_true", help="drop the trained one of --from for it")
-    add("--seed", type=cli.seed_flag, metavar="N", default=0, help="of fresh weights")
+    add(
+        "--replace-compressor",
+        action="store_true",
+        help="replace the trained compressor of --from",
+    )
+    add("--seed", type=cli.seed_flag, metavar="N", default=0, help="of new weights")
     add(
         "--tokenizer",
         type=Path,
@@ -100,13 +110,13 @@ def add_flags(parser: Parser) -> None:
         "--allow-missing",
         default="",
         metavar="PATTERNS",
-        help="tensors that may stay fresh: names with *, separated by commas (default: none)",
+        help="tensors that may be missing: names with *, separated by commas (default: none)",
     )
     add(
         "--allow-surplus",
         default="",
         metavar="PATTERNS",
-        help="tensors that may be left out: names with *, separated by commas (default: none)",
+        help="tensors that may be ignored: names with *, separated by commas (default: none)",
     )
 
 
@@ -149,7 +159,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def gathered(options: argparse.Namespace) -> Any:
-    """The model that the flags name, a `weights.folder.Model`; its tensors unread."""
+    """The model that the flags name, a `weights.folder.Model`; its tensors are not read yet."""
     from vlm_jax.training import runs
     from vlm_jax.weights import conversion, sources
     from vlm_jax.weights.methods import Wish
@@ -170,7 +180,7 @@ def gathered(options: argparse.Namespace) -> Any:
             given = wish.flags() + [f"--vision={options.vision}"] * bool(options.vision)
             if given:
                 raise ValueError(
-                    f"{options.source} is a training run: its model is converted as it is, without "
+                    f"{options.source} is a training run, whose model is converted unchanged: drop "
                     f"{' '.join(given)}"
                 )
             return runs.read(options.source, "--from")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained model to predictions: greedy answers to every example of a split, and their scores.
+"""Evaluates a trained model: greedy answers to every example of a split, and their scores.
 
     vlm-jax evaluate --workdir=runs/one
     vlm-jax evaluate --workdir=runs/one --config.evaluate.split=val
@@ -10,9 +10,10 @@ The folder is that of a finished `vlm-jax train`, which has its configuration (-
 given, and must agree), a cell of a grid, or a model folder, whose data --config names.
 predictions.jsonl and scores.json are written into it.
 
-Another split, file, prompt, batch, number of answer tokens or, where the compressor serves any,
-number of visual tokens is another evaluation of the same model: predictions-val.jsonl,
-scores-val.json. Its name and its `settings` say what differs. What was trained cannot be changed.
+A different split, file, prompt, batch, number of answer tokens or, if the compressor serves any,
+number of visual tokens is another evaluation of the same model, with its own files:
+predictions-val.jsonl, scores-val.json. Their names and the `settings` in them say what differs.
+Fields that the training depends on cannot be changed.
 """
 
 import argparse

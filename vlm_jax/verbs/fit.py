@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results become a scaling law with intervals: law.json, comparison.csv and figures.
+"""Fits a scaling law with intervals to results: law.json, comparison.csv and figures.
 
     vlm-jax fit --rows=runs/demo/rows.jsonl --out=runs/law
     vlm-jax fit --rows=mine.csv --rows=theirs.csv --out=runs/law --n-unit=billions
@@ -28,7 +28,8 @@ def add_flags(parser: Parser) -> None:
         "--rows",
         action="append",
         metavar="FILE",
-        help="results: rows.jsonl of a grid, a .csv table, or .json of lmms-eval; again for more",
+        help="results: rows.jsonl of a grid, a .csv table, or .json of lmms-eval; repeat the flag "
+        "for more",
     )
     source.add_argument(
         "--published",
@@ -36,7 +37,7 @@ def add_flags(parser: Parser) -> None:
         help="the measurements of arXiv 2411.03312 instead",
     )
     add = parser.add_argument
-    add("--out", required=True, metavar="DIR", help="folder for law.json and all else")
+    add("--out", required=True, metavar="DIR", help="folder for law.json and the other files")
     add(
         "--form",
         default="multiplicative",
@@ -55,21 +56,21 @@ def add_flags(parser: Parser) -> None:
         type=int,
         metavar="N",
         default=1000,
-        help="draws for the bands of the figures; 0 leaves them out",
+        help="resamples for the bands of the figures; 0 draws no bands",
     )
-    add("--resample", default="residuals", choices=intervals.RESAMPLINGS, help="what a draw draws")
-    add("--seed", type=cli.seed_flag, metavar="N", default=0, help="of the draws")
+    add("--resample", default="residuals", choices=intervals.RESAMPLINGS, help="what is resampled")
+    add("--seed", type=cli.seed_flag, metavar="N", default=0, help="of the resampling")
     add(
         "--huber",
         type=float,
         metavar="ERROR",
-        help="residual, a fraction, beyond which a row counts linearly (default: squares alone)",
+        help="residual, as a fraction, above which a row counts linearly (default: plain squares)",
     )
     add(
         "--weights",
         default="stderr",
         choices=("stderr", "equal"),
-        help="of the rows: by their standard errors, or all alike",
+        help="of the rows: by their standard errors, or equal",
     )
     add(
         "--n-unit",

@@ -13,9 +13,9 @@ token and tokens per second to stderr.
 A line of --requests has `prompt` (a text, or a conversation [question, answer, ..., question]) and
 may have `image` (a path, beside the file, or a list of several) and `id`. Each <image> in the
 questions stands for the next image; without any, all belong to the first question. A line of --out
-has `id` (else the number of the line), `line`, the number, `text`, `stopped`, `prompt_tokens`,
+has `id` (default: the line number), `line` (its number), `text`, `stopped`, `prompt_tokens`,
 `visual_tokens`, `new_tokens`, `first_token_seconds` and `tokens_per_second`, or `id`, `line` and
-`error`; it is there as soon as its batch is answered. Several lines may have one id.
+`error`; it is written as soon as its batch is answered. Several lines may share an id.
 """
 
 import argparse
@@ -42,54 +42,53 @@ def add_flags(parser: Parser) -> None:
         "--image",
         action="append",
         metavar="FILE",
-        help="an image file; again for the next of several (default: a prompt about none)",
+        help="an image file; repeat the flag for several (default: no image)",
     )
     add("--prompt", metavar="TEXT", help="the question")
-    add("--chat", action="store_true", help="ask in turn; earlier turns are remembered")
+    add("--chat", action="store_true", help="a conversation on stdin; the model sees earlier turns")
     add("--requests", type=Path, metavar="FILE", help="JSONL file of many requests")
     add("--out", type=Path, metavar="FILE", help="with --requests: the answers (default: stdout)")
     add(
         "--visual-tokens",
         type=int,
         metavar="V",
-        help="visual tokens of an image, where the compressor serves any number (default: as "
-        "trained)",
+        help="visual tokens of an image, if the compressor serves any number (default: as trained)",
     )
     add(
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="most tokens of an answer (default: what the model's length leaves, 256 at most)",
+        help="most tokens of an answer (default: what fits into the model's length, at most 256)",
     )
     add(
         "--temperature",
         type=float,
         metavar="T",
         default=0.0,
-        help="0 takes the likeliest token, 1 draws as the model says",
+        help="0 takes the likeliest token, 1 draws from the model's distribution",
     )
     add(
         "--top-p",
         type=float,
         metavar="P",
         default=1.0,
-        help="the share of the probability mass that is drawn from, above 0 and at most 1",
+        help="probability mass of the tokens to draw from, above 0 and at most 1",
     )
     add("--seed", type=cli.seed_flag, metavar="N", default=0, help="of the draws")
     add(
         "--exif",
         choices=EXIF,
         default="apply",
-        help="whether an image is turned as its EXIF orientation says",
+        help="apply or ignore an image's EXIF orientation",
     )
-    add("--stream", action="store_true", help="print the answer as it comes")
+    add("--stream", action="store_true", help="print the answer while it is generated")
     add(
         "--mesh",
         metavar="AXIS=N",
-        help="how the devices are laid out, such as tensor=2 or data=2,tensor=4: tensor splits the "
-        "weights of each layer, data the rows of a batch (default: all devices to data)",
+        help="the device mesh, such as tensor=2 or data=2,tensor=4: tensor splits the weights of "
+        "each layer, data the rows of a batch (default: all devices to data)",
     )
-    add("--batch", type=int, metavar="N", default=8, help="requests that are read together")
+    add("--batch", type=int, metavar="N", default=8, help="requests in a batch")
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -98,7 +97,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Answers; 0, or 2 where a request could not be answered."""
+    """Answers; 0, or 2 if a request could not be answered."""
     modes = [options.prompt is not None, options.chat, options.requests is not None]
     if sum(modes) != 1:
         raise ValueError("give one of --prompt=TEXT, --chat and --requests=FILE.jsonl")

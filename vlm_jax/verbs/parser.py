@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One command line for all verbs: their flags, what they are called, and what a typo meant.
+"""One command line for all verbs: their names and flags, and suggestions for typos.
 
 A verb is a file of this folder with `add_flags(parser)` and `run(options) -> exit status`. It
-imports libraries inside `run`: help, completion and the refusal of a wrong flag need none.
+imports libraries inside `run`: help, completion and errors of flags need none.
 
---config.FIELD=VALUE is not known to argparse: those words, and --config itself, go to
+argparse does not know --config.FIELD=VALUE: these words, and --config itself, go to
 `vlm_jax/verbs/configuration.py` as `options.config`.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from vlm_jax import __version__
 
-# Each verb with what it does, in the order of a project.
+# Each verb with a summary, in the order of a project.
 VERBS = {
     "train": "train one model: encoder, alignment, finetuning",
     "evaluate": "answer a split with a trained model, and score the answers",
@@ -29,17 +29,17 @@ VERBS = {
     "convert": "published weights to a model folder, and back",
     "generate": "answer prompts about images",
     "checkpoint": "verify the checkpoints of a run against their digests",
-    "compile": "what a step takes on a slice of TPUs, by the TPU compiler, without a TPU",
+    "compile": "what a step needs on a TPU slice, by the TPU compiler, without a TPU",
 }
-# Verbs with a configuration, and what stands for one that is not named.
+# Verbs with a configuration, and its default.
 USES_CONFIG = {
-    "train": "needed",
-    "evaluate": "default: the one that the folder was made with; a model folder needs one",
-    "grid": "needed",
-    "compile": "needed",
+    "train": "required",
+    "evaluate": "default: that of the folder; required for a model folder",
+    "grid": "required",
+    "compile": "required",
     "plan": "default: the published sizes and CLIP ViT-L/14-336",
 }
-# Verbs that use devices, and so may run in several processes.
+# Verbs that use devices and may run in several processes.
 USES_DEVICES = ("train", "evaluate", "grid", "generate")
 # --config=FILE, --config FILE, --config.FIELD=VALUE, --config.FIELD VALUE, --config.FIELD and
 # --noconfig.FIELD of a boolean: what ml_collections reads.

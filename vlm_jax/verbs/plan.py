@@ -4,8 +4,8 @@
     vlm-jax plan --law=law.json --flops=1e12 --text-tokens=50
     vlm-jax plan --law=law.json --ms=40 --chip=v5e --text-tokens=50 --llms=0.5,1.8,4,7
 
-Prints one JSON object on stdout and the same in words on stderr (on a terminal, without --json: in
-words only). Every field is explained in docs/planning.md.
+Prints one JSON object on stdout and the same in words on stderr (on a terminal without --json, only
+the words). docs/planning.md explains every field.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def add_flags(parser: Parser) -> None:
     add(
         "--cost",
         choices=("paper", "full"),
-        help="paper: 2N(Q+V), the default for --flops; full: every phase, the default else",
+        help="paper: 2N(Q+V), the default for --flops; full: every phase, the default otherwise",
     )
     add(
         "--chip",
@@ -59,9 +59,7 @@ def add_flags(parser: Parser) -> None:
         help=f"{', '.join(chips.CHIPS)}, or cpu (measured now); its memory is a limit (default: "
         "none)",
     )
-    add(
-        "--chips", type=int, metavar="N", default=1, help="chips taken together, communication free"
-    )
+    add("--chips", type=int, metavar="N", default=1, help="chips used together, communication free")
     add(
         "--price-per-hour",
         type=float,
@@ -71,14 +69,14 @@ def add_flags(parser: Parser) -> None:
     add(
         "--efficiency",
         metavar="SHARE",
-        help="reached fraction of the roofline: 0.5, or prefill:0.6,decode:0.8 (default: 1)",
+        help="achieved fraction of the roofline: 0.5, or prefill:0.6,decode:0.8 (default: 1)",
     )
     add(
         "--measured",
         metavar="FILE",
         help="rows.jsonl evaluated on this chip: fits --efficiency (default: none)",
     )
-    add("--batch", type=int, metavar="N", default=1, help="requests at a time")
+    add("--batch", type=int, metavar="N", default=1, help="requests in a batch")
     add(
         "--new-tokens",
         type=float,
@@ -86,7 +84,7 @@ def add_flags(parser: Parser) -> None:
         default=0,
         help="generated tokens of a request; 0 is prefill only",
     )
-    add("--cached-text", action="store_true", help="keys and values of the text are kept")
+    add("--cached-text", action="store_true", help="keys and values of the text are cached")
     add(
         "--mix",
         metavar="SHARES",
@@ -107,7 +105,7 @@ def add_flags(parser: Parser) -> None:
     add(
         "--compressors",
         metavar="LIST",
-        help="methods; the law's error is taken for each (default: the configuration's)",
+        help="methods; the law's error is used for each (default: the configuration's)",
     )
     add("--out", metavar="DIR", help="folder for plan.png, plan.svg and plan.csv (default: none)")
     add("--json", action="store_true", help="JSON on stdout, warnings only on stderr")
@@ -157,7 +155,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def efficiency_of(options: argparse.Namespace) -> tuple[Any, list[str]]:
-    """The reached fraction of the roofline, given or fitted to measured rows, and warnings."""
+    """The achieved fraction of the roofline, given or fitted to measured rows, and warnings."""
     from vlm_jax.cost import roofline
     from vlm_jax.planning import parsing, question
     from vlm_jax.rows import records
@@ -174,7 +172,7 @@ def efficiency_of(options: argparse.Namespace) -> tuple[Any, list[str]]:
 
 
 def draw(plan: Any, out: str) -> list[str]:
-    """The paths of the plan's figure; none, said on stderr, where matplotlib is missing."""
+    """The paths of the plan's figure; none, with a message on stderr, without matplotlib."""
     from vlm_jax.reports import plan_figure
 
     try:
