@@ -51,7 +51,7 @@ def test_a_flag_says_what_it_is_and_what_it_is_without(verb):
         assert action.help and action.help is not argparse.SUPPRESS, action.dest
         needed = action.required or action.nargs == 0 or action.dest in ASKED
         if not needed and action.default in (None, ""):
-            assert re.search("default|needed", action.help), action.dest
+            assert re.search("default|required", action.help), action.dest
         if action.type in (int, float):
             assert action.metavar, f"{action.dest}: say what is counted"
 

@@ -76,7 +76,7 @@ def test_a_killed_run_ends_bit_identical_to_an_unbroken_one(kills, trained, tmp_
         assert killed.returncode == code, killed.stderr
         if code == 42:
             words = (
-                "vlm-jax train: SIGTERM: align is saved at step 4 of 4; the same command goes on"
+                "vlm-jax train: SIGTERM: align is saved at step 4 of 4; the same command continues"
             )
             assert words in killed.stderr
     assert not (folder / "finetune/6").exists()

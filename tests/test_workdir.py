@@ -161,7 +161,7 @@ def test_a_longer_run_is_told_what_its_schedule_does_and_what_to_do(tmp_path, c)
     begun(tmp_path, c)
     words = (
         r"finetune.steps was 6, is 10: the learning rate of .* falls along a cosine to 0 at step 6"
-        rf".* begin a new one .*--config.start_from={tmp_path} --config.encoder.steps=0 "
+        rf".* start a new one .*--config.start_from={tmp_path} --config.encoder.steps=0 "
         r"--config.align.steps=0 --config.finetune.steps=4$"
     )
     with pytest.raises(ValueError, match=words):

@@ -37,7 +37,7 @@ class Notice:
     def __init__(self) -> None:
         self.received = threading.Event()
         self.depth = 0  # of `held`
-        self.asked = 0
+        self.polls = 0
         self.answered = threading.Event()  # set when the main thread stops by itself
         self.closed = threading.Event()
         self.last: list[Callable[[], None]] = []  # called before a process is ended from outside
@@ -97,7 +97,7 @@ class Notice:
         return Preempted(f"SIGTERM: {what}")
 
     def wait(self, read: int) -> None:
-        """Runs in a thread that sees the signal, whatever the main thread does."""
+        """Runs in a thread that sees the signal, even while the main thread is busy."""
         try:
             while signal.SIGTERM not in (heard := os.read(read, 64)):
                 if not heard:
@@ -138,8 +138,8 @@ class Notice:
             return self.received.is_set()
         from jax.experimental import multihost_utils
 
-        self.asked += 1  # over all loops of the process: the service needs increasing numbers
-        return multihost_utils.reached_preemption_sync_point(self.asked)
+        self.polls += 1  # over all loops of the process: the service needs increasing numbers
+        return multihost_utils.reached_preemption_sync_point(self.polls)
 
     def point(self, what: str) -> None:
         """Raises Preempted if a loop without work to save should stop here."""

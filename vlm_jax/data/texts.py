@@ -106,8 +106,8 @@ class Texts:
         places = np.atleast_1d(text["image_at"])
         places, length = places[places < self.processor.text_length], int(text["length"])
         if self.processor.query == "prefix":
-            behind = length - int(text["question_length"])
-            return length, len(places), self.processor.question_length + behind
+            after = length - int(text["question_length"])
+            return length, len(places), self.processor.question_length + after
         # An image at the end of a row needs a position after it: `image_at` = the row's length
         # means that there is no image.
         return length, len(places), max(length, int(places.max(initial=-1)) + 1)

@@ -52,7 +52,7 @@ class Attention(nnx.Module):
         """The keys of all tokens and the query of the first, their heads side by side."""
         flat = mesh.spec("batch", "len", "feature")
         keys, query = self.key(x), self.query(x[:, :1])
-        # The heads may lie on several devices: each needs them all to compare whole keys.
+        # Heads may be on several devices: each needs all of them to compare whole keys.
         keys, query = (
             jnp.reshape(
                 jax.sharding.reshard(y, mesh.spec("batch", "len", "none", "none")),

@@ -198,11 +198,11 @@ class VLM(nnx.Module):
         """The position in the spliced row of the token before each text token, within its example;
         of the token itself if it is the first."""
         text = jnp.arange(batch["ids"].shape[1])
-        behind = text[:, None] >= by_image(batch["image_at"])[:, None]
-        visual = jnp.where(behind, by_image(assembled.count)[:, None], 0).sum(2)
+        after = text[:, None] >= by_image(batch["image_at"])[:, None]
+        visual = jnp.where(after, by_image(assembled.count)[:, None], 0).sum(2)
         if assembled.segments is None:
             return jnp.maximum(text + visual - 1, 0)
-        # Padding may lie after the end of the row.
+        # Padding may reach past the end of the row.
         own = jnp.minimum(text + visual, assembled.x.shape[1] - 1)
         return jnp.maximum(own - 1, rows(starts(assembled.segments), own))
 
@@ -278,8 +278,8 @@ def read(
         first, length = past.hidden.shape[1], past.length[:, None]
         hidden = jnp.concatenate([past.hidden, hidden], axis=1)
         # Positions outside a row may give anything.
-        behind = jnp.minimum(index - length + first, hidden.shape[1] - 1)
-        index = jnp.where(index < length, index, behind)
+        after = jnp.minimum(index - length + first, hidden.shape[1] - 1)
+        index = jnp.where(index < length, index, after)
     return rows(hidden, index)
 
 

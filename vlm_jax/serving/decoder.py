@@ -168,7 +168,7 @@ class Decoder:
     def stream(self, started: "Started", new_tokens: int) -> Iterator[np.ndarray]:
         """Token ids int32 [B] of every row, step after step, until all rows have ended.
 
-        Uses up the caches of `started`. At most `new_tokens` steps, no more than it was told of.
+        Donates the caches of `started`. At most `new_tokens` steps, no more than `start` reserved.
         """
         ids, caches, place, sampling = started
         ended = np.zeros(len(ids), bool)

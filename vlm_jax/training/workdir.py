@@ -120,9 +120,9 @@ def claim(
 
         def read() -> dict[str, Any]:
             if (path := workdir / "config.json").exists():
-                begun = run_config(path)
+                tree = run_config(path)
                 if kept(workdir):
-                    claimed.recorded = of_json(begun).to_dict()
+                    claimed.recorded = of_json(tree).to_dict()
                     compare(claimed, grid=grid)
             return dict(recorded=claimed.recorded, places=claimed.places, other=claimed.other)
 

@@ -93,7 +93,7 @@ def module(verb: str) -> ModuleType:
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they are written; the default of a flag behind its text."""
+    """Descriptions as written; the default of a flag after its text."""
 
     def __init__(self, prog: str, **how: Any):
         super().__init__(prog, max_help_position=28, width=100, **how)
