@@ -84,7 +84,7 @@ def _sum(kernel, a, b, *, scale: float):
 
 
 def check(size: LoRASize) -> tuple[str, ...]:
-    """The targets of adapters, all of them where it names none; ValueError for no such."""
+    """The targets of adapters, all if none are named; ValueError for an unknown target."""
     targets = tuple(size.targets)
     if size.rank < 0:
         raise ValueError(f"lora.rank={size.rank}: 0 trains without adapters, 1 and more with")
@@ -109,7 +109,7 @@ def adapt(model: VLM, size: LoRASize, *, seed: int) -> VLM:
 
     ValueError where `check` raises one. The weights are shared with `model`.
     """
-    # A stream of its own: with the seed's first keys A would repeat what the weights were drawn by.
+    # A separate stream: with the seed's first keys A would repeat the draws of the weights.
     rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
     fields = dict(rank=size.rank, alpha=float(size.alpha))
     for target in check(size):
