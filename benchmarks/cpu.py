@@ -15,7 +15,7 @@ import time
 import facts
 
 
-def cases(jax, jnp, cpu):
+def cases(jax, jnp, cpu, mesh):
     """Name -> (form, plain form, inputs), at the shapes that the form was made for."""
     from vlm_jax.models.cache import KV, Cache
     from vlm_jax.models.llm import mix
@@ -30,6 +30,9 @@ def cases(jax, jnp, cpu):
 
     def convolution(total):
         return lambda x, taps, w: total(x * taps) @ w
+
+    def sharded(x):  # as an encoder gives it
+        return jax.sharding.reshard(x, mesh.spec("batch", "len", "feature"))
 
     def by_token(*kv):  # as they are computed
         return (x.astype("bfloat16").transpose(0, 2, 1, 3) for x in kv)
@@ -52,7 +55,7 @@ def cases(jax, jnp, cpu):
             [draw(8, 36, 16, 1024), draw(16, 1024), draw(1024, 1024)],
         ),
         "for_every_image: [16 16 576] x [4 576 1024]": (
-            lambda s, x: jnp.einsum(attend, cpu.for_every_image(s, len(x)), x),
+            lambda s, x: jnp.einsum(attend, cpu.for_every_image(s, len(x)), sharded(x)),
             lambda s, x: jnp.einsum("NVP,BPE->BVNE", s, x),
             [draw(16, 16, 576), draw(4, 576, 1024)],
         ),
@@ -92,7 +95,7 @@ def main() -> None:
 
     rows = []
     with jax.set_mesh(mesh.make(devices=jax.devices()[:1])):
-        for name, (form, plain, inputs) in cases(jax, jnp, cpu).items():
+        for name, (form, plain, inputs) in cases(jax, jnp, cpu, mesh).items():
             if args.only and not name.startswith(tuple(args.only.split(","))):
                 continue
             forms = [jax.jit(form), jax.jit(plain)]

@@ -7,8 +7,10 @@ two (`two`), and the larger comparisons are marked slow.
 
 import json
 import os
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import processes
@@ -54,13 +56,19 @@ def requests(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(trained, requests, tmp_path_factory):
+def finished(trained, tmp_path_factory):
+    """A copy of the run: what an evaluation writes there must not reach other tests."""
+    return Path(shutil.copytree(trained, tmp_path_factory.mktemp("hosts") / "run"))
+
+
+@pytest.fixture(scope="module")
+def two(finished, requests, tmp_path_factory):
     """What 2 processes of 4 devices made of a training, an evaluation and a file of requests."""
     folder = tmp_path_factory.mktemp("two")
     commands = [
-        ["train", *SHORT, f"--config.start_from={trained}", f"--workdir={folder / 'run'}"],
-        ["evaluate", f"--workdir={trained}", "--config.evaluate.split=val"],
-        ["generate", f"--checkpoint={trained}", f"--requests={requests}",
+        ["train", *SHORT, f"--config.start_from={finished}", f"--workdir={folder / 'run'}"],
+        ["evaluate", f"--workdir={finished}", "--config.evaluate.split=val"],
+        ["generate", f"--checkpoint={finished}", f"--requests={requests}",
          f"--out={folder / 'answers.jsonl'}", "--max-new-tokens=6", "--mesh=tensor=2"],
     ]  # fmt: skip
     done = processes.finish(processes.start(commands, processes=2, devices=4))
@@ -69,30 +77,30 @@ def two(trained, requests, tmp_path_factory):
     return folder, done
 
 
-def test_two_processes_train_as_one(two, trained, tmp_path):
-    argv = ["train", *SHORT, f"--config.start_from={trained}", f"--workdir={tmp_path / 'run'}"]
+def test_two_processes_train_as_one(two, finished, tmp_path):
+    argv = ["train", *SHORT, f"--config.start_from={finished}", f"--workdir={tmp_path / 'run'}"]
     assert main(argv) == 0
     one, both = (tiny.losses(f / "run/finetune") for f in (tmp_path, two[0]))
     np.testing.assert_allclose(both, one, rtol=1e-5)
     assert files_of(two[0] / "run") == files_of(tmp_path / "run")
 
 
-def test_two_processes_answer_every_example_once_and_as_one(two, trained, tmp_path):
-    both = (trained / "predictions-val.jsonl").read_text()
-    scores = (trained / "scores-val.json").read_text()
-    (trained / "scores-val.json").unlink()
-    assert main(["evaluate", f"--workdir={trained}", "--config.evaluate.split=val"]) == 0
-    assert (trained / "predictions-val.jsonl").read_text() == both
-    assert (trained / "scores-val.json").read_text() == scores
+def test_two_processes_answer_every_example_once_and_as_one(two, finished, tmp_path):
+    both = (finished / "predictions-val.jsonl").read_text()
+    scores = (finished / "scores-val.json").read_text()
+    (finished / "scores-val.json").unlink()
+    assert main(["evaluate", f"--workdir={finished}", "--config.evaluate.split=val"]) == 0
+    assert (finished / "predictions-val.jsonl").read_text() == both
+    assert (finished / "scores-val.json").read_text() == scores
     ids = [json.loads(line)["id"] for line in both.splitlines()]
     assert len(ids) == len(set(ids)) > 8
 
 
 def test_a_model_over_two_processes_and_two_parts_gives_the_tokens_of_one_device(
-    two, trained, mesh1
+    two, finished, mesh1
 ):
     answers = [json.loads(line) for line in (two[0] / "answers.jsonl").read_text().splitlines()]
-    model = VLM.from_checkpoint(trained, mesh=mesh1)
+    model = VLM.from_checkpoint(finished, mesh=mesh1)
     alone = model.generate(None, PROMPTS, max_new_tokens=6)
     said = [(a["text"], a["new_tokens"]) for a in answers if "text" in a]
     assert said == [(a.text, len(a.ids)) for a in alone]
