@@ -142,7 +142,7 @@ def test_a_process_stops_while_it_compiles():
 
 def test_what_is_held_is_finished_and_then_the_process_stops():
     code, err = child(HELD.format(loop="time.sleep(1.5); print('saved', file=sys.stderr)"))
-    assert code == preemption.STATUS and "saved\nvlm-jax train: SIGTERM: what was" in err
+    assert code == preemption.STATUS and "saved\nvlm-jax train: SIGTERM: the work" in err
 
 
 def test_a_loop_stops_where_it_asks():

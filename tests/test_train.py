@@ -163,7 +163,7 @@ def test_an_update_that_is_not_finite_is_never_made(
         for name, x in before.items():
             np.testing.assert_array_equal(x, after[name], err_msg=name)
         err = capsys.readouterr().err
-        assert "align step 3: " in err and "the update is skipped, the 1. of this stage" in err
+        assert "align step 3: " in err and "the update is skipped, number 1 of this stage" in err
         # The same command goes on behind them, and still says how many there were.
         model = stage(setting, tmp_path)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(model))
