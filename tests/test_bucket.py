@@ -7,19 +7,16 @@ The bucket is a stand-in (`fake_bucket.py`): nothing here was tried on Google Cl
 import json
 import logging
 
+import fake_bucket
+import jax
 import numpy as np
 import pytest
 import tiny
 
-pytest.importorskip("gcsfs", reason="pip install 'vlm_jax[gcs]'")
-
-import fake_bucket  # noqa: E402
-import jax  # noqa: E402
-
-from vlm_jax import files, mesh  # noqa: E402
-from vlm_jax.training import lease, verify  # noqa: E402
-from vlm_jax.training.checkpoint import Checkpoints, numbered  # noqa: E402
-from vlm_jax.training.optimizer import State  # noqa: E402
+from vlm_jax import files, mesh
+from vlm_jax.training import lease, verify
+from vlm_jax.training.checkpoint import Checkpoints, numbered
+from vlm_jax.training.optimizer import State
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
