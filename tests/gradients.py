@@ -30,7 +30,7 @@ CASES = {
     "m3": dict(kind="m3", tokens=4, scales=(1, 4, 16)),
     "prumerge": dict(kind="prumerge", tokens=4),
     "prumerge of an image": dict(kind="prumerge", tokens=0),
-    "prumerge_plus": dict(kind="prumerge_plus", tokens=4),
+    "prumerge_plus": dict(kind="prumerge_plus", tokens=5),
 }
 EVERY = ((8, 1, 1), (4, 2, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2))
 # A program is compiled for each: all meshes for one case, for the others those that cut weights.
