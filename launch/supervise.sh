@@ -19,9 +19,10 @@ if [ "$DRY" = 1 ]; then
   exit 0
 fi
 
-starts=0 silences=0 failures=0
+starts=0 silences=0 failures=0 started=0
 # One more start, of at most MAX_RESTARTS after the first.
 again() {
+  started=0
   starts=$((starts + 1))
   [ "$starts" -le "$MAX_RESTARTS" ] || finish 1 "gave up after $MAX_RESTARTS restarts"
   echo "supervise.sh: $*; start $((starts + 1)) of at most $((MAX_RESTARTS + 1))"
@@ -63,12 +64,16 @@ while :; do
   # What was started before goes on: only what does not run is set up and started.
   launch/wait.sh "$@" || status=$?
   if [ "$status" = "$NOT_STARTED" ] || [ "$status" = "$RESTART" ]; then
+    # A TPU that is taken away while its workers are asked can look like one without a run.
     [ "$status" = "$NOT_STARTED" ] || again "the run was stopped"
+    [ "$started" = 0 ] || again "the run was lost"
     status=0
     launch/setup.sh || status=$?
     # Where some workers run already, they are set up, and the others are started.
     [ "$status" != "$BUSY" ] || status=0
-    [ "$status" != 0 ] || launch/run.sh "$@" || status=$?
+    if [ "$status" = 0 ]; then
+      launch/run.sh "$@" && started=1 || status=$?
+    fi
     [ "$status" != 0 ] || launch/wait.sh "$@" || status=$?
   fi
   case "$status" in

@@ -76,6 +76,8 @@ def happen(event, *which):
     if event == "take":  # a spot TPU is taken away, with its disk
         wipe()
         write("state", "TERMINATED" if compute else "SUSPENDING SUSPENDED")
+    elif event == "wipe":  # its disks are gone before the cloud says so
+        wipe()
     elif event == "vanish":  # one machine of a group, which the group no longer lists
         end(which[0], 9)
         write("vanished", which[0])

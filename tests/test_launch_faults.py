@@ -57,6 +57,16 @@ def test_a_tpu_that_is_taken_away_is_asked_for_again_and_the_same_command_contin
     assert log.count(": step 1") == 2  # of each worker of the second TPU
 
 
+def test_a_run_whose_disks_are_gone_counts_as_a_restart(cloud):
+    """What a TPU looks like that is taken away while its workers are asked."""
+    cloud.script("", "wipe", "", "", "end 0")
+    done = cloud.shell(SUPERVISE)
+    assert done.returncode == 0, done.stderr
+    assert (requests(cloud), starts(cloud)) == (1, 2)
+    assert "the run was lost; start 2 of" in done.stdout
+    assert "finished after 1 restarts" in done.stdout
+
+
 def test_a_group_that_lost_a_machine_is_replaced_whole(tmp_path):
     cloud = Cloud(tmp_path / "cloud", api="compute")
     cloud.script("", "vanish vlm-jax-c3d4", "", "end 0")
