@@ -13,7 +13,7 @@ from vlm_jax.__main__ import main
 from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor, RowFormat, load_tokenizer
 from vlm_jax.data.sources import Origin
-from vlm_jax.evals import tasks
+from vlm_jax.evals import embedded
 from vlm_jax.serving import predict as predictions
 from vlm_jax.serving.decoder import Decoder
 
@@ -148,7 +148,7 @@ def test_the_verb_writes_predictions_and_their_scores(evaluated):
     assert (
         printed
         == json.loads((folder / "scores.json").read_text())
-        == json.loads(json.dumps(tasks.score("embedded", records)))
+        == json.loads(json.dumps(embedded.score("embedded", records)))
     )
 
 

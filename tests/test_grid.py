@@ -15,7 +15,7 @@ from vlm_jax.cost import flops as cost
 from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor, RowFormat, load_tokenizer
 from vlm_jax.data.sources import Origin
-from vlm_jax.evals import tasks
+from vlm_jax.evals import embedded
 from vlm_jax.grids import details, phases
 from vlm_jax.grids import run as grid_run
 from vlm_jax.models import vlm
@@ -191,7 +191,7 @@ def test_a_row_says_what_its_model_is_and_cost(unbroken, mesh1):
         predictions = [
             json.loads(x) for x in (folder / "cells" / name / "predictions.jsonl").open()
         ]
-        assert row.tasks == tasks.score("embedded", predictions)
+        assert row.tasks == embedded.score("embedded", predictions)
         assert row.families == records.families_of(row.tasks)
 
 

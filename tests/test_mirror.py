@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from vlm_jax.compressors import COMPRESSORS
+from vlm_jax.evals.tasks import TASKS
 from vlm_jax.verbs.parser import VERBS
 
 TESTS = Path(__file__).parent
@@ -26,6 +27,7 @@ THROUGH = {
     "test_plan.py": "planning.answers planning.parsing reports.plan_figure rows.measured",
     "test_report.py": "reports.score_tables",
     "test_generate.py": "serving.talk",
+    "test_score.py": "evals.predictions evals.task",
     "test_checkpoint.py": "training.arrays training.verify",
     "test_optimizer.py": "training.compiler",
     "test_train.py": "training.first_weights",
@@ -65,6 +67,9 @@ def test_every_file_of_the_package_has_its_test():
     assert "COMPRESSORS" in tests["test_compressors.py"]
     found |= {method.__module__ for method in COMPRESSORS.values()}
     found |= {f"{method.__module__}.module" for method in COMPRESSORS.values()}
+    # The tests of scores take every benchmark.
+    assert "TASKS" in tests["test_score.py"]
+    found |= {f"vlm_jax.evals.tasks.{task}" for task in TASKS}
     # A verb is called as a command is.
     found |= {f"vlm_jax.verbs.{verb}" for verb in VERBS
               if any(f'"{verb}"' in text for text in tests.values())}  # fmt: skip

@@ -17,7 +17,7 @@ from vlm_jax.data.processor import Processor, RowFormat
 from vlm_jax.data.skips import Skip, Skips
 from vlm_jax.data.sources import BadExample, Origin, open_source
 from vlm_jax.data.word_tokenizer import train_tokenizer
-from vlm_jax.evals import tasks
+from vlm_jax.evals import embedded
 from vlm_jax.training import features
 
 COLORS = ("red", "green", "blue")
@@ -224,16 +224,16 @@ def test_scores_say_of_how_many_they_are():
 
     records = [record(k, "ab"[k // 3]) for k in range(5)]
     skipped = [dict(id="b-2", image="b2.png", reason="cut short", task="nlvr", cluster="b")]
-    scores = tasks.score("nlvr", records, skipped)
+    scores = embedded.score("nlvr", records, skipped)
     assert [scores["nlvr"][key] for key in ("n", "of", "skipped")] == [5, 6, 1]
     # Of a sentence with an image that could not be read it is not known whether all are right.
     whole = scores["nlvr_consistency"]
     assert [whole[key] for key in ("n", "of", "skipped")] == [1, 2, 1]
-    assert "nlvr: 1 of 6 were skipped, the score is of 5" in tasks.summary(scores)
-    assert "b2.png: cut short" in tasks.summary(scores) and tasks.summary({}) == ""
-    whole = tasks.score("nlvr", records)
-    assert (whole["nlvr"]["skipped"], tasks.summary(whole)) == (0, "")
+    assert "nlvr: 1 of 6 were skipped, the score is of 5" in embedded.summary(scores)
+    assert "b2.png: cut short" in embedded.summary(scores) and embedded.summary({}) == ""
+    whole = embedded.score("nlvr", records)
+    assert (whole["nlvr"]["skipped"], embedded.summary(whole)) == (0, "")
     with pytest.raises(ValueError, match="no example was answered of 1; the first: cut short"):
-        tasks.score("nlvr", [], skipped)
+        embedded.score("nlvr", [], skipped)
     with pytest.raises(ValueError, match="no example of task 'x' was answered: cut short"):
-        tasks.score("embedded", records, [skipped[0] | dict(task="x")])
+        embedded.score("embedded", records, [skipped[0] | dict(task="x")])

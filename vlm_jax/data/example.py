@@ -76,7 +76,7 @@ class Source(Protocol):
 
     `images[i]` is uint8 [H, W, 3], RGB, and may raise BadExample when the file cannot be read.
     `data_hash` is a sha256 over what defines the data, `protocol` how its predictions are scored
-    (evals/tasks.py). `left_out` counts the bad rows. `describe()` gives counts for the log,
+    (evals/embedded.py). `left_out` counts the bad rows. `describe()` gives counts for the log,
     `notes()` sentences about changes to the given data. Sources with labels of image content also
     have `patch_labels(i, side)`, int32 [side * side] in
     raster order, and `patch_classes`, one more than the largest label.

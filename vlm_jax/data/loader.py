@@ -343,7 +343,7 @@ def skip_of(source: Source, example: int, reason: str) -> Skip:
 
 
 def not_answered(source: Source, faults: Faults) -> list[dict[str, Any]]:
-    """The examples that evaluation leaves out, as `evals/tasks.py` counts them.
+    """The examples that evaluation leaves out, as `evals/embedded.py` counts them.
 
     First those that cannot be used, then those that the source left out when it was opened.
     """

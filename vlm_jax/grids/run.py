@@ -21,7 +21,7 @@ from vlm_jax import files, hosts, mesh, preemption, progress
 from vlm_jax.cost import described
 from vlm_jax.cost import flops as cost
 from vlm_jax.data import loader, sources, targets
-from vlm_jax.evals import tasks
+from vlm_jax.evals import embedded
 from vlm_jax.grids import details
 from vlm_jax.grids.phases import Phases
 from vlm_jax.kernels import window_attention
@@ -155,8 +155,8 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
     if hosts.is_writer():
         write_predictions(folder / "predictions.jsonl", predictions)
     protocol = test.source.protocol
-    scores = tasks.score(protocol, predictions, loader.not_answered(test.source, faults))
-    if summary := tasks.summary(scores):
+    scores = embedded.score(protocol, predictions, loader.not_answered(test.source, faults))
+    if summary := embedded.summary(scores):
         log.warning(f"{cell.name}: {summary}")
     method = details.method_of(size.compressor)
     Q, G, question = details.request_lengths(test, prefix=method["query"] == "prefix")
@@ -194,7 +194,7 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
         trained_with=cell.model if cell.shares else "",
         protocol=protocol,
         prompt=config.data.template,
-        parser=tasks.PROTOCOLS[protocol][1],
+        parser=embedded.PROTOCOLS[protocol][1],
         data_hash=test.source.data_hash,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         **facts,

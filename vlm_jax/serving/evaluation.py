@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax import files, hosts, mesh, progress
 from vlm_jax.data import loader, sources
-from vlm_jax.evals import tasks
+from vlm_jax.evals import embedded
 from vlm_jax.serving.predict import predict, write_predictions
 from vlm_jax.serving.subject import Subject, name_of
 from vlm_jax.training import fields
@@ -68,8 +68,8 @@ def evaluate(subject: Subject, given: ConfigDict, overrides: Mapping[str, Any]) 
             model = subject.model(config)
         faults: loader.Faults = {}
         records = list(predict(config, model, source, processor, faults=faults))
-        scores = tasks.score(source.protocol, records, loader.not_answered(source, faults))
-        if summary := tasks.summary(scores):
+        scores = embedded.score(source.protocol, records, loader.not_answered(source, faults))
+        if summary := embedded.summary(scores):
             log.warning(summary)
         scores |= {"settings": settings} if name else {}
         if hosts.is_writer():

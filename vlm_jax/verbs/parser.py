@@ -22,6 +22,7 @@ from vlm_jax import __version__
 VERBS = {
     "train": "train one model: encoder, alignment, finetuning",
     "evaluate": "answer a split with a trained model, and score the answers",
+    "score": "score a file of predictions by a benchmark's published rules",
     "grid": "train and evaluate a grid of LLM sizes x visual tokens; fit the law; make the report",
     "report": "figures and one HTML page of a grid's rows",
     "fit": "fit the scaling law to results, with intervals",
@@ -57,6 +58,10 @@ def module(verb: str) -> ModuleType:
             from vlm_jax.verbs import evaluate
 
             return evaluate
+        case "score":
+            from vlm_jax.verbs import score
+
+            return score
         case "grid":
             from vlm_jax.verbs import grid
 

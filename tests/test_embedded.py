@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from vlm_jax.evals import tasks
+from vlm_jax.evals import embedded
 
 
 def record(task, prediction, answer, cluster, family="reasoning"):
@@ -15,7 +15,7 @@ def record(task, prediction, answer, cluster, family="reasoning"):
 
 
 def test_the_embedded_benchmark_scores_exact_answers_task_by_task():
-    scores = tasks.score("embedded", [
+    scores = embedded.score("embedded", [
         record("count", "2", "2", "0"), record("count", "3", "2", "1"),
         record("count", " 4", "4", "2"), record("number", "8151", "8157", "3", family="text"),
     ])  # fmt: skip
@@ -31,7 +31,7 @@ def test_the_embedded_benchmark_scores_exact_answers_task_by_task():
 def test_nlvr_counts_images_and_whole_sentences():
     # Suhr et al., ACL 2017: precision over images, consistency over sentences. By hand: sentence 12
     # right on all three of its images, 13 on one of two, 14 on its only one.
-    scores = tasks.score("nlvr", [
+    scores = embedded.score("nlvr", [
         record("nlvr", "true", "true", "12"), record("nlvr", "False", "false", "12"),
         record("nlvr", "true.", "true", "12"), record("nlvr", "true", "true", "13"),
         record("nlvr", "true", "false", "13"), record("nlvr", "false it is", "false", "14"),
@@ -49,9 +49,9 @@ def test_the_order_of_records_does_not_matter():
     records = [
         record(t, p, "1", str(i)) for i, (t, p) in enumerate([("a", "1"), ("b", "0"), ("a", "0")])
     ]
-    assert tasks.score("embedded", records) == tasks.score("embedded", records[::-1])
+    assert embedded.score("embedded", records) == embedded.score("embedded", records[::-1])
 
 
 def test_an_unknown_protocol_is_refused_with_the_choices():
     with pytest.raises(ValueError, match=r"protocol 'vqa': choose one of \['embedded', 'nlvr'\]"):
-        tasks.score("vqa", [])
+        embedded.score("vqa", [])

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores a file of predictions against official annotations by a named protocol."""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.evals import predictions as answers
+from vlm_jax.evals.task import Aggregate, Annotations, Grade, Graded, Protocol, Task
+from vlm_jax.evals.tasks import TASKS
+
+# An answer that could not be made.
+FAILED = Grade(0.0, "", "failed")
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A score with all that it says, and the grade of every question."""
+
+    task: Task
+    name: str  # of the protocol
+    protocol: Protocol
+    annotations: Annotations
+    graded: tuple[Graded, ...]
+    aggregate: Aggregate
+    described: dict[str, Any]
+
+
+def task_of(name: str) -> Task:
+    """The task of this name. Raises ValueError for an unknown one, with the nearest."""
+    if name not in TASKS:
+        import difflib
+
+        near = difflib.get_close_matches(name, TASKS, 1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise ValueError(f"unknown task {name!r}{hint}: choose one of {', '.join(sorted(TASKS))}")
+    return TASKS[name]
+
+
+def protocol_of(task: Task, name: str) -> Protocol:
+    """A protocol of a task. Raises ValueError if the task does not have it."""
+    if name not in task.protocols:
+        raise ValueError(
+            f"{task.name} has no protocol {name!r}: choose one of {', '.join(task.protocols)}"
+        )
+    return task.protocols[name]
+
+
+def score(
+    task_name: str,
+    protocol_name: str,
+    predictions: Path,
+    annotations: Path,
+    *,
+    allow: Collection[str] = (),
+) -> Scored:
+    """The score of a file of predictions.
+
+    Args:
+      annotations: the official file, or the folder that holds it.
+      allow: of "missing", "surplus", "duplicate"; see `predictions.read`.
+    Raises:
+      OSError, ValueError: for an unknown task or protocol, files that cannot be read, ids that do
+        not agree, and annotations without answers.
+    """
+    task = task_of(task_name)
+    protocol = protocol_of(task, protocol_name)
+    given = task.read(annotations)
+    check_answers(task, given)
+    found = answers.read(predictions, task, given.questions, allow)
+    graded = tuple(
+        Graded(q, "", FAILED, failed=True)
+        if (text := found.texts[q.key]) is None
+        else Graded(q, text, protocol.grade(q, text))
+        for q in given.questions
+    )
+    aggregate = protocol.aggregate(graded)
+    described = dict(
+        schema=SCHEMA,
+        task=task.name,
+        protocol=protocol_name,
+        metric=protocol.metric,
+        value=aggregate.value,
+        stderr=None if math.isnan(aggregate.stderr) else aggregate.stderr,
+        unit=task.unit,
+        n=aggregate.n,
+        failed=sum(g.failed for g in graded),
+        subscores=dict(aggregate.subscores),
+        parser=parser_counts(graded),
+        source=protocol.source,
+        faults=list(protocol.faults),
+        missing=found.missing,
+        surplus=found.surplus,
+        duplicate=found.duplicate,
+        version=given.version,
+        files=[file_facts(task, path) for path in given.files],
+        predictions=dict(name=predictions.name, sha256=sha256(predictions)),
+        notes=list(given.notes),
+    )
+    return Scored(task, protocol_name, protocol, given, graded, aggregate, described)
+
+
+def check_answers(task: Task, given: Annotations) -> None:
+    """Refuses annotations without answers (a test split)."""
+    without = sum(not q.answers for q in given.questions)
+    if without:
+        raise ValueError(
+            f"{task.name}: {without} of {len(given.questions)} questions in {given.files[0]} have "
+            "no answer, as in a test split: it can only be scored by the benchmark's server; "
+            "write its file with --submission=FILE"
+        )
+
+
+def parser_counts(graded: Sequence[Graded]) -> dict[str, int]:
+    """How many answers each rule of the parser took, the most frequent first."""
+    return dict(Counter(g.grade.rule for g in graded).most_common())
+
+
+def file_facts(task: Task, path: Path) -> dict[str, str]:
+    """Name, hash and, where the hash is known, what this file is."""
+    digest = sha256(path)
+    return dict(name=path.name, sha256=digest, known=task.known.get(digest, "unknown"))
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content; of a folder the names and hashes of all its files."""
+    if path.is_dir():
+        whole = hashlib.sha256()
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            whole.update(f"{file.relative_to(path)} {sha256(file)}\n".encode())
+        return whole.hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
