@@ -69,8 +69,21 @@ def score(
         not agree, and annotations without answers.
     """
     task = task_of(task_name)
+    protocol_of(task, protocol_name)
+    return score_given(task, protocol_name, predictions, task.read(annotations), allow=allow)
+
+
+def score_given(
+    task: Task,
+    protocol_name: str,
+    predictions: Path,
+    given: Annotations,
+    *,
+    allow: Collection[str] = (),
+) -> Scored:
+    """The score of a file of predictions for questions that were read already, or for some of
+    them; arguments and errors as those of `score`."""
     protocol = protocol_of(task, protocol_name)
-    given = task.read(annotations)
     check_answers(task, given)
     found = answers.read(predictions, task, given.questions, allow)
     graded = tuple(

@@ -24,7 +24,7 @@ from vlm_jax import arguments, hosts
 from vlm_jax import mesh as meshes
 from vlm_jax.data.example import Example
 from vlm_jax.data.pictures import check_exif
-from vlm_jax.data.processor import Processor
+from vlm_jax.data.processor import Processor, Tokens
 from vlm_jax.models import vlm
 from vlm_jax.serving.decoder import Decoder, Sampling
 from vlm_jax.serving.requests import (
@@ -116,13 +116,8 @@ class VLM:
     ) -> "VLM":
         """The model of `weights.folder`, its tensors read once, straight into their shards."""
         mesh = mesh or meshes.make()
-        dtype = dtype or stored.dtype()
-        if dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
         with jax.set_mesh(mesh):
-            stored.check()
-            size = replace(stored.size(), compute_dtype=dtype, kernels="auto")
-            model = runs.load(stored, size, dtype=dtype)
+            model = placed(stored, dtype)
         return cls(model, processor_of(stored), max_length=stored.facts["max_length"], mesh=mesh)
 
     def generate(
@@ -191,22 +186,27 @@ class VLM:
           ValueError, OSError: for anything else, or what this model cannot read.
         """
         images = listed(image)
-        pairs = conversation(prompt, images=len(images))
-        if len(images) > 1 and self.compressor.reads_prefix:
+        tokens = self.tokens(prompt, images=len(images))
+        pixels = [self.processor.pixels(picture(one, exif=exif)) for one in images]
+        return Request(tokens.ids, tokens.places, tokens.questions, pixels)
+
+    def tokens(self, prompt: Any, *, images: int) -> Tokens:
+        """The tokens of a Prompt about this many images. Raises as `request` does."""
+        pairs = conversation(prompt, images=images)
+        if images > 1 and self.compressor.reads_prefix:
             raise ValueError(
-                f"{len(images)} images, and this model's compressor reads the text before the one "
+                f"{images} images, and this model's compressor reads the text before the one "
                 "image of a row (compressor.query='prefix'): ask about one at a time, or train "
                 "with compressor.query='separate'"
             )
-        which = tuple(range(len(images))) if len(images) > 1 else 0 if images else None
+        which = tuple(range(images)) if images > 1 else 0 if images else None
         example = Example("prompt", which, pairs, family="", task="")
         tokens = self.processor.tokens(example, answer=False)
         if self.processor.query != "none" and images and not all(tokens.questions):
             raise ValueError(
                 "this model's compressor reads the question, and the prompt has none: ask something"
             )
-        pixels = [self.processor.pixels(picture(one, exif=exif)) for one in images]
-        return Request(tokens.ids, tokens.places, tokens.questions, pixels)
+        return tokens
 
     def answer(
         self,
@@ -369,6 +369,19 @@ class VLM:
                 )
             )
         return answers
+
+
+def placed(stored: folder.Model, dtype: str | None = None) -> vlm.VLM:
+    """The layers of a model folder on the current mesh, in `dtype` or as stored.
+
+    ValueError for another dtype than float32 and bfloat16.
+    """
+    dtype = dtype or stored.dtype()
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r}: choose float32 or bfloat16")
+    stored.check()
+    size = replace(stored.size(), compute_dtype=dtype, kernels="auto")
+    return runs.load(stored, size, dtype=dtype)
 
 
 def load(path: str | PurePath, *, dtype: str | None = None, mesh: Mesh | None = None) -> VLM:
