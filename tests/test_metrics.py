@@ -67,3 +67,12 @@ def test_one_cluster_and_no_value_have_no_error():
 def test_a_group_is_consistent_if_all_of_it_is_right():
     correct, groups = [1.0, 1.0, 1.0, 0.0, 1.0, 0.0], ["a", "b", "a", "b", "c", "d"]
     assert metrics.consistency(correct, groups) == [1, 0, 1, 0]
+
+
+def test_the_jackknife_error_of_a_mean_is_the_clustered_one():
+    draw = random.Random(3)
+    values = [draw.random() for _ in range(40)]
+    left_out = [metrics.mean(values[:i] + values[i + 1 :]) for i in range(40)]
+    plain = metrics.clustered_stderr(values, [str(i) for i in range(40)])
+    assert metrics.jackknife_stderr(left_out) == pytest.approx(plain)
+    assert math.isnan(metrics.jackknife_stderr([0.5]))

@@ -42,6 +42,19 @@ def clustered_stderr(values: Sequence[float], clusters: Sequence[str]) -> float:
     return math.sqrt(groups / (groups - 1) * total) / len(values)
 
 
+def jackknife_stderr(replicates: Sequence[float]) -> float:
+    """Standard error of a value from the values that leave out one cluster each.
+
+    sqrt((G - 1) / G * sum of squared deviations from their mean), with G clusters (Efron and
+    Stein 1981), for values that are not means. NaN for fewer than two clusters.
+    """
+    groups = len(replicates)
+    if groups < 2:
+        return math.nan
+    average = mean(replicates)
+    return math.sqrt((groups - 1) / groups * sum((r - average) ** 2 for r in replicates))
+
+
 def consistency(correct: Sequence[float], groups: Sequence[str]) -> list[float]:
     """For each group 1 if all of its members are right, else 0 (NLVR: Suhr et al., ACL 2017)."""
     worst: dict[str, float] = {}

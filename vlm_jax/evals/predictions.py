@@ -4,12 +4,13 @@
 A line may have `error` in place of `text`: no answer could be made, and why.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.evals.task import Question, Task, json_lines
+from vlm_jax.evals.task import Question, Task, json_lines, repeated
 
 ALLOWED = ("missing", "surplus", "duplicate")
 SHOWN = 3
@@ -42,8 +43,13 @@ def read(
     """
     texts: dict[str, str | None] = {}
     duplicates: list[str] = []
+    keys = {q.key: None for q in questions}
+    times: Counter[str] = Counter()
     for number, row in json_lines(path):
         key = _key(path, number, task, row)
+        times[key] += 1
+        if (again := repeated(key, times[key])) in keys:
+            key = again
         if key in texts:
             duplicates.append(f"{key!r} (line {number})")
         if row.get("error"):
@@ -55,7 +61,6 @@ def read(
                 f"{path}, line {number}: `text` is {row.get('text')!r:.60}, not a text; "
                 f"its fields are {', '.join(row):.80}"
             )
-    keys = {q.key: None for q in questions}
     missing = [repr(key) for key in keys if key not in texts]
     surplus = [repr(key) for key in texts if key not in keys]
     if not texts.keys() & keys.keys():

@@ -9,7 +9,7 @@ Python: scoring needs no model.
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,9 @@ class Aggregate:
     Attributes:
       units: the questions or groups that enter `value`; `n` is their number unless given.
       stderr: standard error of `value`; NaN if unknown.
+      replicates: cluster -> `value` without that cluster, where `value` is not the mean (or sum) of
+        the units, such as an F1; else empty. Differences of two systems have the jackknife's error
+        of the differences of their replicates.
     """
 
     value: float
@@ -114,6 +117,7 @@ class Aggregate:
     units: tuple[Unit, ...]
     subscores: Mapping[str, float] = field(default_factory=dict)
     n: int = -1
+    replicates: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.n < 0:
@@ -215,14 +219,19 @@ def found(path: Path, names: Sequence[str], task: str) -> Path:
     raise FileNotFoundError(f"{task}: {path} {what} {', '.join(names)}")
 
 
-def beside(path: Path, name: str, folders: Sequence[str]) -> Path:
-    """The path of an image `name` in the first of `folders`, relative to `path`'s folder or one
-    of the two above it, that exists; it is not checked that the image itself does."""
+def image_folder(path: Path, folders: Sequence[str]) -> Path:
+    """The first of `folders`, relative to `path`'s folder or one of the two above it, that exists;
+    if none does, where the first should be."""
     for home in (path.parent, *list(path.parent.parents)[:2]):
         for folder in folders:
             if (home / folder).is_dir():
-                return home / folder / name
-    return path.parent / (folders[0] if folders else "") / name
+                return home / folder
+    return path.parent / (folders[0] if folders else "")
+
+
+def beside(path: Path, name: str, folders: Sequence[str]) -> Path:
+    """The path of an image `name` in `image_folder`; it is not checked that the image exists."""
+    return image_folder(path, folders) / name
 
 
 def read_json(path: Path, kind: type = object) -> Any:
@@ -267,3 +276,23 @@ def unique(questions: Sequence[Question], path: Path) -> tuple[Question, ...]:
     if not questions:
         raise ValueError(f"{path} holds no questions")
     return tuple(questions)
+
+
+def numbered(questions: Sequence[Question]) -> tuple[Question, ...]:
+    """The questions with "#2", "#3", ... after a key that an earlier one has.
+
+    For benchmarks in which a prediction cannot tell such questions apart; predictions with the
+    same key then answer them in their order.
+    """
+    seen: Counter[str] = Counter()
+    own = []
+    for question in questions:
+        seen[question.key] += 1
+        again = repeated(question.key, seen[question.key])
+        own.append(question if again == question.key else replace(question, key=again))
+    return tuple(own)
+
+
+def repeated(key: str, time: int) -> str:
+    """The key of the question that has `key` for the `time`-th time."""
+    return key if time == 1 else f"{key}#{time}"
