@@ -61,3 +61,15 @@ def consistency(correct: Sequence[float], groups: Sequence[str]) -> list[float]:
     for value, group in zip(correct, groups, strict=True):
         worst[group] = min(value, worst.get(group, 1.0))
     return list(worst.values())
+
+
+def edit_distance(first: str, second: str) -> int:
+    """How many characters must be inserted, deleted or replaced to turn one text into the other
+    (Levenshtein 1966)."""
+    before = list(range(len(second) + 1))
+    for i, mine in enumerate(first, 1):
+        row = [i]
+        for j, other in enumerate(second, 1):
+            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (mine != other)))
+        before = row
+    return before[-1]

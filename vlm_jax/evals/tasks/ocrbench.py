@@ -14,8 +14,8 @@ from vlm_jax.evals.task import (
     Question,
     Task,
     average,
-    beside,
     found,
+    image_folder,
     read_json,
     unique,
 )
@@ -28,6 +28,7 @@ NARROW = {0x3000: " "} | {0xFF01 + i: chr(0x21 + i) for i in range(94)}
 def read(path: Path) -> Annotations:
     """The questions of OCRBench.json."""
     path = found(path, ["OCRBench.json", "OCRBench/OCRBench.json"], "ocrbench")
+    folder = image_folder(path, ["OCRBench_Images"])
     questions = []
     for number, row in enumerate(read_json(path, list)):
         answers = row["answers"] if isinstance(row["answers"], list) else [row["answers"]]
@@ -35,7 +36,7 @@ def read(path: Path) -> Annotations:
             Question(
                 id=number,
                 text=row["question"],
-                images=(beside(path, row["image_path"], ["OCRBench_Images"]),),
+                images=(folder / row["image_path"],),
                 answers=tuple(map(str, answers)),
                 cluster=row["image_path"],
                 labels={"": row["type"]},
@@ -46,12 +47,13 @@ def read(path: Path) -> Annotations:
 
 
 def contained(question: Question, text: str, *, fold: bool) -> Grade:
-    """1 if an answer occurs in the text. `fold` makes full-width characters ASCII."""
+    """1 if an answer occurs in the text. `fold` makes full-width characters ASCII, except for
+    formulas."""
 
     def plain(value: str) -> str:
-        value = value.translate(NARROW) if fold else value
         if question.facts["dataset"] == CASED:
             return value.strip().replace("\n", " ").replace(" ", "")
+        value = value.translate(NARROW) if fold else value
         return value.lower().strip().replace("\n", " ")
 
     parsed = plain(text)
