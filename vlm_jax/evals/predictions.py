@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of predictions: LLaVA's answers format, JSON lines with `question_id` and `text`.
 
-A line may have `error` in place of `text`: no answer could be made, and why.
+A line may have `error` in place of `text`: no answer could be made, and why. The texts that
+lmms-eval and VLMEvalKit write where a call failed are no answers either.
 """
 
 from collections import Counter
@@ -14,6 +15,8 @@ from vlm_jax.evals.task import Question, Task, json_lines, repeated
 
 ALLOWED = ("missing", "surplus", "duplicate")
 SHOWN = 3
+# EvolvingLMMs-Lab/lmms-eval, models/chat/openai.py; open-compass/VLMEvalKit, inference.py.
+FAILURES = ("[LMMS_EVAL_REQUEST_FAILED", "Failed to obtain answer")
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,14 @@ def read(
         if row.get("error"):
             texts[key] = None
         elif isinstance(row.get("text"), str):
-            texts[key] = row["text"]
+            texts[key] = None if row["text"].startswith(FAILURES) else row["text"]
         else:
             raise ValueError(
                 f"{path}, line {number}: `text` is {row.get('text')!r:.60}, not a text; "
                 f"its fields are {', '.join(row):.80}"
             )
+    if not texts:
+        raise ValueError(f"{path} is empty: it needs one line for each question of {task.name}")
     missing = [repr(key) for key in keys if key not in texts]
     surplus = [repr(key) for key in texts if key not in keys]
     if not texts.keys() & keys.keys():

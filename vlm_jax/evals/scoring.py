@@ -4,7 +4,7 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,29 +93,61 @@ def score_given(
         for q in given.questions
     )
     aggregate = protocol.aggregate(graded)
+    files = [file_facts(task, path) for path in given.files]
     described = dict(
         schema=SCHEMA,
         task=task.name,
         protocol=protocol_name,
-        metric=protocol.metric,
-        value=aggregate.value,
-        stderr=None if math.isnan(aggregate.stderr) else aggregate.stderr,
+        **numbers(protocol, aggregate, graded),
         unit=task.unit,
-        n=aggregate.n,
-        failed=sum(g.failed for g in graded),
-        subscores=dict(aggregate.subscores),
-        parser=parser_counts(graded),
         source=protocol.source,
         faults=list(protocol.faults),
         missing=found.missing,
         surplus=found.surplus,
         duplicate=found.duplicate,
         version=given.version,
-        files=[file_facts(task, path) for path in given.files],
+        files=files,
         predictions=dict(name=predictions.name, sha256=sha256(predictions)),
-        notes=list(given.notes),
+        notes=[*given.notes, *old_files(files)],
     )
     return Scored(task, protocol_name, protocol, given, graded, aggregate, described)
+
+
+def numbers(protocol: Protocol, aggregate: Aggregate, graded: Sequence[Graded]) -> dict[str, Any]:
+    """The fields of a score that are computed from the grades."""
+    return dict(
+        metric=protocol.metric,
+        value=aggregate.value,
+        stderr=None if math.isnan(aggregate.stderr) else aggregate.stderr,
+        n=aggregate.n,
+        failed=sum(g.failed for g in graded),
+        empty=sum(not g.failed and not g.text.strip() for g in graded),
+        subscores=dict(aggregate.subscores),
+        parser=parser_counts(graded),
+    )
+
+
+def old_files(files: Sequence[Mapping[str, str]]) -> list[str]:
+    """A sentence for each file whose hash is known to be that of an old version."""
+    old = [f for f in files if f["known"].startswith("old")]
+    current = [f for f in files if f["known"] not in ("unknown", *(g["known"] for g in old))]
+    words = [f"{f['name']} is not the current file: {f['known']}" for f in old]
+    if old and current:
+        mixed = ", ".join(f["name"] for f in current)
+        words.append(f"the files are of mixed versions: {mixed} is current")
+    return words
+
+
+def warnings(described: Mapping[str, Any]) -> list[str]:
+    """What a reader of a printed score must not miss: failures and files of old versions."""
+    scores = [described, described.get("a", {}), described.get("b", {})]
+    words = [
+        f"{score['failed']} of the answers could not be made; they count as wrong "
+        f"({score['predictions']['name']})"
+        for score in scores
+        if score.get("failed") and "predictions" in score
+    ]
+    return words + old_files(described.get("files", []))
 
 
 def check_answers(task: Task, given: Annotations) -> None:

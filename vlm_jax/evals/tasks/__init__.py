@@ -2,7 +2,7 @@
 """The table of benchmarks; each is described in its own file."""
 
 from vlm_jax.evals.task import Task
-from vlm_jax.evals.tasks import chartqa, docvqa, mme, ocrbench, scienceqa
+from vlm_jax.evals.tasks import chartqa, docvqa, mme, ocrbench, own, scienceqa
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -13,5 +13,6 @@ TASKS: dict[str, Task] = {
         chartqa.TASK,
         mme.TASK,
         scienceqa.TASK,
+        own.TASK,
     )
 }
