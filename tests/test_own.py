@@ -9,6 +9,9 @@ import made_scores as made
 import pytest
 import tiny
 
+from vlm_jax.evals.task import Question
+from vlm_jax.evals.tasks import own
+
 
 def test_own_questions_are_scored_by_a_named_metric(tmp_path, capsys):
     made.lines(tmp_path / "q.jsonl", [
@@ -31,6 +34,16 @@ def test_own_questions_are_scored_by_a_named_metric(tmp_path, capsys):
     assert "--metric is missing" in message
     assert "--metric" in made.score(capsys, *flags, "--protocol=llava", code=2)
     assert "exact_match" in made.score(capsys, *flags, "--metric=exact", code=2)
+
+
+@pytest.mark.parametrize("metric, text, value", [
+    ("exact_match", " 10 ", 1), ("exact_match", "10.4", 0), ("contains", "it is 10 m", 1),
+    ("anls", "10", 1), ("anls", "1", 0.5), ("anls", "7", 0),
+    ("relaxed", "10.4", 1), ("relaxed", "10.6", 0), ("relaxed", "TEN", 1),
+])  # fmt: skip
+def test_a_metric_is_what_its_name_says(metric, text, value):
+    question = Question(id=1, text="?", answers=("10", "ten"))
+    assert own.TASK.protocols[metric].grade(question, text).value == pytest.approx(value)
 
 
 @pytest.mark.parametrize("row, words", [

@@ -2,12 +2,13 @@
 """Reads files of results as the points that laws are fitted to, family by family."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vlm_jax.law import published
 from vlm_jax.law.points import Cell, Points, of_cells
-from vlm_jax.rows import records, tables
+from vlm_jax.rows import records, scores, tables
 
 MEAN = "mean of families"
 
@@ -18,15 +19,17 @@ class Measured:
 
     Attributes:
       families: family -> points; their mean comes first if there are several families.
-      tasks: task -> points; empty unless the files are rows of a grid.
+      tasks: task -> points; empty for tables.
       rows: the rows of a grid, one for each point; empty for other files.
-      note: which rows these are, in a sentence.
+      note: which rows these are, in sentences.
+      about: of scores: the tasks of each average, their divisors, protocols and files.
     """
 
     families: dict[str, Points]
     tasks: dict[str, Points]
     rows: list[records.Row]
     note: str = ""
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def of_published(name: str, *, text_tokens: float = 0.0) -> Measured:
@@ -41,20 +44,29 @@ def read(
     family: str | None = None,
     n_unit: str | None = None,
     text_tokens: float = 0.0,
+    mme: int = scores.PERCEPTION,
 ) -> Measured:
-    """The points of several files: all of them rows of grids, or all of them other tables.
+    """The points of several files of one kind: rows of grids, scores of benchmarks, or tables.
 
     Args:
       compressor: the method whose rows are read; by default the one with the most cells.
       family: read this family or task only.
       n_unit: the unit of N in a table, a key of `tables.N_UNITS`.
-      text_tokens: Q for tables without a column Q.
+      text_tokens: Q for tables and scores without Q.
+      mme: the divisor of MME's points, see `scores.MME`.
     Raises:
-      ValueError: for a mix of rows and tables, and for a cell that was measured twice.
+      ValueError: for a mix of kinds, and for a cell that was measured twice.
     """
-    of_grid = [records.is_rows(path) for path in paths]
-    if any(of_grid) and not all(of_grid):
-        raise ValueError("--rows mixes rows of a grid with other tables: fit them separately")
+    of_scores = [scores.is_scores(path) for path in paths]
+    of_grid = [not s and records.is_rows(p) for s, p in zip(of_scores, paths, strict=True)]
+    if (any(of_grid) or any(of_scores)) and not (all(of_grid) or all(of_scores)):
+        raise ValueError(
+            "--rows mixes rows of a grid, scores of benchmarks or other tables: fit them separately"
+        )
+    if all(of_scores):
+        return of_benchmarks(
+            scores.read(paths, n_unit=n_unit, text_tokens=text_tokens, mme=mme), family
+        )
     rows: list[records.Row] = []
     note = ""
     if of_grid[0]:
@@ -77,6 +89,18 @@ def read(
     if len(points) > 1:
         points = {MEAN: of_cells(of_families)} | points
     return Measured(points, {name: of_cells(of_tasks, name) for name in tasks}, rows, note)
+
+
+def of_benchmarks(averages: scores.Averages, family: str | None) -> Measured:
+    """The points of scores of benchmarks: all averages, or one average or task."""
+    families, tasks = averages.families, averages.tasks
+    if family is not None:
+        every = tasks | families
+        if family not in every:
+            raise ValueError(f"no average or task {family!r}: there are {', '.join(every)}")
+        families, tasks = {family: every[family]}, {}
+    note = "\n".join(scores.notes(averages.about))
+    return Measured(families, tasks, [], note, averages.about)
 
 
 def names_of(cells: Sequence[Cell]) -> list[str]:

@@ -70,7 +70,7 @@ def read(path: str | Path, *, n_unit: str | None = None, text_tokens: float = 0.
     first_lines: dict[tuple[Place, str], tuple[int, tuple[float, float]]] = {}
     cells: dict[Place, Cell] = {}
     for where, line, family, score, stderr in scores:
-        N = _size(_number(path, where, line, "N"), n_unit, f"{path}:{where}")
+        N = size(_number(path, where, line, "N"), n_unit, f"{path}:{where}")
         V = _number(path, where, line, "V")
         Q = (
             _number(path, where, line, "Q")
@@ -244,7 +244,8 @@ def _unit(path: Path, scores: Sequence[tuple[int, float]], column: str) -> float
     return 0.01 if large else 1.0
 
 
-def _size(N: float, n_unit: str | None, where: str) -> float:
+def size(N: float, n_unit: str | None, where: str) -> float:
+    """N in billions; raises ValueError for one that is too large for the unit not to be said."""
     if n_unit is None and N >= LARGEST_N_BILLIONS:
         raise ValueError(
             f"{where}: N = {N:g} billion parameters is more than any LLM has: if N counts "

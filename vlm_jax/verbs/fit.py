@@ -3,6 +3,7 @@
 
     vlm-jax fit --rows=runs/demo/rows.jsonl --out=runs/law
     vlm-jax fit --rows=mine.csv --rows=theirs.csv --out=runs/law --n-unit=billions
+    vlm-jax fit --rows=scores --out=runs/law
     vlm-jax fit --published=reasoning --out=runs/law
 
 docs/law.md explains the forms, the intervals and the columns of a table.
@@ -16,7 +17,7 @@ from pathlib import Path
 from vlm_jax.cost import chips
 from vlm_jax.law import intervals, published
 from vlm_jax.law.forms import FORMS
-from vlm_jax.rows import tables
+from vlm_jax.rows import scores, tables
 from vlm_jax.verbs import cli
 from vlm_jax.verbs.parser import Parser
 
@@ -28,8 +29,8 @@ def add_flags(parser: Parser) -> None:
         "--rows",
         action="append",
         metavar="FILE",
-        help="results: rows.jsonl of a grid, a .csv table, or .json of lmms-eval; repeat the flag "
-        "for more",
+        help="results: rows.jsonl of a grid, a .csv table, .json of lmms-eval, or scores of "
+        "`vlm-jax score` (.jsonl, or a folder of them); repeat the flag for more",
     )
     source.add_argument(
         "--published",
@@ -77,6 +78,15 @@ def add_flags(parser: Parser) -> None:
         choices=sorted(tables.N_UNITS),
         help="unit of a table's column N (default: billions)",
     )
+    add(
+        "--mme",
+        type=int,
+        metavar="POINTS",
+        default=scores.PERCEPTION,
+        choices=sorted(scores.MME),
+        help="of scores: what MME's points are divided by, 2000 (perception) or 2800 (with "
+        "cognition)",
+    )
     add("--text-tokens", type=float, metavar="Q", default=0.0, help="text tokens of rows without Q")
     add(
         "--chip",
@@ -105,6 +115,7 @@ def run(options: argparse.Namespace) -> int:
             family=options.family,
             n_unit=options.n_unit,
             text_tokens=options.text_tokens,
+            mme=options.mme,
         )
     say([measurements.note] if measurements.note else [])
     fit = families.fit_families(
@@ -126,6 +137,8 @@ def run(options: argparse.Namespace) -> int:
         **{name: getattr(options, name) for name in names},
         "versions": {"numpy": numpy.__version__, "scipy": scipy.__version__},
     }
+    if measurements.about:
+        fit.fields["scores"] = measurements.about
     out = Path(options.out)
     files = fitted.write(fit, out)
     chip = chips.CHIPS[options.chip]

@@ -19,6 +19,8 @@ from vlm_jax.evals.task import (
     json_lines,
     unique,
 )
+from vlm_jax.evals.tasks.chartqa import relaxed
+from vlm_jax.evals.tasks.docvqa import anls
 
 FIELDS = ("id", "question", "image", "images", "answer", "answers", "cluster", "labels")
 
@@ -93,6 +95,19 @@ def contains(question: Question, text: str) -> Grade:
     return Grade(float(any(answer in parsed for answer in answers)), parsed, "substring")
 
 
+def near(question: Question, text: str) -> Grade:
+    """ANLS: one less the share of characters that differ, 0 if that is more than half."""
+    text = text.strip()
+    return Grade(anls(text, question.answers), _folded(text), "whole text")
+
+
+def relaxed_match(question: Question, text: str) -> Grade:
+    """1 if a number is within 5 % of an answer, or the text equals it without case."""
+    text = text.strip()
+    right = max(relaxed(text, answer) for answer in question.answers)
+    return Grade(right, text, "whole text")
+
+
 def _asked(question: Question) -> str:
     return question.text
 
@@ -119,5 +134,7 @@ TASK = Task(
     protocols={
         "exact_match": _protocol("exact_match", "case and blanks do not count", exact_match),
         "contains": _protocol("contains", "case and blanks do not count", contains),
+        "anls": _protocol("anls", "the rule of DocVQA, on stripped answers", near),
+        "relaxed": _protocol("relaxed", "the rule of ChartQA, on stripped answers", relaxed_match),
     },
 )
