@@ -96,9 +96,13 @@ def get_config() -> ConfigDict:
     # Data.
     c.data = ConfigDict()
     c.data.source = "llava"  # vlm_jax/data/sources.py SOURCES names the kinds
-    # llava: the JSON file; nlvr: the folder that holds train and evaluation splits.
+    # llava: the JSON file; tars: a tar, a folder of them, or names with {000..012} or *; nlvr: the
+    # folder that holds train and evaluation splits.
     c.data.path = ""
     c.data.images = ""  # llava: the folder that image paths are relative to
+    # mixture: ("NAME", weight, {fields of data that differ}) for each part, such as
+    # (("chat", 3, {"path": "chat.json"}), ("captions", 1, {"source": "tars", "path": "cc.tar"})).
+    c.data.mixture = ()
     # A folder that transformers can load; "" trains a word-level one on the source.
     c.data.tokenizer = ""
     c.data.template = "vicuna_v1"  # vlm_jax/data/templates.py TEMPLATES names the kinds

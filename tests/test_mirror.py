@@ -19,7 +19,7 @@ THROUGH = {
     "test_door.py": "cost.model planning.question",
     "test_cost.py": "cost.parameters",
     "test_synthetic.py": "data.benchmark.questions",
-    "test_sources.py": "data.llava",
+    "test_sources.py": "data.llava data.row_source",
     "test_packing.py": "data.packed_rows",
     "test_window_attention.py": "kernels.absorbed_tpu kernels.unprojected_tpu kernels.window_tpu",
     "test_fit.py": "law.families",

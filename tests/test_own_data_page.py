@@ -81,7 +81,13 @@ def test_the_snippet_makes_the_rows_that_the_page_says(tmp_path, monkeypatch):
 
 
 def test_the_page_has_commands_of_every_verb_that_it_needs():
-    assert {line.split()[1] for line in COMMANDS} == {"train", "evaluate", "generate", "convert"}
+    assert {line.split()[1] for line in COMMANDS} == {
+        "train",
+        "evaluate",
+        "generate",
+        "convert",
+        "data",
+    }
 
 
 @pytest.mark.parametrize("line", COMMANDS)

@@ -79,7 +79,8 @@ class Source(Protocol):
     (evals/embedded.py). `left_out` counts the bad rows. `describe()` gives counts for the log,
     `notes()` sentences about changes to the given data. Sources with labels of image content also
     have `patch_labels(i, side)`, int32 [side * side] in
-    raster order, and `patch_classes`, one more than the largest label.
+    raster order, and `patch_classes`, one more than the largest label. Sources with weights have
+    `order(seed, epoch)`, int64 [n], the examples of an epoch; the others are permuted.
     """
 
     name: str
@@ -102,7 +103,7 @@ class Images(Sequence):
     """Images that are drawn or read on access, one at a time; `names` are their paths if any."""
 
     def __init__(self, read, count: int, names: Sequence[str] | None = None):
-        self._read, self._count, self._names = read, count, names
+        self.read, self._count, self._names = read, count, names
 
     def name(self, index: int) -> str:
         """The name of an image for messages."""
@@ -114,4 +115,4 @@ class Images(Sequence):
     def __getitem__(self, index: int) -> np.ndarray:
         if not 0 <= index < self._count:
             raise IndexError(f"image {index} of {self._count}")
-        return self._read(int(index))
+        return self.read(int(index))

@@ -20,15 +20,13 @@ from jax.sharding import Mesh
 
 from vlm_jax import mesh as meshes
 from vlm_jax.data.example import BadExample, Source
+from vlm_jax.data.order import EPOCHS, examples
 from vlm_jax.data.packed_rows import PackedRows, Usage
 from vlm_jax.data.packing import Arrangement, Buckets, Packing
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.skips import Skip, Skips
 from vlm_jax.data.texts import BadText, Texts, none_usable, stack
 
-# Repetitions of the data, more than any training needs: grain's endless repeat has a length that
-# does not fit batches of 1.
-EPOCHS = 1 << 32
 PLAIN = Arrangement()
 Batch = dict[str, Any]  # of numpy or sharded jax arrays
 Faults = dict[int, tuple[str, str]]  # example -> the kind of what is wrong with it, and a sentence
@@ -228,9 +226,9 @@ class Batches:
         rows = _Rows(texts, features)
         self.usage, self.plan = Usage(visual), None
         if arrangement.plain:
-            order = grain.MapDataset.range(len(source)).shuffle(seed=seed % (1 << 32))
-            order = order.repeat(EPOCHS)
-            order = order.batch(batch, batch_fn=lambda indices: np.array(indices, np.int64)[mine])
+            order = examples(source, seed).batch(
+                batch, batch_fn=lambda indices: np.array(indices, np.int64)[mine]
+            )
             self._data = order.map(rows)
         else:
             self.plan = planned(texts, arrangement, batch=batch, seed=seed, visual=visual)
@@ -328,7 +326,8 @@ def planned(
     texts: Texts, arrangement: Arrangement, *, batch: int, seed: int, visual: int
 ) -> Packing | Buckets:
     """The plan of an arrangement that is not plain, for these texts."""
-    processor, of = texts.processor, dict(batch=batch, seed=seed)
+    processor = texts.processor
+    of = dict(batch=batch, seed=seed, order=getattr(texts.source, "order", None))
     if arrangement.buckets:
         buckets = (*arrangement.buckets, processor.text_length)
         return Buckets(texts.lengths(), **of, buckets=buckets, images=texts.most)

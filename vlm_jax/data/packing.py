@@ -2,14 +2,15 @@
 """Plans of which examples share a row or a batch, so that little of it is padding.
 
 A plan depends only on the lengths of all examples and on the seed. Every example is planned once in
-each epoch; the content of a batch follows from its number, on any number of processes.
+each epoch, or as often as its source's weights say; the content of a batch follows from its number,
+on any number of processes.
 
 n examples  B rows of a batch
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -135,16 +136,32 @@ class Epoch(NamedTuple):
     waiting: np.ndarray
 
 
-class Plan(ABC):
-    """Batches of every epoch, by number. Raises ValueError if there is no example."""
+# The examples of an epoch in order, int64, by seed and epoch.
+Order = Callable[[int, int], np.ndarray]
 
-    def __init__(self, lengths: Lengths, *, batch: int, seed: int):
+
+class Plan(ABC):
+    """Batches of every epoch, by number. Raises ValueError if there is no example.
+
+    `order` is that of a source with weights; without one, every example is once in an epoch.
+    """
+
+    def __init__(self, lengths: Lengths, *, batch: int, seed: int, order: Order | None = None):
         self.lengths, self.size, self.seed = lengths, batch, seed % (1 << 32)
         self.usable = np.flatnonzero(lengths.usable)
         if not len(self.usable):
             raise ValueError("there is no example to plan")
+        self._order = order
+        self.per_epoch = len(self.order(0))
         self._epochs: dict[int, Epoch] = {}
         self._units: dict[int, list] = {}
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The usable examples of an epoch, in order."""
+        if self._order is None:
+            return np.random.default_rng((self.seed, epoch)).permutation(self.usable)
+        drawn = self._order(self.seed, epoch)
+        return drawn[self.lengths.usable[drawn]]
 
     @abstractmethod
     def build(self, order: np.ndarray, waiting: np.ndarray) -> tuple[list, np.ndarray]:
@@ -171,8 +188,7 @@ class Plan(ABC):
         if epoch:
             before = self.epoch(epoch - 1)
             waiting, first = before.waiting, before.first + before.count
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.usable)
-        units, waiting = self.build(order, waiting)
+        units, waiting = self.build(self.order(epoch), waiting)
         self._epochs[epoch] = Epoch(first, len(units), waiting)
         # Several threads may be here at once: each builds the same and replaces, never mutates.
         kept = {
@@ -206,9 +222,17 @@ class Packing(Plan):
     """
 
     def __init__(
-        self, lengths: Lengths, *, batch: int, seed: int, tokens: int, images: int, visual: int
+        self,
+        lengths: Lengths,
+        *,
+        batch: int,
+        seed: int,
+        tokens: int,
+        images: int,
+        visual: int,
+        order: Order | None = None,
     ):
-        super().__init__(lengths, batch=batch, seed=seed)
+        super().__init__(lengths, batch=batch, seed=seed, order=order)
         self.tokens, self.images, self.visual = tokens, images, visual
 
     def build(self, order: np.ndarray, waiting: np.ndarray) -> tuple[list, np.ndarray]:
@@ -229,12 +253,12 @@ class Packing(Plan):
     @property
     def examples(self) -> int | float:
         """Examples of a batch, on average."""
-        return self.size * len(self.usable) / self.rows
+        return self.size * self.per_epoch / self.rows
 
     def summary(self, name: str) -> str:
         """What stage `name` says of it before it begins."""
         return (
-            f"{name}: {len(self.usable):,} examples in {self.rows:,} packed rows of {self.tokens} "
+            f"{name}: {self.per_epoch:,} examples in {self.rows:,} packed rows of {self.tokens} "
             f"tokens: {name}.batch={self.size} rows hold {self.examples:.1f} examples, and "
             f"{name}.steps={math.ceil(self.rows / self.size)} is one epoch"
         )
@@ -251,9 +275,16 @@ class Buckets(Plan):
     """
 
     def __init__(
-        self, lengths: Lengths, *, batch: int, seed: int, buckets: Sequence[int], images: int
+        self,
+        lengths: Lengths,
+        *,
+        batch: int,
+        seed: int,
+        buckets: Sequence[int],
+        images: int,
+        order: Order | None = None,
     ):
-        super().__init__(lengths, batch=batch, seed=seed)
+        super().__init__(lengths, batch=batch, seed=seed, order=order)
         self.buckets, self.images = tuple(buckets), images
         self.bucket = np.searchsorted(self.buckets, lengths.slots)
         self.shown = lengths.images > 0
@@ -300,7 +331,7 @@ class Buckets(Plan):
         units = self.units(0)
         kinds = len({(group.text, group.images) for group in units})
         return (
-            f"{name}: {len(self.usable):,} examples in batches of {kinds} shapes (data.buckets), "
+            f"{name}: {self.per_epoch:,} examples in batches of {kinds} shapes (data.buckets), "
             f"each compiled once; {name}.steps={max(len(units), 1)} is one epoch"
         )
 

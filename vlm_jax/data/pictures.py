@@ -9,6 +9,7 @@ truncated picture is bad, never half gray.
 import io
 import os
 import stat
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -42,8 +43,20 @@ class Unusable(ValueError):
     """Why a picture cannot be used: the end of a sentence that starts with its name."""
 
 
+class Place(NamedTuple):
+    """Where an image lies: bytes `start` to `start + size` of a file, to its end where size is -1.
+
+    `name` is what the data set calls it.
+    """
+
+    path: str
+    start: int = 0
+    size: int = -1
+    name: str = ""
+
+
 def read_image(
-    path: str,
+    path: str | Place,
     owner: str,
     way_out: str = "replace the file, or set data.on_bad_example=skip",
     *,
@@ -51,13 +64,15 @@ def read_image(
 ) -> np.ndarray:
     """An image file as RGB uint8 [H, W, 3], decoded by its content, not its name; the first frame.
 
-    `exif` is for the orientation in the file: "apply" turns the picture upright, "ignore" uses the
-    pixels as stored.
+    A `Place` is an image inside a file, as in a tar. `exif` is for the orientation in the file:
+    "apply" turns the picture upright, "ignore" uses the pixels as stored.
 
     Raises:
       BadExample: if it cannot be decoded completely, with the row that `owner` describes, if any.
     """
     try:
+        if isinstance(path, Place):
+            return decode(io.BytesIO(read_bytes(path)), exif=exif)
         with open_regular(path) as file:
             return decode(file, exif=exif)
     except Unusable as error:
@@ -65,7 +80,8 @@ def read_image(
     # Any exception, because each decoder has its own.
     except Exception as error:
         reason = f"cannot be decoded: {one_line(error)}"
-    raise BadExample(f"{owner}{': ' * bool(owner)}image {path} {reason}; {way_out}")
+    name = path.name or path.path if isinstance(path, Place) else path
+    raise BadExample(f"{owner}{': ' * bool(owner)}image {name} {reason}; {way_out}")
 
 
 def open_regular(path: str) -> io.BufferedIOBase:
@@ -83,6 +99,18 @@ def open_regular(path: str) -> io.BufferedIOBase:
         raise Unusable("is not there") from None
     except OSError as error:
         raise Unusable(f"cannot be read: {error.strerror or error}") from None
+
+
+def read_bytes(place: Place) -> bytes:
+    """The bytes of an image. Raises Unusable if they cannot be read."""
+    with open_regular(place.path) as file:
+        file.seek(place.start)
+        data = file.read(place.size)
+    if len(data) < place.size:
+        raise Unusable(f"is cut short: {len(data)} of its {place.size} bytes are in {place.path}")
+    if not data:
+        raise Unusable("is empty: 0 bytes")
+    return data
 
 
 def decode(file: io.BufferedIOBase, *, exif: str) -> np.ndarray:

@@ -64,6 +64,17 @@ class Skips:
             with files.adding(self._path) as lines:
                 lines.add(line)
 
+    def include(self, others: "Skips", first: int) -> None:
+        """Counts what another source left out, its numbers counted from `first`.
+
+        Only its first ones are known by name; the others are numbered after them.
+        """
+        named = dict(others.first)
+        self.kinds.update(others.kinds)
+        self._seen.update(range(first, first + len(others)))
+        self.first |= {first + place: skip for place, skip in enumerate(named.values())}
+        self.first = dict(sorted(self.first.items())[:SHOWN])
+
     def share(self) -> None:
         """Notes what the other processes of the run skipped since they last shared; all call it."""
         fresh, self._fresh = self._fresh, []

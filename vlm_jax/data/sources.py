@@ -1,21 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where examples come from: one table of sources, opened by a configuration and a split."""
 
+import difflib
 import logging
+import math
 from collections import Counter, defaultdict
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from vlm_jax.data.benchmark.synthetic import Synthetic
 from vlm_jax.data.benchmark.synthetic import majority as majority_by_wording
 from vlm_jax.data.example import BadExample, Example, Source
 from vlm_jax.data.llava import Llava
+from vlm_jax.data.mixture import Mixture, Part
 from vlm_jax.data.nlvr import Nlvr
 from vlm_jax.data.pictures import check_exif
+from vlm_jax.data.tars import Tars
 
 log = logging.getLogger(__name__)
 
 __all__ = ["SOURCES", "BadExample", "Example", "Origin", "Source", "majority", "open_source"]
+
+# Fields of `data` that a part of a mixture may set; of the others it has those of `data`.
+OF_A_PART = ("source", "path", "images", "text_only", "image_exif",
+             "train_images", "val_images", "test_images")  # fmt: skip
+A_PART = '("NAME", WEIGHT, {"path": "FILE", "images": "DIR"})'
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,7 @@ class Origin:
     images_per_row: int
     on_bad_example: str
     image_exif: str
+    mixture: tuple
     train_images: int
     val_images: int
     test_images: int
@@ -45,12 +56,64 @@ class Origin:
         if self.images_per_row < 1:
             raise ValueError(f"data.images_per_row={self.images_per_row}: at least 1")
         check_exif("data.image_exif", self.image_exif)
+        if self.source == "mixture":
+            self.parts()
+        elif self.mixture:
+            raise ValueError(
+                f"data.mixture has {len(self.mixture)} parts, and data.source={self.source!r} "
+                "reads none: set data.source=mixture, or data.mixture=()"
+            )
+
+    def parts(self) -> list[tuple[str, float, "Origin"]]:
+        """Name, weight and origin of each part of a mixture.
+
+        ValueError for a part that is none, a weight that is no number above 0, a repeated name and
+        a field that a part cannot have.
+        """
+        if not isinstance(self.mixture, (tuple, list)) or not self.mixture:
+            raise ValueError(
+                f"data.source='mixture' and data.mixture={self.mixture!r}: give {A_PART} for each "
+                "part"
+            )
+        found: list[tuple[str, float, Origin]] = []
+        for part in self.mixture:
+            if not (
+                isinstance(part, (tuple, list)) and len(part) == 3 and hasattr(part[2], "items")
+            ):
+                raise ValueError(f"data.mixture: a part is {part!r:.120}: give {A_PART}")
+            name, weight, changed = part
+            if not isinstance(name, str) or not name or name in (known for known, _, _ in found):
+                raise ValueError(
+                    f"data.mixture: a part is called {name!r:.80}: give each a name of its own"
+                )
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if not number or not 0 < weight < math.inf:
+                raise ValueError(
+                    f"data.mixture: the weight of {name!r} is {weight!r:.40}: give a number above "
+                    "0; shares are the weights divided by their sum"
+                )
+            for field in changed:
+                if field not in OF_A_PART:
+                    near = difflib.get_close_matches(str(field), OF_A_PART, 1)
+                    meant = f", did you mean {near[0]}?" if near else ""
+                    raise ValueError(
+                        f"data.mixture: part {name!r} has the field {field!r:.40}{meant} A part "
+                        f"has fields of {', '.join(OF_A_PART)}"
+                    )
+            if changed.get("source", "llava") == "mixture":
+                raise ValueError(
+                    f"data.mixture: part {name!r} is a mixture: write its parts beside the others"
+                )
+            of_part = replace(self, **({"source": "llava", "mixture": ()} | dict(changed)))
+            found.append((name, float(weight), of_part))
+        return found
 
     @classmethod
     def of(cls, config: Any) -> "Origin":
         """As a configuration says."""
         named = [field.name for field in fields(cls) if field.name != "seed"]
-        return cls(**{name: config.data[name] for name in named}, seed=config.seed)
+        values = {name: config.data[name] for name in named}
+        return cls(**values | {"mixture": tuple(config.data.mixture)}, seed=config.seed)
 
 
 def _llava(origin: Origin, split: str) -> Llava:
@@ -74,7 +137,40 @@ def _nlvr(origin: Origin, split: str) -> Nlvr:
     return Nlvr(origin.path, split)
 
 
-SOURCES = {"llava": _llava, "synthetic": _synthetic, "nlvr": _nlvr}
+def _tars(origin: Origin, split: str) -> Tars:
+    return Tars(
+        origin.path,
+        split,
+        text_only=origin.text_only,
+        images_per_row=origin.images_per_row,
+        skip=origin.on_bad_example == "skip",
+        exif=origin.image_exif,
+    )
+
+
+def _mixture(origin: Origin, split: str) -> Mixture:
+    parts = []
+    for name, weight, of_part in origin.parts():
+        try:
+            source = SOURCES[of_part.source](of_part, split)
+        except (ValueError, OSError) as error:
+            raise type(error)(f"data.mixture, part {name!r}: {error}") from error
+        if not len(source):
+            raise ValueError(
+                f"data.mixture, part {name!r}: its {split} split has no examples: set "
+                f"{split}_images above 0 in its fields"
+            )
+        parts.append(Part(name, weight, source))
+    return Mixture(parts, split)
+
+
+SOURCES: dict[str, Callable[[Origin, str], Source]] = {
+    "llava": _llava,
+    "tars": _tars,
+    "mixture": _mixture,
+    "synthetic": _synthetic,
+    "nlvr": _nlvr,
+}
 
 
 def open_source(origin: Origin, split: str) -> Source:

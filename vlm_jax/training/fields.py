@@ -26,6 +26,7 @@ LATER = {
     "data.image_rescale": 1 / 255,
     "data.image_normalize": True,
     "data.image_exif": "ignore",
+    "data.mixture": (),
     "compressor.queries": 0,
     "loss_chunk": -1,
     "frozen_dtype": "float32",
@@ -211,6 +212,8 @@ FIELDS: dict[str, Field] = {
     "data.source": Field(SHOWN),
     "data.path": Field(PLACE),
     "data.images": Field(PLACE),
+    # Weights are part of the hash of a mixture.
+    "data.mixture": Field(PLACE),
     # Its ids are the rows of the model's embedding.
     "data.tokenizer": Field(PLACE),
     "data.template": Field(SHOWN),
@@ -320,7 +323,7 @@ def unread(name: str, values: Flat) -> bool:
     if name == "data.row_images":
         return values.get("data.row_length") == 0
     if name in SYNTHETIC:
-        return values.get("data.source") != "synthetic"
+        return values.get("data.source") not in ("synthetic", "mixture")
     if name in ("data.path", "data.images"):
         return values.get("data.source") == "synthetic"
     return False

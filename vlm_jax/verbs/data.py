@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks a data set before it is trained on: rows, images, lengths of texts.
+
+    vlm-jax data check llava_v1_5_mix665k.json --images=playground/data --jobs=16
+    vlm-jax data check rows.jsonl --tokenizer=models/vicuna/tokenizer --out=runs/check
+
+One JSON object on stdout, a table on stderr. Exit status 0: clean; 1: something was found; 2: the
+data could not be checked. --out=DIR also writes check.json, found.jsonl (each finding and note, one
+a line) and the histogram of lengths as a picture.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.verbs import cli
+from vlm_jax.verbs.parser import Parser
+
+
+def count_flag(text: str) -> int:
+    """A whole number from 1, for argparse."""
+    try:
+        if (number := int(text)) >= 1:
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r:.40}: give a whole number from 1")
+
+
+def add_flags(parser: Parser) -> None:
+    """The flags of the verb."""
+    add = parser.add_argument
+    add("action", choices=("check",), metavar="check", help="the only action")
+    add("path", metavar="FILE",
+        help="a LLaVA file (a JSON list or JSON lines), or tars: one, a folder, or a name with "
+        "{000..012} or *")  # fmt: skip
+    add("--images", metavar="DIR",
+        help="what image paths are relative to (default: the folder of FILE)")  # fmt: skip
+    add("--jobs", type=count_flag, metavar="N", help="processes (default: one for each core)")
+    add("--tokenizer", metavar="DIR",
+        help="a folder with tokenizer.json: texts are measured in its tokens, and too long rows "
+        "are found (default: characters)")  # fmt: skip
+    add("--template", default="vicuna_v1", metavar="NAME", help="data.template of the training")
+    add("--text-length", type=count_flag, default=2048, metavar="T",
+        help="data.text_length of the training: tokens of text that a row keeps")  # fmt: skip
+    add("--headers", action="store_true",
+        help="read headers of images only: faster, but a damaged image may be missed")  # fmt: skip
+    add("--strict", action="store_true", help="notes make the exit status 1 too")
+    add("--allow", default="", metavar="KIND,KIND",
+        help="kinds that do not change the exit status (default: none)")  # fmt: skip
+    add("--out", metavar="DIR",
+        help="where found.jsonl and a picture are written (default: nowhere)")  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Checks; 0, or 1 if something was found."""
+    cli.say_warnings()
+    from vlm_jax import progress
+    from vlm_jax.data import check, findings
+
+    allow = [kind for kind in options.allow.split(",") if kind]
+    known = [*findings.FINDINGS, *findings.NOTES]
+    if unknown := [kind for kind in allow if kind not in known]:
+        raise ValueError(f"--allow={unknown[0]}: choose of {', '.join(known)}")
+    jobs = options.jobs or os.cpu_count() or 1
+    texts = check.TextFormat(options.tokenizer or "", options.template, options.text_length)
+    then = time.monotonic()
+    with progress.doing(f"reading {options.path}"):
+        source = opened_source(options.path, options.images)
+    opened = time.monotonic()
+    report = check.check(source, texts, jobs=jobs, whole=not options.headers)
+    failing = report.failing(strict=options.strict, allow=allow)
+    found = {
+        "path": options.path,
+        "images": options.images,
+        "clean": not failing,
+        "failing": failing,
+        **report.fields(),
+        "jobs": jobs,
+        "seconds": {
+            "rows": round(opened - then, 2),
+            "all": round(time.monotonic() - then, 2),
+        },
+    }
+    if options.out:
+        write(Path(options.out), found, report)
+    print(findings.table(found), file=sys.stderr)
+    print(json.dumps(found))
+    return int(bool(failing))
+
+
+def opened_source(path: str, images: str | None) -> Any:
+    """The rows of a file or of tars, bad ones counted, not raised.
+
+    Raises:
+      FileNotFoundError, ValueError: if there is no such file or folder, or no row can be read.
+    """
+    from vlm_jax.data.check import EverySkip
+    from vlm_jax.data.llava import Llava
+    from vlm_jax.data.tars import Tars
+
+    how: dict[str, Any] = dict(
+        text_only=True,
+        images_per_row=sys.maxsize,
+        skip=True,
+        left_out=EverySkip(),
+        may_be_empty=True,
+    )
+    if path.endswith(".tar") or Path(path).is_dir():
+        if images is not None:
+            raise ValueError(f"--images={images}: the images of {path} are inside it: leave it out")
+        return Tars(path, "train", **how)
+    images = images if images is not None else os.path.dirname(path) or "."
+    if not Path(images).is_dir():
+        raise FileNotFoundError(f"--images={images}: no such folder")
+    return Llava(path, "train", images=images, **how)
+
+
+def write(folder: Path, found: dict[str, Any], report: Any) -> None:
+    """check.json, found.jsonl and the histogram in a folder, which is made."""
+    from vlm_jax import files
+    from vlm_jax.reports import lengths_figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(folder / "check.json", found)
+    lines = (dict(zip(("kind", "name", "what"), one, strict=True)) for one in report.found)
+    files.write_text(folder / "found.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    text = found["text"]
+    lengths_figure.draw(
+        text["edges"], text["counts"], folder, unit=text["unit"], limit=found["text_length"]
+    )
