@@ -150,14 +150,29 @@ def warnings(described: Mapping[str, Any]) -> list[str]:
     return words + old_files(described.get("files", []))
 
 
+def annotations_of(task: Task, path: Path) -> Annotations:
+    """The questions of a task's official files.
+
+    Raises:
+      OSError, ValueError: for files that are missing or have another form.
+    """
+    try:
+        return task.read(path)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} does not have the form of {task.name}'s files ({task.layout}): {error!r:.80}"
+        ) from error
+
+
 def check_answers(task: Task, given: Annotations) -> None:
     """Refuses annotations without answers (a test split)."""
     without = sum(not q.answers for q in given.questions)
     if without:
         raise ValueError(
             f"{task.name}: {without} of {len(given.questions)} questions in {given.files[0]} have "
-            "no answer, as in a test split: it can only be scored by the benchmark's server; "
-            "write its file with --submission=FILE"
+            "no answer, as in a test split or a file of questions alone: give the annotations of a "
+            "split that has them, or write the file for the benchmark's server with "
+            "--submission=FILE"
         )
 
 

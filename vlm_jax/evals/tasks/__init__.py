@@ -2,11 +2,31 @@
 """The table of benchmarks; each is described in its own file."""
 
 from vlm_jax.evals.task import Task
-from vlm_jax.evals.tasks import chartqa, docvqa, mme, ocrbench, own, scienceqa
+from vlm_jax.evals.tasks import (
+    chartqa,
+    docvqa,
+    gqa,
+    mme,
+    nlvr,
+    ocrbench,
+    own,
+    pope,
+    scienceqa,
+    textvqa,
+    vizwiz,
+    vqav2,
+)
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
+        gqa.TASK,
+        vqav2.TASK,
+        textvqa.TASK,
+        textvqa.TASK_OCR,
+        vizwiz.TASK,
+        pope.TASK,
+        nlvr.TASK,
         ocrbench.TASK,
         docvqa.DOCVQA,
         docvqa.INFOVQA,
