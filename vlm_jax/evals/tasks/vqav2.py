@@ -59,23 +59,17 @@ def read(path: Path) -> Annotations:
     questions = []
     for key in answered or asked:
         row, answers = asked.get(key, {}), answered.get(key, {})
-        image = answers.get("image_id", row.get("image_id"))
-        labels = {"": answers["answer_type"], "question_type": answers["question_type"]}
+        image = (answers or row)["image_id"]
         questions.append(
             Question(
                 id=key,
                 text=row.get("question", ""),
                 images=(home / f"{prefix}{image:012d}.jpg",),
-                answers=tuple(a["answer"] for a in answers["answers"]),
+                answers=tuple(a["answer"] for a in answers.get("answers", ())),
                 cluster=str(image),
-                labels=labels,
-            )
-            if answers
-            else Question(
-                id=key,
-                text=row["question"],
-                images=(home / f"{prefix}{image:012d}.jpg",),
-                cluster=str(image),
+                labels={"": answers["answer_type"], "question_type": answers["question_type"]}
+                if answers
+                else {},
             )
         )
     notes = []
