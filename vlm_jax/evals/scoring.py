@@ -70,7 +70,8 @@ def score(
     """
     task = task_of(task_name)
     protocol_of(task, protocol_name)
-    return score_given(task, protocol_name, predictions, task.read(annotations), allow=allow)
+    given = annotations_of(task, annotations)
+    return score_given(task, protocol_name, predictions, given, allow=allow)
 
 
 def score_given(

@@ -174,7 +174,7 @@ def scored(options: argparse.Namespace) -> dict[str, Any]:
     file = Path(options.predictions)
     if options.full and not options.downsampled:
         raise ValueError("--full needs --downsampled: together they are VTC-Bench's groups")
-    given = task.read(Path(options.annotations))
+    given = scoring.annotations_of(task, Path(options.annotations))
     shown: dict[str, Any] = {}
     if options.submission:
         content, found = submission.made(task, given, file, allow=allow)
@@ -226,7 +226,7 @@ def compared(options: argparse.Namespace) -> dict[str, Any]:
     allow = allowed(options.allow, predictions.ALLOWED)
     task, name = scoring.task_of(options.task), protocol_named(options)
     scoring.protocol_of(task, name)
-    given = task.read(Path(options.annotations))
+    given = scoring.annotations_of(task, Path(options.annotations))
     one, two = (scoring.score_given(task, name, path, given, allow=allow) for path in paths)
     return compare.paired(one, two, **how)
 
