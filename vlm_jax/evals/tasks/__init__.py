@@ -3,10 +3,14 @@
 
 from vlm_jax.evals.task import Task
 from vlm_jax.evals.tasks import (
+    ai2d,
     chartqa,
     docvqa,
     gqa,
+    mathvista,
+    mmbench,
     mme,
+    mmmu,
     nlvr,
     ocrbench,
     own,
@@ -33,6 +37,10 @@ TASKS: dict[str, Task] = {
         chartqa.TASK,
         mme.TASK,
         scienceqa.TASK,
+        ai2d.TASK,
+        mmbench.TASK,
+        mmmu.TASK,
+        mathvista.TASK,
         own.TASK,
     )
 }

@@ -9,6 +9,7 @@ import math
 import re
 from pathlib import Path
 
+from vlm_jax.evals.readers import row_of
 from vlm_jax.evals.task import (
     SHORT,
     Annotations,
@@ -106,16 +107,17 @@ def read(path: Path) -> Annotations:
     for file in files:
         split, folder = file.stem.split("_")[-1], image_folder(file, ["png"])
         for number, row in enumerate(read_json(file, list)):
-            questions.append(
-                Question(
-                    id=f"{file.stem}/{number}",
-                    text=row["query"],
-                    images=(folder / row["imgname"],),
-                    answers=(str(row["label"]),) if row.get("label") is not None else (),
-                    cluster=row["imgname"],
-                    labels={"": split},
+            with row_of(file, number):
+                questions.append(
+                    Question(
+                        id=f"{file.stem}/{number}",
+                        text=row["query"],
+                        images=(folder / row["imgname"],),
+                        answers=(str(row["label"]),) if row.get("label") is not None else (),
+                        cluster=row["imgname"],
+                        labels={"": split},
+                    )
                 )
-            )
     version = f"{' and '.join(f.stem for f in files)}, {len(questions)} questions"
     missing = [name for name in FILES if name not in {f.name for f in files}]
     notes = [f"without {name}: the reported number is over both" for name in missing]

@@ -5,22 +5,20 @@ Both have the files of the Robust Reading Competition and its script; they diffe
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.evals.metrics import edit_distance, mean
+from vlm_jax.evals.groups import average_of_groups
+from vlm_jax.evals.metrics import edit_distance
+from vlm_jax.evals.readers import row_of
 from vlm_jax.evals.task import (
     SHORT,
-    Aggregate,
     Annotations,
     Grade,
-    Graded,
     Protocol,
     Question,
     Task,
-    average,
     found,
     image_folder,
     read_json,
@@ -63,16 +61,6 @@ def grade(question: Question, text: str, *, strip: bool) -> Grade:
     return Grade(value, " ".join(text.lower().split()), rule)
 
 
-def with_groups(graded: Sequence[Graded]) -> Aggregate:
-    """The mean, with the mean of every type; a question with several types counts in each."""
-    groups: dict[str, list[float]] = {}
-    for g in graded:
-        for name in g.question.facts["groups"]:
-            groups.setdefault(name, []).append(g.grade.value)
-    subscores = {name: 100 * mean(values) for name, values in groups.items()}
-    return replace(average(graded), subscores=subscores)
-
-
 def read(
     path: Path,
     *,
@@ -89,18 +77,19 @@ def read(
         raise ValueError(f"{path}: no list `data`; its fields are {', '.join(whole):.80}")
     folder = image_folder(path, folders)
     questions = []
-    for row in rows:
-        name = image(row)
-        questions.append(
-            Question(
-                id=row["questionId"],
-                text=row["question"],
-                images=(folder / name,),
-                answers=tuple(map(str, row.get("answers") or ())),
-                cluster=name,
-                facts={"groups": tuple(_groups(row))},
+    for number, row in enumerate(rows):
+        with row_of(path, number):
+            name = image(row)
+            questions.append(
+                Question(
+                    id=row["questionId"],
+                    text=row["question"],
+                    images=(folder / name,),
+                    answers=tuple(map(str, row.get("answers") or ())),
+                    cluster=name,
+                    facts={"groups": tuple(_groups(row))},
+                )
             )
-        )
     version = " ".join(
         str(whole[field])
         for field in ("dataset_name", "dataset_version", "dataset_split")
@@ -131,7 +120,7 @@ PROTOCOLS = {
         prompt=short,
         max_new_tokens=32,
         grade=partial(grade, strip=False),
-        aggregate=with_groups,
+        aggregate=average_of_groups,
         faults=(
             "lengths are those of the texts as given, distances those of the normalized ones: "
             "blanks around a wrong answer raise its score",
@@ -143,7 +132,7 @@ PROTOCOLS = {
         prompt=short,
         max_new_tokens=32,
         grade=partial(grade, strip=True),
-        aggregate=with_groups,
+        aggregate=average_of_groups,
         faults=("blanks inside an answer count in its length but not in its distance",),
     ),
 }

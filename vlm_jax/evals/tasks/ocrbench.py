@@ -7,6 +7,7 @@ Ids are positions in the file from 0: its own `id` is not unique.
 from functools import partial
 from pathlib import Path
 
+from vlm_jax.evals.readers import row_of
 from vlm_jax.evals.task import (
     Annotations,
     Grade,
@@ -31,18 +32,19 @@ def read(path: Path) -> Annotations:
     folder = image_folder(path, ["OCRBench_Images"])
     questions = []
     for number, row in enumerate(read_json(path, list)):
-        answers = row["answers"] if isinstance(row["answers"], list) else [row["answers"]]
-        questions.append(
-            Question(
-                id=number,
-                text=row["question"],
-                images=(folder / row["image_path"],),
-                answers=tuple(map(str, answers)),
-                cluster=row["image_path"],
-                labels={"": row["type"]},
-                facts={"dataset": row["dataset_name"]},
+        with row_of(path, number):
+            answers = row["answers"] if isinstance(row["answers"], list) else [row["answers"]]
+            questions.append(
+                Question(
+                    id=number,
+                    text=row["question"],
+                    images=(folder / row["image_path"],),
+                    answers=tuple(map(str, answers)),
+                    cluster=row["image_path"],
+                    labels={"": row["type"]},
+                    facts={"dataset": row["dataset_name"]},
+                )
             )
-        )
     return Annotations(unique(questions, path), (path,), version=f"{len(questions)} questions")
 
 

@@ -13,7 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from vlm_jax.evals.choices import LETTERS, choose, lettered
+from vlm_jax.evals.groups import average_of_groups
 from vlm_jax.evals.metrics import mean
+from vlm_jax.evals.readers import row_of
 from vlm_jax.evals.task import (
     LETTER,
     Aggregate,
@@ -78,19 +80,10 @@ def _with_picture(graded: Sequence[Graded], *, everything: bool) -> Aggregate:
     return replace(pictured, subscores=subscores)
 
 
-def _all(graded: Sequence[Graded]) -> Aggregate:
-    """Accuracy over all questions and over the groups of the paper's Table 3."""
-    groups: dict[str, list[float]] = {}
-    for g in graded:
-        for name in ("all", *g.question.facts["groups"]):
-            groups.setdefault(name, []).append(g.grade.value)
-    subscores = {name: 100 * mean(values) for name, values in groups.items()}
-    return replace(average(graded), subscores=subscores)
-
-
 def _groups(problem: dict) -> Iterable[str]:
     """The groups of tools/evaluate_acc.py that a problem belongs to."""
     subjects = dict(natural="NAT", social="SOC", language="LAN")
+    yield "all"
     yield subjects.get(problem["subject"].split()[0], problem["subject"])
     if problem["hint"]:
         yield "TXT"
@@ -121,28 +114,29 @@ def read(path: Path) -> Annotations:
             text = row["conversations"][0]["value"].replace("<image>", "").strip()
             texts[str(row["id"])] = text
     questions = []
-    for pid in splits["test"]:
+    for number, pid in enumerate(splits["test"]):
         if pid not in everything:
             raise ValueError(f"{problems} does not have the problem {pid!r} of {SPLITS}")
-        problem = everything[pid]
-        image = problem["image"]
-        answer = problem.get("answer")
-        questions.append(
-            Question(
-                id=pid,
-                text=problem["question"],
-                images=(home / "images" / "test" / pid / image,) if image else (),
-                answers=() if answer is None else (LETTERS[answer],),
-                facts={
-                    "options": tuple(problem["choices"]),
-                    "hint": problem["hint"],
-                    "groups": tuple(_groups(problem)),
-                    "llava": texts.get(pid, ""),
-                },
-            )
-        )
+        with row_of(problems, number):
+            questions.append(_question(home, pid, everything[pid], texts.get(pid, "")))
     version = f"test, {len(questions)} questions, {sum(bool(q.images) for q in questions)} with one"
     return Annotations(unique(questions, problems), tuple(files), f"{version} picture")
+
+
+def _question(home: Path, pid: str, problem: dict, llava: str) -> Question:
+    image, answer = problem["image"], problem.get("answer")
+    return Question(
+        id=pid,
+        text=problem["question"],
+        images=(home / "images" / "test" / pid / image,) if image else (),
+        answers=() if answer is None else (LETTERS[answer],),
+        facts={
+            "options": tuple(problem["choices"]),
+            "hint": problem["hint"],
+            "groups": tuple(_groups(problem)),
+            "llava": llava,
+        },
+    )
 
 
 def prompt(question: Question) -> str:
@@ -176,7 +170,7 @@ TASK = Task(
             prompt=prompt,
             max_new_tokens=1024,
             grade=partial(_grade, parse=choose),
-            aggregate=_all,
+            aggregate=average_of_groups,
         ),
         "llava": Protocol(
             metric="img_accuracy",
