@@ -21,7 +21,7 @@ INSTALL = $(RUN) pip install --quiet --disable-pip-version-check $(PINS)
 # The targets are sized for a CPU, and with libtpu installed jax would look for a TPU first.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help venv test test-tpu test-torch demo demo-full lint bench clean test-browser test-slow test-notebook
+.PHONY: help venv test test-tpu test-torch test-peers demo demo-full lint bench clean test-browser test-slow test-notebook
 
 help:
 	@echo "make test        the tests (8 simulated CPU devices)"
@@ -29,6 +29,7 @@ help:
 	@echo "make demo-full   the larger grid: hours, can be stopped and continued"
 	@echo "make test-tpu    what the TPU compiler says; needs no TPU (installs libtpu)"
 	@echo "make test-torch  comparisons with PyTorch (installs torch and peft)"
+	@echo "make test-peers  comparisons with lmms-eval's and VLMEvalKit's scorers (installs them)"
 	@echo "make test-notebook  runs docs/quickstart.ipynb (installs a Jupyter kernel)"
 	@echo "make bench       training steps, compressors and generation against PyTorch (installs torch)"
 	@echo "make lint        ruff, mypy over the public door and the ground floors, shellcheck"
@@ -74,6 +75,14 @@ test-tpu: $(ENV) $(VENV)/aot
 
 test-torch: $(ENV) $(VENV)/torch $(VENV)/peft
 	$(call marked_tests,torch,$(TWO))
+
+# lmms-eval and VLMEvalKit (PyPI's ms-vlmeval) without what they depend on: their scorers need nothing.
+test-peers: $(ENV) $(VENV)/peers
+	$(call marked_tests,peers)
+
+$(VENV)/peers: $(ENV)
+	$(INSTALL) --no-deps --target=$@ lmms-eval==0.7.3 ms-vlmeval==0.0.20
+	@touch $@
 
 # docs/quickstart.ipynb from its first cell to its last: two minutes.
 test-notebook: $(ENV) $(VENV)/notebook
