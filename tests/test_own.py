@@ -39,11 +39,18 @@ def test_own_questions_are_scored_by_a_named_metric(tmp_path, capsys):
 @pytest.mark.parametrize("metric, text, value", [
     ("exact_match", " 10 ", 1), ("exact_match", "10.4", 0), ("contains", "it is 10 m", 1),
     ("anls", "10", 1), ("anls", "1", 0.5), ("anls", "7", 0),
+    ("vqa", "The ten.", 1), ("vqa", "11", 0),
     ("relaxed", "10.4", 1), ("relaxed", "10.6", 0), ("relaxed", "TEN", 1),
 ])  # fmt: skip
 def test_a_metric_is_what_its_name_says(metric, text, value):
     question = Question(id=1, text="?", answers=("10", "ten"))
     assert own.TASK.protocols[metric].grade(question, text).value == pytest.approx(value)
+
+
+def test_ten_answers_give_the_soft_score_of_vqa():
+    question = Question(id=1, text="?", answers=("a cat", "Cat", *["dog"] * 8))
+    values = [own.TASK.protocols["vqa"].grade(question, text).value for text in ("cat", "dogs")]
+    assert values == pytest.approx([0.6, 0])
 
 
 @pytest.mark.parametrize("row, words", [

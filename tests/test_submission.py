@@ -2,14 +2,18 @@
 """Files for servers hold every question of the split, in the published form."""
 
 import io
+import json
 import zipfile
+from pathlib import Path
 from xml.etree import ElementTree
 
 import made_scores as made
 import pytest
 
 from vlm_jax.evals import spreadsheet, submission
+from vlm_jax.evals.answers import evalai
 
+EXAMPLES = Path(__file__).parent / "published" / "benchmarks"
 SHEET = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
 
 
@@ -48,3 +52,52 @@ def test_a_task_without_a_server_has_no_submission(tmp_path, capsys):
     message = made.score(capsys, *made.own(tmp_path, file), flag, code=2)
     assert all(task in message for task in submission.FORMATS)
     assert not (tmp_path / "up.json").exists()
+
+
+def submitted(capsys, task, annotations, predictions, file, *flags):
+    """What the verb prints, and the content of the file that it writes."""
+    flags = [f"--annotations={annotations}", f"--predictions={predictions}", *flags]
+    shown = made.score(capsys, f"--task={task}", *flags, f"--submission={file}")
+    return shown, file.read_bytes()
+
+
+def predicted(task):
+    path = EXAMPLES / task / "predictions.jsonl"
+    return path, [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("task", ["vqav2", "vizwiz"])
+def test_answers_of_vqa_are_normalized_as_llava_does(task, tmp_path, capsys):
+    path, rows = predicted(task)
+    folder = EXAMPLES / task / "annotations"
+    shown, content = submitted(capsys, task, folder, path, tmp_path / "up.json")
+    texts = {row["question_id"]: evalai(row["text"]) for row in rows}
+    answers = json.loads(content)
+    assert shown["value"] > 0 and shown["submission"]["n"] == len(answers) == len(texts)
+    if task == "vqav2":
+        assert {a["question_id"]: a["answer"] for a in answers} == texts
+    else:
+        names = [row["image"] for row in json.loads((folder / "val.json").read_text())]
+        assert [a["image"] for a in answers] == names
+        assert [a["answer"] for a in answers] == [texts[i] for i in range(len(names))]
+
+
+def test_a_test_split_is_written_and_not_scored(tmp_path, capsys):
+    path, rows = predicted("docvqa")
+    official = json.loads((EXAMPLES / "docvqa/annotations/val_v1.0_withQT.json").read_text())
+    for row in official["data"]:
+        del row["answers"]
+    annotations = tmp_path / "test_v1.0.json"
+    annotations.write_text(json.dumps(official))
+    rows[0] = {"question_id": rows[0]["question_id"], "error": "out of memory"}
+    path = made.lines(tmp_path / "a.jsonl", rows)
+    shown, content = submitted(capsys, "docvqa", annotations, path, tmp_path / "up.json")
+    assert "value" not in shown and shown["submission"]["failed"] == 1
+    answers = {a["questionId"]: a["answer"] for a in json.loads(content)}
+    assert answers == {r["question_id"]: r.get("text", "").strip() for r in rows}
+    flags = ["--task=docvqa", f"--annotations={annotations}", f"--predictions={path}"]
+    message = made.score(capsys, *flags, code=2)
+    assert "test split" in message and "--submission=FILE" in message
+    made.lines(path, rows[1:])
+    assert "1 missing ids" in made.score(capsys, *flags, f"--submission={path}", code=2)
+    submitted(capsys, "docvqa", annotations, path, tmp_path / "up.json", "--allow=missing")

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vlm_jax.evals import predictions, samples, spreadsheet
-from vlm_jax.evals.task import Annotations, Task
+from vlm_jax.evals.answers import evalai
+from vlm_jax.evals.task import Annotations, Question, Task
 
 # Columns of MMBench's file that its server does not get, and the place of the new one.
 DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
@@ -33,6 +34,14 @@ def made(
         )
     found = predictions.read(file, task, given.questions, allow)
     return FORMATS[task.name](given, found.texts), found
+
+
+def _vqav2(given: Annotations, texts: Mapping[str, str | None]) -> bytes:
+    return _json([dict(question_id=q.id, answer=_processed(q, texts)) for q in given.questions])
+
+
+def _vizwiz(given: Annotations, texts: Mapping[str, str | None]) -> bytes:
+    return _json([dict(image=_image(q).name, answer=_processed(q, texts)) for q in given.questions])
 
 
 def _docvqa(given: Annotations, texts: Mapping[str, str | None]) -> bytes:
@@ -57,11 +66,25 @@ def _value(name: str, text: str | None) -> str | int | None:
     return int(text) if name == "index" and text else text or None
 
 
+def _processed(question: Question, texts: Mapping[str, str | None]) -> str:
+    text = texts[question.key]
+    return "" if text is None else evalai(text)
+
+
+def _image(question: Question) -> Path:
+    image = question.images[0]
+    if not isinstance(image, Path):
+        raise ValueError(f"question {question.key}: its image has no name")
+    return image
+
+
 def _json(answers: list[dict[str, object]]) -> bytes:
     return (samples.text_of(answers) + "\n").encode()
 
 
 FORMATS: Mapping[str, Callable[[Annotations, Mapping[str, str | None]], bytes]] = {
+    "vqav2": _vqav2,
+    "vizwiz": _vizwiz,
     "mmbench": _mmbench,
     "docvqa": _docvqa,
     "infovqa": _docvqa,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vlm_jax.evals.answers import evalai, soft_score
 from vlm_jax.evals.task import (
     Annotations,
     Grade,
@@ -22,6 +23,7 @@ from vlm_jax.evals.task import (
 from vlm_jax.evals.tasks.chartqa import relaxed
 from vlm_jax.evals.tasks.docvqa import anls
 
+PEOPLE = 10  # whose answers the soft score of VQA is made for
 FIELDS = ("id", "question", "image", "images", "answer", "answers", "cluster", "labels")
 
 
@@ -95,6 +97,15 @@ def contains(question: Question, text: str) -> Grade:
     return Grade(float(any(answer in parsed for answer in answers)), parsed, "substring")
 
 
+def vqa(question: Question, text: str) -> Grade:
+    """The soft score of VQA where there are ten answers, else 1 if the text equals one of them;
+    both sides normalized as EvalAI does."""
+    parsed, answers = evalai(text), [evalai(answer) for answer in question.answers]
+    soft = len(answers) == PEOPLE
+    value = soft_score(parsed, answers) if soft else float(parsed in answers)
+    return Grade(value, parsed, "ten answers" if soft else "whole text")
+
+
 def near(question: Question, text: str) -> Grade:
     """ANLS: one less the share of characters that differ, 0 if that is more than half."""
     text = text.strip()
@@ -134,6 +145,7 @@ TASK = Task(
     protocols={
         "exact_match": _protocol("exact_match", "case and blanks do not count", exact_match),
         "contains": _protocol("contains", "case and blanks do not count", contains),
+        "vqa": _protocol("vqa", "the rule of VQAv2 for ten answers, normalized", vqa),
         "anls": _protocol("anls", "the rule of DocVQA, on stripped answers", near),
         "relaxed": _protocol("relaxed", "the rule of ChartQA, on stripped answers", relaxed_match),
     },
