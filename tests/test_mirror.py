@@ -26,6 +26,7 @@ THROUGH = {
     "test_causal_attention.py": "models.segments",
     "test_plan.py": "planning.answers planning.parsing reports.plan_figure rows.measured",
     "test_report.py": "reports.score_tables",
+    "test_benchmarks.py": "serving.greedy",
     "test_generate.py": "serving.talk",
     "test_score.py": "evals.predictions evals.task",
     "test_checkpoint.py": "training.arrays training.verify",
