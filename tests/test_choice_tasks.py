@@ -188,3 +188,24 @@ def test_every_rule_says_what_it_saw(task):
 ])  # fmt: skip
 def test_no_option_is_guessed(text, letter):
     assert choices.choose(text, ["scarf", "hammock", "tripod"])[0] == letter
+
+
+@pytest.mark.parametrize("dataset, answer, text, official, lmms_eval", [
+    ("IIIT5K", "CENTRE", "the centre", 1, 1), ("IIIT5K", "centre", "CENTRE!", 1, 1),
+    ("IIIT5K", "４０", "40", 0, 1), ("IIIT5K", "a\nb", "A B", 1, 1), ("IIIT5K", "", "", 1, 1),
+    ("HME100k", "x ^ 2", "x^2", 1, 1), ("HME100k", "X", "x", 0, 0), ("HME100k", "２", "2", 0, 0),
+])  # fmt: skip
+def test_ocrbench_folds_case_and_for_lmms_eval_width(dataset, answer, text, official, lmms_eval):
+    for protocol, value in {"official": official, "lmms-eval": lmms_eval}.items():
+        facts = {"dataset": dataset}
+        assert graded("ocrbench", protocol, text, answers=(answer,), facts=facts).value == value
+
+
+def test_points_of_ocrbench_are_right_answers_whatever_their_number():
+    rows = [
+        Graded(Question(id=i, text="", labels={"": "a"}), "", Grade(float(i > 0), "", ""))
+        for i in range(3)
+    ]
+    for protocol in TASKS["ocrbench"].protocols.values():
+        assert protocol.aggregate(rows).value == protocol.aggregate(rows).subscores["a"] == 2
+        assert protocol.aggregate(rows * 10).value == 20

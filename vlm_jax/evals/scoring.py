@@ -189,10 +189,10 @@ def file_facts(task: Task, path: Path) -> dict[str, str]:
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file's content; of a folder the names and hashes of all its files."""
+    """The hash of a file's content; of a folder (MME's) the names and hashes of its text files."""
     if path.is_dir():
         whole = hashlib.sha256()
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        for file in sorted(p for p in path.rglob("*.txt") if p.is_file()):
             whole.update(f"{file.relative_to(path)} {sha256(file)}\n".encode())
         return whole.hexdigest()
     with path.open("rb") as file:

@@ -83,7 +83,7 @@ TASK = Task(
     protocols={
         "official": protocol(
             metric="accuracy",
-            source="arXiv 1603.07396, section 6.2, accuracy over options; letters by "
+            source="arXiv 1603.07396, accuracy over options; letters by "
             "vlm_jax/evals/choices.py; prompt of lmms-eval",
             grade=grade,
         ),

@@ -315,7 +315,7 @@ TASK = Task(
     read=read,
     protocols={
         "official": protocol(
-            source="arXiv 2307.06281, section 4, CircularEval, without a judge; letters by "
+            source="arXiv 2307.06281, CircularEval, without a judge; letters by "
             "vlm_jax/evals/choices.py; prompt of LLaVA",
             prompt=prompt,
             grade=partial(grade, parse=_official),
