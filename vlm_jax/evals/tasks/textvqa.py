@@ -7,7 +7,7 @@ question is the first line of `prompt`, as in LLaVA's eval_textvqa.py.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from vlm_jax.evals.answers import evalai
 from vlm_jax.evals.task import (
     SHORT,
     Annotations,
+    Grade,
     Protocol,
     Question,
     Task,
@@ -31,11 +32,12 @@ from vlm_jax.evals.tasks.vqav2 import PERIODS, soft
 
 NAMES = tuple(f"TextVQA_0.5.1_{split}.json" for split in ("val", "test", "train"))
 OCR = "\nReference OCR token: "
+# With words of OCR or not -> LLaVA's file of questions; it has none without.
 LLAVA_FILES = {
-    False: ("llava_textvqa_val_v051.jsonl",),
-    True: ("llava_textvqa_val_v051_ocr.jsonl",),
+    False: "llava_textvqa_val_v051.jsonl",
+    True: "llava_textvqa_val_v051_ocr.jsonl",
 }
-ROSETTA = tuple(f"TextVQA_Rosetta_OCR_v0.2_{split}.json" for split in ("val", "test", "train"))
+ROSETTA = "TextVQA_Rosetta_OCR_v0.2_{}.json"
 OLD_PROMPT = re.compile("Question: (.*?) Short answer:", re.DOTALL)
 
 
@@ -68,29 +70,22 @@ def read(path: Path, *, ocr: bool) -> Annotations:
     folder = "test_images" if split == "test" else "train_images"
     home = image_folder(path, (folder, f"images/{folder}"))
     files, notes = [path], []
-    asked = next((f for n in LLAVA_FILES[ocr] if (f := path.parent / n).is_file()), None)
     prompts: dict[str, str] = {}
-    if asked is not None:
+    if (asked := path.parent / LLAVA_FILES[ocr]).is_file():
         for row in question_files.rows(asked):
-            key = key_of({"question_id": row["question_id"], "prompt": row["text"]})
-            prompts[key] = row["text"]
+            row["prompt"] = row["text"]
+            prompts[key_of(row)] = row["text"]
         files.append(asked)
-    tokens: dict[str, list[str]] = {}
-    rosetta = next((f for n in ROSETTA if split in n and (f := path.parent / n).is_file()), None)
-    if ocr and rosetta is not None:
-        for row in read_json(rosetta, dict)["data"]:
-            tokens[row["image_id"]] = row["ocr_tokens"]
+    tokens: dict[str, Sequence[str]] = {}
+    if ocr and (rosetta := path.parent / ROSETTA.format(split)).is_file():
+        tokens = {r["image_id"]: r["ocr_tokens"] for r in read_json(rosetta, dict)["data"]}
         files.append(rosetta)
     if ocr and not prompts and not tokens:
-        notes.append(f"no words of OCR: neither {LLAVA_FILES[True][0]} nor {ROSETTA[0]} is here")
+        notes.append(f"no words of OCR: neither {LLAVA_FILES[True]} nor {rosetta.name} is here")
     questions = []
     for row in content["data"]:
         image, key = row["image_id"], join(row["image_id"], row["question"].split("\n")[0])
-        facts = {"question_id": row["question_id"]}
-        if key in prompts:
-            facts["prompt"] = prompts[key]
-        if image in tokens:
-            facts["tokens"] = tuple(tokens[image])
+        facts = {"prompt": prompts.get(key), "tokens": tokens.get(image)}
         questions.append(
             Question(
                 id=image,
@@ -99,16 +94,33 @@ def read(path: Path, *, ocr: bool) -> Annotations:
                 answers=tuple(row.get("answers", ())),
                 key=key,
                 cluster=image,
-                facts=facts,
+                facts={name: value for name, value in facts.items() if value is not None},
             )
         )
     if not questions:
         raise ValueError(f"{path} holds no questions")
-    own = numbered(questions)
-    if again := sum(q.key != o.key for q, o in zip(questions, own, strict=True)):
+    own, again = _repeated(questions)
+    if again:
         notes.append(f"{again} questions repeat one about the same image; answers in their order")
-    return Annotations(own, tuple(files), f"{split} {content.get('dataset_version', '')}".strip(),
-                       tuple(notes))  # fmt: skip
+    version = f"{split} {content.get('dataset_version', '')}".strip()
+    return Annotations(own, tuple(files), version, tuple(notes))
+
+
+def _repeated(questions: Sequence[Question]) -> tuple[tuple[Question, ...], int]:
+    """The questions with keys of their own and the answers of the last one, and how many repeat."""
+    own, last = numbered(questions), {q.key: q.answers for q in questions}
+    repeating = {q.key for q, o in zip(questions, own, strict=True) if q.key != o.key}
+    told = tuple(
+        replace(o, facts={**o.facts, "last": last[q.key]}) if q.key in repeating else o
+        for q, o in zip(questions, own, strict=True)
+    )
+    return told, sum(q.key != o.key for q, o in zip(questions, own, strict=True))
+
+
+def soft_of_last(question: Question, text: str) -> Grade:
+    """The soft score; of equal questions about an image the last one's answers are all theirs."""
+    answers = question.facts.get("last", question.answers)
+    return soft(replace(question, answers=answers), text, plain=evalai)
 
 
 def prompt(question: Question) -> str:
@@ -136,29 +148,35 @@ def prompt_lmms_eval_ocr(question: Question) -> str:
 def _words(question: Question) -> str:
     if "tokens" not in question.facts:
         raise ValueError(
-            f"textvqa_ocr: no words of OCR for image {question.id}: put {ROSETTA[0]} "
-            f"(or, for LLaVA's prompts, {LLAVA_FILES[True][0]}) beside the annotations"
+            f"textvqa_ocr: no words of OCR for image {question.id}: put {ROSETTA.format('val')} "
+            f"(or, for LLaVA's prompts, {LLAVA_FILES[True]}) beside the annotations"
         )
     return OCR + ", ".join(question.facts["tokens"])
 
 
+FAULTS = (PERIODS, '\'s is split off: "the man\'s hat" becomes "man \'s hat"')
 SOURCE = "haotian-liu/LLaVA@c121f04 llava/eval/eval_textvqa.py, m4c_evaluator.py"
 LLAVA = Protocol(
     metric="vqa_accuracy",
     source=SOURCE,
     prompt=prompt,
     max_new_tokens=128,
-    grade=partial(soft, plain=evalai),
+    grade=soft_of_last,
     aggregate=average,
-    faults=(PERIODS, '\'s is split off: "the man\'s hat" becomes "man \'s hat"'),
+    faults=(
+        *FAULTS,
+        "equal questions about one image (without case) are all scored by the last one's answers",
+    ),
 )
 OFFICIAL = replace(
     LLAVA,
-    source="TextVQA's evaluator (facebookresearch/mmf pythia/tasks/processors.py "
+    source="TextVQA's evaluator (facebookresearch/mmf@c46b3b3 pythia/tasks/processors.py "
     "EvalAIAnswerProcessor), which LLaVA copied; it gives no prompt, which is LLaVA's",
+    grade=partial(soft, plain=evalai),
+    faults=FAULTS,
 )
 LMMS_EVAL = replace(
-    LLAVA,
+    OFFICIAL,
     metric="exact_match",
     source="EvolvingLMMs-Lab/lmms-eval@75571cf tasks/textvqa/utils.py textvqa_process_results; "
     "max_new_tokens is the default of its models/simple/llava.py",

@@ -90,11 +90,12 @@ def _folders(split: str) -> tuple[str, ...]:
 
 def guarded(question: Question, text: str, *, before: Callable[[str], str] = one_line) -> Grade:
     """VQAEval's score of `before(text)`: only where people differ is anything normalized."""
-    answer, golds = one_line(before(text)), [one_line(a) for a in question.answers]
-    if len(set(golds)) == 1:
-        rule = "as written: all ten people agree"
+    answer, people = one_line(before(text)), {one_line(a) for a in set(question.answers)}
+    if len(people) == 1:
+        golds, rule = [*people] * len(question.answers), "as written: all ten people agree"
     else:
-        answer, golds, rule = vqa_eval(answer), [vqa_eval(a) for a in golds], "normalized"
+        answer, rule = vqa_eval(answer), "normalized"
+        golds = [vqa_eval(a) for a in question.answers]
     return Grade(soft_score(answer, golds), answer, rule if answer else f"{rule}, empty")
 
 
