@@ -14,6 +14,8 @@ from vlm_jax.evals.scoring import SCHEMA, Scored
 # Differences for which a comparison says how many questions they take, in the task's unit.
 DIFFERENCES = (0.5, 1.0, 2.0, 5.0)
 
+LEAST_SPREAD = 1e-9  # of a difference
+
 
 def paired(
     a: Scored, b: Scored, *, across_protocols: bool = False, difference: float | None = None
@@ -122,7 +124,8 @@ def unit_differences(a: Scored, b: Scored) -> tuple[list[float], list[str]] | No
 def told(estimate: Estimate, how: str, *, n: int, difference: float | None) -> dict[str, Any]:
     """The fields of a difference: its interval, t test, and the power of these questions."""
     value, stderr, df = estimate.value, estimate.stderr, estimate.df
-    if not math.isfinite(stderr) or df < 1 or (value and not stderr):
+    # A spread of rounding errors is none, and says nothing about other questions.
+    if not math.isfinite(stderr) or df < 1 or stderr < LEAST_SPREAD * abs(value):
         return dict(
             difference=value, stderr=None, interval=None, t=None, df=None, p=None, how=how,
             power=None, verdict="the spread of this metric is unknown on these questions",

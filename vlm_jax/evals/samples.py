@@ -30,6 +30,7 @@ def lines(scored: Scored) -> Iterator[str]:
             key=question.key,
             cluster=question.cluster,
             question=question.text,
+            images=[x.name if isinstance(x, Path) else "" for x in question.images],
             answers=question.answers,
             labels=question.labels,
             facts=question.facts,
@@ -93,6 +94,7 @@ def read(path: Path) -> Scored:
             question = Question(
                 id=row["question_id"],
                 text=row["question"],
+                images=tuple(map(Path, row["images"])),
                 answers=tuple(row["answers"]),
                 key=row["key"],
                 cluster=row["cluster"],
