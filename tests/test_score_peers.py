@@ -13,6 +13,7 @@ import pytest
 
 from vlm_jax.evals.task import Question
 from vlm_jax.evals.tasks import TASKS
+from vlm_jax.evals.tasks.mmbench import matched
 
 pytestmark = pytest.mark.peers
 
@@ -75,3 +76,16 @@ def test_a_parsed_yes_or_no_is_that_of_lmms_eval():
     texts = [drawn(f"mme {seed}", 4) for seed in range(DRAWS)]
     found = published({"mme": [(text, []) for text in texts]})["mme"]
     assert [ours("mme", text, ["yes"]).parsed for text in texts] == found
+
+
+def test_a_matched_option_is_that_of_vlmevalkit():
+    chance, pairs = random.Random(1), []
+    for seed in range(DRAWS):
+        texts = [drawn(f"option {seed} {i}", 4).strip() for i in range(chance.randrange(2, 5))]
+        options = {"ABCD"[i]: text or "none" for i, text in enumerate(texts)}
+        said = [*options.values(), *"ABCDZ", "it is (C).", f"B. {texts[1]}", drawn(f"said {seed}")]
+        pairs.append((chance.choice(said), options))
+    found = published({"mmbench": pairs})["mmbench"]
+    for (text, options), letter in zip(pairs, found, strict=True):
+        assert matched(text, options)[0] == (letter or ""), (text, options)
+    assert len(set(found)) == 6

@@ -101,3 +101,14 @@ def test_a_test_split_is_written_and_not_scored(tmp_path, capsys):
     made.lines(path, rows[1:])
     assert "1 missing ids" in made.score(capsys, *flags, f"--submission={path}", code=2)
     submitted(capsys, "docvqa", annotations, path, tmp_path / "up.json", "--allow=missing")
+
+
+def test_mmbench_is_a_spreadsheet_with_the_column_where_its_server_expects_it(tmp_path, capsys):
+    path, rows = predicted("mmbench")
+    file = EXAMPLES / "mmbench/annotations/mmbench_dev_20230712.tsv"
+    _, content = submitted(capsys, "mmbench", file, path, tmp_path / "up.xlsx")
+    found = cells(content)
+    head = [found[f"{letter}1"] for letter in "ABCDEFGHI"]
+    assert head == [*"index question A B C D prediction answer split".split()]
+    texts = {found[f"A{i}"]: found.get(f"G{i}", "") for i in range(2, len(rows) + 2)}
+    assert texts == {row["question_id"]: row["text"] for row in rows}
