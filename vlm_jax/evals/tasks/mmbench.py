@@ -43,7 +43,17 @@ FILES = (
     "mmbench_dev_cn_20231003.tsv",
     "MMBench_DEV_CN.tsv",
     "mmbench_test_20230712.tsv",
+    "MMBench_TEST_EN.tsv",
 )
+# SHA-256 as stated at https://huggingface.co/ambivalent02/openencompass_tsv, a copy of the files
+# that VLMEvalKit downloads; LLaVA's mmbench_dev_20230712.tsv is another file.
+KNOWN = {
+    "64baa14c5ec650302f428212a0b3efc5c88fbf9236d0d6fdea45c555f0b02d7a": "DEV_EN",
+    "27a54ae2e8f54502361cc5a41ed5fc35f4253af74734b5593d7b1de545eb5656": "DEV_EN_V11",
+    "cbf1e24febf215e719bf50f19834ccd97f80ba325b6b469c849db73c2559d959": "DEV_CN",
+    "71a76a9cf8867c1e91afe3f50c36072714cff7cd6791eff02fe37a89e9c794b4": "TEST_EN",
+    "5dda740dda364d0062ef6f8d3195a32febe3ba5be4dd742dc1e9c30a83334501": "TEST_EN_V11",
+}
 LETTER_CN = {
     "llava": "\n请直接回答选项字母。",
     "lmms-eval": "\n请直接使用所提供的选项字母作为答案回答。",
@@ -313,6 +323,7 @@ TASK = Task(
     where="https://github.com/open-compass/MMBench, TSV files; Apache-2.0",
     layout="mmbench_dev_20230712.tsv",
     read=read,
+    known={digest: f"MMBench_{name}.tsv of VLMEvalKit" for digest, name in KNOWN.items()},
     protocols={
         "official": protocol(
             source="arXiv 2307.06281, CircularEval, without a judge; letters by "
