@@ -180,3 +180,19 @@ def test_a_sample_has_the_fields_of_lmms_eval_and_scores_again(tmp_path, capsys)
     again = samples.read(kept).described
     for name in ("value", "stderr", "n", "failed", "subscores", "parser", "metric", "unit"):
         assert again[name] == shown[name], name
+
+
+def test_what_a_comparison_does_not_use_is_refused(tmp_path, capsys):
+    made.questions(tmp_path, 4)
+    file = made.answers(tmp_path / "a.jsonl", [True, True, False, True])
+    kept = tmp_path / "samples.jsonl"
+    shown = made.score(capsys, *made.own(tmp_path, file), f"--samples={kept}")
+    printed = made.lines(tmp_path / "score.json", [shown])
+    for both in (kept, printed):
+        message = made.score(capsys, "--compare", both, both, "--task=own", code=2)
+        assert "--task is not for --compare of" in message
+    del shown["n"]
+    broken = made.lines(tmp_path / "broken.json", [shown])
+    assert "own without n" in made.score(capsys, "--compare", printed, broken, code=2)
+    wrong = made.lines(tmp_path / "wrong.jsonl", [{"doc_id": 0, "protocol": "llava"}])
+    assert "no sample of" in made.score(capsys, "--compare", wrong, wrong, code=2)

@@ -9,6 +9,7 @@ import made_scores as made
 import pytest
 import tiny
 
+from vlm_jax.evals import scoring
 from vlm_jax.evals.task import Question
 from vlm_jax.evals.tasks import own
 
@@ -137,7 +138,10 @@ def test_any_text_is_an_answer(tmp_path, capsys, text):
     (["--task=ocrbench", "--metric=anls", "--predictions=a", "--annotations=b"], "--task=own"),
     (["--task=ocrbench", "--predictions=a", "--annotations=nowhere"], "nowhere"),
     (["--task=ocrbench", "--predictions=a", "--annotations=b", "--full=c"], "--downsampled"),
-    (["--compare", "a", "b", "--samples=c"], "no --samples"),
+    (["--compare", "a", "b", "--samples=c"], "--samples is not for --compare"),
+    (["--task=ocrbench", "--predictions=a", "--annotations=b", "--difference=1"], "for --compare"),
+    (["--task=ocrbench", "--predictions=a", "--annotations=b", "--across-protocols"],
+     "--across-protocols is for --compare"),
     (["--compare", "nowhere", "b"], "nowhere"),
 ])  # fmt: skip
 def test_a_wrong_flag_is_refused_with_the_way_out(flags, words, capsys):
@@ -158,3 +162,12 @@ def test_a_score_starts_fast_and_imports_no_library(tmp_path):
     )  # fmt: skip
     _, libraries, seconds = done.stdout.splitlines()
     assert libraries == "[]" and float(seconds) < 0.7
+
+
+def test_an_old_file_and_files_of_several_versions_are_said():
+    names = dict(old="old: 2,910 lines, newer ones have 3,000", new="release 2", other="unknown")
+    files = {name: dict(name=f"{name}.json", known=known) for name, known in names.items()}
+    assert scoring.old_files([files["new"], files["other"]]) == []
+    (old,) = scoring.old_files([files["old"], files["other"]])
+    assert old == "old.json is not the current file: old: 2,910 lines, newer ones have 3,000"
+    assert "mixed versions: new.json is current" in scoring.old_files(list(files.values()))[1]

@@ -98,6 +98,8 @@ def test_a_test_split_is_written_and_not_scored(tmp_path, capsys):
     flags = ["--task=docvqa", f"--annotations={annotations}", f"--predictions={path}"]
     message = made.score(capsys, *flags, code=2)
     assert "test split" in message and "--submission=FILE" in message
+    split = [*flags, f"--submission={tmp_path / 'up.json'}", "--model=N=7"]
+    assert "this is a test split" in made.score(capsys, *split, code=2)
     made.lines(path, rows[1:])
     assert "1 missing ids" in made.score(capsys, *flags, f"--submission={path}", code=2)
     submitted(capsys, "docvqa", annotations, path, tmp_path / "up.json", "--allow=missing")

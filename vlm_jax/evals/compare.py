@@ -14,6 +14,8 @@ from vlm_jax.evals.scoring import SCHEMA, Scored
 # Differences for which a comparison says how many questions they take, in the task's unit.
 DIFFERENCES = (0.5, 1.0, 2.0, 5.0)
 
+# What a comparison needs of a printed score, besides its standard error.
+PRINTED = ("task", "protocol", "metric", "value", "unit", "n", "failed", "predictions", "files")
 LEAST_SPREAD = 1e-9  # of a difference
 
 
@@ -50,13 +52,19 @@ def unpaired(
     Their questions are unknown, so the standard errors are combined as if independent: the interval
     is mostly wider than that of `paired`.
     """
+    for described in (a, b):
+        if wrong := [name for name in PRINTED if described.get(name) is None]:
+            raise ValueError(
+                f"a score of {described.get('task')} without {', '.join(wrong)}: give what "
+                "`vlm-jax score` printed"
+            )
     same_rules(a, b, across_protocols)
     if (a["n"], a["files"]) != (b["n"], b["files"]):
         raise ValueError(
             f"the two scores of {a['task']} are of different files or questions (n = {a['n']} and "
             f"{b['n']}; {_hashes(a)} and {_hashes(b)}): score both on the same files"
         )
-    known = a["stderr"] is not None and b["stderr"] is not None
+    known = a.get("stderr") is not None and b.get("stderr") is not None
     stderr = math.hypot(a["stderr"], b["stderr"]) if known else math.nan
     estimate = Estimate(b["value"] - a["value"], stderr, a["n"])
     how = "two independent scores; the samples of both (--samples) give the paired difference"
@@ -202,8 +210,8 @@ def _described(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
         protocol=" and ".join(rules),
         metric=" and ".join(dict.fromkeys([a["metric"], b["metric"]])),
         unit=a["unit"],
-        a={name: a[name] for name in shown},
-        b={name: b[name] for name in shown},
+        a={name: a.get(name) for name in shown},
+        b={name: b.get(name) for name in shown},
         files=a["files"],
     )
 

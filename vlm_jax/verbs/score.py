@@ -19,11 +19,15 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm_jax import files
 from vlm_jax.verbs import cli
 from vlm_jax.verbs.parser import Parser
+
+IMAGE = ("blind", "downsampled", "full")
 
 
 def add_flags(parser: Parser) -> None:
@@ -128,6 +132,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         for name in ("task", "predictions", "annotations"):
             required(options, name)
+        unused(options, ("across_protocols", "difference"), "is for --compare")
         shown = scored(options)
     print(json.dumps(finite(shown), allow_nan=False))
     for note in scoring.warnings(shown):
@@ -150,6 +155,13 @@ def required(options: argparse.Namespace, name: str) -> Any:
     if value is None:
         raise ValueError(f"--{name} is missing (vlm-jax score --help)")
     return value
+
+
+def unused(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Raises ValueError for the first of these flags that was given."""
+    for name in names:
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')} {why}")
 
 
 def protocol_named(options: argparse.Namespace) -> str:
@@ -178,10 +190,11 @@ def scored(options: argparse.Namespace) -> dict[str, Any]:
     shown: dict[str, Any] = {}
     if options.submission:
         content, found = submission.made(task, given, file, allow=allow)
-        Path(options.submission).write_bytes(content)
+        files.write_bytes(options.submission, content)
         failed = sum(text is None for text in found.texts.values())
         shown["submission"] = dict(file=options.submission, n=len(found.texts), failed=failed)
         if not all(question.answers for question in given.questions):
+            unused(options, (*IMAGE, "samples", "model"), "needs answers, and this is a test split")
             return dict(schema=scoring.SCHEMA, task=task.name) | shown
 
     def of(path: Path) -> Scored:
@@ -195,7 +208,7 @@ def scored(options: argparse.Namespace) -> dict[str, Any]:
         shown["image"] = image_need.described(result, **read)
     if options.samples:
         text = "".join(f"{line}\n" for line in samples.lines(result))
-        Path(options.samples).write_text(text, encoding="utf-8")
+        files.write_text(options.samples, text)
         shown["samples"] = options.samples
     return shown
 
@@ -204,9 +217,8 @@ def compared(options: argparse.Namespace) -> dict[str, Any]:
     """The comparison of two files of one kind."""
     from vlm_jax.evals import compare, predictions, samples, scoring
 
-    for name in ("predictions", "samples", "submission", "blind", "downsampled", "full", "model"):
-        if getattr(options, name):
-            raise ValueError(f"--compare takes two files and no --{name}")
+    alone = ("predictions", "samples", "submission", *IMAGE, "model")
+    unused(options, alone, "is not for --compare, which takes two files")
     paths = [Path(path) for path in options.compare]
     (kind, a), (other, b) = map(samples.kind_of, paths)
     if kind != other:
@@ -217,6 +229,9 @@ def compared(options: argparse.Namespace) -> dict[str, Any]:
     how: dict[str, Any] = dict(
         across_protocols=options.across_protocols, difference=options.difference
     )
+    if kind != "predictions":
+        told = ("task", "protocol", "metric", "annotations", "allow")
+        unused(options, told, f"is not for --compare of {kind}, which say it themselves")
     if kind == "score":
         return compare.unpaired(a, b, **how)
     if kind == "samples":
