@@ -85,7 +85,10 @@ def test_a_report_of_evaluate_counts_with_the_whole_image_alone(tmp_path):
         del one["V"]
         one["score"] = plain
         made.lines(tmp_path / f"{number}.json", [one])
-    (point,) = scores.read([tmp_path]).families.values()
+    found = scores.read([tmp_path])
+    assert found.about["unused"] == [str(tmp_path / "1.json")]
+    assert any("1.json" in line for line in scores.notes(found.about))
+    (point,) = found.families.values()
     assert (point.N.tolist(), point.V.tolist(), point.error.tolist()) == ([2.0], [16.0], [0.5])
 
 

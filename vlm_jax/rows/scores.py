@@ -91,7 +91,9 @@ def read(
       ValueError: for a score without N or V, one that is there twice, models with other tasks than
         the first, and scores of one task by two protocols or of other files.
     """
-    found = [_score(where, row, n_unit, mme) for where, row in _rows(paths) if _counts(row)]
+    rows = _rows(paths)
+    unused = [where for where, row in rows if not _counts(row)]
+    found = [_score(where, row, n_unit, mme) for where, row in rows if _counts(row)]
     if not found:
         raise ValueError(f"{', '.join(map(str, paths))}: no scores of `vlm-jax score` in it")
     check_rules(found)
@@ -118,6 +120,7 @@ def read(
         averages=about,
         divisors={name: _divisor(name, scores, mme) for name, scores in sorted(by_task.items())},
         rules={name: next(iter(s.values())).rules for name, s in sorted(by_task.items())},
+        unused=unused,
         failed={n: sum(x.failed for x in s.values()) for n, s in sorted(by_task.items())},
     ))  # fmt: skip
 
@@ -131,6 +134,11 @@ def notes(about: Mapping[str, Any]) -> list[str]:
             words.append(
                 f"  it is not the paper's average: it lacks {', '.join(average['missing'])}"
             )
+    if about["unused"]:
+        words.append(
+            "not used, because they have no score or are of blind or smaller images: "
+            + ", ".join(about["unused"])
+        )
     failed = {name: count for name, count in about["failed"].items() if count}
     if failed:
         words.append(
