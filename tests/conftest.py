@@ -27,10 +27,15 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("vlm_jax", "beartype.beartype")
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import tiny  # noqa: E402
 
 from vlm_jax import mesh as meshes  # noqa: E402
+
+# How long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 PUBLISHED = Path(__file__).parent / "published"
 

@@ -238,7 +238,7 @@ class Cloud:
             env=self.environment | environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
 
     def fault(self, name: str, times: int = 1):
@@ -265,7 +265,7 @@ class Cloud:
         (self.folder / "stop").write_text("0")
 
 
-def until(condition, seconds: float = 10.0):
+def until(condition, seconds: float = 60.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

@@ -246,7 +246,7 @@ ODD = st.sampled_from(
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(turns=st.lists(st.tuples(ODD, ODD), min_size=1, max_size=3).map(tuple), image=st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_answers_are_found_whatever_they_say_or_the_row_is_refused(name, turns, image, made):
     """The text is the template's; what is supervised are answers, or what the template left of
     them, in their order."""

@@ -199,7 +199,7 @@ def test_a_prompt_without_an_image_is_answered_and_sees_none(one, images):
         ("mqt", {}, (1, 7, 16)),
         pytest.param("m3", dict(scales=(1, 4, 16)), (1, 4, 16), marks=pytest.mark.slow),
         ("quecc", dict(query="separate"), (4,)),
-        ("quecc", dict(query="prefix"), (4,)),
+        pytest.param("quecc", dict(query="prefix"), (4,), marks=pytest.mark.slow),
         ("none", {}, (16,)),
     ],
 )
@@ -355,6 +355,7 @@ def test_what_fails_at_run_time_costs_its_own_line(checkpoint, tmp_path, monkeyp
     assert "trained for 4 visual tokens, not 9" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_unset_limit_is_what_fits(one, images, checkpoint, photo, tmp_path, capsys):
     """By flag, file and Python; a limit that was set and does not fit is refused with numbers."""
     short, long = (one.request(images[0], "star " * n) for n in (1, 90))

@@ -120,6 +120,7 @@ def test_a_finished_grid_repeated_changes_no_row(repeated, capsys):
         assert (path.read_text(), path.stat().st_mtime_ns) == (text, time)
 
 
+@pytest.mark.slow
 def test_jobs_with_cells_of_their_own_make_the_grid_together(unbroken, tmp_path):
     """Two at once, one cell in both: each cell is trained once, the rows are the grid's."""
     jobs = [(NAMES[1], NAMES[0]), (NAMES[1], NAMES[2])]

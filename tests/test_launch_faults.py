@@ -145,7 +145,8 @@ def test_a_worker_that_refuses_ssh_is_named(cloud):
     # The other one runs; the same command starts what does not.
     assert cloud.shell(f"launch/wait.sh {TRAIN}").returncode == 66
     assert cloud.shell(f"launch/run.sh {TRAIN}").stdout.count("already running") == 1
-    until(lambda: starts(cloud) == 1)
+    until(lambda: len(cloud.lines("runs")) == 2)
+    assert starts(cloud) == 1
 
 
 def test_a_worker_that_is_never_reached_again_has_the_tpu_exchanged(queued):

@@ -113,7 +113,7 @@ def test_mqt_equals_attention_made_anew_for_every_image(tokens, mesh1):
         assert np.std(ours["out"]) > 0.1
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(st.data())
 def test_both_orders_of_mixing_give_the_same(mesh1, data):
     heads, size, batch = (data.draw(st.integers(1, n)) for n in (4, 6, 3))

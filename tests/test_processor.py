@@ -228,7 +228,7 @@ def test_a_pass_of_its_own_reads(sentencepiece, template, image, turns, asked, a
     has_image=st.booleans(),
     question_length=st.integers(1, 250),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_prefix_is_the_text_before_the_image(
     sentencepiece, template, turns, has_image, question_length
 ):

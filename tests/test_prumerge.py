@@ -47,7 +47,7 @@ def compress(module, *given):
 def test_adaptive_images_equal_the_literal_loop(kind, side, mesh1):
     module, seen = built(kind, mesh1, side=side), set()
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([0.0, 0.3, 1.0, 3.0]))
     def check(seed, spread):
         draw = np.random.default_rng(seed)
@@ -242,7 +242,7 @@ def test_decoding_gives_the_teacher_forced_answer(devices, case, request, mesh1)
             position = position + 1
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_it_learns_and_answers(devices, case, request):
     c, _, batch, _ = case
     stage = c.finetune
@@ -275,6 +275,7 @@ def test_an_encoder_that_cannot_serve_it_is_refused_before_anything_is_run(chang
         vlm.shapes(tiny.size(c))
 
 
+@pytest.mark.slow
 def test_a_grid_with_images_that_choose_and_images_that_were_shrunk(tmp_path):
     folder, baselines = tmp_path / "run", (("prumerge", 0), ("prumerge_plus", 5), ("downsample", 4))
     done = tiny.run("grid", "--config=tests/one_size.py", "--config.grid.tokens=(1,)",

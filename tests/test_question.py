@@ -70,7 +70,9 @@ def one_pass(model, batch):
     return model.llm.logits(vlm.rows(model.llm(x), before))
 
 
-@pytest.mark.parametrize("devices, remat", [(1, "full"), (8, "none")])
+@pytest.mark.parametrize(
+    "devices, remat", [pytest.param(1, "full", marks=pytest.mark.slow), (8, "none")]
+)
 def test_two_passes_are_one_in_values_and_gradients(devices, remat, request):
     c = config(remat=remat)
     batch, here = batch_of(c), request.getfixturevalue(f"mesh{devices}")

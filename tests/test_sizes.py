@@ -66,7 +66,7 @@ def llms(draw):
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(vit=vits(), llm=llms())
 def test_what_is_built_has_the_parameters_that_are_counted(vit, llm, mesh1):
     vit, llm = ViTSize(**vit), LLMSize(**llm)

@@ -149,7 +149,7 @@ def assert_same(model, other):
 
 
 # Batch k makes step k + 1; steps 2, 4 and 6 are saved.
-@pytest.mark.parametrize("poison", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("poison", [jnp.nan, pytest.param(jnp.inf, marks=pytest.mark.slow)])
 def test_an_update_that_is_not_finite_is_never_made(
     poison, setting, unbroken, tmp_path, mesh1, capsys
 ):
@@ -331,6 +331,7 @@ def test_a_typo_does_not_claim_the_folder(capsys, tmp_path):
     assert "data.source" in message(capsys, tmp_path, "--config.data.source=coco")
 
 
+@pytest.mark.slow
 def test_what_is_kept_can_go_on_with_another_log_and_other_workers(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     before = json.loads((tmp_path / "run/config.json").read_text())
