@@ -170,6 +170,15 @@ def get_config() -> ConfigDict:
     c.log.every = 20  # steps
     c.log.tensorboard = False
 
+    # Validation while align and finetune are trained, on examples that they do not see.
+    c.eval_every = 0  # steps; 0: never. Before the first step and after the last one, too
+    c.validation = ConfigDict()
+    c.validation.split = "val"  # of the data; data.path then has {split} in it
+    c.validation.hold_out = 0  # at least so many examples of the training data instead of a split
+    c.validation.examples = 512  # at most so many for the loss
+    # At most so many are answered and scored; 0: none. The LLM's weights are there twice meanwhile.
+    c.validation.answers = 64
+
     # Evaluation and generation.
     c.evaluate = ConfigDict()
     c.evaluate.batch = 64

@@ -31,7 +31,7 @@ THROUGH = {
     "test_score.py": "evals.predictions evals.task",
     "test_checkpoint.py": "training.arrays training.verify",
     "test_optimizer.py": "training.compiler",
-    "test_train.py": "training.first_weights",
+    "test_train.py": "training.first_weights training.inputs",
     "test_convert.py": "weights.conversion weights.fitting weights.sizes weights.values",
     "test_layouts.py": "weights.classes weights.layouts",
 }

@@ -55,6 +55,7 @@ def predict(
     texts: Texts | None = None,
     clock: Clock | None = None,
     faults: loader.Faults | None = None,
+    stops: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """One record per example: id, task, family, cluster, prediction, answer; given_id where the
     data set repeats an id.
@@ -62,7 +63,8 @@ def predict(
     Every process has all records; it reads the images of its own devices' rows alone.
 
     `clock` notes what answering each batch took, loading and decoding of text apart. `faults` is
-    filled with the examples that have no record because they cannot be used.
+    filled with the examples that have no record because they cannot be used. With `stops` a SIGTERM
+    ends it between batches; within a training, which has steps to save, it does not.
     """
     tokenizer = processor.tokenizer
     if model.compressor.buckets:  # trained for any V
@@ -81,7 +83,8 @@ def predict(
     with progress.doing(f"answers to the {source.split} split", len(source)) as task:
         task.note(0)
         for batch in batches:
-            preemption.point("the same command makes the answers anew")
+            if stops:
+                preemption.point("the same command makes the answers anew")
             valid, index = hosts.fetched((batch.pop("valid"), batch.pop("index")))
             then = time.perf_counter()
             answers = answer(batch, new_tokens=config.evaluate.max_new_tokens)

@@ -66,6 +66,11 @@ def cells_of(config: ConfigDict) -> list[Cell]:
             "are compared after the same rows in the same order, one example each; pack rows in "
             "`vlm-jax train`"
         )
+    if config.eval_every:
+        raise ValueError(
+            f"eval_every={config.eval_every}: a grid evaluates each cell when it is trained, on "
+            "features of two splits; validate during `vlm-jax train`, or set eval_every=0"
+        )
     seeds = [arguments.seed_of("grid.seeds", seed) for seed in config.grid.seeds]
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"grid.seeds={seeds}: name at least one seed, and each once")

@@ -27,6 +27,11 @@ LATER = {
     "data.image_normalize": True,
     "data.image_exif": "ignore",
     "data.mixture": (),
+    "eval_every": 0,
+    "validation.split": "val",
+    "validation.hold_out": 0,
+    "validation.examples": 512,
+    "validation.answers": 64,
     "compressor.queries": 0,
     "loss_chunk": -1,
     "frozen_dtype": "float32",
@@ -241,6 +246,9 @@ FIELDS: dict[str, Field] = {
     # When something is kept and said, not what is computed.
     **_section("checkpoint", NOTHING, every=COUNT, keep=COUNT),
     **_section("log", NOTHING, every=COUNT, tensorboard=None),
+    "eval_every": Field(NOTHING, SOME),
+    **_section("validation", NOTHING, split=None, examples=COUNT, answers=SOME),
+    "validation.hold_out": Field(RUN, SOME),  # of what is trained on
     "evaluate.batch": Field(BATCH, COUNT),
     "evaluate.split": Field(ANSWERS),
     "evaluate.max_new_tokens": Field(ANSWERS, COUNT),

@@ -136,6 +136,11 @@ class Log:
                 f"{self.skipped} of this stage; {self.patience} in a row end the run"
             )
 
+    def leave_out(self, seconds: float) -> None:
+        """Leaves a pause of so many seconds out of the rates."""
+        step, since = self.mark
+        self.mark = (step, since + seconds)
+
     def save(self) -> None:
         """Returns when all lines are in their file; called before each checkpoint."""
         if self.file is not None:

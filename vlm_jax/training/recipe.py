@@ -37,6 +37,28 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
+class ValidationSize:
+    """How a training is validated: config.eval_every and the fields of config.validation."""
+
+    every: int
+    split: str
+    hold_out: int
+    examples: int
+    answers: int
+
+    @classmethod
+    def of(cls, config: Any) -> "ValidationSize":
+        """As a configuration says. ValueError for examples that are held out of nothing."""
+        size = cls(every=config.eval_every, **config.validation)
+        if size.hold_out and not size.every:
+            raise ValueError(
+                f"validation.hold_out={size.hold_out}, but eval_every=0: they would neither be "
+                "trained on nor validated; set eval_every, or validation.hold_out=0"
+            )
+        return size
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """One training.
 
@@ -49,6 +71,7 @@ class Recipe:
       frozen_dtype: of the weights that a stage leaves alone.
       encoder, align, finetune: the stages, in this order.
       seed: of weights and order. start_from: the folder with the first weights, or "".
+      validation: whether and how it is validated.
       checkpoint_every, checkpoint_keep, log_every: steps, checkpoints, steps.
       tensorboard: whether it is written too.
     """
@@ -67,6 +90,7 @@ class Recipe:
     finetune: Stage
     seed: int
     start_from: str
+    validation: ValidationSize
     checkpoint_every: int
     checkpoint_keep: int
     log_every: int
@@ -90,6 +114,7 @@ class Recipe:
             finetune=Stage.of(config.finetune),
             seed=config.seed,
             start_from=config.start_from,
+            validation=ValidationSize.of(config),
             checkpoint_every=config.checkpoint.every,
             checkpoint_keep=config.checkpoint.keep,
             log_every=config.log.every,

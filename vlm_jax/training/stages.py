@@ -1,29 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stages of training: the encoder if it is trained, then align, then finetune."""
 
-import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax import hosts, layers, mesh, preemption, progress
-from vlm_jax.data import (
-    loader,
-    patches,
-    prefixes,
-    processor,
-    sources,
-    targets,
-    word_tokenizer,
-)
-from vlm_jax.data.texts import Texts
-from vlm_jax.data.tokenizer import check_vocabulary, hash_of, keep_tokenizer
+from vlm_jax.data import loader, patches, prefixes
 from vlm_jax.models import lora, vlm
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM
@@ -31,35 +18,18 @@ from vlm_jax.training import memory, optimizer, precision, runs
 from vlm_jax.training.checkpoint import Checkpoints
 from vlm_jax.training.fingerprint import Beginning
 from vlm_jax.training.first_weights import first_model
+from vlm_jax.training.inputs import Inputs as Inputs
+from vlm_jax.training.inputs import open_inputs as open_inputs
+from vlm_jax.training.inputs import tokenizer_of as tokenizer_of
 from vlm_jax.training.log import Log
 from vlm_jax.training.objective import Sums, of_stage, patch_class, patch_reader
 from vlm_jax.training.overview import overview
 from vlm_jax.training.recipe import Recipe
-from vlm_jax.training.workdir import Claim, claim
+from vlm_jax.training.validation import Outside, Validation
+from vlm_jax.training.workdir import claim
 from vlm_jax.weights import start as weights_start
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """A split, the processor of its examples, and its cached features if any."""
-
-    source: sources.Source
-    processor: processor.Processor
-    features: np.ndarray | None = None  # [images, P, Z], raster order
-    _texts: dict[tuple, Texts] = field(default_factory=dict, repr=False)
-
-    def texts(self, *, answer: bool, skip: bool) -> Texts:
-        """The texts of the split, tokenized once for all stages and all cells that read them alike.
-
-        The cells of a grid share these inputs by `dataclasses.replace`; their texts differ only in
-        what is read as the question (`Processor.reading_as`).
-        """
-        key = (self.processor.query, answer, skip)
-        if key not in self._texts:
-            self._texts[key] = Texts(self.source, self.processor, answer=answer, skip=skip)
-        return self._texts[key]
 
 
 def run_stage(
@@ -71,10 +41,11 @@ def run_stage(
     objective: Callable[[Any, Any], Sums],
     *,
     begin: Callable[[], None] | None = None,
+    validation: Validation | None = None,
 ) -> Any:
     """The model after stage `name` (encoder, align or finetune), resumed from `folder` if started.
 
-    `begin` is called after the first step of this process.
+    `begin` is called after the first step of this process, `validation` at the steps that are due.
     """
     stage = recipe.stage(name)
     tx = optimizer.optimizer(stage)
@@ -111,6 +82,10 @@ def run_stage(
             skipped=skipped_before,
             more=batches.fields,
         )
+        if validation is not None:
+            validation.resume(first)
+            if validation.due(first):
+                validation(first, graph, state)
         waiting, news = None, [begin] if begin else []
         beginning = Beginning(folder / name, state)
 
@@ -142,6 +117,11 @@ def run_stage(
                             notes |= {"skipped_updates": lines.skipped}
                         lines.save()
                         checkpoints.save(state, notes)
+                    if validation is not None and not stops and validation.due(step):
+                        if waiting:
+                            seen(*waiting)
+                            waiting = None
+                        lines.leave_out(validation(step, graph, state))
                     if stops:
                         checkpoints.close()
                         lines.close()
@@ -243,9 +223,12 @@ def train(
     encoder: ViT | None = None,
     seed: int | None = None,
     begin: Callable[[], None] | None = None,
+    outside: Outside | None = None,
 ) -> VLM:
     """Trains a model through both stages, with checkpoints in `folder`; `seed` defaults to the
     recipe's.
+
+    With eval_every it is validated on `inputs.validation`; `outside` answers and draws.
 
     Adapters of finetune are merged into the LLM at the end. A model that serves any V is trained
     the same way for any `compressor.tokens`: with the most tokens that it can give in align, and as
@@ -294,7 +277,13 @@ def train(
                 "of the data: each batch repeats some of them"
             )
         objective = of_stage(name, model.compressor, chunk=recipe.loss_chunk)
-        model = run_stage(name, model, batches, recipe, folder, objective, begin=begin)
+        validation = None
+        if inputs.validation is not None:
+            held_out = (inputs.validation, inputs.processor)
+            validation = Validation(name, *held_out, recipe, folder, outside)
+        model = run_stage(
+            name, model, batches, recipe, folder, objective, begin=begin, validation=validation
+        )
         progress.say(f"{name}: {rows.usage.everywhere()}")
         cut = set().union(*hosts.collected(sorted(rows.cut_rows)))
         if cut:
@@ -306,50 +295,6 @@ def train(
     return lora.merge(precision.widened(model))
 
 
-def tokenizer_of(named: str, vocab: int, kept: PurePath | None, source: sources.Source) -> Any:
-    """The tokenizer of this name, or the one kept in a run's folder, or a small one trained on the
-    training texts."""
-    if named:
-        tokenizer = processor.load_tokenizer(named)
-    elif kept is not None and kept.is_dir():
-        tokenizer = processor.load_tokenizer(kept)
-    else:
-        texts = (text for i in range(len(source)) for turn in source[i].turns for text in turn)
-        tokenizer = word_tokenizer.train_tokenizer(texts, vocab)
-    check_vocabulary(tokenizer, vocab)
-    return tokenizer
-
-
-def open_inputs(claimed: Claim, recipe: Recipe, **hashes: str) -> tuple[Inputs, Callable[[], None]]:
-    """The training split of a claimed folder's run, as `recipe` describes it, and a function that
-    records the run in the folder.
-
-    ValueError if the folder was started with different data, a different tokenizer, or anything
-    else with different `hashes`.
-    """
-    named, kept = claimed.config.data.tokenizer, claimed.folder / "tokenizer"
-    with progress.doing("opening the training data"):
-        source = sources.open_source(recipe.origin, "train")
-    progress.say(f"data: {json.dumps(source.describe())}")
-    with progress.doing("making or reading the tokenizer"):
-        folder = kept if claimed.recorded else None
-        tokenizer = tokenizer_of(named, recipe.model.llm.vocab, folder, source)
-    claimed.reads(data=source.data_hash, tokenizer=hash_of(tokenizer), **hashes)
-
-    def begin() -> None:
-        fresh = claimed.recorded is None
-        if fresh and not named and hosts.is_writer():
-            keep_tokenizer(tokenizer, kept)
-        claimed.begin()
-
-    row_processor = processor.Processor(tokenizer, recipe.rows)
-    with progress.doing("looking for rows without an answer"):
-        note = targets.check(source, row_processor, skip=recipe.skip)
-    if note:
-        progress.say(note)
-    return Inputs(source, row_processor), begin
-
-
 def with_start(config: ConfigDict) -> ConfigDict:
     """The configuration with the fields that the folder of `start_from` determines."""
     if not config.start_from:
@@ -357,7 +302,7 @@ def with_start(config: ConfigDict) -> ConfigDict:
     return weights_start.adopt(config, runs.described(config.start_from, "start_from"))
 
 
-def run(config: ConfigDict, folder: PurePath) -> int:
+def run(config: ConfigDict, folder: PurePath, outside: Outside | None = None) -> int:
     """Trains as the configuration says, in `folder`; 0, the exit status."""
     with jax.set_mesh(mesh.make(**config.mesh)), claim(folder, config) as claimed:
         recipe = Recipe.of(config)
@@ -376,7 +321,7 @@ def run(config: ConfigDict, folder: PurePath) -> int:
         encoder = None
         if config.encoder.steps:
             encoder = pretrain_encoder(recipe, folder, inputs, begin=begin)
-        model = train(recipe, folder, inputs, encoder=encoder, begin=begin)
+        model = train(recipe, folder, inputs, encoder=encoder, begin=begin, outside=outside)
         tokens = f"{config.compressor.tokens}"
         if model.compressor.buckets:
             tokens = f"up to {model.compressor.tokens}"

@@ -10,8 +10,13 @@ the run from its first step: an attempt that failed before that claims nothing.
 """
 
 import argparse
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import PurePath
+from typing import Any
 
-from vlm_jax import progress
+from vlm_jax import files, progress
 from vlm_jax.verbs import cli, configuration
 from vlm_jax.verbs.parser import Parser
 
@@ -53,4 +58,27 @@ def run(options: argparse.Namespace) -> int:
             stages.check(recipe)
             forecast.dry_run(recipe)
         return 0
-    return stages.run(config, workdir)
+    return stages.run(config, workdir, outside_of(config, workdir) if config.eval_every else None)
+
+
+def outside_of(config: Any, workdir: PurePath) -> Any:
+    """What validation needs of rooms above training: answers, and curves if they can be drawn."""
+    from vlm_jax.reports import canvas, loss_figure
+    from vlm_jax.serving import validation
+    from vlm_jax.training.validation import Outside
+
+    def no_curves(folder: PurePath) -> None:
+        """The lines of validation.jsonl are there without them."""
+
+    draw: Callable[[PurePath], Any] = loss_figure.draw
+    if files.is_bucket(workdir):
+        logging.warning(
+            "eval_every: no curves are drawn into a bucket, validation.jsonl is written"
+        )
+        draw = no_curves
+    try:
+        canvas.require_matplotlib()
+    except ModuleNotFoundError as error:
+        logging.warning(f"eval_every: no curves are drawn, validation.jsonl is written: {error}")
+        draw = no_curves
+    return Outside(functools.partial(validation.answers, config), draw)
