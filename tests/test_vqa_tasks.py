@@ -2,6 +2,7 @@
 """The official files of GQA, VQAv2, TextVQA, VizWiz and NLVR are read, asked and scored as their
 sources do; what the small examples lack."""
 
+import gc
 import json
 import random
 import shutil
@@ -91,6 +92,7 @@ def test_another_file_is_refused_with_the_layout(task, tmp_path):
     other.write_text('[{"surprise": 1}]' if task != "vizwiz" else '{"data": 1}')
     with pytest.raises(ValueError, match="other.json"):
         scoring.annotations_of(TASKS[task], other)
+    assert gc.isenabled()
 
 
 # GQA
@@ -296,6 +298,13 @@ def test_vizwiz_test_split_has_no_answers(tmp_path):
     assert vizwiz.prompt_lmms_eval(question) == "What is it" + vizwiz.SUFFIX
     with pytest.raises(ValueError, match="as in a test split"):
         score("vizwiz", "official", [{"question_id": 0, "text": ""}], tmp_path, tmp_path)
+
+
+def test_vizwiz_asks_llavas_file_alone_too(tmp_path):
+    row = {"question_id": 0, "image": "a.jpg", "text": f"What is it{vizwiz.SUFFIX}"}
+    write(tmp_path / "llava_test.jsonl", [row])
+    (question,) = vizwiz.read(tmp_path).questions
+    assert question.text == "What is it" and vizwiz.prompt(question) == row["text"]
 
 
 # NLVR
