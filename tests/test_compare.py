@@ -105,13 +105,16 @@ def test_an_interval_of_the_difference_holds_the_truth_as_often_as_it_says(tmp_p
     assert 180 <= inside <= 198
 
 
-def test_power_is_that_of_the_normal_test():
-    told = compare.power(1.0, 0.5, 1000, difference=1.4007931)
-    assert told["smallest_difference"] == pytest.approx(1.4007931)
-    assert abs(told["questions_for"]["1.40079"] - 1000) <= 1
-    assert told["questions_for"]["1"] == told["questions_for_observed"] == 1963
-    normal = stats.norm(told["smallest_difference"] / 0.5)
-    assert normal.sf(stats.norm.ppf(0.975)) == pytest.approx(told["power"], abs=1e-4)
+@pytest.mark.parametrize("df", [9, 100_000])
+def test_power_is_that_of_the_t_test(df):
+    told = compare.power(1.0, 0.5, 1000, df)
+    least = told["smallest_difference"]
+    noncentral = stats.nct(df, least / 0.5)
+    assert noncentral.sf(stats.t.ppf(0.975, df)) == pytest.approx(told["power"], abs=0.02)
+    again = compare.power(1.0, 0.5, 1000, df, difference=least)
+    assert abs(again["questions_for"][f"{least:g}"] - 1000) <= 1
+    assert told["questions_for"]["1"] == told["questions_for_observed"]
+    assert told["questions_for"]["1"] == math.ceil(1000 * least**2)
 
 
 def test_equal_answers_do_not_differ_and_a_difference_without_spread_is_not_certain(tmp_path):

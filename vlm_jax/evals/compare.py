@@ -153,20 +153,20 @@ def told(estimate: Estimate, how: str, *, n: int, difference: float | None) -> d
         df=df,
         p=p,
         how=how,
-        power=power(value, stderr, n, difference),
+        power=power(value, stderr, n, df, difference),
         verdict=verdict,
     )
 
 
 def power(
-    observed: float, stderr: float, n: int, difference: float | None = None
+    observed: float, stderr: float, n: int, df: int, difference: float | None = None
 ) -> dict[str, Any]:
     """How small a difference these n questions tell, and how many questions others take.
 
     From the observed variance of the paired differences; the number of questions in a cluster is
     taken to stay the same. Differences are in the task's unit, and points are those of n questions.
     """
-    least = significance.factor() * stderr
+    least = significance.factor(df) * stderr
     asked = [*DIFFERENCES, *([abs(difference)] if difference else [])]
     questions = {f"{d:g}": math.ceil(n * (least / d) ** 2) for d in sorted(set(asked))}
     return dict(

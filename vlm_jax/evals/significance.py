@@ -5,7 +5,6 @@ Formulas: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.5 and 26
 """
 
 import math
-from statistics import NormalDist
 
 ALPHA = 0.05
 POWER = 0.8
@@ -44,10 +43,10 @@ def sign_test(fewer: int, more: int) -> float:
     return min(1.0, 2 * math.fsum(map(math.exp, logs)))
 
 
-def factor(alpha: float = ALPHA, power: float = POWER) -> float:
-    """A difference of this many standard errors is found with probability `power` at `alpha`."""
-    normal = NormalDist()
-    return normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)
+def factor(df: int, alpha: float = ALPHA, power: float = POWER) -> float:
+    """A difference of this many standard errors is found with probability `power` at `alpha`, if
+    they are estimated with `df` degrees of freedom."""
+    return t_quantile(df, alpha) + t_quantile(df, 2 * (1 - power))
 
 
 def _incomplete_beta(a: float, b: float, x: float) -> float:
