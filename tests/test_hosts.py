@@ -25,6 +25,8 @@ CONFIG = f"--config={tiny.ROOT}/tests/tiny.py"
 # One stage of a model that is there: as few programs as a training has.
 SHORT = [CONFIG, "--config.encoder.steps=0", "--config.align.steps=0", "--config.finetune.steps=3"]
 GRID = [CONFIG, "--config.grid.tokens=(4,)", "--config.grid.baselines=()"]
+EXAMPLE = f"{tiny.ROOT}/tests/published/benchmarks/ocrbench/annotations"
+BENCHMARK = ["evaluate", "--tasks=ocrbench", f"--annotations={EXAMPLE}", "--max-new-tokens=3"]
 # Of a row, what a clock or a command line says.
 TIMES = ("created", "evaluate_seconds", "timing")
 PROMPTS = ["what is there ?", "how many circles are there ?", "which word is written ?"]
@@ -68,6 +70,8 @@ def two(finished, requests, tmp_path_factory):
     commands = [
         ["train", *SHORT, f"--config.start_from={finished}", f"--workdir={folder / 'run'}"],
         ["evaluate", f"--workdir={finished}", "--config.evaluate.split=val"],
+        [*BENCHMARK, f"--workdir={finished}", f"--out={folder / 'answers'}",
+         f"--cache={folder / 'cache'}"],
         ["generate", f"--checkpoint={finished}", f"--requests={requests}",
          f"--out={folder / 'answers.jsonl'}", "--max-new-tokens=6", "--mesh=tensor=2"],
     ]  # fmt: skip
@@ -94,6 +98,14 @@ def test_two_processes_answer_every_example_once_and_as_one(two, finished, tmp_p
     assert (finished / "scores-val.json").read_text() == scores
     ids = [json.loads(line)["id"] for line in both.splitlines()]
     assert len(ids) == len(set(ids)) > 8
+
+
+def test_two_processes_answer_a_benchmark_as_one_each_with_its_own_images(two, finished, tmp_path):
+    assert main([*BENCHMARK, f"--workdir={finished}", f"--out={tmp_path}"]) == 0
+    name = "ocrbench-official.jsonl"
+    both = (two[0] / "answers" / name).read_text()
+    assert both == (tmp_path / name).read_text() and both.count('"text"') > 5
+    assert len(list((two[0] / "cache").glob("*/*.json"))) == both.count('"text"')
 
 
 def test_a_model_over_two_processes_and_two_parts_gives_the_tokens_of_one_device(

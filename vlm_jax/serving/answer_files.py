@@ -16,6 +16,7 @@ from pathlib import PurePath
 from typing import Any
 
 from vlm_jax import files, hosts
+from vlm_jax.evals import samples as logged
 from vlm_jax.evals.scoring import Scored
 from vlm_jax.evals.task import Question, Task
 
@@ -191,46 +192,11 @@ def answer_line(
     return made
 
 
-def samples(
-    questions: Sequence[Question],
-    prompts: Sequence[str],
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    offset: int,
-    metric: str,
-    scored: Scored | None,
-) -> Iterator[dict[str, Any]]:
-    """The fields that lmms-eval logs of every sample, one for each question.
-
-    doc_id is the position in the official file, filtered_resps the answer ("" where there is none),
-    `metric` its grade if there are scores.
-    """
-    grades = {} if scored is None else {g.question.key: g for g in scored.graded}
-    for number, (question, prompt, row) in enumerate(zip(questions, prompts, rows, strict=True)):
-        doc = dict(
-            question_id=question.id,
-            question=question.text,
-            answers=list(question.answers),
-            images=[str(x) for x in question.images if not isinstance(x, bytes)],
-        )
-        target = question.answers[0] if len(question.answers) == 1 else doc["answers"]
-        target = target if isinstance(target, str) else json.dumps(target, ensure_ascii=False)
-        made = dict(
-            doc_id=offset + number,
-            doc=doc,
-            target=target,
-            filtered_resps=row.get("text", ""),
-            doc_hash=sha(json.dumps(doc, indent=2, ensure_ascii=False)),
-            prompt_hash=sha(prompt),
-            target_hash=sha(target),
-            input=prompt,
-        )
-        if "error" in row:
-            made["error"] = row["error"]
-        if question.key in grades:
-            grade = grades[question.key].grade
-            made |= {metric: grade.value, "parsed": grade.parsed, "rule": grade.rule}
-        yield made
+def samples(scored: Scored, offset: int) -> Iterator[str]:
+    """The lines of `vlm-jax score --samples`; doc_id counts the questions that were left out."""
+    for line in logged.lines(scored):
+        row = json.loads(line)
+        yield line_of(row | {"doc_id": row["doc_id"] + offset})
 
 
 def sha(text: str) -> str:

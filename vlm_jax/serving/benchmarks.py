@@ -68,6 +68,10 @@ class Request:
     def __post_init__(self) -> None:
         for name in self.tasks:
             scoring.protocol_of(scoring.task_of(name), self.protocol)
+        if self.samples and not self.score:
+            raise ValueError(
+                "--log-samples goes without --predict-only: a sample has the grade of its answer"
+            )
         for what, values in (("--tasks", self.tasks), ("--visual-tokens", self.visual_tokens)):
             if len(set(values)) < len(values) or not values:
                 raise ValueError(f"{what}={','.join(map(str, values))}: name each once")
@@ -115,7 +119,7 @@ def asked_of(request: Request, name: str) -> Asked:
     """The questions of one task."""
     task = scoring.task_of(name)
     protocol = scoring.protocol_of(task, request.protocol)
-    given = task.read(annotations_of(request, name))
+    given = scoring.annotations_of(task, annotations_of(request, name))
     total = len(given.questions)
     if request.offset >= total:
         raise ValueError(
@@ -304,22 +308,17 @@ def finish(
     if request.score:
         scored, why = score_of(request, asked, file)
         report["score"] = None if scored is None else scored.described
+        for note in [] if scored is None else scoring.old_files(scored.described["files"]):
+            progress.say(f"{file.name}: {note}")
         if why:
             report["not_scored"] = why
             progress.say(f"{file.name} has no score: {why}")
     if hosts.is_writer():
         files.write_json(file.about, report)
-        if request.samples:
-            logged = answer_files.samples(
-                asked.questions,
-                asked.prompts,
-                rows,
-                offset=request.offset,
-                metric=asked.protocol.metric,
-                scored=scored,
-            )
+        if request.samples and scored is not None:
             target = file.folder / f"{file.name}_samples_{asked.task.name}.jsonl"
-            files.write_text(target, "".join(answer_files.line_of(x) + "\n" for x in logged))
+            logged = answer_files.samples(scored, request.offset)
+            files.write_text(target, "".join(line + "\n" for line in logged))
     if failed == len(rows):
         raise ValueError(
             f"{file.path}: none of {len(rows)} questions was answered, the first because "

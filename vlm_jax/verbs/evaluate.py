@@ -84,7 +84,7 @@ def add_flags(parser: Parser) -> None:
     add(
         "--log-samples",
         action="store_true",
-        help="also write every sample with lmms-eval's fields, in NAME_samples_TASK.jsonl",
+        help="also write NAME_samples_TASK.jsonl, as `vlm-jax score --samples` does",
     )
     add("--cache", metavar="DIR", help="take and keep answers in this folder, by their content")
     add(
