@@ -134,8 +134,8 @@ class AnswerFile:
             yield Adding(self, lines)
 
     def finish(self, keys: Sequence[str]) -> None:
-        """Puts the lines in the order of these keys, all of which must have one."""
-        if hosts.is_writer() and list(self.lines) != list(keys):
+        """Puts the lines in the order of these keys, all of which must have one; in the writer."""
+        if list(self.lines) != list(keys):
             self.lines = {key: self.lines[key] for key in keys}
             self.rewrite(self.lines.values())
 

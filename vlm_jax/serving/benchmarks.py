@@ -220,7 +220,6 @@ def one_file(
         task.note(before)
         shortened = answer_all(asker, request, asked, file, task.note, model_id, cache)
     seconds = time.perf_counter() - then
-    file.finish(keys)
     rows = [file.lines[key] for key in keys]
     failed = [row for row in rows if "error" in row]
     report: dict[str, Any] = dict(
@@ -298,32 +297,42 @@ def finish(
     request: Request, asked: Asked, file: AnswerFile, rows: list[dict[str, Any]],
     report: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Scores the answers, and writes what is known of them."""
+    """Scores the answers, and writes what is known of them; the writer does it for all."""
     if failed := report["failed"]:
         progress.say(
             f"{file.name}: {failed} of {len(rows)} questions were not answered, the first: "
             f"{report['errors'][0]}"
         )
-    scored = None
-    if request.score:
-        scored, why = score_of(request, asked, file)
-        report["score"] = None if scored is None else scored.described
-        for note in [] if scored is None else scoring.old_files(scored.described["files"]):
-            progress.say(f"{file.name}: {note}")
-        if why:
-            report["not_scored"] = why
-            progress.say(f"{file.name} has no score: {why}")
-    if hosts.is_writer():
-        files.write_json(file.about, report)
-        if request.samples and scored is not None:
-            target = file.folder / f"{file.name}_samples_{asked.task.name}.jsonl"
-            logged = answer_files.samples(scored, request.offset)
-            files.write_text(target, "".join(line + "\n" for line in logged))
+    report |= hosts.from_writer(lambda: written(request, asked, file, report))
+    if why := report.get("not_scored"):
+        progress.say(f"{file.name} has no score: {why}")
     if failed == len(rows):
         raise ValueError(
             f"{file.path}: none of {len(rows)} questions was answered, the first because "
             f"{report['errors'][0]}"
         )
+
+
+def written(
+    request: Request, asked: Asked, file: AnswerFile, report: dict[str, Any]
+) -> dict[str, Any]:
+    """Puts the lines in order, scores them, and writes the other files; what the score says."""
+    file.finish([q.key for q in asked.questions])
+    found: dict[str, Any] = {}
+    scored = None
+    if request.score:
+        scored, why = score_of(request, asked, file)
+        found["score"] = None if scored is None else scored.described
+        found |= {"not_scored": why} if why else {}
+    if scored is not None:
+        for note in scoring.old_files(scored.described["files"]):
+            progress.say(f"{file.name}: {note}")
+    if request.samples and scored is not None:
+        target = file.folder / f"{file.name}_samples_{asked.task.name}.jsonl"
+        logged = answer_files.samples(scored, request.offset)
+        files.write_text(target, "".join(line + "\n" for line in logged))
+    files.write_json(file.about, report | found)
+    return found
 
 
 def score_of(request: Request, asked: Asked, file: AnswerFile) -> tuple[scoring.Scored | None, str]:
@@ -337,10 +346,8 @@ def score_of(request: Request, asked: Asked, file: AnswerFile) -> tuple[scoring.
         # Some of the questions may miss a group that the number is made of.
         if len(asked.questions) == asked.total:
             raise
-        return (
-            None,
-            f"of {len(asked.questions)} of {asked.total} questions: {errors.sentence(error)}",
-        )
+        some = f"{len(asked.questions)} of {asked.total} questions"
+        return None, f"{some} have none: {errors.sentence(error)}"
 
 
 def shown(report: dict[str, Any]) -> str:
