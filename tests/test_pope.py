@@ -173,6 +173,22 @@ def test_llavas_questions_choose_among_the_new_random_file_and_not_the_reverse(t
         pope.read(whole)
 
 
+def test_releases_that_word_a_question_otherwise_are_matched(tmp_path):
+    home = folder(tmp_path / "a", 12, asked=12)
+    for file, old, new in (
+        (home / "coco" / "coco_pope_random.json", "A 3?", "Is there an umbrella in the image?"),
+        (home / "llava_pope_test.jsonl", "A 3?", "Is there an umbrella in the imange?"),
+    ):
+        file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(ValueError, match="different releases"):
+        pope.read(home)  # the two other categories still have the old question
+    for category in ("adversarial", "popular"):
+        file = home / "coco" / f"coco_pope_{category}.json"
+        file.write_text(file.read_text().replace("A 3?", "Is there a umbrella in the image?"))
+    assert len(pope.read(home).questions) == 12 + 60 + 60
+    assert pope.asked_object("Is there a tv in the image?") == "tv"
+
+
 def test_one_category_can_be_scored_alone(tmp_path):
     given = pope.read(HOME / "annotations" / "coco" / "coco_pope_popular.json")
     assert {q.labels["category"] for q in given.questions} == {"popular"}

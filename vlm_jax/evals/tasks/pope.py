@@ -5,6 +5,7 @@ Ids are those of LLaVA's llava_pope_test.jsonl, because the official files each 
 random file exists with 2,910 lines (LLaVA's, AoiDragon/POPE@e3e3926) and with 3,000.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,13 +34,14 @@ from vlm_jax.evals.task import (
 CATEGORIES = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
 RANDOM_FILES = {2910: "the old one, LLaVA's", 3000: "the new one"}
 PREFIX = "coco_pope_"
+OBJECT = re.compile(r"Is there an? (.+) in the \w+\?")
 ASKED = "llava_pope_test.jsonl"
 
 
 def read(path: Path) -> Annotations:
     """The questions of coco_pope_CATEGORY.json, with the ids of LLaVA's question file.
 
-    Where that file is beside or above them, questions are matched by image and text, and those
+    Where that file is beside or above them, questions are matched by image and object, and those
     that it does not ask are left out. Otherwise ids are made as it makes them.
     """
     files = _label_files(path)
@@ -58,7 +60,7 @@ def read(path: Path) -> Annotations:
         own = None if ids is None else ids[category]
         count = 0
         for row in rows:
-            place = (row["image"], row["text"])
+            place = (row["image"], asked_object(row["text"]))
             if own is None:
                 number = CATEGORIES.get(category, 0) + row["question_id"]
             elif own[place]:
@@ -86,6 +88,15 @@ def read(path: Path) -> Annotations:
     return Annotations(unique(questions, path), read_from, ", ".join(versions), tuple(notes))
 
 
+def asked_object(text: str) -> str:
+    """What a question asks for; the question itself if it has another form.
+
+    The words around differ between releases: "an umbrella in the imange" in LLaVA's.
+    """
+    found = OBJECT.fullmatch(text.strip())
+    return found.group(1) if found else text
+
+
 def _label_files(path: Path) -> list[Path]:
     if path.is_file() and path.name != ASKED:
         return [path]
@@ -98,10 +109,10 @@ def _label_files(path: Path) -> list[Path]:
 
 
 def _ids(asked: Path) -> dict[str, dict[tuple[str, str], list[int]]]:
-    """Category -> (image, question) -> the ids of LLaVA's file, in its order."""
+    """Category -> (image, object) -> the ids of LLaVA's file, in its order."""
     ids: dict[str, dict] = defaultdict(lambda: defaultdict(list))
     for row in question_files.rows(asked, "image", "category"):
-        place = (row["image"], question_files.bare(row["text"]))
+        place = (row["image"], asked_object(question_files.bare(row["text"])))
         ids[row["category"]][place].append(row["question_id"])
     return ids
 
