@@ -133,7 +133,7 @@ def folder(path, random_lines, asked=None):
         count = random_lines if category == "random" else 60
         rows = [
             {
-                "question_id": i + 1,
+                "question_id": 2 * i + 1,
                 "image": f"{i // 6}.jpg",
                 "text": f"Is there a {i}?",
                 "label": "no",
@@ -176,15 +176,21 @@ def test_llavas_questions_choose_among_the_new_random_file_and_not_the_reverse(t
 def test_releases_that_word_a_question_otherwise_are_matched(tmp_path):
     home = folder(tmp_path / "a", 12, asked=12)
     for file, old, new in (
-        (home / "coco" / "coco_pope_random.json", "A 3?", "Is there an umbrella in the image?"),
-        (home / "llava_pope_test.jsonl", "A 3?", "Is there an umbrella in the imange?"),
+        (
+            home / "coco" / "coco_pope_random.json",
+            "Is there a 3?",
+            "Is there an umbrella in the image?",
+        ),
+        (home / "llava_pope_test.jsonl", "Is there a 3?", "Is there an umbrella in the imange?"),
     ):
         file.write_text(file.read_text().replace(old, new))
     with pytest.raises(ValueError, match="different releases"):
         pope.read(home)  # the two other categories still have the old question
     for category in ("adversarial", "popular"):
         file = home / "coco" / f"coco_pope_{category}.json"
-        file.write_text(file.read_text().replace("A 3?", "Is there a umbrella in the image?"))
+        file.write_text(
+            file.read_text().replace("Is there a 3?", "Is there a umbrella in the image?")
+        )
     assert len(pope.read(home).questions) == 12 + 60 + 60
     assert pope.asked_object("Is there a tv in the image?") == "tv"
 

@@ -42,7 +42,8 @@ def read(path: Path) -> Annotations:
     """The questions of coco_pope_CATEGORY.json, with the ids of LLaVA's question file.
 
     Where that file is beside or above them, questions are matched by image and object, and those
-    that it does not ask are left out. Otherwise ids are made as it makes them.
+    that it does not ask are left out. Otherwise ids are made as it makes them, from positions: the
+    official ones have gaps in some releases.
     """
     files = _label_files(path)
     home = image_folder(files[0], ("val2014", "coco/val2014", "images/val2014"))
@@ -51,6 +52,8 @@ def read(path: Path) -> Annotations:
     asked = next((p / ASKED for p in places if (p / ASKED).is_file()), None)
     ids = _ids(asked) if asked else None
     questions, versions, notes = [], [], []
+    if ids is None:
+        notes.append(f"{ASKED} is not here: ids are positions, from 1, 10000001 and 20000001")
     for file in files:
         category = file.stem.removeprefix(PREFIX)
         rows = [row for _, row in json_lines(file)]
@@ -59,10 +62,10 @@ def read(path: Path) -> Annotations:
             continue
         own = None if ids is None else ids[category]
         count = 0
-        for row in rows:
+        for position, row in enumerate(rows, 1):
             place = (row["image"], asked_object(row["text"]))
             if own is None:
-                number = CATEGORIES.get(category, 0) + row["question_id"]
+                number = CATEGORIES.get(category, 0) + position
             elif own[place]:
                 number = own[place].pop(0)
             else:
