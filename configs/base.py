@@ -96,8 +96,8 @@ def get_config() -> ConfigDict:
     # Data.
     c.data = ConfigDict()
     c.data.source = "llava"  # vlm_jax/data/sources.py SOURCES names the kinds
-    # llava: the JSON file; tars: a tar, a folder of them, or names with {000..012} or *; nlvr: the
-    # folder that holds train and evaluation splits.
+    # llava: the JSON file; tars: a tar, a folder of them, or names with {000..012} or *; tfds: a
+    # folder of `vlm-jax data build`; nlvr: the folder that holds train and evaluation splits.
     c.data.path = ""
     c.data.images = ""  # llava: the folder that image paths are relative to
     # mixture: ("NAME", weight, {fields of data that differ}) for each part, such as

@@ -17,6 +17,7 @@ from vlm_jax.data.mixture import Mixture, Part
 from vlm_jax.data.nlvr import Nlvr
 from vlm_jax.data.pictures import check_exif
 from vlm_jax.data.tars import Tars
+from vlm_jax.data.tfds import Tfds
 
 log = logging.getLogger(__name__)
 
@@ -116,16 +117,18 @@ class Origin:
         return cls(**values | {"mixture": tuple(config.data.mixture)}, seed=config.seed)
 
 
-def _llava(origin: Origin, split: str) -> Llava:
-    return Llava(
-        origin.path,
-        split,
-        images=origin.images,
+def _of_rows(origin: Origin) -> dict[str, Any]:
+    """What sources of rows are opened with."""
+    return dict(
         text_only=origin.text_only,
         images_per_row=origin.images_per_row,
         skip=origin.on_bad_example == "skip",
         exif=origin.image_exif,
     )
+
+
+def _llava(origin: Origin, split: str) -> Llava:
+    return Llava(origin.path, split, images=origin.images, **_of_rows(origin))
 
 
 def _synthetic(origin: Origin, split: str) -> Synthetic:
@@ -138,14 +141,11 @@ def _nlvr(origin: Origin, split: str) -> Nlvr:
 
 
 def _tars(origin: Origin, split: str) -> Tars:
-    return Tars(
-        origin.path,
-        split,
-        text_only=origin.text_only,
-        images_per_row=origin.images_per_row,
-        skip=origin.on_bad_example == "skip",
-        exif=origin.image_exif,
-    )
+    return Tars(origin.path, split, **_of_rows(origin))
+
+
+def _tfds(origin: Origin, split: str) -> Tfds:
+    return Tfds(origin.path, split, **_of_rows(origin))
 
 
 def _mixture(origin: Origin, split: str) -> Mixture:
@@ -167,6 +167,7 @@ def _mixture(origin: Origin, split: str) -> Mixture:
 SOURCES: dict[str, Callable[[Origin, str], Source]] = {
     "llava": _llava,
     "tars": _tars,
+    "tfds": _tfds,
     "mixture": _mixture,
     "synthetic": _synthetic,
     "nlvr": _nlvr,

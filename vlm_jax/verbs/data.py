@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks a data set before it is trained on: rows, images, lengths of texts.
+"""Checks a data set before it is trained on: rows, images, lengths of texts; writes it for tfds.
 
     vlm-jax data check llava_v1_5_mix665k.json --images=playground/data --jobs=16
+    vlm-jax data build rows.json --images=images --out=tfds --split=train
     vlm-jax data check rows.jsonl --tokenizer=models/vicuna/tokenizer --out=runs/check
 
 One JSON object on stdout, a table on stderr. Exit status 0: clean; 1: something was found; 2: the
@@ -34,7 +35,8 @@ def count_flag(text: str) -> int:
 def add_flags(parser: Parser) -> None:
     """The flags of the verb."""
     add = parser.add_argument
-    add("action", choices=("check",), metavar="check", help="the only action")
+    add("action", choices=("check", "build"), metavar="ACTION",
+        help="check, or build: a data set of tensorflow-datasets, written to --out")  # fmt: skip
     add("path", metavar="FILE",
         help="a LLaVA file (a JSON list or JSON lines), or tars: one, a folder, or a name with "
         "{000..012} or *")  # fmt: skip
@@ -52,27 +54,57 @@ def add_flags(parser: Parser) -> None:
     add("--strict", action="store_true", help="notes make the exit status 1 too")
     add("--allow", default="", metavar="KIND,KIND",
         help="kinds that do not change the exit status (default: none)")  # fmt: skip
-    add("--out", metavar="DIR",
-        help="where found.jsonl and a picture are written (default: nowhere)")  # fmt: skip
+    add(
+        "--out",
+        metavar="DIR",
+        help="where found.jsonl and a picture, or the data set, are written (default: nowhere)",
+    )
+    add("--split", default="train", metavar="NAME", help="build: the split that the rows are")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Checks; 0, or 1 if something was found."""
+    """Checks; 0, or 1 if something was found. Or builds; 0."""
     cli.say_warnings()
+    return build(options) if options.action == "build" else check(options)
+
+
+def build(options: argparse.Namespace) -> int:
+    """Writes a data set, and prints its folder and the hash of what is read from it; 0."""
+    if not options.out:
+        raise ValueError("--out is missing: name the folder that the data set is written to")
+    from vlm_jax.data import tfds
+    from vlm_jax.data.check import EverySkip
+
+    source = opened_source(options.path, options.images)
+    if bad := len(source.left_out):
+        assert isinstance(source.left_out, EverySkip)
+        raise ValueError(
+            f"{bad} bad rows in {options.path}, the first: {source.left_out.all[0][2]}; "
+            "`vlm-jax data check` names all of them: correct the file"
+        )
+    source.split = options.split
+    folder = tfds.build(source, options.out)
+    print(json.dumps({"path": str(folder), "split": options.split, "rows": len(source)}))
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    """Checks; 0, or 1 if something was found."""
     from vlm_jax import progress
-    from vlm_jax.data import check, findings
+    from vlm_jax.data import check as checking
+    from vlm_jax.data import findings
 
     allow = [kind for kind in options.allow.split(",") if kind]
     known = [*findings.FINDINGS, *findings.NOTES]
     if unknown := [kind for kind in allow if kind not in known]:
         raise ValueError(f"--allow={unknown[0]}: choose of {', '.join(known)}")
     jobs = options.jobs or os.cpu_count() or 1
-    texts = check.TextFormat(options.tokenizer or "", options.template, options.text_length)
+    texts = checking.TextFormat(options.tokenizer or "", options.template, options.text_length)
     then = time.monotonic()
     with progress.doing(f"reading {options.path}"):
         source = opened_source(options.path, options.images)
     opened = time.monotonic()
-    report = check.check(source, texts, jobs=jobs, whole=not options.headers)
+    report = checking.check(source, texts, jobs=jobs, whole=not options.headers)
     failing = report.failing(strict=options.strict, allow=allow)
     found = {
         "path": options.path,
