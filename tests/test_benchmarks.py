@@ -19,6 +19,8 @@ from vlm_jax.__main__ import main
 from vlm_jax.evals import scoring
 from vlm_jax.evals.task import numbered
 from vlm_jax.evals.tasks import TASKS
+from vlm_jax.models.vlm import parameters
+from vlm_jax.rows import scores
 from vlm_jax.serving import answer_files, asking, benchmarks
 from vlm_jax.serving.answer_cache import AnswerCache
 from vlm_jax.weights import folder, sources
@@ -92,6 +94,16 @@ def test_the_score_is_that_of_the_verb_score(whole, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == report["score"]
     about = Path(report["file"]).with_suffix(".json")
     assert json.loads(about.read_text()) == json.loads(json.dumps(report))
+
+
+def test_a_fit_reads_the_report_with_the_columns_of_its_model(whole, opened):
+    report, _ = whole
+    found = scores.read([Path(report["file"]).parent])
+    (point,) = found.tasks.values()
+    assert point.N[0] == parameters(opened[0].decoder.model.llm) / 1e9
+    assert (point.V[0], point.Q[0], point.label) == (4, report["Q"], ["tiny"])
+    assert 1 - point.error[0] == report["score"]["value"] / report["score"]["n"]
+    assert 3 < report["Q"] < 40
 
 
 @pytest.mark.parametrize("batch, shape", [(1, None), (7, None), (16, (2, 2, 2))])

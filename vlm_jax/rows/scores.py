@@ -2,7 +2,7 @@
 """Reads scores of public benchmarks as points for the law: the averages of arXiv 2411.03312.
 
 A score is the JSON object that `vlm-jax score --model=...` prints, with N (billions), V and
-optionally Q, label and seed of the model; or a report of `vlm-jax evaluate --tasks`, with N added.
+optionally Q, label and seed of the model; or a report of `vlm-jax evaluate --tasks`.
 """
 
 import json

@@ -5,6 +5,7 @@ For each task, V and view one file of answers (`answer_files.py`). The same comm
 the last one ended.
 """
 
+import contextlib
 import hashlib
 import json
 import time
@@ -18,7 +19,9 @@ import jax
 
 from vlm_jax import errors, files, hosts, preemption, progress
 from vlm_jax.evals import scoring
+from vlm_jax.evals.metrics import mean
 from vlm_jax.evals.task import Annotations, Protocol, Question, Task
+from vlm_jax.models.vlm import parameters
 from vlm_jax.serving import answer_files
 from vlm_jax.serving.answer_cache import AnswerCache
 from vlm_jax.serving.answer_files import AnswerFile
@@ -30,6 +33,7 @@ from vlm_jax.training.workdir import lock
 from vlm_jax.weights import folder
 from vlm_jax.weights.processors import processor_of
 
+COUNTED = 2000
 MISSING_IMAGE = ("fail", "record")
 
 
@@ -225,6 +229,8 @@ def one_file(
     report: dict[str, Any] = dict(
         file=str(file.path),
         settings=settings,
+        **columns(asker, asked, rows),
+        label=model_id,
         questions=len(rows),
         failed=len(failed),
         errors=[row["error"] for row in failed[:3]],
@@ -236,6 +242,22 @@ def one_file(
     )
     finish(request, asked, file, rows, report)
     return report
+
+
+def columns(asker: Asker, asked: Asked, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """N (billions of parameters of the LLM), V of an image and Q, the mean text tokens of a prompt,
+    as `vlm-jax fit` reads them. Q is that of up to COUNTED questions, spread over the file."""
+    V = float(asker.V)
+    if asker.model.compressor.adaptive and not asker.V:
+        V = mean([float(r["metadata"]["visual_tokens"]) for r in rows if "error" not in r])
+    lengths = []
+    step = -(-len(asked.questions) // COUNTED)
+    for question, prompt in zip(asked.questions[::step], asked.prompts[::step], strict=True):
+        with contextlib.suppress(ValueError):  # such a question has its error in its line
+            tokens = asker.model.tokens(prompt, images=len(question.images))
+            lengths.append(float(len(tokens.ids)))
+    N = parameters(asker.model.decoder.model.llm) / 1e9
+    return dict(N=N, V=V) | (dict(Q=mean(lengths)) if lengths else {})
 
 
 def answer_all(
