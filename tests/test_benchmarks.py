@@ -98,12 +98,10 @@ def test_the_score_is_that_of_the_verb_score(whole, capsys):
 
 def test_a_fit_reads_the_report_with_the_columns_of_its_model(whole, opened):
     report, _ = whole
-    found = scores.read([Path(report["file"]).parent])
-    (point,) = found.tasks.values()
+    (point,) = scores.read([Path(report["file"]).parent]).tasks.values()
     assert point.N[0] == parameters(opened[0].decoder.model.llm) / 1e9
     assert (point.V[0], point.Q[0], point.label) == (4, report["Q"], ["tiny"])
     assert 1 - point.error[0] == report["score"]["value"] / report["score"]["n"]
-    assert 3 < report["Q"] < 40
 
 
 @pytest.mark.parametrize("batch, shape", [(1, None), (7, None), (16, (2, 2, 2))])

@@ -43,7 +43,7 @@ def add_flags(parser: Parser) -> None:
         help="the folder of a finished `vlm-jax train`, a grid's cell, or a model",
     )
     add = parser.add_argument_group("public benchmarks").add_argument
-    add("--tasks", metavar="TASKS", help="benchmarks, with commas between them: gqa,textvqa_ocr")
+    add("--tasks", metavar="TASKS", help="benchmarks, such as gqa,textvqa_ocr (default: none)")
     add(
         "--protocol",
         metavar="NAME",
@@ -53,7 +53,7 @@ def add_flags(parser: Parser) -> None:
         "--annotations",
         metavar="PATH",
         help="the official file or folder of the task; for several, a folder with a subfolder "
-        "TASK for each",
+        "TASK for each (required with --tasks)",
     )
     add("--out", metavar="DIR", help="the folder of the answers (default: WORKDIR/answers)")
     add(
@@ -86,7 +86,8 @@ def add_flags(parser: Parser) -> None:
         action="store_true",
         help="also write NAME_samples_TASK.jsonl, as `vlm-jax score --samples` does",
     )
-    add("--cache", metavar="DIR", help="take and keep answers in this folder, by their content")
+    add("--cache", metavar="DIR", help="take and keep answers in this folder, by their content "
+        "(default: none)")  # fmt: skip
     add(
         "--on-missing-image",
         choices=("fail", "record"),
@@ -101,7 +102,8 @@ def add_flags(parser: Parser) -> None:
         choices=("float32", "bfloat16"),
         help="number format of weights and activations (default: as stored)",
     )
-    add("--mesh", metavar="AXIS=N", help="the device mesh, as in `vlm-jax generate`")
+    add("--mesh", metavar="AXIS=N", help="the device mesh, as in `vlm-jax generate` (default: all "
+        "devices to data)")  # fmt: skip
 
 
 OF_BENCHMARKS = (
