@@ -24,6 +24,7 @@ IN_PLACE = {
     "vlm_jax/training/log.py": "a line is added, half of one is dropped by the reader",
     "vlm_jax/training/arrays.py": "in a folder that orbax renames when it is whole",
     "vlm_jax/training/lease.py": "the lock of the kernel, an empty file",
+    "vlm_jax/serving/answer_cache.py": "renamed when whole; a damaged entry is none",
     "vlm_jax/serving/request_files.py": "answers line by line, as they come",
 }
 WRITES = re.compile(
@@ -148,3 +149,14 @@ def test_files_are_replaced_in_one_way():
         if WRITES.search(line.replace("files.write_", "")) and "rename(aside)" not in line
     ]
     assert not wrong, f"vlm_jax/files.py writes a file whole or not at all: {wrong}"
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        files.write_text(tmp_path / "pipe", "all of it")
+        assert os.read(reader, 100) == b"all of it"
+        assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+    finally:
+        os.close(reader)

@@ -148,6 +148,17 @@ def test_a_wrong_flag_is_refused_with_the_way_out(flags, words, capsys):
     assert words in made.score(capsys, *flags, code=2)
 
 
+def test_a_file_that_is_read_is_not_written_over(tmp_path, capsys):
+    made.questions(tmp_path, 2)
+    file = made.answers(tmp_path / "a.jsonl", [True] * 2)
+    before = file.read_bytes()
+    (tmp_path / "link").symlink_to(file)
+    for name in ("a.jsonl", "questions.jsonl", "link"):
+        flags = [*made.own(tmp_path, file), f"--samples={tmp_path / name}"]
+        assert "another name" in made.score(capsys, *flags, code=2)
+    assert file.read_bytes() == before
+
+
 def test_a_score_starts_fast_and_imports_no_library(tmp_path):
     made.questions(tmp_path, 3)
     file = made.answers(tmp_path / "a.jsonl", [True] * 3)

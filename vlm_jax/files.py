@@ -14,6 +14,7 @@ import io
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -52,6 +53,7 @@ def writing(path: str | PurePath, mode: Literal["w", "wb"] = "w") -> Iterator[IO
 
     The file is replaced when the body ends without an error; otherwise the old file stays. Several
     processes may write one path at once: the last to finish wins.
+    A device or a pipe, such as /dev/stdout, is written to, not replaced.
     """
     if buckets.is_bucket(path):
         stream = io.BytesIO() if mode == "wb" else io.StringIO(newline="")
@@ -59,9 +61,13 @@ def writing(path: str | PurePath, mode: Literal["w", "wb"] = "w") -> Iterator[IO
         content = stream.getvalue()
         buckets.put(path, content.encode() if isinstance(content, str) else content)
         return
+    text = {} if mode == "wb" else {"encoding": "utf-8", "newline": ""}
+    if _is_stream(path):
+        with open(path, mode, **text) as file:  # type: ignore[call-overload]
+            yield file
+        return
     path = Path(os.path.realpath(path))
     fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    text = {} if mode == "wb" else {"encoding": "utf-8", "newline": ""}
     with _put(fresh, path), open(fresh, mode, **text) as file:  # type: ignore[call-overload]
         yield file
 
@@ -207,6 +213,16 @@ def _put(fresh: Path, path: Path) -> Iterator[None]:
         raise
     finally:
         _remove(fresh)
+
+
+def _is_stream(path: str | PurePath) -> bool:
+    """Whether there is a device, a pipe or a socket, of which another file must not take the
+    place."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _remove(path: Path) -> None:

@@ -2,23 +2,58 @@
 """What several readers of official files share: rows of the Hugging Face hub, and errors that name
 the row."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.evals.task import found, json_lines
+from vlm_jax.evals.task import Question, found, json_lines
 
 
 @contextmanager
-def row_of(path: Path, number: int) -> Iterator[None]:
-    """Makes what a row lacks a ValueError with the file and the row's number, from 0."""
+def row_of(path: Path, number: int | str) -> Iterator[None]:
+    """Makes what a row lacks a ValueError with the file and the row's number, from 0, or key."""
     try:
         yield
     except KeyError as error:
         raise ValueError(f"{path}, row {number}: it has no field {error}") from error
     except (TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path}, row {number}: a field is not as expected: {error}") from error
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}, row {number}: {error}") from error
+
+
+def text_of(value: Any) -> str:
+    """A text, or a number as text. Raises TypeError for other values, such as null."""
+    if isinstance(value, str) or type(value) is int:
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return str(value)
+    raise TypeError(f"{value!r:.60} where a text or a number is needed")
+
+
+def texts_of(values: Any) -> tuple[str, ...]:
+    """The texts of a list. Raises TypeError for no list, and as `text_of` does."""
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{values!r:.60} where a list is needed")
+    return tuple(map(text_of, values))
+
+
+def check_fields(questions: Sequence[Question], path: Path) -> None:
+    """Raises ValueError for a question with an id or a text of another type than it has."""
+    for q in questions:
+        fields = {"question": q.text, "cluster": q.cluster, **q.labels}
+        wrong = [(name, value) for name, value in fields.items() if not isinstance(value, str)]
+        wrong += [("answer", a) for a in q.answers if not isinstance(a, str)]
+        if not isinstance(q.id, str) and type(q.id) is not int:
+            wrong.insert(0, ("id", q.id))
+        for name, value in wrong:
+            raise ValueError(
+                f"{path}, question {q.key!r:.80}: its {name or 'type'} is {value!r:.60}, not a text"
+            )
 
 
 def hub_rows(path: Path, names: Sequence[str], task: str) -> tuple[Path, list[dict[str, Any]]]:

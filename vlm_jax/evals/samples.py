@@ -129,8 +129,8 @@ def kind_of(path: Path) -> tuple[str, dict[str, Any]]:
     Raises:
       OSError, ValueError: if it begins with none.
     """
-    text = path.read_text(encoding="utf-8-sig").lstrip()
     try:
+        text = path.read_text(encoding="utf-8-sig").lstrip()
         first, _ = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} does not begin with a JSON object: {error}") from error

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.evals import predictions as answers
+from vlm_jax.evals import readers
 from vlm_jax.evals.task import Aggregate, Annotations, Grade, Graded, Protocol, Task
 from vlm_jax.evals.tasks import TASKS
 
@@ -162,7 +163,9 @@ def annotations_of(task: Task, path: Path) -> Annotations:
     """
     try:
         with _uncollected():
-            return task.read(path)
+            given = task.read(path)
+            readers.check_fields(given.questions, given.files[0])
+            return given
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} does not have the form of {task.name}'s files ({task.layout}): {error!r:.80}"

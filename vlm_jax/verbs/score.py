@@ -187,6 +187,12 @@ def scored(options: argparse.Namespace) -> dict[str, Any]:
     if options.full and not options.downsampled:
         raise ValueError("--full needs --downsampled: together they are VTC-Bench's groups")
     given = scoring.annotations_of(task, Path(options.annotations))
+    inputs = [
+        file,
+        *given.files,
+        *(Path(path) for kind in IMAGE if (path := getattr(options, kind))),
+    ]
+    keep(inputs, options.submission, options.samples)
     shown: dict[str, Any] = {}
     if options.submission:
         content, found = submission.made(task, given, file, allow=allow)
@@ -244,6 +250,15 @@ def compared(options: argparse.Namespace) -> dict[str, Any]:
     given = scoring.annotations_of(task, Path(options.annotations))
     one, two = (scoring.score_given(task, name, path, given, allow=allow) for path in paths)
     return compare.paired(one, two, **how)
+
+
+def keep(inputs: Sequence[Path], *outputs: str | None) -> None:
+    """Raises ValueError for a file to be written that is read, or is written twice."""
+    taken = {path.resolve() for path in inputs}
+    for name in filter(None, outputs):
+        if (path := Path(name).resolve()) in taken:
+            raise ValueError(f"{name} is read or written already: give the new file another name")
+        taken.add(path)
 
 
 def allowed(text: str, kinds: tuple[str, ...]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from vlm_jax.evals.choices import LETTERS, choose, lettered
-from vlm_jax.evals.readers import hub_image, hub_rows, row_of
+from vlm_jax.evals.readers import hub_image, hub_rows, row_of, texts_of
 from vlm_jax.evals.task import (
     LETTER,
     Annotations,
@@ -34,6 +34,9 @@ def read(path: Path) -> Annotations:
         with row_of(path, number):
             image = hub_image(path, row, "image")
             answer = str(row.get("answer", "")).strip()
+            options = texts_of(row["options"])
+            if answer.isdecimal() and int(answer) >= len(options):
+                raise ValueError(f"its answer is {answer}, and it has {len(options)} options")
             questions.append(
                 Question(
                     id=number,
@@ -41,7 +44,7 @@ def read(path: Path) -> Annotations:
                     images=(image,) if image else (),
                     answers=(LETTERS[int(answer)],) if answer.isdecimal() else (),
                     cluster=str(image or number),
-                    facts={"options": tuple(map(str, row["options"]))},
+                    facts={"options": options},
                 )
             )
     notes = (

@@ -9,7 +9,7 @@ import math
 import re
 from pathlib import Path
 
-from vlm_jax.evals.readers import row_of
+from vlm_jax.evals.readers import row_of, text_of
 from vlm_jax.evals.task import (
     SHORT,
     Annotations,
@@ -113,7 +113,7 @@ def read(path: Path) -> Annotations:
                         id=f"{file.stem}/{number}",
                         text=row["query"],
                         images=(folder / row["imgname"],),
-                        answers=(str(row["label"]),) if row.get("label") is not None else (),
+                        answers=(text_of(row["label"]),) if row.get("label") is not None else (),
                         cluster=row["imgname"],
                         labels={"": split},
                     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm_jax.evals.groups import average_of_groups
 from vlm_jax.evals.metrics import edit_distance
-from vlm_jax.evals.readers import row_of
+from vlm_jax.evals.readers import row_of, texts_of
 from vlm_jax.evals.task import (
     SHORT,
     Annotations,
@@ -85,7 +85,7 @@ def read(
                     id=row["questionId"],
                     text=row["question"],
                     images=(folder / name,),
-                    answers=tuple(map(str, row.get("answers") or ())),
+                    answers=texts_of(row.get("answers") or ()),
                     cluster=name,
                     facts={"groups": tuple(_groups(row))},
                 )

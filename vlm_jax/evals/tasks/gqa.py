@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.evals import question_files
+from vlm_jax.evals.readers import row_of, text_of
 from vlm_jax.evals.task import (
     SHORT,
     Aggregate,
@@ -48,9 +49,11 @@ def read(path: Path) -> Annotations:
         return question_files.read(path, IMAGES)
     rows = read_json(path, dict)
     home = image_folder(path, IMAGES)
-    questions = [
-        _question(key, row, home) for key, row in rows.items() if row.get("isBalanced", True)
-    ]
+    questions = []
+    for key, row in rows.items():
+        with row_of(path, key):
+            if row.get("isBalanced", True):
+                questions.append(_question(key, row, home))
     notes = []
     if left := len(rows) - len(questions):
         notes.append(f"{left} questions are not balanced: as in eval.py, they are not scored")
@@ -65,7 +68,8 @@ def _question(key: str, row: Mapping[str, Any], home: Path) -> Question:
             "structural": types["structural"],
             "semantic": types["semantic"],
         }
-        facts = {"group": row["groups"]["global"]}
+        group = row["groups"]["global"]
+        facts = {"group": None if group is None else text_of(group)}
     if "semantic" in row:
         steps = [f"{step['operation']}: {step['argument']}" for step in row["semantic"]]
         labels["steps"] = str(sum(not any(name in step for name in NAMING) for step in steps))
@@ -75,7 +79,7 @@ def _question(key: str, row: Mapping[str, Any], home: Path) -> Question:
         text=row["question"],
         images=(home / f"{row['imageId']}.jpg",),
         answers=(row["answer"],) if "answer" in row else (),
-        cluster=row["imageId"],
+        cluster=str(row["imageId"]),
         labels=labels,
         facts=facts,
     )

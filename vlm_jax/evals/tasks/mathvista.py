@@ -16,7 +16,7 @@ from pathlib import Path
 from vlm_jax.evals.choices import LETTERS, choose, lettered
 from vlm_jax.evals.groups import average_of_groups
 from vlm_jax.evals.metrics import edit_distance
-from vlm_jax.evals.readers import hub_rows, row_of
+from vlm_jax.evals.readers import hub_rows, row_of, text_of, texts_of
 from vlm_jax.evals.task import (
     LETTER,
     Annotations,
@@ -212,16 +212,18 @@ def _question(row: dict, folder: Path) -> Question:
         if about.get(name):
             groups.append(f"{name}.{about[name]}")
     groups += [f"skills.{skill}" for skill in about.get("skills") or ()]
-    answer = row.get("answer")
+    answer, options = row.get("answer"), texts_of(row.get("choices") or ())
+    if kind == "multi_choice" and not options:
+        raise ValueError("its type is multi_choice, and it has no choices")
     return Question(
         id=str(row["pid"]),
         text=row["question"],
         images=(folder / Path(row["image"]).name,),
-        answers=(str(answer),) if answer not in (None, "") else (),
+        answers=(text_of(answer),) if answer not in (None, "") else (),
         cluster=Path(row["image"]).name,
         facts={
             "kind": kind,
-            "options": tuple(map(str, row.get("choices") or ())),
+            "options": options,
             "precision": row.get("precision"),
             "unit": row.get("unit"),
             "groups": tuple(groups),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vlm_jax.evals.choices import LETTERS, UNSURE, choose, lettered
 from vlm_jax.evals.groups import average_of_groups
-from vlm_jax.evals.readers import hub_image, hub_rows, row_of
+from vlm_jax.evals.readers import hub_image, hub_rows, row_of, texts_of
 from vlm_jax.evals.task import LETTER, SHORT, Annotations, Grade, Protocol, Question, Task, unique
 
 DOMAINS = {
@@ -155,16 +155,18 @@ def read(path: Path) -> Annotations:
 
 def _question(path: Path, row: dict) -> Question:
     is_open = row["question_type"] != "multiple-choice"
-    options = tuple(map(str, listed(row["options"]))) if not is_open else ()
+    options = texts_of(listed(row["options"])) if not is_open else ()
     gold = row.get("answer")
-    answers = tuple(map(str, listed(gold))) if gold not in (None, "?") else ()
+    answers = texts_of(listed(gold)) if gold not in (None, "?") else ()
+    if not is_open and (wrong := set(answers) - set(LETTERS[: len(options)])):
+        raise ValueError(f"its answer is {min(wrong)!r:.60}, and it has {len(options)} options")
     shown = "\n".join([row["question"], *options])
     # In the order of their names, as they are given to the model.
     numbers = sorted(set(IMAGE.findall(shown)))
     images = [hub_image(path, row, f"image_{i}") for i in numbers]
     match = re.fullmatch(r"[^_]*_(.+?)_\d+", row["id"])
     if not match:
-        raise ValueError(f"{path}: the id {row['id']!r} is not SPLIT_SUBJECT_NUMBER")
+        raise ValueError(f"the id {row['id']!r} is not SPLIT_SUBJECT_NUMBER")
     subject = match.group(1)
     groups = [subject, "open" if is_open else "multiple-choice"]
     if subject in DOMAIN_OF:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlm_jax.evals.metrics import consistency, mean
+from vlm_jax.evals.readers import row_of
 from vlm_jax.evals.task import (
     Aggregate,
     Annotations,
@@ -33,20 +34,21 @@ def read(path: Path) -> Annotations:
     """The pictures of dev.json, test.json or train.json, six for each line."""
     path = found(path, NAMES, "nlvr")
     split, questions = path.stem, []
-    for _, row in json_lines(path):
-        for order in range(ORDERS):
-            name = f"{split}-{row['identifier']}-{order}"
+    for number, row in json_lines(path):
+        with row_of(path, number - 1):
             folder = path.parent / "images" / str(row.get("directory", ""))
-            questions.append(
-                Question(
-                    id=name,
-                    text=row["sentence"],
-                    images=(folder / f"{name}.png",),
-                    answers=(row["label"],) if "label" in row else (),
-                    # The drawings of one sentence, in all their orders, are not independent.
-                    cluster=row["identifier"].split("-")[0],
+            for order in range(ORDERS):
+                name = f"{split}-{row['identifier']}-{order}"
+                questions.append(
+                    Question(
+                        id=name,
+                        text=row["sentence"],
+                        images=(folder / f"{name}.png",),
+                        answers=(row["label"],) if "label" in row else (),
+                        # The drawings of one sentence, in all orders, are not independent.
+                        cluster=row["identifier"].split("-")[0],
+                    )
                 )
-            )
     if not questions:
         raise ValueError(f"{path} holds no questions")
     return Annotations(numbered(questions), (path,), split)

@@ -7,7 +7,7 @@ Ids are positions in the file from 0: its own `id` is not unique.
 from functools import partial
 from pathlib import Path
 
-from vlm_jax.evals.readers import row_of
+from vlm_jax.evals.readers import row_of, texts_of
 from vlm_jax.evals.task import (
     Annotations,
     Grade,
@@ -39,7 +39,7 @@ def read(path: Path) -> Annotations:
                     id=number,
                     text=row["question"],
                     images=(folder / row["image_path"],),
-                    answers=tuple(map(str, answers)),
+                    answers=texts_of(answers),
                     cluster=row["image_path"],
                     labels={"": row["type"]},
                     facts={"dataset": row["dataset_name"]},

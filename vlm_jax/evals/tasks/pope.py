@@ -15,6 +15,7 @@ from typing import Any
 
 from vlm_jax.evals import question_files
 from vlm_jax.evals.metrics import clustered_stderr, jackknife_stderr, mean
+from vlm_jax.evals.readers import row_of
 from vlm_jax.evals.task import (
     SHORT,
     Aggregate,
@@ -63,15 +64,16 @@ def read(path: Path) -> Annotations:
         own = None if ids is None else ids[category]
         count = 0
         for position, row in enumerate(rows, 1):
-            place = (row["image"], asked_object(row["text"]))
-            if own is None:
-                number = CATEGORIES.get(category, 0) + position
-            elif own[place]:
-                number = own[place].pop(0)
-            else:
-                continue
-            count += 1
-            questions.append(_question(number, category, row, home))
+            with row_of(file, position - 1):
+                place = (row["image"], asked_object(row["text"]))
+                if own is None:
+                    number = CATEGORIES.get(category, 0) + position
+                elif own[place]:
+                    number = own[place].pop(0)
+                else:
+                    continue
+                count += 1
+                questions.append(_question(number, category, row, home))
         left = [number for numbers in (own or {}).values() for number in numbers]
         if left:
             raise ValueError(
@@ -121,6 +123,8 @@ def _ids(asked: Path) -> dict[str, dict[tuple[str, str], list[int]]]:
 
 
 def _question(number: int, category: str, row: Mapping[str, Any], home: Path) -> Question:
+    if row.get("label", "no") not in ("yes", "no"):
+        raise ValueError(f"its label is {row['label']!r:.60}, not yes or no")
     return Question(
         id=number,
         text=row["text"],

@@ -15,7 +15,7 @@ from pathlib import Path
 from vlm_jax.evals.choices import LETTERS, choose, lettered
 from vlm_jax.evals.groups import average_of_groups
 from vlm_jax.evals.metrics import mean
-from vlm_jax.evals.readers import row_of
+from vlm_jax.evals.readers import row_of, texts_of
 from vlm_jax.evals.task import (
     LETTER,
     Aggregate,
@@ -114,24 +114,26 @@ def read(path: Path) -> Annotations:
             text = row["conversations"][0]["value"].replace("<image>", "").strip()
             texts[str(row["id"])] = text
     questions = []
-    for number, pid in enumerate(splits["test"]):
+    for pid in splits["test"]:
         if pid not in everything:
             raise ValueError(f"{problems} does not have the problem {pid!r} of {SPLITS}")
-        with row_of(problems, number):
+        with row_of(problems, pid):
             questions.append(_question(home, pid, everything[pid], texts.get(pid, "")))
     version = f"test, {len(questions)} questions, {sum(bool(q.images) for q in questions)} with one"
     return Annotations(unique(questions, problems), tuple(files), f"{version} picture")
 
 
 def _question(home: Path, pid: str, problem: dict, llava: str) -> Question:
-    image, answer = problem["image"], problem.get("answer")
+    image, answer, options = problem["image"], problem.get("answer"), texts_of(problem["choices"])
+    if answer is not None and not 0 <= answer < len(options):
+        raise ValueError(f"its answer is {answer}, and it has {len(options)} choices")
     return Question(
         id=pid,
         text=problem["question"],
         images=(home / "images" / "test" / pid / image,) if image else (),
         answers=() if answer is None else (LETTERS[answer],),
         facts={
-            "options": tuple(problem["choices"]),
+            "options": options,
             "hint": problem["hint"],
             "groups": tuple(_groups(problem)),
             "llava": llava,

@@ -15,6 +15,7 @@ from typing import Any
 
 from vlm_jax.evals import question_files
 from vlm_jax.evals.answers import evalai
+from vlm_jax.evals.readers import row_of, texts_of
 from vlm_jax.evals.task import (
     SHORT,
     Annotations,
@@ -78,25 +79,28 @@ def read(path: Path, *, ocr: bool) -> Annotations:
         files.append(asked)
     tokens: dict[str, Sequence[str]] = {}
     if ocr and (rosetta := path.parent / ROSETTA.format(split)).is_file():
-        tokens = {r["image_id"]: r["ocr_tokens"] for r in read_json(rosetta, dict)["data"]}
+        for number, row in enumerate(read_json(rosetta, dict)["data"]):
+            with row_of(rosetta, number):
+                tokens[row["image_id"]] = texts_of(row["ocr_tokens"])
         files.append(rosetta)
     if ocr and not prompts and not tokens:
         notes.append(f"no words of OCR: neither {LLAVA_FILES[True]} nor {rosetta.name} is here")
     questions = []
-    for row in content["data"]:
-        image, key = row["image_id"], join(row["image_id"], row["question"].split("\n")[0])
-        facts = {"prompt": prompts.get(key), "tokens": tokens.get(image)}
-        questions.append(
-            Question(
-                id=image,
-                text=row["question"],
-                images=(home / f"{image}.jpg",),
-                answers=tuple(row.get("answers", ())),
-                key=key,
-                cluster=image,
-                facts={name: value for name, value in facts.items() if value is not None},
+    for number, row in enumerate(content["data"]):
+        with row_of(path, number):
+            image, key = row["image_id"], join(row["image_id"], row["question"].split("\n")[0])
+            facts = {"prompt": prompts.get(key), "tokens": tokens.get(image)}
+            questions.append(
+                Question(
+                    id=image,
+                    text=row["question"],
+                    images=(home / f"{image}.jpg",),
+                    answers=tuple(row.get("answers", ())),
+                    key=key,
+                    cluster=image,
+                    facts={name: value for name, value in facts.items() if value is not None},
+                )
             )
-        )
     if not questions:
         raise ValueError(f"{path} holds no questions")
     own, again = _repeated(questions)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vlm_jax.evals import question_files
 from vlm_jax.evals.answers import evalai, soft_score, vizwiz
+from vlm_jax.evals.readers import row_of
 from vlm_jax.evals.task import (
     SHORT,
     Aggregate,
@@ -44,18 +45,20 @@ def read(path: Path) -> Annotations:
     if path.suffix == ".jsonl":
         return question_files.read(path, ("test", "images/test"), SUFFIX)
     home = image_folder(path, (path.stem, f"images/{path.stem}"))
-    questions = [
-        Question(
-            id=number,
-            text=row["question"],
-            images=(home / row["image"],),
-            answers=tuple(a["answer"] for a in row.get("answers", ())),
-            cluster=row["image"],
-            labels={"": row["answer_type"]} if "answer_type" in row else {},
-            facts={"image": row["image"], "answerable": row.get("answerable")},
-        )
-        for number, row in enumerate(read_json(path, list))
-    ]
+    questions = []
+    for number, row in enumerate(read_json(path, list)):
+        with row_of(path, number):
+            questions.append(
+                Question(
+                    id=number,
+                    text=row["question"],
+                    images=(home / row["image"],),
+                    answers=tuple(a["answer"] for a in row.get("answers", ())),
+                    cluster=row["image"],
+                    labels={"": row["answer_type"]} if "answer_type" in row else {},
+                    facts={"image": row["image"], "answerable": row.get("answerable")},
+                )
+            )
     return Annotations(unique(questions, path), (path,), path.stem)
 
 

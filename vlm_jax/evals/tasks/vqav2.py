@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vlm_jax.evals import question_files
 from vlm_jax.evals.answers import evalai, evalai_parts, one_line, soft_score, vqa_eval
+from vlm_jax.evals.readers import row_of
 from vlm_jax.evals.task import (
     SHORT,
     Annotations,
@@ -46,36 +47,51 @@ def read(path: Path) -> Annotations:
     for kind, name in (("questions", ASKED), ("annotations", ANSWERED)):
         beside = path.parent / name.format(split)
         if kind in first:
-            rows = first[kind]
+            source, rows = path, first[kind]
         elif beside.is_file():
-            rows = read_json(beside, dict)[kind]
+            source, rows = beside, read_json(beside, dict)[kind]
             files.append(beside)
         else:
             continue
-        (asked if kind == "questions" else answered).update((r["question_id"], r) for r in rows)
+        (asked if kind == "questions" else answered).update(_by_id(source, rows))
     if not asked and not answered:
         raise ValueError(f"{path} has neither `questions` nor `annotations`")
     home, prefix = image_folder(path, _folders(split)), f"COCO_{split.replace('-dev', '')}_"
     questions = []
-    for key in answered or asked:
+    for number, key in enumerate(answered or asked):
         row, answers = asked.get(key, {}), answered.get(key, {})
-        image = (answers or row)["image_id"]
-        questions.append(
-            Question(
-                id=key,
-                text=row.get("question", ""),
-                images=(home / f"{prefix}{image:012d}.jpg",),
-                answers=tuple(a["answer"] for a in answers.get("answers", ())),
-                cluster=str(image),
-                labels={"": answers["answer_type"], "question_type": answers["question_type"]}
-                if answers
-                else {},
+        with row_of(path, number):
+            image = (answers or row)["image_id"]
+            questions.append(
+                Question(
+                    id=key,
+                    text=row.get("question", ""),
+                    images=(home / f"{prefix}{image:012d}.jpg",),
+                    answers=tuple(a["answer"] for a in answers.get("answers", ())),
+                    cluster=str(image),
+                    labels={"": answers["answer_type"], "question_type": answers["question_type"]}
+                    if answers
+                    else {},
+                )
             )
-        )
     notes = []
     if not asked:
         notes.append(f"the texts of the questions are in {ASKED.format(split)}, which is missing")
+    elif left := len(asked) - len(asked.keys() & answered.keys()) if answered else 0:
+        notes.append(
+            f"{left} questions of {ASKED.format(split)} have no answers: they are left out"
+        )
     return Annotations(unique(questions, path), tuple(files), split, tuple(notes))
+
+
+def _by_id(path: Path, rows: list[dict]) -> dict[int, dict]:
+    by_id: dict[int, dict] = {}
+    for number, row in enumerate(rows):
+        with row_of(path, number):
+            if row["question_id"] in by_id:
+                raise ValueError(f"the question_id {row['question_id']!r} is in it twice")
+            by_id[row["question_id"]] = row
+    return by_id
 
 
 def _split(path: Path) -> str:
