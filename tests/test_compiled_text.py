@@ -117,6 +117,18 @@ def test_kernels_count_by_what_they_declare(facts):
     assert (facts.kernel_calls, facts.kernel_flops, facts.kernel_bytes) == (1, 50, 60)
 
 
+def test_a_splash_kernel_counts_by_its_operands():
+    # Before queries and keys come the blocks of the mask, as integers.
+    found = counted.facts(
+        "ENTRY %main (q: bf16[2,4,256,128]) -> bf16[2,4,256,128] {\n"
+        "  %blocks = s8[2,2,2]{2,1,0} constant({...})\n"
+        "  %q = bf16[2,4,256,128]{3,2,1,0} parameter(0)\n"
+        "  ROOT %splash_mha_dq_no_residuals.1 = bf16[2,4,256,128]{3,2,1,0} custom-call(%blocks, %q,"
+        ' %q, %q), custom_call_target="tpu_custom_call"\n}\n'
+    )
+    assert (found.kernel_calls, found.kernel_flops) == (1, 3 * (2 * 4 * 256 * 128) * 256)
+
+
 def test_arrays_that_a_loop_leaves_are_saved_for_the_backward_pass(facts):
     assert facts.saved_bytes == 3 * 8 * 128 * 2 and facts.gradient_bytes == 0
 

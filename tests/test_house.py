@@ -33,7 +33,8 @@ GROUND = {
 }
 ARROWS = {
     "errors": set(), "mesh": set(), "preemption": set(), "progress": set(), "arguments": set(),
-    "buckets": set(), "files": {"buckets"}, "cpu": {"mesh"},
+    "buckets": set(), "files": {"buckets"}, "sharded": {"mesh"},
+    "cpu": {"mesh", "sharded"},
     "compiled": {"progress"},
     "hosts": {"progress", "errors"},
     "evals": set(),
@@ -42,7 +43,7 @@ ARROWS = {
     "kernels": {"mesh"},
     "layers": {"cpu", "mesh"},
     "compressors": {"kernels", "layers", "cpu", "mesh"},
-    "models": {"compressors", "kernels", "layers", "cpu", "mesh"},
+    "models": {"compressors", "kernels", "layers", "cpu", "sharded", "mesh"},
     "cost": {"compressors", "models"},  # of these two the descriptions alone: they need no JAX
     "planning": {"cost", "law", "compressors", "models"},
     "reports": {"files", "cost", "law", "rows", "planning", "compressors", "models"},

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from vlm_jax import mesh
+from vlm_jax import mesh, sharded
 
 # Compiler options of a program that runs once, such as weight initialization: optimizing that of a
 # toy model takes 13 s of CPU.
@@ -70,12 +70,16 @@ def project(
     )
 
     def product(rows: Float[Array, "..."]) -> Float[Array, "..."]:
+        preferred = jnp.float32 if emulates(x.dtype) else None
+        there = mesh.spec(out[0], *out[len(lead) :])
+        if sharded.scatters(rows, kernel):
+            return sharded.product(rows, kernel.astype(x.dtype), read, there, preferred)
         return jnp.tensordot(
             rows,
             kernel.astype(x.dtype),
             axes=read,
-            out_sharding=mesh.spec(out[0], *out[len(lead) :]),
-            preferred_element_type=jnp.float32 if emulates(x.dtype) else None,
+            out_sharding=there,
+            preferred_element_type=preferred,
         )
 
     y = two_rows(product, rows, 0).astype(x.dtype)

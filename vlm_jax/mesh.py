@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -66,7 +67,13 @@ def make(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mes
             f"devices: "
             f"the product of the axes must be {len(devices)}; use -1 for one axis to fill it"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+    explicit = (AxisType.Explicit,) * 3
+    try:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=explicit, devices=devices)
+    except RuntimeError:
+        # An axis takes a part of a side of the torus, such as 4 x 16 of 8 x 8 chips.
+        order = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(order, AXES, axis_types=explicit)
 
 
 def sizes(text: str | None) -> dict[str, int]:

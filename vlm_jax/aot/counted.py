@@ -199,9 +199,11 @@ def facts(text: str, scope_of: Callable[[str], str] = lambda scope: "all") -> Fa
             if "all-reduce-scatter" in str(op.called("calls")):
                 # The compiler's form of a reduce-scatter: only a shard of the reduction is kept.
                 sent = dataclasses.replace(sent, kind="reduce-scatter", sent=sent.sent / 2)
-            # An asynchronous collective is spread over several fusions, each of which repeats it.
+            # An asynchronous collective is spread over several fusions, each of which repeats it
+            # with its chain. Those of a `shard_map` have one channel.
             channel = re.search(r"channel_id=(\d+)", inner.rest)
-            place = (next(iter(table)), channel and channel[1])
+            chain = re.search(r'chain_id="(\d+)"', inner.rest)
+            place = (next(iter(table)), channel and channel[1], chain and chain[1])
             if channel is None or not sent.asynchronous or place not in places:
                 collectives.append(sent)
                 places.add(place)
@@ -234,14 +236,16 @@ SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
 
 def splash_flops(op: Operation, table: Mapping[str, Operation]) -> float:
     """FLOPs of a splash attention kernel, from its operands; half of the pairs are masked."""
-    kind = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", op.rest)
-    shapes = [dimensions(table[name].type) for name in op.operands if name in table]
-    # Queries, keys and values: [B N T H], or without B where a device has one row.
+    kind = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", f"{op.name} {op.rest}")
+    types = [table[name].type for name in op.operands if name in table]
+    # Queries, keys and values: [B N T H], or without B where a device has one row. Before them come
+    # integers: the blocks that are not masked.
+    shapes = [dimensions(type) for type in types if type.startswith(("bf16", "f32"))]
     wide = [shape for shape in shapes if len(shape) >= 3 and shape[-1] > 1][:2]
     if not kind or len(wide) < 2:
         return 0.0
     query, keys = wide
-    return SPLASH[kind[1]] * math.prod(query) * keys[-2]
+    return float(SPLASH[kind[1]] * math.prod(query) * keys[-2])
 
 
 def declared(op: Operation, table: Mapping[str, Operation]) -> tuple[int, float, float]:

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax import cpu, mesh
+from vlm_jax import cpu, mesh, sharded
 from vlm_jax.kernels.causal_attention import SHORTEST, UNSEEN, Groups, causal_attention
 from vlm_jax.kernels.window_attention import form
 from vlm_jax.layers import (
@@ -277,12 +277,7 @@ class LLM(nnx.Module):
     @jax.named_scope("embedding")
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The embedding of each token, in the compute type."""
-        # Gathered over fsdp first: a table and a batch that are both sharded over it force
-        # replication.
-        table = jax.sharding.reshard(
-            self.embedding[...].astype(self.dtype), mesh.spec("vocab", "feature")
-        )
-        return table.at[ids].get(out_sharding=mesh.spec(*HIDDEN))
+        return sharded.lookup(self.embedding[...], ids, self.dtype)
 
     def __call__(
         self,
@@ -388,12 +383,11 @@ class LLM(nnx.Module):
         """Float32 scores of the next token."""
 
         def product(hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
+            table, out = self.table.astype(hidden.dtype), mesh.spec("batch", "len", "vocab")
+            if sharded.scatters(hidden, table):
+                return sharded.product(hidden, table.T, 1, out, jnp.float32)
             return jnp.einsum(
-                "BTD,WD->BTW",
-                hidden,
-                self.table.astype(hidden.dtype),
-                out_sharding=mesh.spec("batch", "len", "vocab"),
-                preferred_element_type=jnp.float32,
+                "BTD,WD->BTW", hidden, table, out_sharding=out, preferred_element_type=jnp.float32
             )
 
         return cpu.two_rows(product, hidden, 1)
