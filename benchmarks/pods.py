@@ -132,21 +132,19 @@ def described(row: Row) -> dict:
 
 
 def nearest(row: Row, known: dict[str, dict]) -> dict | None:
-    """The compiled row whose MFU a computed one takes: of its chip and stage, of the nearest
-    size, and of the nearest number of visual tokens."""
+    """The compiled row whose MFU a computed one takes: of its chip, of its stage if there is one,
+    of the nearest size, and of the nearest number of visual tokens."""
     order = {name: at for at, name in enumerate([*GRID[:4], "vicuna-1.5-7b", *LARGE])}
-    alike = [
-        made
-        for made in known.values()
-        if made["stage"] == row.stage and made["slice"] == row.slice_ and made["estimate"]
-    ]
+    alike = [made for made in known.values() if made["slice"] == row.slice_ and made["estimate"]]
     return min(
         alike,
         key=lambda made: (
-            abs(order[made["llm"]] - order[row.llm]), abs(made["tokens"] - row.tokens)
+            made["stage"] != row.stage,
+            abs(order[made["llm"]] - order[row.llm]),
+            abs(made["tokens"] - row.tokens),
         ),
         default=None,
-    )  # fmt: skip
+    )
 
 
 def computed(row: Row, known: dict[str, dict]) -> dict:
@@ -166,7 +164,6 @@ def computed(row: Row, known: dict[str, dict]) -> dict:
         need = memory.of_stage(recipe, row.stage)
         flops = report.work(recipe, row.stage, report.Serving(1, 1))[2]
     found = described(row) | dict(
-        config=row.config(),
         mesh=dict(config.mesh),
         remat=config.remat,
         model_flops=flops,
@@ -235,24 +232,28 @@ def table_of_compiled() -> str:
 
 
 def table_of_computed() -> str:
-    """The rows that were not compiled, by formula."""
+    """The rows that were not compiled, by formula; those that differ in V alone in one line."""
     if not COMPUTED.exists():
         return ""
-    known, lines = results(), []
+    known = results()
     made = {one["name"]: one for one in json.loads(COMPUTED.read_text())}
+    lines: dict[tuple[str, ...], list[str]] = {}
     for row in rows():
         one = made.get(row.name)
         if one is None or row.name in known:
             continue
-        size = f"{one['formula_bytes']['total'] / GIB:.1f} ({one['hbm_share']:.0%})"
-        cells = [*first_cells(row, one["mesh"]), size, f"{one['model_flops'] / 1e15:.2f}"]
+        llm, stage, tokens, slice_, axes = first_cells(row, one["mesh"])
+        size = f"{one['formula_bytes']['total'] / GIB:.0f} ({one['hbm_share']:.0%})"
+        cells = [llm, stage, slice_, axes, size, f"{one['model_flops'] / 1e15:.2g}"]
         if one["like"]:
-            cells += [f"{one['step_seconds'] * 1e3:.0f}", f"{one['mfu']:.0%}",
-                      f"{one['hours']:.1f}", f"{one['dollars']:,.0f}", one["like"]]  # fmt: skip
-        lines.append(cells + [""] * (12 - len(cells)))
+            cells += [f"{one['step_seconds']:.2g}", f"{one['hours']:.2g}",
+                      f"{float(format(one['dollars'], '.2g')):.0f}", one["like"]]  # fmt: skip
+        lines.setdefault((*cells, *[""] * (10 - len(cells))), []).append(tokens)
     heads = ["LLM", "stage", "V", "slice", "data x fsdp", "GiB of a device", "PFLOP a step",
-             "ms a step", "MFU (taken)", "hours", "dollars", "MFU of row"]  # fmt: skip
-    return markdown(heads, lines)
+             "s a step", "hours", "dollars", "MFU of row"]  # fmt: skip
+    ordered = {cells: sorted(tokens, key=lambda v: int(v.split()[0])) for cells, tokens in
+               lines.items()}  # fmt: skip
+    return markdown(heads, [[*c[:2], ", ".join(v), *c[2:]] for c, v in ordered.items()])
 
 
 def main() -> None:
