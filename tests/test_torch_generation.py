@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of generation runs, both sides say the same, and its numbers have their places."""
+"""The benchmarks of answers run, all sides say the same, and their numbers have their places."""
 
 import json
 import os
@@ -35,3 +35,22 @@ def test_the_benchmark_of_generation_runs_at_tiny_sizes(tmp_path):
             f"{part}, V={V}" for V in (1, 9, 36) for part in ("compressor", "prefill", "decode")
         ]
         assert row["parts_ms"].keys() == {"encoder", "question pass", *of_v}
+
+
+def test_the_benchmark_of_evaluation_runs_at_tiny_sizes(tmp_path):
+    out = tmp_path / "result.json"
+    argv = ["--quick", "--rounds=1", "--questions=5", "--batch=2", f"--out={out}"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/evaluate.py", *argv],
+        cwd=tiny.ROOT,
+        env=os.environ | {"PYTHONPATH": str(tiny.ROOT), "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(out.read_text())
+    assert set(result["answers_that_agree"].values()) == {1.0}
+    ours = [f"{how}, V={V}" for V in (9, 36) for how in ("loop", "evaluate")]
+    assert result["questions_per_second"].keys() == {"transformers", "host", *ours}
+    assert all(speed > 0 for speed in result["questions_per_second"].values())

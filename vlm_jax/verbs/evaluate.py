@@ -194,9 +194,8 @@ def benchmarks(options: argparse.Namespace) -> int:
     workdir = files.path_of(options.workdir)
     out = workdir / "answers" if options.out is None else files.path_of(options.out)
     cache = None if options.cache is None else AnswerCache(options.cache)
-    reports = rooms.evaluate(
-        model, identity, request, tasks, out, model_id=workdir.name, cache=cache
-    )
+    name = workdir.name or Path(options.workdir).absolute().name
+    reports = rooms.evaluate(model, identity, request, tasks, out, model_id=name, cache=cache)
     for report in reports:
         print(rooms.shown(report), flush=True)
     return 0
