@@ -248,8 +248,11 @@ def columns(asker: Asker, asked: Asked, rows: Sequence[dict[str, Any]]) -> dict[
     """N (billions of parameters of the LLM), V of an image and Q, the mean text tokens of a prompt,
     as `vlm-jax fit` reads them. Q is that of up to COUNTED questions, spread over the file."""
     V = float(asker.V)
-    if asker.model.compressor.adaptive and not asker.V:
-        V = mean([float(r["metadata"]["visual_tokens"]) for r in rows if "error" not in r])
+    if asker.model.compressor.adaptive:  # what its images had, of so many slots
+        pairs = zip(asked.questions, rows, strict=True)
+        seen = [(q, r["metadata"]) for q, r in pairs if q.images and "error" not in r]
+        used = [about["visual_tokens"] / len(q.images) for q, about in seen]
+        V = mean(used) if used else V
     lengths = []
     step = -(-len(asked.questions) // COUNTED)
     for question, prompt in zip(asked.questions[::step], asked.prompts[::step], strict=True):
