@@ -115,3 +115,47 @@ def test_numbers_are_texts_and_nothing_else_is():
     for value in (None, True, float("nan"), [], {}):
         with pytest.raises(TypeError):
             text_of(value)
+
+
+@pytest.mark.parametrize("column, value, words", [
+    ("answer", "E", "its answer is 'E', which is none of its options"),
+    ("answer", "nan", "have no answer"),
+    ("index", "-5", "its index is -5"),
+    ("index", "one", "row 1"),
+    ("answer", "A\tA", "too many fields"),
+    ("question", b"caf\xe9", "m.tsv is no text in UTF-8"),
+])  # fmt: skip
+def test_a_broken_row_of_mmbench_is_named(tmp_path, capsys, column, value, words):
+    file = EXAMPLES / "mmbench" / "annotations" / "mmbench_dev_20230712.tsv"
+    rows = [line.split(b"\t") for line in file.read_bytes().strip(b"\n").split(b"\n")]
+    rows[2][rows[0].index(column.encode())] = value if isinstance(value, bytes) else value.encode()
+    (tmp_path / "m.tsv").write_bytes(b"\n".join(map(b"\t".join, rows)))
+    assert words in refused(capsys, "mmbench", tmp_path / "m.tsv")
+
+
+def test_rotations_without_their_question_are_said(tmp_path):
+    file = EXAMPLES / "mmbench" / "annotations" / "mmbench_dev_20230712.tsv"
+    rows = file.read_text().strip("\n").split("\n")
+    group = rows[1].split("\t")[0]
+    (tmp_path / "m.tsv").write_text("\n".join([rows[0], *rows[2:]]))
+    rotations = sum(int(row.split("\t")[0]) % 1_000_000 == int(group) for row in rows[2:])
+    assert TASKS["mmbench"].read(tmp_path).notes[0].startswith(f"{rotations} rows are rotations")
+
+
+def test_a_score_of_no_question_is_refused(tmp_path, capsys):
+    home = Path(shutil.copytree(EXAMPLES / "scienceqa" / "annotations", tmp_path / "annotations"))
+    problems = json.loads((home / "problems.json").read_text())
+    for problem in problems.values():
+        problem["image"] = None
+    (home / "problems.json").write_text(json.dumps(problems))
+    file = EXAMPLES / "scienceqa" / "predictions.jsonl"
+    flags = ["--task=scienceqa", f"--predictions={file}", f"--annotations={home}"]
+    assert made.score(capsys, *flags)["n"] == len(file.read_text().splitlines())
+    assert "none of the" in made.score(capsys, *flags, "--protocol=llava", code=2)
+
+
+def test_the_error_of_a_single_cluster_is_unknown(tmp_path, capsys):
+    made.questions(tmp_path, 4, of_image=4)
+    file = made.answers(tmp_path / "a.jsonl", [True, False, True, True])
+    shown = made.score(capsys, *made.own(tmp_path, file))
+    assert (shown["value"], shown["stderr"]) == (75, None)

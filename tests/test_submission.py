@@ -101,7 +101,9 @@ def test_a_test_split_is_written_and_not_scored(tmp_path, capsys):
     split = [*flags, f"--submission={tmp_path / 'up.json'}", "--model=N=7"]
     assert "this is a test split" in made.score(capsys, *split, code=2)
     made.lines(path, rows[1:])
-    assert "1 missing ids" in made.score(capsys, *flags, f"--submission={path}", code=2)
+    other = f"--submission={tmp_path / 'other.json'}"
+    assert "1 missing ids" in made.score(capsys, *flags, other, code=2)
+    assert not (tmp_path / "other.json").exists()
     submitted(capsys, "docvqa", annotations, path, tmp_path / "up.json", "--allow=missing")
 
 

@@ -119,11 +119,21 @@ def score_given(
 
 
 def numbers(protocol: Protocol, aggregate: Aggregate, graded: Sequence[Graded]) -> dict[str, Any]:
-    """The fields of a score that are computed from the grades."""
+    """The fields of a score that are computed from the grades.
+
+    Raises:
+      ValueError: if no question enters the value, such as none with a picture.
+    """
+    if not aggregate.n:
+        raise ValueError(
+            f"none of the {len(graded)} questions counts in {protocol.metric} ({protocol.source}): "
+            "choose another protocol, or give all questions of the benchmark"
+        )
+    told = len({unit.cluster for unit in aggregate.units}) > 1 and math.isfinite(aggregate.stderr)
     return dict(
         metric=protocol.metric,
         value=aggregate.value,
-        stderr=None if math.isnan(aggregate.stderr) else aggregate.stderr,
+        stderr=aggregate.stderr if told else None,
         n=aggregate.n,
         failed=sum(g.failed for g in graded),
         empty=sum(not g.failed and not g.text.strip() for g in graded),
@@ -166,6 +176,8 @@ def annotations_of(task: Task, path: Path) -> Annotations:
             given = task.read(path)
             readers.check_fields(given.questions, given.files[0])
             return given
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} does not have the form of {task.name}'s files ({task.layout}): {error!r:.80}"

@@ -232,7 +232,10 @@ def read(path: Path) -> Annotations:
     questions = [_question(path, number, row, images, decoded) for number, row in enumerate(rows)]
     unrotated = sum(q.key == q.facts["group"] for q in questions)
     version = f"{path.stem}, {unrotated} questions in {len(questions)} rows"
-    return Annotations(unique(questions, path), (path,), version)
+    there = {q.key for q in questions}
+    alone = sum(q.facts["group"] not in there for q in questions)
+    notes = [f"{alone} rows are rotations of questions that are not here: they do not count"]
+    return Annotations(unique(questions, path), (path,), version, tuple(notes if alone else ()))
 
 
 def _question(
@@ -258,6 +261,11 @@ def _question(
         group = row.get("g_index") or str(index % ROTATION)
         labels = {k: row.get(k) for k in ("category", "l2-category")}
         answer = (row.get("answer") or "").strip()
+        answer = "" if answer in NA else answer
+        if answer and not cells.get(answer):
+            raise ValueError(f"its answer is {answer!r:.60}, which is none of its options")
+        if index < 0 or None in row:
+            raise ValueError(f"its index is {index}" if index < 0 else "it has too many fields")
         return Question(
             id=index,
             text=row["question"],

@@ -149,7 +149,11 @@ def read(path: Path) -> Annotations:
 
 
 def _pair(home: Path, folder: str, subtask: str, file: Path) -> list[Question]:
-    lines = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}") from error
+    lines = [line for line in text.split("\n") if line.strip()]
     if len(lines) != 2:
         raise ValueError(f"{file}: {len(lines)} questions; every picture of MME has two")
     images = [home / folder / (file.stem + end) for end in PICTURES]
