@@ -243,6 +243,8 @@ def _question(
 ) -> Question:
     with row_of(path, number):
         index = int(row["index"])
+        if index < 0 or None in row:
+            raise ValueError(f"its index is {index}" if index < 0 else "it has too many fields")
         cells = {k: v or "" for k, v in row.items() if k and len(k) == 1 and "A" <= k <= "Z"}
         image = row["image"] or ""
         if image and len(image) < REFERENCE:
@@ -264,8 +266,6 @@ def _question(
         answer = "" if answer in NA else answer
         if answer and not cells.get(answer):
             raise ValueError(f"its answer is {answer!r:.60}, which is none of its options")
-        if index < 0 or None in row:
-            raise ValueError(f"its index is {index}" if index < 0 else "it has too many fields")
         return Question(
             id=index,
             text=row["question"],
