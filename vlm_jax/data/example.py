@@ -100,10 +100,19 @@ class Source(Protocol):
 
 
 class Images(Sequence):
-    """Images that are drawn or read on access, one at a time; `names` are their paths if any."""
+    """Images that are drawn or read on access, one at a time; `names` are their paths if any.
+
+    `picture(i)` is image i for whoever prepares it: a picture of PIL where `read` has a method
+    `picture` that gives one, which saves a copy to an array and back; else as `images[i]`.
+    """
 
     def __init__(self, read, count: int, names: Sequence[str] | None = None):
         self.read, self._count, self._names = read, count, names
+
+    def picture(self, index: int) -> Any:
+        """Image `index` as a picture of PIL or as uint8 [H, W, 3]."""
+        read = getattr(self.read, "picture", None)
+        return self[index] if read is None else read(int(index))
 
     def name(self, index: int) -> str:
         """The name of an image for messages."""

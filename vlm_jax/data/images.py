@@ -17,6 +17,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 FITS = ("pad", "crop", "stretch")
 FILTERS = {how.name.lower(): how for how in Image.Resampling}
 STRIP = 256  # rows of a padded image that are resized together
+AT_ONCE = 336  # rows that are normalized together
 LARGEST_EDGE = 1344  # of image_resize, where the encoder's side is small: images are 100:1 at most
 
 
@@ -114,9 +115,10 @@ class Preparation:
         """The mean color, cut to whole numbers as LLaVA-1.5 cuts it: what pads an image."""
         return tuple(int(255 * x) for x in self.mean)
 
-    def square(self, image: np.ndarray) -> np.ndarray:
-        """An RGB image uint8 [H, W, 3] made square and resized, uint8 [S, S, 3]."""
-        picture, how = Image.fromarray(image), FILTERS[self.resample]
+    def square(self, image: np.ndarray | Image.Image) -> np.ndarray:
+        """An RGB image, uint8 [H, W, 3] or of PIL, made square and resized, uint8 [S, S, 3]."""
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        how = FILTERS[self.resample]
         wide, high = self.resized(*picture.size)
         if self.fit == "pad" and picture.width != picture.height:
             picture = self._padded(picture, wide)
@@ -160,6 +162,9 @@ class Preparation:
             square.paste(picture, (left - cut, top - cut))
             return square
         narrow = Image.new("RGB", (size, side), self.color)
+        if picture.width == side:  # nothing is padded within a row
+            narrow.paste(picture.resize((size, picture.height), how), (0, top))
+            return narrow.resize((size, size), how)
         for first in range(0, picture.height, STRIP):
             rows = min(STRIP, picture.height - first)
             strip = Image.new("RGB", (side, rows), self.color)
@@ -170,10 +175,20 @@ class Preparation:
     def normalized(self, image: np.ndarray) -> np.ndarray:
         """uint8 [..., 3] to float32 of the same shape: the mean to 0, the deviation to 1."""
         # Rescaled in float64, then rounded, as published.
-        made = (np.arange(256) * self.rescale).astype(np.float32)[image]
+        made = (np.arange(256) * self.rescale).astype(np.float32)
         if not self.normalize:
-            return made
-        return (made - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+            return made[image]
+        pixels = np.empty(image.shape, np.float32)
+        across = 3 * (image.shape[-2] if image.ndim > 1 else 1)
+        rows, made_rows = image.reshape(-1, across), pixels.reshape(-1, across)
+        mean, std = (np.tile(np.array(x, np.float32), across // 3) for x in (self.mean, self.std))
+        # A part at a time stays in the processor's cache: a quarter of the time.
+        for first in range(0, len(rows), AT_ONCE):
+            part = made_rows[first : first + AT_ONCE]
+            np.take(made, rows[first : first + AT_ONCE], out=part, mode="clip")
+            part -= mean
+            part /= std
+        return pixels
 
     def blank(self) -> np.ndarray:
         """The image that shows nothing but the mean color, uint8 [S, S, 3]."""

@@ -66,10 +66,11 @@ class _Rows:
     def _pictures(self, index: int) -> np.ndarray:
         """The images of an example, uint8 [M, S, S, 3]; black where it has fewer."""
         size, images = self.processor.images.size, self.texts.images(index)
+        read = getattr(self.source.images, "picture", self.source.images.__getitem__)
         pictures = np.zeros((len(images), size, size, 3), np.uint8)
         for k, image in enumerate(images):
             if image >= 0:
-                pictures[k] = self.processor.square(self.source.images[int(image)])
+                pictures[k] = self.processor.square(read(int(image)))
         return pictures
 
     def _parts(self, index: int) -> tuple[Batch | None, np.ndarray]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.data.example import Example, Source
+from vlm_jax.data.example import Example, Images, Source
 from vlm_jax.data.skips import Skips
 
 
@@ -153,6 +153,11 @@ class MixedImages(Sequence):
         """The name of an image for messages."""
         images, own = self._at(index)
         return images.name(own)
+
+    def picture(self, index: int) -> Any:
+        """Image `index` for whoever prepares it, as `Images.picture`."""
+        images, own = self._at(index)
+        return images.picture(own) if isinstance(images, Images) else images[own]
 
     def __len__(self) -> int:
         return self.starts[-1]

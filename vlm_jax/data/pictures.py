@@ -55,14 +55,20 @@ class Place(NamedTuple):
     name: str = ""
 
 
+WAY_OUT = "replace the file, or set data.on_bad_example=skip"
+
+
 def read_image(
-    path: str | Place,
-    owner: str,
-    way_out: str = "replace the file, or set data.on_bad_example=skip",
-    *,
-    exif: str = "ignore",
+    path: str | Place, owner: str, way_out: str = WAY_OUT, *, exif: str = "ignore"
 ) -> np.ndarray:
-    """An image file as RGB uint8 [H, W, 3], decoded by its content, not its name; the first frame.
+    """An image file as RGB uint8 [H, W, 3]: the pixels of `read_picture`, which raises the same."""
+    return np.array(read_picture(path, owner, way_out, exif=exif))
+
+
+def read_picture(
+    path: str | Place, owner: str, way_out: str = WAY_OUT, *, exif: str = "ignore"
+) -> Image.Image:
+    """An image file as a picture of PIL in RGB: its first frame, decoded by content, not by name.
 
     A `Place` is an image inside a file, as in a tar. `exif` is for the orientation in the file:
     "apply" turns the picture upright, "ignore" uses the pixels as stored.
@@ -72,9 +78,9 @@ def read_image(
     """
     try:
         if isinstance(path, Place):
-            return decode(io.BytesIO(read_bytes(path)), exif=exif)
+            return decoded(io.BytesIO(read_bytes(path)), exif=exif)
         with open_regular(path) as file:
-            return decode(file, exif=exif)
+            return decoded(file, exif=exif)
     except Unusable as error:
         reason = str(error)
     # Any exception, because each decoder has its own.
@@ -114,9 +120,14 @@ def read_bytes(place: Place) -> bytes:
 
 
 def decode(file: io.BufferedIOBase, *, exif: str) -> np.ndarray:
-    """The pixels of an open file. Raises any exception of its decoder."""
+    """The pixels of an open file, uint8 [H, W, 3]. Raises any exception of its decoder."""
+    return np.array(decoded(file, exif=exif))
+
+
+def decoded(file: io.BufferedIOBase, *, exif: str) -> Image.Image:
+    """The picture in an open file, in RGB. Raises any exception of its decoder."""
     try:
-        return rgb(open_image(file), exif=exif)
+        return in_rgb(open_image(file), exif=exif)
     except Unusable:
         raise
     except ValueError:
@@ -125,7 +136,7 @@ def decode(file: io.BufferedIOBase, *, exif: str) -> np.ndarray:
         file.seek(0)
         if file.read(len(PNG)) != PNG:
             raise
-        return rgb(open_image(without_texts(file)), exif=exif)
+        return in_rgb(open_image(without_texts(file)), exif=exif)
 
 
 def open_image(file: io.BufferedIOBase) -> Image.Image:
@@ -166,7 +177,12 @@ def without_texts(file: io.BufferedIOBase) -> io.BufferedIOBase:
 
 
 def rgb(image: Image.Image, *, exif: str) -> np.ndarray:
-    """A picture of PIL as uint8 [H, W, 3].
+    """A picture of PIL as uint8 [H, W, 3]; converts and raises as `in_rgb`."""
+    return np.array(in_rgb(image, exif=exif))
+
+
+def in_rgb(image: Image.Image, *, exif: str) -> Image.Image:
+    """A picture of PIL in RGB; itself if it is that.
 
     Pixels of 16 bits are scaled by 1 / 257, so that white stays white. Transparency is dropped, as
     in the published code. Raises any exception of a decoder.
@@ -187,8 +203,8 @@ def rgb(image: Image.Image, *, exif: str) -> np.ndarray:
     if "transparency" in image.info:
         image = image.copy()  # it may belong to the caller
         del image.info["transparency"]
-    image = image.convert("RGB")
-    return np.array(image if turn is None else image.transpose(turn))
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
 
 
 def eight_bits(image: Image.Image) -> np.ndarray:

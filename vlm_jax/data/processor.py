@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from vlm_jax import compressors
 from vlm_jax.data import templates
@@ -339,8 +340,8 @@ class Processor:
         row[: len(values)] = values[:length]
         return row
 
-    def square(self, image: np.ndarray) -> np.ndarray:
-        """An RGB image uint8 [H, W, 3] as a square, uint8 [S, S, 3]; blank if blind."""
+    def square(self, image: np.ndarray | Image.Image) -> np.ndarray:
+        """An RGB image, uint8 [H, W, 3] or of PIL, as a square, uint8 [S, S, 3]; blank if blind."""
         return self.images.blank() if self.blind else self.images.square(image)
 
     def pixels(self, image: np.ndarray) -> np.ndarray:

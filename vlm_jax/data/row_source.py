@@ -10,9 +10,10 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from vlm_jax.data.example import IMAGE_MARK, BadExample, Example, Images
-from vlm_jax.data.pictures import Place, read_image
+from vlm_jax.data.pictures import Place, read_picture
 from vlm_jax.data.rows import Fault, Ids, check_keys, check_text
 from vlm_jax.data.skips import Skip, Skips
 
@@ -289,4 +290,8 @@ class _Reader:
         self.way_out = "replace the file" + ("" if skip else ", or set data.on_bad_example=skip")
 
     def __call__(self, index: int) -> np.ndarray:
-        return read_image(self.places[index], self.owners[index], self.way_out, exif=self.exif)
+        return np.array(self.picture(index))
+
+    def picture(self, index: int) -> Image.Image:
+        """Image `index`, not copied to an array."""
+        return read_picture(self.places[index], self.owners[index], self.way_out, exif=self.exif)
