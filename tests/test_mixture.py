@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from test_tars import shards
 
 from vlm_jax.data.loader import Batches
 from vlm_jax.data.mixture import shares
@@ -201,3 +202,17 @@ def test_shares_add_up_and_are_near_the_weights():
         found = shares(list(weights), total)
         assert sum(found) == total
         assert np.abs(np.array(found) - weights / weights.sum() * total).max() < 1
+
+
+@pytest.mark.slow
+def test_worker_processes_read_the_same_batches_of_files_and_tars(tmp_path):
+    shards(tmp_path)
+    own = ("own", 2, {"path": written(tmp_path, "few", 5), "images": str(tmp_path)})
+    packed = ("packed", 1, {"source": "tars", "path": f"{tmp_path}/train-*.tar"})
+    config = tiny.config(data=dict(source="mixture", mixture=(own, packed)))
+    source = open_source(Origin.of(config), "train")
+    here, elsewhere = batches(source), batches(source, workers=2)
+    here.position = elsewhere.position = 5
+    for ours, theirs in itertools.islice(zip(here, elsewhere, strict=False), 4):
+        assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    elsewhere.close()
