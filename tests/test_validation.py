@@ -26,6 +26,7 @@ from vlm_jax.training.first_weights import first_model
 from vlm_jax.training.objective import next_token
 from vlm_jax.training.recipe import ValidationSize
 from vlm_jax.training.validation import Outside, Validation
+from vlm_jax.training.workdir import digest, of_json
 
 EVERY = ("--config.encoder.steps=0", "--config.align.steps=0")
 
@@ -193,3 +194,12 @@ def test_a_validated_run_trains_the_same_and_goes_on_where_it_was_stopped(tmp_pa
     again = tiny.run(*checked, f"--workdir={tmp_path}/checked")
     assert again.returncode == 0, again.stderr
     assert lines() == unbroken
+
+
+def test_a_folder_of_before_there_was_validation_is_read():
+    config = tiny.config()
+    tree = json.loads(config.to_json())
+    del tree["validation"], tree["eval_every"]
+    read = of_json(tree)
+    assert read.validation.to_dict() == config.validation.to_dict() and read.eval_every == 0
+    assert digest(read) == digest(config) != digest(tiny.config(eval_every=2))

@@ -41,6 +41,8 @@ LATER = {
     "data.buckets": (),
     **{f"{stage}.max_nonfinite": 3 for stage in ("encoder", "align", "finetune")},
 }
+# Sections that came later as a whole.
+LATER_SECTIONS = ("validation",)
 
 Flat = Mapping[str, Any]  # dotted name of a field -> its value, as JSON gives it back
 

@@ -244,7 +244,9 @@ def of_json(tree: dict[str, Any]) -> ConfigDict:
     for name, value in fields.LATER.items():
         section, _, leaf = name.rpartition(".")
         if section and section not in config:
-            continue
+            if section not in fields.LATER_SECTIONS or "data" not in config:
+                continue
+            config[section] = ConfigDict()
         home = config[section] if section else config
         if leaf not in home:
             home[leaf] = value
@@ -262,6 +264,9 @@ def digest(config: ConfigDict) -> str:
         home = tree[section] if section else tree
         if home.get(leaf) == value:
             del home[leaf]
+    for section in fields.LATER_SECTIONS:
+        if not tree[section]:
+            del tree[section]
     text = json.dumps(tree, sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
