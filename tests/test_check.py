@@ -270,11 +270,16 @@ def test_the_verb_tells_scripts_by_its_exit_status(tmp_path, capsys):
     (["rows.json", "--tokenizer=gone"], "no tokenizer folder gone"),
     (["rows.json", "--jobs=0"], "give a whole number from 1"),
     (["empty.json"], "empty.json is empty"),
+    (["none.json"], "none.json holds no rows"),
+    (["rows.json", "--template=plain"], "give --tokenizer too"),
+    (["rows.json", "--text-length=9"], "give --tokenizer too"),
+    (["rows.json", "--jobs=1", "--out=rows.json"], "rows.json"),
 ])  # fmt: skip
 def test_what_cannot_be_checked_is_one_line_and_status_2(argv, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     written(tmp_path, clean(tmp_path))
     (tmp_path / "empty.json").write_text(" ")
+    (tmp_path / "none.json").write_text("[]")
     try:
         code = main(["data", "check", *argv])
     except SystemExit as stop:

@@ -41,7 +41,7 @@ class AnswerCache:
         path = self.place(key)
         try:
             entry = json.loads(path.read_text(encoding="utf-8"))
-            if entry["key"] != key:
+            if entry["key"] != key or not isinstance(entry["answer"], dict):
                 return None
         except (OSError, ValueError, KeyError, TypeError):
             return None

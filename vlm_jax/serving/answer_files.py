@@ -114,7 +114,7 @@ class AnswerFile:
                     f"{self.path}, line {number} is no answer of this command ({error}): move the "
                     "file away, or choose another --out"
                 ) from error
-            if key in keys and "error" not in row:
+            if key in keys and isinstance(row.get("text"), str):
                 kept[key] = row
         if cut or len(kept) < len(lines):
             self.rewrite(kept.values())

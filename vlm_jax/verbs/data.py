@@ -100,6 +100,13 @@ def check(options: argparse.Namespace) -> int:
         raise ValueError(f"--allow={unknown[0]}: choose of {', '.join(known)}")
     jobs = options.jobs or os.cpu_count() or 1
     texts = checking.TextFormat(options.tokenizer or "", options.template, options.text_length)
+    if not options.tokenizer and texts != checking.TextFormat():
+        raise ValueError(
+            "--template and --text-length are in tokens: give --tokenizer too, without which texts "
+            "are measured in characters"
+        )
+    if options.out:
+        Path(options.out).mkdir(parents=True, exist_ok=True)  # an error before hours of reading
     then = time.monotonic()
     with progress.doing(f"reading {options.path}"):
         source = opened_source(options.path, options.images)
@@ -142,22 +149,26 @@ def opened_source(path: str, images: str | None) -> Any:
         left_out=EverySkip(),
         may_be_empty=True,
     )
+    source: Llava | Tars
     if path.endswith(".tar") or Path(path).is_dir():
         if images is not None:
             raise ValueError(f"--images={images}: the images of {path} are inside it: leave it out")
-        return Tars(path, "train", **how)
-    images = images if images is not None else os.path.dirname(path) or "."
-    if not Path(images).is_dir():
-        raise FileNotFoundError(f"--images={images}: no such folder")
-    return Llava(path, "train", images=images, **how)
+        source = Tars(path, "train", **how)
+    else:
+        images = images if images is not None else os.path.dirname(path) or "."
+        if not Path(images).is_dir():
+            raise FileNotFoundError(f"--images={images}: no such folder")
+        source = Llava(path, "train", images=images, **how)
+    if not len(source) + len(source.left_out):
+        raise ValueError(f"{path} holds no rows: give a file with at least one")
+    return source
 
 
 def write(folder: Path, found: dict[str, Any], report: Any) -> None:
-    """check.json, found.jsonl and the histogram in a folder, which is made."""
+    """check.json, found.jsonl and the histogram in a folder."""
     from vlm_jax import files
     from vlm_jax.reports import lengths_figure
 
-    folder.mkdir(parents=True, exist_ok=True)
     files.write_json(folder / "check.json", found)
     lines = (dict(zip(("kind", "name", "what"), one, strict=True)) for one in report.found)
     files.write_text(folder / "found.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
