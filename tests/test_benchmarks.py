@@ -182,7 +182,7 @@ def test_a_key_depends_on_all_that_the_answer_depends_on(opened):
         asking.Way("other weights", None, "", 5),
         asking.Way(identity, 1, "", 5),
         asking.Way(identity, None, "blind", 5),
-        asking.Way(identity, None, "downsample", 5),
+        asking.Way(identity, None, "downsampled", 5),
         asking.Way(identity, None, "", 6),
     ]
     keys = [asking.Asker(model, way).row(0, question, "what?").key for way in ways]
@@ -210,10 +210,10 @@ def test_a_cache_is_bounded_and_keeps_what_was_read_last(tmp_path):
 
 
 def test_a_blind_model_sees_no_image_and_a_reduced_one_less(whole, opened, tmp_path):
-    blind, less = evaluated(opened, tmp_path, views=("blind", "downsample"))
+    blind, less = evaluated(opened, tmp_path, views=("blind", "downsampled"))
     assert [Path(r["file"]).name for r in (blind, less)] == [
         "ocrbench-official-blind.jsonl",
-        "ocrbench-official-downsample.jsonl",
+        "ocrbench-official-downsampled.jsonl",
     ]
     same = [row["text"] for row in lines(blind["file"]) if row["prompt"] == whole[1][0]["prompt"]]
     assert len(same) == 6 and len(set(same)) == 1

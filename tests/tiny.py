@@ -238,7 +238,7 @@ def adapted(model, *, rank=2, alpha=6.0, targets=(), scale=0.1):
     return VLM(model.vit, roughened(model.compressor, scale=scale), model.llm)
 
 
-def run(*argv, before="", timeout=240):
+def run(*argv, before="", timeout=600):
     """`vlm-jax ARGV` in a process of its own with one device, after the statements `before`."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",

@@ -29,7 +29,7 @@ from vlm_jax.serving.model import VLM
 from vlm_jax.serving.requests import Request, bucket_of_images
 
 T, U = TypeVar("T"), TypeVar("U")
-VIEWS = ("", "blind", "downsample")  # what the model sees of an image: all, nothing, V patches
+VIEWS = ("", "blind", "downsampled")  # what the model sees of an image: all, nothing, V patches
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Asker:
         self.unread = blank  # of another process
         self.blank = self.images.normalized(self.images.blank())
         self.side = self.images.size
-        if way.view == "downsample":
+        if way.view == "downsampled":
             self.side = reduced(self.images.size, self.V, model.compressor.side**2)
 
     def row(self, number: int, question: Question, prompt: str, *, mine: bool = True) -> Row:

@@ -189,7 +189,7 @@ def one_file(
 ) -> dict[str, Any]:  # fmt: skip
     """Answers what one file does not have yet, and scores it; what it has then."""
     asker = Asker(model, way)
-    if way.view == "downsample" and asker.side == model.processor.images.size:
+    if way.view == "downsampled" and asker.side == model.processor.images.size:
         raise ValueError(
             f"--downsample: {asker.V} visual tokens of {asker.V} patches need no smaller image; "
             "leave it out, or ask for fewer with --visual-tokens"

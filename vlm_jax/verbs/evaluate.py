@@ -170,7 +170,11 @@ def benchmarks(options: argparse.Namespace) -> int:
     from vlm_jax.serving import benchmarks as rooms
     from vlm_jax.serving.answer_cache import AnswerCache
 
-    views = [view for view in ("blind", "downsample") if getattr(options, view)]
+    views = [
+        view
+        for view, asked in (("blind", options.blind), ("downsampled", options.downsample))
+        if asked
+    ]
     request = rooms.Request(
         tasks=tuple(filter(None, (name.strip() for name in options.tasks.split(",")))),
         protocol=options.protocol or "official",
