@@ -11,6 +11,7 @@ import tiny
 from PIL import Image
 from test_tars import shards
 
+from vlm_jax.data import loader
 from vlm_jax.data.loader import Batches
 from vlm_jax.data.mixture import shares
 from vlm_jax.data.order import examples
@@ -98,7 +99,7 @@ def batches(source, **how):
 @pytest.mark.parametrize("arrangement", [
     Arrangement(), Arrangement(row_length=64, row_images=4), Arrangement(buckets=(12, 16)),
 ], ids=["plain", "packed", "buckets"])  # fmt: skip
-def test_batches_go_on_at_any_position_with_the_shares(arrangement, tmp_path):
+def test_batches_go_on_at_any_position_with_the_shares(arrangement, tmp_path, monkeypatch):
     source = opened(tmp_path, (1, 3))
     made = batches(source, arrangement=arrangement, visual=4)
     first = list(itertools.islice(made, 14))
@@ -107,6 +108,18 @@ def test_batches_go_on_at_any_position_with_the_shares(arrangement, tmp_path):
     for ours, theirs in zip(first[9:], itertools.islice(again, 5), strict=True):
         assert ours.keys() == theirs.keys()
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    # On another number of processes: each takes its rows of the same batches.
+    for processes in (2, 4):
+        parts = []
+        for mine in np.array_split(np.arange(4), processes):
+            monkeypatch.setattr(loader, "local_rows", lambda mesh, batch, mine=mine: mine)
+            parts.append(batches(source, arrangement=arrangement, visual=4))
+            parts[-1].position = 9
+        for ours, *rest in zip(first[9:12], *parts, strict=False):
+            assert all(
+                np.array_equal(ours[name], np.concatenate([part[name] for part in rest]))
+                for name in ours
+            )
     if arrangement.plain:
         drawn = np.concatenate([batch["index"] for batch in first])[:35]
         assert (drawn >= 30).sum() == 26

@@ -355,7 +355,7 @@ def test_a_run_of_no_step_is_no_run(capsys, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
     (tmp_path / "run").write_text("")
-    assert "cannot write to --workdir=" in message(capsys, tmp_path)
+    assert "cannot write to the folder " in message(capsys, tmp_path)
 
 
 def test_a_half_written_tokenizer_is_not_taken_for_one(setting, tmp_path, monkeypatch):

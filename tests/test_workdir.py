@@ -215,7 +215,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_the_way_out(bad, tmp_p
     # A file where a folder should be stops everyone, root too.
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        OSError, match=f"cannot write to --workdir={tmp_path}/{bad}: .*; choose a folder"
+        OSError, match=f"cannot write to the folder {tmp_path}/{bad}: .*; choose a folder"
     ):
         with claim(tmp_path / bad, c):
             pass

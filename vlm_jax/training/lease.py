@@ -150,7 +150,7 @@ def held(folder: Any, what: str, *, wait: bool = False) -> Iterator[None]:
             file = stack.enter_context((folder / ".lock").open("w")) if local else None
         except OSError as error:
             raise OSError(
-                f"cannot write to --workdir={folder}: {error.strerror or error}; choose a folder "
+                f"cannot write to the folder {folder}: {error.strerror or error}; choose a folder "
                 "on a disk with space that you may write to"
             ) from None
         lease = Lease(folder, what)
