@@ -22,7 +22,7 @@ LAUNCH = Path(__file__).parent.parent / "launch"
 # calls fail, `script` what happens after each look at the run. It imports next to nothing: a life
 # has some thirty calls.
 GCLOUD = r"""#!PYTHON -IS
-import os, sys
+import os, sys, time
 
 cloud, words = os.environ["CLOUD"], sys.argv[1:]
 path = lambda *parts: "/".join((cloud, *parts))
@@ -72,7 +72,25 @@ def wipe():
             shutil.rmtree(home, ignore_errors=True)
         os.mkdir(home)
 
+def answered():
+    # Whether all workers have answered this look; one by one, where each is asked by itself.
+    import fcntl
+    with open(path("answers"), "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("x")
+        return not compute or file.tell() % len(workers) == 0
+
+def started():
+    # Nothing happens to a run between its start and its first word.
+    end = time.monotonic() + 60
+    for home in homes:
+        status, word = f"{home}/vlm_jax.status", f"{home}/vlm_jax.up"
+        while exists(status) and len(open(status).readlines()) == 1 and time.monotonic() < end:
+            if exists(word) and os.stat(word).st_mtime_ns >= os.stat(status).st_mtime_ns: break
+            time.sleep(0.01)
+
 def happen(event, *which):
+    started()
     if event == "take":  # a spot TPU is taken away, with its disk
         wipe()
         write("state", "TERMINATED" if compute else "SUSPENDING SUSPENDED")
@@ -85,7 +103,8 @@ def happen(event, *which):
         end(which[0], 9)
     elif event == "reboot":  # one worker's machine: nobody writes down how the run ended
         end(which[0], 9)
-        execute(path("home", which[0]), "flock vlm_jax.lock sed -i 2d vlm_jax.status")
+        execute(path("home", which[0]),
+                "flock vlm_jax.lock sed -i 2d vlm_jax.status; touch vlm_jax.up")
     elif event == "term":
         for worker in workers: end(worker, 15)
     elif event == "fail":
@@ -138,15 +157,16 @@ elif verb == "delete" and request:
     write("state", "")
     write("vanished", "")
 elif verb == "ssh":
-    if compute:
-        code = ssh(workers.index(plain[2]), flags["command"])
-    else:
-        asked = range(len(homes)) if flags["worker"] == "all" else [int(flags["worker"])]
+    if compute: asked = [workers.index(plain[2])]
+    elif flags["worker"] == "all": asked = range(len(homes))
+    else: asked = [int(flags["worker"])]
+    try:
         code = max(ssh(number, flags["command"]) for number in asked)
-    if "worker.sh status" in flags["command"] and (not compute or plain[2] == workers[-1]):
-        first, _, rest = read("script").partition("\n")
-        write("script", rest)
-        if first: happen(*first.split())
+    finally:
+        if "worker.sh status" in flags["command"] and answered():
+            first, _, rest = read("script").partition("\n")
+            write("script", rest)
+            if first: happen(*first.split())
     sys.exit(code)
 elif verb == "scp":
     import shutil
@@ -176,7 +196,7 @@ trap 'echo saved at the agreed step; exit 42' TERM
 echo "${HOSTNAME##*-} $*" >> "$CLOUD/runs"
 echo step 1
 mkdir -p runs/demo/report
-touch runs/demo/rows.jsonl runs/demo/report/index.html
+touch runs/demo/rows.jsonl runs/demo/report/index.html ../vlm_jax.up
 exec {never}<> <(:) # waits without a process of its own
 while [ ! -e "$CLOUD/stop" ]; do read -rt 0.05 -u "$never"; done
 exit "$(cat "$CLOUD/stop")"
