@@ -78,6 +78,24 @@ def test_a_lookup_is_the_plain_lookup_in_values_and_gradients(mesh1, mesh8):
     np.testing.assert_allclose(slope8, slope, rtol=1e-5, atol=1e-5)
 
 
+def test_on_one_device_a_lookup_is_the_plain_one_bit_for_bit(mesh1):
+    """Numbers that were trained on one device stay as they are."""
+    table, ids = draw(10, 16), np.array([[1, 2, 3], [1, 1, 0]], np.int32)
+
+    def gradient(read):
+        with jax.set_mesh(mesh1):
+            given = placed(table, mesh1, "vocab", "embed"), placed(ids, mesh1, "batch", "len")
+            return jax.jit(jax.grad(lambda table, ids: weighted(read(table, ids))))(*given)
+
+    def plain(table, ids):
+        whole = jax.sharding.reshard(table, mesh.spec("vocab", "feature"))
+        return whole.at[ids].get(out_sharding=mesh.spec("batch", "len", "feature"))
+
+    np.testing.assert_array_equal(
+        gradient(lambda table, ids: sharded.lookup(table, ids, jnp.float32)), gradient(plain)
+    )
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_no_gradient_of_a_weight_is_reduced_whole(name):
     """Of a weight one shard at most is reduced over data; the rest is scattered over fsdp."""
