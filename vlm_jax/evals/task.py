@@ -173,6 +173,16 @@ class Task:
     known: Mapping[str, str] = field(default_factory=dict)
 
 
+def question_alone(question: Question) -> str:
+    """The prompt that is the question without a suffix."""
+    return question.text
+
+
+def short(question: Question) -> str:
+    """The question with LLaVA's request for a short answer."""
+    return question.text + SHORT
+
+
 def average(
     graded: Sequence[Graded],
     *,

@@ -13,7 +13,6 @@ from vlm_jax.evals.groups import average_of_groups
 from vlm_jax.evals.metrics import edit_distance
 from vlm_jax.evals.readers import row_of, texts_of
 from vlm_jax.evals.task import (
-    SHORT,
     Annotations,
     Grade,
     Protocol,
@@ -22,6 +21,7 @@ from vlm_jax.evals.task import (
     found,
     image_folder,
     read_json,
+    short,
     unique,
 )
 
@@ -105,11 +105,6 @@ def _groups(row: Mapping[str, Any]) -> list[str]:
         for value in values if isinstance(values, list) else [values]:
             found_groups.append(f"{name}.{value}")
     return found_groups
-
-
-def short(question: Question) -> str:
-    """The question with the request for a short answer."""
-    return question.text + SHORT
 
 
 PROTOCOLS = {

@@ -12,7 +12,6 @@ from typing import Any
 from vlm_jax.evals import question_files
 from vlm_jax.evals.readers import row_of, text_of
 from vlm_jax.evals.task import (
-    SHORT,
     Aggregate,
     Annotations,
     Grade,
@@ -24,6 +23,7 @@ from vlm_jax.evals.task import (
     found,
     image_folder,
     read_json,
+    short,
     unique,
 )
 
@@ -141,11 +141,6 @@ def aggregate(graded: Sequence[Graded], *, labels: Sequence[str] | None = None) 
     return replace(whole, subscores={**whole.subscores, "distribution": chi})
 
 
-def prompt(question: Question) -> str:
-    """The question and the suffix for short answers."""
-    return question.text + SHORT
-
-
 AS_WRITTEN = (
     "eval.py compares as written: 'Yes' or 'yes.' is wrong where the gold answer is 'yes'; "
     "--protocol=llava lower-cases and drops the period first",
@@ -153,7 +148,7 @@ AS_WRITTEN = (
 LLAVA = Protocol(
     metric="accuracy",
     source="GQA eval.py after haotian-liu/LLaVA@c121f04 scripts/convert_gqa_for_eval.py",
-    prompt=prompt,
+    prompt=short,
     max_new_tokens=128,
     grade=partial(equal, plain=converted),
     aggregate=partial(aggregate, labels=("", "structural", "semantic")),
@@ -179,7 +174,7 @@ TASK = Task(
             metric="exact_match",
             source="EvolvingLMMs-Lab/lmms-eval@75571cf tasks/gqa/gqa.yaml, api/metrics.py "
             "exact_match_hf_evaluate",
-            prompt=prompt,
+            prompt=short,
             max_new_tokens=16,
             grade=equal_folded,
             aggregate=average,

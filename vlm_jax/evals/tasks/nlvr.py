@@ -23,6 +23,7 @@ from vlm_jax.evals.task import (
     found,
     json_lines,
     numbered,
+    question_alone,
 )
 
 ORDERS = 6
@@ -69,11 +70,6 @@ def aggregate(graded: Sequence[Graded]) -> Aggregate:
     return replace(whole, subscores={"consistency": 100 * mean(sentences)})
 
 
-def sentence(question: Question) -> str:
-    """The prompt: the sentence alone."""
-    return question.text
-
-
 TASK = Task(
     name="nlvr",
     title="NLVR, dev, 5,934 pictures of 989 examples",
@@ -85,7 +81,7 @@ TASK = Task(
             metric="precision",
             source="lil-lab/nlvr@56f4bc8 nlvr/metrics_images.py; it gives no prompt and no number "
             "of tokens",
-            prompt=sentence,
+            prompt=question_alone,
             max_new_tokens=16,
             grade=equal,
             aggregate=aggregate,

@@ -17,6 +17,7 @@ from vlm_jax.evals.task import (
     average,
     found,
     image_folder,
+    question_alone,
     read_json,
     unique,
 )
@@ -61,11 +62,6 @@ def contained(question: Question, text: str, *, fold: bool) -> Grade:
     parsed = plain(text)
     right = any(plain(answer) in parsed for answer in question.answers)
     return Grade(float(right), parsed, "substring")
-
-
-def question_alone(question: Question) -> str:
-    """The prompt: no suffix."""
-    return question.text
 
 
 TASK = Task(

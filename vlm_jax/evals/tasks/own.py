@@ -18,6 +18,7 @@ from vlm_jax.evals.task import (
     Task,
     average,
     json_lines,
+    question_alone,
     unique,
 )
 from vlm_jax.evals.tasks.chartqa import relaxed
@@ -119,15 +120,11 @@ def relaxed_match(question: Question, text: str) -> Grade:
     return Grade(right, text, "whole text")
 
 
-def _asked(question: Question) -> str:
-    return question.text
-
-
 def _protocol(metric: str, source: str, grade: Callable[[Question, str], Grade]) -> Protocol:
     return Protocol(
         metric=metric,
         source=source,
-        prompt=_asked,
+        prompt=question_alone,
         max_new_tokens=128,
         grade=grade,
         aggregate=average,

@@ -17,7 +17,6 @@ from vlm_jax.evals import question_files
 from vlm_jax.evals.metrics import clustered_stderr, jackknife_stderr, mean
 from vlm_jax.evals.readers import row_of
 from vlm_jax.evals.task import (
-    SHORT,
     Aggregate,
     Annotations,
     Grade,
@@ -28,6 +27,8 @@ from vlm_jax.evals.task import (
     Unit,
     image_folder,
     json_lines,
+    question_alone,
+    short,
     unique,
 )
 
@@ -284,16 +285,6 @@ def random_accuracy(graded: Sequence[Graded]) -> Aggregate:
     )
 
 
-def question_alone(question: Question) -> str:
-    """The prompt: no suffix."""
-    return question.text
-
-
-def prompt(question: Question) -> str:
-    """The question and the suffix for short answers."""
-    return question.text + SHORT
-
-
 FAULTS = (
     "an answer that is neither yes nor no counts as yes, and so do 'NO', 'No!' and 'nope'",
     "'not' anywhere in the first sentence is no, a full stop before the answer makes it yes",
@@ -302,7 +293,7 @@ FAULTS = (
 LLAVA = Protocol(
     metric="mean_f1",
     source="haotian-liu/LLaVA@c121f04 llava/eval/eval_pope.py, the mean of the three F1",
-    prompt=prompt,
+    prompt=short,
     max_new_tokens=128,
     grade=says_no,
     aggregate=partial(by_f1, value=mean_f1, of_labels=False),
@@ -327,7 +318,7 @@ TASK = Task(
             metric="pope_f1_score",
             source="EvolvingLMMs-Lab/lmms-eval@75571cf tasks/pope/utils.py pope_process_results, "
             "pope_aggregate_*",
-            prompt=prompt,
+            prompt=short,
             max_new_tokens=128,
             grade=exactly,
             aggregate=partial(by_f1, value=pooled_f1, of_labels=True),
