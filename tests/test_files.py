@@ -19,6 +19,7 @@ HOME = Path(__file__).parent.parent
 
 # Where a file is written in place, and why that leaves no half of one to be taken for a whole.
 IN_PLACE = {
+    "vlm_jax/fetch.py": "in a folder that appears when it is whole",
     "vlm_jax/weights/": "in a folder that appears when it is whole",
     "vlm_jax/data/skips.py": "a line is added, half of one is dropped by the reader",
     "vlm_jax/training/log.py": "a line is added, half of one is dropped by the reader",

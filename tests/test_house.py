@@ -34,7 +34,7 @@ GROUND = {
 ARROWS = {
     "errors": set(), "mesh": set(), "preemption": set(), "progress": set(), "arguments": set(),
     "buckets": set(), "files": {"buckets"}, "sharded": {"mesh"},
-    "cpu": {"mesh", "sharded"},
+    "fetch": {"files", "progress"}, "cpu": {"mesh", "sharded"},
     "compiled": {"progress"},
     "hosts": {"progress", "errors"},
     "evals": set(),

