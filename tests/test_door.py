@@ -66,7 +66,8 @@ def test_what_is_not_asked_for_is_not_imported():
         "import sys, vlm_jax\n"
         "assert not {'numpy', 'jax', 'typing_extensions'} & sys.modules.keys()\n"
         "law = vlm_jax.fit(vlm_jax.published('reasoning'), bootstrap=0)\n"
-        "best = vlm_jax.plan(law, flops=1e12, text_tokens=50)\n"
+        "best = vlm_jax.plan(law, flops=1e12, text_tokens=50, llms='continuous', "
+        "tokens='continuous')\n"
         "assert 'jax' not in sys.modules and 'scipy.stats' not in sys.modules\n"
         "print(best.V)\n"
     )
@@ -85,11 +86,12 @@ def test_a_plan_is_what_the_command_prints(law, tmp_path, capsys):
     stored = vlm_jax.read_law(tmp_path)
     assert stored.params == law.params
     argv = ["--ms=40", "--chip=v5e", "--text-tokens=25:1,100:3", "--efficiency=0.5",
+            "--new-tokens=1",
             "--llms=qwen1.5-0.5b,qwen1.5-4b", "--tokens=4,36"]  # fmt: skip
     assert main(["plan", f"--law={tmp_path}/law.json", *argv]) == 0
     best = vlm_jax.plan(
         stored, ms=40.0, chip="v5e", text_tokens={25: 0.25, 100: 0.75}, efficiency=0.5,
-        llms=["qwen1.5-0.5b", "qwen1.5-4b"], tokens=[4, 36],
+        new_tokens=1, llms=["qwen1.5-0.5b", "qwen1.5-4b"], tokens=[4, 36],
     )  # fmt: skip
     assert best.fields == json.loads(capsys.readouterr().out)
     assert (best.N, best.V, best.llm) == (best.fields["N"], best.fields["V"], best.fields["llm"])
@@ -102,7 +104,7 @@ def test_a_plan_is_what_the_command_prints(law, tmp_path, capsys):
     (dict(flops=1e12, cost_model="half"), "choose one of paper, full"),
     (dict(flops=1e12, chip="v5e"), "has no chip"),
     (dict(flops=1e12, tokens="many"), "give a list of V, or continuous"),
-    (dict(ms=4.0, chip="v5e", llms=["qwen9"]), "qwen9 unknown"),
+    (dict(ms=4.0, chip="v5e", new_tokens=1, llms=["qwen9"]), "qwen9 unknown"),
 ])  # fmt: skip
 def test_a_question_that_makes_no_sense_is_refused(how, words, law):
     with pytest.raises(ValueError, match=words):

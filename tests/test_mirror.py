@@ -24,7 +24,8 @@ THROUGH = {
     "test_window_attention.py": "kernels.absorbed_tpu kernels.unprojected_tpu kernels.window_tpu",
     "test_fit.py": "law.families",
     "test_causal_attention.py": "models.segments",
-    "test_plan.py": "planning.answers planning.parsing reports.plan_figure rows.measured",
+    "test_plan.py": "planning.answers planning.choices planning.parsing "
+    "reports.plan_figure rows.measured",
     "test_report.py": "reports.score_tables",
     "test_benchmarks.py": "serving.greedy",
     "test_generate.py": "serving.talk",

@@ -14,6 +14,7 @@ from vlm_jax.__main__ import main
 from vlm_jax.cost import described
 from vlm_jax.law import published
 from vlm_jax.law.law import fit
+from vlm_jax.planning import costs
 from vlm_jax.rows import records
 
 DEMO = f"--config={described.CONFIGS / 'demo.py'}"
@@ -51,7 +52,8 @@ def test_the_stable_flags_give_the_papers_optimum(run):
     it.
     """
     for flops in (1e11, 1e12):
-        status, answer, err = run("reasoning", f"--flops={flops}", "--text-tokens=50")
+        flags = [f"--flops={flops}", "--text-tokens=50", "--continuous"]
+        status, answer, err = run("reasoning", *flags)
         law = answer["law"]["laws"]["all"]
         assert status == 0
         assert answer["V"] == pytest.approx(
@@ -68,17 +70,44 @@ def test_the_stable_flags_give_the_papers_optimum(run):
 
 
 def test_text_reading_takes_every_token(run):
-    assert run("ocr", "--flops=1e12", "--text-tokens=50")[1]["V"] == 576
+    assert run("ocr", "--flops=1e12", "--text-tokens=50", "--continuous")[1]["V"] == 576
+
+
+def test_what_is_offered_can_be_built_and_is_near_what_was_fitted(run, laws):
+    """By default a described LLM and a V of the method; in theory at most twice the range."""
+    _, answer, _ = run("reasoning", "--flops=1e12", "--text-tokens=50")
+    assert (answer["llm"], answer["V"]) == ("qwen1.5-7b", 16) and answer["schema"] == 1
+    _, theory, _ = run("reasoning", "--flops=1e12", "--text-tokens=0", "--continuous")
+    assert (theory["N"], theory["V"]) == (pytest.approx(14.0), pytest.approx(35.7, rel=0.01))
+    assert any("N is capped at 14 billion" in w for w in theory["warnings"])
+    fields = json.loads((laws / "reasoning.json").read_text())
+    (laws / "narrow.json").write_text(
+        json.dumps(fields | {"domain": {"N": [1.0, 3.0], "V": [4.0, 36.0], "Q": [0.0, 0.0]}})
+    )
+    _, near, _ = run("narrow", "--flops=1e13", "--text-tokens=50")
+    assert (near["llm"], near["V"]) == ("qwen1.5-4b", 64)
+    assert any("fitted N: qwen1.5-7b, qwen1.5-14b" in w for w in near["warnings"])
+    assert any("fitted V: 1, 144, 576" in w for w in near["warnings"])
+    (laws / "tiny.json").write_text(json.dumps(fields | {"domain": {"N": [1e-5, 1e-3]}}))
+    status, _, err = run("tiny", "--flops=1e13", "--text-tokens=50")
+    assert status == 2 and "add --config" in err
 
 
 def test_a_mix_leans_from_one_family_to_the_other(run, laws):
     V = [
-        run("both", "--flops=1e12", "--text-tokens=50", f"--mix=reasoning:{1 - w},ocr:{w}")[1]["V"]
+        run(
+            "both",
+            "--flops=1e12",
+            "--text-tokens=50",
+            f"--mix=reasoning:{1 - w},ocr:{w}",
+            "--continuous",
+        )[1]["V"]
         for w in (0.0, 0.1, 0.3, 1.0)
     ]
     assert V == sorted(V) and V[0] == pytest.approx(13.5, rel=0.01) and V[-1] == 576
     files = f"--law=reasoning:{laws / 'reasoning.json'},ocr:{laws / 'ocr.json'}"
-    apart = run("both", files, "--flops=1e12", "--text-tokens=50", "--mix=reasoning:7,ocr:3")[1]
+    apart = run("both", files, "--flops=1e12", "--text-tokens=50", "--mix=reasoning:7,ocr:3",
+                "--continuous")[1]  # fmt: skip
     assert apart["V"] == pytest.approx(V[2]) and apart["law"]["weights"] == {
         "reasoning": 0.7,
         "ocr": 0.3,
@@ -94,6 +123,7 @@ def test_forty_milliseconds_on_one_v5e_chip(run):
     assert answer["cost"]["ms"]["decode"] > 0.7 * answer["cost"]["amount"]
     assert sum(answer["cost"]["hbm"].values()) < answer["budget"]["also"]["hbm"]
     assert [(c["N"], c["V"]) for c in answer["runner_ups"]] == [(0.5, 576)]
+    assert answer["new_tokens"] == 5
     assert not answer["warnings"]
     for change, expected in (
         (["--new-tokens=5", "--efficiency=0.65"], ("qwen1.5-1.8b", 576)),
@@ -102,35 +132,63 @@ def test_forty_milliseconds_on_one_v5e_chip(run):
     ):
         _, other, _ = run("both", *flags, *change)
         assert (other["llm"], other["V"]) == expected
-    _, ideal, _ = run("both", *flags)
+    _, ideal, _ = run("both", *flags, "--new-tokens=5")
     assert any("roofline" in warning for warning in ideal["warnings"])
 
 
 def test_runner_ups_lie_within_the_interval_and_are_not_better(run):
-    _, answer, _ = run("reasoning", "--flops=2e12", "--cost=full", "--text-tokens=50")
+    _, answer, _ = run("reasoning", "--flops=2e12", "--cost=full", "--text-tokens=50",
+                       "--llms=continuous")  # fmt: skip
     errors = [other["error"] for other in answer["runner_ups"]]
     assert errors == sorted(errors) and errors
     assert all(answer["predicted_error"] <= e <= answer["interval"][1] for e in errors)
 
 
 def test_shares_of_text_lengths_and_cached_text_reach_the_search(run):
-    one = run("reasoning", "--flops=1e12", "--text-tokens=62.5")[1]
-    two = run("reasoning", "--flops=1e12", "--text-tokens=25:1,100:1")[1]
+    budget = ["--flops=1e12", "--continuous"]
+    one = run("reasoning", *budget, "--text-tokens=62.5")[1]
+    two = run("reasoning", *budget, "--text-tokens=25:1,100:1")[1]
     assert two["V"] == pytest.approx(one["V"]) and two["text_tokens"] == 62.5
-    assert run("reasoning", "--flops=1e12", "--text-tokens=50", "--cached-text")[1]["V"] == 1
+    assert run("reasoning", "--text-tokens=50", *budget, "--cached-text")[1]["V"] > 30
 
 
 def test_every_budget_buys_something_within_it(run):
     for flags in (
         ["--hbm-gb=9"],
-        ["--ms=80", "--chip=v6e", "--batch=8", "--efficiency=0.5"],
-        ["--dollars-per-million=5", "--chip=v5e", "--price-per-hour=1.2"],
-        ["--ms=80", "--chip=v5e", "--chips=4", "--efficiency=prefill:0.6,decode:0.8"],
+        ["--ms=80", "--chip=v6e", "--batch=8", "--efficiency=0.5", "--new-tokens=1"],
+        ["--dollars-per-million=5", "--chip=v5e", "--price-per-hour=1.2", "--new-tokens=1"],
+        [
+            "--ms=80",
+            "--chip=v5e",
+            "--chips=4",
+            "--efficiency=prefill:0.6,decode:0.8",
+            "--new-tokens=1",
+        ],
         ["--flops=3e12", "--cost=full", "--compressors=quecc,token_packer,mqt,none"],
     ):
         status, answer, err = run("reasoning", "--text-tokens=50", *flags)
         assert status == 0, err
-        assert answer["cost"]["amount"] <= answer["budget"]["limit"] * (1 + 1e-9)
+        spent = answer["cost"]
+        assert spent["amount"] <= answer["budget"]["limit"] * (1 + 1e-9)
+        unit = next(u for u, words in costs.UNITS.items() if words == spent["unit"])
+        assert spent["amount"] == pytest.approx(sum(spent[unit].values()))
+
+
+def test_a_failure_is_json_too(laws, capsys):
+    """Of a flag and of a plan: schema, status and the message of stderr."""
+    flags = ["plan", f"--law={laws / 'both.json'}", "--json", "--text-tokens=50"]
+    for more, words in (
+        (["--ms=4", "--chip=v9"], "unknown chip"),
+        (["--flops=x"], "invalid float"),
+    ):
+        try:
+            status = main([*flags, *more, "--new-tokens=1"])
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        failure = json.loads(out)
+        assert status == 2 == failure["status"] and failure["schema"] == 1
+        assert words in failure["error"] and words in err
 
 
 def test_without_matplotlib_the_answer_comes_without_its_figure(run, tmp_path, monkeypatch):
@@ -144,7 +202,7 @@ def test_a_law_written_by_hand_works_and_says_what_it_lacks(run, laws):
     (laws / "hand.json").write_text(
         '{"form": "multiplicative", "A": 0.6, "alpha": 0.08, "beta": 0.02, "D": 0}'
     )
-    status, answer, _ = run("hand", "--flops=1e12", "--text-tokens=30")
+    status, answer, _ = run("hand", "--flops=1e12", "--text-tokens=30", "--continuous")
     assert status == 0 and answer["V"] == pytest.approx(10, rel=0.01) and answer["interval"] is None
     assert any("does not say on which" in warning for warning in answer["warnings"])
 
@@ -172,6 +230,7 @@ def test_measured_rows_replace_the_roofline(run, tmp_path):
         "--tokens=4",
         "--chip=v5e",
         "--text-tokens=12",
+        "--new-tokens=2",
     ]
     measured = f"--measured={tmp_path / 'rows.jsonl'}"
     slow = run("reasoning", "--ms=1e9", measured, *flags)[1]
@@ -193,7 +252,7 @@ def test_measured_rows_replace_the_roofline(run, tmp_path):
 
 def test_the_figure_shows_the_choice_and_its_numbers(run, tmp_path):
     _, answer, _ = run(
-        "reasoning", "--flops=1e12", "--text-tokens=50", f"--out={tmp_path}", "--json"
+        "reasoning", "--flops=1e12", "--text-tokens=50", f"--out={tmp_path}", "--continuous"
     )
     names = [path.rsplit("/", 1)[1] for path in answer["figures"]]
     assert names == ["plan.png", "plan.svg", "plan.csv"] and all(
@@ -213,17 +272,23 @@ BAD = [
     (["--text-tokens=-1", "--flops=1e12"], "'-1' is not a number of at least 0"),
     (["--text-tokens=25:x", "--flops=1e12"], "expected name:weight"),
     (["--text-tokens=50", "--flops=nan"], "budget: 'nan' is not a number"),
-    (["--text-tokens=50", "--ms=40"], "needs --chip"),
-    (["--text-tokens=50", "--ms=40", "--chip=v9"], "unknown chip 'v9'"),
+    (["--text-tokens=50", "--ms=40", "--new-tokens=1"], "needs --chip"),
+    (["--text-tokens=50", "--ms=40", "--chip=v5e"], "needs --new-tokens"),
+    (["--text-tokens=50", "--dollars-per-million=4", "--chip=v5e"], "needs --new-tokens"),
+    (["--text-tokens=50", "--ms=40", "--chip=v9", "--new-tokens=1"], "unknown chip 'v9'"),
+    (["--text-tokens=50", "--hbm-gb=40", "--chip=v5e"], "more than v5e can use, 1.691e+10 bytes"),
     (
-        ["--text-tokens=50", "--ms=40", "--chip=v5e", "--efficiency=2"],
+        ["--text-tokens=50", "--ms=40", "--chip=v5e", "--efficiency=2", "--new-tokens=1"],
         "efficiency must be in (0, 1]",
     ),
-    (["--text-tokens=50", "--ms=40", "--cost=paper"], "needs --cost=full"),
+    (["--text-tokens=50", "--ms=40", "--cost=paper", "--new-tokens=1"], "needs --cost=full"),
     (["--text-tokens=50", "--flops=1e12", "--chip=v5e"], "add --cost=full"),
-    (["--text-tokens=50", "--dollars-per-million=5", "--chip=v5e"], "needs --price-per-hour"),
     (
-        ["--text-tokens=50", "--ms=1", "--chip=v5e"],
+        ["--text-tokens=50", "--dollars-per-million=5", "--chip=v5e", "--new-tokens=1"],
+        "needs --price-per-hour",
+    ),
+    (
+        ["--text-tokens=50", "--ms=1", "--chip=v5e", "--new-tokens=1"],
         "the cheapest is N=0.5 billion, V=1, token_packer",
     ),
     (
@@ -286,6 +351,7 @@ def test_a_plan_is_made_without_jax(laws):
             "--ms=40",
             "--chip=v5e",
             "--text-tokens=50",
+            "--new-tokens=1",
         ],
         capture_output=True,
         text=True,

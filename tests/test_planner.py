@@ -17,7 +17,8 @@ from vlm_jax.law import published
 from vlm_jax.law.law import Law, fit
 from vlm_jax.models.sizes import LLMSize, ViTSize
 from vlm_jax.planning import planner
-from vlm_jax.planning.planner import Budget, FullCost, Mixture, PaperCost, Search, Workload
+from vlm_jax.planning.costs import FullCost, PaperCost, Workload
+from vlm_jax.planning.planner import Budget, Mixture, Search
 
 CLIP = ViTSize.of(base.get_config().vit)
 QWEN = {
@@ -111,37 +112,62 @@ def test_full_cost_is_exact_at_described_sizes_and_lies_between_them_elsewhere()
     for unit in ("flops", "ms", "hbm"):
         low, middle, high = (spent.amount(unit, N, 36, "token_packer") for N in (4.0, 5.0, 7.0))
         assert low < middle < high
-        assert spent.largest(unit, middle, 36, "token_packer") == pytest.approx(5.0)
+        assert spent.within(unit, middle, 36, "token_packer") == [(0.5, pytest.approx(5.0))]
         assert sum(spent.parts(5.0, 36, "token_packer")[unit].values()) == pytest.approx(middle)
         beyond = spent.amount(unit, 20.0, 36, "token_packer")
-        assert spent.largest(unit, beyond, 36, "token_packer") == pytest.approx(20.0)
+        assert spent.within(unit, beyond, 36, "token_packer") == [(0.5, pytest.approx(20.0))]
 
 
-@pytest.mark.parametrize(
-    "unit, limit", [("flops", 2e12), ("ms", 30.0), ("hbm", 9e9), ("dollars", 4.0)]
-)
-def test_the_search_finds_what_trying_everything_finds(unit, limit):
-    """Every listed LLM and V, tried one by one against the budget."""
-    it, llms = law(0.07, 0.03), (0.5, 1.8, 4.0, 7.0, 14.0)
+@pytest.mark.parametrize("unit", ["flops", "ms", "hbm", "dollars"])
+def test_the_search_finds_what_trying_everything_finds(unit):
+    """Fifteen random laws and limits per unit: every candidate, in order, with its cost."""
+    rng = np.random.default_rng(len(unit))
+    llms = (0.5, 1.8, 4.0, 7.0, 14.0)
+    it = law(0.07, 0.03)
     search = full(
-        it,
-        50.0,
-        unit,
-        limit,
-        tokens=WINDOWS,
-        llms=llms,
-        chip=chips.CHIPS["v5e"],
-        G=3,
+        it, 50.0, unit, np.inf, tokens=WINDOWS, llms=llms, chip=chips.CHIPS["v5e"], G=3,
         dollars_per_hour=1.2,
-    )
-    tried = [
-        (float(it.error(N, V)), N, V)
+    )  # fmt: skip
+    spent = {
+        (N, V): search.cost.amount(unit, N, V, "token_packer")
         for N, V in itertools.product(llms, WINDOWS["token_packer"])
-        if search.cost.amount(unit, N, V, "token_packer") <= limit
-    ]
-    best = search.candidates()[0]
-    assert 0 < len(tried) < len(llms) * 8
-    assert (best.error, best.N, best.V) == min(tried)
+    }
+    found = 0
+    for _ in range(15):
+        it = law(rng.uniform(0.01, 0.2), rng.uniform(0.005, 0.2), A=rng.uniform(0.2, 1))
+        limit = float(np.exp(rng.uniform(*np.log([min(spent.values()), max(spent.values())]))))
+        tried = sorted(
+            (float(it.error(N, V)), amount, N, V)
+            for (N, V), amount in spent.items()
+            if amount <= limit
+        )
+        here = dataclasses.replace(search, law=mixture(it), budget=Budget(((unit, limit),)))
+        listed = here.candidates()
+        assert [(c.N, c.V) for c in listed] == [(N, V) for _, _, N, V in tried]
+        assert [c.cost for c in listed] == [amount for _, amount, _, _ in tried]
+        assert [c.error for c in listed] == pytest.approx([error for error, *_ in tried])
+        found += len(tried) < len(spent)
+    assert found > 10
+
+
+def test_a_larger_llm_that_costs_less_is_offered():
+    """Planted: the 7B LLM has a quarter of the 4B one's blocks, so it costs less than that."""
+    odd = dict(QWEN) | {7.0: dataclasses.replace(QWEN[7.0], depth=8)}
+    work = Workload(((50.0, 1.0),))
+    spent = FullCost(work, odd, CLIP)
+    totals = [spent.amount("flops", N, 16, "token_packer") for N in sorted(odd)]
+    assert totals[3] < totals[2] and totals[3] > totals[1]
+    for llms in ((0.5, 1.8, 4.0, 7.0), None):
+        search = Search(
+            mixture(law(0.07, 0.03)), spent, Budget((("flops", totals[3]),)), llms,
+            {"token_packer": [16.0]},
+        )  # fmt: skip
+        best = search.candidates()[0]
+        assert best.N == pytest.approx(7.0) and best.cost == pytest.approx(totals[3])
+        parts = spent.parts(best.N, 16, "token_packer")["flops"]
+        assert best.cost == pytest.approx(sum(parts.values()))
+    low, high = spent.within("flops", totals[3], 16, "token_packer")
+    assert low[0] == 0.5 and 1.8 < low[1] < 4 and high == (pytest.approx(7.0), pytest.approx(7.0))
 
 
 def test_a_cost_that_every_configuration_pays_moves_the_budget_and_not_the_optimum():

@@ -53,11 +53,11 @@ _NVIDIA = "nvidia.com/en-us/data-center/"
 CHIPS = {
     chip.name: chip
     for chip in (
-        _bf16("v4", 275, 1200, 32, _TPU + "v4"),
-        # 16 GB on the page; the compiler's out-of-memory message says 15.75 GiB.
+        # Pages say 32 GB (v4, v6e) and 16 GB (v5e); their compilers leave a program less.
+        _bf16("v4", 275, 1200, 30.75, _TPU + "v4"),
         _bf16("v5e", 197, 819, 15.75, _TPU + "v5e"),
         _bf16("v5p", 459, 2765, 95, _TPU + "v5p"),
-        _bf16("v6e", 918, 1638, 32, _TPU + "v6e"),
+        _bf16("v6e", 918, 1638, 31.25, _TPU + "v6e"),
         _bf16("v7", 2307, 7380, 192, _TPU + "tpu7x (Ironwood; two JAX devices per chip)"),
         # 1979 TFLOP/s on NVIDIA's data sheets is with sparsity: half of it without. The sheets
         # themselves were not at hand: the numbers are those that several pages quote from them

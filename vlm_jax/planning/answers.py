@@ -8,7 +8,9 @@ from typing import Any
 
 from vlm_jax.compressors.method import Number, tilings
 from vlm_jax.cost import flops as cost
-from vlm_jax.planning import planner
+from vlm_jax.planning import costs, planner
+
+SCHEMA = 1  # of the JSON; raised when a field changes its meaning
 
 
 def plan(search: planner.Search, names: Mapping[Number, str]) -> dict[str, Any]:
@@ -21,15 +23,16 @@ def plan(search: planner.Search, names: Mapping[Number, str]) -> dict[str, Any]:
     interval = search.law.interval(chosen.N, chosen.V, Q)
     trained = search.law.interval(chosen.N, chosen.V, Q, measured=True)
     unit, limit = search.budget.limits[0]
-    costs: dict[str, Any] = {"amount": chosen.cost, "unit": planner.UNITS[unit]}
-    if isinstance(cost_model, planner.FullCost):
-        costs |= cost_model.parts(chosen.N, chosen.V, chosen.compressor)
+    spent: dict[str, Any] = {"amount": chosen.cost, "unit": costs.UNITS[unit]}
+    if isinstance(cost_model, costs.FullCost):
+        spent |= cost_model.parts(chosen.N, chosen.V, chosen.compressor)
         shape = cost_model.sizes.get(chosen.N)
-        costs["llm_parameters"] = None if shape is None else cost.llm_parameters(shape)
+        spent["llm_parameters"] = None if shape is None else cost.llm_parameters(shape)
     others = planner.runner_ups(
         [*candidates[1:], *buildable(search, chosen)], math.inf if interval is None else interval[1]
     )
     return {
+        "schema": SCHEMA,
         "N": chosen.N,
         "V": chosen.V,
         "compressor": chosen.compressor,
@@ -39,10 +42,10 @@ def plan(search: planner.Search, names: Mapping[Number, str]) -> dict[str, Any]:
         "interval_of_a_trained_model": None if trained is None else list(trained),
         "interval_level": 0.95,
         "cost_model": cost_model.name,
-        "cost": costs,
+        "cost": spent,
         "budget": {
             "limit": limit,
-            "unit": planner.UNITS[unit],
+            "unit": costs.UNITS[unit],
             "also": dict(search.budget.limits[1:]),
         },
         "text_tokens": Q,
@@ -78,6 +81,9 @@ def buildable(search: planner.Search, chosen: planner.Candidate) -> list[planner
 def warnings_of(search: planner.Search, chosen: planner.Candidate) -> list[str]:
     """What a reader must know before trusting the plan, one sentence each."""
     cost_model, sentences = search.cost, []
+    if search.llms is None and math.isclose(chosen.N, search.most, rel_tol=1e-6):
+        sentences.append(f"N is capped at {chosen.N:.4g} billion, twice the range on which the law "
+                         "was fitted")  # fmt: skip
     for Q, _ in cost_model.workload.texts:
         sentences += [s for s in search.law.outside(chosen.N, chosen.V, Q) if s not in sentences]
     if any(not law.domain for law in search.law.laws.values()):
@@ -86,7 +92,7 @@ def warnings_of(search: planner.Search, chosen: planner.Candidate) -> list[str]:
     if len(search.tokens) > 1:
         sentences.append("the law holds for the compressor it was fitted with: "
                      "others are compared by cost alone")  # fmt: skip
-    if isinstance(cost_model, planner.FullCost):
+    if isinstance(cost_model, costs.FullCost):
         most = max(cost_model.sizes)
         if chosen.N > most * (1 + 1e-9):
             sentences.append(f"no LLM above N={most:g} is described: its cost is extrapolated")

@@ -43,10 +43,10 @@ def texts(text: str) -> dict[Number, Number]:
     return {number(q, "--text-tokens"): share for q, share in shares(text, "--text-tokens").items()}
 
 
-def sizes(text: str) -> list[str] | list[Number] | None:
-    """LLMs by name or by billions of parameters; None (every size) for "continuous"."""
-    if text == "continuous":
-        return None
+def sizes(text: str | None) -> list[str] | list[Number] | str | None:
+    """LLMs by name or by billions of parameters, or "continuous"; None if there is no flag."""
+    if text is None or text == "continuous":
+        return text
     names = [name.strip() for name in text.split(",")]
     if all(re.fullmatch(r"[\d.eE+-]+", name) for name in names):
         return [number(name, "--llms", least=1e-9) for name in names]

@@ -15,22 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax import compressors
-from vlm_jax.compressors.method import Method, Number
-from vlm_jax.cost import flops as cost
-from vlm_jax.cost import roofline
-from vlm_jax.cost.chips import Chip
+from vlm_jax.compressors.method import Number
 from vlm_jax.law.forms import Numbers
 from vlm_jax.law.law import Law
-from vlm_jax.models.sizes import LLMSize, ViTSize
+from vlm_jax.planning.costs import UNITS, Cost
 
-UNITS = {
-    "flops": "FLOPs per request",
-    "ms": "milliseconds per batch",
-    "dollars": "dollars per million requests",
-    "hbm": "bytes of memory per batch",
-}
-SMALLEST_N = 1e-9  # one parameter: the lower end for the paper's cost, which has no architecture
+AXES = {"N": "billion LLM parameters", "V": "visual tokens", "Q": "text tokens"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,167 +61,30 @@ class Mixture:
             low, high = low + weight * float(ends[0]), high + weight * float(ends[1])
         return low, high
 
+    def domain(self, axis: str) -> tuple[float, float] | None:
+        """The range of N, V or Q on which every law of weight was fitted; None if none says."""
+        ends = [
+            law.domain[axis]
+            for name, law in self.laws.items()
+            if self.weights.get(name) and axis in law.domain
+        ]
+        return (max(e[0] for e in ends), min(e[1] for e in ends)) if ends else None
+
     def outside(self, N: Number, V: Number, Q: Number) -> list[str]:
         """A sentence for each of N, V and Q outside the range of which some law was fitted."""
         sentences = []
-        place = {"N": N, "V": V, "Q": Q}
-        names = {"N": "billion LLM parameters", "V": "visual tokens", "Q": "text tokens"}
-        for axis, value in place.items():
-            ends = [
-                law.domain[axis]
-                for name, law in self.laws.items()
-                if self.weights.get(name) and axis in law.domain
-            ]
-            if not ends:
+        for axis, value in {"N": N, "V": V, "Q": Q}.items():
+            if (ends := self.domain(axis)) is None:
                 continue
-            low, high = max(e[0] for e in ends), min(e[1] for e in ends)
+            low, high = ends
             if axis == "Q" and self.error(N, V, low) == self.error(N, V, value):
                 continue  # this law does not read Q
             if not low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
                 sentences.append(
-                    f"extrapolates {axis}: {value:.4g} {names[axis]}, "
+                    f"extrapolates {axis}: {value:.4g} {AXES[axis]}, "
                     f"fitted on {low:.4g} to {high:.4g}"
                 )
         return sentences
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """The requests: text lengths with their shares, generated tokens, and requests per batch."""
-
-    texts: tuple[tuple[Number, Number], ...]  # (Q, share); shares sum to 1
-    G: Number = 0
-    batch: int = 1
-    cached_text: bool = False
-
-    @property
-    def Q(self) -> float:
-        """The mean number of text tokens."""
-        return sum(q * share for q, share in self.texts)
-
-
-@dataclasses.dataclass(frozen=True)
-class PaperCost:
-    """2 N (Q + V + G) of arXiv 2411.03312: only the LLM's weights count; cached text is free."""
-
-    workload: Workload
-    name: str = "paper"
-    lowest = SMALLEST_N
-
-    def amount(self, unit: str, N: Number, V: Number, compressor: str) -> float:
-        """FLOPs of one request, the only unit of this cost."""
-        if unit != "flops":
-            raise ValueError(
-                f"the paper's cost is FLOPs; a limit in {UNITS[unit]} needs --cost=full"
-            )
-        text = 0 if self.workload.cached_text else self.workload.Q
-        return float(cost.paper_flops(N, V, Q=text + self.workload.G))
-
-    def largest(self, unit: str, limit: Number, V: Number, compressor: str) -> float:
-        """The N that costs exactly `limit`."""
-        return limit / self.amount(unit, 1.0, V, compressor)
-
-
-@dataclasses.dataclass(frozen=True)
-class FullCost:
-    """Every phase of a request; between the described LLMs by linear interpolation in N.
-
-    `sizes` maps N in billions to shapes. At a described size the cost is exact; above the largest
-    one it is extrapolated from the last two sizes; N below the smallest size is not offered.
-    """
-
-    workload: Workload
-    sizes: Mapping[Number, LLMSize]
-    vit: ViTSize
-    query: str = "none"  # of the compressors that read the question
-    heads: int = 8
-    chip: Chip | None = None
-    efficiency: Mapping[str, Number] | None = None
-    dollars_per_hour: Number = 0.0  # for the chip, all of them together
-    name: str = "full"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", dict(sorted(self.sizes.items())))
-
-    @property
-    def lowest(self) -> float:
-        """The smallest N that is offered, in billions."""
-        return min(self.sizes)
-
-    def compressor(self, kind: str, V: Number) -> Method:
-        """The compressor `kind` at V tokens."""
-        return compressors.describe(dict(kind=kind, tokens=V, heads=self.heads, query=self.query))
-
-    def details(self, llm: LLMSize, V: Number, compressor: str) -> dict[str, dict[str, Number]]:
-        """FLOPs and milliseconds by phase and bytes by kind, averaged over text lengths."""
-        totals: dict[str, dict[str, Number]] = {}
-        for Q, share in self.workload.texts:
-            request = roofline.Request(
-                Q, self.workload.G, self.workload.batch, None, self.workload.cached_text
-            )
-            request_sizes = (self.vit, self.compressor(compressor, V), llm, request)
-            width = self.chip.bytes_per_number if self.chip else 2
-            parts = {
-                "flops": dataclasses.asdict(roofline.request_flops(*request_sizes)),
-                "hbm": dataclasses.asdict(roofline.memory(*request_sizes, bytes_per_number=width)),
-            }
-            if self.chip:
-                seconds = roofline.seconds(*request_sizes, self.chip, efficiency=self.efficiency)
-                parts["ms"] = {phase: 1e3 * s for phase, s in seconds.items()}
-            for unit, values in parts.items():
-                sums = totals.setdefault(unit, dict.fromkeys(values, 0.0))
-                for name, value in values.items():
-                    # Memory must hold the longest text, the others are means.
-                    sums[name] = (
-                        max(sums[name], value) if unit == "hbm" else sums[name] + share * value
-                    )
-        return totals
-
-    def _knots(self, unit: str, V: Number, compressor: str) -> tuple[np.ndarray, np.ndarray]:
-        if unit in ("ms", "dollars") and self.chip is None:
-            raise ValueError(f"a limit in {UNITS[unit]} needs --chip")
-        kind = "ms" if unit == "dollars" else unit
-        totals = [
-            sum(self.details(llm, V, compressor)[kind].values()) for llm in self.sizes.values()
-        ]
-        if unit == "dollars":
-            factor = self.dollars_per_hour / 3.6e6 / self.workload.batch * 1e6
-            totals = [ms * factor for ms in totals]
-        return np.array(list(self.sizes)), np.maximum.accumulate(totals)
-
-    def parts(self, N: Number, V: Number, compressor: str) -> dict[str, dict[str, Number]]:
-        """`details` at any N."""
-        details = [self.details(llm, V, compressor) for llm in self.sizes.values()]
-        sizes = np.array(list(self.sizes))
-        return {
-            unit: {
-                name: _line(N, sizes, np.array([d[unit][name] for d in details])) for name in names
-            }
-            for unit, names in details[0].items()
-        }
-
-    def amount(self, unit: str, N: Number, V: Number, compressor: str) -> float:
-        """The cost in `unit` (a key of UNITS) of one request, or batch for ms and hbm."""
-        return _line(N, *self._knots(unit, V, compressor))
-
-    def largest(self, unit: str, limit: Number, V: Number, compressor: str) -> float:
-        """The largest N that costs at most `limit`; 0 if none does."""
-        sizes, totals = self._knots(unit, V, compressor)
-        if limit < totals[0]:
-            return 0.0
-        return _line(limit, totals, sizes)
-
-
-def _line(x: Number, xs: np.ndarray, ys: np.ndarray) -> float:
-    """y at x on the line through the points, extrapolated at the end; one point: through zero."""
-    if len(xs) == 1:
-        return float(ys[0] * x / xs[0])
-    if x > xs[-1]:
-        return float(ys[-1] + (x - xs[-1]) * (ys[-1] - ys[-2]) / max(xs[-1] - xs[-2], 1e-300))
-    return float(np.interp(x, xs, ys))
-
-
-Cost = PaperCost | FullCost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,13 +112,17 @@ class Candidate:
     error: Number
     cost: Number
 
+    def rank(self) -> tuple[Number, Number]:
+        """What the better candidate has less of: error, then cost."""
+        return self.error, self.cost
+
 
 @dataclasses.dataclass(frozen=True)
 class Search:
     """What is searched.
 
-    `llms` is a list of N, or None for every size; `tokens` maps each compressor to its list of V,
-    or to all V `Between` two values.
+    `llms` is a list of N, or None for every size up to `most`; `tokens` maps each compressor to its
+    list of V, or to all V `Between` two values.
     """
 
     law: Mixture
@@ -273,33 +130,52 @@ class Search:
     budget: Budget
     llms: tuple[Number, ...] | None
     tokens: Mapping[str, Sequence[Number] | Between]
+    most: Number = np.inf
 
     def predicted(self, N: Numbers, V: Number) -> Any:
         """The error averaged over text lengths, in the shape of N."""
         return sum(share * self.law.error(N, V, q) for q, share in self.cost.workload.texts)
 
-    def affordable(self, V: Number, compressor: str) -> list[Number]:
-        """The N to try at V: the listed ones within all limits, or the largest and smaller ones."""
-        limit = min(
-            self.cost.largest(unit, amount, V, compressor) for unit, amount in self.budget.limits
-        )
+    def affordable(self, V: Number, compressor: str) -> list[float]:
+        """The N to try at V: the listed ones within all limits, or the ends of what they allow."""
         if self.llms is not None:
-            return [N for N in self.llms if N <= limit * (1 + 1e-9)]
-        if limit < self.cost.lowest:
-            return []
+            return [float(N) for N in self.llms if self.allows(N, V, compressor)]
+        allowed = [(self.cost.lowest, self.most)]
+        for unit, amount in self.budget.limits:
+            allowed = [
+                (max(low, a), min(high, b))
+                for low, high in allowed
+                for a, b in self.cost.within(unit, amount, V, compressor)
+                if max(low, a) <= min(high, b)
+            ]
         # If the error falls with N everywhere, the largest N is enough; a fit may bend otherwise.
-        below = np.geomspace(max(self.cost.lowest, limit / 1e3), limit, 9)[:-1]
-        return [limit, *(float(N) for N in below)]
+        return [
+            float(N)
+            for low, high in allowed
+            for N in (high, *np.geomspace(max(low, high / 1e3), high, 9)[:-1])
+        ]
+
+    def allows(self, N: Number, V: Number, compressor: str) -> bool:
+        """Whether a configuration is within all limits."""
+        return all(
+            self.cost.amount(unit, N, V, compressor) <= limit * (1 + 1e-9)
+            for unit, limit in self.budget.limits
+        )
+
+    def at(self, V: Number, compressor: str) -> list[Candidate]:
+        """Every affordable candidate at this V."""
+        choices = self.affordable(V, compressor)
+        if not choices:
+            return []
+        unit = self.budget.limits[0][0]
+        return [
+            Candidate(N, V, compressor, float(error), self.cost.amount(unit, N, V, compressor))
+            for N, error in zip(choices, self.predicted(np.array(choices), V), strict=True)
+        ]
 
     def best_at(self, V: Number, compressor: str) -> Candidate | None:
         """The best affordable LLM at this V, or None."""
-        choices = self.affordable(V, compressor)
-        if not choices:
-            return None
-        errors = self.predicted(np.array(choices), V)
-        N = choices[int(errors.argmin())]
-        amount = self.cost.amount(self.budget.limits[0][0], N, V, compressor)
-        return Candidate(N, V, compressor, float(errors.min()), amount)
+        return min(self.at(V, compressor), key=Candidate.rank, default=None)
 
     def listed(self, compressor: str, V: Sequence[Number]) -> list[Candidate]:
         """The best candidate at each listed V."""
@@ -334,18 +210,22 @@ class Search:
         for compressor, V in self.tokens.items():
             if isinstance(V, Between):
                 candidates += self.continuous(compressor, V.low, V.high)
-            else:
+            elif self.llms is None:
                 candidates += self.listed(compressor, V)
+            else:
+                candidates += [candidate for v in V for candidate in self.at(v, compressor)]
         if not candidates:
             raise ValueError(self._nothing())
-        return sorted(candidates, key=lambda c: (c.error, c.cost))
+        return sorted(candidates, key=Candidate.rank)
 
     def _nothing(self) -> str:
-        N = self.cost.lowest if self.llms is None else min(self.llms)
+        sizes = [self.cost.lowest] if self.llms is None else self.llms
         lows = {c: V.low if isinstance(V, Between) else min(V) for c, V in self.tokens.items()}
         words = []
         for unit, limit in self.budget.limits:
-            amount, kind, V = min((self.cost.amount(unit, N, V, c), c, V) for c, V in lows.items())
+            amount, kind, V, N = min(
+                (self.cost.amount(unit, N, V, c), c, V, N) for c, V in lows.items() for N in sizes
+            )
             if amount > limit:
                 words.append(
                     f"the cheapest is N={N:g} billion, V={V:g}, {kind}: "
@@ -393,4 +273,4 @@ def _ratio(search: Search, chosen: Candidate) -> float | None:
 
 def runner_ups(others: Sequence[Candidate], high: Number, *, count: int = 10) -> list[Candidate]:
     """The best `count` of `others` with a predicted error of at most `high`, best first."""
-    return sorted((c for c in others if c.error <= high), key=lambda c: (c.error, c.cost))[:count]
+    return sorted((c for c in others if c.error <= high), key=Candidate.rank)[:count]

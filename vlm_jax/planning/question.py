@@ -4,7 +4,6 @@
 N LLM parameters in billions   V visual tokens   Q text tokens   G generated tokens
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +13,14 @@ from vlm_jax import compressors as methods
 from vlm_jax.compressors.method import Number
 from vlm_jax.cost import chips, described
 from vlm_jax.cost.chips import Chip
-from vlm_jax.cost.described import Models
 from vlm_jax.cost.roofline import PHASES
 from vlm_jax.law.law import Law
-from vlm_jax.models.sizes import LLMSize
-from vlm_jax.planning import answers, planner
+from vlm_jax.planning import answers, choices, costs, planner
 from vlm_jax.planning.parsing import law_fields, law_of, number
 
 MOST_TOKENS = 576  # patches of CLIP ViT-L/14-336: the paper's largest V
-FAMILY = "qwen1.5-"  # the paper's LLMs: what a plan without a configuration interpolates between
+DEFAULT_COMPRESSOR = "token_packer"  # the paper's
 COSTS = ("paper", "full")
-
-Choice = Mapping[str, Sequence[Number] | planner.Between]
 
 
 @dataclass(frozen=True)
@@ -67,11 +62,11 @@ def plan(
     ms: Number | None = None,
     dollars_per_million: Number | None = None,
     hbm_bytes: Number | None = None,
-    new_tokens: Number = 0,
+    new_tokens: Number | None = None,
     batch: int = 1,
     cached_text: bool = False,
     cost_model: str | None = None,
-    llms: Sequence[str] | Sequence[Number] | None = None,
+    llms: Sequence[str] | Sequence[Number] | str | None = None,
     tokens: Sequence[Number] | str | None = None,
     compressors: Sequence[str] | None = None,
     config: Any = None,
@@ -91,13 +86,15 @@ def plan(
       dollars_per_million: a budget in dollars for a million requests; needs `chip` and
         `price_per_hour`.
       hbm_bytes: a budget in bytes of memory for a batch.
-      new_tokens: G of a request; 0 is prefill only.
+      new_tokens: G of a request; by default 0, prefill only. Needed for a budget in time or money.
       batch: requests per batch.
       cached_text: keys and values of the text are kept from an earlier request.
       cost_model: "paper", 2N(Q+V), or "full", every phase of a request; by default "paper" for a
         budget in FLOPs and "full" for others.
-      llms: names, or sizes in billions; by default every size.
-      tokens: V to choose from, or "continuous"; by default every V that the compressors support.
+      llms: names, sizes in billions, or "continuous"; by default the described LLMs within twice
+        the range of N on which the law was fitted.
+      tokens: V to choose from, or "continuous"; by default every V that the compressors can give
+        within twice the fitted range.
       compressors: methods; the law's error is used for each of them.
       config: a configuration or its path, for the sizes of encoder, compressor and LLMs.
       chip: a name of `cost.chips.CHIPS`, "cpu" (measured now) or a chip; its memory is a limit.
@@ -120,9 +117,9 @@ def plan(
     if batch < 1:
         raise ValueError(f"--batch={batch}: at least 1")
     texts = text_tokens if isinstance(text_tokens, Mapping) else {text_tokens: 1.0}
-    work = planner.Workload(
+    work = costs.Workload(
         tuple((number(Q, "--text-tokens"), share) for Q, share in texts.items()),
-        number(new_tokens, "--new-tokens"),
+        number(new_tokens or 0, "--new-tokens"),
         batch,
         cached_text,
     )
@@ -131,27 +128,41 @@ def plan(
         raise ValueError(f"cost_model={model!r}: choose one of {', '.join(COSTS)}")
     if model == "paper":
         refuse_chip(chip is not None or efficiency is not None)
-    names_llms = llms is not None and any(isinstance(x, str) for x in llms)
-    # The paper's cost looks up no shapes unless they are named.
-    models = described.models(config) if model == "full" or config or names_llms else None
-    sizes, family = chosen_llms(llms, models if model == "full" or names_llms else None)
+    if new_tokens is None and unit in ("ms", "dollars"):
+        raise ValueError(
+            f"a budget in {costs.UNITS[unit]} needs --new-tokens, the length of an answer: most of "
+            "the time is spent on it (1 for a first token alone)"
+        )
+    mixture = law if isinstance(law, planner.Mixture) else planner.Mixture({"all": law}, {"all": 1})
+    # The paper's cost looks up no shapes unless LLMs are named, or the described ones are wanted.
+    named = llms is None or (not isinstance(llms, str) and any(isinstance(n, str) for n in llms))
+    models = described.models(config) if model == "full" or config or named else None
+    own = [models.kind] if models and config else [DEFAULT_COMPRESSOR]
+    kinds = list(compressors) if compressors else own
+    for kind in kinds:
+        methods.named(kind)  # an unknown name is an error with the choices
+    offered = choices.llms(llms, models, mixture)
+    offered_tokens, left_out = choices.tokens(
+        tokens, kinds, mixture, most=models.vit.patches if models else MOST_TOKENS,
+        theory=model == "paper", every_size=offered.sizes is None,
+    )  # fmt: skip
     limits: list[tuple[str, Number]] = [(unit, float(limit))]
-    cost: planner.Cost
+    cost: costs.Cost
     if model == "paper":
-        cost = planner.PaperCost(work)
+        cost = costs.PaperCost(work)
     else:
         assert models is not None
         device = chips.named(chip) if isinstance(chip, str) else chip
         device = device.times(chips_together) if device else None
         if unit in ("ms", "dollars") and device is None:
-            raise ValueError(f"a budget in {planner.UNITS[unit]} needs --chip")
+            raise ValueError(f"a budget in {costs.UNITS[unit]} needs --chip")
         if unit == "dollars" and not price_per_hour:
             raise ValueError("--dollars-per-million needs --price-per-hour, the price of one chip")
-        if device is not None and unit != "hbm":
-            limits.append(("hbm", device.hbm_bytes))
-        cost = planner.FullCost(
+        if device is not None:
+            limits = within_memory(limits, device)
+        cost = costs.FullCost(
             work,
-            dict(family.values()),
+            dict(offered.known.values()),
             models.vit,
             query=models.query,
             heads=models.heads,
@@ -159,18 +170,25 @@ def plan(
             efficiency=by_phase(efficiency),
             dollars_per_hour=(price_per_hour or 0.0) * chips_together,
         )
-    kinds = list(compressors) if compressors else [models.kind if models else "token_packer"]
-    for kind in kinds:
-        methods.named(kind)  # an unknown name is an error with the choices
-    choices = token_choices(
-        tokens, kinds, most=models.vit.patches if models else MOST_TOKENS,
-        paper=model == "paper", every_size=llms is None,
-    )  # fmt: skip
-    mixture = law if isinstance(law, planner.Mixture) else planner.Mixture({"all": law}, {"all": 1})
-    search = planner.Search(mixture, cost, planner.Budget(tuple(limits)), sizes, choices)
-    fields = answers.plan(search, {N: name for name, (N, _) in family.items()})
-    fields["warnings"] += list(warnings)
+    search = planner.Search(
+        mixture, cost, planner.Budget(tuple(limits)), offered.sizes, offered_tokens, offered.most
+    )
+    fields = answers.plan(search, {N: name for name, (N, _) in offered.known.items()})
+    fields["warnings"] += [*offered.notes, *left_out, *warnings]
     return of_fields(fields, search)
+
+
+def within_memory(limits: list[tuple[str, Number]], device: Chip) -> list[tuple[str, Number]]:
+    """The limits, and the chip's memory; ValueError for a budget beyond it."""
+    asked = dict(limits).get("hbm")
+    if asked is None:
+        return [*limits, ("hbm", device.hbm_bytes)]
+    if asked > device.hbm_bytes:
+        raise ValueError(
+            f"a budget of {asked:.4g} bytes is more than {device.name} can use, "
+            f"{device.hbm_bytes:.4g} bytes: lower it, or raise --chips"
+        )
+    return limits
 
 
 def of_fields(fields: dict[str, Any], search: planner.Search) -> Plan:
@@ -207,69 +225,6 @@ def by_phase(efficiency: Number | Mapping[str, Number] | None) -> Mapping[str, N
     if efficiency is None or isinstance(efficiency, Mapping):
         return efficiency
     return dict.fromkeys(PHASES, efficiency)
-
-
-def chosen_llms(
-    llms: Sequence[str] | Sequence[Number] | None, models: Models | None
-) -> tuple[tuple[Number, ...] | None, dict[str, tuple[Number, LLMSize]]]:
-    """The N to choose from (None: every size), and name -> (N, shape) to interpolate between."""
-    described: Mapping[str, tuple[Number, LLMSize]] = models.llms if models else {}
-    own = models is not None and models.own
-    family = {name: sized for name, sized in described.items() if own or name.startswith(FAMILY)}
-    if llms is None:
-        return None, family
-    names = [one for one in llms if isinstance(one, str)]
-    if not names:
-        return tuple(number(one, "--llms", least=1e-9) for one in llms), family
-    if unknown := [str(one) for one in llms if one not in described]:
-        raise ValueError(
-            f"--llms: {', '.join(unknown)} unknown; there are {', '.join(described)}, "
-            "or give sizes in billions"
-        )
-    family = {name: described[name] for name in names}
-    sizes = tuple(N for N, _ in family.values())
-    if len(set(sizes)) < len(names):
-        raise ValueError(
-            f"--llms={','.join(names)}: two LLMs with one N cannot be told apart by a law; name one"
-        )
-    return sizes, family
-
-
-def token_choices(
-    tokens: Sequence[Number] | str | None,
-    kinds: Sequence[str],
-    *,
-    most: int,
-    paper: bool,
-    every_size: bool,
-) -> Choice:
-    """Compressor -> the V to search, at most `most`."""
-    if tokens is None and paper and every_size:
-        tokens = "continuous"
-    if isinstance(tokens, str):
-        if tokens != "continuous":
-            raise ValueError(f"--tokens={tokens}: give a list of V, or continuous")
-        if not every_size:
-            raise ValueError(
-                "--tokens=continuous needs --llms=continuous: with a list of LLMs, list V too"
-            )
-        return {kind: planner.Between(1.0, float(most)) for kind in kinds}
-    side = math.isqrt(most)
-    offered = {kind: methods.named(kind).planned(side) for kind in kinds}
-    if tokens is None:
-        return {kind: [float(v) for v in V] for kind, V in offered.items()}
-    requested = [number(v, "--tokens", least=1.0) for v in tokens]
-    if paper:
-        return dict.fromkeys(kinds, requested)
-    usable = {
-        kind: [v for v in requested if methods.named(kind).supports(side, v)] for kind in kinds
-    }
-    if not any(usable.values()):
-        raise ValueError(
-            f"--tokens={','.join(f'{v:g}' for v in requested)}: none is supported; allowed are "
-            + "; ".join(f"{kind} {offered[kind]}" for kind in kinds)
-        )
-    return {kind: V for kind, V in usable.items() if V}
 
 
 def read_law(path: str | Path) -> Law:

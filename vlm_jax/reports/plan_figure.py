@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from vlm_jax.compressors.method import tilings
-from vlm_jax.planning import planner
+from vlm_jax.planning import costs, planner
 from vlm_jax.reports.amounts import amount_text, parameters_text
 from vlm_jax.reports.canvas import MARKERS, OKABE_ITO, Canvas, Figure
 
@@ -31,7 +31,7 @@ def draw(search: planner.Search, out_dir: Path | str) -> Figure:
     canvas = Canvas(
         x="visual tokens V (log scale)",
         y="predicted error",
-        title=f"What {amount_text(limit)}{planner.UNITS[unit]} buys",
+        title=f"What {amount_text(limit)}{costs.UNITS[unit]} buys",
     )
     for number, (kind, V) in enumerate(search.tokens.items()):
         continuous = isinstance(V, planner.Between)
@@ -94,7 +94,7 @@ def draw(search: planner.Search, out_dir: Path | str) -> Figure:
     canvas.log_x(ticks=[1, 4, 16, 64, 256])
     canvas.legend()
     words = (
-        f"Each point is the best LLM that {amount_text(limit)}{planner.UNITS[unit]} pay for at "
+        f"Each point is the best LLM that {amount_text(limit)}{costs.UNITS[unit]} pay for at "
         f"that V (with its size), for questions of {Q:g} text tokens; the ring is "
         f"the choice. Bands: 95 % interval of the law."
     )

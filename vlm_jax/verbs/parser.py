@@ -12,7 +12,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -119,10 +119,16 @@ class Help(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line with the nearest name, and exit status 2."""
 
+    # A verb whose --json covers failures: its message as one line of JSON.
+    failure: Callable[[str], str] | None = None
+    words: Sequence[str] = ()
+
     def __init__(self, **how: Any):
         super().__init__(formatter_class=Help, allow_abbrev=False, **how)
 
     def error(self, message: str) -> NoReturn:
+        if self.failure is not None and "--json" in self.words:
+            print(self.failure(" ".join(message.split())))
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -136,7 +142,8 @@ class Parser(argparse.ArgumentParser):
 
     def check(self, words: Iterable[str]) -> None:
         """Refuses an unknown flag, and an empty value, as from an unset shell variable."""
-        for word in words:
+        self.words = list(words)
+        for word in self.words:
             name, given, value = word.partition("=")
             if not re.match(r"--?[A-Za-z]", name):
                 continue

@@ -13,6 +13,7 @@ import json
 import sys
 from typing import Any
 
+from vlm_jax import errors
 from vlm_jax.cost import chips
 from vlm_jax.verbs import configuration
 from vlm_jax.verbs.parser import Parser
@@ -81,8 +82,7 @@ def add_flags(parser: Parser) -> None:
         "--new-tokens",
         type=float,
         metavar="G",
-        default=0,
-        help="generated tokens of a request; 0 is prefill only",
+        help="generated tokens of a request (needed for time and money; default: 0, prefill only)",
     )
     add("--cached-text", action="store_true", help="keys and values of the text are cached")
     add(
@@ -93,9 +93,9 @@ def add_flags(parser: Parser) -> None:
     )
     add(
         "--llms",
-        default="continuous",
         metavar="LIST",
-        help="continuous, or a list: 0.5,1.8 (billions) or names",
+        help="0.5,1.8 (billions), names, or continuous (default: those described, within twice the "
+        "fitted range)",
     )
     add(
         "--tokens",
@@ -103,22 +103,49 @@ def add_flags(parser: Parser) -> None:
         help="V to choose from: continuous, or a list (default: what the compressor can give)",
     )
     add(
+        "--continuous",
+        action="store_true",
+        help="theory: every N and V, up to twice the fitted range",
+    )
+    add(
         "--compressors",
         metavar="LIST",
         help="methods; the law's error is used for each (default: the configuration's)",
     )
     add("--out", metavar="DIR", help="folder for plan.png, plan.svg and plan.csv (default: none)")
-    add("--json", action="store_true", help="JSON on stdout, warnings only on stderr")
+    add(
+        "--json",
+        action="store_true",
+        help="JSON on stdout, of a failure too; only warnings and errors on stderr",
+    )
+    parser.failure = failure
+
+
+def failure(message: str) -> str:
+    """A failed plan as JSON."""
+    from vlm_jax.planning import answers
+
+    return json.dumps({"schema": answers.SCHEMA, "status": 2, "error": message})
 
 
 def run(options: argparse.Namespace) -> int:
+    """Plans, and prints the plan; 0. With --json a failure is printed too, and raised."""
+    try:
+        return answer(options)
+    except (ValueError, OSError) as problem:
+        if options.json:
+            print(failure(errors.sentence(problem)))
+        raise
+
+
+def answer(options: argparse.Namespace) -> int:
     """Plans, and prints the plan; 0."""
     from vlm_jax.planning import answers, parsing, question
 
     law = parsing.read_laws(options.law, options.mix)
     config = configuration.read(options.config).config if options.config else None
     efficiency, warnings = efficiency_of(options)
-    hbm = options.hbm_gb
+    hbm, every = options.hbm_gb, "continuous" if options.continuous else None
     plan = question.plan(
         law,
         text_tokens=parsing.texts(options.text_tokens),
@@ -130,8 +157,8 @@ def run(options: argparse.Namespace) -> int:
         batch=options.batch,
         cached_text=options.cached_text,
         cost_model=options.cost,
-        llms=parsing.sizes(options.llms),
-        tokens=parsing.counts(options.tokens),
+        llms=parsing.sizes(options.llms or every),
+        tokens=parsing.counts(options.tokens or every),
         compressors=options.compressors.split(",") if options.compressors else None,
         config=config,
         chip=options.chip,
