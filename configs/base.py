@@ -138,6 +138,11 @@ def get_config() -> ConfigDict:
     c.data.train_images = 12000
     c.data.val_images = 500
     c.data.test_images = 1500
+    # Its third family: the share of its images that show pictures of things that people know, and
+    # the folder with their packages, as `vlm-jax data fetch pictures` prints it. 0.0: none.
+    c.data.picture_share = 0.0
+    c.data.pictures = ""
+    c.data.held_out_style = "facebook"  # google, twitter or facebook: tested on, not trained on
 
     # Stages. encoder trains an encoder from nothing on what each patch shows (small models; 0
     # steps: keep the one that is there), align the compressor, finetune the compressor and the LLM.

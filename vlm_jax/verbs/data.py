@@ -73,18 +73,26 @@ def run(options: argparse.Namespace) -> int:
 
 
 def fetched(options: argparse.Namespace) -> int:
-    """Fetches a package of the demos, and prints its folder, files and license; 0."""
+    """Fetches packages of the demos, and prints their folder, files and licenses; 0.
+
+    One object for one package; for a set the folder that holds those of its packages.
+    """
     from vlm_jax import fetch
 
-    package = fetch.PACKAGES.get(options.path)
-    if package is None:
-        raise ValueError(
-            f"{options.path} is no known package: choose of {', '.join(fetch.PACKAGES)}"
-        )
-    folder = fetch.fetch(package)
-    names = sorted(json.loads((folder / fetch.RECORD).read_text())["files"])
-    about = dict(package=f"{package.name} {package.version}", license=package.license)
-    print(json.dumps(about | dict(path=str(folder), files=names)))
+    found = []
+    for name in fetch.SETS.get(options.path, (options.path,)):
+        if (package := fetch.PACKAGES.get(name)) is None:
+            known = ", ".join((*fetch.PACKAGES, *fetch.SETS))
+            raise ValueError(f"{name} is no known package: choose of {known}")
+        folder = fetch.fetch(package)
+        names = sorted(json.loads((folder / fetch.RECORD).read_text())["files"])
+        about = dict(package=f"{package.name} {package.version}", license=package.license)
+        found.append(about | dict(path=str(folder), files=names))
+    if len(found) > 1:
+        counted = [one | dict(files=len(one["files"])) for one in found]
+        print(json.dumps(dict(path=str(folder.parent), packages=counted)))
+    else:
+        print(json.dumps(found[0]))
     return 0
 
 

@@ -2,64 +2,46 @@
 """The embedded benchmark: questions about drawn images, made from a seed without any download.
 
 Two families: *reasoning* (scenes of shapes: scenes.py, naming.py, questions.py) and *text* (pages
-to be read, reading.py). An image serves one family. Answers are balanced form by form, so that a
-model that does not see the image stays near chance; `majority` measures that. A scene belongs to
-one split by the hash of its content, so no scene is shared. Everything is a pure function of (seed,
-split, number of images).
+to be read, reading.py). On request a third, *pictures* (things that people know: things.py,
+picture_scenes.py, picture_questions.py), whose packages are fetched. An image serves one family.
+Answers are balanced form by form, so that a model that does not see the image stays near chance;
+`majority` measures that. A scene belongs to one split by the hash of its content, so no scene is
+shared. Everything is a pure function of (seed, split, number of images).
 """
 
 import collections
 import hashlib
 import random
-import zlib
 
 import numpy as np
 
-from vlm_jax.data.benchmark import naming, questions, reading, scenes
+from vlm_jax.data.benchmark import (
+    naming,
+    picture_questions,
+    picture_scenes,
+    questions,
+    reading,
+    scenes,
+)
+from vlm_jax.data.benchmark.balance import SLACK as SLACK
+from vlm_jax.data.benchmark.balance import SPLITS as SPLITS
+from vlm_jax.data.benchmark.balance import Balance
+from vlm_jax.data.benchmark.balance import split_of as split_of
+from vlm_jax.data.benchmark.things import STYLES, Things
 from vlm_jax.data.example import Example, Images
 from vlm_jax.data.skips import Skips
 
-SPLITS = ("train", "val", "test")
 TEXT_SHARE = 0.6  # images of the text family
 QUESTIONS = (3, 5)  # fewest and most questions about a scene; a page has one per line
 DRAWS = 8  # tries of one form on one scene
-SLACK = 2  # by how much one answer of a form may lead its rarest answer
 FORMAT = 5  # part of the data hash: raise it when the same constants would make other data
 
 SIDE = scenes.SIDE
 PATCH_CLASSES = reading.PATCH_CLASSES
 
 
-def split_of(content: tuple) -> str:
-    """The only split that may hold this content: 70 % of all train, 10 % val, 20 % test."""
-    bucket = zlib.crc32(repr(content).encode()) % 10
-    return "train" if bucket < 7 else "val" if bucket < 8 else "test"
-
-
-class _Balance:
-    """Chooses among candidate questions so that every answer of a form is about as frequent."""
-
-    def __init__(self):
-        self.forms = collections.defaultdict(collections.Counter)
-        self.keys = collections.defaultdict(collections.Counter)
-
-    def choose(self, candidates: list[questions.Question]) -> questions.Question | None:
-        """The question with the rarest answer in its form and key; None if none keeps balance."""
-
-        def lead(q):
-            form, key = self.forms[q.form], self.keys[q.key]
-            return (form[q.label] - min(form.values(), default=0), key[q.label] - key.total() / 2)
-
-        best = min(candidates, key=lead, default=None)
-        if best is None or lead(best)[0] > SLACK:
-            return None
-        self.forms[best.form][best.label] += 1
-        self.keys[best.key][best.label] += 1
-        return best
-
-
 def _about_scene(
-    scene: scenes.Scene, rng: random.Random, balance: _Balance
+    scene: scenes.Scene, rng: random.Random, balance: Balance
 ) -> list[questions.Question]:
     """Two to four questions about one scene, no form twice; fewer if it allows no more."""
     view = naming.View(scene, rng)
@@ -79,33 +61,60 @@ class Synthetic:
 
     Args:
       split: train, val or test.
-      images: the number of images, TEXT_SHARE of them pages to be read.
+      images: the number of images. Those that show no pictures are the same as without pictures,
+        TEXT_SHARE of them pages to be read; the pictures come after them.
       seed: of all random choices.
+      things: what pictures show; needed if `picture_share` is above 0.
+      picture_share: share of the images that are scenes of pictures.
+      held_out_style: one of STYLES, which training does not show.
     Raises:
-      ValueError: for an unknown split or a negative number of images.
+      ValueError: for an unknown split or style, a negative number of images, or too few things.
     """
 
     name = "synthetic"
     protocol = "embedded"
-    patch_classes = PATCH_CLASSES
 
-    def __init__(self, split: str, *, images: int, seed: int = 0):
+    def __init__(
+        self,
+        split: str,
+        *,
+        images: int,
+        seed: int = 0,
+        things: Things | None = None,
+        picture_share: float = 0.0,
+        held_out_style: str = STYLES[-1],
+    ):
         if split not in SPLITS:
             raise ValueError(f"split {split!r}: the embedded benchmark has {', '.join(SPLITS)}")
         if images < 0:
             raise ValueError(f"{images} images: give data.{split}_images a number from 0 upwards")
-        self.split, self.seed = split, seed
+        if held_out_style not in STYLES:
+            raise ValueError(
+                f"data.held_out_style={held_out_style!r}: choose one of {', '.join(STYLES)}"
+            )
+        self.split, self.seed, self.things = split, seed, things
         self.left_out = Skips()  # nothing is read, and nothing can be bad
-        self.specs: list[scenes.Scene | reading.Page] = []
+        self.specs: list[scenes.Scene | reading.Page | picture_scenes.Scene] = []
         self.questions: list[questions.Question] = []
         self._examples: list[Example] = []
-        self._make(images)
+        self.patch_classes = PATCH_CLASSES + (len(things.subcategories) if things else 0)
+        of_pictures = round(picture_share * images)
+        self._make(images - of_pictures)
+        self._first_picture = len(self.specs)
+        if of_pictures:
+            if things is None:
+                raise ValueError(f"picture_share={picture_share} of the images need `things`")
+            for made in picture_questions.scenes_of(
+                things, split, of_pictures, seed=seed, held_out=held_out_style
+            ):
+                self._add(*made)
+        self.names, self._name_of = self._named()
         self.images = Images(self._draw, len(self.specs))
         self.data_hash = self._hash()
 
     def _make(self, images: int) -> None:
         rng = random.Random(f"{self.seed}/{self.split}")
-        balance, contents = _Balance(), set()
+        balance, contents = Balance(), set()
         while len(self.specs) < images:
             index = len(self.specs)
             is_text = int((index + 1) * TEXT_SHARE) > int(index * TEXT_SHARE)
@@ -127,21 +136,41 @@ class Synthetic:
                 if self.split == "train":
                     of_image.append(questions.caption(spec))
             contents.add(content)
-            self.specs.append(spec)
-            for k, q in enumerate(of_image):
-                self.questions.append(q)
-                self._examples.append(
-                    Example(
-                        f"{self.split}-{index:06d}-{k}",
-                        index,
-                        ((q.text, q.answer),),
-                        q.task if q.task == "caption" else "text" if is_text else "reasoning",
-                        q.task,
-                    )
+            self._add(spec, "text" if is_text else "reasoning", of_image)
+
+    def _add(
+        self,
+        spec: scenes.Scene | reading.Page | picture_scenes.Scene,
+        family: str,
+        of_image: list[questions.Question],
+    ) -> None:
+        """Takes an image and the questions about it."""
+        index = len(self.specs)
+        self.specs.append(spec)
+        for k, q in enumerate(of_image):
+            self.questions.append(q)
+            self._examples.append(
+                Example(
+                    f"{self.split}-{index:06d}-{k}",
+                    index,
+                    ((q.text, q.answer),),
+                    q.task if q.task == "caption" else family,
+                    q.task,
                 )
+            )
+
+    def _named(self) -> tuple[tuple[tuple[str, ...], ...], dict[int, int]]:
+        """The words of all things that are shown, and the number of each from 1."""
+        drawn = self.specs[self._first_picture :]
+        shown = sorted({p.thing for spec in drawn for p in spec.pictures})
+        named = [self.things.things[k] for k in shown]
+        words = tuple((*thing.name.split(), *thing.words) for thing in named)
+        return words, {k: number for number, k in enumerate(shown, 1)}
 
     def _draw(self, index: int) -> np.ndarray:
         spec = self.specs[index]
+        if index >= self._first_picture:
+            return picture_scenes.render(spec, self.things)
         return (reading if isinstance(spec, reading.Page) else scenes).render(spec)
 
     def _hash(self) -> str:
@@ -151,6 +180,10 @@ class Synthetic:
         digest = hashlib.sha256(described.replace("color", "colour").encode())
         for index in range(min(16, len(self.specs))):
             digest.update(self._draw(index).tobytes())
+        if drawn := self.specs[self._first_picture :]:
+            digest.update(self.things.version_hash.encode())
+            for index in range(self._first_picture, self._first_picture + min(16, len(drawn))):
+                digest.update(self._draw(index).tobytes())
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -162,7 +195,28 @@ class Synthetic:
     def patch_labels(self, index: int, side: int) -> np.ndarray:
         """What each patch of image `index` shows, int32 [side * side] in raster order."""
         spec = self.specs[index]
+        if index >= self._first_picture:
+            kinds = self.things.subcategories
+            of_picture = [
+                PATCH_CLASSES + kinds.index(self.things.things[p.thing].subcategory)
+                for p in spec.pictures
+            ]
+            return self._by_owner(spec, of_picture, side)
         return (reading if isinstance(spec, reading.Page) else scenes).patch_labels(spec, side)
+
+    def patch_names(self, index: int, side: int) -> np.ndarray:
+        """Which of `names`, from 1, each patch of image `index` belongs to, int32 [side * side].
+
+        0 is a patch without a name: ground, and all of the other families.
+        """
+        if index < self._first_picture:
+            return np.zeros(side * side, np.int32)
+        spec = self.specs[index]
+        return self._by_owner(spec, [self._name_of[p.thing] for p in spec.pictures], side)
+
+    def _by_owner(self, spec: picture_scenes.Scene, values: list[int], side: int) -> np.ndarray:
+        """Per patch the value of the picture that covers most of it, 0 on the ground."""
+        return np.array([0, *values], np.int32)[picture_scenes.owners(spec, self.things, side)]
 
     def notes(self) -> list[str]:
         """An empty list: generated data has no faults."""
