@@ -23,6 +23,7 @@ THROUGH = {
     "test_packing.py": "data.packed_rows",
     "test_window_attention.py": "kernels.absorbed_tpu kernels.unprojected_tpu kernels.window_tpu",
     "test_fit.py": "law.families",
+    "test_law.py": "law.components law.intervals",
     "test_causal_attention.py": "models.segments",
     "test_plan.py": "planning.answers planning.choices planning.parsing "
     "reports.plan_figure rows.measured",

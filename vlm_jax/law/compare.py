@@ -2,13 +2,15 @@
 """Compares the forms of the law: errors on cells left out of the fit, AIC and BIC."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from vlm_jax.law.components import noise, system
 from vlm_jax.law.forms import FORMS
 from vlm_jax.law.intervals import profile
-from vlm_jax.law.law import EFFECTS, Law, check, criteria, fit, minimum, to_vector, weights
+from vlm_jax.law.law import EFFECTS, Law, check, fit, minimum, to_vector, weights
 from vlm_jax.law.points import Points
 from vlm_jax.law.solve import FLOOR, predict, solve, starts
 
@@ -36,29 +38,41 @@ def leave_out(
     Each array is float64[points of that value]. `near` is the solver vector of the fit to all
     points, if it is known. Raises ValueError when a fold has too few points, sizes or token counts.
     """
-    values, weight, y = getattr(points, column), weights(points, weighting), points.error
+    values = getattr(points, column)
     left_out = np.unique(values)
     for value in left_out:
         check(points.where(values != value), form)
-    design = FORMS[form].design(points.N, points.V, points.Q)
+    rows = system(points, weights(points, weighting), alone=True)
+    if huber is None:  # what is left out are whole cells, so their means will do
+        rows = system(replace(points, model=[]), weights(points, weighting))
+    of_row, values = values, getattr(rows, column)
+    design = FORMS[form].design(rows.N, rows.V, rows.Q)
     if near is None:
-        near, _ = minimum(design, y, weight, seed=seed, huber=huber)
-    guesses = starts(design, y, weight, FOLD_STARTS, np.random.default_rng(seed))
+        near, _ = minimum(design, rows, seed=seed, huber=huber)
+    guesses = starts(design, rows.mean, rows.weight, FOLD_STARTS, np.random.default_rng(seed))
     guesses = np.vstack([near, guesses])
     # one solve for all folds: the weight of a point left out is 0
     included = np.repeat(values != left_out[:, None], len(guesses), axis=0)
     first = np.tile(guesses, (len(left_out), 1))
-    theta, loss = solve(design, y[None], included * weight, first, huber=huber)
+    theta, loss = solve(design, rows.mean[None], included * rows.weight, first, huber=huber)
     best = loss.reshape(len(left_out), -1).argmin(1) + np.arange(len(left_out)) * len(guesses)
-    predicted = predict(design, theta[best])
-    return {float(v): predicted[i, values == v] for i, v in enumerate(left_out)}
+    predicted = predict(FORMS[form].design(points.N, points.V, points.Q), theta[best])
+    return {float(v): predicted[i, of_row == v] for i, v in enumerate(left_out)}
 
 
 def compare(
-    points: Points, *, seed: int = 0, huber: float | None = None, weighting: str = "stderr"
+    points: Points,
+    laws: Mapping[str, Law] | None = None,
+    *,
+    seed: int = 0,
+    huber: float | None = None,
+    weighting: str = "stderr",
 ) -> list[dict[str, Any]]:
-    """One row per form with the fields COLUMNS; None, with a note, if the points are too few."""
-    weight, rows = weights(points, weighting), []
+    """One row per form with the fields COLUMNS; None, with a note, if the points are too few.
+
+    `laws` are those of these points that are fitted already, by form.
+    """
+    rows = []
     for name, form in FORMS.items():
         row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
             "form": name,
@@ -72,11 +86,11 @@ def compare(
         except ValueError as problem:
             row["note"] = str(problem)
             continue
-        design = form.design(points.N, points.V, points.Q)
-        theta, loss = minimum(design, points.error, weight, seed=seed, huber=huber)
-        row["sse"] = sse = float(((points.error - predict(design, theta[None])[0]) ** 2).sum())
-        row["rmse"] = float(np.sqrt(sse / len(points)))
-        row |= criteria(loss, len(points), len(theta))
+        fitted = (laws or {}).get(name) or fit(
+            points, name, bootstrap=0, seed=seed, huber=huber, weighting=weighting, intervals=False
+        )
+        row |= {"sse": fitted.sse, "rmse": fitted.rmse} | fitted.criteria
+        theta = to_vector(name, fitted.params)
         for column, field in (("N", "leave_one_size_out_rmse"), ("V", "leave_one_V_out_rmse")):
             try:
                 folds = leave_out(
@@ -123,11 +137,16 @@ def with_exponents(points: Points, law: Law, exponents: Mapping[str, float]) -> 
 def without_floor(points: Points, law: Law) -> dict[str, list[float]]:
     """Name -> [low, high]: the 95 % intervals of an unweighted fit with D held at 0."""
     design = FORMS[law.form].design(points.N, points.V, points.Q)
-    names, equal = FORMS[law.form].names, np.ones(len(points))
+    names, rows = FORMS[law.form].names, system(points, np.ones(len(points)), alone=True)
     held = np.array([name == "D" for name in names])
     start = to_vector(law.form, law.params | {"D": 0.0})
-    best = solve(design, points.error[None], equal[None], start[None], fixed=held[None])[0][0]
-    ends, _ = profile(design, points.error, equal, best, held=held)
+    best, loss = solve(design, rows.target[None], rows.weight[None], start[None], fixed=held[None])
+    dof = len(points) - (~held).sum()
+    around = replace(
+        noise(design, rows, best[0], 1.0, np.nan),
+        scale=float(loss[0] / dof), dof=np.full(len(names), float(dof)),
+    )  # fmt: skip
+    ends, _ = profile(design, rows, best[0], around, held=held)
     return {name: ends[names.index(name)].tolist() for name in law.params if name in EFFECTS}
 
 
@@ -136,7 +155,6 @@ def extrapolate(
     law: Law,
     *,
     bootstrap: int,
-    resample: str = "residuals",
     seed: int = 0,
     huber: float | int | None = None,
     weighting: str = "stderr",
@@ -157,7 +175,7 @@ def extrapolate(
     try:
         law_of_smaller = fit(
             smaller, law.form, bootstrap=bootstrap, seed=seed, huber=huber, weighting=weighting,
-            resample=resample, intervals=False,
+            intervals=False,
         )  # fmt: skip
     except ValueError:
         pass

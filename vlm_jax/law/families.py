@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.law import compare, law, published
+from vlm_jax.law import answer, compare, components, law, published
+from vlm_jax.law.answer import Answer
 from vlm_jax.law.forms import FORMS
 from vlm_jax.law.law import Law
 from vlm_jax.law.points import Points
+
+SCHEMA = 2  # of law.json; 1 had no schema, answer, method and fitted_on
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,10 @@ def fit_families(
     form: str = "multiplicative",
     *,
     mean: str = "",
+    method: str | None = None,
+    source: str = "",
     exponents_of: str | None = None,
     bootstrap: int = 1000,
-    resample: str = "residuals",
     seed: int = 0,
     huber: float | None = None,
     weighting: str = "stderr",
@@ -48,8 +52,10 @@ def fit_families(
     Args:
       families: family -> points; the first one gives the law at the top of law.json.
       mean: the key of `families` that is the mean of the others and not a family.
+      method: the compressor whose law it is; None if the rows do not say.
+      source: what the rows are, for law.json.
       exponents_of: a key of `published.EXPONENTS`, to compare with the first law.
-      bootstrap, resample, seed, huber, weighting: see `law.fit`.
+      bootstrap, seed, huber, weighting: see `law.fit`.
     Raises:
       ValueError: if the points cannot determine the form.
     """
@@ -58,26 +64,61 @@ def fit_families(
     first = next(iter(families))
     options: dict[str, Any] = {"seed": seed, "huber": huber, "weighting": weighting}
     laws: dict[str, Law] = {}
+    answers: dict[str, Answer] = {}
     table: list[dict[str, Any]] = []
     words: list[str] = []
     for name, points in families.items():
-        laws[name] = law.fit(points, form, bootstrap=bootstrap, resample=resample, **options)
-        rows = compare.compare(points, **options)
+        laws[name] = law.fit(points, form, bootstrap=bootstrap, **options)
+        answers[name], rows = answer.answer(points, laws[name], bootstrap=bootstrap, **options)
         table += [{"family": name} | row for row in rows]
-        words += in_words(name, points, laws[name], rows)
-    fields = laws[first].to_dict() | {"family": first}
-    fields["families"] = {name: fitted.to_dict() for name, fitted in laws.items() if name != mean}
+        words += in_words(name, points, laws[name], rows) + answer_in_words(answers[name])
+    fields = document(laws, answers, mean=mean)
+    fields |= {"method": method, "fitted_on": fitted_on(families[first], source)}
     fields["tasks"] = {
         name: law.fit(points, form, bootstrap=0, **options).to_dict()
         for name, points in tasks.items()
     }
     fields["extrapolation"] = compare.extrapolate(
-        families[first], laws[first], bootstrap=bootstrap, resample=resample, **options
+        families[first], laws[first], bootstrap=bootstrap, **options
     )
     if exponents_of is not None:
         fields["published"], lines = against_published(exponents_of, families[first], laws[first])
         words += lines
     return Fitted(laws, table, fields, words)
+
+
+def document(
+    laws: Mapping[str, Law], answers: Mapping[str, Answer], *, mean: str = ""
+) -> dict[str, Any]:
+    """The fields of law.json that hold laws: the first at the top, all but `mean` in "families"."""
+    sections = {
+        n: fitted.to_dict() | {"answer": answers[n].to_dict()} for n, fitted in laws.items()
+    }
+    first = next(iter(laws))
+    return sections[first] | {
+        "schema": SCHEMA,
+        "family": first,
+        "families": {name: section for name, section in sections.items() if name != mean},
+    }
+
+
+def fitted_on(points: Points, source: str) -> dict[str, Any]:
+    """What a law was fitted to, for law.json: rows, cells, trained models if known, LLMs."""
+    return {
+        "source": source,
+        "rows": len(points),
+        "cells": int(components.places(points).max()) + 1,
+        "models": len(set(points.model)) if points.model else None,
+        "llms": sorted(set(points.label) - {""}),
+    }
+
+
+def answer_in_words(found: Answer) -> list[str]:
+    """Who answers a question of the planner, for the terminal."""
+    if found.misfit:
+        return [f"  {found.misfit[0].upper()}{found.misfit[1:]}."]
+    shares = ", ".join(f"{form} {share:.0%}" for form, share in found.shares.items())
+    return [f"  answers come from the forms that fit: {shares} of the draws"]
 
 
 def in_words(name: str, points: Points, fitted: Law, comparison: list[dict[str, Any]]) -> list[str]:

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.law import components, misfit
 from vlm_jax.law import intervals as likely
+from vlm_jax.law.components import System
 from vlm_jax.law.forms import FORMS, Numbers
 from vlm_jax.law.points import Points
 from vlm_jax.law.solve import LOG_COEFFICIENT, predict, solve, starts
@@ -28,7 +30,10 @@ class Law:
     and `rmse` = sqrt(sse / n) are unweighted, in units of error. `identified` says whether an
     interval is closed on both sides. `samples` float64[draws, P] holds bootstrap parameters in
     `FORMS[form].names` order, `bootstrap_intervals` their 95 % quantiles. `domain` is the fitted
-    range of N, V and Q; `criteria` is aic, aicc, bic.
+    range of N, V and Q; `criteria` is aic, aicc, bic; `components` the standard deviations of
+    models, cells, seeds and questions ("sd" is None where the rows do not tell it, "why" says why),
+    and their "total" for a new cell; `misfit` the test of `misfit.test`, whose "sentence" is empty
+    if the form fits.
     """
 
     form: str
@@ -43,11 +48,16 @@ class Law:
     domain: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     criteria: dict[str, float | None] = field(default_factory=dict)
+    components: dict[str, Any] = field(default_factory=dict)
+    misfit: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def scatter(self) -> float:
-        """The standard deviation of a measured cell around the law: sqrt(sse / (n - P))."""
-        return float(np.sqrt(self.sse / (self.n - len(self.params))))
+    def scatter(self) -> tuple[float, float]:
+        """(standard deviation, degrees of freedom) of a newly trained and measured cell."""
+        if "total" in self.components:
+            return self.components["total"]["sd"], self.components["total"]["dof"]
+        dof = self.n - len(self.params)
+        return float(np.sqrt(self.sse / dof)), dof
 
     def error(self, N: Numbers, V: Numbers, Q: Numbers = 0) -> np.ndarray:
         """The predicted error, a fraction, shaped as N, V and Q broadcast."""
@@ -66,19 +76,18 @@ class Law:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(low, high): the band of the law at `level`, fractions, shaped as N, V and Q broadcast.
 
-        Quantiles of the bootstrap draws; `measured` adds the scatter of one new measurement. Raises
-        ValueError for a law without draws.
+        Quantiles of the bootstrap draws, within 0..1; `measured` adds the scatter of one new
+        measurement. Raises ValueError for a law without draws.
         """
         if self.samples is None:
             raise ValueError("this law has no bootstrap draws: fit it with bootstrap=1000")
         shape = np.broadcast_shapes(np.shape(N), np.shape(V), np.shape(Q))
         errors = predict(self._design(N, V, Q), logarithmic(self.form, self.samples))
         if measured:
-            random = np.random.default_rng(0)
-            errors = errors + self.scatter * random.standard_t(
-                self.n - len(self.params), errors.shape
-            )
-        low, high = np.quantile(errors, [0.5 - level / 2, 0.5 + level / 2], axis=0)
+            sd, dof = self.scatter
+            errors = errors + sd * np.random.default_rng(0).standard_t(dof, errors.shape)
+        ends = np.quantile(errors, [0.5 - level / 2, 0.5 + level / 2], axis=0)
+        low, high = np.clip(ends, 0.0, 1.0)
         return low.reshape(shape), high.reshape(shape)
 
     def _design(self, N: Numbers, V: Numbers, Q: Numbers) -> np.ndarray:
@@ -134,7 +143,10 @@ class Law:
         return cls.from_dict(json.loads(text))
 
 
-OPTIONAL = ("intervals", "bootstrap_intervals", "identified", "domain", "notes", "criteria")
+OPTIONAL = (
+    "intervals", "bootstrap_intervals", "identified", "domain", "notes", "criteria", "components",
+    "misfit",
+)  # fmt: skip
 
 
 def ordered(form: str) -> list[str]:
@@ -191,6 +203,11 @@ def check(points: Points, form: str) -> None:
                 f"all {len(points)} points have one {name} ({column[0]:g}), so {exponent} cannot "
                 "be fitted: measure at least two, better four, evenly spaced on a log scale"
             )
+    if np.ptp(points.error) == 0:
+        raise ValueError(
+            f"all {len(points)} errors are {points.error[0]:g}: nothing depends on N or V, and "
+            "there is no law to fit; check the column, or measure harder questions"
+        )
 
 
 def weights(points: Points, weighting: str = "stderr") -> np.ndarray:
@@ -208,20 +225,32 @@ def weights(points: Points, weighting: str = "stderr") -> np.ndarray:
     return weight / weight.mean()
 
 
+def unweighted(points: Points, weighting: str = "stderr") -> list[str]:
+    """A sentence if some points have a standard error and none counts because of the others."""
+    missing = int((~np.isfinite(points.stderr)).sum())
+    if weighting == "equal" or missing in (0, len(points)):
+        return []
+    return [
+        f"{missing} of {len(points)} rows have no stderr, so all rows count equally: give it to "
+        "all of them, or say --weights=equal."
+    ]
+
+
 def minimum(
     design: np.ndarray,
-    y: np.ndarray,
-    weight: np.ndarray,
+    rows: System,
     *,
     seed: int = 0,
     huber: float | int | None = None,
     near: np.ndarray | None = None,
 ) -> tuple[np.ndarray, float]:
     """The solver vector float64[P] of least loss from many starts and from `near`, and its loss."""
-    guesses = starts(design, y, weight, STARTS, np.random.default_rng(seed))
+    guesses = starts(design, rows.mean, rows.total, STARTS, np.random.default_rng(seed))
     if near is not None:
         guesses = np.vstack([near, guesses])
-    theta, loss = solve(design, y[None], weight[None], guesses, huber=huber)
+    theta, loss = solve(
+        design, rows.target[None], rows.weight[None], guesses, huber=huber, mix=rows.mix
+    )
     return theta[loss.argmin()], float(loss.min())
 
 
@@ -233,22 +262,29 @@ def fit(
     seed: int = 0,
     huber: float | None = None,
     weighting: str = "stderr",
-    resample: str = "residuals",
     intervals: bool = True,
 ) -> Law:
     """Fits one form to the points by least squares from many starts; equal seeds give equal laws.
 
-    `huber` is the residual, in units of error, beyond which a point counts linearly. `bootstrap` is
-    the number of draws for `Law.band` (0: none); `intervals.draws` explains `resample`. Raises
+    `huber` is the residual, in units of error, beyond which a point counts linearly; rows then
+    count as independent. `bootstrap` is the number of draws for `Law.band` (0: none). Raises
     ValueError if the points cannot determine the form.
     """
     check(points, form)
     if huber is not None and not huber > 0:
         raise ValueError(f"huber must be a positive residual in units of error, got {huber}")
     weight, y = weights(points, weighting), points.error
-    design = FORMS[form].design(points.N, points.V, points.Q)
-    best, loss = minimum(design, y, weight, seed=seed, huber=huber)
-    sse = float(((y - predict(design, best[None])[0]) ** 2).sum())
+    rows = components.system(points, weight, alone=huber is not None)
+    design = FORMS[form].design(rows.N, rows.V, rows.Q)
+    best, loss = minimum(design, rows, seed=seed, huber=huber)
+    for _ in range(3 * rows.shared):
+        rows = components.balanced(design, rows, best)
+        best, _ = minimum(design, rows, seed=seed, near=best)
+    everywhere = FORMS[form].design(points.N, points.V, points.Q)
+    sse = float(((y - predict(everywhere, best[None])[0]) ** 2).sum())
+    stderr = float(np.median(points.stderr))
+    noise = components.noise(design, rows, best, float(np.mean(1 / weight)), stderr)
+    found = misfit.test(design, rows, best, noise, stderr)
     fields: dict[str, Any] = {
         "form": form,
         "params": _by_name(form, _linear(form, best[None])[0]),
@@ -256,56 +292,27 @@ def fit(
         "rmse": float(np.sqrt(sse / len(y))),
         "n": len(y),
         "domain": {k: [float(f(getattr(points, k))) for f in (np.min, np.max)] for k in "NVQ"},
-        "criteria": criteria(loss, len(y), len(best)),
+        "criteria": criteria(loss, len(rows.target), len(best)),
+        "components": {k: {"sd": sd, "why": why} for k, (sd, why) in noise.components.items()}
+        | {"total": {"sd": noise.sd, "dof": noise.sd_dof}},
+        "misfit": found.to_dict(),
+        "notes": unweighted(points, weighting)
+        + [f"This form {found.sentence}."] * bool(found.sentence),
     }
     if intervals:
-        limits, bounded = likely.profile(design, y, weight, best, huber=huber)
+        limits, bounded = likely.profile(design, rows, best, noise, huber=huber)
         by_name, closed = _by_name(form, _linear(form, limits.T).T), _by_name(form, bounded)
         fields["intervals"] = by_name
         fields["identified"] = {name: all(sides) for name, sides in closed.items()}
-        fields["notes"] = in_words(fields["params"], by_name, closed) + lack_of_fit(
-            y, predict(design, best[None])[0], weight, _places(points), len(best)
-        )
+        fields["notes"] += in_words(fields["params"], by_name, closed)
     if bootstrap:
-        cells = _places(points)
-        rng = np.random.default_rng(seed)
         samples = likely.draws(
-            design, y, weight, best,
-            count=bootstrap, rng=rng, resample=resample, cells=cells, huber=huber,
-        )  # fmt: skip
+            design, rows, best, noise, count=bootstrap, rng=np.random.default_rng(seed), huber=huber
+        )
         fields["samples"] = _linear(form, samples)
         quantiles = np.quantile(fields["samples"], [0.025, 0.975], axis=0).T
         fields["bootstrap_intervals"] = _by_name(form, quantiles)
     return Law(**fields)
-
-
-def _places(points: Points) -> np.ndarray:
-    """int[n]: equal numbers where N, V and Q are equal, such as the seeds of one cell."""
-    places = np.stack([points.N, points.V, points.Q])
-    return np.unique(places, axis=1, return_inverse=True)[1].ravel()
-
-
-def lack_of_fit(
-    y: np.ndarray, fitted: np.ndarray, weight: np.ndarray, cells: np.ndarray, size: int
-) -> list[str]:
-    """A note if repeated measurements show a wrong form: the lack-of-fit F test at 5 %."""
-    total = np.bincount(cells, weight)
-    mean = (np.bincount(cells, weight * y) / total)[cells]
-    distinct = len(total)
-    between, within = distinct - size, len(y) - distinct
-    pure = (weight * (y - mean) ** 2).sum()
-    if between <= 0 or within <= 0 or pure <= 0:
-        return []
-    ratio = (weight * (mean - fitted) ** 2).sum() / between / (pure / within)
-    from scipy.special import fdtrc  # Fisher's F, the upper tail
-
-    chance = fdtrc(between, within, ratio)
-    if chance >= 0.05:
-        return []
-    return [
-        f"This form misses the cells' means by more than their seeds scatter (F = {ratio:.1f}, "
-        f"chance {chance:.1g}): its intervals are too narrow; compare forms or resample cells."
-    ]
 
 
 def criteria(loss: float, n: int, size: int) -> dict[str, float | None]:

@@ -5,7 +5,7 @@ N LLM parameters in billions   V visual tokens   Q text tokens   error = 1 - sco
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,8 +15,10 @@ class Points:
     """n measured errors and where they were measured; every array is float64[n].
 
     N is in billions of LLM parameters, V and Q in tokens, error and stderr are fractions; stderr is
-    nan where it is unknown. `label` names the LLM of each point. Raises ValueError for lengths that
-    differ, NaN, N or V that is not positive, a negative Q, and an error outside 0..1.
+    nan where it is unknown. `label` names the LLM of each point, `model` the trained model: points
+    of one model share its deviation ("" is a model of its own; empty: every point is). Raises
+    ValueError for lengths that differ, NaN, N or V that is not positive, a negative Q, and an error
+    outside 0..1.
     """
 
     N: np.ndarray
@@ -25,11 +27,14 @@ class Points:
     error: np.ndarray
     stderr: np.ndarray
     label: list[str]
+    model: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         lengths = {
             name: len(getattr(self, name)) for name in ("N", "V", "Q", "error", "stderr", "label")
         }
+        if self.model:
+            lengths["model"] = len(self.model)
         if len(set(lengths.values())) > 1:
             raise ValueError(f"points need columns of one length, got {lengths}")
         for name in ("N", "V", "Q", "error"):
@@ -61,9 +66,12 @@ class Points:
     def where(self, keep: np.ndarray) -> "Points":
         """The points whose `keep` (bool[n]) is true."""
         columns = {k: getattr(self, k)[keep] for k in ("N", "V", "Q", "error", "stderr")}
-        return Points(
-            **columns, label=[label for label, k in zip(self.label, keep, strict=True) if k]
-        )
+        names = {
+            k: [name for name, kept in zip(getattr(self, k), keep, strict=True) if kept]
+            for k in ("label", "model")
+            if getattr(self, k)
+        }
+        return Points(**columns, **({"label": []} | names))
 
     def _where(self, indices: list[int]) -> str:
         places = ", ".join(
@@ -77,7 +85,10 @@ class Points:
 
 @dataclass(frozen=True)
 class Cell:
-    """One trained model of a grid: where it stands, and family -> (error, stderr), fractions."""
+    """One measured cell: where it stands, and family -> (error, stderr), fractions.
+
+    `model` names the trained model if several cells may share it.
+    """
 
     N: float
     V: float
@@ -85,6 +96,7 @@ class Cell:
     label: str
     seed: int
     errors: dict[str, tuple[float, float]]
+    model: str = ""
 
 
 def of_cells(cells: Sequence[Cell], family: str | None = None) -> Points:
@@ -115,4 +127,5 @@ def of_cells(cells: Sequence[Cell], family: str | None = None) -> Points:
         error=values[:, :, 0].mean(1),
         stderr=np.sqrt((values[:, :, 1] ** 2).sum(1)) / len(chosen),
         label=[cell.label for cell in cells],
+        model=[cell.model for cell in cells] if any(cell.model for cell in cells) else [],
     )

@@ -11,6 +11,7 @@ from vlm_jax.law.points import Points
 
 LLM = ("qwen1.5-0.5b", "qwen1.5-1.8b", "qwen1.5-4b", "qwen1.5-7b")
 N_BILLIONS = (0.5, 1.8, 4.0, 7.0)  # nominal sizes, as the authors' fit uses them
+METHOD = "token_packer"  # of every point with fewer than 576 tokens
 VISUAL_TOKENS = (1, 4, 16, 36, 64, 144, 576)
 
 # Mean accuracy; one row per LLM, one column per number of visual tokens.

@@ -5,10 +5,14 @@ Problems may differ in data, weights and fixed parameters.
 
 A parameter vector is [log coefficients, D, exponents]: logarithms keep coefficients positive and
 make A and its exponents a straight valley; D stays linear so that its bound 0 can be reached
-exactly.
+exactly. After each step the coefficients and D are solved anew at the step's exponents by
+non-negative least squares (variable projection): a coefficient whose logarithm ran away to the
+bound comes back as soon as the exponents give it work.
 
-B problems   K terms   E exponents   P = K + 1 + E parameters   n points
+B problems   K terms   E exponents   P = K + 1 + E parameters   n places   m measured coordinates
 """
+
+import itertools
 
 import numpy as np
 
@@ -57,6 +61,56 @@ def loss_of(residual: Array, weight: Array, huber: float | int | None) -> Array:
     return np.where(size <= huber, size**2, huber * (2 * size - huber)).sum(-1)
 
 
+def measured(values: Array, mix: Array | None) -> Array:
+    """Values at places [..., n] as measured coordinates [..., m]; the same without `mix` [m, n]."""
+    return values if mix is None else values @ mix.T
+
+
+def project(
+    design: Array, y: Array, weight: Array, theta: Array, fixed: Array, mix: Array | None = None
+) -> Array:
+    """`theta` [B, P] with its free coefficients and D by non-negative least squares, exactly.
+
+    All 2^(K+1) sets of positive coefficients are solved and the best feasible one is taken. `y` and
+    `weight` are float64[B, m], `fixed` bool[B, P].
+    """
+    terms = design.shape[0]
+    unit = theta.copy()
+    unit[:, :terms] = 0.0
+    each = _terms(design, unit)
+    level = each.max(2)  # columns of one size, or the products overflow
+    each /= level[:, :, None]
+    columns = np.concatenate([each, np.ones_like(each[:, :1])], axis=1)
+    columns = measured(columns, mix)
+    # exp(bound) would overflow for a column of size 1e30, whose coefficient is tiny
+    now = np.exp(np.minimum(theta[:, :terms] + np.log(level), 700.0))
+    now = np.concatenate([now, theta[:, terms : terms + 1]], axis=1)
+    held = fixed[:, : terms + 1]
+    y = y - (np.where(held, now, 0.0)[:, None] @ columns)[:, 0]
+    weighted = columns * weight[:, None]
+    gram, right = weighted @ columns.transpose(0, 2, 1), (weighted @ y[:, :, None])[:, :, 0]
+    ridge = 1e-14 * np.einsum("bkk->bk", gram)
+    best, gain = np.where(held, now, 0.0), np.zeros(len(theta))
+    identity = np.eye(terms + 1)
+    for chosen in itertools.product((False, True), repeat=terms + 1):
+        used = np.array(chosen) & ~held
+        pairs = used[:, :, None] & used[:, None, :]
+        matrix = np.where(pairs, gram, 0.0) + identity * np.where(used, ridge, 1.0)[:, None]
+        target = np.where(used, right, 0.0)
+        found = np.linalg.solve(matrix, target[:, :, None])[:, :, 0]
+        explained = (target * found).sum(1)
+        better = (found >= 0).all(1) & (explained > gain)
+        best[better] = np.where(held, now, found)[better]
+        gain[better] = explained[better]
+    result = theta.copy()
+    with np.errstate(divide="ignore"):
+        logs = np.log(best[:, :terms]) - np.log(level)
+    result[:, :terms] = np.where(held[:, :terms], theta[:, :terms], logs)
+    result[:, terms] = np.where(held[:, terms], theta[:, terms], best[:, terms])
+    low, high = bounds(design)
+    return np.clip(result, low, high)
+
+
 def solve(
     design: Array,
     y: Array,
@@ -66,23 +120,25 @@ def solve(
     fixed: Array | None = None,
     huber: float | int | None = None,
     iterations: int = 300,
+    mix: Array | None = None,
 ) -> tuple[Array, Array]:
     """Solves B least-squares problems: parameters float64[B, P] and losses float64[B].
 
-    `start` is float64[B, P]; `y` and `weight` are float64[B, n] or broadcast to it (weight 0 leaves
-    a point out); `fixed` bool[B, P] holds parameters at their start. A parameter is frozen at its
-    bound while the gradient pushes it outward.
+    `start` is float64[B, P]; `y` and `weight` are float64[B, m] or broadcast to it (weight 0 leaves
+    a point out), where m = n unless `mix` float64[m, n] turns errors at places into what was
+    measured; `fixed` bool[B, P] holds parameters at their start. A parameter is frozen at its bound
+    while the gradient pushes it outward.
     """
     low, high = bounds(design)
     theta = np.clip(start, low, high)
     count, size = theta.shape
-    y = np.broadcast_to(y, (count, design.shape[2]))
+    y = np.broadcast_to(y, (count, design.shape[2] if mix is None else len(mix)))
     weight = np.broadcast_to(weight, y.shape)
     fixed = (
         np.zeros((count, size), bool) if fixed is None else np.broadcast_to(fixed, (count, size))
     )
     damping = np.full(count, 1e-3)
-    loss = loss_of(y - predict(design, theta), weight, huber)
+    loss = loss_of(y - measured(predict(design, theta), mix), weight, huber)
     zero = 1e-22 * (weight * y**2).sum(-1)  # a loss below this is rounding
     small_gains = np.zeros(count, int)
     active = np.arange(count)
@@ -90,7 +146,8 @@ def solve(
     for _ in range(iterations):
         current = theta[active]
         columns, value = jacobian(design, current)
-        residual = y[active] - value
+        columns = measured(columns, mix)
+        residual = y[active] - measured(value, mix)
         w = weight[active]
         if huber is not None:
             scaled = np.sqrt(w) * np.abs(residual)
@@ -113,7 +170,13 @@ def solve(
         )
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
         trial = np.clip(current + np.clip(step, -8.0, 8.0), low, high)
-        trial_loss = loss_of(y[active] - predict(design, trial), weight[active], huber)
+        projected = project(design, y[active], w, trial, fixed[active], mix)
+        trial_loss, projected_loss = (
+            loss_of(y[active] - measured(predict(design, at), mix), weight[active], huber)
+            for at in (trial, projected)
+        )
+        trial = np.where((projected_loss < trial_loss)[:, None], projected, trial)
+        trial_loss = np.minimum(trial_loss, projected_loss)
         better = trial_loss < loss[active]
         gain = loss[active] - trial_loss
         # cosine between the residual and each column: the scale-free measure of a stationary point

@@ -23,6 +23,7 @@ class Measured:
       rows: the rows of a grid, one for each point; empty for other files.
       note: which rows these are, in sentences.
       about: of scores: the tasks of each average, their divisors, protocols and files.
+      method: the method of all points; None if the files do not say.
     """
 
     families: dict[str, Points]
@@ -30,11 +31,13 @@ class Measured:
     rows: list[records.Row]
     note: str = ""
     about: dict[str, Any] = field(default_factory=dict)
+    method: str | None = None
 
 
 def of_published(name: str, *, text_tokens: float = 0.0) -> Measured:
     """The published points of arXiv 2411.03312, "reasoning" or "ocr"."""
-    return Measured({name: published.points(name, text_tokens=text_tokens)}, {}, [])
+    points = published.points(name, text_tokens=text_tokens)
+    return Measured({name: points}, {}, [], method=published.METHOD)
 
 
 def read(
@@ -81,14 +84,16 @@ def read(
         for path in paths:
             of_families += tables.read(path, n_unit=n_unit, text_tokens=text_tokens)
         check_once(of_families)
+    used = rows[0].method if rows else None
     families, tasks = names_of(of_families), names_of(of_tasks)
     if family is not None:
         cells = of_tasks if family in tasks else of_families
-        return Measured({family: of_cells(cells, family)}, {}, rows, note)
+        return Measured({family: of_cells(cells, family)}, {}, rows, note, method=used)
     points = {name: of_cells(of_families, name) for name in families}
     if len(points) > 1:
         points = {MEAN: of_cells(of_families)} | points
-    return Measured(points, {name: of_cells(of_tasks, name) for name in tasks}, rows, note)
+    every_task = {name: of_cells(of_tasks, name) for name in tasks}
+    return Measured(points, every_task, rows, note, method=used)
 
 
 def of_benchmarks(averages: scores.Averages, family: str | None) -> Measured:

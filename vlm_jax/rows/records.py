@@ -225,6 +225,7 @@ def cells(
             Q=row.Q,
             label=row.llm,
             seed=row.seed,
+            model=row.trained_with,
             errors={name: (1.0 - t["score"], t["stderr"]) for name, t in getattr(row, by).items()},
         )
         for row in chosen

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from vlm_jax.cost import chips
-from vlm_jax.law import intervals, published
+from vlm_jax.law import published
 from vlm_jax.law.forms import FORMS
 from vlm_jax.rows import scores, tables
 from vlm_jax.verbs import cli
@@ -59,7 +59,6 @@ def add_flags(parser: Parser) -> None:
         default=1000,
         help="resamples for the bands of the figures; 0 draws no bands",
     )
-    add("--resample", default="residuals", choices=intervals.RESAMPLINGS, help="what is resampled")
     add("--seed", type=cli.seed_flag, metavar="N", default=0, help="of the resampling")
     add(
         "--huber",
@@ -123,15 +122,16 @@ def run(options: argparse.Namespace) -> int:
         measurements.tasks,
         options.form,
         mean=measured.MEAN,
+        method=measurements.method,
+        source=", ".join(options.rows or [f"published {options.published}"]),
         exponents_of=options.published,
         bootstrap=options.bootstrap,
-        resample=options.resample,
         seed=options.seed,
         huber=options.huber,
         weighting=options.weights,
     )
     say(fit.words)
-    names = ("bootstrap", "resample", "seed", "huber", "weights")
+    names = ("bootstrap", "seed", "huber", "weights")
     fit.fields["made_by"] = {
         "rows": options.rows or f"published {options.published}",
         **{name: getattr(options, name) for name in names},
