@@ -100,7 +100,8 @@ def test_a_plan_is_what_the_command_prints(law, tmp_path, capsys):
 
 @pytest.mark.parametrize("how, words", [
     (dict(), "0 budgets: give one of flops"),
-    (dict(flops=1e12, ms=4.0), "2 budgets: give one of"),
+    (dict(flops=1e12, ms=4.0), "needs --new-tokens"),
+    (dict(flops=1e12, calibration="v5e-mine"), "choose one of a100-transformers"),
     (dict(flops=1e12, cost_model="half"), "choose one of paper, full"),
     (dict(flops=1e12, chip="v5e"), "has no chip"),
     (dict(flops=1e12, tokens="many"), "give a list of V, or continuous"),

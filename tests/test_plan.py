@@ -237,7 +237,7 @@ def test_measured_rows_replace_the_roofline(run, tmp_path):
     ideal = run("reasoning", "--ms=1e9", *flags)[1]
     assert slow["cost"]["amount"] > 1000 * ideal["cost"]["amount"]
     assert any("no times of single batches" in w for w in slow["warnings"])
-    assert any("give --efficiency or --measured" in w for w in ideal["warnings"])
+    assert any("--calibration or --measured" in w for w in ideal["warnings"])
     timed = [
         dataclasses.replace(row, machine="1 x cpu (x86_64)")
         for row in made_rows.rows(sizes=(2_000_000,), timing=True)
@@ -267,11 +267,21 @@ def test_the_figure_shows_the_choice_and_its_numbers(run, tmp_path):
 
 
 BAD = [
-    (["--text-tokens=50"], "one of the arguments --flops --ms"),
-    (["--text-tokens=50", "--flops=1e12", "--ms=4"], "not allowed with argument"),
+    (["--text-tokens=50"], "0 budgets: give one of flops"),
+    (["--text-tokens=50", "--flops=1e12", "--ms=4", "--new-tokens=1"], "needs --chip"),
+    (["--text-tokens=50", "--ttft-ms=9"], "needs --chip"),
+    (["--text-tokens=50", "--tpot-ms=9", "--new-tokens=1"], "at least 2 tokens"),
+    (["--text-tokens=50", "--p95-ms=9", "--chip=v5e", "--new-tokens=4"], "needs --rate"),
+    (["--text-tokens=50", "--lifetime-flops=1e21"], "needs --requests"),
+    (["--text-tokens=50", "--flops=1e12", "--weights=int8"], "add --cost=full"),
+    (["--text-tokens=50", "--ttft-ms=9", "--catalog=nowhere.toml"], "nowhere.toml"),
+    (
+        ["--text-tokens=50", "--p95-ms=900", "--chip=v5e", "--new-tokens=4", "--rate=1e4"],
+        "no server keeps up with 10000 requests per second",
+    ),
     (["--text-tokens=-1", "--flops=1e12"], "'-1' is not a number of at least 0"),
     (["--text-tokens=25:x", "--flops=1e12"], "expected name:weight"),
-    (["--text-tokens=50", "--flops=nan"], "budget: 'nan' is not a number"),
+    (["--text-tokens=50", "--flops=nan"], "FLOPs per request: 'nan' is not a number"),
     (["--text-tokens=50", "--ms=40", "--new-tokens=1"], "needs --chip"),
     (["--text-tokens=50", "--ms=40", "--chip=v5e"], "needs --new-tokens"),
     (["--text-tokens=50", "--dollars-per-million=4", "--chip=v5e"], "needs --new-tokens"),

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ideal times equal an independent model of them; memory adds up; calibration finds planted
-efficiencies.
+"""Ideal times equal an independent model of them; memory, types and links
+add up.
 """
 
 import dataclasses
-from types import SimpleNamespace
 
 import made_rows
-import numpy as np
 import pytest
 import tiny
 
 from configs import base, sizes
-from vlm_jax.cost import chips, roofline
+from vlm_jax.cost import calibration, chips, roofline
 from vlm_jax.cost import flops as cost
 from vlm_jax.cost.roofline import Request
 from vlm_jax.models.sizes import LLMSize, ViTSize
@@ -24,6 +22,11 @@ V5E = chips.CHIPS["v5e"]
 
 def compressor(V):
     return tiny.method("none" if V == 576 else "quecc", V)
+
+
+def free_links(chip):
+    """These chips as one: the independent model counts no communication."""
+    return dataclasses.replace(chip, count=1)
 
 
 # Milliseconds of encoder + question pass + prefill for 64 text tokens, 24 of them the question, at
@@ -46,7 +49,7 @@ def test_time_to_first_token_equals_the_independent_model(chip, count, batch, mi
             compressor(V),
             VICUNA,
             Request(64, batch=batch, question=24),
-            chips.CHIPS[chip].times(count),
+            free_links(chips.CHIPS[chip].times(count)),
         )
         total = got["encoder"] + got["question"] + got["prefill"]
         assert 1e3 * total == pytest.approx(expected, rel=0.035)
@@ -57,7 +60,7 @@ def test_time_to_first_token_equals_the_independent_model(chip, count, batch, mi
 )
 def test_a_decode_step_equals_the_independent_model(V, batch, milliseconds):
     """The last of 64 generated tokens after 64 text tokens: each weight and cached key once."""
-    chip = V5E.times(4)
+    chip = free_links(V5E.times(4))
     times = [
         roofline.seconds(CLIP, compressor(V), VICUNA, Request(64, G, batch), chip)["decode"]
         for G in (64, 63)
@@ -73,7 +76,8 @@ def test_a_phase_takes_the_slower_of_compute_and_memory():
     assert roofline.seconds(*sized, slow_memory) == pytest.approx(roofline.request_bytes(*sized))
     flops = dataclasses.asdict(roofline.request_flops(*sized))
     assert roofline.seconds(*sized, slow_compute) == pytest.approx(flops)
-    half = roofline.seconds(*sized, V5E, efficiency=dict.fromkeys(roofline.PHASES, 0.5))
+    reached = calibration.Calibration(dict.fromkeys(roofline.PHASES, 0.5))
+    half = roofline.seconds(*sized, V5E, calibration=reached)
     assert half == pytest.approx({k: 2 * v for k, v in roofline.seconds(*sized, V5E).items()})
 
 
@@ -100,53 +104,6 @@ def test_memory_is_weights_cache_and_activations():
     assert roofline.memory(CLIP, compressor(1), big, Request(1)).total > V5E.hbm_bytes
 
 
-def test_calibration_finds_planted_efficiencies_and_shares_what_it_cannot_tell_apart():
-    rng = np.random.default_rng(0)
-    truth = {"encoder": 0.5, "compressor": 0.5, "question": 0.5, "prefill": 0.4, "decode": 0.8}
-    ideal = [{"encoder": 1.0, "prefill": p, "decode": d} for p, d in rng.uniform(0.2, 5, (40, 2))]
-    measured = [sum(row[k] / truth[k] for k in row) * rng.normal(1, 0.01) for row in ideal]
-    found = roofline.calibrate(ideal, measured)
-    for phase in ("encoder", "prefill", "decode"):
-        assert found[phase] == pytest.approx(truth[phase], rel=0.05)
-    # Nothing was measured about these: the common factor.
-    assert found["question"] == pytest.approx(found["compressor"])
-    assert 0.4 < found["question"] < 0.8
-    alone = roofline.calibrate([{"prefill": 1.0, "decode": 1.0}], [4.0])
-    assert alone["prefill"] == pytest.approx(0.5, rel=1e-3) == alone["decode"]
-
-
-def test_calibration_reads_rows_and_refuses_what_says_nothing():
-    flops = {"encoder": 9e9, "compressor": 1e6, "question": 0.0, "prefill": 4e9, "decode": 1e9}
-    tasks = {"a": {"n": 30}, "b": {"n": 70}}
-    cpu = chips.Chip("cpu", 1e11, 1e10, 1e9, 4, "planted")
-    rows = [SimpleNamespace(flops=flops, tasks=tasks, evaluate_seconds=20.0, timing={})]
-    # 5 GFLOP in 0.2 s are 25 GFLOP/s of 100.
-    assert roofline.calibrate_rows(rows, cpu)["prefill"] == pytest.approx(0.25, rel=1e-2)
-    with pytest.raises(ValueError, match="none of 1 rows has timing or evaluate_seconds"):
-        roofline.calibrate_rows(
-            [SimpleNamespace(flops=flops, tasks=tasks, evaluate_seconds=0.0, timing={})], cpu
-        )
-    with pytest.raises(ValueError, match="must be positive"):
-        roofline.calibrate([{"prefill": 1.0}], [0.0])
-
-
-def test_calibration_uses_the_batch_of_rows_that_have_it():
-    """Planted: prefill reaches a half, decoding, bound by the weights, a fifth of the roofline."""
-    chip = chips.Chip("cpu", 1e11, 1e9, 1e9, 4, "planted")
-    truth = {"compressor": 0.5, "question": 0.5, "prefill": 0.5, "decode": 0.2}
-    rows = []
-    for row in made_rows.rows(sizes=(2_000_000, 8_000_000)):
-        for batch, new_tokens in ((1, 5.0), (64, 3.0)):
-            parts = roofline.row_seconds(row, chip, batch=batch, new_tokens=new_tokens)
-            took = sum(parts[phase] / truth[phase] for phase in truth) / batch
-            timing = {"batch": batch, "new_tokens": new_tokens, "seconds_per_example": took}
-            # What the whole evaluation took says nothing any more.
-            rows.append(dataclasses.replace(row, timing=timing, evaluate_seconds=1e4))
-    found = roofline.calibrate_rows([*rows, *made_rows.rows()], chip)
-    assert found["prefill"] == pytest.approx(0.5, rel=0.02)
-    assert found["decode"] == pytest.approx(0.2, rel=0.02)
-
-
 def test_the_seconds_of_a_row_are_those_of_its_model_without_the_cache():
     """A row of a described model takes what `seconds` says, but for the key-value cache."""
     llm, request = VICUNA, Request(50, 5, 4)
@@ -160,21 +117,63 @@ def test_the_seconds_of_a_row_are_those_of_its_model_without_the_cache():
         compressor_parameters=int(cost.compressor_parameters(compressor(36), CLIP, llm)),
         llm_parameters=cost.llm_parameters(llm),
     )
-    found = roofline.row_seconds(row, V5E, batch=4)
+    found = calibration.row_seconds(row, V5E, batch=4)
     for phase, seconds in whole.items():
         assert found[phase] == pytest.approx(seconds, rel=0.05)
 
 
-def test_bad_efficiencies_and_chips_are_named():
-    sized = (CLIP, compressor(36), VICUNA, Request(50), V5E)
-    with pytest.raises(ValueError, match=r"unknown phases \['warmup'\]"):
-        roofline.seconds(*sized, efficiency={"warmup": 0.5})
-    with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
-        roofline.seconds(*sized, efficiency={"decode": 1.5})
+def test_bad_types_and_chips_are_named():
+    sized = (CLIP, compressor(36), VICUNA, Request(50))
+    with pytest.raises(ValueError, match="weights in 'int3': choose one of f32, bf16"):
+        roofline.Stored(weights="int3")
+    with pytest.raises(ValueError, match="v4 has no peak for int8: choose one of bf16"):
+        roofline.seconds(*sized, chips.CHIPS["v4"], stored=roofline.Stored(products="int8"))
     with pytest.raises(ValueError, match="unknown chip 'v9'.*choose one of v4, v5e"):
         chips.named("v9")
     with pytest.raises(ValueError, match="at least 1"):
         V5E.times(0)
+    with pytest.raises(ValueError, match="2 x cpu: the speed of its links is not known"):
+        chips.Chip("cpu", 1.0, 1.0, 1.0, 4, "planted").times(2)
+
+
+def test_eight_bits_halve_what_is_stored_and_read():
+    """Weights of the LLM and its cache; the encoder stays as it is."""
+    sized = (CLIP, compressor(36), VICUNA, Request(50, 8, 4))
+    half = roofline.Stored("int8", "int8", "int8")
+    full, less = (roofline.memory(*sized, stored=s) for s in (roofline.AS_CHIP, half))
+    assert less.cache == full.cache / 2 and less.activations == full.activations
+    assert full.weights - less.weights == cost.llm_parameters(VICUNA)
+    moved, fewer = (roofline.request_bytes(*sized, stored=s) for s in (roofline.AS_CHIP, half))
+    assert fewer["decode"] == moved["decode"] / 2 and fewer["encoder"] == moved["encoder"]
+    bound = dataclasses.replace(V5E, hbm_bytes_per_s=1e30)  # by products alone
+    slow, fast = (roofline.seconds(*sized, bound, stored=s) for s in (roofline.AS_CHIP, half))
+    assert fast["prefill"] == slow["prefill"] / 2 and fast["encoder"] == slow["encoder"]
+
+
+def test_chips_together_spend_time_on_sums():
+    """Two sums per block and pass: by hand for four chips; nothing for one; all of it is added."""
+    request, chip = Request(64, 9, 32), V5E.times(4)
+    sized = (CLIP, compressor(36), VICUNA, request)
+    sent = roofline.communication(*sized, chip)
+    prefill = 32 * 100 * 4096 * 2  # bytes of one sum
+    ring = 2 * 3 / 4 * prefill / 90e9 + 6e-6
+    assert sent["prefill"] == pytest.approx(2 * 32 * ring)
+    assert sent["decode"] == pytest.approx(8 * 2 * 32 * (1.5 * prefill / 100 / 90e9 + 6e-6))
+    free = roofline.seconds(*sized, dataclasses.replace(chip, link_bytes_per_s=1e30))
+    both = roofline.seconds(*sized, chip)
+    steps = 2 * 32 * 6e-6  # of the chips' latency, which a fast link does not remove
+    assert both["prefill"] - free["prefill"] == pytest.approx(sent["prefill"] - steps)
+    assert set(roofline.communication(*sized, V5E).values()) == {0.0}
+
+
+def test_prefill_holds_the_scores_of_a_tile():
+    """As many queries as the program takes at once, not all pairs of a long prompt."""
+    from vlm_jax.models import llm
+
+    assert roofline.QUERIES == llm.QUERIES
+    short, long = (roofline.memory(CLIP, compressor(576), VICUNA, Request(Q)) for Q in (3000, 6000))
+    # Linear in the tokens: twice as many need twice as much, scores of all pairs four times.
+    assert long.activations / short.activations < 2
 
 
 def test_this_machine_measured_is_a_chip_that_can_do_something():

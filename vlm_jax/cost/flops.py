@@ -39,6 +39,9 @@ class Flops:
         return sum(dataclasses.astuple(self))
 
 
+PHASES = tuple(field.name for field in dataclasses.fields(Flops))
+
+
 # --- FLOPs of a request ---------------------------------------------------------------------------
 
 

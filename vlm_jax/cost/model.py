@@ -9,6 +9,7 @@ from typing import Any
 from vlm_jax import compressors
 from vlm_jax.compressors.method import Number
 from vlm_jax.cost import chips, described, parameters, roofline
+from vlm_jax.cost.calibration import Calibration
 from vlm_jax.cost.chips import Chip
 from vlm_jax.cost.flops import Flops
 from vlm_jax.cost.roofline import Memory
@@ -124,5 +125,7 @@ def request_cost(
     return RequestCost(
         flops=roofline.request_flops(*request_sizes),
         memory=roofline.memory(*request_sizes, bytes_per_number=width),
-        seconds=roofline.seconds(*request_sizes, device, efficiency=efficiency) if device else None,
+        seconds=roofline.seconds(*request_sizes, device, calibration=Calibration(efficiency or {}))
+        if device
+        else None,
     )

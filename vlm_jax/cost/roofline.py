@@ -1,25 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes, seconds and memory of a request on a chip: each phase at the slower of compute and memory.
 
-seconds of a phase = max(FLOPs / peak, bytes / bandwidth) / efficiency, for the whole batch. Bytes
-are weights (once per pass) and the key-value cache; activations stay on the chip in this model,
-which holds where memory binds (few tokens) and does not matter where compute does.
+seconds of a phase = max(FLOPs / peak, bytes / bandwidth) / efficiency + communication
+                     + passes through the LLM * overhead of a pass
+
+for the whole batch, and an overhead of the batch (`calibration.py`). Bytes are weights (once per
+pass) and the key-value cache; activations stay on the chip in this model, which holds where memory
+binds (few tokens) and does not matter where compute does.
 
 V and Q are visual and text tokens, G generated tokens, P patches.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
 
 from vlm_jax.compressors.method import Method, Number
 from vlm_jax.cost import flops as cost
+from vlm_jax.cost.calibration import IDEAL, Calibration
 from vlm_jax.cost.chips import Chip
 from vlm_jax.models.sizes import LLMSize, ViTSize
 
-PHASES = tuple(field.name for field in dataclasses.fields(cost.Flops))
+PHASES = cost.PHASES
+BYTES = {"f32": 4, "bf16": 2, "int8": 1, "fp8": 1}
+QUERIES = 128  # that attend at once in prefill: `QUERIES` of vlm_jax/models/llm.py
+HOP_SECONDS = 1e-6  # of one step from chip to chip (jax-ml.github.io/scaling-book)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Types of the LLM's weights, of its key-value cache and of its products; "" is the chip's own.
+
+    Scales of quantized numbers, under 1 % of them, are not counted. ValueError for unknown types.
+    """
+
+    weights: str = ""
+    cache: str = ""
+    products: str = ""
+
+    def __post_init__(self) -> None:
+        for name, kind in dataclasses.asdict(self).items():
+            if kind and kind not in BYTES:
+                raise ValueError(f"{name} in {kind!r}: choose one of {', '.join(BYTES)}")
+
+
+AS_CHIP = Stored()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,25 +97,71 @@ def request_flops(vit: ViTSize, compressor: Method, llm: LLMSize, request: Reque
 
 
 def request_bytes(
-    vit: ViTSize, compressor: Method, llm: LLMSize, request: Request, *, bytes_per_number: int = 2
+    vit: ViTSize,
+    compressor: Method,
+    llm: LLMSize,
+    request: Request,
+    *,
+    bytes_per_number: int = 2,
+    stored: Stored = AS_CHIP,
 ) -> dict[str, Number]:
     """Bytes that each phase moves to or from memory for a whole batch."""
     flops = request_flops(vit, compressor, llm, request)
     V, batch = cost.visual_tokens(compressor, vit), request.batch
     tables = llm.vocab * llm.width
     body = cost.llm_parameters(llm) - tables * (1 if llm.tied_embeddings else 2)
-    token = cache_numbers(llm) * batch
+    weight = BYTES.get(stored.weights, bytes_per_number)
+    token = cache_numbers(llm) * batch * BYTES.get(stored.cache, bytes_per_number)
     passes = max(request.G - 1, 0)
     keys = passes * (request.Q + V) + passes * (passes + 1) / 2
-    numbers = {
-        "encoder": _encoder_weights(vit),
-        "compressor": cost.compressor_parameters(compressor, vit, llm),
-        "question": body if flops.question else 0,
+    return {
+        "encoder": _encoder_weights(vit) * bytes_per_number,
+        "compressor": cost.compressor_parameters(compressor, vit, llm) * bytes_per_number,
+        "question": body * weight if flops.question else 0,
         # Cached text is read, everything else is written: one cache entry per token either way.
-        "prefill": body + tables + token * (request.Q + V),
-        "decode": passes * (body + tables) + token * keys,
+        "prefill": (body + tables) * weight + token * (request.Q + V),
+        "decode": passes * (body + tables) * weight + token * keys,
     }
-    return {phase: count * bytes_per_number for phase, count in numbers.items()}
+
+
+def passes(compressor: Method, request: Request) -> dict[str, Number]:
+    """How often each phase goes through the LLM; phases that do not are left out."""
+    asked = not request.cached_text
+    return {
+        "question": int(compressor.query == "separate" and asked),
+        "prefill": 1 + int(compressor.reads_prefix and asked),
+        "decode": max(request.G - 1, 0),
+    }
+
+
+def communication(
+    vit: ViTSize, compressor: Method, llm: LLMSize, request: Request, chip: Chip
+) -> dict[str, Number]:
+    """Seconds of each phase that several chips spend on sums over heads and hidden units.
+
+    Every block, whose matrices are cut over all chips, adds its output up twice: after attention
+    and after the MLP. A sum over a ring sends 2 (count - 1) / count of the array from each chip, in
+    2 (count - 1) steps. It is not hidden behind products.
+    """
+    if chip.count == 1:
+        return dict.fromkeys(PHASES, 0.0)
+    others = chip.count - 1
+
+    def sums(tokens: Number, width: int, blocks: int) -> Number:
+        array = request.batch * tokens * width * chip.bytes_per_number
+        ring = 2 * others / chip.count * array / chip.link_bytes_per_s
+        return 2 * blocks * (ring + 2 * others * HOP_SECONDS) if tokens else 0.0
+
+    V, through = cost.visual_tokens(compressor, vit), passes(compressor, request)
+    text = request.Q if request.question is None else request.question
+    rows = compressor.encoded(vit.side) + vit.first
+    return {
+        "encoder": sums(rows, vit.width, max(vit.levels)),
+        "compressor": 0.0,  # small: every chip computes all of it
+        "question": through["question"] * sums(text, llm.width, llm.depth),
+        "prefill": sums(V + (0 if request.cached_text else request.Q), llm.width, llm.depth),
+        "decode": through["decode"] * sums(1, llm.width, llm.depth),
+    }
 
 
 def seconds(
@@ -102,138 +171,59 @@ def seconds(
     request: Request,
     chip: Chip,
     *,
-    efficiency: Mapping[str, Number] | None = None,
+    calibration: Calibration = IDEAL,
+    stored: Stored = AS_CHIP,
 ) -> dict[str, Number]:
-    """Seconds of each phase for a whole batch.
+    """Seconds of each phase for a whole batch, and "request", the overhead of it, if there is one.
 
-    `efficiency` maps phases to the fraction of the roofline that is reached; 1 for other phases.
-    Raises ValueError for unknown phases and for fractions outside (0, 1].
+    Raises ValueError for a type of products whose peak is not known.
     """
-    fraction = {phase: 1.0 for phase in PHASES} | dict(efficiency or {})
-    if unknown := sorted(set(fraction) - set(PHASES)):
-        raise ValueError(
-            f"efficiency of unknown phases {unknown}: the phases are {', '.join(PHASES)}"
-        )
-    if bad := {phase: e for phase, e in fraction.items() if not 0 < e <= 1}:
-        raise ValueError(f"efficiency must be in (0, 1], got {bad}")
     flops = dataclasses.asdict(request_flops(vit, compressor, llm, request))
-    traffic = request_bytes(vit, compressor, llm, request, bytes_per_number=chip.bytes_per_number)
-    return {
+    traffic = request_bytes(
+        vit, compressor, llm, request, bytes_per_number=chip.bytes_per_number, stored=stored
+    )
+    sent, through = communication(vit, compressor, llm, request, chip), passes(compressor, request)
+    peak = dict.fromkeys(("question", "prefill", "decode"), chip.peak(stored.products))
+    found = {
         phase: max(
-            request.batch * flops[phase] / chip.peak_flops, traffic[phase] / chip.hbm_bytes_per_s
+            request.batch * flops[phase] / peak.get(phase, chip.peak_flops),
+            traffic[phase] / chip.hbm_bytes_per_s,
         )
-        / fraction[phase]
+        / calibration.efficiency.get(phase, 1.0)
+        + sent[phase]
+        + through.get(phase, 0) * calibration.step_seconds
         for phase in PHASES
     }
+    return found | ({"request": calibration.request_seconds} if calibration.request_seconds else {})
 
 
 def memory(
-    vit: ViTSize, compressor: Method, llm: LLMSize, request: Request, *, bytes_per_number: int = 2
+    vit: ViTSize,
+    compressor: Method,
+    llm: LLMSize,
+    request: Request,
+    *,
+    bytes_per_number: int = 2,
+    stored: Stored = AS_CHIP,
 ) -> Memory:
     """Bytes needed at once: all weights, the full cache, and the activations of the larger phase.
 
     Activations are those alive at the peak of a block: its input, its widest inner result and the
-    scores in float32.
+    scores in float32, of all pairs of the encoder's rows and of QUERIES at once in prefill; and the
+    scores of the vocabulary.
     """
     V, batch = cost.visual_tokens(compressor, vit), request.batch
-    weights = _encoder_weights(vit) + cost.llm_parameters(llm)
-    weights += cost.compressor_parameters(compressor, vit, llm)
-    rows, tokens = vit.patches + vit.first, request.Q + V
+    towers = _encoder_weights(vit) + cost.compressor_parameters(compressor, vit, llm)
+    weights = towers * bytes_per_number
+    weights += cost.llm_parameters(llm) * BYTES.get(stored.weights, bytes_per_number)
+    rows, tokens = compressor.encoded(vit.side) + vit.first, request.Q + V
     encode = rows * (2 * vit.width + max(vit.mlp, 4 * vit.width) + len(vit.levels) * vit.width)
     prefill = tokens * (2 * llm.width + max(2 * llm.mlp, 2 * llm.heads * llm.head_size))
-    scores = (vit.heads * rows**2, llm.heads * tokens**2)
+    scores = (vit.heads * rows**2, llm.heads * min(QUERIES, tokens) * tokens + llm.vocab)
     live = max(
         encode * bytes_per_number + 4 * scores[0], prefill * bytes_per_number + 4 * scores[1]
     )
+    kept = cache_numbers(llm) * BYTES.get(stored.cache, bytes_per_number)
     return Memory(
-        weights=weights * bytes_per_number,
-        cache=batch * cache_numbers(llm) * (tokens + request.G) * bytes_per_number,
-        activations=batch * live,
+        weights=weights, cache=batch * kept * (tokens + request.G), activations=batch * live
     )
-
-
-def calibrate(
-    ideal: Sequence[Mapping[str, Number]], measured: Sequence[Number]
-) -> dict[str, Number]:
-    """The efficiency of each phase that best explains measured seconds, by relative least squares.
-
-    Args:
-        ideal: seconds of each phase at 100 % of the roofline, one mapping per measurement.
-        measured: seconds of the same requests, all phases together.
-
-    Phases that the measurements cannot tell apart share one factor (a weak pull toward the common
-    one). Efficiencies are at most 1. Raises ValueError for no measurement or one that is not
-    positive.
-    """
-    if not ideal or len(ideal) != len(measured):
-        raise ValueError(
-            f"{len(ideal)} ideal and {len(measured)} measured times: as many of each, at least 1"
-        )
-    if bad := [t for t in measured if not t > 0]:
-        raise ValueError(f"measured seconds must be positive, got {bad[:5]}")
-    from scipy.optimize import lsq_linear
-
-    columns = np.array([[row.get(phase, 0.0) for phase in PHASES] for row in ideal])
-    columns /= np.asarray(measured, float)[:, None]
-    total = columns.sum(1)
-    common = max(1.0, total.sum() / (total**2).sum())
-    pull = 1e-3 * np.sqrt(len(ideal)) * total.mean() * np.eye(len(PHASES))
-    slowdown = lsq_linear(
-        np.vstack([columns, pull]),
-        np.concatenate([np.ones(len(ideal)), pull @ np.full(len(PHASES), common)]),
-        bounds=(1.0, np.inf),
-    ).x
-    return {phase: float(1 / s) for phase, s in zip(PHASES, slowdown, strict=True)}
-
-
-def row_seconds(
-    row: Any, chip: Chip, *, batch: int = 1, new_tokens: Number | None = None
-) -> dict[str, Number]:
-    """Lower bounds on the seconds of each phase for a batch of the requests of a results row.
-
-    FLOPs and weights are the row's; the key-value cache is left out, because a row does not hold
-    the LLM's shape. `new_tokens` are decoded, by default the row's mean G; the longest answer of a
-    batch sets it.
-    """
-    passes = max((row.G if new_tokens is None else new_tokens) - 1, 0)
-    counted = max(row.G - 1, 0)
-    flops = dict(row.flops) | {"decode": row.flops["decode"] * passes / counted if counted else 0}
-    weights = {
-        "encoder": row.vit_parameters,
-        "compressor": row.compressor_parameters,
-        "question": row.llm_parameters if row.flops["question"] else 0,
-        "prefill": row.llm_parameters,
-        "decode": passes * row.llm_parameters,
-    }
-    return {
-        phase: max(
-            batch * flops[phase] / chip.peak_flops,
-            weights[phase] * chip.bytes_per_number / chip.hbm_bytes_per_s,
-        )
-        for phase in PHASES
-    }
-
-
-def calibrate_rows(rows: Sequence[Any], chip: Chip) -> dict[str, Number]:
-    """`calibrate` from a grid's results rows, evaluated on `chip` with cached features.
-
-    Rows with `timing` are used if there are any: their batch is known, and their times exclude
-    loading and compiling. For older rows a request counts with its FLOPs alone and the whole time
-    of the evaluation counts. The encoder was not run: it gets the common factor.
-    """
-    timed = [row for row in rows if row.timing]
-    ideal, measured = [], []
-    for row in timed:
-        batch, new_tokens = row.timing["batch"], row.timing["new_tokens"]
-        ideal.append(row_seconds(row, chip, batch=batch, new_tokens=new_tokens) | {"encoder": 0.0})
-        measured.append(row.timing["seconds_per_example"] * batch)
-    for row in [] if timed else rows:
-        requests = sum(task["n"] for task in row.tasks.values())
-        if requests and row.evaluate_seconds > 0:
-            ideal.append({phase: row.flops[phase] / chip.peak_flops for phase in PHASES[1:]})
-            measured.append(row.evaluate_seconds / requests)
-    if not ideal:
-        raise ValueError(
-            f"none of {len(rows)} rows has timing or evaluate_seconds: nothing to calibrate with"
-        )
-    return calibrate(ideal, measured)

@@ -8,6 +8,7 @@ from typing import Any
 
 from vlm_jax.compressors.method import Number, tilings
 from vlm_jax.cost import flops as cost
+from vlm_jax.cost.calibration import IDEAL
 from vlm_jax.planning import costs, planner
 
 SCHEMA = 1  # of the JSON; raised when a field changes its meaning
@@ -24,8 +25,8 @@ def plan(search: planner.Search, names: Mapping[Number, str]) -> dict[str, Any]:
     trained = search.law.interval(chosen.N, chosen.V, Q, measured=True)
     unit, limit = search.budget.limits[0]
     spent: dict[str, Any] = {"amount": chosen.cost, "unit": costs.UNITS[unit]}
+    spent |= cost_model.parts(chosen.N, chosen.V, chosen.compressor)
     if isinstance(cost_model, costs.FullCost):
-        spent |= cost_model.parts(chosen.N, chosen.V, chosen.compressor)
         shape = cost_model.sizes.get(chosen.N)
         spent["llm_parameters"] = None if shape is None else cost.llm_parameters(shape)
     others = planner.runner_ups(
@@ -48,6 +49,7 @@ def plan(search: planner.Search, names: Mapping[Number, str]) -> dict[str, Any]:
             "unit": costs.UNITS[unit],
             "also": dict(search.budget.limits[1:]),
         },
+        "latency": latency(cost_model, spent),
         "text_tokens": Q,
         "new_tokens": cost_model.workload.G,
         "batch": cost_model.workload.batch,
@@ -65,6 +67,21 @@ def plan(search: planner.Search, names: Mapping[Number, str]) -> dict[str, Any]:
         },
         "warnings": warnings_of(search, chosen),
     }
+
+
+def latency(cost_model: costs.Cost, spent: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Times of the chosen configuration that a user notices; None without a chip."""
+    if "ms" not in spent:
+        return None
+    work = cost_model.workload
+    found = {
+        "time_to_first_token_ms": sum(spent["ttft"].values()),
+        "time_per_output_token_ms": spent["tpot"]["decode"] if work.G > 1 else None,
+    }
+    if work.rate:
+        late = spent["p95"]["response"]
+        found |= {"p95_ms": late if late < costs.NEVER else None, "requests_per_second": work.rate}
+    return found
 
 
 def buildable(search: planner.Search, chosen: planner.Candidate) -> list[planner.Candidate]:
@@ -93,12 +110,16 @@ def warnings_of(search: planner.Search, chosen: planner.Candidate) -> list[str]:
         sentences.append("the law holds for the compressor it was fitted with: "
                      "others are compared by cost alone")  # fmt: skip
     if isinstance(cost_model, costs.FullCost):
+        stored = cost_model.stored
+        if {"int8", "fp8"} & {stored.weights, stored.cache, stored.products}:
+            sentences.append("the law was fitted without quantization: what it costs in error is "
+                         "not predicted")  # fmt: skip
         most = max(cost_model.sizes)
         if chosen.N > most * (1 + 1e-9):
             sentences.append(f"no LLM above N={most:g} is described: its cost is extrapolated")
-        if cost_model.chip is not None and cost_model.efficiency is None:
+        if cost_model.chip is not None and cost_model.calibration == IDEAL:
             sentences.append("times are the roofline's, which no system reaches: "
-                         "give --efficiency or --measured")  # fmt: skip
+                         "give --efficiency, --calibration or --measured")  # fmt: skip
     return sentences
 
 

@@ -14,27 +14,43 @@ import numpy as np
 from vlm_jax import compressors
 from vlm_jax.compressors.method import Method, Number
 from vlm_jax.cost import flops as cost
-from vlm_jax.cost import roofline
+from vlm_jax.cost import queue, roofline
+from vlm_jax.cost.calibration import IDEAL, Calibration
 from vlm_jax.cost.chips import Chip
+from vlm_jax.cost.lifetime import LLAVA, Recipe, paper_training_flops, training_flops
 from vlm_jax.models.sizes import LLMSize, ViTSize
 
 UNITS = {
     "flops": "FLOPs per request",
     "ms": "milliseconds per batch",
+    "ttft": "milliseconds to the first token",
+    "tpot": "milliseconds per output token",
+    "p95": "milliseconds to the answer for 95 % of requests",
     "dollars": "dollars per million requests",
     "hbm": "bytes of memory per batch",
+    "lifetime": "FLOPs of training and of all requests",
+    "lifetime_dollars": "dollars of training and of all requests",
 }
+TIMES = ("ms", "ttft", "tpot", "p95", "dollars", "lifetime_dollars")  # what a chip is needed for
+NEVER = 1e15  # milliseconds of a server that cannot keep up
 SMALLEST_N = 1e-9  # one parameter: the lower end for the paper's cost, which has no architecture
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """The requests: text lengths with their shares, generated tokens, and requests per batch."""
+    """The requests: text lengths with their shares, generated tokens, and requests per batch.
+
+    With a `rate`, requests per second, `batch` is the most that the server takes at once.
+    `requests` are those of the model's life, after a training by `recipe`.
+    """
 
     texts: tuple[tuple[Number, Number], ...]  # (Q, share); shares sum to 1
     G: Number = 0
     batch: int = 1
     cached_text: bool = False
+    rate: Number | None = None
+    requests: Number | None = None
+    recipe: Recipe = LLAVA
 
     @property
     def Q(self) -> float:
@@ -51,13 +67,16 @@ class PaperCost:
     lowest = SMALLEST_N
 
     def amount(self, unit: str, N: Number, V: Number, compressor: str) -> float:
-        """FLOPs of one request, the only unit of this cost."""
-        if unit != "flops":
+        """FLOPs of one request, or of the model's life."""
+        work = self.workload
+        if unit not in ("flops", "lifetime"):
             raise ValueError(
                 f"the paper's cost is FLOPs; a limit in {UNITS[unit]} needs --cost=full"
             )
-        text = 0 if self.workload.cached_text else self.workload.Q
-        return float(cost.paper_flops(N, V, Q=text + self.workload.G))
+        flops = cost.paper_flops(N, V, Q=(0 if work.cached_text else work.Q) + work.G)
+        if unit == "lifetime":
+            return float(paper_training_flops(N, V, work.recipe) + (work.requests or 0) * flops)
+        return float(flops)
 
     def within(
         self, unit: str, limit: Number, V: Number, compressor: str
@@ -66,8 +85,12 @@ class PaperCost:
         return [(self.lowest, limit / self.amount(unit, 1.0, V, compressor))]
 
     def parts(self, N: Number, V: Number, compressor: str) -> dict[str, dict[str, Number]]:
-        """This cost has no parts."""
-        return {}
+        """This cost has no parts but those of the model's life."""
+        if self.workload.requests is None:
+            return {}
+        training = paper_training_flops(N, V, self.workload.recipe)
+        answered = self.workload.requests * self.amount("flops", N, V, compressor)
+        return {"lifetime": {"training": training, "requests": answered}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +107,8 @@ class FullCost:
     query: str = "none"  # of the compressors that read the question
     heads: int = 8
     chip: Chip | None = None
-    efficiency: Mapping[str, Number] | None = None
+    calibration: Calibration = IDEAL
+    stored: roofline.Stored = roofline.AS_CHIP
     dollars_per_hour: Number = 0.0  # for the chip, all of them together
     name: str = "full"
     _memory: dict[Any, Any] = dataclasses.field(
@@ -104,23 +128,26 @@ class FullCost:
         return compressors.describe(dict(kind=kind, tokens=V, heads=self.heads, query=self.query))
 
     def details(self, llm: LLMSize, V: Number, compressor: str) -> dict[str, dict[str, Number]]:
-        """FLOPs, milliseconds, dollars by phase and bytes by kind, averaged over text lengths."""
+        """FLOPs, milliseconds, dollars by phase and bytes by kind, averaged over text lengths.
+
+        Of the times "ttft" is all but decoding, "tpot" decoding for each token after the first.
+        """
         totals: dict[str, dict[str, Number]] = {}
-        for Q, share in self.workload.texts:
-            request = roofline.Request(
-                Q, self.workload.G, self.workload.batch, None, self.workload.cached_text
-            )
-            request_sizes = (self.vit, self.compressor(compressor, V), llm, request)
-            width = self.chip.bytes_per_number if self.chip else 2
+        sized, work = (self.vit, self.compressor(compressor, V), llm), self.workload
+        width = self.chip.bytes_per_number if self.chip else 2
+        for Q, share in work.texts:
+            request = roofline.Request(Q, work.G, work.batch, None, work.cached_text)
+            need = roofline.memory(*sized, request, bytes_per_number=width, stored=self.stored)
             parts = {
-                "flops": dataclasses.asdict(roofline.request_flops(*request_sizes)),
-                "hbm": dataclasses.asdict(roofline.memory(*request_sizes, bytes_per_number=width)),
+                "flops": dataclasses.asdict(roofline.request_flops(*sized, request)),
+                "hbm": dataclasses.asdict(need),
             }
             if self.chip:
-                seconds = roofline.seconds(*request_sizes, self.chip, efficiency=self.efficiency)
-                parts["ms"] = {phase: 1e3 * s for phase, s in seconds.items()}
-                price = self.dollars_per_hour / 3600 / self.workload.batch * 1e6
-                parts["dollars"] = {phase: price * s for phase, s in seconds.items()}
+                parts["ms"] = ms = self._milliseconds(*sized, request, self.chip)
+                parts["ttft"] = {phase: time for phase, time in ms.items() if phase != "decode"}
+                parts["tpot"] = {"decode": ms["decode"] / max(work.G - 1, 1)}
+                price = self.dollars_per_hour / 3.6e6 / work.batch * 1e6
+                parts["dollars"] = {phase: price * time for phase, time in ms.items()}
             for unit, values in parts.items():
                 sums = totals.setdefault(unit, dict.fromkeys(values, 0.0))
                 for name, value in values.items():
@@ -128,11 +155,55 @@ class FullCost:
                     sums[name] = (
                         max(sums[name], value) if unit == "hbm" else sums[name] + share * value
                     )
+        if work.requests is not None:
+            training = training_flops(*sized, work.recipe)
+            totals["lifetime"] = {
+                "training": training,
+                "requests": work.requests * sum(totals["flops"].values()),
+            }
+            if self.chip:
+                speed = self.chip.peak_flops * work.recipe.efficiency
+                totals["lifetime_dollars"] = {
+                    "training": training / speed * self.dollars_per_hour / 3600,
+                    "requests": work.requests / 1e6 * sum(totals["dollars"].values()),
+                }
+        if self.chip and work.rate:
+            totals["p95"] = {"response": self._response(*sized, self.chip, work.rate)}
         return totals
+
+    def _milliseconds(
+        self, vit: ViTSize, method: Method, llm: LLMSize, request: roofline.Request, chip: Chip
+    ) -> dict[str, Number]:
+        """Milliseconds of each phase of a batch."""
+        seconds = roofline.seconds(
+            vit, method, llm, request, chip, calibration=self.calibration, stored=self.stored
+        )
+        return {phase: 1e3 * time for phase, time in seconds.items()}
+
+    def _response(
+        self, vit: ViTSize, method: Method, llm: LLMSize, chip: Chip, rate: Number
+    ) -> float:
+        """Milliseconds that 95 % of requests do not exceed; NEVER if the server is overloaded."""
+        work, sizes = self.workload, np.arange(1, self.workload.batch + 1)
+        # Times of a few batches; between them they are straight but for one bend.
+        known = np.unique(np.geomspace(1, work.batch, 8).round().astype(int))
+        times = [
+            sum(
+                share * time
+                for Q, share in work.texts
+                for time in self._milliseconds(
+                    vit, method, llm,
+                    roofline.Request(Q, work.G, int(batch), None, work.cached_text), chip,
+                ).values()
+            )
+            for batch in known
+        ]  # fmt: skip
+        every = np.interp(sizes, known, times) / 1e3
+        return min(1e3 * queue.response_seconds(every.tolist(), rate), NEVER)
 
     def _totals(self, unit: str, V: Number, compressor: str) -> np.ndarray:
         """The cost in `unit` at each described size, ascending N."""
-        if unit in ("ms", "dollars") and self.chip is None:
+        if unit in TIMES and self.chip is None:
             raise ValueError(f"a limit in {UNITS[unit]} needs --chip")
         return np.array(
             [sum(part[unit].values()) for part in self._details(V, compressor)], np.float64

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.cost.flops import Number
+from vlm_jax.cost.roofline import Stored
 from vlm_jax.law.law import Law
 from vlm_jax.planning.planner import Mixture
 
@@ -58,6 +59,11 @@ def counts(text: str | None) -> list[Number] | str | None:
     if text is None or text == "continuous":
         return text
     return [number(v, "--tokens", least=1.0) for v in text.split(",")]
+
+
+def stored(weights: str | None, cache: str | None, products: str | None) -> Stored:
+    """Types of the LLM's weights, cache and products; the chip's own without a flag."""
+    return Stored(weights or "", cache or "", products or "")
 
 
 def efficiency(text: str | None) -> float | dict[str, float] | None:

@@ -18,7 +18,7 @@ import numpy as np
 from vlm_jax.compressors.method import Number
 from vlm_jax.law.forms import Numbers
 from vlm_jax.law.law import Law
-from vlm_jax.planning.costs import UNITS, Cost
+from vlm_jax.planning.costs import NEVER, UNITS, Cost
 
 AXES = {"N": "billion LLM parameters", "V": "visual tokens", "Q": "text tokens"}
 
@@ -226,7 +226,10 @@ class Search:
             amount, kind, V, N = min(
                 (self.cost.amount(unit, N, V, c), c, V, N) for c, V in lows.items() for N in sizes
             )
-            if amount > limit:
+            if amount >= NEVER:
+                words.append(f"no server keeps up with {self.cost.workload.rate:g} requests per "
+                             "second: raise --batch or --chips")  # fmt: skip
+            elif amount > limit:
                 words.append(
                     f"the cheapest is N={N:g} billion, V={V:g}, {kind}: "
                     f"{amount:.4g} {UNITS[unit]}, and the limit is {limit:.4g}"

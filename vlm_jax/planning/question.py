@@ -4,6 +4,7 @@
 N LLM parameters in billions   V visual tokens   Q text tokens   G generated tokens
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,12 @@ from typing import Any
 from vlm_jax import compressors as methods
 from vlm_jax.compressors.method import Number
 from vlm_jax.cost import chips, described
+from vlm_jax.cost.calibration import IDEAL, NAMED, Calibration
+from vlm_jax.cost.catalog import Catalog
 from vlm_jax.cost.chips import Chip
-from vlm_jax.cost.roofline import PHASES
+from vlm_jax.cost.flops import PHASES
+from vlm_jax.cost.lifetime import LLAVA, Recipe
+from vlm_jax.cost.roofline import AS_CHIP, Stored
 from vlm_jax.law.law import Law
 from vlm_jax.planning import answers, choices, costs, planner
 from vlm_jax.planning.parsing import law_fields, law_of, number
@@ -62,8 +67,16 @@ def plan(
     ms: Number | None = None,
     dollars_per_million: Number | None = None,
     hbm_bytes: Number | None = None,
+    ttft_ms: Number | None = None,
+    tpot_ms: Number | None = None,
+    p95_ms: Number | None = None,
+    lifetime_flops: Number | None = None,
+    lifetime_dollars: Number | None = None,
     new_tokens: Number | None = None,
     batch: int = 1,
+    rate: Number | None = None,
+    requests: Number | None = None,
+    recipe: Recipe = LLAVA,
     cached_text: bool = False,
     cost_model: str | None = None,
     llms: Sequence[str] | Sequence[Number] | str | None = None,
@@ -74,9 +87,12 @@ def plan(
     chips_together: int = 1,
     price_per_hour: Number | None = None,
     efficiency: Number | Mapping[str, Number] | None = None,
+    calibration: Calibration | str | None = None,
+    stored: Stored = AS_CHIP,
+    catalog: Catalog | None = None,
     warnings: Sequence[str] = (),
 ) -> Plan:
-    """The best LLM size and number of visual tokens for exactly one budget.
+    """The best LLM size and number of visual tokens within one budget or several.
 
     Args:
       law: from `fit`, or a weighted mean of several laws.
@@ -86,11 +102,19 @@ def plan(
       dollars_per_million: a budget in dollars for a million requests; needs `chip` and
         `price_per_hour`.
       hbm_bytes: a budget in bytes of memory for a batch.
+      ttft_ms: a budget in milliseconds to the first token of a batch.
+      tpot_ms: a budget in milliseconds for each output token after the first.
+      p95_ms: a budget in milliseconds that 95 % of requests do not exceed, at `rate`.
+      lifetime_flops: a budget in FLOPs of training and of `requests`.
+      lifetime_dollars: the same in dollars.
       new_tokens: G of a request; by default 0, prefill only. Needed for a budget in time or money.
-      batch: requests per batch.
+      batch: requests per batch; with `rate` the most that a server takes at once.
+      rate: requests per second, for `p95_ms`.
+      requests: of the model's life, for its cost.
+      recipe: of its training.
       cached_text: keys and values of the text are kept from an earlier request.
-      cost_model: "paper", 2N(Q+V), or "full", every phase of a request; by default "paper" for a
-        budget in FLOPs and "full" for others.
+      cost_model: "paper", 2N(Q+V), or "full", every phase of a request; by default "paper" for
+        budgets in FLOPs alone and "full" for others.
       llms: names, sizes in billions, or "continuous"; by default the described LLMs within twice
         the range of N on which the law was fitted.
       tokens: V to choose from, or "continuous"; by default every V that the compressors can give
@@ -98,22 +122,31 @@ def plan(
       compressors: methods; the law's error is used for each of them.
       config: a configuration or its path, for the sizes of encoder, compressor and LLMs.
       chip: a name of `cost.chips.CHIPS`, "cpu" (measured now) or a chip; its memory is a limit.
-      chips_together: the number of chips used as one; communication counts as free.
+      chips_together: the number of chips that work on one batch together.
       price_per_hour: dollars for one chip for one hour.
       efficiency: the fraction of the roofline that is reached, for all phases or by phase.
+      calibration: that and overheads, or a name of `cost.calibration.NAMED`.
+      stored: types of weights, cache and products of the LLM.
+      catalog: chips and LLMs of your own; its LLMs are the described ones.
       warnings: sentences of the caller, added after the plan's own.
     Raises:
       ValueError: for arguments that contradict each other; if nothing meets the budget, with the
         cheapest configuration.
     """
-    limits_by_unit = {"flops": flops, "ms": ms, "hbm": hbm_bytes, "dollars": dollars_per_million}
-    budgets = [(unit, limit) for unit, limit in limits_by_unit.items() if limit is not None]
-    if len(budgets) != 1:
-        raise ValueError(
-            f"{len(budgets)} budgets: give one of flops, ms, dollars_per_million, hbm_bytes"
-        )
-    unit, limit = budgets[0]
-    number(limit, "the budget", least=1e-300)
+    calibration = reached(calibration, efficiency)
+    given = {
+        "flops": flops, "ms": ms, "ttft": ttft_ms, "tpot": tpot_ms, "p95": p95_ms,
+        "dollars": dollars_per_million, "lifetime": lifetime_flops,
+        "lifetime_dollars": lifetime_dollars, "hbm": hbm_bytes,
+    }  # fmt: skip
+    limits = [
+        (unit, number(limit, f"the budget in {costs.UNITS[unit]}", least=1e-300))
+        for unit, limit in given.items()
+        if limit is not None
+    ]
+    if not limits:
+        raise ValueError("0 budgets: give one of flops, ms, dollars_per_million, hbm_bytes, ...")
+    units = [unit for unit, _ in limits]
     if batch < 1:
         raise ValueError(f"--batch={batch}: at least 1")
     texts = text_tokens if isinstance(text_tokens, Mapping) else {text_tokens: 1.0}
@@ -122,21 +155,24 @@ def plan(
         number(new_tokens or 0, "--new-tokens"),
         batch,
         cached_text,
+        None if rate is None else number(rate, "--rate", least=1e-9),
+        None if requests is None else number(requests, "--requests"),
+        recipe,
     )
-    model = cost_model or default_cost(unit)
+    model = cost_model or default_cost(units)
     if model not in COSTS:
         raise ValueError(f"cost_model={model!r}: choose one of {', '.join(COSTS)}")
     if model == "paper":
-        refuse_chip(chip is not None or efficiency is not None)
-    if new_tokens is None and unit in ("ms", "dollars"):
-        raise ValueError(
-            f"a budget in {costs.UNITS[unit]} needs --new-tokens, the length of an answer: most of "
-            "the time is spent on it (1 for a first token alone)"
-        )
+        refuse_chip(chip is not None or calibration is not None or stored != AS_CHIP)
+    check_workload(units, work, answered=new_tokens is not None)
     mixture = law if isinstance(law, planner.Mixture) else planner.Mixture({"all": law}, {"all": 1})
     # The paper's cost looks up no shapes unless LLMs are named, or the described ones are wanted.
     named = llms is None or (not isinstance(llms, str) and any(isinstance(n, str) for n in llms))
-    models = described.models(config) if model == "full" or config or named else None
+    models = described.models(config) if model == "full" or config or named or catalog else None
+    if models and catalog and catalog.llms:
+        shapes = dict(models.llms) | dict(catalog.llms)
+        models = dataclasses.replace(models, llms=catalog.llms if llms is None else shapes)
+        models = dataclasses.replace(models, own=models.own or llms is None)
     own = [models.kind] if models and config else [DEFAULT_COMPRESSOR]
     kinds = list(compressors) if compressors else own
     for kind in kinds:
@@ -146,19 +182,19 @@ def plan(
         tokens, kinds, mixture, most=models.vit.patches if models else MOST_TOKENS,
         theory=model == "paper", every_size=offered.sizes is None,
     )  # fmt: skip
-    limits: list[tuple[str, Number]] = [(unit, float(limit))]
     cost: costs.Cost
     if model == "paper":
         cost = costs.PaperCost(work)
     else:
         assert models is not None
-        device = chips.named(chip) if isinstance(chip, str) else chip
-        device = device.times(chips_together) if device else None
-        if unit in ("ms", "dollars") and device is None:
-            raise ValueError(f"a budget in {costs.UNITS[unit]} needs --chip")
-        if unit == "dollars" and not price_per_hour:
-            raise ValueError("--dollars-per-million needs --price-per-hour, the price of one chip")
+        device = chip_of(chip, catalog)
+        if device is None and (timed := [unit for unit in units if unit in costs.TIMES]):
+            raise ValueError(f"a budget in {costs.UNITS[timed[0]]} needs --chip")
+        price = price_per_hour or (device.price_per_hour if device else None)
+        if not price and {"dollars", "lifetime_dollars"} & set(units):
+            raise ValueError("a budget in dollars needs --price-per-hour, the price of one chip")
         if device is not None:
+            device = device.times(chips_together)
             limits = within_memory(limits, device)
         cost = costs.FullCost(
             work,
@@ -167,8 +203,9 @@ def plan(
             query=models.query,
             heads=models.heads,
             chip=device,
-            efficiency=by_phase(efficiency),
-            dollars_per_hour=(price_per_hour or 0.0) * chips_together,
+            calibration=calibration or IDEAL,
+            stored=stored,
+            dollars_per_hour=(price or 0.0) * chips_together,
         )
     search = planner.Search(
         mixture, cost, planner.Budget(tuple(limits)), offered.sizes, offered_tokens, offered.most
@@ -209,9 +246,32 @@ def of_fields(fields: dict[str, Any], search: planner.Search) -> Plan:
     )
 
 
-def default_cost(unit: str) -> str:
-    """The default cost model for a budget in this unit."""
-    return "paper" if unit == "flops" else "full"
+def check_workload(units: Sequence[str], work: costs.Workload, *, answered: bool) -> None:
+    """Raises ValueError if a budget lacks what it is counted from."""
+    for unit in units:
+        if unit in costs.TIMES and unit != "ttft" and not answered:
+            raise ValueError(
+                f"a budget in {costs.UNITS[unit]} needs --new-tokens, the length of an answer: "
+                "most of the time is spent on it (1 for a first token alone)"
+            )
+        if unit == "tpot" and work.G < 2:
+            raise ValueError("--tpot-ms needs answers of at least 2 tokens: --new-tokens")
+        if unit == "p95" and not work.rate:
+            raise ValueError("--p95-ms needs --rate, requests per second")
+        if unit.startswith("lifetime") and work.requests is None:
+            raise ValueError(f"a budget in {costs.UNITS[unit]} needs --requests, their number")
+
+
+def default_cost(units: Sequence[str]) -> str:
+    """The default cost model for budgets in these units."""
+    return "paper" if set(units) <= {"flops", "lifetime"} else "full"
+
+
+def chip_of(chip: str | Chip | None, catalog: Catalog | None) -> Chip | None:
+    """The chip of a name, the catalog's before the built-in ones."""
+    if not isinstance(chip, str):
+        return chip
+    return (catalog and catalog.chips.get(chip)) or chips.named(chip)
 
 
 def refuse_chip(given: bool) -> None:
@@ -220,11 +280,20 @@ def refuse_chip(given: bool) -> None:
         raise ValueError("the paper's cost has no chip: add --cost=full, or leave the chip out")
 
 
-def by_phase(efficiency: Number | Mapping[str, Number] | None) -> Mapping[str, Number] | None:
-    """The fraction of the roofline that is reached, by phase."""
-    if efficiency is None or isinstance(efficiency, Mapping):
-        return efficiency
-    return dict.fromkeys(PHASES, efficiency)
+def reached(
+    calibration: Calibration | str | None, efficiency: Number | Mapping[str, Number] | None
+) -> Calibration | None:
+    """What is reached of the roofline, by either argument; None for the roofline itself."""
+    if calibration is not None and efficiency is not None:
+        raise ValueError("a calibration and an efficiency: give one of them")
+    if isinstance(calibration, str):
+        if calibration not in NAMED:
+            raise ValueError(f"no calibration {calibration!r}: choose one of {', '.join(NAMED)}")
+        return NAMED[calibration]
+    if efficiency is None:
+        return calibration
+    phases = efficiency if isinstance(efficiency, Mapping) else dict.fromkeys(PHASES, efficiency)
+    return Calibration(phases)
 
 
 def read_law(path: str | Path) -> Law:

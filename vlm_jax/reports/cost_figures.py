@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlm_jax import compressors
+from vlm_jax.cost import calibration, roofline
 from vlm_jax.cost import flops as cost
-from vlm_jax.cost import roofline
 from vlm_jax.cost.chips import CHIPS
 from vlm_jax.reports import cells as table
 from vlm_jax.reports.amounts import amount_text, parameters_text
@@ -237,7 +237,7 @@ def counted_figures(rows, points, law, out_dir, family, *, chip=CHIPS["v5e"]) ->
         error_against_cost(
             points,
             law,
-            np.array([sum(roofline.row_seconds(row, chip).values()) for row in rows]),
+            np.array([sum(calibration.row_seconds(row, chip).values()) for row in rows]),
             out_dir,
             family=family,
             name=f"{file}_latency",

@@ -14,28 +14,30 @@ import sys
 from typing import Any
 
 from vlm_jax import errors
-from vlm_jax.cost import chips
+from vlm_jax.cost import calibration, catalog, chips
 from vlm_jax.verbs import configuration
 from vlm_jax.verbs.parser import Parser
 
 
 def add_flags(parser: Parser) -> None:
     """The flags of the verb."""
-    budget = parser.add_argument_group("budget, exactly one")
-    budget = budget.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--flops", type=float, metavar="FLOPS", help="FLOPs of one request")
-    budget.add_argument(
-        "--ms", type=float, metavar="MS", help="milliseconds of one batch; needs --chip"
-    )
-    budget.add_argument(
-        "--dollars-per-million",
-        type=float,
-        metavar="USD",
-        help="dollars for a million requests; needs --chip and --price-per-hour",
-    )
-    budget.add_argument(
-        "--hbm-gb", type=float, metavar="GB", help="memory for one batch, in 1e9 bytes"
-    )
+    budget = parser.add_argument_group("budgets, at least one; all of them hold").add_argument
+    for flag, metavar, text in (
+        ("--flops", "FLOPS", "FLOPs of one request"),
+        ("--ms", "MS", "milliseconds of one batch; needs --chip"),
+        ("--ttft-ms", "MS", "milliseconds to the first token; needs --chip"),
+        ("--tpot-ms", "MS", "milliseconds per output token after the first; needs --chip"),
+        ("--p95-ms", "MS", "milliseconds that 95 %% of requests do not exceed; needs --rate"),
+        (
+            "--dollars-per-million",
+            "USD",
+            "dollars for a million requests; needs --chip and --price-per-hour",
+        ),
+        ("--lifetime-flops", "FLOPS", "FLOPs of training and of all requests; needs --requests"),
+        ("--lifetime-dollars", "USD", "the same in dollars; needs --chip and --price-per-hour"),
+        ("--hbm-gb", "GB", "memory for one batch, in 1e9 bytes"),
+    ):
+        budget(flag, type=float, metavar=metavar, help=f"{text} (default: no limit)")
     add = parser.add_argument
     add(
         "--law",
@@ -60,7 +62,12 @@ def add_flags(parser: Parser) -> None:
         help=f"{', '.join(chips.CHIPS)}, or cpu (measured now); its memory is a limit (default: "
         "none)",
     )
-    add("--chips", type=int, metavar="N", default=1, help="chips used together, communication free")
+    add("--chips", type=int, metavar="N", default=1, help="chips that work on one batch together")
+    add(
+        "--catalog",
+        metavar="FILE",
+        help="TOML or JSON with chips and LLMs of your own (docs/cost.md; default: none)",
+    )
     add(
         "--price-per-hour",
         type=float,
@@ -75,9 +82,29 @@ def add_flags(parser: Parser) -> None:
     add(
         "--measured",
         metavar="FILE",
-        help="rows.jsonl evaluated on this chip: fits --efficiency (default: none)",
+        help="rows.jsonl evaluated on this chip: fits efficiency and overheads (default: none)",
     )
-    add("--batch", type=int, metavar="N", default=1, help="requests in a batch")
+    add(
+        "--calibration",
+        choices=tuple(calibration.NAMED),
+        help="a measured system: efficiency and overheads (default: the roofline)",
+    )
+    for flag, what in (("--weights", "weights"), ("--cache", "cache"), ("--products", "products")):
+        add(
+            flag,
+            choices=("bf16", "int8", "fp8"),
+            help=f"type of the LLM's {what} (default: the chip's)",
+        )
+    add(
+        "--batch", type=int, metavar="N", default=1, help="requests in a batch, at most with --rate"
+    )
+    add("--rate", type=float, metavar="N", help="requests per second at a server (default: none)")
+    add(
+        "--requests",
+        type=float,
+        metavar="N",
+        help="requests in the model's life: adds the cost of training (default: none)",
+    )
     add(
         "--new-tokens",
         type=float,
@@ -144,7 +171,7 @@ def answer(options: argparse.Namespace) -> int:
 
     law = parsing.read_laws(options.law, options.mix)
     config = configuration.read(options.config).config if options.config else None
-    efficiency, warnings = efficiency_of(options)
+    reached, warnings = calibration_of(options)
     hbm, every = options.hbm_gb, "continuous" if options.continuous else None
     plan = question.plan(
         law,
@@ -153,8 +180,15 @@ def answer(options: argparse.Namespace) -> int:
         ms=options.ms,
         dollars_per_million=options.dollars_per_million,
         hbm_bytes=None if hbm is None else hbm * 1e9,
+        ttft_ms=options.ttft_ms,
+        tpot_ms=options.tpot_ms,
+        p95_ms=options.p95_ms,
+        lifetime_flops=options.lifetime_flops,
+        lifetime_dollars=options.lifetime_dollars,
         new_tokens=options.new_tokens,
         batch=options.batch,
+        rate=options.rate,
+        requests=options.requests,
         cached_text=options.cached_text,
         cost_model=options.cost,
         llms=parsing.sizes(options.llms or every),
@@ -164,7 +198,10 @@ def answer(options: argparse.Namespace) -> int:
         chip=options.chip,
         chips_together=options.chips,
         price_per_hour=options.price_per_hour,
-        efficiency=efficiency,
+        efficiency=parsing.efficiency(options.efficiency),
+        calibration=reached,
+        stored=parsing.stored(options.weights, options.cache, options.products),
+        catalog=catalog.read(options.catalog) if options.catalog else None,
         warnings=warnings,
     )
     if options.out:
@@ -181,21 +218,23 @@ def answer(options: argparse.Namespace) -> int:
     return 0
 
 
-def efficiency_of(options: argparse.Namespace) -> tuple[Any, list[str]]:
-    """The achieved fraction of the roofline, given or fitted to measured rows, and warnings."""
-    from vlm_jax.cost import roofline
-    from vlm_jax.planning import parsing, question
+def calibration_of(options: argparse.Namespace) -> tuple[Any, list[str]]:
+    """What is reached of the roofline: a name, or fitted to measured rows, and warnings."""
+    from vlm_jax.planning import question
     from vlm_jax.rows import records
 
     if not options.measured:
-        return parsing.efficiency(options.efficiency), []
-    if options.cost == "paper" or options.cost is None and options.flops is not None:
+        return options.calibration, []
+    if options.cost == "paper" or options.cost is None and options.chip is None:
         question.refuse_chip(True)
-    if options.chip is None or options.efficiency:
-        raise ValueError("--measured needs --chip, and replaces --efficiency")
+    if options.chip is None or options.efficiency or options.calibration:
+        raise ValueError("--measured needs --chip, and replaces --efficiency and --calibration")
     rows = records.read(options.measured)
-    chip = chips.named(options.chip).times(options.chips)
-    return roofline.calibrate_rows(rows, chip), records.timing_warnings(rows, options.chip)
+    own = catalog.read(options.catalog) if options.catalog else None
+    chip = question.chip_of(options.chip, own)
+    assert chip is not None
+    found = calibration.calibrate_rows(rows, chip.times(options.chips))
+    return found, records.timing_warnings(rows, options.chip)
 
 
 def draw(plan: Any, out: str) -> list[str]:
