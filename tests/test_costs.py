@@ -8,7 +8,7 @@ from vlm_jax.cost.roofline import Stored
 from vlm_jax.law import published
 from vlm_jax.law.law import fit
 from vlm_jax.planning import question
-from vlm_jax.planning.planner import Mixture
+from vlm_jax.planning.mixture import Mixture
 
 LAW = Mixture(
     {name: fit(published.points(name), bootstrap=0) for name in ("reasoning", "ocr")},

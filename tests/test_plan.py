@@ -136,14 +136,6 @@ def test_forty_milliseconds_on_one_v5e_chip(run):
     assert any("roofline" in warning for warning in ideal["warnings"])
 
 
-def test_runner_ups_lie_within_the_interval_and_are_not_better(run):
-    _, answer, _ = run("reasoning", "--flops=2e12", "--cost=full", "--text-tokens=50",
-                       "--llms=continuous")  # fmt: skip
-    errors = [other["error"] for other in answer["runner_ups"]]
-    assert errors == sorted(errors) and errors
-    assert all(answer["predicted_error"] <= e <= answer["interval"][1] for e in errors)
-
-
 def test_shares_of_text_lengths_and_cached_text_reach_the_search(run):
     budget = ["--flops=1e12", "--continuous"]
     one = run("reasoning", *budget, "--text-tokens=62.5")[1]

@@ -18,7 +18,8 @@ from vlm_jax.law.law import Law, fit
 from vlm_jax.models.sizes import LLMSize, ViTSize
 from vlm_jax.planning import planner
 from vlm_jax.planning.costs import FullCost, PaperCost, Workload
-from vlm_jax.planning.planner import Budget, Mixture, Search
+from vlm_jax.planning.mixture import Mixture
+from vlm_jax.planning.planner import Budget, Search
 
 CLIP = ViTSize.of(base.get_config().vit)
 QWEN = {

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Formats a finished search: fields for JSON, a few lines for the terminal, and warnings."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +8,12 @@ from typing import Any
 from vlm_jax.compressors.method import Number, tilings
 from vlm_jax.cost import flops as cost
 from vlm_jax.cost.calibration import IDEAL
-from vlm_jax.planning import costs, planner
+from vlm_jax.planning import costs, decision, planner
 
 SCHEMA = 1  # of the JSON; raised when a field changes its meaning
 
 
-def plan(search: planner.Search, names: Mapping[Number, str]) -> dict[str, Any]:
+def plan(search: planner.Search, epsilon: Number, names: Mapping[Number, str]) -> dict[str, Any]:
     """The plan as fields for JSON (docs/planning.md); `names` are the names of LLMs by their N.
 
     Raises ValueError, naming the cheapest configuration, if nothing meets the budget.
@@ -29,8 +28,8 @@ def plan(search: planner.Search, names: Mapping[Number, str]) -> dict[str, Any]:
     if isinstance(cost_model, costs.FullCost):
         shape = cost_model.sizes.get(chosen.N)
         spent["llm_parameters"] = None if shape is None else cost.llm_parameters(shape)
-    others = planner.runner_ups(
-        [*candidates[1:], *buildable(search, chosen)], math.inf if interval is None else interval[1]
+    known, others = decision.near(
+        search, chosen, [*candidates[1:], *buildable(search, chosen)], epsilon
     )
     return {
         "schema": SCHEMA,
@@ -54,11 +53,16 @@ def plan(search: planner.Search, names: Mapping[Number, str]) -> dict[str, Any]:
         "new_tokens": cost_model.workload.G,
         "batch": cost_model.workload.batch,
         "cached_text": cost_model.workload.cached_text,
-        "marginal": planner.marginal(search, chosen),
-        "runner_ups": [dataclasses.asdict(other) for other in others],
+        # Where the measured cells answer, nothing is known between them.
+        "marginal": None if search.law.cells() else planner.marginal(search, chosen),
+        "decision": known,
+        "limits": decision.limits(search, chosen),
+        "runner_ups": others,
         "law": {
             "weights": dict(search.law.weights),
             "laws": {n: {"form": law.form, **law.params} for n, law in search.law.laws.items()},
+            "answers": {n: {"by": a.by, "shares": a.shares} for n, a in search.law.answers.items()},
+            "method": search.law.method,
         },
         "units": {
             "N": "billion LLM parameters",
@@ -106,9 +110,20 @@ def warnings_of(search: planner.Search, chosen: planner.Candidate) -> list[str]:
     if any(not law.domain for law in search.law.laws.values()):
         sentences.append("the law does not say on which N, V and Q it was fitted: "
                      "extrapolation goes unnoticed")  # fmt: skip
-    if len(search.tokens) > 1:
+    for name, weight in search.law.weights.items():
+        law, answer = search.law.laws[name], search.law.answers[name]
+        if weight and (why := answer.misfit):
+            sentences.append(f"{name}: {why}")
+        elif weight and answer.cells is None and (missed := law.misfit.get("sentence")):
+            sentences.append(f"{name}: the {law.form} form {missed}: its answer and its intervals "
+                             "cannot be trusted")  # fmt: skip
+    method = search.law.method
+    if other := [kind for kind in search.tokens if method and kind != search.law.kind]:
+        sentences.append(f"the law was fitted with {method}: it does not know the errors of "
+                         f"{', '.join(other)}")  # fmt: skip
+    elif len(search.tokens) > 1:
         sentences.append("the law holds for the compressor it was fitted with: "
-                     "others are compared by cost alone")  # fmt: skip
+                         "others are compared by cost alone")  # fmt: skip
     if isinstance(cost_model, costs.FullCost):
         stored = cost_model.stored
         if {"int8", "fp8"} & {stored.weights, stored.cache, stored.products}:
@@ -128,7 +143,6 @@ def in_words(answer: Mapping[str, Any]) -> str:
     spread, budget = answer["interval"], answer["budget"]
     within = "" if spread is None else f" (95 % interval {spread[0]:.3f} to {spread[1]:.3f})"
     llm = f" ({answer['llm']})" if answer["llm"] else ""
-    ratio = answer["marginal"]["gain_per_cost_tokens_over_parameters"]
     lines = [
         f"N = {answer['N']:.4g} billion parameters{llm}, "
         f"V = {answer['V']:.4g} visual tokens ({answer['compressor']})",
@@ -136,11 +150,19 @@ def in_words(answer: Mapping[str, Any]) -> str:
         f"cost {answer['cost']['amount']:.4g} of {budget['limit']:.4g} {budget['unit']} "
         f"(cost model: {answer['cost_model']})",
     ]
-    if ratio is not None:
-        lines.append(f"the last unit of budget gains {ratio:.2f} times as much in tokens "
-                     "as in parameters")  # fmt: skip
+    if (p := answer["decision"]["p_best"]) is not None:
+        lines.append(f"best of {answer['decision']['candidates']} with probability {p:.2f}; "
+                     f"expected regret {answer['decision']['regret']:.4f}")  # fmt: skip
+    for limit in answer["limits"]:
+        if limit["binds"]:
+            more = limit["next"]
+            lines.append(
+                f"{limit['words']} bind: {more['more']:+.0%} buys N = {more['N']:.4g}, "
+                f"V = {more['V']:.4g} and saves {more['error_saved']:.4f}"
+            )
     lines += [
-        f"  next: N = {c['N']:.4g}, V = {c['V']:.4g}, {c['compressor']}: {c['error']:.4f}"
+        f"  as good: N = {c['N']:.4g}, V = {c['V']:.4g}, {c['compressor']}: {c['error']:.4f} "
+        f"at {c['cost']:.4g}" + ("" if c["p_best"] is None else f", best {c['p_best']:.2f}")
         for c in answer["runner_ups"][:5]
     ]
     return "\n".join(lines)

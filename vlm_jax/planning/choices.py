@@ -12,8 +12,9 @@ from vlm_jax import compressors as methods
 from vlm_jax.compressors.method import Number
 from vlm_jax.cost.described import Models
 from vlm_jax.models.sizes import LLMSize
+from vlm_jax.planning.mixture import Mixture
 from vlm_jax.planning.parsing import number
-from vlm_jax.planning.planner import Between, Mixture
+from vlm_jax.planning.planner import Between
 
 FAMILY = "qwen1.5-"  # the paper's LLMs: what a plan without a configuration chooses from
 BEYOND = 2.0  # how many times the fitted range is offered
@@ -52,6 +53,14 @@ def llms(
     described = models.llms if models else {}
     own = models is not None and models.own
     known = {n: x for n, x in described.items() if own or n.startswith(FAMILY)}
+    cells = law.cells()
+    if cells is not None and (wanted is None or wanted == CONTINUOUS):
+        if wanted is not None:
+            raise ValueError(
+                "no form of the law fits, so only its measured cells can be compared: leave "
+                f"{CONTINUOUS} out"
+            )
+        return LLMs(tuple(sorted({n for n, _ in cells})), known)
     low, high = (e * (1 + s) for e, s in zip(offered(law, "N"), (-1e-9, 1e-9), strict=True))
     if isinstance(wanted, str):
         if wanted != CONTINUOUS:
@@ -110,6 +119,8 @@ def tokens(
             )
         return {kind: Between(1.0, min(float(most), high)) for kind in kinds}, []
     side = math.isqrt(most)
+    if wanted is None and (cells := law.cells()) is not None:
+        return {kind: sorted({v for _, v in cells}) for kind in kinds}, []
     built = {kind: methods.named(kind).planned(side) for kind in kinds}
     if wanted is None:
         near = {kind: [float(v) for v in V if low <= v <= high] for kind, V in built.items()}
@@ -125,7 +136,13 @@ def tokens(
         return {kind: V for kind, V in near.items() if V}, words if left else []
     requested = [number(v, "--tokens", least=1.0) for v in wanted]
     if theory:
-        return dict.fromkeys(kinds, requested), []
+        odd = [
+            f"{kind} cannot give V = {v:g}"
+            for kind in kinds
+            for v in requested
+            if not methods.named(kind).supports(side, v)
+        ]
+        return dict.fromkeys(kinds, requested), odd
     usable = {
         kind: [v for v in requested if methods.named(kind).supports(side, v)] for kind in kinds
     }

@@ -9,8 +9,9 @@ from typing import Any
 
 from vlm_jax.cost.flops import Number
 from vlm_jax.cost.roofline import Stored
+from vlm_jax.law.answer import Answer
 from vlm_jax.law.law import Law
-from vlm_jax.planning.planner import Mixture
+from vlm_jax.planning.mixture import Mixture
 
 
 def shares(text: str, flag: str) -> dict[str, float]:
@@ -82,12 +83,13 @@ def read_laws(text: str, mix: str | None) -> Mixture:
     """The law of a file, of the families in it, or of several files, with the weights of `mix`."""
     if Path(text).is_file() or ":" not in text:
         fields = law_fields(Path(text))
-        named = {
-            family: law_of(f, f"{text} families.{family}")
-            for family, f in fields.get("families", {}).items()
-        }
         if mix is None:
-            return Mixture({"all": law_of(fields, text)}, {"all": 1.0})
+            return mixture({"all": (fields, text)}, {"all": 1.0}, fields.get("method"))
+        named = {
+            family: (section, f"{text} families.{family}")
+            for family, section in fields.get("families", {}).items()
+        }
+        methods = {fields.get("method")}
         if not named:
             raise ValueError(
                 f"--mix={mix} needs a law with families, and {text} has none: "
@@ -95,11 +97,36 @@ def read_laws(text: str, mix: str | None) -> Mixture:
             )
     else:
         paths = dict(item.split(":", 1) for item in text.split(","))
-        named = {family: law_of(law_fields(Path(path)), path) for family, path in paths.items()}
+        named = {family: (law_fields(Path(path)), path) for family, path in paths.items()}
+        methods = {fields.get("method") for fields, _ in named.values()}
+        if len(several := sorted(method for method in methods if method)) > 1:
+            raise ValueError(
+                f"--law={text}: the laws are of different methods, {' and '.join(several)}: "
+                "mix families of one"
+            )
     weights = {family: 1 / len(named) for family in named} if mix is None else shares(mix, "--mix")
     if unknown := [family for family in weights if family not in named]:
         raise ValueError(f"--mix: no law for {', '.join(unknown)}; there are {', '.join(named)}")
-    return Mixture(named, weights)
+    return mixture(named, weights, next(iter(methods - {None}), None))
+
+
+def mixture(
+    named: Mapping[str, tuple[Mapping[str, Any], str]],
+    weights: dict[str, float],
+    method: str | None,
+) -> Mixture:
+    """The mixture of parsed laws; name -> (fields, place)."""
+    laws = {name: law_of(fields, place) for name, (fields, place) in named.items()}
+    answers = {name: answer_of(fields, place) for name, (fields, place) in named.items()}
+    return Mixture(laws, weights, answers, method)
+
+
+def answer_of(fields: Mapping[str, Any], place: str) -> Answer:
+    """Who answers by parsed JSON: its forms that fit, its cells, or a law of before answers."""
+    try:
+        return Answer.from_dict({"sse": 0.0, "rmse": 0.0, "n": 0} | dict(fields))
+    except (ValueError, TypeError, KeyError) as problem:
+        raise ValueError(f"{place}: {problem}") from None
 
 
 def law_fields(path: Path) -> dict[str, Any]:

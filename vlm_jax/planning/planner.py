@@ -17,74 +17,8 @@ import numpy as np
 
 from vlm_jax.compressors.method import Number
 from vlm_jax.law.forms import Numbers
-from vlm_jax.law.law import Law
 from vlm_jax.planning.costs import NEVER, UNITS, Cost
-
-AXES = {"N": "billion LLM parameters", "V": "visual tokens", "Q": "text tokens"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Mixture:
-    """A weighted mean of laws, one per task family; weights sum to 1."""
-
-    laws: Mapping[str, Law]
-    weights: Mapping[str, Number]
-
-    def error(self, N: Numbers, V: Numbers, Q: Numbers = 0) -> Any:
-        """The weighted predicted error, a fraction."""
-        return sum(w * self.laws[name].error(N, V, Q) for name, w in self.weights.items())
-
-    def interval(
-        self,
-        N: Number,
-        V: Number,
-        Q: Number,
-        *,
-        level: Number = 0.95,
-        measured: bool = False,
-    ) -> tuple[Number, Number] | None:
-        """The interval of the error at `level`; None for a law without draws and residuals.
-
-        Families are fitted to the same models, so their errors are added as if fully correlated: an
-        upper bound of the width. `measured` adds the scatter of one newly trained model.
-        """
-        low = high = 0.0
-        for name, weight in self.weights.items():
-            law = self.laws[name]
-            ends: Sequence[np.ndarray]
-            if law.samples is not None:
-                ends = law.band(N, V, Q, level=level, measured=measured)
-            elif law.rmse > 0:
-                ends = list(law.error(N, V, Q) + 1.96 * law.rmse * np.array([-1, 1]))
-            else:
-                return None
-            low, high = low + weight * float(ends[0]), high + weight * float(ends[1])
-        return low, high
-
-    def domain(self, axis: str) -> tuple[float, float] | None:
-        """The range of N, V or Q on which every law of weight was fitted; None if none says."""
-        ends = [
-            law.domain[axis]
-            for name, law in self.laws.items()
-            if self.weights.get(name) and axis in law.domain
-        ]
-        return (max(e[0] for e in ends), min(e[1] for e in ends)) if ends else None
-
-    def outside(self, N: Number, V: Number, Q: Number) -> list[str]:
-        """A sentence for each of N, V and Q outside the range of which some law was fitted."""
-        sentences = []
-        for axis, value in {"N": N, "V": V, "Q": Q}.items():
-            if (ends := self.domain(axis)) is None:
-                continue
-            low, high = ends
-            if axis == "Q" and self.error(N, V, low) == self.error(N, V, value):
-                continue  # this law does not read Q
-            if not low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
-                sentences.append(
-                    f"extrapolates {axis}: {value:.4g} {AXES[axis]}, "
-                    f"fitted on {low:.4g} to {high:.4g}"
-                )
-        return sentences
+from vlm_jax.planning.mixture import Mixture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +70,22 @@ class Search:
         """The error averaged over text lengths, in the shape of N."""
         return sum(share * self.law.error(N, V, q) for q, share in self.cost.workload.texts)
 
+    def draws(self, candidates: Sequence[Candidate]) -> np.ndarray | None:
+        """Paired draws of the error, float64[worlds, candidates]; None for a law without draws."""
+        N, V = (np.array([getattr(c, axis) for c in candidates]) for axis in "NV")
+        found = [(share, self.law.draws(N, V, Q)) for Q, share in self.cost.workload.texts]
+        if any(errors is None for _, errors in found):
+            return None
+        return sum(share * errors for share, errors in found)
+
     def affordable(self, V: Number, compressor: str) -> list[float]:
         """The N to try at V: the listed ones within all limits, or the ends of what they allow."""
         if self.llms is not None:
-            return [float(N) for N in self.llms if self.allows(N, V, compressor)]
+            return [
+                float(N)
+                for N in self.llms
+                if self.law.answers_at(N, V) and self.allows(N, V, compressor)
+            ]
         allowed = [(self.cost.lowest, self.most)]
         for unit, amount in self.budget.limits:
             allowed = [
@@ -272,8 +218,3 @@ def _ratio(search: Search, chosen: Candidate) -> float | None:
     tokens = slope(chosen.N, chosen.V * (1 + step))
     parameters = slope(chosen.N * (1 + step), chosen.V)
     return None if tokens is None or not parameters else tokens / parameters
-
-
-def runner_ups(others: Sequence[Candidate], high: Number, *, count: int = 10) -> list[Candidate]:
-    """The best `count` of `others` with a predicted error of at most `high`, best first."""
-    return sorted((c for c in others if c.error <= high), key=Candidate.rank)[:count]

@@ -21,7 +21,9 @@ from vlm_jax.cost.lifetime import LLAVA, Recipe
 from vlm_jax.cost.roofline import AS_CHIP, Stored
 from vlm_jax.law.law import Law
 from vlm_jax.planning import answers, choices, costs, planner
-from vlm_jax.planning.parsing import law_fields, law_of, number
+from vlm_jax.planning.decision import EPSILON
+from vlm_jax.planning.mixture import Mixture
+from vlm_jax.planning.parsing import law_fields, law_of, number, read_laws
 
 MOST_TOKENS = 576  # patches of CLIP ViT-L/14-336: the paper's largest V
 DEFAULT_COMPRESSOR = "token_packer"  # the paper's
@@ -60,7 +62,7 @@ class Plan:
 
 
 def plan(
-    law: Law | planner.Mixture,
+    law: Law | Mixture | str | Path,
     *,
     text_tokens: Number | Mapping[Number, Number],
     flops: Number | None = None,
@@ -90,12 +92,14 @@ def plan(
     calibration: Calibration | str | None = None,
     stored: Stored = AS_CHIP,
     catalog: Catalog | None = None,
+    epsilon: Number = EPSILON,
     warnings: Sequence[str] = (),
 ) -> Plan:
     """The best LLM size and number of visual tokens within one budget or several.
 
     Args:
-      law: from `fit`, or a weighted mean of several laws.
+      law: the path of a law.json, whose forms that fit answer together; or one form, from `fit`,
+        or a weighted mean of several laws.
       text_tokens: Q of a request, or Q -> its share of the requests; shares sum to 1.
       flops: a budget in FLOPs of a request.
       ms: a budget in milliseconds of a batch; needs `chip`.
@@ -128,6 +132,7 @@ def plan(
       calibration: that and overheads, or a name of `cost.calibration.NAMED`.
       stored: types of weights, cache and products of the LLM.
       catalog: chips and LLMs of your own; its LLMs are the described ones.
+      epsilon: configurations are listed whose error is at most this much more than the best's.
       warnings: sentences of the caller, added after the plan's own.
     Raises:
       ValueError: for arguments that contradict each other; if nothing meets the budget, with the
@@ -165,7 +170,10 @@ def plan(
     if model == "paper":
         refuse_chip(chip is not None or calibration is not None or stored != AS_CHIP)
     check_workload(units, work, answered=new_tokens is not None)
-    mixture = law if isinstance(law, planner.Mixture) else planner.Mixture({"all": law}, {"all": 1})
+    if isinstance(law, Law):
+        mixture = Mixture({"all": law}, {"all": 1})
+    else:
+        mixture = law if isinstance(law, Mixture) else read_laws(str(law), None)
     # The paper's cost looks up no shapes unless LLMs are named, or the described ones are wanted.
     named = llms is None or (not isinstance(llms, str) and any(isinstance(n, str) for n in llms))
     models = described.models(config) if model == "full" or config or named or catalog else None
@@ -173,7 +181,8 @@ def plan(
         shapes = dict(models.llms) | dict(catalog.llms)
         models = dataclasses.replace(models, llms=catalog.llms if llms is None else shapes)
         models = dataclasses.replace(models, own=models.own or llms is None)
-    own = [models.kind] if models and config else [DEFAULT_COMPRESSOR]
+    fitted = mixture.kind if mixture.kind in methods.COMPRESSORS else None
+    own = [models.kind] if models and config else [fitted or DEFAULT_COMPRESSOR]
     kinds = list(compressors) if compressors else own
     for kind in kinds:
         methods.named(kind)  # an unknown name is an error with the choices
@@ -210,7 +219,7 @@ def plan(
     search = planner.Search(
         mixture, cost, planner.Budget(tuple(limits)), offered.sizes, offered_tokens, offered.most
     )
-    fields = answers.plan(search, {N: name for name, (N, _) in offered.known.items()})
+    fields = answers.plan(search, epsilon, {N: name for name, (N, _) in offered.known.items()})
     fields["warnings"] += [*offered.notes, *left_out, *warnings]
     return of_fields(fields, search)
 

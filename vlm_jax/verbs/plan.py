@@ -139,6 +139,13 @@ def add_flags(parser: Parser) -> None:
         metavar="LIST",
         help="methods; the law's error is used for each (default: the configuration's)",
     )
+    add(
+        "--epsilon",
+        type=float,
+        metavar="ERROR",
+        default=0.005,
+        help="configurations whose error is at most this much more than the best's are listed",
+    )
     add("--out", metavar="DIR", help="folder for plan.png, plan.svg and plan.csv (default: none)")
     add(
         "--json",
@@ -202,6 +209,7 @@ def answer(options: argparse.Namespace) -> int:
         calibration=reached,
         stored=parsing.stored(options.weights, options.cache, options.products),
         catalog=catalog.read(options.catalog) if options.catalog else None,
+        epsilon=options.epsilon,
         warnings=warnings,
     )
     if options.out:

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The error that a plan minimizes: a weighted mean over families of what answers for each.
+
+N LLM parameters in billions   V visual tokens   Q text tokens   error = 1 - score
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.compressors.method import Number
+from vlm_jax.law.answer import CELLS_ALONE, LAW, Answer
+from vlm_jax.law.forms import Numbers
+from vlm_jax.law.law import Law
+
+AXES = {"N": "billion LLM parameters", "V": "visual tokens", "Q": "text tokens"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """A weighted mean of laws, one per task family; weights sum to 1.
+
+    `answers` holds who answers for each family, forms that fit or measured cells; a family without
+    one is answered by its law. `method` is the compressor that the laws were fitted with.
+    """
+
+    laws: Mapping[str, Law]
+    weights: Mapping[str, Number]
+    answers: Mapping[str, Answer] = dataclasses.field(default_factory=dict)
+    method: str | None = None
+
+    def __post_init__(self) -> None:
+        alone = {
+            name: Answer(LAW, {law.form: law}, {law.form: 1.0}, None)
+            for name, law in self.laws.items()
+        }
+        object.__setattr__(self, "answers", alone | dict(self.answers))
+
+    def error(self, N: Numbers, V: Numbers, Q: Numbers = 0) -> Any:
+        """The weighted predicted error, a fraction."""
+        return sum(w * self.answers[name].error(N, V, Q) for name, w in self.weights.items())
+
+    @property
+    def kind(self) -> str | None:
+        """The compressor of `method`, which also names its variant and its query."""
+        return self.method.split(",")[0] if self.method else None
+
+    def draws(self, N: Numbers, V: Numbers, Q: Numbers = 0, *, count: int = 1000) -> Any:
+        """Paired draws of the error, float64[count, places]; None for a law without draws.
+
+        A row is one world for all places. Families are drawn independently of each other.
+        """
+        total: Any = 0.0
+        for number, (name, weight) in enumerate(self.weights.items()):
+            answer = self.answers[name]
+            if any(law.samples is None for law in answer.forms.values()):
+                return None
+            order = np.random.default_rng(number).permutation(count)  # draws come form by form
+            total = total + weight * answer.draws(N, V, Q, count=count)[order]
+        return total
+
+    def cells(self) -> list[tuple[float, float]] | None:
+        """(N, V) of the places that can be answered for; None if all can."""
+        places: set[tuple[float, float]] | None = None
+        for name, weight in self.weights.items():
+            answer = self.answers[name]
+            if weight and answer.by == CELLS_ALONE and answer.cells is not None:
+                here = set(zip(answer.cells.N.tolist(), answer.cells.V.tolist(), strict=True))
+                places = here if places is None else places & here
+        return None if places is None else sorted(places)
+
+    def answers_at(self, N: Number, V: Number) -> bool:
+        """Whether there is an answer for a place: always, unless the measured cells answer."""
+        places = self.cells()
+        return places is None or any(
+            abs(N / n - 1) < 1e-3 and abs(V / v - 1) < 1e-3 for n, v in places
+        )
+
+    def interval(
+        self,
+        N: Number,
+        V: Number,
+        Q: Number,
+        *,
+        level: Number = 0.95,
+        measured: bool = False,
+    ) -> tuple[Number, Number] | None:
+        """The interval of the error at `level`; None for a law without draws and residuals.
+
+        Families are fitted to the same models, so their errors are added as if fully correlated: an
+        upper bound of the width. `measured` adds the scatter of one newly trained model.
+        """
+        low = high = 0.0
+        for name, weight in self.weights.items():
+            law, answer = self.laws[name], self.answers[name]
+            ends: Sequence[np.ndarray]
+            if law.samples is not None and list(answer.forms) == [law.form]:
+                ends = law.band(N, V, Q, level=level, measured=measured)
+            elif all(form.samples is not None for form in answer.forms.values()):
+                errors = answer.draws(N, V, Q, count=4000, measured=measured)
+                ends = list(np.quantile(errors, [0.5 - level / 2, 0.5 + level / 2], axis=0))
+            elif law.rmse > 0:
+                ends = list(law.error(N, V, Q) + 1.96 * law.rmse * np.array([-1, 1]))
+            else:
+                return None
+            low, high = low + weight * float(ends[0]), high + weight * float(ends[1])
+        return low, high
+
+    def domain(self, axis: str) -> tuple[float, float] | None:
+        """The range of N, V or Q on which every law of weight was fitted; None if none says."""
+        ends = [
+            law.domain[axis]
+            for name, law in self.laws.items()
+            if self.weights.get(name) and axis in law.domain
+        ]
+        return (max(e[0] for e in ends), min(e[1] for e in ends)) if ends else None
+
+    def outside(self, N: Number, V: Number, Q: Number) -> list[str]:
+        """A sentence for each of N, V and Q outside the range of which some law was fitted."""
+        sentences = []
+        for axis, value in {"N": N, "V": V, "Q": Q}.items():
+            if (ends := self.domain(axis)) is None:
+                continue
+            low, high = ends
+            if axis == "Q" and self.error(N, V, low) == self.error(N, V, value):
+                continue  # this law does not read Q
+            if not low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
+                sentences.append(
+                    f"extrapolates {axis}: {value:.4g} {AXES[axis]}, "
+                    f"fitted on {low:.4g} to {high:.4g}"
+                )
+        return sentences
