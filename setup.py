@@ -48,6 +48,7 @@ setup(
     packages=find_packages(include=["vlm_jax", "vlm_jax.*"]),
     package_data={
         "vlm_jax": ["py.typed"],  # types of the package are its own
+        "vlm_jax.law": ["published_points.csv"],
         "vlm_jax.reports": ["templates/*"],
     },
     cmdclass={"build_py": WithConfigs},

@@ -155,11 +155,17 @@ def leverage(columns: Array) -> Array:
 
 
 def balanced(design: Array, rows: System, theta: Array) -> System:
-    """The rows with each coordinate weighted by one over its stratum's variance."""
+    """The rows with each coordinate weighted by one over its stratum's variance.
+
+    That of few models is taken larger by (dof + 2) / dof: taken too small by chance it would tie D,
+    and with it beta, to what the models happen to show.
+    """
     if not rows.shared:
         return rows
     strata, relative = _strata(design, rows, theta)
-    return replace(rows, weight=1 / (relative * np.array([strata[k][0] for k in rows.stratum])))
+    variance = {kind: square for kind, (square, _) in strata.items()}
+    variance[MODELS] *= 1 + 2 / strata[MODELS][1]
+    return replace(rows, weight=1 / (relative * np.array([variance[k] for k in rows.stratum])))
 
 
 def _strata(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.law import answer, compare, components, law, published
+from vlm_jax.law import answer, compare, components, law, methods, published
 from vlm_jax.law.answer import Answer
 from vlm_jax.law.forms import FORMS
 from vlm_jax.law.law import Law
@@ -87,6 +87,86 @@ def fit_families(
     return Fitted(laws, table, fields, words)
 
 
+def fit_methods(
+    families: Mapping[str, Points],
+    *,
+    method: str | None = None,
+    source: str = "",
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> Fitted:
+    """The laws of the published methods, and of `families` pooled with them if there are any.
+
+    The top of law.json is the first of `families`, else the published method `method`; "methods"
+    has every published method with its best number of tokens. Raises ValueError for an unknown
+    method.
+    """
+    if bootstrap < 1:
+        raise ValueError(f"laws of methods need --bootstrap of 1 or more draws, got {bootstrap}")
+    known = methods.fit_published(bootstrap=bootstrap, seed=seed)
+    sections = {
+        name: fitted.to_dict()
+        | {
+            "answer": known.answer(name).to_dict(), "family": methods.FAMILY, "method": name,
+            "training": known.training[name], "best_tokens": known.best[name],
+        }
+        for name, fitted in known.laws.items()
+    }  # fmt: skip
+    words = [f"{methods.FAMILY}: {len(known.laws)} methods, error = N^-alpha (A + C V^-beta)"]
+    words += [method_in_words(name, known) for name in known.laws]
+    laws: dict[str, Law] = {}
+    answers: dict[str, Answer] = {}
+    if families:
+        for family, points in families.items():
+            laws[family] = methods.pooled(
+                points, known, method=method or "", bootstrap=bootstrap, seed=seed
+            )
+            cells = answer.measured_cells(points, float(np.median(points.stderr)))
+            answers[family] = Answer(
+                "law", {methods.FORM: laws[family]}, {methods.FORM: 1.0}, cells
+            )
+            words += in_words(family, points, laws[family], [])
+        fields = document(laws, answers)
+        fields["best_tokens"] = methods.best_tokens(points, laws[family])
+        fields["fitted_on"] = fitted_on(next(iter(families.values())), source)
+    else:
+        method = method or published.METHOD
+        if method not in known.laws:
+            raise ValueError(
+                f"no published method {method!r} with {methods.FEWEST_CELLS} token counts or more: "
+                f"there are {', '.join(known.laws)}"
+            )
+        laws[methods.FAMILY] = known.laws[method]
+        fields = sections[method] | {"schema": SCHEMA, "families": {}}
+        fields["families"] = {methods.FAMILY: sections[method]}
+        fields["fitted_on"] = fitted_on(known.points[method], source)
+        words += [f"  {note}" for note in methods.NOTES]
+    fields |= {"method": method, "methods": sections, "alone": known.alone, "tasks": {}}
+    table = [
+        dict.fromkeys(compare.COLUMNS)
+        | {
+            "family": name, "form": fitted.form, "formula": FORMS[fitted.form].formula,
+            "parameters": 4, "sse": fitted.sse, "rmse": fitted.rmse, "note": known.training[name],
+        }
+        for name, fitted in known.laws.items()
+    ]  # fmt: skip
+    return Fitted(laws, table, fields, words)
+
+
+def method_in_words(name: str, known: methods.Published) -> str:
+    """One line of a published method: its exponent and its best numbers of tokens."""
+    low, high = known.laws[name].intervals["beta"]
+    best = ", ".join(
+        f"best V at Q = {Q}: {found['V']:g} ({found['share']:.0%} of the draws)"
+        for Q, found in known.best[name].items()
+    )
+    inside = "; prunes inside the LLM" * (name in methods.INSIDE_THE_LLM)
+    return (
+        f"  {name:12} {known.training[name]:7} beta {known.laws[name].params['beta']:.2f} "
+        f"[{low:.2f}, {high:.2f}]   {best}{inside}"
+    )
+
+
 def document(
     laws: Mapping[str, Law], answers: Mapping[str, Answer], *, mean: str = ""
 ) -> dict[str, Any]:
@@ -130,15 +210,29 @@ def in_words(name: str, points: Points, fitted: Law, comparison: list[dict[str, 
         f"  error = {FORMS[fitted.form].formula}   SSE {fitted.sse:.5g}   rmse {fitted.rmse:.4g}",
     ]
     for parameter, value in fitted.params.items():
-        low, high = fitted.intervals[parameter]
-        lines.append(f"  {parameter:6} {value:10.5g}   95 % [{low:.5g}, {high:.5g}]")
-    lines += [f"  {note}" for note in fitted.notes]
+        ends = fitted.intervals.get(parameter)
+        shown = f"95 % [{ends[0]:.5g}, {ends[1]:.5g}]" if ends else "held"
+        lines.append(f"  {parameter:6} {value:10.5g}   {shown}")
+    lines += components_in_words(fitted) + [f"  {note}" for note in fitted.notes]
     compared = [row for row in comparison if row["leave_one_size_out_rmse"]]
     return lines + [
         f"  {row['form']:20} left-out size {row['leave_one_size_out_rmse']:.4f}"
         f"   left-out V {row['leave_one_V_out_rmse'] or float('nan'):.4f}   AIC "
         f"{row['aic']:.1f}"
         for row in sorted(compared, key=lambda row: row["leave_one_size_out_rmse"])
+    ]
+
+
+def components_in_words(fitted: Law) -> list[str]:
+    """Which standard deviations the rows tell apart, and which they cannot."""
+    parts = {k: v for k, v in fitted.components.items() if k != "total"}
+    told = [f"{name} {part['sd']:.2g}" for name, part in parts.items() if part["sd"] is not None]
+    untold = [f"{name} ({part['why']})" for name, part in parts.items() if part["sd"] is None]
+    if not parts:
+        return []
+    return [
+        f"  standard deviations: {', '.join(told) or 'none'}"
+        + (f"; not told apart: {'; '.join(untold)}" if untold else "")
     ]
 
 

@@ -87,7 +87,7 @@ class Points:
 class Cell:
     """One measured cell: where it stands, and family -> (error, stderr), fractions.
 
-    `model` names the trained model if several cells may share it.
+    `model` names the trained model if several cells may share it, `method` its compressor if known.
     """
 
     N: float
@@ -97,6 +97,7 @@ class Cell:
     seed: int
     errors: dict[str, tuple[float, float]]
     model: str = ""
+    method: str = ""
 
 
 def of_cells(cells: Sequence[Cell], family: str | None = None) -> Points:

@@ -84,7 +84,9 @@ def read(
         for path in paths:
             of_families += tables.read(path, n_unit=n_unit, text_tokens=text_tokens)
         check_once(of_families)
-    used = rows[0].method if rows else None
+        of_families = of_one_method(of_families, compressor)
+        note = tables.upside_down(of_families)
+    used = rows[0].method if rows else (of_families[0].method or None)
     families, tasks = names_of(of_families), names_of(of_tasks)
     if family is not None:
         cells = of_tasks if family in tasks else of_families
@@ -113,11 +115,24 @@ def names_of(cells: Sequence[Cell]) -> list[str]:
     return sorted({name for cell in cells for name in cell.errors})
 
 
+def of_one_method(cells: Sequence[Cell], name: str | None) -> list[Cell]:
+    """The cells of one method. Raises ValueError for several without a choice, and for none."""
+    methods = sorted({cell.method for cell in cells})
+    if name is None and len(methods) > 1:
+        raise ValueError(
+            f"the table holds the methods {', '.join(repr(m) for m in methods)}, which are "
+            "different models and have no common law: choose with --compressor"
+        )
+    if name is not None and name not in methods:
+        raise ValueError(f"no row of method {name!r}; there are {', '.join(map(repr, methods))}")
+    return [cell for cell in cells if name in (None, cell.method)]
+
+
 def check_once(cells: Sequence[Cell]) -> None:
     """Raises ValueError if the same N, V, Q and label occur twice with one seed."""
     keys = set()
     for cell in cells:
-        key = (cell.N, cell.V, cell.Q, cell.label, cell.seed)
+        key = (cell.N, cell.V, cell.Q, cell.label, cell.seed, cell.model, cell.method)
         if key in keys:
             raise ValueError(
                 f"N={cell.N:g}, V={cell.V:g} (seed {cell.seed}) occurs twice in the files of "

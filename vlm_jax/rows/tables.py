@@ -2,9 +2,10 @@
 """Reads results measured by other tools as cells; an error names the wrong column or unit.
 
 A table (CSV, JSONL or a JSON list) has columns N (billions), V and either error or accuracy
-(fraction or percent), optionally Q, stderr, family (one line per family and cell), label, seed. In
-the place of error or accuracy a column `results` may name an lmms-eval results file. Such a file
-may also be read directly, with N and V (and Q) added at its top level.
+(fraction or percent), optionally Q, stderr, family (one line per family and cell), label, seed,
+model (rows of one trained model share it) and method (the compressor). In the place of error or
+accuracy a column `results` may name an lmms-eval results file. Such a file may also be read
+directly, with N and V (and Q) added at its top level.
 """
 
 import csv
@@ -14,13 +15,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vlm_jax.law.points import Cell
 
 Line = Mapping[str, Any]  # column -> value
-Place = tuple[float, float, float, str, int]  # N, V, Q, label, seed
+Place = tuple[float, float, float, str, int, str, str]  # N, V, Q, label, seed, model, method
 
 N_UNITS = {"billions": 1.0, "millions": 1e-3, "parameters": 1e-9}
 LARGEST_N_BILLIONS = 3e3  # three trillion parameters: more means that N has another unit
+SMALLEST_N_BILLIONS = 100.0  # if even the smallest LLM has more, N may count millions
+RISING, FEWEST_TO_JUDGE = (
+    0.3,
+    6,
+)  # rank correlation, and cells, from which a column looks upside down
 SCORES = ("error", "accuracy", "results")
 
 # lmms-eval task -> (names of its primary metric, newest first, and its maximum), where a task
@@ -82,7 +90,13 @@ def read(path: str | Path, *, n_unit: str | None = None, text_tokens: float = 0.
         error = score * unit if column == "error" else 1.0 - score * unit
         if not -1e-9 <= error <= 1 + 1e-9:
             raise ValueError(f"{path}:{where}: error = 1 - score must lie in 0..1, got {error:g}")
-        key, value = (N, V, Q, label, seed), (min(max(error, 0.0), 1.0), stderr * unit)
+        model, method = (str(line.get(name) or "") for name in ("model", "method"))
+        if model and seed:
+            model = f"{model}, seed {seed}"
+        key, value = (
+            (N, V, Q, label, seed, model, method),
+            (min(max(error, 0.0), 1.0), stderr * unit),
+        )
         if (key, family) in first_lines:
             first, first_value = first_lines[key, family]
             if first_value[0] != value[0]:
@@ -93,10 +107,33 @@ def read(path: str | Path, *, n_unit: str | None = None, text_tokens: float = 0.
                 )
             continue
         first_lines[key, family] = where, value
-        cells.setdefault(key, Cell(N=N, V=V, Q=Q, label=label, seed=seed, errors={})).errors[
-            family
-        ] = value
+        cell = Cell(N, V, Q, label, seed, {}, model, method)
+        cells.setdefault(key, cell).errors[family] = value
+    if n_unit is None and min(cell.N for cell in cells.values()) > SMALLEST_N_BILLIONS:
+        raise ValueError(
+            f"{path}: every N is above {SMALLEST_N_BILLIONS:g} billion parameters: if N counts "
+            "millions pass --n-unit=millions, if these LLMs are so large --n-unit=billions"
+        )
     return list(cells.values())
+
+
+def upside_down(cells: Sequence[Cell]) -> str:
+    """A sentence if errors rise with both N and V, as a column under the wrong name does; or ""."""
+    error = [float(np.mean([e for e, _ in cell.errors.values()])) for cell in cells]
+    if len(cells) < FEWEST_TO_JUDGE or np.ptp(error) == 0:
+        return ""
+    rises = []
+    for column in ([cell.N for cell in cells], [cell.V for cell in cells]):
+        if np.ptp(column) == 0:
+            return ""
+        ranks = [np.unique(values, return_inverse=True)[1] for values in (column, error)]
+        rises.append(float(np.corrcoef(ranks)[0, 1]))
+    if min(rises) < RISING:
+        return ""
+    return (
+        "errors rise with N and with V: if the column `accuracy` holds errors, or `error` holds "
+        "accuracies, rename it"
+    )
 
 
 def _lines(path: Path) -> list[tuple[int, Line]]:

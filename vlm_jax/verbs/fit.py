@@ -5,6 +5,8 @@
     vlm-jax fit --rows=mine.csv --rows=theirs.csv --out=runs/law --n-unit=billions
     vlm-jax fit --rows=scores --out=runs/law
     vlm-jax fit --published=reasoning --out=runs/law
+    vlm-jax fit --published=methods --compressor=mmtok --out=runs/law
+    vlm-jax fit --published=methods --rows=mine.csv --out=runs/law
 
 docs/law.md explains the forms, the intervals and the columns of a table.
 """
@@ -21,21 +23,23 @@ from vlm_jax.rows import scores, tables
 from vlm_jax.verbs import cli
 from vlm_jax.verbs.parser import Parser
 
+METHODS = "methods"  # of --published
+
 
 def add_flags(parser: Parser) -> None:
     """The flags of the verb."""
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
+    parser.add_argument(
         "--rows",
         action="append",
         metavar="FILE",
         help="results: rows.jsonl of a grid, a .csv table, .json of lmms-eval, or scores of "
         "`vlm-jax score` (.jsonl, or a folder of them); repeat the flag for more",
     )
-    source.add_argument(
+    parser.add_argument(
         "--published",
-        choices=sorted(published.ACCURACY),
-        help="the measurements of arXiv 2411.03312 instead",
+        choices=[METHODS, *sorted(published.ACCURACY)],
+        help="the measurements of arXiv 2411.03312 instead; or 'methods': a law for each published "
+        "compressor, alone or together with --rows of another",
     )
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="folder for law.json and the other files")
@@ -50,7 +54,8 @@ def add_flags(parser: Parser) -> None:
     add(
         "--compressor",
         metavar="METHOD",
-        help="of a grid's rows, such as pool or 'quecc, query separate' (default: most cells)",
+        help="of a grid's rows, such as pool or 'quecc, query separate' (default: most cells), of "
+        "a table's column `method`, or of --published=methods",
     )
     add(
         "--bootstrap",
@@ -105,7 +110,16 @@ def run(options: argparse.Namespace) -> int:
     from vlm_jax.reports import fitted
     from vlm_jax.rows import measured
 
-    if options.published:
+    if not options.rows and not options.published:
+        raise ValueError("nothing to fit: give --rows or --published")
+    if options.rows and options.published not in (None, METHODS):
+        raise ValueError(
+            f"--published={options.published} is fitted alone: leave --rows out, or pool your rows "
+            f"with --published={METHODS}"
+        )
+    if options.published == METHODS and not options.rows:
+        measurements = measured.Measured({}, {}, [], method=options.compressor)
+    elif options.published and not options.rows:
         measurements = measured.of_published(options.published, text_tokens=options.text_tokens)
     else:
         measurements = measured.read(
@@ -117,19 +131,30 @@ def run(options: argparse.Namespace) -> int:
             mme=options.mme,
         )
     say([measurements.note] if measurements.note else [])
-    fit = families.fit_families(
-        measurements.families,
-        measurements.tasks,
-        options.form,
-        mean=measured.MEAN,
-        method=measurements.method,
-        source=", ".join(options.rows or [f"published {options.published}"]),
-        exponents_of=options.published,
-        bootstrap=options.bootstrap,
-        seed=options.seed,
-        huber=options.huber,
-        weighting=options.weights,
-    )
+    used = [f"published {options.published}"] if options.published else []
+    source = ", ".join([*(options.rows or []), *used])
+    if options.published == METHODS:
+        fit = families.fit_methods(
+            measurements.families,
+            method=measurements.method,
+            source=source,
+            bootstrap=options.bootstrap,
+            seed=options.seed,
+        )
+    else:
+        fit = families.fit_families(
+            measurements.families,
+            measurements.tasks,
+            options.form,
+            mean=measured.MEAN,
+            method=measurements.method,
+            source=source,
+            exponents_of=options.published,
+            bootstrap=options.bootstrap,
+            seed=options.seed,
+            huber=options.huber,
+            weighting=options.weights,
+        )
     say(fit.words)
     names = ("bootstrap", "seed", "huber", "weights")
     fit.fields["made_by"] = {
@@ -142,10 +167,12 @@ def run(options: argparse.Namespace) -> int:
     out = Path(options.out)
     files = fitted.write(fit, out)
     chip = chips.CHIPS[options.chip]
-    drawn, notes = fitted.draw(
-        measurements.families, fit.laws, out, rows=measurements.rows, chip=chip
-    )
-    say(notes)
+    drawn: list[Path] = []
+    if options.published != METHODS:
+        drawn, notes = fitted.draw(
+            measurements.families, fit.laws, out, rows=measurements.rows, chip=chip
+        )
+        say(notes)
     files_made = {"files": [str(path) for path in [*files, *drawn]]}
     print(json.dumps(fitted.without_draws(fit.fields | files_made), allow_nan=False))
     return 0
