@@ -28,7 +28,6 @@ THROUGH = {
     "test_plan.py": "planning.answers planning.choices planning.parsing "
     "reports.plan_figure rows.measured",
     "test_report.py": "reports.score_tables",
-    "test_benchmarks.py": "serving.greedy",
     "test_generate.py": "serving.talk",
     "test_score.py": "evals.predictions evals.task",
     "test_checkpoint.py": "training.arrays training.verify",

@@ -2,8 +2,9 @@
 """SIGTERM means that the machine is preempted: work is saved, and the exit status is 42.
 
 A loop with work to save is `held` and asks at every step whether to stop (`reached`); all processes
-of a run stop at the same step. Elsewhere a single process stops at once. A run of several processes
-stops only in its loops: a process that left alone would take the others down.
+of a run stop at the same step. Elsewhere a single process stops at once, and says what it is
+`keeping`. A run of several processes stops only in its loops: a process that left alone would take
+the others down.
 
 A second SIGTERM, a second or more after the first, ends the process at once.
 """
@@ -14,8 +15,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+NOTHING = "there was nothing to save"
 STATUS = 42  # of a process that stopped after SIGTERM and continues when it is started again
 # Seconds in which a second SIGTERM counts as part of the first: `timeout` signals a process and
 # then its group.
@@ -41,6 +43,7 @@ class Notice:
         self.answered = threading.Event()  # set when the main thread stops by itself
         self.closed = threading.Event()
         self.last: list[Callable[[], None]] = []  # called before a process is ended from outside
+        self.kept = NOTHING  # what is said where nothing is held
         self.forward: Callable[[int], None] | None = None
 
     @contextmanager
@@ -68,6 +71,7 @@ class Notice:
             signal.set_wakeup_fd(woken)
             os.close(write)
             thread.join()
+            self.received.clear()  # it was for this body, not for what the process does later
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
     def install(self) -> None:
@@ -89,7 +93,7 @@ class Notice:
         """Runs in the main thread: stops it at once unless there is work to save."""
         self.received.set()
         if not self.depth and not distributed() and not self.answered.is_set():
-            raise self.stopped("there was nothing to save")
+            raise self.stopped(self.kept)
 
     def stopped(self, what: str) -> Preempted:
         """The exception that the main thread raises to stop."""
@@ -116,9 +120,10 @@ class Notice:
         stops = self.closed.is_set() or self.answered.is_set()
         if stops or self.depth or distributed():
             return
-        for end in self.last:
-            end()
-        print("SIGTERM: there was nothing to save", file=sys.stderr, flush=True)
+        for end in reversed(self.last):
+            with suppress(Exception):  # the process ends in any case
+                end()
+        print(f"SIGTERM: {self.kept}", file=sys.stderr, flush=True)
         os._exit(STATUS)
 
     @contextmanager
@@ -131,6 +136,18 @@ class Notice:
             self.depth -= 1
         if not self.depth and not distributed() and self.received.is_set():
             raise self.stopped("the work in progress is saved")
+
+    @contextmanager
+    def keeping(self, kept: str, save: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """The body may stop anywhere: `kept` is said then, what is there already and what the same
+        command does with it. `save` is called if the process has to be ended from outside."""
+        before, self.kept = self.kept, kept
+        self.last.append(save)
+        try:
+            yield
+        finally:
+            self.kept = before
+            self.last.remove(save)
 
     def reached(self) -> bool:
         """Whether to save and stop now. All processes ask equally often and get the same answer."""
@@ -155,4 +172,4 @@ def distributed() -> bool:
 
 NOTICE = Notice()
 listening, held, reached, point = NOTICE.listening, NOTICE.held, NOTICE.reached, NOTICE.point
-install, stopped = NOTICE.install, NOTICE.stopped
+install, stopped, keeping = NOTICE.install, NOTICE.stopped, NOTICE.keeping

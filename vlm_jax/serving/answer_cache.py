@@ -9,6 +9,7 @@ removes meanwhile is one more miss.
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,25 @@ MOST = 1 << 18  # entries; a file takes 4 KiB on most disks, so this is 1 GiB
 class AnswerCache:
     """The answers in a folder.
 
+    Attributes:
+      hits: answers that were there. damaged: entries that could not be read or used.
+
     Args:
+      fits: whether the fields of an entry are those of an answer; another one is damaged.
       most: entries that are kept, rounded up to the same number in each of 256 folders.
     Raises:
       OSError: if the folder cannot be made.
     """
 
-    def __init__(self, folder: str | Path, most: int = MOST):
-        self.folder, self.hits = Path(folder), 0
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        fits: Callable[[dict[str, Any]], bool],
+        most: int = MOST,
+    ):
+        self.folder, self.fits = Path(folder), fits
+        self.hits = self.damaged = 0
         self.each = max(-(-most // FOLDERS), 1)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.counts: dict[Path, int] = {}  # entries of a folder as far as this process knows
@@ -37,18 +49,23 @@ class AnswerCache:
         return self.folder / key[:2] / f"{key[2:]}.json"
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The entry of a key, or None; a damaged file is none."""
+        """The entry of a key, or None; a damaged one is none, and is counted."""
         path = self.place(key)
         try:
             entry = json.loads(path.read_text(encoding="utf-8"))
-            if entry["key"] != key or not isinstance(entry["answer"], dict):
-                return None
+            answer = entry["answer"]
+            whole = entry["key"] == key and isinstance(answer, dict) and self.fits(answer)
+        except FileNotFoundError:
+            return None
         except (OSError, ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            self.damaged += 1
             return None
         with suppress(OSError):
             os.utime(path)
         self.hits += 1
-        return entry["answer"]
+        return answer
 
     def put(self, key: str, answer: dict[str, Any]) -> None:
         """Keeps an answer, which must be JSON.

@@ -152,6 +152,11 @@ class Adding:
         if self.lines is not None:
             self.lines.add(line_of(row))
 
+    def save(self) -> None:
+        """Returns when all lines are written."""
+        if self.lines is not None:
+            self.lines.save()
+
 
 def line_of(row: Mapping[str, Any]) -> str:
     """A row as JSON in a line."""

@@ -218,7 +218,8 @@ def one_file(
     keys = [q.key for q in asked.questions]
     file = AnswerFile(out, name, asked.task)
     file.open(settings, keys)
-    before, hits = len(file.lines), cache.hits if cache else 0
+    before = len(file.lines)
+    hits, damaged = (cache.hits, cache.damaged) if cache else (0, 0)
     then = time.perf_counter()
     with progress.doing(f"answers to {name}", len(keys)) as task:
         task.note(before)
@@ -237,6 +238,7 @@ def one_file(
         shortened=shortened,
         answered_before=before,
         cache_hits=(cache.hits - hits) if cache else 0,
+        cache_damaged=(cache.damaged - damaged) if cache else 0,
         seconds=round(seconds, 3),
         questions_per_second=round((len(rows) - before) / seconds, 2),
     )
@@ -285,7 +287,8 @@ def answer_all(
 
     if request.on_missing_image == "fail" and asker.way.view != "blind":
         check_images([asked.questions[i] for i in todo if greedy.shares.owns(i)], asked.task.name)
-    with file.adding() as lines:
+    kept = f"{file.path} has the answers so far, the same command continues"
+    with file.adding() as lines, preemption.keeping(kept, lines.save):
         for some in greedy.answers(ahead(work, todo, 2 * greedy.batch), check):
             for row, said in some:
                 question = asked.questions[row.number]
@@ -302,7 +305,7 @@ def answer_all(
                 )
                 lines.add(question.key, line)
             note(len(file.lines))
-            preemption.point(f"{file.path} has the answers so far, the same command continues")
+            preemption.point(kept)
     return shortened
 
 
@@ -323,6 +326,10 @@ def finish(
     report: dict[str, Any],
 ) -> None:  # fmt: skip
     """Scores the answers, and writes what is known of them; the writer does it for all."""
+    if count := report["cache_damaged"]:
+        progress.say(
+            f"{file.name}: {count} entries of --cache were damaged, and their questions answered"
+        )
     if failed := report["failed"]:
         progress.say(
             f"{file.name}: {failed} of {len(rows)} questions were not answered, the first: "

@@ -26,6 +26,21 @@ class Said:
     stopped: bool
     visual_tokens: int
 
+    @staticmethod
+    def fits(fields: dict[str, Any]) -> bool:
+        """Whether an answer can be made of these fields, which were read from a file."""
+
+        def count(x: Any) -> bool:
+            return type(x) is int and x >= 0
+
+        return (
+            fields.keys() == Said.__annotations__.keys()
+            and isinstance(fields["ids"], list)
+            and all(map(count, fields["ids"]))
+            and isinstance(fields["stopped"], bool)
+            and count(fields["visual_tokens"])
+        )
+
 
 class Greedy:
     """Answers rows with one model.

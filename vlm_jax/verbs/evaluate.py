@@ -169,6 +169,7 @@ def benchmarks(options: argparse.Namespace) -> int:
     from vlm_jax import mesh, progress
     from vlm_jax.serving import benchmarks as rooms
     from vlm_jax.serving.answer_cache import AnswerCache
+    from vlm_jax.serving.greedy import Said
 
     views = [
         view
@@ -197,7 +198,7 @@ def benchmarks(options: argparse.Namespace) -> int:
         model, identity = rooms.opened(options.workdir, dtype=options.dtype, mesh=devices)
     workdir = files.path_of(options.workdir)
     out = workdir / "answers" if options.out is None else files.path_of(options.out)
-    cache = None if options.cache is None else AnswerCache(options.cache)
+    cache = None if options.cache is None else AnswerCache(options.cache, fits=Said.fits)
     name = workdir.name or Path(options.workdir).absolute().name
     reports = rooms.evaluate(model, identity, request, tasks, out, model_id=name, cache=cache)
     for report in reports:

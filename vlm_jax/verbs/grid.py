@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     cli.join(options)
     import jax
 
-    from vlm_jax import mesh
+    from vlm_jax import mesh, preemption
     from vlm_jax.grids import run as grids
     from vlm_jax.training import stages
     from vlm_jax.training.cells import cells_of, dry_run
@@ -59,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
     from vlm_jax.training.workdir import claim
 
     grids.checked(config)
-    with jax.set_mesh(mesh.make(**config.mesh)):
+    kept = "finished cells and checkpoints are kept, the same command continues"
+    with jax.set_mesh(mesh.make(**config.mesh)), preemption.keeping(kept):
         if folder is None:
             stages.check(Recipe.of(config))
             cells = cells_of(config)
