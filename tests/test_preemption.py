@@ -101,12 +101,16 @@ def test_a_stopped_stage_goes_on_on_another_mesh(setting, unbroken, tmp_path, me
         stage(setting, tmp_path, term=3)
     with jax.set_mesh(mesh8):
         ended = stage(setting, tmp_path)
-    for a, b in zip(*map(jax.tree.leaves, (ended, unbroken[1])), strict=True):
-        # Adam makes a step of a rounding where a gradient is almost 0; the peak rate is 1e-3.
-        np.testing.assert_allclose(a, b, atol=2e-4)
+    ours, theirs = (jax.tree_util.tree_leaves_with_path(x) for x in (ended, unbroken[1]))
+    for (path, a), (_, b) in zip(ours, theirs, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        # It moves all keys of an image alike, which a softmax over them does not see: its gradient
+        # is the rounding of 0 (1e-11), and Adam's steps do not depend on a gradient's size.
+        unseen = name == "compressor.key_norm.bias.value"
+        np.testing.assert_allclose(a, b, atol=2e-4 if unseen else 1e-7, err_msg=name)
     ours, theirs = (np.array(tiny.losses(x / "align")) for x in (tmp_path, unbroken[0]))
     np.testing.assert_array_equal(ours[:3], theirs[:3])
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
 def child(body, *, again=()):
