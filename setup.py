@@ -91,9 +91,12 @@ setup(
         # A run's folder in a bucket of Google Cloud Storage.
         "gcs": ["gcsfs>=2026.9"],
         "tfds": ["tensorflow-datasets>=4.9.10"],
+        # Language models as llama.cpp has them; transformers makes their tokenizers.
+        "gguf": ["gguf>=0.19", "transformers>=5.24"],
         "test": [
             "beartype>=0.23",
             "gcsfs>=2026.9",  # the tests bring a bucket of their own
+            "gguf>=0.19",  # of the extra gguf
             "hypothesis>=6.170",
             "mypy>=2.4",
             "pytest>=9.2",

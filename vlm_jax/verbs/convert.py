@@ -5,6 +5,7 @@
     vlm-jax convert --from=llava-v1.5-7b --vision=clip-vit-large-patch14-336 --to=DIR
     vlm-jax convert --vision=DIR --llm=DIR --compressor=quecc --tokens=36 --levels=12,16,22,23 \\
         --to=DIR
+    vlm-jax convert --llm=SmolLM2-135M-Instruct.Q4_1.gguf --to=DIR
     vlm-jax convert --from=llava-1.5-7b-hf --compressor=quecc --tokens=36 --replace-compressor \\
         --to=DIR
     vlm-jax convert --from=DIR --to-hf --to=DIR
@@ -19,6 +20,7 @@ can be read and what is written.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -28,6 +30,9 @@ from vlm_jax import progress
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.verbs import cli
 from vlm_jax.verbs.parser import Parser
+
+# The configuration of the tower of a language model that is given none.
+TOWER = "configs/demo.py"
 
 
 def add_flags(parser: Parser) -> None:
@@ -50,12 +55,18 @@ def add_flags(parser: Parser) -> None:
         help="a published LoRA adapter to merge (default: none)",
     )
     add("--dtype", metavar="KIND", help="float32, bfloat16 or float16 (default: as stored)")
-    add("--vision", type=Path, metavar="DIR", help="folder of a CLIP or SigLIP tower")
+    add(
+        "--vision",
+        type=Path,
+        metavar="DIR",
+        help="folder of a CLIP or SigLIP tower; or a configuration, whose vit is drawn with --seed "
+        f"(default with --llm: {TOWER})",
+    )
     add(
         "--llm",
         type=Path,
         metavar="DIR",
-        help="folder of a Llama, Vicuna, Mistral or Qwen1.5 to Qwen3",
+        help="folder of a Llama, Vicuna, Mistral or Qwen1.5 to Qwen3, or a GGUF file of one",
     )
     add(
         "--compressor",
@@ -126,10 +137,14 @@ def run(options: argparse.Namespace) -> int:
 
     cpu.keep_freed_memory()
     from vlm_jax.training import runs
-    from vlm_jax.weights import adapters, conversion, folder
+    from vlm_jax.weights import adapters, conversion, folder, llama_cpp
 
     dtype = folder.kind_of(options.dtype) if options.dtype else None
-    with runs.one_device(), progress.doing("reading and writing the tensors"):
+    with (
+        runs.one_device(),
+        progress.doing("reading and writing the tensors"),
+        contextlib.ExitStack() as stack,
+    ):
         if options.to_peft:
             if options.to_hf or options.adapter_from:
                 raise ValueError("--to-peft goes with neither --to-hf nor --adapter-from")
@@ -137,11 +152,15 @@ def run(options: argparse.Namespace) -> int:
             written = adapters.write(model, about, options.to, dtype=dtype)
             print(json.dumps(dict(to=str(options.to)) | written))
             return 0
-        source = options.source or options.llm
+        llm = options.llm
+        if llm is not None and llm.is_file():
+            own = options.tokenizer is None
+            llm = stack.enter_context(llama_cpp.as_folder(llm, tokenizer=own))
+        source = options.source or llm
         done = conversion.convert(
-            gathered(options),
+            gathered(options, llm),
             options.to,
-            name=str(options.source or f"{options.vision} and {options.llm}"),
+            name=str(options.source or f"{options.vision or TOWER} and {options.llm}"),
             published=None if runs.is_run(source) else source,
             tokenizer=options.tokenizer,
             adapter=options.adapter_from,
@@ -158,8 +177,12 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def gathered(options: argparse.Namespace) -> Any:
-    """The model that the flags name, a `weights.folder.Model`; its tensors are not read yet."""
+def gathered(options: argparse.Namespace, llm: Path | None) -> Any:
+    """The model that the flags name, a `weights.folder.Model`; its tensors are not read yet.
+
+    `llm` is the folder of --llm.
+    """
+    from vlm_jax.cost import described
     from vlm_jax.training import runs
     from vlm_jax.weights import conversion, sources
     from vlm_jax.weights.methods import Wish
@@ -174,7 +197,11 @@ def gathered(options: argparse.Namespace) -> Any:
         options.seed,
         options.replace_compressor,
     )
-    folders = dict(vision=options.vision, llm=options.llm)
+    vision = options.vision
+    if vision is None and llm and not options.source:
+        vision = Path(TOWER)
+    if vision is not None and vision.suffix == ".py":
+        vision = described.load(vision, "get_config")()
     if options.source and not options.llm and options.source.is_dir():
         if runs.is_run(options.source):
             given = wish.flags() + [f"--vision={options.vision}"] * bool(options.vision)
@@ -184,4 +211,4 @@ def gathered(options: argparse.Namespace) -> Any:
                     f"{' '.join(given)}"
                 )
             return runs.read(options.source, "--from")
-    return conversion.read_source(options.source, wish=wish, **folders)
+    return conversion.read_source(options.source, vision=vision, llm=llm, wish=wish)

@@ -142,11 +142,12 @@ def adapter_name(name: str, prefixes: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Updated(Stored):
-    """A stored matrix plus `scale` B A, summed in float32 when it is read, piece by piece.
+    """A stored matrix `base` plus `scale` B A, summed in float32 when it is read, piece by piece.
 
     `dtype` is the type in which it is stored, and by default written.
     """
 
+    base: Stored
     a: np.ndarray  # [r inputs]
     b: np.ndarray  # [outputs r]
     scale: float
@@ -157,14 +158,14 @@ class Updated(Stored):
         first, last = start // columns, math.ceil(stop / columns)
         update = (self.scale * self.b[first:last]) @ self.a
         update = update.reshape(-1)[start - first * columns : stop - first * columns]
-        return super().part(start, stop).astype(np.float32) + update
+        return self.base.part(start, stop).astype(np.float32) + update
 
 
 def add_update(base: Stored | np.ndarray, a: np.ndarray, b: np.ndarray, scale: float):
     """`base` with scale B A added, in the same form."""
     a, b = a.astype(np.float32), b.astype(np.float32)
     if isinstance(base, Stored):
-        return Updated(base.path, base.offset, base.dtype, base.shape, a, b, scale)
+        return Updated(base.path, base.offset, base.dtype, base.shape, base, a, b, scale)
     return (base.astype(np.float32) + (scale * b) @ a).astype(base.dtype)
 
 

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.weights import adapters, chats, folder, hf, names, sources
 from vlm_jax.weights.classes import within
@@ -28,9 +30,11 @@ class Converted:
 
 
 def read_source(
-    source: Path | None, *, vision: Path | None, llm: Path | None, wish: Wish
+    source: Path | None, *, vision: Path | ConfigDict | None, llm: Path | None, wish: Wish
 ) -> folder.Model:
     """The published model of a folder, or of the folders of its parts, with its tensors unread.
+
+    `vision` may be a configuration: a new tower.
 
     Raises:
       FileNotFoundError, ValueError: for folders without weights, and for flags that do not fit.
@@ -44,8 +48,12 @@ def read_source(
         return sources.assemble(vision, llm, wish)
     if llm:
         raise ValueError("--from=DIR is a whole model: leave --llm out")
+    if source.suffix == ".gguf":
+        raise ValueError(f"--from={source} is a language model alone: give it as --llm")
     if not source.is_dir():
         raise FileNotFoundError(f"there is no folder --from={source}")
+    if isinstance(vision, ConfigDict):
+        raise ValueError(f"--from={source} needs a tower that is there: give --vision=DIR")
     return sources.llava(source, vision=vision, wish=wish)
 
 
@@ -118,7 +126,7 @@ def convert(
         notes.append("no tokenizer was found: to generate, repeat with --tokenizer=DIR")
     if about := model.notes.get("chat_template"):
         notes.append(about)
-    for kind in ("replaced", "new", "tower", "untied", "adapted"):
+    for kind in ("dequantized", "replaced", "new", "tower", "untied", "adapted"):
         if about := model.notes.get(kind):
             notes.append(f"{kind}: {about}")
     lists = {"fresh": missing, "left out": surplus + apart[1], "of the adapter absent": apart[0]}

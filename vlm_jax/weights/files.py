@@ -6,6 +6,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from vlm_jax import files
+from vlm_jax.weights import llama_cpp
 from vlm_jax.weights.pickles import read_torch
 from vlm_jax.weights.stored import Stored, read_safetensors
 from vlm_jax.weights.values import depth, table, value_text
@@ -15,9 +16,10 @@ READERS = {
     ".bin": read_torch,
     ".pt": read_torch,
     ".pth": read_torch,
+    ".gguf": llama_cpp.read_tensors,
 }
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLES = ("model.safetensors", "pytorch_model.bin")
+SINGLES = ("model.safetensors", "pytorch_model.bin", llama_cpp.NAME)
 DEEPEST = 50  # objects and lists of JSON inside each other
 LONGEST_JSON = 16 * 2**20  # bytes; the index of 90,000 tensors has 9 MB
 

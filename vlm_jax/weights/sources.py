@@ -2,9 +2,11 @@
 """Reads a published model, or a tower, a compressor and an LLM, as one `folder.Model`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax import files
@@ -15,6 +17,7 @@ from vlm_jax.weights.classes import within
 from vlm_jax.weights.files import read_json, read_tensors
 from vlm_jax.weights.fitting import projector, replace_compressor, same_projector, with_compressor
 from vlm_jax.weights.folder import Model
+from vlm_jax.weights.gguf import Rows
 from vlm_jax.weights.methods import Wish
 from vlm_jax.weights.stored import Stored
 from vlm_jax.weights.values import value_text
@@ -61,7 +64,8 @@ def llava(path: Path, *, vision: Path | None, wish: Wish) -> Model:
         trained = methods.trained_compressor(
             flat, {n: x.shape for n, x in tensors.items()}, vit, wish
         )
-    model_facts = facts(path, vision or path, vit, described)
+    image = preprocessor.facts(vision or path, vit, pad=described.image_fit == "pad")
+    model_facts = facts(path, described, image)
     model = Model(
         vit,
         described.llm,
@@ -127,23 +131,45 @@ def tower_of_llava15(
     return vit, notes
 
 
-def assemble(vision: Path, llm: Path, wish: Wish) -> Model:
-    """A new model from a tower, a compressor and a language model."""
+def assemble(vision: Path | ConfigDict, llm: Path, wish: Wish) -> Model:
+    """A new model from a tower, a compressor and a language model.
+
+    `vision` is the folder of a tower, or a configuration, whose tower is drawn.
+    """
     if wish.replace:
         raise ValueError("--replace-compressor is for --from: a new model has none to replace")
-    vit, tensors = of_tower(vision)
     described = architectures.read(llm)
     if described.kind != "llm":
         raise ValueError(f"--llm={llm} holds a {described.kind}, not a language model alone")
     stored = read_tensors(llm)
+    if isinstance(vision, ConfigDict):
+        vit, image, notes = vision.vit.to_dict(), preprocessor.of_data(vision.data), {}
+        tower = new_tower(vit, described.llm, wish.seed)
+        wish = replace(wish, levels=wish.levels or vit["levels"])
+        notes["tower"] = (
+            f"{len(tower)} tensors of a new one, drawn with seed {wish.seed}: it sees nothing "
+            "before it is trained"
+        )
+    else:
+        vit, tower = of_tower(vision)
+        image = preprocessor.facts(vision, vit)
+        notes = preprocessor.notes(vision, image)
     with within(f"--llm={llm}"):
-        tensors |= only_part("llm.", names.by_canonical_name(stored), "language model")
+        tensors = tower | only_part("llm.", names.by_canonical_name(stored), "language model")
         sizes.check(vit, described.llm, {n: x.shape for n, x in tensors.items()})
+    if kinds := sorted({x.kind for x in stored.values() if isinstance(x, Rows) and x.kind}):
+        notes["dequantized"] = f"tensors of {', '.join(kinds)} became float32"
     none = folder.PLAIN | dict(tokens=sizes.patches(vit))
-    model_facts = facts(llm, vision, vit, described)
-    notes = preprocessor.notes(vision, model_facts["image"])
+    model_facts = facts(llm, described, image)
     model = Model(vit, described.llm, none, model_facts, tensors, llm, notes)
     return with_compressor(model, wish)
+
+
+def new_tower(vit: Section, llm: Section, seed: int) -> dict[str, np.ndarray]:
+    """The published tensors of a new tower, in front of any language model."""
+    size = Model(vit, llm, folder.PLAIN | dict(tokens=sizes.patches(vit)), {}, {}).size()
+    table = names.vit_table(vlm.shapes(size).vit)
+    return folder.fresh(size, [f"vit.{name}" for name in table], seed=seed)
 
 
 def only_part(part: str, tensors: dict[str, Stored], what: str) -> dict[str, Stored]:
@@ -165,10 +191,10 @@ def of_tower(path: Path) -> tuple[Section, dict[str, Stored]]:
         return vit, only_part("vit.", names.by_canonical_name(stored), "vision tower")
 
 
-def facts(path: Path, vision: Path, vit: Section, described: architectures.Published) -> Section:
+def facts(path: Path, described: architectures.Published, image: Section) -> Section:
     """Facts that generation needs in addition to the sizes."""
     return dict(
-        image=preprocessor.facts(vision, vit, pad=described.image_fit == "pad"),
+        image=image,
         image_token=described.image_token,
         template=template(path, described),
         max_length=described.length,
