@@ -50,6 +50,7 @@ setup(
         "vlm_jax": ["py.typed"],  # types of the package are its own
         "vlm_jax.law": ["published_points.csv"],
         "vlm_jax.reports": ["templates/*"],
+        "vlm_jax.rows": ["lmms_eval.toml"],
     },
     cmdclass={"build_py": WithConfigs},
     entry_points={"console_scripts": ["vlm-jax = vlm_jax.__main__:main"]},

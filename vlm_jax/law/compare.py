@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.law.components import noise, system
+from vlm_jax.law.components import condensed, many, noise, system
 from vlm_jax.law.forms import FORMS
 from vlm_jax.law.intervals import profile
 from vlm_jax.law.law import EFFECTS, Law, check, fit, minimum, to_vector, weights
@@ -20,6 +20,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
+FOLDS = 12  # of more sizes or token counts, neighbors are left out together
 FOLD_STARTS = 12  # in addition to the fit to all points, which is nearly always close
 
 
@@ -39,25 +40,31 @@ def leave_out(
     points, if it is known. Raises ValueError when a fold has too few points, sizes or token counts.
     """
     values = getattr(points, column)
-    left_out = np.unique(values)
-    for value in left_out:
-        check(points.where(values != value), form)
+    distinct = np.unique(values)
+    folds = np.arange(len(distinct)) * min(len(distinct), FOLDS) // len(distinct)
+    for fold in range(folds.max() + 1):
+        check(points.where(~np.isin(values, distinct[folds == fold])), form)
     rows = system(points, weights(points, weighting), alone=True)
     if huber is None:  # what is left out are whole cells, so their means will do
         rows = system(replace(points, model=[]), weights(points, weighting))
-    of_row, values = values, getattr(rows, column)
+    if many(rows):
+        rows = condensed(rows)
+    fold_of_row = folds[
+        np.clip(np.searchsorted(distinct, getattr(rows, column)), 0, len(folds) - 1)
+    ]
     design = FORMS[form].design(rows.N, rows.V, rows.Q)
     if near is None:
         near, _ = minimum(design, rows, seed=seed, huber=huber)
     guesses = starts(design, rows.mean, rows.weight, FOLD_STARTS, np.random.default_rng(seed))
     guesses = np.vstack([near, guesses])
     # one solve for all folds: the weight of a point left out is 0
-    included = np.repeat(values != left_out[:, None], len(guesses), axis=0)
-    first = np.tile(guesses, (len(left_out), 1))
+    count = folds.max() + 1
+    included = np.repeat(fold_of_row != np.arange(count)[:, None], len(guesses), axis=0)
+    first = np.tile(guesses, (count, 1))
     theta, loss = solve(design, rows.mean[None], included * rows.weight, first, huber=huber)
-    best = loss.reshape(len(left_out), -1).argmin(1) + np.arange(len(left_out)) * len(guesses)
+    best = loss.reshape(count, -1).argmin(1) + np.arange(count) * len(guesses)
     predicted = predict(FORMS[form].design(points.N, points.V, points.Q), theta[best])
-    return {float(v): predicted[i, of_row == v] for i, v in enumerate(left_out)}
+    return {float(v): predicted[fold, values == v] for v, fold in zip(distinct, folds, strict=True)}
 
 
 def compare(

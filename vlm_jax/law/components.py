@@ -12,7 +12,7 @@ freedom stand behind the variance of a parameter is Satterthwaite's count.
 n places (distinct N, V, Q)   m coordinates   P parameters
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from vlm_jax.law.points import Points
 from vlm_jax.law.solve import FLOOR, Array, jacobian, measured, predict
 
 CELLS, MODELS = 0, 1  # strata
+MANY, BINS = 500, 20  # places, and bins of N and of V that take their place
 LEAST_DOF = 0.05  # of a stratum whose residuals the law can take up entirely: nothing is known
 QUESTION = (
     "the number of questions, from the rows' standard errors; cells that answer the same questions "
@@ -129,6 +130,45 @@ def system(points: Points, weight: Array, *, alone: bool = False) -> System:
         pure=max(float((scaled**2).sum() - (target**2).sum()), 0.0),
         pure_dof=len(points) - len(target), rows=len(points),
     )  # fmt: skip
+
+
+def many(rows: System) -> bool:
+    """Whether there are too many places to fit them a thousand times, see `condensed`."""
+    return not rows.shared and len(rows.N) > MANY
+
+
+def condensed(
+    rows: System, predicted: Callable[[Array, Array, Array], Array] | None = None
+) -> System:
+    """Many places as few: bins of N and V with their mean place, mean error and total weight.
+
+    With `predicted` (N, V, Q -> errors) of a law fitted to all rows, a bin's error is the law at
+    its mean place plus its mean residual: the law's curvature inside a bin then costs nothing, and
+    the fit to the bins is the fit to all rows.
+    """
+    bins = [_bins(values) for values in (rows.N, rows.V, rows.Q)]
+    group = np.unique(np.stack(bins), axis=1, return_inverse=True)[1].ravel()
+    total = np.bincount(group, rows.weight)
+
+    def mean(values: Array) -> Array:
+        return np.bincount(group, rows.weight * values) / total
+
+    at = {"N": np.exp(mean(np.log(rows.N))), "V": np.exp(mean(np.log(rows.V))), "Q": mean(rows.Q)}
+    error = mean(rows.mean)
+    if predicted is not None:
+        error = predicted(at["N"], at["V"], at["Q"]) + mean(
+            rows.mean - predicted(rows.N, rows.V, rows.Q)
+        )
+    return replace(
+        rows, **at, mean=error, target=error, total=total, weight=total,
+        stratum=np.full(len(total), CELLS), size=np.ones(len(total)),
+    )  # fmt: skip
+
+
+def _bins(values: Array) -> Array:
+    """int[n]: equal numbers for values near each other; at most BINS of them."""
+    distinct, which = np.unique(values, return_inverse=True)
+    return which.ravel() * min(BINS, len(distinct)) // len(distinct)
 
 
 def _models(names: Sequence[str], count: int) -> Array:

@@ -254,6 +254,14 @@ def minimum(
     return theta[loss.argmin()], float(loss.min())
 
 
+def _polished(
+    design: np.ndarray, rows: System, best: np.ndarray, huber: float | None
+) -> tuple[np.ndarray, float]:
+    """The minimum over all rows from that over bins of them."""
+    theta, losses = solve(design, rows.target[None], rows.weight[None], best[None], huber=huber)
+    return theta[0], float(losses[0])
+
+
 def fit(
     points: Points,
     form: str = "multiplicative",
@@ -275,16 +283,20 @@ def fit(
         raise ValueError(f"huber must be a positive residual in units of error, got {huber}")
     weight, y = weights(points, weighting), points.error
     rows = components.system(points, weight, alone=huber is not None)
-    design = FORMS[form].design(rows.N, rows.V, rows.Q)
-    best, loss = minimum(design, rows, seed=seed, huber=huber)
+    of_all = FORMS[form].design(rows.N, rows.V, rows.Q)
+    few = components.condensed(rows) if components.many(rows) else rows
+    design = FORMS[form].design(few.N, few.V, few.Q)
+    best, loss = minimum(design, few, seed=seed, huber=huber)
+    if few is not rows:
+        best, loss = _polished(of_all, rows, best, huber)
     for _ in range(3 * rows.shared):
         rows = components.balanced(design, rows, best)
         best, _ = minimum(design, rows, seed=seed, near=best)
     everywhere = FORMS[form].design(points.N, points.V, points.Q)
     sse = float(((y - predict(everywhere, best[None])[0]) ** 2).sum())
     stderr = float(np.median(points.stderr))
-    noise = components.noise(design, rows, best, float(np.mean(1 / weight)), stderr)
-    found = misfit.test(design, rows, best, noise, stderr)
+    noise = components.noise(of_all, rows, best, float(np.mean(1 / weight)), stderr)
+    found = misfit.test(of_all, rows, best, noise, stderr)
     fields: dict[str, Any] = {
         "form": form,
         "params": _by_name(form, _linear(form, best[None])[0]),
@@ -299,6 +311,10 @@ def fit(
         "notes": unweighted(points, weighting)
         + [f"This form {found.sentence}."] * bool(found.sentence),
     }
+    if few is not rows:
+        rows = components.condensed(
+            rows, lambda N, V, Q: predict(FORMS[form].design(N, V, Q), best[None])[0]
+        )
     if intervals:
         limits, bounded = likely.profile(design, rows, best, noise, huber=huber)
         by_name, closed = _by_name(form, _linear(form, limits.T).T), _by_name(form, bounded)

@@ -8,7 +8,7 @@ from typing import Any
 
 from vlm_jax.law import published
 from vlm_jax.law.points import Cell, Points, of_cells
-from vlm_jax.rows import records, scores, tables
+from vlm_jax.rows import lmms_eval, records, scores, tables
 
 MEAN = "mean of families"
 
@@ -48,6 +48,7 @@ def read(
     n_unit: str | None = None,
     text_tokens: float = 0.0,
     mme: int = scores.PERCEPTION,
+    tasks_table: str | Path | None = None,
 ) -> Measured:
     """The points of several files of one kind: rows of grids, scores of benchmarks, or tables.
 
@@ -57,6 +58,7 @@ def read(
       n_unit: the unit of N in a table, a key of `tables.N_UNITS`.
       text_tokens: Q for tables and scores without Q.
       mme: the divisor of MME's points, see `scores.MME`.
+      tasks_table: of results of lmms-eval, see `lmms_eval.table`.
     Raises:
       ValueError: for a mix of kinds, and for a cell that was measured twice.
     """
@@ -81,11 +83,22 @@ def read(
         of_tasks = records.cells(rows, by="tasks")
     else:
         of_families, of_tasks = [], []
+        known = lmms_eval.table(tasks_table)
+        results = [tables.has_results(path) for path in paths]
+        if any(results) != all(results):
+            raise ValueError("--rows mixes results of lmms-eval with other tables: fit them apart")
+        if tasks_table is not None and not any(results):
+            raise ValueError("--tasks is for results of lmms-eval, and there are none in --rows")
         for path in paths:
-            of_families += tables.read(path, n_unit=n_unit, text_tokens=text_tokens)
+            of_families += tables.read(path, n_unit=n_unit, text_tokens=text_tokens, tasks=known)
         check_once(of_families)
         of_families = of_one_method(of_families, compressor)
-        note = tables.upside_down(of_families)
+        words = [tables.upside_down(of_families)]
+        if all(results):
+            of_tasks = of_families
+            of_families, about_families = lmms_eval.families(of_tasks, known)
+            words += about_families
+        note = "\n".join(filter(None, words))
     used = rows[0].method if rows else (of_families[0].method or None)
     families, tasks = names_of(of_families), names_of(of_tasks)
     if family is not None:

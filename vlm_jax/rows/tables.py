@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.law.points import Cell
+from vlm_jax.rows import lmms_eval
 
 Line = Mapping[str, Any]  # column -> value
 Place = tuple[float, float, float, str, int, str, str]  # N, V, Q, label, seed, model, method
@@ -31,34 +32,21 @@ RISING, FEWEST_TO_JUDGE = (
 )  # rank correlation, and cells, from which a column looks upside down
 SCORES = ("error", "accuracy", "results")
 
-# lmms-eval task -> (names of its primary metric, newest first, and its maximum), where a task
-# reports several metrics or no fraction. Read in the task files and result handlers of
-# EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/*; MME's maximum is perception's 10 subtasks of 200,
-# its older name was misspelled. A judge scores MMBench, MathVista and MM-Vet, on 0..100.
-_JUDGED = (("gpt_eval_score",), 100.0)
-_MATHVISTA = (("llm_as_judge_eval", "gpt_eval_score"), 100.0)
-LMMS_EVAL = {
-    "mme": (("mme_perception_score", "mme_percetion_score"), 2000.0),
-    **dict.fromkeys(
-        ("pope", "pope_full", "pope_adv", "pope_pop", "pope_random"), (("pope_accuracy",), 1.0)
-    ),
-    **dict.fromkeys(("chartqa", "chartqa_lite"), (("relaxed_overall",), 1.0)),
-    **dict.fromkeys(("mmbench_en_dev", "mmbench_cn_dev", "mmvet"), _JUDGED),
-    **dict.fromkeys(
-        ("mathvista_testmini", *(f"mathvista_testmini_{x}" for x in ("cot", "format", "solution"))),
-        _MATHVISTA,
-    ),
-    "seedbench": (("seed_image",), 1.0),
-}
 
-
-def read(path: str | Path, *, n_unit: str | None = None, text_tokens: float = 0.0) -> list[Cell]:
+def read(
+    path: str | Path,
+    *,
+    n_unit: str | None = None,
+    text_tokens: float = 0.0,
+    tasks: Mapping[str, lmms_eval.Task] | None = None,
+) -> list[Cell]:
     """The cells of a table of another tool; repeated identical lines count once.
 
-    `n_unit` is one of N_UNITS; None means billions and refuses numbers too large for that.
-    `text_tokens` is the Q of tables without that column. Raises ValueError, with file and line, for
-    a missing column, a value that is not a number, percent mixed with fractions, an error outside
-    0..1, and a cell that occurs twice with different values.
+    `tasks` says how results of lmms-eval are read (default: `lmms_eval.table`). `n_unit` is one of
+    N_UNITS; None means billions and refuses numbers too large for that. `text_tokens` is the Q of
+    tables without that column. Raises ValueError, with file and line, for a missing column, a value
+    that is not a number, percent mixed with fractions, an error outside 0..1, and a cell that
+    occurs twice with different values.
     """
     path = Path(path)
     if n_unit is not None and n_unit not in N_UNITS:
@@ -67,10 +55,11 @@ def read(path: str | Path, *, n_unit: str | None = None, text_tokens: float = 0.
     if not lines:
         raise ValueError(f"{path}: no rows: it needs column names and a line for each cell")
     column = _score_column(path, lines)
+    tasks = lmms_eval.table() if tasks is None else tasks
     scores = [  # one line per cell and family: place, family, score, stderr
         (where, line, *score)
         for where, line in lines
-        for score in _scores(path, where, line, column)
+        for score in _scores(path, where, line, column, tasks)
     ]
     unit = 1.0
     if column != "results":
@@ -127,7 +116,7 @@ def upside_down(cells: Sequence[Cell]) -> str:
         if np.ptp(column) == 0:
             return ""
         ranks = [np.unique(values, return_inverse=True)[1] for values in (column, error)]
-        rises.append(float(np.corrcoef(ranks)[0, 1]))
+        rises.append(float(np.asarray(np.corrcoef(ranks))[0, 1]))
     if min(rises) < RISING:
         return ""
     return (
@@ -190,7 +179,9 @@ def _score_column(path: Path, lines: Sequence[tuple[int, Line]]) -> str:
     return present[0]
 
 
-def _scores(path: Path, where: int, line: Line, column: str) -> list[tuple[str, float, float]]:
+def _scores(
+    path: Path, where: int, line: Line, column: str, tasks: Mapping[str, lmms_eval.Task]
+) -> list[tuple[str, float, float]]:
     """(family, score, stderr) of one line; several for an lmms-eval file."""
     if column != "results":
         stderr = math.nan
@@ -210,37 +201,17 @@ def _scores(path: Path, where: int, line: Line, column: str) -> list[tuple[str, 
         results = json.loads(file.read_text(encoding="utf-8")).get("results")
     if not isinstance(results, dict) or not results:
         raise ValueError(f"{path}:{where}: no `results` of lmms-eval (task -> metrics) found")
-    # A group of tasks has an entry of its own without any metric: its tasks follow.
-    tasks = {task: m for task, m in results.items() if any("," in key for key in m)}
-    if not tasks:
+    if not (found := lmms_eval.scores(f"{path}:{where}", results, tasks)):
         raise ValueError(f"{path}:{where}: no task of `results` has a metric")
-    return [(task, *_lmms_eval(path, where, task, metrics)) for task, metrics in tasks.items()]
+    return found
 
 
-def _lmms_eval(path: Path, where: int, task: str, metrics: Line) -> tuple[float, float]:
-    """(score, stderr) as fractions of one task's `metric,filter` entries."""
-    values = {
-        key.split(",")[0]: value
-        for key, value in metrics.items()
-        if "," in key and isinstance(value, int | float) and "_stderr" not in key
-    }
-    alone = tuple(values) if len(values) == 1 else ()
-    names, largest = LMMS_EVAL.get(task, (alone, 1.0))
-    name = next((name for name in names if name in values), None)
-    if name is None:
-        raise ValueError(
-            f"{path}:{where}: task {task} has metrics {', '.join(values) or 'none'}: keep one of "
-            f"them in the file (known by name: {', '.join(LMMS_EVAL)})"
-        )
-    stderr = next((v for k, v in metrics.items() if k.split(",")[0] == f"{name}_stderr"), math.nan)
-    # lmms-eval writes "N/A" where it has none.
-    stderr = float(stderr) if isinstance(stderr, int | float) else math.nan
-    score = float(values[name]) / largest
-    if not 0 <= score <= 1:
-        raise ValueError(
-            f"{path}:{where}: {task}'s {name} = {values[name]:g} is not in 0..{largest:g}"
-        )
-    return score, stderr / largest
+def has_results(path: str | Path) -> bool:
+    """Whether a table's scores are results of lmms-eval."""
+    text = Path(path).read_text(encoding="utf-8-sig")
+    if Path(path).suffix == ".csv":
+        return "results" in [name.strip() for name in text.split("\n", 1)[0].split(",")]
+    return '"results"' in text[:20_000]
 
 
 def _number(path: Path, where: int, line: Line, name: str) -> float:

@@ -91,6 +91,12 @@ def add_flags(parser: Parser) -> None:
         help="of scores: what MME's points are divided by, 2000 (perception) or 2800 (with "
         "cognition)",
     )
+    add(
+        "--tasks",
+        metavar="FILE",
+        help="of results of lmms-eval: a table (TOML) of families, metrics and divisors, over the "
+        "one in vlm_jax/rows/lmms_eval.toml",
+    )
     add("--text-tokens", type=float, metavar="Q", default=0.0, help="text tokens of rows without Q")
     add(
         "--chip",
@@ -129,6 +135,7 @@ def run(options: argparse.Namespace) -> int:
             n_unit=options.n_unit,
             text_tokens=options.text_tokens,
             mme=options.mme,
+            tasks_table=options.tasks,
         )
     say([measurements.note] if measurements.note else [])
     used = [f"published {options.published}"] if options.published else []
