@@ -62,7 +62,7 @@ def test_every_tensor_is_that_of_the_file(arch, tmp_path):
         np.testing.assert_array_equal(found, numbers, err_msg=name)
 
 
-def test_a_file_is_converted_by_the_command(tower, tmp_path, capsys):
+def test_a_file_is_converted_by_the_command(tmp_path, capsys):
     made_ggufs.made(tmp_path / "a.gguf", "llama", "smollm", tokenizer__ggml__eot_token_id=0)
     assert run("--llm", tmp_path / "a.gguf", "--to", tmp_path / "ours") == 0
     said = capsys.readouterr().err
@@ -79,11 +79,16 @@ def test_a_file_is_converted_by_the_command(tower, tmp_path, capsys):
     assert loaded.chat_template == made_ggufs.CHATML and loaded.eos_token == "<|im_end|>"
     # Another tokenizer takes the place of one that cannot be made.
     made_ggufs.made(tmp_path / "b.gguf", "llama", tokenizer__ggml__pre="default")
-    flags = ("--llm", tmp_path / "b.gguf", "--vision", tower)
+    flags = ("--llm", tmp_path / "b.gguf", "--vision", tmp_path / "ours")
     said = refused(capsys, *flags)
     assert "b.gguf: its tokenizer: pre='default' is not supported" in said
     assert said.rstrip().endswith("; or give --tokenizer=DIR, that of the original model")
     assert run(*flags, "--tokenizer", tmp_path / "ours/tokenizer", "--to", tmp_path / "b") == 0
+    # The tower of a model that is there.
+    other = folder.read(tmp_path / "b")
+    assert (other.vit, other.facts["image"]) == (made.vit, made.facts["image"])
+    for name in (name for name in made.tensors if name.startswith("vit.")):
+        np.testing.assert_array_equal(other.tensors[name].read(), made.tensors[name].read())
 
 
 @pytest.mark.parametrize("kind", ["gpt-2", "smollm", "qwen2", "llama"])
@@ -201,14 +206,13 @@ def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
         opened(tmp_path / "a.gguf")
 
 
-def test_a_new_tower_is_drawn_by_the_seed_as_the_configuration_says(tmp_path, mesh1):
+def test_a_new_tower_is_that_of_the_configuration(tmp_path, mesh1):
     made_ggufs.made(tmp_path / "a.gguf", "llama")
     config, wish = tiny.config(), Wish(None, None, None, None, None, None, 3, False)
     with llama_cpp.as_folder(tmp_path / "a.gguf") as home, jax.set_mesh(mesh1):
-        one, same = (sources.assemble(config, home, wish) for _ in range(2))
-    assert one.vit["levels"] == config.vit.levels and one.vit["width"] == config.vit.width
-    assert one.facts["image"]["fit"] == config.data.image_fit
-    drawn = [name for name in one.tensors if name.startswith("vit.")]
-    assert len(drawn) == 55 and one.notes["tower"].startswith("55 tensors of a new one")
-    for name in drawn:
-        np.testing.assert_array_equal(one.tensors[name], same.tensors[name])
+        made = sources.assemble(config, home, wish)
+    assert made.vit["levels"] == config.vit.levels and made.vit["width"] == config.vit.width
+    assert made.facts["image"]["fit"] == config.data.image_fit
+    drawn = [name for name in made.tensors if name.startswith("vit.")]
+    assert len(drawn) == 55
+    assert made.notes["tower"].startswith("55 tensors of a new one, drawn with seed 3")

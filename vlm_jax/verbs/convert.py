@@ -59,8 +59,9 @@ def add_flags(parser: Parser) -> None:
         "--vision",
         type=Path,
         metavar="DIR",
-        help="folder of a CLIP or SigLIP tower; or a configuration, whose vit is drawn with --seed "
-        f"(default with --llm: {TOWER})",
+        help="folder of a CLIP or SigLIP tower; a model that was trained or converted here, whose "
+        "tower is taken; or a configuration, whose tower is drawn with --seed (default with "
+        f"--llm: {TOWER})",
     )
     add(
         "--llm",
@@ -184,7 +185,7 @@ def gathered(options: argparse.Namespace, llm: Path | None) -> Any:
     """
     from vlm_jax.cost import described
     from vlm_jax.training import runs
-    from vlm_jax.weights import conversion, sources
+    from vlm_jax.weights import conversion, folder, sources
     from vlm_jax.weights.methods import Wish
 
     wish = Wish(
@@ -202,6 +203,8 @@ def gathered(options: argparse.Namespace, llm: Path | None) -> Any:
         vision = Path(TOWER)
     if vision is not None and vision.suffix == ".py":
         vision = described.load(vision, "get_config")()
+    elif vision is not None and (runs.is_run(vision) or folder.is_model(vision)):
+        vision = runs.read(vision, "--vision")
     if options.source and not options.llm and options.source.is_dir():
         if runs.is_run(options.source):
             given = wish.flags() + [f"--vision={options.vision}"] * bool(options.vision)

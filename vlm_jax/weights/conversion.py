@@ -30,11 +30,15 @@ class Converted:
 
 
 def read_source(
-    source: Path | None, *, vision: Path | ConfigDict | None, llm: Path | None, wish: Wish
-) -> folder.Model:
+    source: Path | None,
+    *,
+    vision: Path | ConfigDict | Model | None,
+    llm: Path | None,
+    wish: Wish,
+) -> Model:
     """The published model of a folder, or of the folders of its parts, with its tensors unread.
 
-    `vision` may be a configuration: a new tower.
+    `vision` is as in `sources.assemble`.
 
     Raises:
       FileNotFoundError, ValueError: for folders without weights, and for flags that do not fit.
@@ -52,8 +56,11 @@ def read_source(
         raise ValueError(f"--from={source} is a language model alone: give it as --llm")
     if not source.is_dir():
         raise FileNotFoundError(f"there is no folder --from={source}")
-    if isinstance(vision, ConfigDict):
-        raise ValueError(f"--from={source} needs a tower that is there: give --vision=DIR")
+    if isinstance(vision, ConfigDict | Model):
+        raise ValueError(
+            f"--from={source}: its tower is a published one, or a folder of such: give that as "
+            "--vision=DIR"
+        )
     return sources.llava(source, vision=vision, wish=wish)
 
 

@@ -133,6 +133,12 @@ class Model:
         )
 
 
+def is_model(path: PurePath) -> bool:
+    """Whether a folder says that it is a model folder."""
+    about = Path(path) / "config.json"
+    return about.is_file() and read_json(about).get("model_type") == MODEL_TYPE
+
+
 def read(folder: str | Path) -> Model:
     """A model folder, headers alone.
 

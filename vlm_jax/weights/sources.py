@@ -131,10 +131,11 @@ def tower_of_llava15(
     return vit, notes
 
 
-def assemble(vision: Path | ConfigDict, llm: Path, wish: Wish) -> Model:
+def assemble(vision: Path | ConfigDict | Model, llm: Path, wish: Wish) -> Model:
     """A new model from a tower, a compressor and a language model.
 
-    `vision` is the folder of a tower, or a configuration, whose tower is drawn.
+    `vision` is the folder of a tower, a model whose tower is taken, or a configuration whose tower
+    is drawn.
     """
     if wish.replace:
         raise ValueError("--replace-compressor is for --from: a new model has none to replace")
@@ -150,6 +151,10 @@ def assemble(vision: Path | ConfigDict, llm: Path, wish: Wish) -> Model:
             f"{len(tower)} tensors of a new one, drawn with seed {wish.seed}: it sees nothing "
             "before it is trained"
         )
+    elif isinstance(vision, Model):
+        vit, image, notes = dict(vision.vit), vision.facts["image"], {}
+        tower = {name: x for name, x in vision.tensors.items() if name.startswith("vit.")}
+        wish = replace(wish, levels=wish.levels or tuple(vit["levels"]))
     else:
         vit, tower = of_tower(vision)
         image = preprocessor.facts(vision, vit)
