@@ -77,6 +77,8 @@ def test_what_is_offered_can_be_built_and_is_near_what_was_fitted(run, laws):
     """By default a described LLM and a V of the method; in theory at most twice the range."""
     _, answer, _ = run("reasoning", "--flops=1e12", "--text-tokens=50")
     assert (answer["llm"], answer["V"]) == ("qwen1.5-7b", 16) and answer["schema"] == 1
+    _, sure, err = run("reasoning", "--flops=1e12", "--text-tokens=50", "--next")
+    assert sure["next"] == [] and "no cell is expected to change the choice" in err
     _, theory, _ = run("reasoning", "--flops=1e12", "--text-tokens=0", "--continuous")
     assert (theory["N"], theory["V"]) == (pytest.approx(14.0), pytest.approx(35.7, rel=0.01))
     assert any("N is capped at 14 billion" in w for w in theory["warnings"])

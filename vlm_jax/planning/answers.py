@@ -165,4 +165,7 @@ def in_words(answer: Mapping[str, Any]) -> str:
         f"at {c['cost']:.4g}" + ("" if c["p_best"] is None else f", best {c['p_best']:.2f}")
         for c in answer["runner_ups"][:5]
     ]
+    if "next" in answer:
+        why = [cell["reason"] for cell in answer["next"][:1]]
+        lines.append(f"train next: {why[0] if why else 'no cell is expected to change the choice'}")
     return "\n".join(lines)

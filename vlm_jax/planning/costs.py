@@ -84,6 +84,10 @@ class PaperCost:
         """The one range of N that costs at most `limit`."""
         return [(self.lowest, limit / self.amount(unit, 1.0, V, compressor))]
 
+    def training(self, N: Number, V: Number, compressor: str) -> float:
+        """FLOPs of training this configuration."""
+        return float(paper_training_flops(N, V, self.workload.recipe))
+
     def parts(self, N: Number, V: Number, compressor: str) -> dict[str, dict[str, Number]]:
         """This cost has no parts but those of the model's life."""
         if self.workload.requests is None:
@@ -226,6 +230,12 @@ class FullCost:
             }
             for unit, names in details[0].items()
         }
+
+    def training(self, N: Number, V: Number, compressor: str) -> float:
+        """FLOPs of training this configuration."""
+        method, recipe = self.compressor(compressor, V), self.workload.recipe
+        spent = [training_flops(self.vit, method, llm, recipe) for llm in self.sizes.values()]
+        return _line(N, np.array(list(self.sizes)), np.array(spent, np.float64))
 
     def amount(self, unit: str, N: Number, V: Number, compressor: str) -> float:
         """The cost in `unit` (a key of UNITS) of one request, or batch for ms and hbm."""

@@ -61,6 +61,11 @@ class Mixture:
             total = total + weight * answer.draws(N, V, Q, count=count)[order]
         return total
 
+    def noise(self) -> float:
+        """The standard deviation of the error of one newly trained and measured cell."""
+        of = [w * self.laws[name].scatter[0] for name, w in self.weights.items()]
+        return max(float(np.hypot.reduce(of)), 1e-4)
+
     def cells(self) -> list[tuple[float, float]] | None:
         """(N, V) of the places that can be answered for; None if all can."""
         places: set[tuple[float, float]] | None = None

@@ -20,7 +20,7 @@ from vlm_jax.cost.flops import PHASES
 from vlm_jax.cost.lifetime import LLAVA, Recipe
 from vlm_jax.cost.roofline import AS_CHIP, Stored
 from vlm_jax.law.law import Law
-from vlm_jax.planning import answers, choices, costs, planner
+from vlm_jax.planning import answers, choices, costs, next_cell, planner
 from vlm_jax.planning.decision import EPSILON
 from vlm_jax.planning.mixture import Mixture
 from vlm_jax.planning.parsing import law_fields, law_of, number, read_laws
@@ -93,6 +93,7 @@ def plan(
     stored: Stored = AS_CHIP,
     catalog: Catalog | None = None,
     epsilon: Number = EPSILON,
+    next_cells: int = 0,
     warnings: Sequence[str] = (),
 ) -> Plan:
     """The best LLM size and number of visual tokens within one budget or several.
@@ -133,6 +134,7 @@ def plan(
       stored: types of weights, cache and products of the LLM.
       catalog: chips and LLMs of your own; its LLMs are the described ones.
       epsilon: configurations are listed whose error is at most this much more than the best's.
+      next_cells: how many cells to name that are worth training next; 0 ranks none.
       warnings: sentences of the caller, added after the plan's own.
     Raises:
       ValueError: for arguments that contradict each other; if nothing meets the budget, with the
@@ -220,6 +222,10 @@ def plan(
         mixture, cost, planner.Budget(tuple(limits)), offered.sizes, offered_tokens, offered.most
     )
     fields = answers.plan(search, epsilon, {N: name for name, (N, _) in offered.known.items()})
+    if next_cells:
+        names = {N: name for name, (N, _) in offered.known.items()}
+        ranked = next_cell.cells(search, search.candidates(), names)[:next_cells]
+        fields["next"] = [dataclasses.asdict(cell) for cell in ranked]
     fields["warnings"] += [*offered.notes, *left_out, *warnings]
     return of_fields(fields, search)
 

@@ -146,6 +146,11 @@ def add_flags(parser: Parser) -> None:
         default=0.005,
         help="configurations whose error is at most this much more than the best's are listed",
     )
+    add(
+        "--next",
+        action="store_true",
+        help="also the cells to train next: regret saved per training FLOP",
+    )
     add("--out", metavar="DIR", help="folder for plan.png, plan.svg and plan.csv (default: none)")
     add(
         "--json",
@@ -210,6 +215,7 @@ def answer(options: argparse.Namespace) -> int:
         stored=parsing.stored(options.weights, options.cache, options.products),
         catalog=catalog.read(options.catalog) if options.catalog else None,
         epsilon=options.epsilon,
+        next_cells=5 if options.next else 0,
         warnings=warnings,
     )
     if options.out:
