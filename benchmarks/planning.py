@@ -3,11 +3,11 @@
 
     python benchmarks/planning.py [--study=chances|next] [--worlds=200] [--out=FILE]
 
-Both studies plant laws, so that the best configuration is known. "chances": a grid of 4 LLM sizes
-and 6 token counts is measured with noise, the law is fitted as `vlm-jax fit` does it, a budget is
+Both studies plant laws, so that the best configuration is known. "chances": a grid of 3 LLM sizes
+and 4 token counts is measured with noise, the law is fitted as `vlm-jax fit` does it, a budget is
 planned for, and the plan's p_best is compared with how often its choice is best; and its expected
 regret with the true one. "next": the grid is measured cell by cell as `vlm-jax plan --next` names
-them, until the expected regret is small, or in random order; the peer is the whole grid.
+them, until the expected regret is small, or in random order; the peer is the whole grid of 4 x 6.
 """
 
 import argparse
@@ -29,7 +29,8 @@ from vlm_jax.planning.mixture import Mixture  # noqa: E402
 SIZES, TOKENS = (0.5, 1.8, 4.0, 7.0), (1.0, 4.0, 16.0, 36.0, 144.0, 576.0)
 LLMS = (0.5, 1.0, 1.8, 3.0, 4.0, 7.0, 14.0)
 PLANNED = (1.0, 4.0, 9.0, 16.0, 36.0, 64.0, 144.0, 576.0)
-NOISE = 0.006  # of a measured cell, about that of the published points
+SMALL = [(n, v) for n in (0.5, 1.8, 7.0) for v in (1.0, 16.0, 64.0, 576.0)]  # of "chances"
+NOISE = 0.015  # of a measured cell: that of 1,000 questions, so that not every choice is certain
 FEW = ((0.5, 1.0), (0.5, 36.0), (0.5, 576.0), (1.8, 4.0), (1.8, 144.0), (4.0, 16.0))
 ENOUGH = 5e-4  # expected regret at which a search for cells ends
 
@@ -50,7 +51,7 @@ def measured(law: Law, cells: list[tuple[float, float]], rng: np.random.Generato
     """The cells' errors under a law, with noise."""
     N, V = (np.array(x) for x in zip(*cells, strict=True))
     error = law.error(N, V) + NOISE * rng.standard_normal(len(N))
-    return Points(N, V, np.zeros(len(N)), error, np.full(len(N), np.nan), [""] * len(N))
+    return Points(N, V, np.zeros(len(N)), error, np.full(len(N), NOISE), [""] * len(N))
 
 
 def search_of(mixture: Mixture, rng: np.random.Generator) -> planner.Search:
@@ -82,7 +83,7 @@ def chances(worlds: int) -> dict:
     for world in range(worlds):
         rng = np.random.default_rng(world)
         law = planted(rng)
-        points = measured(law, [(n, v) for n in SIZES for v in TOKENS], rng)
+        points = measured(law, SMALL, rng)
         asked = fit(points, bootstrap=200, intervals=False)
         who, _ = answer.answer(points, asked, bootstrap=200)
         search = search_of(Mixture({"all": asked}, {"all": 1.0}, {"all": who}), rng)
@@ -121,7 +122,7 @@ def until(law: Law, world: int, order: str) -> dict:
     left = [i for i in np.random.default_rng([world, 2]).permutation(len(grid)) if i not in known]
     while True:
         here = points.where(np.isin(np.arange(len(grid)), known))
-        fitted = fit(here, "multiplicative", bootstrap=200, intervals=False)
+        fitted = fit(here, "multiplicative", bootstrap=100, intervals=False)
         search = search_of(alone(fitted), np.random.default_rng([world, 3]))
         candidates = search.candidates()
         errors = search.draws(candidates)

@@ -82,6 +82,30 @@ def test_a_law_of_another_method_is_said():
     assert any("mqt cannot give V = 700" in w for w in odd["warnings"])
 
 
+def test_each_compressor_is_judged_by_its_own_law(tmp_path):
+    """Two methods of one law.json: the same cost, errors of their own, chances among all pairs."""
+    fields = REASONING.to_dict() | {"method": "token_packer"}
+    better = fields | {"method": "mqt", "A": 0.9 * fields["A"]}
+    better["samples"] = dict(fields["samples"])
+    first = fields["samples"]["names"].index("A")
+    better["samples"]["values"] = [
+        [0.9 * x if i == first else x for i, x in enumerate(row)]
+        for row in fields["samples"]["values"]
+    ]
+    whole = fields | {"methods": {"token_packer": fields, "mqt": better}}
+    (tmp_path / "law.json").write_text(json.dumps(whole))
+    how = dict(flops=4e11, compressors=["token_packer", "mqt"], epsilon=1)
+    answer = planned(tmp_path, **how)
+    assert answer["compressor"] == "mqt" == answer["law"]["method"]
+    assert not any("errors of" in w or "by cost alone" in w for w in answer["warnings"])
+    at = {(c["compressor"], c["N"], c["V"]): c["error"] for c in answer["runner_ups"]}
+    assert at["mqt", 1.8, 16] == pytest.approx(0.9 * at["token_packer", 1.8, 16], rel=1e-3)
+    chances = [answer["decision"]["p_best"], *(c["p_best"] for c in answer["runner_ups"])]
+    assert sum(chances) == pytest.approx(1) and chances[0] > 0.9
+    alone = planned(tmp_path, flops=4e11, compressors=["mqt"])
+    assert alone["predicted_error"] == answer["predicted_error"]
+
+
 def test_where_no_form_fits_the_measured_cells_answer(tmp_path):
     """A planted bend that no power law has: the best measured cell within the budget, as it is."""
     rng = np.random.default_rng(0)

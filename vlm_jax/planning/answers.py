@@ -20,8 +20,9 @@ def plan(search: planner.Search, epsilon: Number, names: Mapping[Number, str]) -
     """
     candidates = search.candidates()
     chosen, cost_model, Q = candidates[0], search.cost, search.cost.workload.Q
-    interval = search.law.interval(chosen.N, chosen.V, Q)
-    trained = search.law.interval(chosen.N, chosen.V, Q, measured=True)
+    law = search.law_of(chosen.compressor)
+    interval = law.interval(chosen.N, chosen.V, Q)
+    trained = law.interval(chosen.N, chosen.V, Q, measured=True)
     unit, limit = search.budget.limits[0]
     spent: dict[str, Any] = {"amount": chosen.cost, "unit": costs.UNITS[unit]}
     spent |= cost_model.parts(chosen.N, chosen.V, chosen.compressor)
@@ -54,15 +55,15 @@ def plan(search: planner.Search, epsilon: Number, names: Mapping[Number, str]) -
         "batch": cost_model.workload.batch,
         "cached_text": cost_model.workload.cached_text,
         # Where the measured cells answer, nothing is known between them.
-        "marginal": None if search.law.cells() else planner.marginal(search, chosen),
+        "marginal": None if law.cells() else planner.marginal(search, chosen),
         "decision": known,
         "limits": decision.limits(search, chosen),
         "runner_ups": others,
         "law": {
-            "weights": dict(search.law.weights),
-            "laws": {n: {"form": law.form, **law.params} for n, law in search.law.laws.items()},
-            "answers": {n: {"by": a.by, "shares": a.shares} for n, a in search.law.answers.items()},
-            "method": search.law.method,
+            "weights": dict(law.weights),
+            "laws": {n: {"form": one.form, **one.params} for n, one in law.laws.items()},
+            "answers": {n: {"by": a.by, "shares": a.shares} for n, a in law.answers.items()},
+            "method": law.method,
         },
         "units": {
             "N": "billion LLM parameters",
@@ -105,23 +106,25 @@ def warnings_of(search: planner.Search, chosen: planner.Candidate) -> list[str]:
     if search.llms is None and math.isclose(chosen.N, search.most, rel_tol=1e-6):
         sentences.append(f"N is capped at {chosen.N:.4g} billion, twice the range on which the law "
                          "was fitted")  # fmt: skip
+    mixture = search.law_of(chosen.compressor)
     for Q, _ in cost_model.workload.texts:
-        sentences += [s for s in search.law.outside(chosen.N, chosen.V, Q) if s not in sentences]
-    if any(not law.domain for law in search.law.laws.values()):
+        sentences += [s for s in mixture.outside(chosen.N, chosen.V, Q) if s not in sentences]
+    if any(not law.domain for law in mixture.laws.values()):
         sentences.append("the law does not say on which N, V and Q it was fitted: "
                      "extrapolation goes unnoticed")  # fmt: skip
-    for name, weight in search.law.weights.items():
-        law, answer = search.law.laws[name], search.law.answers[name]
+    for name, weight in mixture.weights.items():
+        law, answer = mixture.laws[name], mixture.answers[name]
         if weight and (why := answer.misfit):
             sentences.append(f"{name}: {why}")
         elif weight and answer.cells is None and (missed := law.misfit.get("sentence")):
             sentences.append(f"{name}: the {law.form} form {missed}: its answer and its intervals "
                              "cannot be trusted")  # fmt: skip
     method = search.law.method
-    if other := [kind for kind in search.tokens if method and kind != search.law.kind]:
+    unknown = [kind for kind in search.tokens if kind not in search.others]
+    if other := [kind for kind in unknown if method and kind != search.law.kind]:
         sentences.append(f"the law was fitted with {method}: it does not know the errors of "
                          f"{', '.join(other)}")  # fmt: skip
-    elif len(search.tokens) > 1:
+    elif len(unknown) > 1:
         sentences.append("the law holds for the compressor it was fitted with: "
                          "others are compared by cost alone")  # fmt: skip
     if isinstance(cost_model, costs.FullCost):

@@ -109,7 +109,7 @@ def tokens(
 
     `most` is the number of patches; under `theory`, the paper's cost, any listed V is possible.
     """
-    low, high = offered(law, "V")
+    ends = {kind: offered(law.others.get(kind, law), "V") for kind in kinds}
     if isinstance(wanted, str):
         if wanted != CONTINUOUS:
             raise ValueError(f"--tokens={wanted}: give a list of V, or {CONTINUOUS}")
@@ -117,20 +117,25 @@ def tokens(
             raise ValueError(
                 f"--tokens={CONTINUOUS} needs --llms={CONTINUOUS}: with a list of LLMs, list V too"
             )
-        return {kind: Between(1.0, min(float(most), high)) for kind in kinds}, []
+        return {kind: Between(1.0, min(float(most), ends[kind][1])) for kind in kinds}, []
     side = math.isqrt(most)
     if wanted is None and (cells := law.cells()) is not None:
         return {kind: sorted({v for _, v in cells}) for kind in kinds}, []
     built = {kind: methods.named(kind).planned(side) for kind in kinds}
     if wanted is None:
-        near = {kind: [float(v) for v in V if low <= v <= high] for kind, V in built.items()}
+        near = {
+            kind: [float(v) for v in V if ends[kind][0] <= v <= ends[kind][1]]
+            for kind, V in built.items()
+        }
         if not any(near.values()):
             fitted = law.domain("V") or (0, 0)
             raise ValueError(
                 f"no V of {', '.join(kinds)} lies within twice the range on which the law was "
                 f"fitted ({fitted[0]:g} to {fitted[1]:g}): name V with --tokens"
             )
-        left = sorted({v for V in built.values() for v in V if not low <= v <= high})
+        left = sorted(
+            {float(v) for V in built.values() for v in V} - {v for V in near.values() for v in V}
+        )
         words = [f"not offered, more than twice outside the fitted V: "
                  f"{', '.join(f'{v:g}' for v in left)} (name them with --tokens)"]  # fmt: skip
         return {kind: V for kind, V in near.items() if V}, words if left else []

@@ -23,13 +23,15 @@ class Mixture:
     """A weighted mean of laws, one per task family; weights sum to 1.
 
     `answers` holds who answers for each family, forms that fit or measured cells; a family without
-    one is answered by its law. `method` is the compressor that the laws were fitted with.
+    one is answered by its law. `method` is the compressor that the laws were fitted with; `others`
+    are the laws of other compressors, by their names.
     """
 
     laws: Mapping[str, Law]
     weights: Mapping[str, Number]
     answers: Mapping[str, Answer] = dataclasses.field(default_factory=dict)
     method: str | None = None
+    others: Mapping[str, "Mixture"] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         alone = {

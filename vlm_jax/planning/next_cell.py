@@ -66,7 +66,11 @@ def cells(
     every size is possible.
     """
     errors = search.draws(candidates)
-    if errors is None or search.law.cells() is not None or search.llms is None:
+    if (
+        errors is None
+        or any(search.law_of(kind).cells() is not None for kind in search.tokens)
+        or search.llms is None
+    ):
         raise ValueError(
             "--next needs a law with draws (vlm-jax fit --bootstrap=1000) of a form that fits, and "
             "listed LLMs and V (no --continuous)"
@@ -77,7 +81,10 @@ def cells(
         f"N = {candidates[i].N:.4g}, V = {candidates[i].V:.4g} ({now.best[i]:.2f})"
         for i in sorted({int(best), int(second)}, key=lambda i: -now.best[i])
     )
-    regret, noise = float(now.regret.min()), search.law.noise()
+    regret, noise = (
+        float(now.regret.min()),
+        max(search.law_of(kind).noise() for kind in search.tokens),
+    )
     if regret < NONE:
         return []
     places = [

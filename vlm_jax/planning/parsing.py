@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parses the values of flags: numbers, shares such as reasoning:0.3,ocr:0.7, and law files."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -84,7 +85,12 @@ def read_laws(text: str, mix: str | None) -> Mixture:
     if Path(text).is_file() or ":" not in text:
         fields = law_fields(Path(text))
         if mix is None:
-            return mixture({"all": (fields, text)}, {"all": 1.0}, fields.get("method"))
+            of_methods = {
+                name: mixture({"all": (section, f"{text} methods.{name}")}, {"all": 1.0}, name)
+                for name, section in fields.get("methods", {}).items()
+            }
+            first = mixture({"all": (fields, text)}, {"all": 1.0}, fields.get("method"))
+            return dataclasses.replace(first, others=of_methods)
         named = {
             family: (section, f"{text} families.{family}")
             for family, section in fields.get("families", {}).items()

@@ -56,7 +56,8 @@ class Search:
     """What is searched.
 
     `llms` is a list of N, or None for every size up to `most`; `tokens` maps each compressor to its
-    list of V, or to all V `Between` two values.
+    list of V, or to all V `Between` two values. `others` are the laws of compressors that have
+    their own; `law` answers for the rest.
     """
 
     law: Mixture
@@ -65,18 +66,31 @@ class Search:
     llms: tuple[Number, ...] | None
     tokens: Mapping[str, Sequence[Number] | Between]
     most: Number = np.inf
+    others: Mapping[str, Mixture] = dataclasses.field(default_factory=dict)
 
-    def predicted(self, N: Numbers, V: Number) -> Any:
+    def law_of(self, compressor: str) -> Mixture:
+        """The law that answers for a compressor."""
+        return self.others.get(compressor, self.law)
+
+    def predicted(self, N: Numbers, V: Number, compressor: str) -> Any:
         """The error averaged over text lengths, in the shape of N."""
-        return sum(share * self.law.error(N, V, q) for q, share in self.cost.workload.texts)
+        return sum(
+            share * self.law_of(compressor).error(N, V, q) for q, share in self.cost.workload.texts
+        )
 
     def draws(self, candidates: Sequence[Candidate]) -> np.ndarray | None:
         """Paired draws of the error, float64[worlds, candidates]; None for a law without draws."""
-        N, V = (np.array([getattr(c, axis) for c in candidates]) for axis in "NV")
-        found = [(share, self.law.draws(N, V, Q)) for Q, share in self.cost.workload.texts]
-        if any(errors is None for _, errors in found):
-            return None
-        return sum(share * errors for share, errors in found)
+        columns: dict[int, np.ndarray] = {}
+        for kind in {c.compressor for c in candidates}:
+            mine = [i for i, c in enumerate(candidates) if c.compressor == kind]
+            N, V = (np.array([getattr(candidates[i], axis) for i in mine]) for axis in "NV")
+            law, texts = self.law_of(kind), self.cost.workload.texts
+            found = [(share, law.draws(N, V, Q)) for Q, share in texts]
+            if any(errors is None for _, errors in found):
+                return None
+            errors = sum(share * errors for share, errors in found)
+            columns |= {i: errors[:, k] for k, i in enumerate(mine)}
+        return np.stack([columns[i] for i in range(len(candidates))], axis=1)
 
     def affordable(self, V: Number, compressor: str) -> list[float]:
         """The N to try at V: the listed ones within all limits, or the ends of what they allow."""
@@ -84,7 +98,7 @@ class Search:
             return [
                 float(N)
                 for N in self.llms
-                if self.law.answers_at(N, V) and self.allows(N, V, compressor)
+                if self.law_of(compressor).answers_at(N, V) and self.allows(N, V, compressor)
             ]
         allowed = [(self.cost.lowest, self.most)]
         for unit, amount in self.budget.limits:
@@ -116,7 +130,9 @@ class Search:
         unit = self.budget.limits[0][0]
         return [
             Candidate(N, V, compressor, float(error), self.cost.amount(unit, N, V, compressor))
-            for N, error in zip(choices, self.predicted(np.array(choices), V), strict=True)
+            for N, error in zip(
+                choices, self.predicted(np.array(choices), V, compressor), strict=True
+            )
         ]
 
     def best_at(self, V: Number, compressor: str) -> Candidate | None:
@@ -194,8 +210,8 @@ def marginal(search: Search, chosen: Candidate) -> dict[str, Number | None]:
     unit = search.budget.limits[0][0]
     N, V, kind = chosen.N, chosen.V, chosen.compressor
     amount = search.cost.amount(unit, N, V, kind)
-    token = chosen.error - float(search.predicted(N, V + 1))
-    billion = chosen.error - float(search.predicted(N + 1, V))
+    token = chosen.error - float(search.predicted(N, V + 1, kind))
+    billion = chosen.error - float(search.predicted(N + 1, V, kind))
     token_cost = search.cost.amount(unit, N, V + 1, kind) - amount
     billion_cost = search.cost.amount(unit, N + 1, V, kind) - amount
     return {
@@ -213,7 +229,11 @@ def _ratio(search: Search, chosen: Candidate) -> float | None:
 
     def slope(N: Number, V: Number) -> float | None:
         price = search.cost.amount(unit, N, V, chosen.compressor) - chosen.cost
-        return (chosen.error - float(search.predicted(N, V))) / price if price > 0 else None
+        return (
+            (chosen.error - float(search.predicted(N, V, chosen.compressor))) / price
+            if price > 0
+            else None
+        )
 
     tokens = slope(chosen.N, chosen.V * (1 + step))
     parameters = slope(chosen.N * (1 + step), chosen.V)

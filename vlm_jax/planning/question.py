@@ -219,7 +219,13 @@ def plan(
             dollars_per_hour=(price or 0.0) * chips_together,
         )
     search = planner.Search(
-        mixture, cost, planner.Budget(tuple(limits)), offered.sizes, offered_tokens, offered.most
+        mixture,
+        cost,
+        planner.Budget(tuple(limits)),
+        offered.sizes,
+        offered_tokens,
+        offered.most,
+        {kind: one for kind, one in mixture.others.items() if kind != mixture.kind},
     )
     fields = answers.plan(search, epsilon, {N: name for name, (N, _) in offered.known.items()})
     if next_cells:

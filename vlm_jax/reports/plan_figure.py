@@ -50,7 +50,7 @@ def draw(search: planner.Search, out_dir: Path | str) -> Figure:
             continue
         color = OKABE_ITO[number]
         x, y = [c.V for c in curve], [c.error for c in curve]
-        ends = [search.law.interval(c.N, c.V, Q) for c in curve]
+        ends = [search.law_of(kind).interval(c.N, c.V, Q) for c in curve]
         if all(end is not None for end in ends):
             low, high = zip(*ends, strict=True)
             canvas.band(kind, x, low, high, color=color, N_billions=[c.N for c in curve], V=x, Q=Q)
