@@ -268,6 +268,17 @@ def test_the_fall_of_the_error_is_the_law_s_between_the_ends_of_the_grid():
     assert low < A * middle**-alpha * (1 - 36**-beta) < high
 
 
+def test_a_law_that_misses_the_cells_gives_no_answer(run):
+    rows = [row for row in made_rows.rows() if not row.blind and row.compressor != "pool"]
+    fitted = law.fit(records.points(rows, "text"), bootstrap=50)
+    missed = dataclasses.replace(fitted, misfit={"sentence": "misses the cells by 0.1"})
+    found = findings.Findings()
+    findings._law(found, "text", missed, rows)
+    ((_, sentence),) = found.answer
+    assert sentence.startswith("No answer from the law: its multiplicative form misses the cells")
+    assert "250k with 36 (" in sentence and "the law's best" not in sentence
+
+
 def test_a_grid_no_better_than_blind_is_said_to_say_nothing(tmp_path, undrawn):
     laws = {f: (1 - score, 0.0, 0.0, 0.0) for f, score in made_rows.BLIND.items()}
     page = page_of(make(tmp_path, made_rows.rows(laws=laws, noise=0.0)))

@@ -99,13 +99,16 @@ def _range_of_v(rows: Sequence) -> tuple[float, float]:
 def _law(findings: Findings, family: str, law, rows: Sequence) -> None:
     if GREEK.keys() <= law.intervals.keys():
         gains = [_exponent(findings, family, law, name, rows) for name in GREEK]
-        _what_to_buy(findings, family, law, rows, any(gains))
+        if law.misfit.get("sentence"):
+            findings.answer.append((family, _cells_alone(family, law, rows)))
+        else:
+            _what_to_buy(findings, family, law, rows, any(gains))
     if loose := [name for name, closed in law.identified.items() if not closed]:
         ends = ", ".join(f"{name} {interval(law.intervals[name])}" for name in loose)
         floor = " The error of a very large model is not known." if "D" in loose else ""
         findings.open.append((family, f"Not determined by these cells: {ends}.{floor}"))
     typical = np.sqrt(np.mean([row.families[family]["stderr"] ** 2 for row in rows]))
-    if law.rmse > 2 * typical > 0:
+    if law.rmse > 2 * typical > 0 and not law.misfit.get("sentence"):
         sentence = (
             f"The law misses the cells by {number(law.rmse)} (root mean square); the number of "
             f"questions alone explains {number(typical)}. The rest is the law's form or the chance "
@@ -192,6 +195,27 @@ def _what_to_buy(findings: Findings, family: str, law, rows: Sequence, helps: bo
             f"interval {low:.0f} to {high:.0f}, within the {lowest:g} to {highest:g} "
             f"measured.{beyond}",
         )
+    )
+
+
+def _cells_alone(family: str, law, rows: Sequence) -> str:
+    """The answer where the law misses the cells: the best of what was measured, by cost."""
+    Q = _mean_q(rows)
+    sizes = {row.llm: row.llm_parameters for row in rows}
+    cells = by_cell(rows, family).items()
+    ordered = sorted(cells, key=lambda cell: (sizes[cell[0][0]] * (Q + cell[0][1]), -cell[1][0]))
+    frontier: list[tuple[tuple, tuple[float, float]]] = []
+    for cell in ordered:
+        if not frontier or cell[1][0] > frontier[-1][1][0]:
+            frontier.append(cell)
+    steps = ", ".join(
+        f"{llm} with {V:g} ({number(score)} ± {number(SURE * spread)})"
+        for (llm, V), (score, spread) in frontier[-5:]
+    )
+    return (
+        f"No answer from the law: its {law.form} form {law.misfit['sentence']}. Of the measured "
+        f"cells alone, at a cost of 2N(Q+V) with {number(Q)} text tokens, none is cheaper and "
+        f"better than these, by rising cost: {steps}."
     )
 
 

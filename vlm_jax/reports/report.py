@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vlm_jax import files
+from vlm_jax.law import answer
+from vlm_jax.law import families as families_module
 from vlm_jax.law import law as laws_module
 from vlm_jax.reports import figures, page
 from vlm_jax.reports import run as runs
 from vlm_jax.reports.run import Run
-from vlm_jax.rows import records
+from vlm_jax.rows import measured, records
 
 
 def write(workdir: Path | str) -> dict:
@@ -91,8 +93,8 @@ def laws_of(workdir: Path, run: Run) -> tuple[dict, dict[str, str]]:
     laws, reasons = {}, {}
     for family in families:
         try:
-            measured = [row for row in run.main if family in row.families]
-            laws[family] = laws_module.fit(records.points(measured, family))
+            rows = [row for row in run.main if family in row.families]
+            laws[family] = laws_module.fit(records.points(rows, family))
         except ValueError as error:
             reasons[family] = f"{str(error)[:1].upper()}{str(error)[1:]}."
     if laws and (document := law_document(run, laws)):
@@ -106,15 +108,23 @@ def law_document(run: Run, laws: Mapping) -> dict | None:
     The top level is the law of the mean over families, or of the only family; "families" has the
     law of each family.
     """
-    families = {family: law.to_dict() for family, law in laws.items()}
-    if len(laws) == 1:
-        (name,) = laws
-        return families[name] | {"family": name, "method": run.method, "families": families}
-    try:
-        mean = laws_module.fit(records.points(run.main)).to_dict()
-    except ValueError:
-        return None
-    return mean | {"family": "mean of families", "method": run.method, "families": families}
+    points = {
+        family: records.points([row for row in run.main if family in row.families], family)
+        for family in laws
+    }
+    if len(laws) > 1:
+        try:
+            mean = records.points(run.main)
+            laws = {measured.MEAN: laws_module.fit(mean), **laws}
+        except ValueError:
+            return None
+        points = {measured.MEAN: mean, **points}
+    answers = {name: answer.answer(points[name], law)[0] for name, law in laws.items()}
+    first = next(iter(laws))
+    return families_module.document(laws, answers, mean=measured.MEAN) | {
+        "method": run.method,
+        "fitted_on": families_module.fitted_on(points[first], "rows.jsonl"),
+    }
 
 
 def read_object(path: Path) -> dict:
