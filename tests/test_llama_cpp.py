@@ -139,6 +139,8 @@ def test_stretched_positions_are_those_of_the_file(tmp_path):
 @pytest.mark.parametrize("name, value, words", [
     ("general.architecture", "gemma2", "general.architecture='gemma2' is not supported; supported"),
     ("general.type", "adapter", "general.type='adapter'"),
+    ("general.quantization_version", 1, "general.quantization_version=1"),
+    ("llama.tensor_data_layout", "reference", "tensor_data_layout='reference' is not supported"),
     ("llama.rope.scaling.type", "yarn", "llama: rope.scaling.type='yarn'"),
     ("llama.expert_count", 8, "llama: expert_count=8"),
     ("llama.attention.sliding_window", 64, "attention.sliding_window=64 is not supported: a model"),

@@ -38,7 +38,7 @@ OTHERS = (
     "attention.layer_norm_rms_epsilon", "attention.causal", "rope.freq_base",
     "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor",
     "rope.scaling.original_context_length", "rope.scaling.finetuned", "expert_count",
-    "expert_used_count",
+    "expert_used_count", "tensor_data_layout",
 )  # fmt: skip
 # Names of tensors; `blk.3.attn_q.weight` is layers.3.self_attn.q_proj.weight.
 TOP = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
@@ -132,6 +132,8 @@ def config(metadata: dict[str, Any], tensors: dict[str, Rows]) -> dict[str, Any]
         not supported, by name.
     """
     allow("general.type", metadata.get("general.type", "model"), ("model",))
+    name = "general.quantization_version"  # of the layout of blocks
+    allow(name, metadata.get(name, 2), (2,))
     arch = metadata.get("general.architecture")
     allow("general.architecture", arch, ARCHITECTURES)
     about = {
@@ -152,6 +154,9 @@ def config(metadata: dict[str, Any], tensors: dict[str, Rows]) -> dict[str, Any]
             allow(name, about.get(name, size), (size,))
         for name in ("expert_count", "expert_used_count"):
             allow(name, about.get(name, 0), (0,))
+        # Older files of Llama: rows as Meta has them, which is llama.cpp's order.
+        meta = "Meta AI original pth"
+        allow("tensor_data_layout", about.get("tensor_data_layout", meta), (meta,))
         allow("attention.causal", about.get("attention.causal", True), (True,))
         kv_heads = whole("attention.head_count_kv", about.get("attention.head_count_kv", heads))
         eps = "attention.layer_norm_rms_epsilon"
