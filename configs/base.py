@@ -167,6 +167,12 @@ def get_config() -> ConfigDict:
         # steps are never made.
         stage.max_nonfinite = 3
 
+    # A second objective of the encoder stage, for data that names what its patches show (the
+    # embedded benchmark's pictures): patches near the names of their things, as in CLIP.
+    c.contrast = ConfigDict()
+    c.contrast.weight = 0.0  # of its loss, beside that of the patch classes; 0.0: there is none
+    c.contrast.width = 64  # of the space in which patches and names are compared
+
     # Checkpoints and the log.
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 500  # steps

@@ -79,7 +79,9 @@ class Source(Protocol):
     (evals/embedded.py). `left_out` counts the bad rows. `describe()` gives counts for the log,
     `notes()` sentences about changes to the given data. Sources with labels of image content also
     have `patch_labels(i, side)`, int32 [side * side] in
-    raster order, and `patch_classes`, one more than the largest label. Sources with weights have
+    raster order, and `patch_classes`, one more than the largest label. If things have names, they
+    have `patch_names(i, side)` alike, 0 or the number from 1 of one of `names`, the words of each.
+    Sources with weights have
     `order(seed, epoch)`, int64 [n], the examples of an epoch; the others are permuted.
     """
 

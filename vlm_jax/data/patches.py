@@ -18,6 +18,8 @@ from vlm_jax.data.skips import Skip, Skips
 class PatchBatches(Batches):
     """Like `Batches`, image by image: pixels [B, S, S, 3], ids [B, P] the classes in raster order.
 
+    With `names` also names [B, P], the number of each patch's name from 1, 0 where it has none.
+
     The class of most patches is 0, background: `loss_mask` [B, P] keeps every other patch, and as
     many of the background ones as `background` says, so that the rare things are learnt.
     """
@@ -31,6 +33,7 @@ class PatchBatches(Batches):
         seed: int,
         side: int,
         background: float = 0.03,
+        names: bool = False,
         skip: bool = False,
         mesh: Mesh | None = None,
     ):
@@ -58,7 +61,9 @@ class PatchBatches(Batches):
             # A fixed pattern for each image: which of its patches count depends on no other image,
             # nor on which process reads it.
             draw = np.stack([np.random.default_rng(i).random(labels[0].size) for i in images])
+            named = [source.patch_names(int(i), side) for i in images] if names else []
             return dict(
+                **({"names": np.stack(named)} if names else {}),
                 pixels=np.stack([pixels for _, pixels in found]),
                 ids=labels,
                 loss_mask=(labels > 0) | (draw < background),

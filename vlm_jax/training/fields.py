@@ -45,10 +45,12 @@ LATER = {
     "data.picture_share": 0.0,
     "data.pictures": "",
     "data.held_out_style": "facebook",
+    "contrast.weight": 0.0,
+    "contrast.width": 64,
     **{f"{stage}.max_nonfinite": 3 for stage in ("encoder", "align", "finetune")},
 }
 # Sections that came later as a whole.
-LATER_SECTIONS = ("validation",)
+LATER_SECTIONS = ("validation", "contrast")
 
 Flat = Mapping[str, Any]  # dotted name of a field -> its value, as JSON gives it back
 
@@ -255,6 +257,7 @@ FIELDS: dict[str, Field] = {
     **_stage("encoder"),
     **_stage("align"),
     **_stage("finetune"),
+    **_section("contrast", RUN, weight=NOT_NEGATIVE, width=COUNT),
     # When something is kept and said, not what is computed.
     **_section("checkpoint", NOTHING, every=COUNT, keep=COUNT),
     **_section("log", NOTHING, every=COUNT, tensorboard=None),
@@ -338,6 +341,9 @@ def unread(name: str, values: Flat) -> bool:
     section = name.partition(".")[0]
     if section in STAGES and name != f"{section}.steps":
         return values.get(f"{section}.steps") == 0
+    if section == "contrast":
+        off = name != "contrast.weight" and not values.get("contrast.weight")
+        return off or values.get("encoder.steps") == 0
     if name in ("lora.alpha", "lora.targets"):
         return values.get("lora.rank") == 0
     if name == "data.row_images":

@@ -37,6 +37,14 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
+class ContrastSize:
+    """The encoder's second objective, field for field config.contrast, which explains them."""
+
+    weight: float
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ValidationSize:
     """How a training is validated: config.eval_every and the fields of config.validation."""
 
@@ -70,6 +78,7 @@ class Recipe:
       loss_chunk: positions of a row whose scores are there at a time, as config.loss_chunk.
       frozen_dtype: of the weights that a stage leaves alone.
       encoder, align, finetune: the stages, in this order.
+      contrast: the second objective of the first.
       seed: of weights and order. start_from: the folder with the first weights, or "".
       validation: whether and how it is validated.
       checkpoint_every, checkpoint_keep, log_every: steps, checkpoints, steps.
@@ -88,6 +97,7 @@ class Recipe:
     encoder: Stage
     align: Stage
     finetune: Stage
+    contrast: ContrastSize
     seed: int
     start_from: str
     validation: ValidationSize
@@ -112,6 +122,7 @@ class Recipe:
             encoder=Stage.of(config.encoder),
             align=Stage.of(config.align),
             finetune=Stage.of(config.finetune),
+            contrast=ContrastSize(**config.contrast),
             seed=config.seed,
             start_from=config.start_from,
             validation=ValidationSize.of(config),

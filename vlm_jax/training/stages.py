@@ -14,15 +14,16 @@ from vlm_jax.data import loader, patches, prefixes
 from vlm_jax.models import lora, vlm
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM
-from vlm_jax.training import memory, optimizer, precision, runs
+from vlm_jax.training import contrast, memory, optimizer, precision, runs
 from vlm_jax.training.checkpoint import Checkpoints
+from vlm_jax.training.contrast import NameReader
 from vlm_jax.training.fingerprint import Beginning
 from vlm_jax.training.first_weights import first_model
 from vlm_jax.training.inputs import Inputs as Inputs
 from vlm_jax.training.inputs import open_inputs as open_inputs
 from vlm_jax.training.inputs import tokenizer_of as tokenizer_of
 from vlm_jax.training.log import Log
-from vlm_jax.training.objective import Sums, of_stage, patch_class, patch_reader
+from vlm_jax.training.objective import PatchReader, Sums, of_stage, patch_class, patch_reader
 from vlm_jax.training.overview import overview
 from vlm_jax.training.recipe import Recipe
 from vlm_jax.training.validation import Outside, Validation
@@ -195,13 +196,28 @@ def pretrain_encoder(
     begin: Callable[[], None] | None = None,
 ) -> ViT:
     """An encoder trained to say what each patch of the training images shows."""
-    source = inputs.source
+    return pretrain_reader(recipe, folder, inputs, begin=begin).vit
+
+
+def pretrain_reader(
+    recipe: Recipe,
+    folder: PurePath,
+    inputs: Inputs,
+    *,
+    begin: Callable[[], None] | None = None,
+) -> PatchReader | NameReader:
+    """That encoder with its heads; with config.contrast it also knows names."""
+    source, weight = inputs.source, recipe.contrast.weight
     if not hasattr(source, "patch_labels"):
         raise ValueError(
             f"encoder.steps={recipe.encoder.steps}, but source {source.name!r} does not "
             "know what its patches show: set encoder.steps=0"
         )
-
+    if weight and not getattr(source, "names", ()):
+        raise ValueError(
+            f"contrast.weight={weight}, but nothing that source {source.name!r} shows has a name: "
+            "set data.picture_share above 0, or contrast.weight=0"
+        )
     batches = patches.PatchBatches(
         source,
         inputs.processor,
@@ -209,10 +225,18 @@ def pretrain_encoder(
         seed=recipe.seed,
         mesh=jax.sharding.get_mesh(),
         side=recipe.model.vit.side,
+        names=weight > 0,
         skip=recipe.skip,
     )
-    reader = patch_reader(recipe.model, source.patch_classes, seed=recipe.seed)
-    return run_stage("encoder", reader, batches, recipe, folder, patch_class, begin=begin).vit
+    objective: Callable[[Any, Any], Sums] = patch_class
+    if weight:
+        known = contrast.vocabulary(source.names)
+        sizes = (recipe.model, source.patch_classes, len(known), recipe.contrast.width)
+        reader = contrast.name_reader(*sizes, seed=recipe.seed)
+        objective = contrast.patch_class_and_name(contrast.bags(source.names, known), weight)
+    else:
+        reader = patch_reader(recipe.model, source.patch_classes, seed=recipe.seed)
+    return run_stage("encoder", reader, batches, recipe, folder, objective, begin=begin)
 
 
 def train(
