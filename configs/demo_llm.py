@@ -17,6 +17,6 @@ def get_config():
     c.llm.vocab = 2048  # the names have 1,400 words
     c.data.update(dict(picture_share=0.5, text_length=40, question_length=32))
 
-    c.encoder.update(dict(steps=4000, batch=64, learning_rate=2e-3, clip_norm=1.0))
+    c.encoder.update(dict(steps=2500, batch=64, learning_rate=2e-3, clip_norm=1.0))
     c.contrast.update(dict(weight=1.0, width=128))
     return c
