@@ -43,6 +43,13 @@ def test_a_fingerprint_does_not_know_the_sharding(mesh8):
         assert fingerprint.of_weights(cut) == fingerprint.of_weights(weights)
 
 
+def test_the_host_and_the_device_find_the_same_fingerprint(monkeypatch):
+    weights = arrays() | {"scalar": jnp.float32(0.1)}
+    on_the_host = fingerprint.of_weights(weights)
+    monkeypatch.setattr(fingerprint, "SMALL", 0)
+    assert fingerprint.of_weights(weights) == on_the_host
+
+
 def test_a_run_tells_how_it_began_and_ended(trained):
     found = fingerprint.of_run(trained, ["align", "finetune"])
     first = json.loads((trained / "align" / fingerprint.BEGAN).read_text())

@@ -45,6 +45,25 @@ class Os:
 files.os = Os()
 """
 
+# Says on stderr, for each program, whether XLA compiled it or it was read from the cache.
+COUNTED = """
+import jax
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+read = []
+jax.monitoring.register_event_listener(
+    lambda event, **_: read.append(event) if event.endswith("/cache_hits") else None)
+def note(event, seconds, fun_name="", **_):
+    if event.endswith("/backend_compile_duration"):
+        print("program", "read" if read else "compiled", fun_name, file=sys.stderr)
+        read.clear()
+jax.monitoring.register_event_duration_secs_listener(note)
+"""
+
+
+def programs(done, how):
+    """The names of the programs of a counted run that were "compiled", or "read"."""
+    return re.findall(rf"^program {how} (.*)$", done.stderr, re.MULTILINE)
+
 
 def run(folder, before="", flags=()):
     return tiny.run("grid", *SMALL, f"--workdir={folder}", *flags, before=before)
@@ -57,7 +76,7 @@ def rows_of(folder):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grid") / "run"
-    done = run(folder)
+    done = run(folder, COUNTED)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -69,13 +88,13 @@ def repeated(unbroken, tmp_path_factory):
     folder = tmp_path_factory.mktemp("grid") / "killed"
     seen = []
     for before in (IN_A_ROW, ""):
-        done = run(folder, before)
+        done = run(folder, COUNTED + before)
         assert done.returncode == (-9 if before else 0), done.stderr
         rows = (folder / "rows.jsonl").read_text()
         whole = {p.parent.name: (p.read_text(), p.stat().st_mtime_ns)
                  for p in folder.glob("cells/*/row.json")}  # fmt: skip
         seen.append((rows, whole, done.stderr))
-    return folder, seen
+    return folder, seen, done
 
 
 def test_a_killed_grid_ends_with_the_scores_of_an_unbroken_one(unbroken, repeated):
@@ -94,13 +113,30 @@ def test_a_killed_grid_ends_with_the_scores_of_an_unbroken_one(unbroken, repeate
 
 
 def test_finished_cells_are_not_done_again(repeated):
-    _, seen = repeated
+    _, seen, _ = repeated
     (_, before, first), (_, after, second) = seen
     assert before.items() <= after.items()
     assert (sorted(before), sorted(after)) == (NAMES[:1], sorted(NAMES))
     # The encoder and two finetuned models were made by the first run, the third by the second.
     assert "encoder 3/3" in first and "encoder 3/3" not in second
     assert first.count("finetune 3/3") == 2 and second.count("finetune 3/3") == 1
+
+
+def test_cells_of_one_shape_are_compiled_once_in_a_process_and_once_on_a_machine(
+    unbroken, repeated
+):
+    # The blind cell has the shapes of the first one: of three cells two are compiled.
+    first, again = unbroken[1], repeated[2]
+    gradients = [programs(first, how).count("jit(gradient)") for how in ("compiled", "read")]
+    # Each cell has two stages; the encoder is a seventh.
+    assert sum(gradients) == 7 and gradients[1] >= 2, gradients
+    # All cells have the same weights: one update for each stage, and the encoder's.
+    updates = [programs(first, how).count("jit(apply)") for how in ("compiled", "read")]
+    assert sum(updates) == 3, updates
+    # The repeated command trained the last cell in another process.
+    assert programs(again, "read").count("jit(gradient)") == 2
+    steps = {"jit(gradient)", "jit(apply)", "jit(first)", "jit(following)"}
+    assert not steps & set(programs(again, "compiled"))
 
 
 def test_rows_are_whole_and_single_at_every_time(repeated):
@@ -111,7 +147,7 @@ def test_rows_are_whole_and_single_at_every_time(repeated):
 
 
 def test_a_finished_grid_repeated_changes_no_row(repeated, capsys):
-    folder, seen = repeated
+    folder, seen, _ = repeated
     assert main(["grid", *SMALL, f"--workdir={folder}"]) == 0
     assert (folder / "rows.jsonl").read_text() == seen[-1][0]
     assert "finetune 3/3" not in capsys.readouterr().err

@@ -157,7 +157,7 @@ def test_positions_move_in_the_first_stage_alone_and_steps_compile_once(stage, b
         step, data = optimizer.make_step(graph, tx, objective.next_token), batches(mesh1)
         for _ in range(3):
             state, metrics = step(state, next(data))
-        assert np.isfinite(metrics.loss) and step.compiled._cache_size() == 1
+        assert np.isfinite(metrics.loss) and step.programs[0]._cache_size() == 1
         after = optimizer.finish(graph, state).compressor
         assert (np.asarray(after.position[...]) != before[0]).any() == (stage == "align")
         assert (np.asarray(after.query[...]) != before[1]).any()

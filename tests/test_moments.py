@@ -92,7 +92,7 @@ def test_a_step_keeps_its_types_and_places_on_a_mesh_and_the_loss_falls(kind, me
             losses.append(float(metrics.loss))
         after = [(x.dtype, x.shape, x.sharding.spec) for x in jax.tree.leaves(state.optimizer)]
     assert [t[:2] for t in told] == [t[:2] for t in after]
-    assert run.compiled._cache_size() == 1
+    assert run.programs[0]._cache_size() == 1
     assert losses[-1] < losses[0] - 0.05
 
 

@@ -158,7 +158,34 @@ def test_four_steps_on_eight_devices_are_four_steps_on_one(finetuned, models, st
 
 
 def test_the_step_is_compiled_once(finetuned):
-    assert finetuned[3].compiled._cache_size() == 1
+    assert finetuned[3].programs[0]._cache_size() == 1
+
+
+def test_a_step_in_two_programs_is_that_in_one(finetuned, mesh1):
+    c, _, state, run = finetuned
+    with jax.set_mesh(mesh1):
+        batch = tiny.placed(tiny.batch(c))
+        copied = jax.tree.map(jnp.copy, state)
+        changed = copied.step, copied.trained, copied.optimizer
+        (step, _, moments), metrics = run.compiled(changed, state.frozen, batch)
+        after, told = run(jax.tree.map(jnp.copy, state), batch)
+    assert len(run.programs) == 2 and after.step == step
+    np.testing.assert_allclose(metrics, told, rtol=ROUNDING)
+    for one, two in zip(*map(jax.tree.leaves, (moments, after.optimizer)), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-7)
+
+
+def test_models_that_differ_in_visual_tokens_share_the_program_of_the_update(mesh1):
+    updates = []
+    with jax.set_mesh(mesh1):
+        for tokens in (1, 4):
+            c = tiny.config(compressor=dict(tokens=tokens))
+            tx = optimizer.optimizer(tiny.stage(c.finetune))
+            graph, state = optimizer.start(tiny.created(c), "finetune", tx)
+            step = optimizer.make_step(graph, tx, objective.next_token)
+            step(state, tiny.placed(tiny.batch(c)))
+            updates.append(step.programs[1])
+    assert updates[0] is updates[1]
 
 
 def test_a_step_transfers_nothing_donates_what_it_changes_and_keeps_frozen_weights(

@@ -250,7 +250,11 @@ def test_the_encoder_given_is_the_encoder_kept(setting, tmp_path, mesh1):
     with jax.set_mesh(mesh1):
         given = tiny.roughened(model.vit)
         kept = [np.asarray(x) for x in jax.tree.leaves(given)]
-        assert_same(stages.train(tiny.recipe(c), tmp_path, inputs, encoder=given).vit, kept)
+        trained = stages.train(tiny.recipe(c), tmp_path, inputs, encoder=given)
+        assert_same(trained.vit, kept)
+        # The LLM is not trained here: it is drawn as it is with an encoder of its own.
+        drawn = [np.asarray(x) for x in jax.tree.leaves(tiny.created(c).llm)]
+        assert_same(trained.llm, drawn)
 
 
 # --- Errors before the first step -----------------------------------------------------------------

@@ -11,7 +11,7 @@ import jax
 from vlm_jax import progress
 
 LIMIT = 2 * 10**9  # bytes; the least recently used programs are removed first
-SHORTEST = 0.3  # seconds of compilation from which a program is kept
+SHORTEST = 0.1  # seconds of compilation from which a program is kept
 
 
 def home() -> Path:

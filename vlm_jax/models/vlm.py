@@ -5,6 +5,7 @@ B batch  M images of a row  P patches  Z = levels x E  V visual tokens  T text t
 D llm width  W vocabulary  I image side in pixels
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -301,12 +302,21 @@ def create(size: VLMSize, *, seed: int, of: Callable[[VLM], Any] = lambda model:
 
     `of` may select a part of the model: only that is computed.
     """
-    once = mesh.known(cpu.RUN_ONCE)
+    once = mesh.known(cpu.DRAW_ONCE)
     return jax.jit(lambda: of(build(size, nnx.Rngs(seed))), compiler_options=once)()
 
 
 def shapes(size: VLMSize) -> VLM:
     """The model of a description with shapes as parameters: nothing is computed."""
+    # A copy, so that what one caller does to its module is not in that of the next.
+    return jax.tree.map(lambda leaf: leaf, _shapes(size, jax.sharding.get_abstract_mesh()))
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(size: VLMSize, mesh: jax.sharding.AbstractMesh) -> VLM:
+    """`shapes` on the current mesh: a grid asks for those of its cells again and again, and tracing
+    takes a tenth of a second."""
+    del mesh  # each has its own answer
     return jax.eval_shape(lambda: build(size, nnx.Rngs(0)))
 
 

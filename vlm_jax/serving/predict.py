@@ -69,7 +69,7 @@ def predict(
     tokenizer = processor.tokenizer
     if model.compressor.buckets:  # trained for any V
         model = model.at(config.compressor.tokens)
-    answer = Decoder(model, stop_ids=processor.stop_ids)
+    answer = Decoder(model, stop_ids=processor.stop_ids, brief=True)
     batches = loader.evaluation_batches(
         source,
         processor,

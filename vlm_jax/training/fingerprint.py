@@ -14,11 +14,12 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from vlm_jax import files, hosts
 from vlm_jax.training.optimizer import State
 
+SMALL = 1 << 24  # numbers: to add up so many takes less time than to compile it
 BEGAN = "began.json"  # in the folder of a stage
 # Vector instructions that decide in which order XLA adds up on a CPU, the widest first.
 VECTORS = ("avx512f", "avx2", "avx", "sve", "asimd")
@@ -28,21 +29,26 @@ def of_weights(tree: Any) -> str:
     """16 hexadecimal digits that depend on every bit of every array, however they are sharded.
 
     Two sums over the bits of each array are taken where it lies, exact in integers of 32 bits, so
-    that a model larger than one host is not fetched.
+    that a model larger than one host is not fetched. Small arrays are summed on the host, without a
+    program to compile.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-
-    @jax.jit
-    def sums(arrays):
-        bits = [jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") for x in arrays]
-        wide = [x.astype(jnp.uint32) for x in bits]
-        return [(x.sum(dtype=jnp.uint32), (x * (x | 1)).sum(dtype=jnp.uint32)) for x in wide]
-
+    arrays = [x for _, x in leaves]
+    if sum(x.size for x in arrays) <= SMALL and all(x.is_fully_addressable for x in arrays):
+        pairs = [sums(np.asarray(x)) for x in arrays]
+    else:
+        pairs = jax.jit(lambda arrays: [sums(x) for x in arrays])(arrays)
     found = hashlib.sha256()
-    for (path, x), pair in zip(leaves, sums([x for _, x in leaves]), strict=True):
+    for (path, x), pair in zip(leaves, pairs, strict=True):
         described = (jax.tree_util.keystr(path), x.shape, str(x.dtype), *map(int, pair))
         found.update(repr(described).encode())
     return found.hexdigest()[:16]
+
+
+def sums(x: Any) -> tuple[Any, Any]:
+    """The two sums over the bits of one array, of NumPy or of JAX, modulo 2^32."""
+    bits = x.view(f"uint{8 * x.dtype.itemsize}").astype("uint32")
+    return bits.sum(dtype="uint32"), (bits * (bits | 1)).sum(dtype="uint32")
 
 
 class Beginning:

@@ -18,9 +18,15 @@ def first_model(recipe: Recipe, encoder: ViT | None, *, seed: int) -> VLM:
             model = weights_start.load(
                 recipe.model, stored, start_from=recipe.start_from, seed=seed
             )
+        if encoder is not None:
+            model = VLM(encoder, model.compressor, model.llm)
     else:
         with progress.doing("initializing the weights"):
-            model = vlm.create(recipe.model, seed=seed)
-    if encoder is not None:
-        model = VLM(encoder, model.compressor, model.llm)
+            # An encoder that would be replaced is not drawn.
+            vit, *others = vlm.create(
+                recipe.model,
+                seed=seed,
+                of=lambda m: (m.vit if encoder is None else None, m.compressor, m.llm),
+            )
+            model = VLM(vit if encoder is None else encoder, *others)
     return model.at(model.compressor.buckets[-1]) if model.compressor.buckets else model

@@ -91,7 +91,7 @@ class PatchReader(nnx.Module):
 def patch_reader(size: VLMSize, classes: int, *, seed: int) -> PatchReader:
     """A fresh encoder of a model under its classifier, on the current mesh."""
     make = jax.jit(
-        lambda: reader(size, classes, seed=seed), compiler_options=mesh.known(cpu.RUN_ONCE)
+        lambda: reader(size, classes, seed=seed), compiler_options=mesh.known(cpu.DRAW_ONCE)
     )
     return make()
 

@@ -4,7 +4,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from flax import nnx
 from flax.nnx import filterlib
 from jaxtyping import Array, Float, Int
 
-from vlm_jax import mesh
+from vlm_jax import cpu, mesh
 from vlm_jax.models import lora
 from vlm_jax.models.vlm import Batch
 from vlm_jax.training import compiler, moments
@@ -67,9 +67,10 @@ def schedule(stage: Stage) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, stage.learning_rate, warmup, stage.steps)
 
 
+@functools.lru_cache(maxsize=32)
 def optimizer(stage: Stage) -> optax.GradientTransformation:
     """AdamW with the moments that the stage keeps; weight decay falls on matrices only, as in the
-    published recipes."""
+    published recipes. Equal stages have the same object, so that they share their programs."""
 
     def decays(tree):
         return jax.tree_util.tree_map_with_path(
@@ -107,7 +108,7 @@ def start(
     """The model cut into its structure and a fresh training state."""
     adapted = stage == "finetune" and lora.adapted(model)
     graph, trained, frozen = nnx.split(model, ADAPTERS if adapted else TRAINED[stage], ...)
-    return graph, State(jnp.zeros((), jnp.int32), trained, frozen, jax.jit(tx.init)(trained))
+    return graph, State(jnp.zeros((), jnp.int32), trained, frozen, initial(tx)(trained))
 
 
 def finish(graph: nnx.GraphDef, state: State) -> nnx.Module:
@@ -128,46 +129,79 @@ def make_step(
     `accumulate` micro-batches give the gradient of the whole batch (to rounding), because sums and
     not means are added up. What the step changes is donated; frozen weights may be shared.
     Where the loss or the gradient is not finite, the step counts and changes nothing else.
+
+    `step.compiled` is the whole step as one program, `step.programs` are those that run: on a CPU
+    the gradient and the update apart (`cpu.update_apart`), with the same results to rounding.
     """
 
     def loss(trained, frozen, batch, total):
         sums = objective(nnx.merge(graph, trained, frozen), batch)
         return (sums.nll + z_loss * sums.log_z_squared) / total, sums
 
+    def gradient(trained, frozen, batch: Batch):
+        tokens = batch["loss_mask"].sum()
+        total = jnp.maximum(tokens, 1).astype(jnp.float32)
+        of_rows = jax.grad(loss, has_aux=True)
+
+        def add(carry, micro):
+            new = of_rows(trained, frozen, micro, total)
+            return jax.tree.map(jnp.add, carry, new), None
+
+        if accumulate == 1:
+            grads, sums = of_rows(trained, frozen, batch, total)
+        else:
+            zero = jax.tree.map(jnp.zeros_like, trained), Sums(*[jnp.zeros(())] * 3)
+            (grads, sums), _ = jax.lax.scan(add, zero, micro_batches(batch, accumulate))
+        return grads, sums, tokens
+
     options = mesh.known(compiler.step_options())
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
     def update(changed, frozen, batch: Batch):
-        step, trained, opt = changed
-        tokens = batch["loss_mask"].sum()
-        total = jnp.maximum(tokens, 1).astype(jnp.float32)
-        gradient = jax.grad(loss, has_aux=True)
+        return apply(tx, changed, *gradient(changed[1], frozen, batch))
 
-        def add(carry, micro):
-            new = gradient(trained, frozen, micro, total)
-            return jax.tree.map(jnp.add, carry, new), None
+    run, programs = update, (update,)
+    if cpu.update_apart():
+        programs = jax.jit(gradient, compiler_options=options), applying(tx)
 
-        if accumulate == 1:
-            grads, sums = gradient(trained, frozen, batch, total)
-        else:
-            zero = jax.tree.map(jnp.zeros_like, trained), Sums(*[jnp.zeros(())] * 3)
-            (grads, sums), _ = jax.lax.scan(add, zero, micro_batches(batch, accumulate))
-        norm = optax.tree.norm(grads)
-        with jax.named_scope("optimizer"):
-            updates, moved = tx.update(grads, opt, trained)
-            new = optax.apply_updates(trained, updates), moved
-            # One number that is not finite would be in every weight after it.
-            finite = jnp.isfinite(sums.nll) & jnp.isfinite(norm)
-            trained, opt = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (trained, opt))
-        metrics = Metrics(sums.nll / total, sums.correct / total, norm, tokens)
-        return (step + 1, trained, opt), metrics
+        def run(changed, frozen, batch: Batch):
+            return programs[1](changed, *programs[0](changed[1], frozen, batch))
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        changed, metrics = update((state.step, state.trained, state.optimizer), state.frozen, batch)
+        changed, metrics = run((state.step, state.trained, state.optimizer), state.frozen, batch)
         return State(changed[0], changed[1], state.frozen, changed[2]), metrics
 
-    step.compiled = update
+    step.compiled, step.programs = update, programs
     return step
+
+
+def apply(tx: optax.GradientTransformation, changed, grads, sums: Sums, tokens):
+    """What a step changes (step, weights, optimizer's state) after an update, and its metrics."""
+    step, trained, opt = changed
+    total = jnp.maximum(tokens, 1).astype(jnp.float32)
+    norm = optax.tree.norm(grads)
+    with jax.named_scope("optimizer"):
+        updates, moved = tx.update(grads, opt, trained)
+        new = optax.apply_updates(trained, updates), moved
+        # One number that is not finite would be in every weight after it.
+        finite = jnp.isfinite(sums.nll) & jnp.isfinite(norm)
+        trained, opt = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (trained, opt))
+    metrics = Metrics(sums.nll / total, sums.correct / total, norm, tokens)
+    return (step + 1, trained, opt), metrics
+
+
+@functools.lru_cache(maxsize=32)
+def applying(tx: optax.GradientTransformation) -> Any:
+    """`apply` as a program of a CPU: the same one for all models whose trained weights have equal
+    shapes."""
+    options = mesh.known(compiler.step_options())
+    return jax.jit(functools.partial(apply, tx), donate_argnums=0, compiler_options=options)
+
+
+@functools.lru_cache(maxsize=32)
+def initial(tx: optax.GradientTransformation) -> Any:
+    """The first state of an optimizer as a program, as `applying`."""
+    return jax.jit(tx.init)
 
 
 def micro_batches(batch: Batch, accumulate: int) -> Batch:
