@@ -14,6 +14,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def share_programs():
+    """Makes the processes of a run find in the cache of programs what any of them has compiled.
+
+    On a CPU each process describes the same devices in other words, which are part of the key. One
+    process would read what the others compile, and wait for them: Gloo waits no longer than 30 s.
+    """
+    from jax._src import cache_key
+
+    cache_key._hash_accelerator_config = lambda *_: None
+
+
 def free_port():
     """A port that no process listens at."""
     with socket.socket() as found:
@@ -73,6 +84,7 @@ def run(commands, *, processes, devices, flags=(), timeout=600):
 if __name__ == "__main__":
     from vlm_jax.__main__ import main
 
+    share_programs()
     for number, argv in enumerate(json.loads(sys.argv[1])):
         print(f"command {number}", flush=True)
         if status := main([*argv, *sys.argv[2:]]):

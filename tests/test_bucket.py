@@ -175,21 +175,3 @@ def test_a_training_in_a_bucket_ends_as_one_on_a_disk(served, bucket, trained, m
     evaluated = tiny.run("evaluate", "--workdir=gs://a-bucket/run", timeout=900)
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads(at("run/scores.json").read_text()) == json.loads(evaluated.stdout)
-
-
-@pytest.mark.slow
-def test_a_grid_in_a_bucket_leaves_its_rows_and_its_report(served, bucket, monkeypatch):
-    for name, value in served[1].items():
-        monkeypatch.setenv(name, value)
-    flags = ("--config=tests/one_size.py", "--config.finetune.steps=2", "--config.align.steps=1",
-             "--config.encoder.steps=1")  # fmt: skip
-    done = tiny.run("grid", *flags, "--workdir=gs://a-bucket/grid", timeout=900)
-    assert done.returncode == 0, done.stderr
-    made = json.loads(done.stdout)
-    assert made["report"] == "gs://a-bucket/grid/report/index.html"
-    assert "<html" in at("grid/report/index.html").read_text()
-    rows = at("grid/rows.jsonl").read_text().splitlines()
-    assert len(rows) == made["cells"] > 1
-    again = tiny.run("grid", *flags, "--workdir=gs://a-bucket/grid", timeout=900)
-    assert again.returncode == 0 and "finetune" not in again.stderr, again.stderr
-    assert at("grid/rows.jsonl").read_text().splitlines() == rows

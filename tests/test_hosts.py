@@ -27,19 +27,7 @@ SHORT = [CONFIG, "--config.encoder.steps=0", "--config.align.steps=0", "--config
 GRID = [CONFIG, "--config.grid.tokens=(4,)", "--config.grid.baselines=()"]
 EXAMPLE = f"{tiny.ROOT}/tests/published/benchmarks/ocrbench/annotations"
 BENCHMARK = ["evaluate", "--tasks=ocrbench", f"--annotations={EXAMPLE}", "--max-new-tokens=3"]
-# Of a row, what a clock or a command line says.
-TIMES = ("created", "evaluate_seconds", "timing")
 PROMPTS = ["what is there ?", "how many circles are there ?", "which word is written ?"]
-
-
-def rows_of(grid):
-    """A grid's rows without times."""
-    rows = [json.loads(line) for line in (grid / "rows.jsonl").read_text().splitlines()]
-    for row in rows:
-        del row["train"]["seconds"]
-        for name in TIMES:
-            del row[name]
-    return rows
 
 
 def files_of(folder):
@@ -208,6 +196,6 @@ def test_the_rows_of_a_grid_are_bit_equal_on_one_and_on_two_processes(tmp_path):
     for count in (1, 2):
         argv = ["grid", *GRID, f"--workdir={tmp_path / str(count)}"]
         processes.run([argv], processes=count, devices=8 // count, timeout=3000)
-    assert rows_of(tmp_path / "1") == rows_of(tmp_path / "2")
+    assert tiny.rows(tmp_path / "1") == tiny.rows(tmp_path / "2")
     cells = [sorted((tmp_path / str(n) / "cells").glob("*/predictions.jsonl")) for n in (1, 2)]
     assert cells[0] and [p.read_text() for p in cells[0]] == [p.read_text() for p in cells[1]]

@@ -12,9 +12,10 @@ def test_every_fault_names_tests_that_are_there():
     rows = [line.split("|") for line in PAGE.splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 20
     wrong = []
-    for _, fault, promise, tests, _ in rows:
+    for _, fault, promise, tests, seen, _ in rows:
         files = re.findall(r"`(test_\w+\.py)`", tests)
         assert files and promise.strip(), fault
+        assert re.search(r"\d process|in the test", seen), fault
         texts = [(tiny.ROOT / "tests" / file).read_text() for file in files]
         for name in re.findall(r"`(test_\w+)`", tests):
             if not any(f"def {name}(" in text for text in texts):
