@@ -145,7 +145,7 @@ def test_the_published_floor_is_said_to_be_unidentifiable(name):
     assert held["D"] > 0.03 and held["inside"]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "frames"])
 def test_many_starts_reach_what_scipy_reaches_from_the_same_point(form):
     points = published.points("ocr", text_tokens=20.0)
     fitted = point_fit(points, form)

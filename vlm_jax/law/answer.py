@@ -39,16 +39,19 @@ class Cells:
     error: np.ndarray
     sd: np.ndarray
     dof: float
+    frames: np.ndarray | None = None
 
-    def find(self, N: Numbers, V: Numbers) -> np.ndarray:
-        """int[places]: the cell measured at each (N, V), within a thousandth.
+    def find(self, N: Numbers, V: Numbers, frames: Numbers = 1) -> np.ndarray:
+        """int[places]: the cell measured at each (N, V, frames), within a thousandth.
 
         Raises ValueError for a place that was not measured.
         """
-        at = [np.ravel(x) for x in np.broadcast_arrays(N, V)]
+        at = [np.ravel(x) for x in np.broadcast_arrays(N, V, frames)]
         distance = np.maximum(
             np.abs(np.log(at[0][:, None] / self.N)), np.abs(np.log(at[1][:, None] / self.V))
         )
+        if self.frames is not None:
+            distance = np.maximum(distance, np.abs(np.log(at[2][:, None] / self.frames)))
         if (bad := distance.min(1) > 1e-3).any():
             n, v = at[0][bad][0], at[1][bad][0]
             raise ValueError(
@@ -78,18 +81,28 @@ class Answer:
     tests: dict[str, dict[str, Any]] = field(default_factory=dict)
     misfit: str = ""
 
-    def error(self, N: Numbers, V: Numbers, Q: Numbers = 0) -> np.ndarray:
-        """The expected error, shaped as N, V and Q broadcast; measured means if `by` is "cells"."""
-        shape = np.broadcast_shapes(np.shape(N), np.shape(V), np.shape(Q))
+    def error(self, N: Numbers, V: Numbers, Q: Numbers = 0, *, frames: Numbers = 1) -> np.ndarray:
+        """The expected error, shaped as N, V, Q and frames broadcast."""
+        shape = np.broadcast_shapes(*map(np.shape, (N, V, Q, frames)))
         if self.by == CELLS_ALONE:
-            N, V, _ = np.broadcast_arrays(N, V, Q)
+            N, V, _, frames = np.broadcast_arrays(N, V, Q, frames)
             cells = self._cells()
-            return cells.error[cells.find(N, V)].reshape(shape)
-        errors = [share * self.forms[form].error(N, V, Q) for form, share in self.shares.items()]
+            return cells.error[cells.find(N, V, frames)].reshape(shape)
+        errors = [
+            share * self.forms[form].error(N, V, Q, frames=frames)
+            for form, share in self.shares.items()
+        ]
         return np.asarray(sum(errors), dtype=np.float64)
 
     def draws(
-        self, N: Numbers, V: Numbers, Q: Numbers = 0, *, count: int = 1000, measured: bool = False
+        self,
+        N: Numbers,
+        V: Numbers,
+        Q: Numbers = 0,
+        *,
+        frames: Numbers = 1,
+        count: int = 1000,
+        measured: bool = False,
     ) -> np.ndarray:
         """Paired draws of the error at many places, float64[count, *shape of N, V, Q].
 
@@ -99,12 +112,12 @@ class Answer:
         The same arguments give the same draws. Raises ValueError for a law without draws, and for
         places that were not measured if `by` is "cells".
         """
-        shape = np.broadcast_shapes(np.shape(N), np.shape(V), np.shape(Q))
-        flat = [np.ravel(x) for x in np.broadcast_arrays(N, V, Q)]
+        shape = np.broadcast_shapes(*map(np.shape, (N, V, Q, frames)))
+        flat = [np.ravel(x) for x in np.broadcast_arrays(N, V, Q, frames)]
         rng = np.random.default_rng(0)
         if self.by == CELLS_ALONE:
             cells = self._cells()
-            which = cells.find(flat[0], flat[1])
+            which = cells.find(flat[0], flat[1], flat[3])
             t = rng.standard_t(max(cells.dof, 1.0), (count, len(cells.N)))
             errors = (cells.error + np.nan_to_num(cells.sd) * t)[:, which]
         else:
@@ -147,6 +160,8 @@ class Answer:
                 k: [None if np.isnan(x) else float(x) for x in getattr(self.cells, k)]
                 for k in ("N", "V", "Q", "error", "sd")
             } | {"dof": self.cells.dof}
+            if self.cells.frames is not None:
+                fields["cells"]["frames"] = self.cells.frames.tolist()
         fields["tests"] = self.tests
         return fields
 
@@ -165,7 +180,9 @@ class Answer:
         if held:
             columns = ("N", "V", "Q", "error", "sd")
             arrays = {k: np.array(held[k], dtype=np.float64) for k in columns}
-            cells = Cells(**arrays, dof=held["dof"])
+            frames = held.get("frames")
+            frames = None if frames is None else np.array(frames, dtype=np.float64)
+            cells = Cells(**arrays, dof=held["dof"], frames=frames)
         return cls(
             by=stored["by"],
             forms={form: Law.from_dict(law) for form, law in stored["forms"].items()},
@@ -193,6 +210,7 @@ def measured_cells(points: Points, stderr: float) -> Cells:
     return Cells(
         points.N[first], points.V[first], points.Q[first], mean, np.sqrt(variance),
         float(dof) if dof and not np.isfinite(stderr) else max(float(dof), 30.0),
+        None if points.frames is None else points.frames[first],
     )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def leave_out(
     fold_of_row = folds[
         np.clip(np.searchsorted(distinct, getattr(rows, column)), 0, len(folds) - 1)
     ]
-    design = FORMS[form].design(rows.N, rows.V, rows.Q)
+    design = FORMS[form].design(*rows.place)
     if near is None:
         near, _ = minimum(design, rows, seed=seed, huber=huber)
     guesses = starts(design, rows.mean, rows.weight, FOLD_STARTS, np.random.default_rng(seed))
@@ -63,7 +63,7 @@ def leave_out(
     first = np.tile(guesses, (count, 1))
     theta, loss = solve(design, rows.mean[None], included * rows.weight, first, huber=huber)
     best = loss.reshape(count, -1).argmin(1) + np.arange(count) * len(guesses)
-    predicted = predict(FORMS[form].design(points.N, points.V, points.Q), theta[best])
+    predicted = predict(FORMS[form].design(*points.place), theta[best])
     return {float(v): predicted[fold, values == v] for v, fold in zip(distinct, folds, strict=True)}
 
 
@@ -81,6 +81,8 @@ def compare(
     """
     rows = []
     for name, form in FORMS.items():
+        if form.reads_frames != (points.frames is not None):
+            continue
         row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
             "form": name,
             "formula": form.formula,
@@ -174,8 +176,8 @@ def extrapolate(
     are too few for a fit; both are missing without bootstrap draws. The other arguments are those
     of `law.fit`.
     """
-    if not bootstrap:
-        return {}
+    if not bootstrap or points.frames is not None:
+        return {}  # a prediction for a video needs its frames
     largest = points.N.max()
     predictions: dict[str, Any] = {}
     smaller, left_out = points.where(points.N < largest), points.where(points.N == largest)

@@ -21,6 +21,7 @@ from vlm_jax.law.points import Points
 from vlm_jax.law.solve import FLOOR, Array, jacobian, measured, predict
 
 CELLS, MODELS = 0, 1  # strata
+PLACE = ("N", "V", "Q", "frames")
 MANY, BINS = 500, 20  # places, and bins of N and of V that take their place
 LEAST_DOF = 0.05  # of a stratum whose residuals the law can take up entirely: nothing is known
 QUESTION = (
@@ -34,7 +35,7 @@ class System:
     """Rows as a fit sees them.
 
     Attributes:
-      N, V, Q: float64[n], the places.
+      N, V, Q, frames: float64[n], the places.
       mean, total: float64[n], the weighted mean error of each place and the sum of its weights.
       target, weight: float64[m], what was measured and how it counts.
       mix: float64[m, n], from errors at places to coordinates; None if they are the same.
@@ -47,6 +48,7 @@ class System:
     N: Array
     V: Array
     Q: Array
+    frames: Array
     mean: Array
     total: Array
     target: Array
@@ -57,6 +59,11 @@ class System:
     pure: float
     pure_dof: int
     rows: int
+
+    @property
+    def place(self) -> tuple[Array, Array, Array, Array]:
+        """N, V, Q and frames, float64[n] each."""
+        return self.N, self.V, self.Q, self.frames
 
     @property
     def shared(self) -> bool:
@@ -86,7 +93,7 @@ class Noise:
 
 def places(points: Points) -> Array:
     """int[rows]: equal numbers where N, V and Q are equal, such as the seeds of one cell."""
-    columns = np.stack([points.N, points.V, points.Q])
+    columns = np.stack(points.place)
     return np.unique(columns, axis=1, return_inverse=True)[1].ravel()
 
 
@@ -96,7 +103,7 @@ def system(points: Points, weight: Array, *, alone: bool = False) -> System:
     first = np.unique(place, return_index=True)[1]
     total = np.bincount(place, weight)
     mean = np.bincount(place, weight * points.error) / total
-    at = {k: getattr(points, k)[first] for k in "NVQ"}
+    at = {k: x[first] for k, x in zip(PLACE, points.place, strict=True)}
     count = len(total)
     model = _models(points.model, len(points))
     pairs = np.unique(np.stack([model, place]), axis=1)
@@ -138,15 +145,15 @@ def many(rows: System) -> bool:
 
 
 def condensed(
-    rows: System, predicted: Callable[[Array, Array, Array], Array] | None = None
+    rows: System, predicted: Callable[[Array, Array, Array, Array], Array] | None = None
 ) -> System:
     """Many places as few: bins of N and V with their mean place, mean error and total weight.
 
-    With `predicted` (N, V, Q -> errors) of a law fitted to all rows, a bin's error is the law at
-    its mean place plus its mean residual: the law's curvature inside a bin then costs nothing, and
-    the fit to the bins is the fit to all rows.
+    With `predicted` (N, V, Q, frames -> errors) of a law fitted to all rows, a bin's error is the
+    law at its mean place plus its mean residual: the law's curvature inside a bin then costs
+    nothing, and the fit to the bins is the fit to all rows.
     """
-    bins = [_bins(values) for values in (rows.N, rows.V, rows.Q)]
+    bins = [_bins(values) for values in rows.place]
     group = np.unique(np.stack(bins), axis=1, return_inverse=True)[1].ravel()
     total = np.bincount(group, rows.weight)
 
@@ -154,11 +161,11 @@ def condensed(
         return np.bincount(group, rows.weight * values) / total
 
     at = {"N": np.exp(mean(np.log(rows.N))), "V": np.exp(mean(np.log(rows.V))), "Q": mean(rows.Q)}
+    at["frames"] = np.exp(mean(np.log(rows.frames)))
     error = mean(rows.mean)
     if predicted is not None:
-        error = predicted(at["N"], at["V"], at["Q"]) + mean(
-            rows.mean - predicted(rows.N, rows.V, rows.Q)
-        )
+        left = rows.mean - predicted(*rows.place)
+        error = predicted(at["N"], at["V"], at["Q"], at["frames"]) + mean(left)
     return replace(
         rows, **at, mean=error, target=error, total=total, weight=total,
         stratum=np.full(len(total), CELLS), size=np.ones(len(total)),

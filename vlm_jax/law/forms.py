@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The forms of the law: each is a sum of power-law terms plus a floor D, so one solver fits all.
 
-N LLM parameters in billions   V visual tokens   Q text tokens   T the tokens a form counts
+N LLM parameters in billions   V visual tokens, of one frame if there are several
+Q text tokens   frames of a video   T the tokens a form counts
 """
 
 from collections.abc import Callable, Sequence
@@ -13,11 +14,13 @@ import numpy as np
 Numbers = int | float | np.number | np.ndarray | Sequence[Any]  # one place, or many
 
 # What an exponent multiplies inside exp(-...): T is V, or Q+V for the forms that say so.
-REGRESSORS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "lnN": lambda log_n, log_t: log_n,
-    "-lnN": lambda log_n, log_t: -log_n,
-    "lnT": lambda log_n, log_t: log_t,
-    "lnN lnT": lambda log_n, log_t: log_n * log_t,
+REGRESSORS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
+    "lnN": lambda log_n, log_t, log_frames: log_n,
+    "-lnN": lambda log_n, log_t, log_frames: -log_n,
+    "lnT": lambda log_n, log_t, log_frames: log_t,
+    "lnN lnT": lambda log_n, log_t, log_frames: log_n * log_t,
+    "lnframes": lambda log_n, log_t, log_frames: log_frames,
+    "-lnframes": lambda log_n, log_t, log_frames: -log_frames,
 }
 
 
@@ -33,6 +36,7 @@ class Form:
     why: str
     terms: dict[str, dict[str, str]]
     total_tokens: bool = False  # T = Q+V instead of V
+    reads_frames: bool = False  # rows of one number of frames have no such law, others no other
 
     @property
     def coefficients(self) -> list[str]:
@@ -49,19 +53,20 @@ class Form:
         """Names of all parameters in the order of a parameter vector."""
         return [*self.coefficients, "D", *self.exponents]
 
-    def design(self, N: Numbers, V: Numbers, Q: Numbers) -> np.ndarray:
+    def design(self, N: Numbers, V: Numbers, Q: Numbers, frames: Numbers = 1.0) -> np.ndarray:
         """The regressor of each exponent in each term at n places, float64[terms, exponents, n]."""
         log_n = np.log(np.asarray(N, dtype=np.float64))
         tokens = np.asarray(V, dtype=np.float64) + (
             np.asarray(Q, dtype=np.float64) if self.total_tokens else 0.0
         )
         log_t = np.log(tokens)
-        log_n, log_t = np.broadcast_arrays(log_n, log_t)
+        log_frames = np.log(np.asarray(frames, dtype=np.float64))
+        log_n, log_t, log_frames = np.broadcast_arrays(log_n, log_t, log_frames)
         design = np.zeros((len(self.terms), len(self.exponents), log_n.size))
         for k, term in enumerate(self.terms.values()):
             for exponent, regressor in term.items():
                 design[k, self.exponents.index(exponent)] = REGRESSORS[regressor](
-                    log_n, log_t
+                    log_n, log_t, log_frames
                 ).ravel()
         return design
 
@@ -98,5 +103,16 @@ FORMS = {
         "the video paper's add-interact law with V in the place of its training data and N as its "
         "only x",
         {"A": {"alpha": "lnN"}, "B": {"beta": "lnT"}, "C": {"gamma": "-lnN", "beta": "lnT"}},
+    ),
+    # The same law with both x of a video, N and its frames: a sum over the two, and their
+    # interactions with V, which again takes the place of the training data.
+    "frames": Form(
+        "A N^-alpha + F frames^-tau + (B + C N^gamma + G frames^delta) V^-beta + D",
+        "the video paper's add-interact law of LLM size, frames and tokens of a frame",
+        {
+            "A": {"alpha": "lnN"}, "F": {"tau": "lnframes"}, "B": {"beta": "lnT"},
+            "C": {"gamma": "-lnN", "beta": "lnT"}, "G": {"delta": "-lnframes", "beta": "lnT"},
+        },
+        reads_frames=True,
     ),
 }  # fmt: skip

@@ -59,10 +59,10 @@ class Law:
         dof = self.n - len(self.params)
         return float(np.sqrt(self.sse / dof)), dof
 
-    def error(self, N: Numbers, V: Numbers, Q: Numbers = 0) -> np.ndarray:
-        """The predicted error, a fraction, shaped as N, V and Q broadcast."""
-        shape = np.broadcast_shapes(np.shape(N), np.shape(V), np.shape(Q))
-        design = self._design(N, V, Q)
+    def error(self, N: Numbers, V: Numbers, Q: Numbers = 0, *, frames: Numbers = 1) -> np.ndarray:
+        """The predicted error, a fraction, shaped as N, V, Q and frames broadcast."""
+        shape = np.broadcast_shapes(*map(np.shape, (N, V, Q, frames)))
+        design = self._design(N, V, Q, frames)
         return predict(design, to_vector(self.form, self.params)[None])[0].reshape(shape)
 
     def band(
@@ -71,6 +71,7 @@ class Law:
         V: Numbers,
         Q: Numbers = 0,
         *,
+        frames: Numbers = 1,
         level: float = 0.95,
         measured: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -81,8 +82,8 @@ class Law:
         """
         if self.samples is None:
             raise ValueError("this law has no bootstrap draws: fit it with bootstrap=1000")
-        shape = np.broadcast_shapes(np.shape(N), np.shape(V), np.shape(Q))
-        errors = predict(self._design(N, V, Q), logarithmic(self.form, self.samples))
+        shape = np.broadcast_shapes(*map(np.shape, (N, V, Q, frames)))
+        errors = predict(self._design(N, V, Q, frames), logarithmic(self.form, self.samples))
         if measured:
             sd, dof = self.scatter
             errors = errors + sd * np.random.default_rng(0).standard_t(dof, errors.shape)
@@ -90,8 +91,8 @@ class Law:
         low, high = np.clip(ends, 0.0, 1.0)
         return low.reshape(shape), high.reshape(shape)
 
-    def _design(self, N: Numbers, V: Numbers, Q: Numbers) -> np.ndarray:
-        return FORMS[self.form].design(*(x.ravel() for x in np.broadcast_arrays(N, V, Q)))
+    def _design(self, *place: Numbers) -> np.ndarray:
+        return FORMS[self.form].design(*(x.ravel() for x in np.broadcast_arrays(*place)))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of law.json; the parameters are at the top level."""
@@ -203,6 +204,17 @@ def check(points: Points, form: str) -> None:
                 f"all {len(points)} points have one {name} ({column[0]:g}), so {exponent} cannot "
                 "be fitted: measure at least two, better four, evenly spaced on a log scale"
             )
+    frames = np.unique(points.place[3])
+    if FORMS[form].reads_frames and len(frames) < 2:
+        raise ValueError(
+            f"all {len(points)} points have one number of frames ({frames[0]:g}), which the "
+            f"{form} form needs to vary: choose another --form, or add a column `frames`"
+        )
+    if len(frames) > 1 and not FORMS[form].reads_frames:
+        raise ValueError(
+            f"the points have {len(frames)} numbers of frames, which the {form} form does not "
+            "read: pass --form=frames, or fit rows of one number"
+        )
     if np.ptp(points.error) == 0:
         raise ValueError(
             f"all {len(points)} errors are {points.error[0]:g}: nothing depends on N or V, and "
@@ -283,16 +295,16 @@ def fit(
         raise ValueError(f"huber must be a positive residual in units of error, got {huber}")
     weight, y = weights(points, weighting), points.error
     rows = components.system(points, weight, alone=huber is not None)
-    of_all = FORMS[form].design(rows.N, rows.V, rows.Q)
+    of_all = FORMS[form].design(*rows.place)
     few = components.condensed(rows) if components.many(rows) else rows
-    design = FORMS[form].design(few.N, few.V, few.Q)
+    design = FORMS[form].design(*few.place)
     best, loss = minimum(design, few, seed=seed, huber=huber)
     if few is not rows:
         best, loss = _polished(of_all, rows, best, huber)
     for _ in range(3 * rows.shared):
         rows = components.balanced(design, rows, best)
         best, _ = minimum(design, rows, seed=seed, near=best)
-    everywhere = FORMS[form].design(points.N, points.V, points.Q)
+    everywhere = FORMS[form].design(*points.place)
     sse = float(((y - predict(everywhere, best[None])[0]) ** 2).sum())
     stderr = float(np.median(points.stderr))
     noise = components.noise(of_all, rows, best, float(np.mean(1 / weight)), stderr)
@@ -303,7 +315,11 @@ def fit(
         "sse": sse,
         "rmse": float(np.sqrt(sse / len(y))),
         "n": len(y),
-        "domain": {k: [float(f(getattr(points, k))) for f in (np.min, np.max)] for k in "NVQ"},
+        "domain": {
+            k: [float(x.min()), float(x.max())]
+            for k, x in zip(components.PLACE, points.place, strict=True)
+            if k != "frames" or points.frames is not None
+        },
         "criteria": criteria(loss, len(rows.target), len(best)),
         "components": {k: {"sd": sd, "why": why} for k, (sd, why) in noise.components.items()}
         | {"total": {"sd": noise.sd, "dof": noise.sd_dof}},
@@ -313,7 +329,7 @@ def fit(
     }
     if few is not rows:
         rows = components.condensed(
-            rows, lambda N, V, Q: predict(FORMS[form].design(N, V, Q), best[None])[0]
+            rows, lambda *place: predict(FORMS[form].design(*place), best[None])[0]
         )
     if intervals:
         limits, bounded = likely.profile(design, rows, best, noise, huber=huber)

@@ -16,9 +16,10 @@ class Points:
 
     N is in billions of LLM parameters, V and Q in tokens, error and stderr are fractions; stderr is
     nan where it is unknown. `label` names the LLM of each point, `model` the trained model: points
-    of one model share its deviation ("" is a model of its own; empty: every point is). Raises
-    ValueError for lengths that differ, NaN, N or V that is not positive, a negative Q, and an error
-    outside 0..1.
+    of one model share its deviation ("" is a model of its own; empty: every point is). `frames`
+    float64[n] are those of a video, each of V tokens; None is one image. Raises ValueError for
+    lengths that differ, NaN, N or V that is not positive, a negative Q, fewer than one frame, and
+    an error outside 0..1.
     """
 
     N: np.ndarray
@@ -28,11 +29,16 @@ class Points:
     stderr: np.ndarray
     label: list[str]
     model: list[str] = field(default_factory=list)
+    frames: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         lengths = {
             name: len(getattr(self, name)) for name in ("N", "V", "Q", "error", "stderr", "label")
         }
+        if self.frames is not None:
+            lengths["frames"] = len(self.frames)
+            if not np.all(self.frames >= 1):
+                raise ValueError(f"frames must be 1 or more, got {np.min(self.frames):g}")
         if self.model:
             lengths["model"] = len(self.model)
         if len(set(lengths.values())) > 1:
@@ -60,6 +66,12 @@ class Points:
                 values = ", ".join(f"{v:g}" for v in getattr(self, name)[bad][:5])
                 raise ValueError(f"{rule}, got {name} = {values} in {self._where(bad)}")
 
+    @property
+    def place(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """N, V, Q and frames, float64[n] each."""
+        frames = np.ones(len(self)) if self.frames is None else self.frames
+        return self.N, self.V, self.Q, frames
+
     def __len__(self) -> int:
         return len(self.error)
 
@@ -71,7 +83,8 @@ class Points:
             for k in ("label", "model")
             if getattr(self, k)
         }
-        return Points(**columns, **({"label": []} | names))
+        frames = None if self.frames is None else self.frames[keep]
+        return Points(**columns, **({"label": []} | names), frames=frames)
 
     def _where(self, indices: list[int]) -> str:
         places = ", ".join(
@@ -98,6 +111,7 @@ class Cell:
     errors: dict[str, tuple[float, float]]
     model: str = ""
     method: str = ""
+    frames: float = 1.0
 
 
 def of_cells(cells: Sequence[Cell], family: str | None = None) -> Points:
@@ -129,4 +143,7 @@ def of_cells(cells: Sequence[Cell], family: str | None = None) -> Points:
         stderr=np.sqrt((values[:, :, 1] ** 2).sum(1)) / len(chosen),
         label=[cell.label for cell in cells],
         model=[cell.model for cell in cells] if any(cell.model for cell in cells) else [],
+        frames=np.array([cell.frames for cell in cells])
+        if any(cell.frames != 1 for cell in cells)
+        else None,
     )

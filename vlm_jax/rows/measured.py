@@ -145,7 +145,9 @@ def check_once(cells: Sequence[Cell]) -> None:
     """Raises ValueError if the same N, V, Q and label occur twice with one seed."""
     keys = set()
     for cell in cells:
-        key = (cell.N, cell.V, cell.Q, cell.label, cell.seed, cell.model, cell.method)
+        key = (
+            cell.N, cell.V, cell.Q, cell.label, cell.seed, cell.model, cell.method, cell.frames
+        )  # fmt: skip
         if key in keys:
             raise ValueError(
                 f"N={cell.N:g}, V={cell.V:g} (seed {cell.seed}) occurs twice in the files of "

@@ -3,7 +3,8 @@
 
 A table (CSV, JSONL or a JSON list) has columns N (billions), V and either error or accuracy
 (fraction or percent), optionally Q, stderr, family (one line per family and cell), label, seed,
-model (rows of one trained model share it) and method (the compressor). In the place of error or
+model (rows of one trained model share it), method (the compressor) and frames (of a video; V is of
+one frame). In the place of error or
 accuracy a column `results` may name an lmms-eval results file. Such a file may also be read
 directly, with N and V (and Q) added at its top level.
 """
@@ -21,7 +22,7 @@ from vlm_jax.law.points import Cell
 from vlm_jax.rows import lmms_eval
 
 Line = Mapping[str, Any]  # column -> value
-Place = tuple[float, float, float, str, int, str, str]  # N, V, Q, label, seed, model, method
+Place = tuple[float, float, float, str, int, str, str, float]  # N, V, Q, label, seed, model, ...
 
 N_UNITS = {"billions": 1.0, "millions": 1e-3, "parameters": 1e-9}
 LARGEST_N_BILLIONS = 3e3  # three trillion parameters: more means that N has another unit
@@ -82,8 +83,9 @@ def read(
         model, method = (str(line.get(name) or "") for name in ("model", "method"))
         if model and seed:
             model = f"{model}, seed {seed}"
+        frames = 1.0 if line.get("frames") in (None, "") else _number(path, where, line, "frames")
         key, value = (
-            (N, V, Q, label, seed, model, method),
+            (N, V, Q, label, seed, model, method, frames),
             (min(max(error, 0.0), 1.0), stderr * unit),
         )
         if (key, family) in first_lines:
@@ -96,7 +98,7 @@ def read(
                 )
             continue
         first_lines[key, family] = where, value
-        cell = Cell(N, V, Q, label, seed, {}, model, method)
+        cell = Cell(N, V, Q, label, seed, {}, model, method, frames)
         cells.setdefault(key, cell).errors[family] = value
     if n_unit is None and min(cell.N for cell in cells.values()) > SMALLEST_N_BILLIONS:
         raise ValueError(

@@ -175,7 +175,10 @@ def run(options: argparse.Namespace) -> int:
     files = fitted.write(fit, out)
     chip = chips.CHIPS[options.chip]
     drawn: list[Path] = []
-    if options.published != METHODS:
+    videos = any(points.frames is not None for points in measurements.families.values())
+    if videos:
+        say(["no figures: they are of images, and these rows are of several numbers of frames"])
+    elif options.published != METHODS:
         drawn, notes = fitted.draw(
             measurements.families, fit.laws, out, rows=measurements.rows, chip=chip
         )
