@@ -296,10 +296,11 @@ def fit(
     weight, y = weights(points, weighting), points.error
     rows = components.system(points, weight, alone=huber is not None)
     of_all = FORMS[form].design(*rows.place)
-    few = components.condensed(rows) if components.many(rows) else rows
+    binned = components.many(rows)
+    few = components.condensed(rows) if binned else rows
     design = FORMS[form].design(*few.place)
     best, loss = minimum(design, few, seed=seed, huber=huber)
-    if few is not rows:
+    if binned:
         best, loss = _polished(of_all, rows, best, huber)
     for _ in range(3 * rows.shared):
         rows = components.balanced(design, rows, best)
@@ -327,7 +328,7 @@ def fit(
         "notes": unweighted(points, weighting)
         + [f"This form {found.sentence}."] * bool(found.sentence),
     }
-    if few is not rows:
+    if binned:
         rows = components.condensed(
             rows, lambda *place: predict(FORMS[form].design(*place), best[None])[0]
         )
