@@ -66,6 +66,10 @@ PLANTED = {
         ("add_interact", SIX_SIZES, 0.002, 0),
         dict(A=0.2, alpha=0.8, B=0.1, C=0.25, gamma=-0.15, beta=0.3, D=0.1),
     ),
+    "add_interact, B of 0": (
+        ("add_interact", SIX_SIZES, 0.002, 0),
+        dict(A=0.2, alpha=0.8, B=0.0, C=0.35, gamma=-0.15, beta=0.3, D=0.1),
+    ),
     "add_interact, 4 missing": (
         ("add_interact", PAPER, 0.004, 4),
         dict(A=0.2, alpha=0.5, B=0.1, C=0.2, gamma=0.2, beta=0.3, D=0.1),
