@@ -41,10 +41,11 @@ def trained(flags: list[str], workdir: Path):
 
 
 def judged(recipe, reader, inputs, test) -> dict[str, dict[str, float]]:
-    """Family -> measure -> share of its pictures."""
+    """Family -> its numbers: patches and pictures, and the shares of them that are right."""
     import jax
     import numpy as np
 
+    from vlm_jax.data.benchmark import picture_scenes
     from vlm_jax.training import contrast
 
     side, things = recipe.model.vit.side, test.things
@@ -53,9 +54,8 @@ def judged(recipe, reader, inputs, test) -> dict[str, dict[str, float]]:
     of_class = np.array([category[kind] for kind in things.subcategories])
     bags = contrast.bags(test.names, contrast.vocabulary(inputs.source.names))
     heads = jax.jit(lambda m, x: (m.patches.head(levels := m.vit(x)), m.likeness(levels, bags)))
-    shown = collections.Counter(
-        p.thing for spec in pictures_of(inputs.source).values() for p in spec.pictures
-    )
+    scenes = [spec for spec in inputs.source.specs if isinstance(spec, picture_scenes.Scene)]
+    shown = collections.Counter(p.thing for spec in scenes for p in spec.pictures)
     kinds, categories, names = (collections.Counter() for _ in range(3))
     for k, times in shown.items():
         thing = things.things[k]
@@ -66,17 +66,19 @@ def judged(recipe, reader, inputs, test) -> dict[str, dict[str, float]]:
 
     family = {test[k].image: test[k].family for k in range(len(test))}
     found = collections.defaultdict(list)
-    specs = pictures_of(test)
-    images = list(specs)
-    for start in range(0, len(images), BATCH):
-        some = (images[start : start + BATCH] * BATCH)[:BATCH]  # all batches have one size
+    hits = collections.defaultdict(list)
+    count = len(test.images)
+    for start in range(0, count, BATCH):
+        some = [min(start + k, count - 1) for k in range(BATCH)]  # all batches have one size
         pixels = np.stack([inputs.processor.pixels(test.images[i]) for i in some])
         classes, near = map(np.asarray, heads(reader, pixels))
-        for k, i in enumerate(some[: len(images) - start]):
+        for k, i in enumerate(some[: count - start]):
+            labels = test.patch_labels(i, side)
+            hits[family[i]] += (classes[k].argmax(1) == labels)[labels > 0].tolist()
             numbers = test.patch_names(i, side)
             for number in sorted(set(numbers) - {0}):
                 mine = numbers == number
-                (label,) = set(test.patch_labels(i, side)[mine])
+                (label,) = set(labels[mine])
                 scores = classes[k, mine][:, first:]
                 share = np.exp(scores - scores.max(1, keepdims=True))
                 share = (share / share.sum(1, keepdims=True)).mean(0)
@@ -95,18 +97,13 @@ def judged(recipe, reader, inputs, test) -> dict[str, dict[str, float]]:
                         name_majority=said.startswith(usual[2]),
                     )
                 )
-    return {
-        name: {key: round(float(np.mean([j[key] for j in rows])), 4) for key in rows[0]}
-        | dict(pictures=len(rows))
-        for name, rows in found.items()
-    }
-
-
-def pictures_of(source) -> dict:
-    """The scenes of pictures of a split, by the number of their image."""
-    from vlm_jax.data.benchmark.picture_scenes import Scene
-
-    return {i: spec for i, spec in enumerate(source.specs) if isinstance(spec, Scene)}
+    shares = {name: dict(patches=len(right), patch=round(float(np.mean(right)), 4))
+              for name, right in hits.items()}  # fmt: skip
+    for name, rows in found.items():
+        shares[name] |= dict(pictures=len(rows)) | {
+            key: round(float(np.mean([j[key] for j in rows])), 4) for key in rows[0]
+        }
+    return shares
 
 
 def main() -> None:
