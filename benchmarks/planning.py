@@ -11,6 +11,7 @@ them, until the expected regret is small, or in random order; the peer is the wh
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -27,8 +28,9 @@ from vlm_jax.planning import costs, decision, next_cell, planner  # noqa: E402
 from vlm_jax.planning.mixture import Mixture  # noqa: E402
 
 SIZES, TOKENS = (0.5, 1.8, 4.0, 7.0), (1.0, 4.0, 16.0, 36.0, 144.0, 576.0)
-LLMS = (0.5, 1.0, 1.8, 3.0, 4.0, 7.0, 14.0)
-PLANNED = (1.0, 4.0, 9.0, 16.0, 36.0, 64.0, 144.0, 576.0)
+# Many sizes and token counts, so that neighbors are nearly as good and few choices are certain.
+LLMS = tuple(float(n) for n in np.geomspace(0.5, 14, 10))
+PLANNED = (1.0, 2, 3, 4, 6, 9, 12, 16, 24, 36, 48, 64, 96, 144, 192, 288, 576)
 SMALL = [(n, v) for n in (0.5, 1.8, 7.0) for v in (1.0, 16.0, 64.0, 576.0)]  # of "chances"
 NOISE = 0.015  # of a measured cell: that of 1,000 questions, so that not every choice is certain
 FEW = ((0.5, 1.0), (0.5, 36.0), (0.5, 576.0), (1.8, 4.0), (1.8, 144.0), (4.0, 16.0))
@@ -129,7 +131,8 @@ def until(law: Law, world: int, order: str) -> dict:
         if decision.odds(errors).regret.min() <= ENOUGH or not left:
             break
         if order == "next":
-            ranked = next_cell.cells(search, candidates, {})
+            cells = dataclasses.replace(search, llms=SIZES, tokens={"token_packer": TOKENS})
+            ranked = next_cell.cells(cells, candidates, {})
             worth = {(cell.N, cell.V): cell.worth for cell in ranked}
             left.sort(key=lambda i: -worth.get(grid[i], 0.0))
         known.append(left.pop(0))

@@ -35,6 +35,14 @@ def test_several_budgets_hold_together_and_times_are_told_apart():
     assert first["latency"]["time_to_first_token_ms"] <= 15 and first["V"] < free["V"]
 
 
+def test_what_needs_a_chip_is_not_left_unused():
+    for how in (dict(efficiency=0.6), dict(rate=2.0, efficiency=None)):
+        with pytest.raises(ValueError, match="need --chip"):
+            planned(hbm_bytes=9e9, chip=None, **how)
+        with pytest.raises(ValueError, match="the paper's cost has no chip"):
+            planned(flops=1e12, chip=None, **how)
+
+
 def test_a_measured_system_is_chosen_by_name():
     """Launching takes 30 of the milliseconds to the first token, whatever is chosen."""
     known = planned(

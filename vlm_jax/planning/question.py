@@ -124,7 +124,7 @@ def plan(
         the range of N on which the law was fitted.
       tokens: V to choose from, or "continuous"; by default every V that the compressors can give
         within twice the fitted range.
-      compressors: methods; the law's error is used for each of them.
+      compressors: methods; by default the law's. Each is judged by its own law if `law` has one.
       config: a configuration or its path, for the sizes of encoder, compressor and LLMs.
       chip: a name of `cost.chips.CHIPS`, "cpu" (measured now) or a chip; its memory is a limit.
       chips_together: the number of chips that work on one batch together.
@@ -170,7 +170,10 @@ def plan(
     if model not in COSTS:
         raise ValueError(f"cost_model={model!r}: choose one of {', '.join(COSTS)}")
     if model == "paper":
-        refuse_chip(chip is not None or calibration is not None or stored != AS_CHIP)
+        refuse_chip(
+            any(x is not None for x in (chip, calibration, rate, price_per_hour))
+            or stored != AS_CHIP
+        )
     check_workload(units, work, answered=new_tokens is not None)
     if isinstance(law, Law):
         mixture = Mixture({"all": law}, {"all": 1})
@@ -201,6 +204,8 @@ def plan(
         device = chip_of(chip, catalog)
         if device is None and (timed := [unit for unit in units if unit in costs.TIMES]):
             raise ValueError(f"a budget in {costs.UNITS[timed[0]]} needs --chip")
+        if device is None and (calibration is not None or rate is not None):
+            raise ValueError("--efficiency, --calibration and --rate need --chip")
         price = price_per_hour or (device.price_per_hour if device else None)
         if not price and {"dollars", "lifetime_dollars"} & set(units):
             raise ValueError("a budget in dollars needs --price-per-hour, the price of one chip")
@@ -227,9 +232,9 @@ def plan(
         offered.most,
         {kind: one for kind, one in mixture.others.items() if kind != mixture.kind},
     )
-    fields = answers.plan(search, epsilon, {N: name for name, (N, _) in offered.known.items()})
+    names = {N: name for name, (N, _) in offered.known.items()}
+    fields = answers.plan(search, epsilon, names)
     if next_cells:
-        names = {N: name for name, (N, _) in offered.known.items()}
         ranked = next_cell.cells(search, search.candidates(), names)[:next_cells]
         fields["next"] = [dataclasses.asdict(cell) for cell in ranked]
     fields["warnings"] += [*offered.notes, *left_out, *warnings]

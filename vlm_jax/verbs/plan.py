@@ -137,7 +137,7 @@ def add_flags(parser: Parser) -> None:
     add(
         "--compressors",
         metavar="LIST",
-        help="methods; the law's error is used for each (default: the configuration's)",
+        help="methods (default: the configuration's, or the law's)",
     )
     add(
         "--epsilon",
