@@ -119,6 +119,8 @@ def warnings_of(search: planner.Search, chosen: planner.Candidate) -> list[str]:
         elif weight and answer.cells is None and (missed := law.misfit.get("sentence")):
             sentences.append(f"{name}: the {law.form} form {missed}: its answer and its intervals "
                              "cannot be trusted")  # fmt: skip
+    if any("frames" in answer.forms for answer in mixture.answers.values()):
+        sentences.append("the law counts frames, and a plan is for one image: one frame")
     method = search.law.method
     unknown = [kind for kind in search.tokens if kind not in search.others]
     if other := [kind for kind in unknown if method and kind != search.law.kind]:
