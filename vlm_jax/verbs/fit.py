@@ -95,7 +95,7 @@ def add_flags(parser: Parser) -> None:
         "--tasks",
         metavar="FILE",
         help="of results of lmms-eval: a table (TOML) of families, metrics and divisors, over the "
-        "one in vlm_jax/rows/lmms_eval.toml",
+        "one in vlm_jax/rows/lmms_eval.toml (default: none)",
     )
     add("--text-tokens", type=float, metavar="Q", default=0.0, help="text tokens of rows without Q")
     add(
