@@ -24,7 +24,8 @@ LAW = ("A", "alpha", "beta", "D", "sse", "rmse", "criteria", "n")
 PLANS = {
     "paper": ["--flops=1e12", "--text-tokens=50"],
     "long question": ["--flops=2e12", "--text-tokens=25:0.5,100:0.5"],
-    "milliseconds": ["--ms=40", "--chip=v5e", "--text-tokens=50", "--llms=0.5,1.8,4,7"],
+    "continuous": ["--flops=1e12", "--text-tokens=50", "--continuous"],
+    "milliseconds": ["--ms=40", "--chip=v5e", "--text-tokens=50", "--new-tokens=1"],
     "quecc": ["--flops=1e12", "--text-tokens=50", "--compressors=quecc"],
 }
 GRIDS = ("demo", "demo_full", "demo_methods", "grid_nlvr")
