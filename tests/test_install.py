@@ -218,7 +218,7 @@ def test_a_wheel_fits_and_plans_with_published_sizes_and_with_its_own_configurat
     done = away(installed, tmp_path, "fit", "--published=reasoning", "--out=law", "--bootstrap=0")
     assert done.returncode == 0, done.stderr
     plan = ("plan", "--law=law/law.json", "--text-tokens=50", "--flops=1e12")
-    for more in ((), ("--config=configs/demo.py",)):
+    for more in ((), ("--config=configs/demo.py", "--continuous")):
         done = away(installed, tmp_path, *plan, *more)
         assert done.returncode == 0 and '"N"' in done.stdout, done.stderr
 

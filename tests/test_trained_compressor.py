@@ -51,7 +51,7 @@ def gathered(*argv):
     """The model that `vlm-jax convert` would write, its tensors held against its sizes."""
     with runs.one_device():
         words = [str(word) for word in (*argv, "--to=x")]
-        model = convert.gathered(parser.parse(["convert", *words]))
+        model = convert.gathered(parser.parse(["convert", *words]), None)
         assert model.check() == ([], [])
     return model
 

@@ -29,6 +29,7 @@ FILE = Path(__file__).with_name("published_points.csv")
 FAMILY = "mean of GQA, MMBench and POPE F1"
 SHARED = ("GQA", "MMB", "POPE_F1")  # percent, in the columns of FILE
 LINES = ("LLaVA-1.5-7B", "LLaVA-1.5-13B")  # of one recipe: their points have a common curve
+UNCOMPRESSED = "none"  # in the column "method" of FILE: all 576 tokens
 FORM = "add_interact"
 NAMES = ("A", "B", "C", "D", "alpha", "beta", "gamma")  # of its parameter vector
 FEWEST_TOKENS = {"free": 8.0, "trained": 1.0}
@@ -102,7 +103,7 @@ def fit_published(*, bootstrap: int = 1000, seed: int = 0) -> Published:
     for row in rows():
         V, method = float(row["V"]), row["method"]
         place = float(row["N_billion"]), V, error_of(row), row["model"]
-        if method == "none":
+        if method == UNCOMPRESSED:
             full.append(place)
         elif V > 0 and row["model"] not in LINES:
             alone[method].append((V, place[2]))

@@ -70,10 +70,13 @@ def llms(
         near = {name: sized for name, sized in known.items() if low <= sized[0] <= high}
         if not near:
             fitted = law.domain("N") or (0, 0)
+            others = (
+                "name them with --llms, or" if own else "add --config, whose grid describes LLMs,"
+            )
             raise ValueError(
-                f"no described LLM lies within twice the range of N on which the law was fitted "
-                f"({fitted[0]:.4g} to {fitted[1]:.4g} billion): add --config, whose grid describes "
-                "LLMs, --llms with sizes in billions, or --continuous"
+                f"none of {', '.join(known)} lies within twice the range of N on which the law was "
+                f"fitted ({fitted[0]:.4g} to {fitted[1]:.4g} billion): {others} give sizes in "
+                "billions with --llms, or --continuous"
             )
         left = [name for name in known if name not in near]
         notes = [f"not offered, more than twice outside the fitted N: {', '.join(left)} "
