@@ -195,6 +195,7 @@ def test_figures_stand_beside_the_law_and_count_what_the_paper_does_not(tmp_path
     assert "--chip: 'v9' is no choice: choose one of v4, v5e" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_table_that_names_its_llms_has_the_whole_cost_drawn(tmp_path, capsys):
     points = published.points("ocr")
     rows = list(zip(points.label, points.N, points.V, points.error, strict=True))

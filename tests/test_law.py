@@ -188,7 +188,14 @@ def test_without_noise_the_planted_law_comes_back(name):
             assert fitted.params[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
 
 
-@pytest.mark.parametrize("name", ["paper with floor", "10 of 12 small models", "interaction"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "10 of 12 small models",
+        pytest.param("paper with floor", marks=pytest.mark.slow),
+        pytest.param("interaction", marks=pytest.mark.slow),
+    ],
+)
 def test_intervals_cover_the_planted_truth(name):
     held, _ = coverage(name, 30)
     # 30 sets: a true 95 % lies in 25..30 hits with probability .997

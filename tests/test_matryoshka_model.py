@@ -51,6 +51,7 @@ def test_a_limit_on_all_queries_is_the_model_of_so_many(mesh1):
         np.testing.assert_allclose(mixed[3][real[3]], row[real[3]], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_every_scale_is_the_mean_of_each_from_one_pass(mesh1, monkeypatch):
     def each(model, batch):
         sums = [objective.next_token(model.at(n), batch) for n in model.compressor.scales]
@@ -250,6 +251,7 @@ def test_what_training_costs_is_what_is_run(mesh1):
     assert total == 8 * (c.align.steps * of("align", 16) + c.finetune.steps * finetune)
 
 
+@pytest.mark.slow
 def test_one_checkpoint_is_evaluated_at_several_v(rows, tmp_path, capsys):
     del rows  # first: it fills the cache
     folder = tmp_path / "run"

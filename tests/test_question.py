@@ -160,6 +160,7 @@ def test_the_prompt_costs_no_second_reading(mesh1):
     assert 0.97 * flops["none"] < flops["prefix"] < 1.005 * (flops["none"] + projected)
 
 
+@pytest.mark.slow
 def test_a_model_with_a_prefix_trains_and_answers(tmp_path, mesh8, caplog):
     c = tiny.config(
         compressor=dict(kind="quecc", tokens=4, query="prefix"),

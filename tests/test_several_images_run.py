@@ -210,6 +210,7 @@ def written(files):
     return files
 
 
+@pytest.mark.slow
 def test_two_images_in_a_row_are_trained_evaluated_and_asked_about(written, mesh1):
     run = written / "run"
     argv = [*flags(written, **{"data.images_per_row": 2}), f"--workdir={run}"]
