@@ -136,10 +136,8 @@ class Answer:
         self, form: str, flat: list, number: int, measured: bool, rng: np.random.Generator
     ) -> np.ndarray:
         law = self.forms[form]
-        if law.samples is None:
-            raise ValueError("this law has no bootstrap draws: fit it with --bootstrap=1000")
-        rows = np.arange(number) % len(law.samples)
-        vectors = logarithmic(form, law.samples[rows])
+        rows = np.arange(number) % len(law.drawn)
+        vectors = logarithmic(form, law.drawn[rows])
         errors = predict(FORMS[form].design(*flat), vectors)
         if measured:
             sd, dof = law.scatter
@@ -166,6 +164,11 @@ class Answer:
         return fields
 
     @classmethod
+    def alone(cls, law: Law, cells: Cells | None = None) -> "Answer":
+        """One law that answers everything."""
+        return cls(LAW, {law.form: law}, {law.form: 1.0}, cells)
+
+    @classmethod
     def from_dict(cls, section: Mapping[str, Any]) -> "Answer":
         """The answer of a law in the parsed fields of law.json: its top level, or one family.
 
@@ -173,8 +176,7 @@ class Answer:
         """
         stored = section.get("answer")
         if stored is None:
-            law = Law.from_dict(section)
-            return cls(LAW, {law.form: law}, {law.form: 1.0}, None)
+            return cls.alone(Law.from_dict(section))
         held = stored.get("cells")
         cells = None
         if held:

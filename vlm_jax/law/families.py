@@ -122,9 +122,7 @@ def fit_methods(
                 points, known, method=method or "", bootstrap=bootstrap, seed=seed
             )
             cells = answer.measured_cells(points, float(np.median(points.stderr)))
-            answers[family] = Answer(
-                "law", {methods.FORM: laws[family]}, {methods.FORM: 1.0}, cells
-            )
+            answers[family] = Answer.alone(laws[family], cells)
             words += in_words(family, points, laws[family], [])
         fields = document(laws, answers)
         fields["best_tokens"] = methods.best_tokens(points, laws[family])

@@ -52,6 +52,13 @@ class Law:
     misfit: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def drawn(self) -> np.ndarray:
+        """`samples`; ValueError for a law without draws."""
+        if self.samples is None:
+            raise ValueError("this law has no bootstrap draws: fit it with bootstrap=1000")
+        return self.samples
+
+    @property
     def scatter(self) -> tuple[float, float]:
         """(standard deviation, degrees of freedom) of a newly trained and measured cell."""
         if "total" in self.components:
@@ -80,10 +87,8 @@ class Law:
         Quantiles of the bootstrap draws, within 0..1; `measured` adds the scatter of one new
         measurement. Raises ValueError for a law without draws.
         """
-        if self.samples is None:
-            raise ValueError("this law has no bootstrap draws: fit it with bootstrap=1000")
         shape = np.broadcast_shapes(*map(np.shape, (N, V, Q, frames)))
-        errors = predict(self._design(N, V, Q, frames), logarithmic(self.form, self.samples))
+        errors = predict(self._design(N, V, Q, frames), logarithmic(self.form, self.drawn))
         if measured:
             sd, dof = self.scatter
             errors = errors + sd * np.random.default_rng(0).standard_t(dof, errors.shape)
@@ -266,14 +271,6 @@ def minimum(
     return theta[loss.argmin()], float(loss.min())
 
 
-def _polished(
-    design: np.ndarray, rows: System, best: np.ndarray, huber: float | None
-) -> tuple[np.ndarray, float]:
-    """The minimum over all rows from that over bins of them."""
-    theta, losses = solve(design, rows.target[None], rows.weight[None], best[None], huber=huber)
-    return theta[0], float(losses[0])
-
-
 def fit(
     points: Points,
     form: str = "multiplicative",
@@ -301,7 +298,8 @@ def fit(
     design = FORMS[form].design(*few.place)
     best, loss = minimum(design, few, seed=seed, huber=huber)
     if binned:
-        best, loss = _polished(of_all, rows, best, huber)
+        theta, losses = solve(of_all, rows.target[None], rows.weight[None], best[None], huber=huber)
+        best, loss = theta[0], float(losses[0])  # the minimum over all rows, from that over bins
     for _ in range(3 * rows.shared):
         rows = components.balanced(design, rows, best)
         best, _ = minimum(design, rows, seed=seed, near=best)

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.law.answer import LAW, Answer, Cells, measured_cells
+from vlm_jax.law.answer import Answer, measured_cells
+from vlm_jax.law.forms import FORMS
 from vlm_jax.law.law import Law, logarithmic
 from vlm_jax.law.points import Points
 from vlm_jax.law.solve import predict, solve, starts
@@ -31,7 +32,7 @@ SHARED = ("GQA", "MMB", "POPE_F1")  # percent, in the columns of FILE
 LINES = ("LLaVA-1.5-7B", "LLaVA-1.5-13B")  # of one recipe: their points have a common curve
 UNCOMPRESSED = "none"  # in the column "method" of FILE: all 576 tokens
 FORM = "add_interact"
-NAMES = ("A", "B", "C", "D", "alpha", "beta", "gamma")  # of its parameter vector
+NAMES = FORMS[FORM].names  # of its parameter vector
 FEWEST_TOKENS = {"free": 8.0, "trained": 1.0}
 FEWEST_CELLS = 3  # own token counts of a method with a law
 INSIDE_THE_LLM = ("fastv", "sparsevlm")  # V is a mean over layers
@@ -76,12 +77,8 @@ class Published:
 
     def answer(self, method: str) -> Answer:
         """The law of a method as what answers, see `answer.Answer`."""
-        return answer_of(self.laws[method], measured_cells(self.points[method], float("nan")))
-
-
-def answer_of(law: Law, cells: Cells) -> Answer:
-    """The one law of a method as what answers."""
-    return Answer(LAW, {law.form: law}, {law.form: 1.0}, cells)
+        cells = measured_cells(self.points[method], float("nan"))
+        return Answer.alone(self.laws[method], cells)
 
 
 def rows() -> list[dict[str, str]]:
@@ -161,7 +158,7 @@ def pooled(
     rng = np.random.default_rng(seed)
     names = list(known.laws)
     weight = np.array([1.0 + (len(names) - 2) * (name == method) for name in names])
-    samples = np.stack([_samples(known.laws[name]) for name in names])
+    samples = np.stack([known.laws[name].drawn for name in names])
     which = rng.choice(len(names), PRIOR, p=weight / weight.sum())
     prior = samples[which, rng.integers(0, samples.shape[1], PRIOR)]
     flat, steep, alpha, beta = (prior[:, NAMES.index(name)] for name in ("A", "C", "alpha", "beta"))
@@ -184,12 +181,8 @@ def pooled(
     freedom = known.dof + len(points) - 1
     scale = np.sqrt((known.dof + squares[chosen]) / rng.chisquare(freedom, bootstrap))
     level = level[chosen] + scale * rng.standard_normal(bootstrap) / np.sqrt(precision[0].sum())
-    draws = np.zeros((bootstrap, len(NAMES)))
-    for name, column in (
-        ("A", np.exp(level) * rest[chosen]), ("C", np.exp(level)), ("alpha", alpha[chosen]),
-        ("beta", beta[chosen]), ("gamma", -alpha[chosen]),
-    ):  # fmt: skip
-        draws[:, NAMES.index(name)] = column
+    steep = np.exp(level)
+    draws = _vectors(steep * rest[chosen], steep, alpha[chosen], beta[chosen])
     curves = predict(_design(points), logarithmic(FORM, draws))
     # the draw nearest to the middle curve, of those whose alpha is no extreme one
     low, high = np.quantile(alpha[chosen], [0.4, 0.6])
@@ -217,7 +210,7 @@ def best_tokens(points: Points, law: Law, texts: tuple[int, ...] = (0, 50)) -> d
     At a fixed budget N falls as 1 / (Q + V), which multiplies the error by (Q + V)^alpha.
     """
     tokens = np.unique(points.V)
-    samples = _samples(law)
+    samples = law.drawn
     alpha = samples[:, NAMES.index("alpha"), None]
     errors = predict(
         _design(points, N=np.ones(len(tokens)), V=tokens), logarithmic(FORM, samples)
@@ -280,26 +273,21 @@ def _curve(
         steep, flat, beta = (near[0, NAMES.index(name)] for name in ("C", "A", "beta"))
         guess = np.array([np.log(max(steep, 1e-12)), flat, beta])
         theta, loss = solve(design, scaled, weight, np.tile(guess, (len(errors), 1)))
-    vectors = np.zeros((len(theta), len(NAMES)))
-    for name, column in (
-        ("A", theta[:, 1]), ("C", np.exp(theta[:, 0])), ("alpha", alphas), ("beta", theta[:, 2]),
-        ("gamma", -alphas),
-    ):  # fmt: skip
+    return _vectors(theta[:, 1], np.exp(theta[:, 0]), alphas, theta[:, 2]), loss
+
+
+def _vectors(flat: np.ndarray, steep: np.ndarray, alpha: np.ndarray, beta: np.ndarray) -> Any:
+    """Parameter vectors float64[m, 7] of curves N^-alpha (flat + steep V^-beta)."""
+    vectors = np.zeros((len(steep), len(NAMES)))
+    named = {"A": flat, "C": steep, "alpha": alpha, "beta": beta, "gamma": -alpha}
+    for name, column in named.items():
         vectors[:, NAMES.index(name)] = column
-    return vectors, loss
+    return vectors
 
 
 def _design(points: Points, **at: np.ndarray) -> np.ndarray:
-    from vlm_jax.law.forms import FORMS
-
     N, V = at.get("N", points.N), at.get("V", points.V)
     return FORMS[FORM].design(N, V, np.zeros(len(N)))
-
-
-def _samples(law: Law) -> np.ndarray:
-    if law.samples is None:
-        raise ValueError("this law has no draws: fit it with --bootstrap=1000")
-    return law.samples
 
 
 def _law(points: Points, vector: np.ndarray, draws: np.ndarray, scatter: float, dof: int) -> Law:

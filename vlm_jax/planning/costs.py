@@ -75,7 +75,7 @@ class PaperCost:
             )
         flops = cost.paper_flops(N, V, Q=(0 if work.cached_text else work.Q) + work.G)
         if unit == "lifetime":
-            return float(paper_training_flops(N, V, work.recipe) + (work.requests or 0) * flops)
+            return self.training(N, V, compressor) + float((work.requests or 0) * flops)
         return float(flops)
 
     def within(
@@ -92,9 +92,8 @@ class PaperCost:
         """This cost has no parts but those of the model's life."""
         if self.workload.requests is None:
             return {}
-        training = paper_training_flops(N, V, self.workload.recipe)
         answered = self.workload.requests * self.amount("flops", N, V, compressor)
-        return {"lifetime": {"training": training, "requests": answered}}
+        return {"lifetime": {"training": self.training(N, V, compressor), "requests": answered}}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.compressors.method import Number
-from vlm_jax.law.answer import CELLS_ALONE, LAW, Answer
+from vlm_jax.law.answer import CELLS_ALONE, Answer
 from vlm_jax.law.forms import Numbers
 from vlm_jax.law.law import Law
 
@@ -34,10 +34,7 @@ class Mixture:
     others: Mapping[str, "Mixture"] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        alone = {
-            name: Answer(LAW, {law.form: law}, {law.form: 1.0}, None)
-            for name, law in self.laws.items()
-        }
+        alone = {name: Answer.alone(law) for name, law in self.laws.items()}
         object.__setattr__(self, "answers", alone | dict(self.answers))
 
     def error(self, N: Numbers, V: Numbers, Q: Numbers = 0) -> Any:
