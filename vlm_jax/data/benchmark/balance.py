@@ -2,11 +2,15 @@
 """What makes the benchmark fair: splits that share no content, and answers equally frequent."""
 
 import collections
+import random
 import zlib
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from vlm_jax.data.benchmark.questions import Question
 
 SPLITS = ("train", "val", "test")
+DRAWS = 8  # tries of one form on one scene
 SLACK = 2  # by how much one answer of a form may lead its rarest answer
 
 
@@ -36,3 +40,31 @@ class Balance:
         self.forms[best.form][best.label] += 1
         self.keys[best.key][best.label] += 1
         return best
+
+
+def ask(
+    view: Any,
+    forms: Sequence[tuple[Callable[[Any], Question | None], int | float]],
+    counts: tuple[int, int],
+    balance: Balance,
+    rng: random.Random,
+    *,
+    unbalanced: Collection[Callable] = (),
+) -> list[Question]:
+    """Questions about what a view shows, no form twice; fewer if balance allows no more.
+
+    `forms` are functions that draw a question or None, each with how often it is tried; `counts`
+    the fewest and the most questions. Of `unbalanced` forms the first question drawn is taken.
+    """
+    tried = sorted(forms, key=lambda f: rng.random() ** (1 / f[1]), reverse=True)
+    number, chosen = rng.randint(*counts), []
+    for form, _ in tried:
+        if form in unbalanced:
+            q = form(view)
+        else:
+            q = balance.choose([q for q in (form(view) for _ in range(DRAWS)) if q is not None])
+        if q is not None:
+            chosen.append(q)
+        if len(chosen) == number:
+            break
+    return chosen

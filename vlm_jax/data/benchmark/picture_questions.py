@@ -9,12 +9,11 @@ import random
 from collections.abc import Iterator
 
 from vlm_jax.data.benchmark import picture_scenes
-from vlm_jax.data.benchmark.balance import Balance
+from vlm_jax.data.benchmark.balance import Balance, ask
 from vlm_jax.data.benchmark.questions import Question
 from vlm_jax.data.benchmark.things import STYLES, Things
 
 QUESTIONS = (2, 4)  # fewest and most about a scene
-DRAWS = 8  # tries of one form on one scene
 # Words in -s that are one thing; of the others a question asks "are there ...?".
 SINGULAR = ("ss", "us", "is", "ens")
 
@@ -119,25 +118,6 @@ def caption(v: View) -> Question:
     return Question("caption", "caption", ("caption",), words, words, "describe the picture.")
 
 
-def about(v: View, balance: Balance) -> list[Question]:
-    """Questions about one scene, no form twice; fewer if balance allows no more.
-
-    Names are as frequent as things are drawn: no answer would be asked for twice otherwise.
-    """
-    forms = sorted(FORMS, key=lambda f: v.rng.random() ** (1 / f[1]), reverse=True)
-    number, chosen = v.rng.randint(*QUESTIONS), []
-    for form, _ in forms:
-        if form is name:
-            q = name(v)
-        else:
-            q = balance.choose([q for q in (form(v) for _ in range(DRAWS)) if q is not None])
-        if q is not None:
-            chosen.append(q)
-        if len(chosen) == number:
-            break
-    return chosen
-
-
 def scenes_of(
     things: Things, split: str, count: int, *, seed: int, held_out: str
 ) -> Iterator[tuple[picture_scenes.Scene, str, list[Question]]]:
@@ -157,7 +137,8 @@ def scenes_of(
         family = tuple(decks)[len(made) % len(decks)]
         scene = picture_scenes.draw_scene(rng, decks[family])
         view = View(scene, decks[family], things, rng)
-        asked = about(view, balances[family])
+        # Names are as frequent as things are drawn: balanced, none would be asked for twice.
+        asked = ask(view, FORMS, QUESTIONS, balances[family], rng, unbalanced=(name,))
         if scene in made or not asked:
             continue
         if split == "train":

@@ -25,7 +25,7 @@ from vlm_jax.data.benchmark import (
 )
 from vlm_jax.data.benchmark.balance import SLACK as SLACK
 from vlm_jax.data.benchmark.balance import SPLITS as SPLITS
-from vlm_jax.data.benchmark.balance import Balance
+from vlm_jax.data.benchmark.balance import Balance, ask
 from vlm_jax.data.benchmark.balance import split_of as split_of
 from vlm_jax.data.benchmark.things import STYLES, Things
 from vlm_jax.data.example import Example, Images
@@ -33,27 +33,10 @@ from vlm_jax.data.skips import Skips
 
 TEXT_SHARE = 0.6  # images of the text family
 QUESTIONS = (3, 5)  # fewest and most questions about a scene; a page has one per line
-DRAWS = 8  # tries of one form on one scene
 FORMAT = 5  # part of the data hash: raise it when the same constants would make other data
 
 SIDE = scenes.SIDE
 PATCH_CLASSES = reading.PATCH_CLASSES
-
-
-def _about_scene(
-    scene: scenes.Scene, rng: random.Random, balance: Balance
-) -> list[questions.Question]:
-    """Two to four questions about one scene, no form twice; fewer if it allows no more."""
-    view = naming.View(scene, rng)
-    forms = sorted(questions.FORMS, key=lambda f: rng.random() ** (1 / f[1]), reverse=True)
-    number, chosen = rng.randint(*QUESTIONS), []
-    for form, _ in forms:
-        drawn = [q for q in (form(view) for _ in range(DRAWS)) if q is not None]
-        if (q := balance.choose(drawn)) is not None:
-            chosen.append(q)
-        if len(chosen) == number:
-            break
-    return chosen
 
 
 class Synthetic:
@@ -130,7 +113,8 @@ class Synthetic:
                         questions.Question(line.task, form, (form,), line.text, line.text, text)
                     )
             else:
-                of_image = _about_scene(spec, rng, balance)
+                view = naming.View(spec, rng)
+                of_image = ask(view, questions.FORMS, QUESTIONS, balance, rng)
                 if len(of_image) < QUESTIONS[0]:
                     continue
                 if self.split == "train":
