@@ -202,12 +202,10 @@ def _cells_alone(family: str, law, rows: Sequence) -> str:
     """The answer where the law misses the cells: the best of what was measured, by cost."""
     Q = _mean_q(rows)
     sizes = {row.llm: row.llm_parameters for row in rows}
-    cells = by_cell(rows, family).items()
-    ordered = sorted(cells, key=lambda cell: (sizes[cell[0][0]] * (Q + cell[0][1]), -cell[1][0]))
-    frontier: list[tuple[tuple, tuple[float, float]]] = []
-    for cell in ordered:
-        if not frontier or cell[1][0] > frontier[-1][1][0]:
-            frontier.append(cell)
+    cells = list(by_cell(rows, family).items())
+    costs = np.array([sizes[llm] * (Q + V) for (llm, V), _ in cells])
+    best = table.pareto(costs, [-score for _, (score, _) in cells])
+    frontier = [cells[i] for i in np.argsort(costs, kind="stable") if best[i]]
     steps = ", ".join(
         f"{llm} with {V:g} ({number(score)} ± {number(SURE * spread)})"
         for (llm, V), (score, spread) in frontier[-5:]
