@@ -91,7 +91,8 @@ class Law:
         errors = predict(self._design(N, V, Q, frames), logarithmic(self.form, self.drawn))
         if measured:
             sd, dof = self.scatter
-            errors = errors + sd * np.random.default_rng(0).standard_t(dof, errors.shape)
+            # one for all places of a draw: as wide at each, and smooth between them
+            errors = errors + sd * np.random.default_rng(0).standard_t(dof, (len(errors), 1))
         ends = np.quantile(errors, [0.5 - level / 2, 0.5 + level / 2], axis=0)
         low, high = np.clip(ends, 0.0, 1.0)
         return low.reshape(shape), high.reshape(shape)

@@ -2,6 +2,7 @@
 """Figures with a CSV of the same data: every mark is drawn and recorded by the same call."""
 
 import csv
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from vlm_jax import files
+from vlm_jax.reports.colors import require_matplotlib
+from vlm_jax.reports.svg import slim
 
 # One column of print is 89 mm = 3.5 inches; at this width 7 to 8 point stays readable on paper
 # and on a phone.
@@ -33,50 +36,33 @@ STYLE = {
     "savefig.dpi": 220,
     "svg.fonttype": "path",
 }
-# Okabe & Ito, "Color Universal Design" (2008): eight colors that color-blind readers tell apart.
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
-HATCHES = ("", "///", "...", "\\\\\\", "xx", "++", "oo", "--")
-COLUMNS = ("series", "kind", "x", "y", "low", "high", "N_billions", "V", "Q", "label")
+COLUMNS = ("series", "kind", "x", "y", "low", "high", "N_billions", "V", "Q", "flops", "label")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One finished figure: its three files, caption and alternative text."""
+    """One finished figure: its files, caption and alternative text; `png` may not be drawn."""
 
     name: str
     title: str
     caption: str
     alt: str
-    png: Path
+    png: Path | None
     svg: Path
     csv: Path
     section: str = ""  # the family it shows; "" is all families
 
     @property
     def paths(self) -> list[Path]:
-        return [self.png, self.svg, self.csv]
+        return [path for path in (self.png, self.svg, self.csv) if path]
 
 
-def size_colors(count: int) -> list:
-    """Colors for `count` ordered sizes, dark to light, none lighter than prints well on white."""
-    matplotlib = require_matplotlib()
-    return [matplotlib.colormaps["viridis"](x) for x in np.linspace(0.0, 0.8, max(count, 1))]
+@dataclass(frozen=True)
+class Output:
+    """The folder of figures, and whether each is there as PNG too, two fifths of drawing's time."""
 
-
-def require_matplotlib():
-    """The matplotlib module. Raises ModuleNotFoundError, with the way to install it."""
-    try:
-        import matplotlib
-        import matplotlib.backends.backend_agg
-        import matplotlib.colors
-        import matplotlib.figure
-        import matplotlib.lines
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            'figures need matplotlib: pip install "vlm_jax[report]"', name="matplotlib"
-        ) from error
-    return matplotlib
+    folder: Path
+    png: bool = True
 
 
 class Canvas:
@@ -271,7 +257,11 @@ class Canvas:
                 break
         # An axis too narrow for a tick (every row costs the same) labels its ends.
         marks = marks if len(marks) else np.array([low, high])
-        self.axes.set_xticks(marks[:: int(np.ceil(len(marks) / 6))])
+        kept = marks[:1]
+        for mark in marks[1:]:  # labels must not touch: a seventh of the axis is the widest one
+            if np.log(mark / kept[-1]) > np.log(high / low) / 7:
+                kept = np.append(kept, mark)
+        self.axes.set_xticks(kept)
         axis.set_major_formatter(ticker.EngFormatter(unit, sep=""))
 
     def sample(self, name: str, *, area: int | float = 22.0, dash: str = "", band=False) -> None:
@@ -329,10 +319,8 @@ class Canvas:
 
         Words above that cover a mark are dropped as well.
         """
-        self.figure.draw_without_rendering()
-        self.figure.set_layout_engine(
-            "none"
-        )  # the layout is final: saving twice must not change it
+        self.figure.get_layout_engine().execute(self.figure)
+        self.figure.set_layout_engine("none")  # final: saving twice must not change it
         renderer = self.figure.canvas.get_renderer()
         points_per_pixel = 72 / self.figure.dpi
         boxes = [(word, word.get_window_extent(renderer)) for word in self.labels]
@@ -361,24 +349,33 @@ class Canvas:
             else:
                 placed.append(box)
 
-    def save(self, out_dir: Path | str, name: str, *, caption: str, alt: str) -> Figure:
-        """Writes NAME.png, NAME.svg and NAME.csv into `out_dir`, which is created if missing."""
-        out_dir = Path(out_dir)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        paths = {kind: out_dir / f"{name}.{kind}" for kind in ("png", "svg", "csv")}
+    def save(self, out: Path | str | Output, name: str, *, caption: str, alt: str) -> Figure:
+        """Writes NAME.png, NAME.svg and NAME.csv into the folder `out`, created if missing."""
+        out = out if isinstance(out, Output) else Output(Path(out))
+        out.folder.mkdir(parents=True, exist_ok=True)
+        png, svg, table = (out.folder / f"{name}.{kind}" for kind in ("png", "svg", "csv"))
         # A fixed salt and no date: the same rows give the same bytes.
         with self.matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
             self._settle_words()
-            with files.writing(paths["png"], "wb") as file:
-                self.figure.savefig(file, format="png")
-            with files.writing(paths["svg"], "wb") as file:
-                self.figure.savefig(file, format="svg", metadata={"Date": None})
-        with files.writing(paths["csv"]) as file:
+            # The backends themselves: savefig draws a second time to measure.
+            if out.png:
+                self.figure.dpi = STYLE["savefig.dpi"]
+                canvas = self.matplotlib.backends.backend_agg.FigureCanvasAgg(self.figure)
+                with files.writing(png, "wb") as file:
+                    canvas.print_png(file)
+            self.figure.dpi = 72
+            drawn = io.StringIO()
+            canvas = self.matplotlib.backends.backend_svg.FigureCanvasSVG(self.figure)
+            canvas.print_svg(drawn, metadata={"Date": None})
+            self.matplotlib.backends.backend_agg.FigureCanvasAgg(self.figure)
+        files.write_text(svg, slim(drawn.getvalue()))
+        with files.writing(table) as file:
             writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows({key: _cell(value) for key, value in row.items()} for row in self.rows)
-        return Figure(name, self.title.replace("\n", " "), caption, alt, **paths)
+        title = self.title.replace("\n", " ")
+        return Figure(name, title, caption, alt, png=png if out.png else None, svg=svg, csv=table)
 
 
 def _cell(value):
-    return float(value) if isinstance(value, np.floating) else value
+    return float(f"{value:.8g}") if isinstance(value, float | np.floating) else value

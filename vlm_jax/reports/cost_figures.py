@@ -15,11 +15,14 @@ from vlm_jax.cost import flops as cost
 from vlm_jax.cost.chips import CHIPS
 from vlm_jax.reports import cells as table
 from vlm_jax.reports.amounts import amount_text, parameters_text
-from vlm_jax.reports.canvas import HATCHES, OKABE_ITO, Canvas, Figure
-from vlm_jax.reports.curves import ERROR, limits, ring_best, size_curves, size_legend
+from vlm_jax.reports.canvas import Canvas, Figure
+from vlm_jax.reports.colors import HATCHES, Looks, of_sizes
+from vlm_jax.reports.colors import PHASES as COLORS
+from vlm_jax.reports.curves import ERROR, drawn, limits, ring_best, size_curves, size_legend
 
 ALL_PHASES = "counted FLOPs per request, all phases"
-PHASES = ("encoder", "compressor", "question", "prefill", "decode")
+PHASES = tuple(COLORS)
+REAL = 0.1  # billions of parameters: the time of a smaller LLM is that of launching its programs
 
 
 def phases(rows: Sequence, out_dir, *, name: str) -> Figure:
@@ -39,7 +42,8 @@ def phases(rows: Sequence, out_dir, *, name: str) -> Figure:
     totals = shares.sum(1)
     canvas = Canvas(x="", y="share of the request's FLOPs", title="What a request costs, by phase")
     base = np.zeros(len(corner))
-    for phase, flops, color, hatch in zip(PHASES, shares.T, OKABE_ITO, HATCHES, strict=False):
+    for phase, flops, hatch in zip(PHASES, shares.T, HATCHES, strict=False):
+        color = COLORS[phase]
         part = flops / totals
         canvas.axes.bar(
             range(len(corner)),
@@ -83,13 +87,14 @@ def phases(rows: Sequence, out_dir, *, name: str) -> Figure:
 
 
 def error_against_cost(
-    points, law, spent, out_dir, *, family, name, x, title, words, Q=None, unit=""
+    points, law, spent, out_dir, *, family, name, x, title, words, looks: Looks, Q=None, unit=""
 ) -> Figure:
     """Figure 1 with another x axis: `spent` is one number per point, such as seconds on a chip.
 
     `x` labels the axis and `unit` its ticks, `words` describes the cost in the caption; the
     caption compares the best cells with those of 2N(Q+V) at Q text tokens (None: as measured).
     """
+    law, why = drawn(law)
     cells = table.average(points).at(Q)
     mean = np.array(
         [
@@ -98,7 +103,8 @@ def error_against_cost(
         ]
     )
     canvas = Canvas(x=x, y=ERROR, title=title, height=3.5)
-    size_curves(canvas, cells, mean, law)
+    if not size_curves(canvas, cells, mean, law, looks):
+        law = None
     ring_best(canvas, cells, mean)
     limits(canvas, cells)
     canvas.log_x(unit=unit)
@@ -113,9 +119,14 @@ def error_against_cost(
         if (best == simple).all()
         else f"differs from 2N(Q+V) in {int((best != simple).sum())} of {len(best)} cells"
     )
-    caption = f"Error on {family} against {words} Not beaten by a cheaper cell: {listed}; {moved}."
+    caption = (
+        f"Error on {family} against {words} Not beaten by a cheaper cell: {listed}; {moved}. {why}"
+    )
     return canvas.save(
-        out_dir, name, caption=caption, alt=f"Error on {family} against {x}. Best: {listed}."
+        out_dir,
+        name,
+        caption=caption.strip(),
+        alt=f"Error on {family} against {x}. Best: {listed}.",
     )
 
 
@@ -151,6 +162,7 @@ def described_figures(
             for label, V in zip(points.label, points.V, strict=True)
         ]
     )
+    looks = of_sizes(points.N)
     workload = f"Q = {Q:g}, G = {G:g}"
     file = slug(name)
     return [
@@ -160,6 +172,7 @@ def described_figures(
             flops("token_packer", "none"),
             out_dir,
             family=name,
+            looks=looks,
             name=f"{file}_total_flops",
             x=ALL_PHASES,
             title=f"{name}: every phase counted",
@@ -172,6 +185,7 @@ def described_figures(
             flops("quecc", "separate"),
             out_dir,
             family=name,
+            looks=looks,
             name=f"{file}_question_pass",
             x=ALL_PHASES,
             title=f"{name}: with a question pass",
@@ -186,6 +200,7 @@ def described_figures(
             seconds,
             out_dir,
             family=name,
+            looks=looks,
             name=f"{file}_latency",
             x=f"least time per request on one {chip.name}",
             title=f"{name}: latency on {chip.name}",
@@ -197,19 +212,23 @@ def described_figures(
     ]
 
 
-def counted_figures(rows, points, law, out_dir, family, *, chip=CHIPS["v5e"]) -> list[Figure]:
+def counted_figures(
+    rows, points, law, out_dir, family, *, chip=CHIPS["v5e"], looks: Looks | None = None
+) -> list[Figure]:
     """Error against what a request costs: every phase, measured seconds, least seconds on a chip.
 
-    `points` are those of `rows`, one by one.
+    `points` are those of `rows`, one by one. No seconds on a chip where the largest LLM is a toy.
     """
+    looks = looks or of_sizes(points.N)
     file = slug(family)
-    drawn = [
+    made = [
         error_against_cost(
             points,
             law,
             np.array([sum(row.flops.values()) for row in rows], float),
             out_dir,
             family=family,
+            looks=looks,
             name=f"{file}_total_flops",
             x=ALL_PHASES,
             title=f"{family}: every phase counted",
@@ -219,13 +238,14 @@ def counted_figures(rows, points, law, out_dir, family, *, chip=CHIPS["v5e"]) ->
     ]
     if (measured := measured_seconds(rows)) is not None:
         seconds, words = measured
-        drawn.append(
+        made.append(
             error_against_cost(
                 points,
                 law,
                 seconds,
                 out_dir,
                 family=family,
+                looks=looks,
                 name=f"{file}_measured_time",
                 unit="s",
                 x="measured time per test question",
@@ -233,13 +253,16 @@ def counted_figures(rows, points, law, out_dir, family, *, chip=CHIPS["v5e"]) ->
                 words=words,
             )
         )
-    drawn.append(
+    if points.N.max() < REAL:
+        return made
+    made.append(
         error_against_cost(
             points,
             law,
             np.array([sum(calibration.row_seconds(row, chip).values()) for row in rows]),
             out_dir,
             family=family,
+            looks=looks,
             name=f"{file}_latency",
             unit="s",
             x=f"least time per request on one {chip.name}",
@@ -249,7 +272,7 @@ def counted_figures(rows, points, law, out_dir, family, *, chip=CHIPS["v5e"]) ->
             "dominates for tiny models, is not in it.",
         )
     )
-    return drawn
+    return made
 
 
 def measured_seconds(rows: Sequence) -> tuple[np.ndarray, str] | None:

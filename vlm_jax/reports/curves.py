@@ -5,20 +5,32 @@ import numpy as np
 
 from vlm_jax.reports import cells as table
 from vlm_jax.reports.amounts import llm_text, parameters_text
-from vlm_jax.reports.canvas import MARKERS, size_colors
+from vlm_jax.reports.colors import Looks
 
 SIMPLE_FLOPS = "FLOPs per request, 2N(Q+V)"
 ERROR = "error (1 − mean score)"
 LAW, LOWEST, BEST = "fitted law", "lowest error of the law", "best choice at its cost"
 
 
-def size_curves(canvas, cells, cost, law) -> None:
+def drawn(law):
+    """(the law, "") or, if it is None or misses its cells, (None, why there is no curve of it)."""
+    if law is None:
+        return None, "No law is drawn because none could be fitted."
+    if sentence := law.misfit.get("sentence"):
+        return None, f"No law is drawn: its {law.form} form {sentence}."
+    return law, ""
+
+
+def size_curves(canvas, cells, cost, law, looks: Looks) -> bool:
     """Points, and the law's curve and band, for every size; `cost` (one per cell) is the x axis.
 
-    Where a measured cost falls as V grows, no curve joins the points.
+    Where a measured cost falls as V grows, no curve joins the points. Returns whether a
+    curve of the law was drawn.
     """
-    colors = size_colors(len(cells.sizes))
-    for i, (n, color) in enumerate(zip(cells.sizes, colors, strict=True)):
+    any_curve = False
+    for n in cells.sizes:
+        look = looks[n]
+        color = look.color
         mine = cells.of_size(n)
         x = np.asarray(cost)[cells.N == n][np.argsort(cells.V[cells.N == n])]
         text = parameters_text(n)
@@ -29,7 +41,7 @@ def size_curves(canvas, cells, cost, law) -> None:
             # Between cells the cost is a straight line in V: exact for FLOPs but for the square
             # of attention.
             at, q = np.interp(tokens, mine.V, x), mine.Q.mean()
-            curve = np.asarray(law.error(n, tokens, q), float)
+            curve = np.clip(np.asarray(law.error(n, tokens, q), float), 0.0, 1.0)
             if law.samples is not None:
                 canvas.band(
                     f"law {text}",
@@ -41,7 +53,7 @@ def size_curves(canvas, cells, cost, law) -> None:
                     Q=q,
                 )
             canvas.line(f"law {text}", at, curve, color=color, N_billions=n, V=tokens, Q=q)
-            end = (at[-1], curve[-1])
+            end, any_curve = (at[-1], curve[-1]), True
         elif rising:
             canvas.line(
                 f"measured {text}",
@@ -59,7 +71,7 @@ def size_curves(canvas, cells, cost, law) -> None:
             mine.error,
             stderr=mine.stderr,
             color=color,
-            marker=MARKERS[i % len(MARKERS)],
+            marker=look.marker,
             area=_area(mine.V),
             name=llm_text(n),
             N_billions=n,
@@ -67,6 +79,7 @@ def size_curves(canvas, cells, cost, law) -> None:
             Q=mine.Q,
         )
         canvas.write(llm_text(n).removesuffix(" parameters"), *end, color=color)
+    return any_curve
 
 
 def _area(V) -> np.ndarray:
@@ -139,7 +152,7 @@ def limits(canvas, cells) -> None:
     spread = np.nan_to_num(cells.stderr)
     low, high = (cells.error - spread).min(), (cells.error + spread).max()
     room = max(high - low, 0.02)
-    canvas.axes.set_ylim(max(low - 0.14 * room, 0.0), min(high + 0.22 * room, 1.05))
+    canvas.axes.set_ylim(max(low - 0.14 * room, 0.0), min(high + 0.22 * room, 1.02))
     canvas.axes.margins(x=0.1)
 
 

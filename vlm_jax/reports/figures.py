@@ -6,7 +6,7 @@ size, (3) the frontier over question lengths, (4) bars at equal compute. N is LL
 billions, V visual tokens, Q text tokens, and FLOPs are 2 N (Q + V) unless an axis says otherwise.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +15,9 @@ import numpy as np
 from vlm_jax.law import law as laws_module
 from vlm_jax.reports import cells as table
 from vlm_jax.reports import cost_figures, score_figures
-from vlm_jax.reports.amounts import amount_text, parameters_text
-from vlm_jax.reports.canvas import HATCHES, MARKERS, OKABE_ITO, Canvas, Figure, size_colors
+from vlm_jax.reports.amounts import parameters_text
+from vlm_jax.reports.canvas import Canvas, Figure
+from vlm_jax.reports.colors import NO_LLM, Looks, of_lengths, of_sizes
 from vlm_jax.reports.cost_figures import slug
 from vlm_jax.reports.curves import (
     ERROR,
@@ -24,6 +25,7 @@ from vlm_jax.reports.curves import (
     SIMPLE_FLOPS,
     alt_curves,
     conclusion,
+    drawn,
     limits,
     ring_best,
     size_curves,
@@ -31,6 +33,7 @@ from vlm_jax.reports.curves import (
     span,
 )
 from vlm_jax.reports.run import Run
+from vlm_jax.reports.score_figures import equal_compute
 from vlm_jax.rows import records
 
 QUESTION_LENGTHS = (0, 10, 50, 100, 200, 500)
@@ -39,22 +42,30 @@ QUESTION_LENGTHS = (0, 10, 50, 100, 200, 500)
 def law_figures(points, law, out_dir, name) -> list[Path]:
     """The paths of every figure that points and a law (or None) allow: NAME_*.png, .svg, .csv.
 
-    Figure 2 also predicts a size twice the largest: for the published points, 14B.
+    Figure 2 also predicts a size twice the largest: for the published points, 14B. Raises
+    TooManySizes for more sizes than can be told apart.
     """
-    drawn = points_figures(points, law, out_dir, name, beyond=2 * float(points.N.max()))
+    looks = of_sizes(points.N)
+    asked = (None, 0.0, 50.0) if points.Q.max() > 0 else (0.0, 50.0)
+    made = points_figures(
+        points, law, out_dir, name, looks=looks, asked=asked, beyond=2 * float(points.N.max())
+    )
     cells = {name: table.average(points)}
     for Q in (0, 50):
-        drawn += equal_compute(cells, out_dir, name=f"{slug(name)}_equal_compute_q{Q}", Q=Q)
-    return [path for figure in drawn for path in figure.paths]
+        at = f"{slug(name)}_equal_compute_q{Q}"
+        made += equal_compute(cells, out_dir, name=at, looks=looks, Q=Q)
+    return [path for figure in made for path in figure.paths]
 
 
 def run_figures(run: Run, laws, out_dir, *, majority=None) -> list[Figure]:
     """Every figure that a run's rows allow, one family after the other, those of all last.
 
     `laws` maps a family to its law and may lack any; `majority` maps a family to the score of its
-    commonest answers.
+    commonest answers. Figure 1 is at the measured Q. Raises TooManySizes for more sizes than can be
+    told apart.
     """
-    drawn, groups = [], {}
+    looks = of_sizes(row.llm_parameters / 1e9 for row in run.rows)
+    made, groups = [], {}
     for family in run.families:
         mine = []
         if measured := [row for row in run.main if family in row.families]:
@@ -64,61 +75,80 @@ def run_figures(run: Run, laws, out_dir, *, majority=None) -> list[Figure]:
                     family,
                     out_dir,
                     name=f"{slug(family)}_scores",
+                    looks=looks,
                     majority=(majority or {}).get(family),
                 )
             )
-            mine += score_figures.methods(run, family, out_dir, name=f"{slug(family)}_methods")
+            mine += score_figures.methods(
+                run, family, out_dir, name=f"{slug(family)}_methods", looks=looks
+            )
             points, law = records.points(measured, family), laws.get(family)
             groups[family] = table.average(points)
-            mine += points_figures(points, law, out_dir, family)
-            mine += cost_figures.counted_figures(measured, points, law, out_dir, family)
-        drawn += [replace(figure, section=family) for figure in mine]
+            asked = (None,) if points.Q.max() > 0 else (0.0, 50.0)
+            mine += points_figures(points, law, out_dir, family, looks=looks, asked=asked)
+            mine += cost_figures.counted_figures(
+                measured, points, law, out_dir, family, looks=looks
+            )
+        made += [replace(figure, section=family) for figure in mine]
     if groups:
-        drawn += equal_compute(groups, out_dir, name="equal_compute")
-        drawn.append(cost_figures.phases(run.main, out_dir, name="phases"))
-    return drawn
+        made += equal_compute(groups, out_dir, name="equal_compute", looks=looks)
+        made.append(cost_figures.phases(run.main, out_dir, name="phases"))
+    return made
 
 
 def points_figures(
-    points, law, out_dir, name, *, beyond: int | float | None = None
+    points,
+    law,
+    out_dir,
+    name,
+    *,
+    looks: Looks,
+    asked: Sequence[int | float | None],
+    beyond: int | float | None = None,
 ) -> list[Figure]:
-    """Figures 1 to 3 of one family of points; without a law, figure 1 with the points alone.
+    """Figures 1 to 3 of one family of points, figure 1 for each Q of `asked` (None: as measured).
 
+    Without a law, or with one that misses the cells, there is figure 1 with the points alone.
     `beyond` adds to figure 2 the prediction for a size (billions) that nobody measured.
     """
     cells = table.average(points)
     file = slug(name)
-    questions = [None] if cells.Q.max() > 0 else []
-    drawn = [
-        error_against_flops(cells, law, out_dir, family=name, name=f"{file}_flops_{tag}", Q=Q)
-        for Q, tag in [(q, "measured_q") for q in questions] + [(0.0, "q0"), (50.0, "q50")]
-    ]
-    if law is not None:
-        drawn += extrapolation(
-            points, law, out_dir, family=name, name=f"{file}_extrapolation", beyond=beyond
+    made = [
+        error_against_flops(
+            cells, law, out_dir, family=name, looks=looks, Q=Q,
+            name=f"{file}_flops_" + ("measured_q" if Q is None else f"q{Q:g}"),
         )
-        drawn.append(
+        for Q in asked
+    ]  # fmt: skip
+    law, _ = drawn(law)
+    if law is not None:
+        made += extrapolation(
+            points, law, out_dir, family=name, name=f"{file}_extrapolation", looks=looks,
+            beyond=beyond,
+        )  # fmt: skip
+        made.append(
             question_lengths(cells, law, out_dir, family=name, name=f"{file}_frontier_over_q")
         )
-        drawn += optimal_tokens(cells, law, out_dir, family=name, name=f"{file}_optimal_v")
-    return drawn
+        made += optimal_tokens(cells, law, out_dir, family=name, name=f"{file}_optimal_v")
+    return made
 
 
-def error_against_flops(cells, law, out_dir, *, family, name, Q) -> Figure:
+def error_against_flops(cells, law, out_dir, *, family, name, Q, looks: Looks) -> Figure:
     """Figure 1: a curve per LLM size, marks growing with V, the law with its band and frontier."""
+    law, why = drawn(law)
     cells = cells.at(Q)
     q = float(cells.Q.mean())
     asked = f"Q = {q:.3g}" + (" as measured" if Q is None else "")
     named = family if Q is None else f"{family} at Q = {Q:g}"
     title = conclusion(named, cells, cells.flops)
     canvas = Canvas(x=f"{SIMPLE_FLOPS}, Q = {q:.2g} text tokens", y=ERROR, title=title, height=3.6)
-    size_curves(canvas, cells, cells.flops, law)
+    size_curves(canvas, cells, cells.flops, law, looks)
     if law is not None:
         best = table.frontier(law, span(cells.N), span(cells.V), Q=q)
         canvas.line(
             "frontier of the law",
             best.flops,
-            best.error,
+            np.clip(best.error, 0.0, 1.0),
             dash="--",
             name=LOWEST,
             N_billions=best.N,
@@ -133,7 +163,7 @@ def error_against_flops(cells, law, out_dir, *, family, name, Q) -> Figure:
         "Curves and bands are the fitted law with its 95 % bootstrap interval; the dashed line is "
         "the lowest error the law gives at each cost."
         if law is not None
-        else "No law is drawn because none could be fitted."
+        else why
     )
     caption = (
         f"Error on {family} against the LLM's prefill FLOPs at {asked} text tokens. One color and "
@@ -143,14 +173,18 @@ def error_against_flops(cells, law, out_dir, *, family, name, Q) -> Figure:
     return canvas.save(out_dir, name, caption=caption, alt=alt_curves(cells, family, asked))
 
 
-def extrapolation(points, law, out_dir, *, family, name, beyond=None) -> list[Figure]:
-    """Figure 2: the largest size as the law of the others predicts it; needs three sizes."""
+def extrapolation(points, law, out_dir, *, family, name, looks: Looks, beyond=None) -> list[Figure]:
+    """Figure 2: the largest size as the law of the others predicts it; needs three sizes.
+
+    Its band is that of a new cell, which a measured one must be compared with; the band of a size
+    that nobody measured is the law's.
+    """
     sizes = np.unique(points.N)
     if len(sizes) < 3:
         return []
     largest = sizes[-1]
     try:
-        without = laws_module.fit(points.where(points.N < largest), form=law.form)
+        without = laws_module.fit(points.where(points.N < largest), form=law.form, intervals=False)
     except ValueError:
         return []
     held_out = table.average(points.where(points.N == largest))
@@ -159,12 +193,13 @@ def extrapolation(points, law, out_dir, *, family, name, beyond=None) -> list[Fi
     off = predicted - held_out.error
     canvas = Canvas(x="visual tokens V", y=ERROR, title=f"{family}: {text} from smaller sizes")
     tokens = np.geomspace(*span(table.average(points).V), 40)
+    look = looks[largest]
     canvas.band(
         "predicted",
         tokens,
-        *without.band(largest, tokens, q),
-        color=OKABE_ITO[0],
-        name="95 % interval",
+        *without.band(largest, tokens, q, measured=True),
+        color=look.color,
+        name="95 % interval of a new cell",
         N_billions=largest,
         V=tokens,
         Q=q,
@@ -173,8 +208,9 @@ def extrapolation(points, law, out_dir, *, family, name, beyond=None) -> list[Fi
         "predicted",
         tokens,
         without.error(largest, tokens, q),
-        color=OKABE_ITO[0],
-        name="predicted",
+        color=look.color,
+        dash="--",
+        name=f"{text} predicted",
         N_billions=largest,
         V=tokens,
         Q=q,
@@ -184,7 +220,8 @@ def extrapolation(points, law, out_dir, *, family, name, beyond=None) -> list[Fi
         held_out.V,
         held_out.error,
         stderr=held_out.stderr,
-        color=OKABE_ITO[1],
+        color=look.color,
+        marker=look.marker,
         name=f"{text} measured",
         N_billions=largest,
         V=held_out.V,
@@ -196,7 +233,7 @@ def extrapolation(points, law, out_dir, *, family, name, beyond=None) -> list[Fi
             f"{far} predicted",
             tokens,
             *law.band(beyond, tokens, q),
-            color=OKABE_ITO[2],
+            color=NO_LLM,
             N_billions=beyond,
             V=tokens,
             Q=q,
@@ -205,8 +242,8 @@ def extrapolation(points, law, out_dir, *, family, name, beyond=None) -> list[Fi
             f"{far} predicted",
             tokens,
             law.error(beyond, tokens, q),
-            color=OKABE_ITO[2],
-            dash="--",
+            color=NO_LLM,
+            dash=":",
             name=f"{far} predicted from all",
             N_billions=beyond,
             V=tokens,
@@ -223,11 +260,15 @@ def extrapolation(points, law, out_dir, *, family, name, beyond=None) -> list[Fi
     canvas.log_x(base10=False, ticks=held_out.V)
     canvas.legend()
     worst = np.abs(off).max()
+    low, high = without.band(largest, held_out.V, q, measured=True)
+    inside = int(((held_out.error >= low) & (held_out.error <= high)).sum())
     words = f"The mean absolute miss is {np.abs(off).mean():.4f}, the largest {worst:.4f}"
+    held = f"{inside} of {len(off)} measured cells lie in the 95 % interval of a newly trained one"
     caption = (
         f"The law fitted without {text} predicts {text} on {family}. {words} (error is between 0 "
         "and 1); relative to the measured error that is at most "
-        f"{100 * np.abs(off / held_out.error).max():.1f} %. The mean signed miss is "
+        f"{100 * np.abs(off / held_out.error).max():.1f} %. {held}. "
+        "The mean signed miss is "
         f"{off.mean():+.4f}: positive means that {text} is better than predicted."
     )
     alt = f"Predicted and measured error of {text} on {family} against visual tokens. {words}."
@@ -239,20 +280,21 @@ def question_lengths(cells, law, out_dir, *, family, name) -> Figure:
     canvas = Canvas(
         x=SIMPLE_FLOPS, y="error of the law", title=f"{family}: the frontier as Q grows"
     )
-    colors = size_colors(len(QUESTION_LENGTHS))
-    for i, (Q, color) in enumerate(zip(QUESTION_LENGTHS, colors, strict=True)):
+    for i, (Q, look) in enumerate(of_lengths(QUESTION_LENGTHS).items()):
+        color = look.color
         best = table.frontier(law, span(cells.N), span(cells.V), Q=Q)
-        canvas.line(f"Q={Q}", best.flops, best.error, color=color, N_billions=best.N, V=best.V, Q=Q)
+        error = np.clip(best.error, 0.0, 1.0)
+        canvas.line(f"Q={Q:g}", best.flops, error, color=color, N_billions=best.N, V=best.V, Q=Q)
         # Marks every 12th budget, shifted from curve to curve: distinct without color.
         every = slice(2 * i, None, 12)
         canvas.points(
-            f"Q={Q}",
+            f"Q={Q:g}",
             best.flops[every],
-            best.error[every],
+            error[every],
             color=color,
-            marker=MARKERS[i],
+            marker=look.marker,
             area=16,
-            name=f"Q={Q}: V*={_best_at(law, cells, Q):.3g}",
+            name=f"Q={Q:g}: V*={_best_at(law, cells, Q):.3g}",
             N_billions=best.N[every],
             V=best.V[every],
             Q=Q,
@@ -291,8 +333,8 @@ def optimal_tokens(cells, law, out_dir, *, family, name) -> list[Figure]:
         y="best number of visual tokens V*",
         title=f"{family}: best V",
     )
-    canvas.band("V*", Q, low, high, color=OKABE_ITO[0], name="95 % interval", Q=Q)
-    canvas.line("V*", Q, best, color=OKABE_ITO[0], name="V* = Q β / (α − β)", Q=Q)
+    canvas.band("V*", Q, low, high, color=NO_LLM, name="95 % interval", Q=Q)
+    canvas.line("V*", Q, best, color=NO_LLM, name="V* = Q β / (α − β)", Q=Q)
     for limit in edges:
         canvas.line(
             f"measured limit V={limit:g}",
@@ -315,55 +357,4 @@ def optimal_tokens(cells, law, out_dir, *, family, name) -> list[Figure]:
     )
     ends = f"{best[0]:.3g} at Q=0, {best[5]:.3g} at Q=50, {best[-1]:.3g} at Q=500"
     alt = f"Best V on {family} against Q: {ends}."
-    return [canvas.save(out_dir, name, caption=caption, alt=alt)]
-
-
-def equal_compute(groups: Mapping[str, "table.Cells"], out_dir, *, name, Q=None) -> list[Figure]:
-    """Figure 4: a bar per LLM size for each group, V such that all cost about the same.
-
-    `groups` maps a family or task to its cells, all with the same (N, V). None where no two sizes
-    can be matched.
-    """
-    first = next(iter(groups.values())).at(Q)
-    chosen = table.equal_compute(first.flops, first.N)
-    if len(chosen) < 2:
-        return []
-    q, spent = float(first.Q.mean()), first.flops[chosen]
-    canvas = Canvas(x="", y="mean score", title=f"Equal compute, Q = {q:.3g}")
-    width = 0.8 / len(chosen)
-    for i, (at, color) in enumerate(zip(chosen, size_colors(len(chosen)), strict=True)):
-        n, v = first.N[at], first.V[at]
-        scores, spread = [], []
-        for cells in groups.values():
-            match = np.flatnonzero((cells.N == n) & (cells.V == v))
-            scores.append(1 - cells.error[match[0]] if len(match) else np.nan)
-            spread.append(cells.stderr[match[0]] if len(match) else np.nan)
-        x = np.arange(len(groups)) + (i - (len(chosen) - 1) / 2) * width
-        canvas.bars(
-            f"{parameters_text(n)}, V={v:g}",
-            x,
-            scores,
-            width=width * 0.94,
-            stderr=spread,
-            color=color,
-            hatch=HATCHES[i % len(HATCHES)],
-            name=f"{parameters_text(n)}, V={v:g}",
-            N_billions=n,
-            V=v,
-            Q=q,
-            label=list(groups),
-        )
-        for at_x, score, bar in zip(x, scores, np.nan_to_num(spread), strict=True):
-            if np.isfinite(score):
-                canvas.write_above(f"{score:.2f}".lstrip("0"), at_x, score + bar, size=6.5)
-    canvas.axes.set_xticks(range(len(groups)), list(groups))
-    canvas.axes.set_ylim(0, min(1.0, canvas.axes.get_ylim()[1]) * 1.1)
-    canvas.legend()
-    caption = (
-        "Scores where every LLM size spends about the same: 2N(Q+V) between "
-        f"{amount_text(spent.min())}FLOPs and {amount_text(spent.max())}FLOPs at Q = {q:.3g}. "
-        "Larger LLMs (further right in a group) pay with fewer visual tokens. Bars start at zero; "
-        "error bars are one standard error."
-    )
-    alt = f"Bar chart of scores at equal compute for {', '.join(groups)}."
     return [canvas.save(out_dir, name, caption=caption, alt=alt)]

@@ -49,10 +49,15 @@ def draw(
     notes: list[str] = []
     try:
         from vlm_jax.reports import cost_figures, figures
+        from vlm_jax.reports.colors import TooManySizes
 
         drawn: list[Path] = []
         for name, points in families.items():
-            drawn += figures.law_figures(points, laws[name], out, name)
+            try:
+                drawn += figures.law_figures(points, laws[name], out, name)
+            except TooManySizes as problem:
+                notes.append(f"no figures of {name}: {problem}")
+                continue
             if rows:
                 cost_drawn = cost_figures.counted_figures(
                     rows, points, laws[name], out, name, chip=chip

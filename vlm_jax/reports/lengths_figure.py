@@ -4,7 +4,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_jax.reports.canvas import OKABE_ITO, Canvas, Figure
+from vlm_jax.reports.canvas import Canvas, Figure
+from vlm_jax.reports.colors import OKABE_ITO
 
 
 def draw(

@@ -5,7 +5,8 @@ data."""
 import json
 from pathlib import Path, PurePath
 
-from vlm_jax.reports.canvas import MARKERS, OKABE_ITO, Canvas, Figure
+from vlm_jax.reports.canvas import Canvas, Figure
+from vlm_jax.reports.colors import MARKERS, OKABE_ITO
 
 
 def lines_of(path: Path) -> list[dict]:

@@ -9,7 +9,8 @@ import numpy as np
 from vlm_jax.compressors.method import tilings
 from vlm_jax.planning import costs, planner
 from vlm_jax.reports.amounts import amount_text, parameters_text
-from vlm_jax.reports.canvas import MARKERS, OKABE_ITO, Canvas, Figure
+from vlm_jax.reports.canvas import Canvas, Figure
+from vlm_jax.reports.colors import MARKERS, OKABE_ITO
 
 DASHES = ("-", "--", ":", "-.")  # curves that coincide must not hide each other
 MOST_COMPRESSORS = len(OKABE_ITO) - 1  # the last color, yellow, does not print as a line

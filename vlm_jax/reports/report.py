@@ -17,12 +17,16 @@ from vlm_jax.law import families as families_module
 from vlm_jax.law import law as laws_module
 from vlm_jax.reports import figures, page
 from vlm_jax.reports import run as runs
+from vlm_jax.reports.canvas import Output
+from vlm_jax.reports.colors import TooManySizes
 from vlm_jax.reports.run import Run
 from vlm_jax.rows import measured, records
 
 
-def write(workdir: Path | str) -> dict:
+def write(workdir: Path | str, *, png: bool = False) -> dict:
     """Writes the report of a run folder; returns its path, counts, laws and reasons as a dict.
+
+    `png` adds each figure as PNG to its SVG and CSV, which takes as long again as drawing.
 
     Without matplotlib the page has no figures and says so. Raises ValueError or OSError for a file
     that is missing or invalid.
@@ -33,10 +37,10 @@ def write(workdir: Path | str) -> dict:
             f"no rows.jsonl in {workdir}: vlm-jax grid --config=FILE --workdir={workdir} makes it"
         )
     with files.copied(workdir, ("rows.jsonl", "baselines.json", "run.json")) as home:
-        return _write(home) | {"report": str(workdir / "report" / "index.html")}
+        return _write(home, png) | {"report": str(workdir / "report" / "index.html")}
 
 
-def _write(workdir: Path) -> dict:
+def _write(workdir: Path, png: bool) -> dict:
     """`write` in a folder on the disk."""
     # Sorted, so that the page does not depend on the order in which cells finished.
     rows = sorted(
@@ -50,9 +54,12 @@ def _write(workdir: Path) -> dict:
     missing = ""
     try:
         drawn = figures.run_figures(
-            run, laws, workdir / "report" / "figures", majority=page.by_family(rows, majority)
+            run,
+            laws,
+            Output(workdir / "report" / "figures", png=png),
+            majority=page.by_family(rows, majority),
         )
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, TooManySizes) as error:
         # A grid of many hours must not end without its tables because matplotlib is missing.
         drawn, missing = [], str(error)
     html = page.build(

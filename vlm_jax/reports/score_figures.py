@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores against visual tokens: the grid beside its blind models, and every method beside it."""
+"""Scores against visual tokens, of every method side by side, and of all sizes at equal compute."""
+
+from collections.abc import Mapping
 
 import numpy as np
 
 from vlm_jax.compressors import COMPRESSORS
-from vlm_jax.reports.amounts import llm_text, parameters_text
-from vlm_jax.reports.canvas import MARKERS, OKABE_ITO, Canvas, Figure, size_colors
+from vlm_jax.reports import cells as table
+from vlm_jax.reports.amounts import amount_text, llm_text, parameters_text
+from vlm_jax.reports.canvas import Canvas, Figure
+from vlm_jax.reports.colors import Looks
 from vlm_jax.reports.run import Run, mean_over_seeds
 
 ACROSS = 3  # panels side by side
 
 
 def scores_against_tokens(
-    run: Run, family: str, out_dir, *, name: str, majority: int | float | None = None
+    run: Run,
+    family: str,
+    out_dir,
+    *,
+    name: str,
+    looks: Looks,
+    majority: int | float | None = None,
 ) -> Figure:
     """Mean score of the grid's method against V per LLM size, beside the blind score of that size.
 
@@ -25,22 +35,30 @@ def scores_against_tokens(
         height=3.3,
     )
     sizes = sorted({row.llm_parameters for row in run.rows})
-    colors = dict(zip(sizes, size_colors(len(sizes)), strict=True))
     tokens = sorted({row.V for row in run.main if family in row.families})
     blind_at = tokens[0] / 2.2
-    for i, n in enumerate(sizes):
-        style = {"color": colors[n], "marker": MARKERS[i % len(MARKERS)], "N_billions": n / 1e9}
+    for n in sizes:
+        look = looks[n / 1e9]
+        style = {"color": look.color, "marker": look.marker, "N_billions": n / 1e9}
         text = parameters_text(n / 1e9)
         V, score, stderr = _by_tokens([r for r in run.main if r.llm_parameters == n], family)
         if len(V):
-            canvas.line(text, V, score, color=colors[n], N_billions=n / 1e9, V=V)
+            canvas.line(text, V, score, color=look.color, N_billions=n / 1e9, V=V)
             canvas.points(text, V, score, stderr=stderr, V=V, name=llm_text(n / 1e9), **style)
         blind = [r.families[family] for r in run.blind if r.llm_parameters == n
                  and family in r.families]  # fmt: skip
         if blind:
             score, stderr = mean_over_seeds(blind)
             canvas.points(f"{text} blind", [blind_at], [score], stderr=[stderr], V=0, **style)
-            _level(canvas, f"{text} blind", blind_at, tokens[-1], score, color=colors[n])
+            _level(
+                canvas,
+                f"{text} blind",
+                blind_at,
+                tokens[-1],
+                score,
+                color=look.color,
+                N_billions=n / 1e9,
+            )
     if run.blind:
         canvas.sample("without the image (blind)", dash=":")
     if majority is not None:
@@ -61,7 +79,7 @@ def scores_against_tokens(
     return canvas.save(out_dir, name, caption=caption, alt=alt)
 
 
-def methods(run: Run, family: str, out_dir, *, name: str) -> list[Figure]:
+def methods(run: Run, family: str, out_dir, *, name: str, looks: Looks) -> list[Figure]:
     """Mean score against V, a panel per method, at the LLM size that most methods were run with.
 
     None where there is one method only.
@@ -91,11 +109,11 @@ def methods(run: Run, family: str, out_dir, *, name: str) -> list[Figure]:
     said = f"{score.max():.2f}".lstrip("0") + f" with {at:.3g} visual token{'s' * (at != 1)}"
     canvas = Canvas(
         x="visual tokens V",
-        y=f"mean score on {family}, LLM of {llm_text(size / 1e9)}",
+        y="mean score",
         title=f"{family}: {named[first]} scores best,\n{said}",
         height=1.2 + 1.1 * -(-len(shown) // ACROSS),
         panels=list(named.values()),
-        across=ACROSS,
+        across=min(ACROSS, len(shown)),
     )
     for panel, method in enumerate(shown):
         canvas.turn_to(panel)
@@ -103,7 +121,7 @@ def methods(run: Run, family: str, out_dir, *, name: str) -> list[Figure]:
             if other != method:
                 canvas.shadow(*curves[other][:2])
         V, score, stderr = curves[method]
-        common = {"color": OKABE_ITO[0], "N_billions": size / 1e9, "V": V}
+        common = {"color": looks[size / 1e9].color, "N_billions": size / 1e9, "V": V}
         canvas.line(method, V, score, **common)
         canvas.points(method, V, score, stderr=stderr, area=16.0, **common)
         if blind:
@@ -122,6 +140,60 @@ def methods(run: Run, family: str, out_dir, *, name: str) -> list[Figure]:
         f"Mean score on {family} against visual tokens for {len(shown)} methods, a panel each. "
         f"The best is {named[first]}: {said}."
     )
+    return [canvas.save(out_dir, name, caption=caption, alt=alt)]
+
+
+def equal_compute(
+    groups: Mapping[str, table.Cells], out_dir, *, name, looks: Looks, Q=None
+) -> list[Figure]:
+    """Figure 4: a bar per LLM size for each group, V such that all cost about the same.
+
+    `groups` maps a family or task to its cells, all with the same (N, V). None where no two sizes
+    can be matched.
+    """
+    first = next(iter(groups.values())).at(Q)
+    chosen = table.equal_compute(first.flops, first.N)
+    if len(chosen) < 2:
+        return []
+    q, spent = float(first.Q.mean()), first.flops[chosen]
+    canvas = Canvas(x="", y="mean score", title=f"Equal compute, Q = {q:.3g}")
+    width = 0.8 / len(chosen)
+    for i, at in enumerate(chosen):
+        n, v = first.N[at], first.V[at]
+        scores, spread = [], []
+        for cells in groups.values():
+            match = np.flatnonzero((cells.N == n) & (cells.V == v))
+            scores.append(1 - cells.error[match[0]] if len(match) else np.nan)
+            spread.append(cells.stderr[match[0]] if len(match) else np.nan)
+        x = np.arange(len(groups)) + (i - (len(chosen) - 1) / 2) * width
+        canvas.bars(
+            f"{parameters_text(n)}, V={v:g}",
+            x,
+            scores,
+            width=width * 0.94,
+            stderr=spread,
+            color=looks[n].color,
+            hatch=looks[n].hatch,
+            name=f"{parameters_text(n)}, V={v:g}",
+            N_billions=n,
+            V=v,
+            Q=q,
+            flops=first.flops[at],
+            label=list(groups),
+        )
+        for at_x, score, bar in zip(x, scores, np.nan_to_num(spread), strict=True):
+            if np.isfinite(score):
+                canvas.write_above(f"{score:.2f}".lstrip("0"), at_x, score + bar, size=6.5)
+    canvas.axes.set_xticks(range(len(groups)), list(groups))
+    canvas.axes.set_ylim(0, min(1.0, canvas.axes.get_ylim()[1]) * 1.1)
+    canvas.legend()
+    caption = (
+        "Scores where every LLM size spends about the same: 2N(Q+V) between "
+        f"{amount_text(spent.min())}FLOPs and {amount_text(spent.max())}FLOPs at Q = {q:.3g}. "
+        "Larger LLMs (further right in a group) pay with fewer visual tokens. Bars start at zero; "
+        "error bars are one standard error."
+    )
+    alt = f"Bar chart of scores at equal compute for {', '.join(groups)}."
     return [canvas.save(out_dir, name, caption=caption, alt=alt)]
 
 

@@ -19,6 +19,7 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="a grid's folder, which holds rows.jsonl"
     )
+    parser.add_argument("--png", action="store_true", help="each figure as PNG too")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -26,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     from vlm_jax.reports import report
 
     with progress.doing("fitting the law and drawing figures"):
-        result = report.write(options.workdir)
+        result = report.write(options.workdir, png=options.png)
     for family, why in result["no_law"].items():
         print(f"no law for {family}: {why}", file=sys.stderr)
     if result["no_figures"]:
