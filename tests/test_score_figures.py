@@ -4,6 +4,7 @@
 import csv
 
 import made_rows
+import numpy as np
 import pytest
 
 from vlm_jax.cost import flops as cost
