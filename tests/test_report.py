@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of a run says what its rows say, once each, and loads nothing from anywhere."""
+"""The page of a run says what its rows say, once each, and loads nothing from anywhere.
 
+Over 400 lines: the tests share the reading of one page, which takes seconds to make.
+"""
+
+import csv
 import dataclasses
 import json
 import os
@@ -15,7 +19,7 @@ from markupsafe import escape
 
 from vlm_jax.__main__ import main
 from vlm_jax.law import law
-from vlm_jax.reports import figures, findings, tables
+from vlm_jax.reports import figures, findings, score_tables, tables
 from vlm_jax.reports import page as pages
 from vlm_jax.reports import report as reports
 from vlm_jax.rows import records
@@ -140,18 +144,50 @@ def test_the_tables_hold_the_rows_numbers_and_the_margin_over_the_blind_model(ru
     assert page.table("Always giving")["relation"]["score"] == "0.500"
 
 
+def test_a_reader_sees_eight_columns_and_the_rest_folds_out(run):
+    rows, folder, _, page = run
+    for table in page.all("table"):
+        start = page.elements.index(table)
+        heads = []
+        for element in page.elements[start + 1 :]:
+            if element["tag"] == "tbody":
+                break
+            if element["tag"] == "th":
+                heads.append(element)
+        shown = [e["text"] for e in heads if "more" not in (e.get("class") or "")]
+        assert len(shown) <= tables.MOST_FIRST
+    assert len(page.all("input", type="checkbox")) >= 3
+    with (folder / "report/cells.csv").open(newline="") as file:
+        table = {line["cell"]: line for line in csv.DictReader(file)}
+    assert set(table) == {row.cell for row in rows}
+    for row in rows:
+        line = table[row.cell]
+        assert float(line["reasoning"]) == row.families["reasoning"]["score"]
+        assert float(line["request, FLOPs"]) == sum(row.flops.values())
+
+
+def test_many_rows_leave_what_folds_out_to_cells_csv(undrawn, tmp_path):
+    few = page_of(make(tmp_path / "few", made_rows.rows())).table("Cells of the grid")
+    rows = made_rows.rows(seeds=range(9), blind=False)
+    many = page_of(make(tmp_path / "many", rows)).table("Cells of the grid")
+    assert len(many) == 9 * 12 > score_tables.MOST_WIDE
+    assert all(set(line) < set(next(iter(few.values()))) for line in many.values())
+    assert (tmp_path / "many/report/cells.csv").read_text().count("\n") == len(rows) + 1
+
+
 def test_a_sort_key_is_the_number_itself(run):
     rows, _, _, page = run
     keys = [float(e["data-sort"]) for e in page.all("td") if e["text"].endswith(" FLOPs")]
     start = page.elements.index(page.all("section", id="cells")[0])
     line = next(e for e in page.elements[start:] if e.get("data-cell") == rows[0].cell)
     at = page.elements.index(line)
-    sorts = [e["data-sort"] for e in page.elements[at + 1 : at + 8]]
+    # a text that is its own key has no other
+    sorts = [e.get("data-sort", e["text"]) for e in page.elements[at + 1 : at + 8]]
     first = rows[0]
     assert sorts[:6] == [
         first.cell, first.llm, str(first.llm_parameters), str(first.V), "0", "token_packer",
     ]  # fmt: skip
-    assert float(sorts[6]) == first.families["reasoning"]["score"]
+    assert float(sorts[6]) == pytest.approx(first.families["reasoning"]["score"], rel=1e-7)
     assert all(key > 0 for key in keys)
 
 

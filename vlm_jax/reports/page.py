@@ -7,6 +7,7 @@ Values are collected here; templates/page.html defines the layout, style.css the
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -145,7 +146,15 @@ def _cells(run: Run) -> Table:
         "errors. FLOPs are per request. A button in the head sorts."
     )
     kept = sorted(run.main, key=lambda r: (r.llm_parameters, r.V, r.seed))
-    return score_tables.row_table(caption, kept, run.rows)
+    return _narrow(score_tables.row_table(caption, kept, run.rows))
+
+
+def _narrow(table: Table) -> Table:
+    """The same, without the columns that fold out if there are too many rows for a page."""
+    if len(table.rows) <= score_tables.MOST_WIDE:
+        return table
+    more = f"The other {sum(table.folded)} columns are in cells.csv beside the page."
+    return replace(table.narrow, caption=f"{table.caption} {more}")
 
 
 def _baselines(run: Run) -> Table:
@@ -155,7 +164,7 @@ def _baselines(run: Run) -> Table:
     )
     others = [*run.blind, *run.other]
     kept = sorted(others, key=lambda r: (score_tables.kind(r), r.llm_parameters, r.V, r.seed))
-    return score_tables.row_table(caption, kept, run.rows)
+    return _narrow(score_tables.row_table(caption, kept, run.rows))
 
 
 def _commonest(majority: Mapping[str, int | float]) -> Table:
@@ -171,7 +180,8 @@ def _laws(run: Run, laws: Mapping) -> Table:
         "Parameters of the fitted law. Each is followed by its 95 % interval. N is in billions "
         "of parameters; the best V minimizes the error at fixed 2N(Q+V) within the measured V."
     )
-    return Table(caption, titles, lines)
+    first = ["family", "form", *[n for n in ("alpha", "beta", "D") if n in names], *titles[-3:]]
+    return Table(caption, titles, lines, first=first)
 
 
 def _fitted_to(run: Run) -> str:

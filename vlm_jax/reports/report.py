@@ -3,8 +3,8 @@
 
 Reads DIR/rows.jsonl and, where they exist, DIR/law.json (if no older than the rows),
 DIR/baselines.json ({"majority": {task: score}}), DIR/run.json ({"command", "config", "method",
-"phases"}). Writes DIR/report/index.html, DIR/report/figures/ and, if it fitted the law itself,
-DIR/law.json.
+"phases"}). Writes DIR/report/index.html, cells.csv and figures/ beside it, and, if it fitted the
+law itself, DIR/law.json.
 """
 
 import json
@@ -15,7 +15,7 @@ from vlm_jax import files
 from vlm_jax.law import answer
 from vlm_jax.law import families as families_module
 from vlm_jax.law import law as laws_module
-from vlm_jax.reports import figures, page
+from vlm_jax.reports import figures, page, score_tables
 from vlm_jax.reports import run as runs
 from vlm_jax.reports.canvas import Output
 from vlm_jax.reports.colors import TooManySizes
@@ -75,6 +75,7 @@ def _write(workdir: Path, png: bool) -> dict:
     index = workdir / "report" / "index.html"
     index.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(index, html)
+    score_tables.write_csv(score_tables.row_table("", rows, rows), index.parent / "cells.csv")
     return {
         "cells": len(rows),
         "figures": len(drawn),

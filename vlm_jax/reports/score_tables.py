@@ -1,14 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of scores: every method side by side, and a line for each row."""
 
+import csv
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from vlm_jax import files
 from vlm_jax.reports import findings
 from vlm_jax.reports.cost_figures import PHASES
 from vlm_jax.reports.run import Run, mean_over_seeds
-from vlm_jax.reports.tables import Table, TableCell, amount, numeral, parameters, seconds, words
+from vlm_jax.reports.tables import (
+    MOST_FIRST,
+    Table,
+    TableCell,
+    amount,
+    numeral,
+    parameters,
+    seconds,
+    words,
+)
+
+MOST_WIDE = 100  # rows: of more, a page holds the columns that come first, and cells.csv all
 
 
 def score_cell(score: Mapping | None) -> TableCell:
@@ -70,7 +84,11 @@ def methods(run: Run) -> Table:
         f"FLOPs are of one request at {llms[-1]}. The law is fitted to the lines of "
         f"{run.method or 'no method yet'} alone."
     )
-    return Table(caption, titles, lines)
+    scores = [t for t in titles if t.endswith(", mean")] or [
+        f"{f}, {llms[0]}" for f in run.families
+    ]
+    first = ["method", "V", *scores[: MOST_FIRST - 4], "request, FLOPs", "seeds"]
+    return Table(caption, titles, lines, first=first)
 
 
 def mean_of(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -120,9 +138,19 @@ def row_table(caption: str, rows: Sequence, all_rows: Sequence) -> Table:
         line += [numeral(steps, steps and f"{steps:,}"), amount(row.train.get("flops"))]
         line += [seconds(row.train.get("seconds")), seconds(row.evaluate_seconds)]
         lines.append(line)
-    return Table(caption, titles, lines, keys=[row.cell for row in rows])
+    above = [f"{family}, above blind" for family in families if any(blind.values())]
+    first = ["cell", "N, parameters", "V", *[*families, *above][: MOST_FIRST - 4], "request, FLOPs"]
+    return Table(caption, titles, lines, keys=[row.cell for row in rows], first=first)
 
 
 def kind(row) -> str:
     """The method of a row, or "blind"."""
     return "blind" if row.blind else row.method
+
+
+def write_csv(table: Table, path: Path) -> None:
+    """Every cell of a table by its sort key, which is the number or the text itself."""
+    with files.writing(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(table.titles)
+        writer.writerows([cell.sort for cell in row] for row in table.rows)

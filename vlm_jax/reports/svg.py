@@ -5,7 +5,9 @@ import re
 
 ROUNDED = re.compile(r'(?<= d=")[^"]*|(?<=translate\()[^)]*|(?<= [xy]=")[^"]*')
 LONG = re.compile(r"-?\d+\.\d{3,}")
-LEFT_OUT = re.compile(r"<!--.*?-->|<metadata>.*?</metadata>|<!DOCTYPE[^>]*>", re.DOTALL)
+LEFT_OUT = re.compile(
+    r'<!--.*?-->|<metadata>.*?</metadata>|<!DOCTYPE[^>]*>| transform="rotate\(-0 [^"]*"', re.DOTALL
+)
 BETWEEN = re.compile(r">\s+<")
 AFTER_COMMAND = re.compile(r"\s*([A-Za-z])\s*")
 DIGITS = 2  # after the point, of a typographic point: a 7,000th of an inch

@@ -5,7 +5,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
     heads.forEach(other => other.setAttribute("aria-sort", "none"));
     head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
-    const key = row => row.cells[column].dataset.sort;
+    const key = row => row.cells[column].dataset.sort ?? row.cells[column].textContent;
     const order = (a, b) => {
       const x = key(a), y = key(b);
       if (x === "" || y === "") return (x === "") - (y === "");
