@@ -12,6 +12,8 @@ import re
 import shutil
 import sys
 from html.parser import HTMLParser
+from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import made_rows
 import pytest
@@ -230,6 +232,10 @@ def test_the_page_can_be_read_by_ear_and_by_keyboard(run):
     images = page.all("img")
     assert len(images) == made["figures"] > 15
     assert all(len(e["alt"]) > 20 and int(e["width"]) > 200 for e in images)
+    for image in images:
+        kind, _, picture = image["src"].partition(",")
+        assert kind == "data:image/svg+xml"
+        assert ElementTree.fromstring(unquote(picture)).tag.endswith("svg")
 
 
 def test_the_answer_follows_the_planted_laws(run):
