@@ -137,7 +137,25 @@ def lose_digests(step):
     next((step / "digests").glob("*.json")).unlink()
 
 
-DAMAGE = [truncate, flip, lose_notes, lose_data, flip_notes, lose_digests]
+def flip_names(step):
+    """Still JSON, with other keys."""
+    path = step / "state" / "_METADATA"
+    path.write_text(path.read_text().replace("key_metadata", "key_metadat`"))
+
+
+def flip_digests(step):
+    path = next((step / "digests").glob("*.json"))
+    path.write_text(path.read_text().replace("pieces", "piecer"))
+
+
+def lose_all_digests(step):
+    shutil.rmtree(step / "digests")
+
+
+DAMAGE = [
+    truncate, flip, lose_notes, lose_data, flip_notes, lose_digests, lose_all_digests, flip_names,
+    flip_digests,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -186,3 +186,17 @@ def test_without_libtpu_compile_says_how_to_get_it(monkeypatch, capsys):
 def test_a_wrong_slice_ends_the_command_in_one_line(capsys):
     assert main(["compile", "--config=tests/tiny.py", "--topology=v5p-128"]) == 2
     assert "did you mean v5p:4x4x4?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--examples=0"], "--examples=0: give a whole number from 1"),
+    (["--examples=-5"], "--examples=-5: give a whole number from 1"),
+    (["--dollars-per-chip-hour=nan"], "give a price above 0"),
+    (["--dollars-per-chip-hour=-1"], "give a price above 0"),
+    (["--search", "--examples=5"], "--search ranks by the time of a step and has no epochs"),
+    (["--search", "--most=0"], "--most=0: give a whole number from 1"),
+    (["--most=3"], "--most=3 is of --search"),
+])  # fmt: skip
+def test_a_number_that_means_nothing_is_refused_before_anything_is_compiled(flags, said, capsys):
+    assert main(["compile", "--config=tests/tiny.py", "--topology=v5e:2x2", *flags]) == 2
+    assert said in capsys.readouterr().err

@@ -7,6 +7,7 @@ it needs, and results are compared afterwards.
 """
 
 import asyncio
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -154,15 +155,15 @@ class Manifest:
         manifest, processes = cls({}), 1
         files = sorted(folder.glob("process_*.json"))
         for path in files:
-            about = read_json(path)
-            processes = about["processes"]
-            for name, x in about["arrays"].items():
-                shape, dtype = tuple(x["shape"]), x["dtype"]
-                _, _, pieces = manifest.arrays.setdefault(name, (shape, dtype, []))
-                pieces += [
-                    (Box(tuple(a), tuple(b)), int(hexadecimal, 16))
-                    for a, b, hexadecimal in x["pieces"]
-                ]
+            with fields_of(path) as about:
+                processes = about["processes"]
+                for name, x in about["arrays"].items():
+                    shape, dtype = tuple(x["shape"]), x["dtype"]
+                    _, _, pieces = manifest.arrays.setdefault(name, (shape, dtype, []))
+                    pieces += [
+                        (Box(tuple(a), tuple(b)), int(hexadecimal, 16))
+                        for a, b, hexadecimal in x["pieces"]
+                    ]
         if len(files) != processes:
             raise Damaged(f"{folder} has the digests of {len(files)} of {processes} processes")
         for name, (shape, _, pieces) in manifest.arrays.items():
@@ -183,15 +184,26 @@ def read_json(path: Any) -> Any:
         raise Damaged(f"{path}: {error}") from None
 
 
+@contextlib.contextmanager
+def fields_of(path: Any) -> Iterator[Any]:
+    """The content of a JSON file of a checkpoint; Damaged if the body does not find in it what was
+    written: a flipped bit may leave JSON with another key."""
+    about = read_json(path)
+    try:
+        yield about
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise Damaged(f"{path}: {type(error).__name__} {error}") from None
+
+
 class Arrays:
     """The arrays of one step's `state`, opened by name."""
 
     def __init__(self, state: Any):
         self.folder = epath.Path(state)
-        about = read_json(self.folder / "_METADATA")
-        entries = about["tree_metadata"].values()
-        self.names = {".".join(str(k["key"]) for k in e["key_metadata"]) for e in entries}
-        self.driver = "zarr3" if about.get("use_zarr3") else "zarr"
+        with fields_of(self.folder / "_METADATA") as about:
+            entries = about["tree_metadata"].values()
+            self.names = {".".join(str(k["key"]) for k in e["key_metadata"]) for e in entries}
+            self.driver = "zarr3" if about.get("use_zarr3") else "zarr"
         text = str(self.folder)
         self.base = text if "://" in text else f"file://{text}"
 

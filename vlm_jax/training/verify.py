@@ -63,14 +63,17 @@ def steps_under(path: Any) -> list[epath.Path]:
 def check_step(step: epath.Path) -> Found:
     """Reads one whole step, a few pieces at a time."""
     result = Found(str(step))
-    older: dict[str, int | None] = {}
+    # Sums of whole arrays, of versions without digests of pieces.
+    older: dict[str, int | None] | None = {}
     manifest = None
     try:
-        older = checkpoint.read_notes(step).get("crc32", {})
+        older = checkpoint.read_notes(step).get("crc32")
     except Damaged as error:
         result.problem(error)
     try:
         manifest = Manifest.read(step)
+        if manifest is None and older is None:
+            result.problem("it has no digests")
         arrays = Arrays(step / "state")
     except Damaged as error:
         result.problem(error)
@@ -82,7 +85,7 @@ def check_step(step: epath.Path) -> Found:
             result.problem("it has no digest", more[0])
     for name in sorted(arrays.names):
         pieces = manifest.arrays[name][2] if manifest and name in manifest.arrays else None
-        check_array(arrays, name, pieces, older.get(name), result)
+        check_array(arrays, name, pieces, (older or {}).get(name), result)
     return result
 
 

@@ -13,13 +13,16 @@ docs/pods.md explains every number and its limits.
 
 import argparse
 import json
+import math
 import sys
 
+from vlm_jax.arguments import whole_number
 from vlm_jax.verbs import cli, configuration
 from vlm_jax.verbs.parser import Parser
 
 MODES = ("align", "finetune", "prefill", "decode", "evaluate")
 DOES_NOT_FIT = 3
+MOST = 8
 
 
 def add_flags(parser: Parser) -> None:
@@ -37,11 +40,29 @@ def add_flags(parser: Parser) -> None:
         help="price of a chip, for dollars per epoch (default: none, prices differ)")  # fmt: skip
     add("--search", action="store_true",
         help="try meshes, remat and micro-batches, and rank what fits")  # fmt: skip
-    add("--most", type=int, metavar="N", default=8, help="most compilations of --search")
+    add("--most", type=int, metavar="N", help=f"most compilations of --search (default: {MOST})")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError for numbers that mean nothing, and for flags that would not be used."""
+    for name, value in (("--examples", options.examples), ("--most", options.most)):
+        if value is not None:
+            whole_number(name, value)
+    dollars = options.dollars_per_chip_hour
+    if dollars is not None and not (math.isfinite(dollars) and dollars > 0):
+        raise ValueError(f"--dollars-per-chip-hour={dollars:g}: give a price above 0")
+    if options.search and (options.examples or dollars):
+        raise ValueError(
+            "--search ranks by the time of a step and has no epochs: drop --examples and "
+            "--dollars-per-chip-hour, or compile the configuration that it finds without --search"
+        )
+    if options.most and not options.search:
+        raise ValueError(f"--most={options.most} is of --search: add that, or drop --most")
 
 
 def run(options: argparse.Namespace) -> int:
     """Compiles; 0, or 3 if it does not fit."""
+    check(options)
     from vlm_jax.aot import topology
 
     slice_ = topology.named(options.topology)
@@ -57,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     fields.check(given_fields)
     config = stages.with_start(given.config)
     if options.search:
-        result = search.search(config, options.mode, slice_, most=options.most)
+        result = search.search(config, options.mode, slice_, most=options.most or MOST)
         print(json.dumps(result))
         print(table.of_search(result), file=sys.stderr)
         return 0 if any(one["fits"] for one in result["tried"]) else DOES_NOT_FIT
