@@ -32,8 +32,9 @@ STAGES = {"align": "configs/align.py", "finetune": "configs/finetune.py"}
 GIB = 2**30
 # LLaVA cuts text and visual tokens together at this length.
 ROW = 2048
-# USD per chip and hour, on demand, United States, as listed at cloud.google.com/tpu/pricing when
-# each chip was introduced. Look up today's price of your region: dollars are proportional to it.
+# USD per chip and hour, on demand, us-central1: those of tpu-v5litepod-8, tpu-v5p-8 (four chips)
+# and tpu-v6e-1 in catalogs/v8/gcp/vms.csv of github.com/skypilot-org/skypilot-catalog at 006059e.
+# Look up that of your region: dollars are proportional to it.
 PRICES = {"v5e": 1.2, "v5p": 4.2, "v6e": 2.7}
 # Where weights live, by slice: an axis over a part of the slice, as large as memory asks for.
 LARGE = ("vicuna-1.5-13b", "qwen1.5-14b")
