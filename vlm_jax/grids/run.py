@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Any
@@ -20,28 +20,21 @@ from ml_collections import ConfigDict
 from vlm_jax import files, hosts, mesh, preemption, progress
 from vlm_jax.cost import described
 from vlm_jax.cost import flops as cost
-from vlm_jax.data import loader, sources, targets
+from vlm_jax.data import loader, targets
 from vlm_jax.evals import embedded
-from vlm_jax.grids import details
+from vlm_jax.grids import details, kept, starts
 from vlm_jax.grids.phases import Phases
+from vlm_jax.grids.shared import Shared, prepare, sights_of
 from vlm_jax.kernels import window_attention
 from vlm_jax.models import vlm
-from vlm_jax.models.vit import ViT
 from vlm_jax.reports import report
 from vlm_jax.rows import records
 from vlm_jax.serving.predict import Clock, predict, write_predictions
 from vlm_jax.training import fields, fingerprint, memory, stages
 from vlm_jax.training.cells import Cell, cells_of, describe, train_flops
-from vlm_jax.training.features import (
-    Features,
-    Sight,
-    blind_of,
-    blind_to,
-    features_of,
-)
+from vlm_jax.training.features import Sight, blind_to
 from vlm_jax.training.forecast import largest, standing
 from vlm_jax.training.recipe import Recipe
-from vlm_jax.training.stages import Inputs
 from vlm_jax.training.workdir import (
     Claim,
     another,
@@ -56,74 +49,21 @@ from vlm_jax.training.workdir import (
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Shared:
-    """What all cells share: splits, the encoder, and its features of their images."""
-
-    train: Inputs
-    test: Inputs
-    features: dict[Sight, Features]
-    encoder: ViT
-
-
-def sights_of(cells: Sequence[Cell]) -> list[Sight]:
-    """The different ways in which images are encoded for these cells."""
-    # They depend only on the compressor: the cells of one LLM and seed have all of them.
-    distinct = [c for c in cells if (c.llm, c.seed) == (cells[0].llm, cells[0].seed)]
-    sights = [Sight.of(vlm.shapes(cell.recipe.model).compressor) for cell in distinct]
-    return list(dict.fromkeys(sights))
-
-
-def prepare(claimed: Claim, phase: Phases, sights: Sequence[Sight] = (Sight(),)) -> Shared:
-    """Data, encoder and features, made once and reused by a restart."""
-    folder, recipe = claimed.folder, Recipe.of(claimed.config)
-    with phase("data"):
-        with progress.doing("opening the evaluation data"):
-            test = sources.open_source(recipe.origin, claimed.config.evaluate.split)
-        inputs, begin = stages.open_inputs(claimed, recipe, evaluation=test.data_hash)
-        train, processor = inputs.source, inputs.processor
-        progress.say(f"data: {json.dumps(test.describe())}")
-    with phase("encoder"):
-        encoder = stages.pretrain_encoder(recipe, folder, inputs, begin=begin)
-    begin()
-    hosts.check_same("evaluation data", test.data_hash)
-    if hosts.is_writer():
-        files.write_json(folder / "baselines.json", {"majority": sources.majority(train, test)})
-    with phase("features"):
-        features = {
-            sight: Features(
-                *(
-                    features_of(
-                        encoder,
-                        source,
-                        processor,
-                        sight,
-                        folder / "features",
-                        skip=recipe.skip,
-                    )
-                    for source in (train, test)
-                ),
-                blind_of(encoder, processor, sight),
-            )
-            for sight in sights
-        }
-    return Shared(inputs, Inputs(test, processor), features, encoder)
-
-
 def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> records.Row:
     """Trains and evaluates one cell; its row, which includes `facts`."""
     config, recipe = cell.config, cell.recipe
     size = recipe.model
     encoded = shared.features[Sight.of(vlm.shapes(size).compressor)]
+    read, asked = shared.inputs(cell)
     inputs, test = (
         replace(
             i,
             processor=i.processor.reading_as(size.compressor.query),
             features=blind_to(features, encoded.blind) if cell.blind else features,
         )
-        for i, features in ((shared.train, encoded.train), (shared.test, encoded.test))
+        for i, features in ((read, encoded.train), (asked, encoded.test))
     )
-    if inputs.processor.query == "prefix" != shared.train.processor.query:
+    if inputs.processor.query == "prefix" != read.processor.query:
         # Such rows have less space than those that were checked when the data was opened.
         if note := targets.check(inputs.source, inputs.processor, skip=recipe.skip):
             progress.say(f"{cell.name}: {note}")
@@ -186,12 +126,15 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
             examples=sum(config[s].steps * config[s].batch for s in ("align", "finetune")),
             flops=train_flops(recipe),
             seconds=round(train_seconds, 2),
+            encoder=shared.fingerprint,
+            **({"start": shared.starts[recipe.start_from]} if recipe.start_from else {}),
             **began,
             **({"lora": details.adapters_of(recipe.lora)} if recipe.lora.rank else {}),
         ),
         evaluate_seconds=round(seconds, 2),
         timing=clock.timing(),
         trained_with=cell.model if cell.shares else "",
+        llm_weights=cell.llm_weights,
         protocol=protocol,
         prompt=config.data.template,
         parser=embedded.PROTOCOLS[protocol][1],
@@ -221,25 +164,29 @@ def same_cells(claimed: Claim, cells: Sequence[Cell]) -> None:
             "be added to a grid, not removed; name them too, or choose another --workdir"
         )
     for cell in started:
-        then, is_now = (
-            {k: v for k, v in flat(c).items() if k.startswith(("llm.", "compressor."))}
-            for c in (cell.config, now[cell.name])
-        )
-        if changed := list(fields.differing(then, is_now)):
+        then, is_now = flat(cell.config), flat(now[cell.name])
+        if changed := [
+            name
+            for name in fields.differing(then, is_now)
+            if fields.change_of(name, then, is_now) in (fields.RUN, fields.SHOWN)
+        ]:
             named = fields.changes(changed, then, is_now)
             raise ValueError(another(claimed.folder, f"cell {cell.name}: {named}"))
 
 
 def checked(config: ConfigDict) -> ConfigDict:
-    """The configuration of a grid; ValueError for an unknown field, or one that no grid has."""
+    """The configuration of a grid, with the sizes of the folders that its LLMs start from.
+
+    ValueError for an unknown field, or one that no grid has, and for a folder without such an LLM.
+    """
     fields.check_names(flat(config))
     fields.check(flat(config))
     if config.start_from:
         raise ValueError(
-            f"start_from={config.start_from}: a grid makes models of its own sizes; only "
-            "`vlm-jax train` starts from an existing model"
+            f"start_from={config.start_from}: a grid makes models of several sizes: let one of "
+            "them start from that folder (grid.llms.NAME.start_from)"
         )
-    return config
+    return starts.adopted(config)
 
 
 def open_config(config: Any) -> ConfigDict:
@@ -277,11 +224,17 @@ def train_cell(config: Any, workdir: str | PurePath, *, cell: str) -> records.Ro
     command = f"vlm_jax.train_cell(config, {str(workdir)!r}, cell={cell!r})"
     with jax.set_mesh(mesh.make(**config.mesh)):
         run_some(folder, config, command, [cell])
-    return records.Row.from_json((folder / "cells" / cell / "row.json").read_text())
+    path = folder / "cells" / cell / "row.json"
+    if path.exists():
+        return records.Row.from_json(path.read_text())
+    return next(row for row in kept.written(folder) if row.cell == cell)
 
 
 class Grid:
-    """A grid in a held folder: its cells, their rows, and the facts of the run for each row."""
+    """A grid in a held folder: its cells, their rows, and the facts of the run for each row.
+
+    `kept` are rows of cells that were run elsewhere.
+    """
 
     def __init__(self, claimed: Claim, command: str):
         config, self.folder = claimed.config, claimed.folder
@@ -289,15 +242,21 @@ class Grid:
         same_cells(claimed, self.cells)
         self.facts = provenance(window_attention.form(config.kernels))
         # The law is fitted to the grid's own method if others are run besides it.
-        method = records.method_of(**details.method_of(self.cells[0].recipe.model.compressor))
+        method = records.method_of(
+            **details.method_of(self.cells[0].recipe.model.compressor),
+            llm_weights=self.cells[0].llm_weights,
+        )
         # Fields that change no result do not change the hash: rows of one run share it.
         first = claimed.first()
         self.hashes = {cell.name: digest(cell.config) for cell in cells_of(first)}
         about = dict(command=command, config=digest(first), method=method)
         self.phase = Phases(self.folder / "run.json", about | self.facts)
+        self.kept = kept.rows_of(self.folder, self.cells, self.hashes)
         stages.check(Recipe.of(config))
         for cell in self.cells:
             describe(cell)  # an impossible cell is refused before the first is trained
+        for cell in {cell.llm: cell for cell in self.cells}.values():
+            stages.check(cell.recipe, cell=True)
         for cell in largest(self.cells):
             for warning in memory.check_training(cell.recipe):
                 log.warning(warning)
@@ -309,8 +268,14 @@ class Grid:
             paths = {cell.name: self.home(cell) / "row.json" for cell in self.cells}
             return {name: path.read_text() for name, path in paths.items() if path.exists()}
 
-        written = hosts.from_writer(read)
-        return {name: records.Row.from_json(text) for name, text in written.items()}
+        made = hosts.from_writer(read)
+        return {
+            cell.name: records.Row.from_json(made[cell.name])
+            if cell.name in made
+            else self.kept[cell.name]
+            for cell in self.cells
+            if cell.name in made or cell.name in self.kept
+        }
 
     def home(self, cell: Cell) -> PurePath:
         return self.folder / "cells" / cell.name
@@ -353,10 +318,13 @@ class Grid:
 def run(claimed: Claim, command: str) -> dict[str, Any]:
     """Runs all cells that have no row yet, then the law and the report; the report's summary."""
     grid = Grid(claimed, command)
-    shared = prepare(claimed, grid.phase, sights_of(grid.cells))
     rows = grid.rows()
     if rows:
         progress.say(f"{len(rows)} of {len(grid.cells)} cells were finished before")
+    if len(grid.kept) == len(grid.cells):
+        return grid.report()
+    shared = prepare(claimed, grid.phase, sights_of(grid.cells), grid.cells)
+    kept.check(grid.kept, grid.cells, shared)
     for cell in grid.cells:
         if cell.name in rows:
             continue
@@ -388,7 +356,9 @@ def run_some(
         rows = grid.rows()
         todo = [known[name] for name in dict.fromkeys(names) if name not in rows]
         progress.say(f"{len(todo)} of {len(grid.cells)} cells are to be run here")
-        shared = prepare(claimed, grid.phase, sights_of(grid.cells)) if todo else None
+        if todo:
+            shared = prepare(claimed, grid.phase, sights_of(grid.cells), grid.cells)
+            kept.check(grid.kept, grid.cells, shared)
     then = time.monotonic()
     for number, cell in enumerate(todo):
         preemption.point(f"{number} of {len(todo)} cells are finished here")

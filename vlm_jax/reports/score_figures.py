@@ -34,7 +34,10 @@ def scores_against_tokens(
         title=f"{family}: score against visual tokens",
         height=3.3,
     )
-    sizes = sorted({row.llm_parameters for row in run.rows})
+    # Blind models of other weights than those that are shown are trained otherwise.
+    kinds = {row.llm_weights for row in run.main}
+    unseeing = [row for row in run.blind if row.llm_weights in kinds and family in row.families]
+    sizes = sorted({row.llm_parameters for row in [*run.main, *unseeing]})
     tokens = sorted({row.V for row in run.main if family in row.families})
     blind_at = tokens[0] / 2.2
     for n in sizes:
@@ -45,8 +48,7 @@ def scores_against_tokens(
         if len(V):
             canvas.line(text, V, score, color=look.color, N_billions=n / 1e9, V=V)
             canvas.points(text, V, score, stderr=stderr, V=V, name=llm_text(n / 1e9), **style)
-        blind = [r.families[family] for r in run.blind if r.llm_parameters == n
-                 and family in r.families]  # fmt: skip
+        blind = [r.families[family] for r in unseeing if r.llm_parameters == n]
         if blind:
             score, stderr = mean_over_seeds(blind)
             canvas.points(f"{text} blind", [blind_at], [score], stderr=[stderr], V=0, **style)
@@ -59,19 +61,19 @@ def scores_against_tokens(
                 color=look.color,
                 N_billions=n / 1e9,
             )
-    if run.blind:
+    if unseeing:
         canvas.sample("without the image (blind)", dash=":")
     if majority is not None:
         _level(
             canvas, "commonest answer", blind_at, tokens[-1], majority,
             color="0.4", dash="-.", name="commonest answer",
         )  # fmt: skip
-    _token_axis(canvas, tokens, blind_at if run.blind else None)
+    _token_axis(canvas, tokens, blind_at if unseeing else None)
     caption = (
         f"Mean score of {run.method} on {family}: one curve per LLM size, bars of one standard "
         "error."
     )
-    if run.blind:
+    if unseeing:
         caption += (
             " Dotted lines repeat the blind score of the same size, which never sees the image."
         )
@@ -94,14 +96,14 @@ def methods(run: Run, family: str, out_dir, *, name: str, looks: Looks) -> list[
     shown = [method for method in sorted(at[size]) if method != run.method]
     if run.method in at[size]:
         shown.insert(0, run.method)
-    curves, named = {}, {}
+    curves, named, llms = {}, {}, {}
     for method in shown:
         mine = [row for row in sighted if row.llm_parameters == size and row.method == method]
-        curves[method] = _by_tokens(mine, family)
+        curves[method], llms[method] = _by_tokens(mine, family), {row.llm for row in mine}
         described = COMPRESSORS.get(mine[0].compressor)
-        named[method] = method if described is None or described.compresses else "no compression"
-    blind = [row.families[family] for row in run.blind
-             if row.llm_parameters == size and family in row.families]  # fmt: skip
+        plain = described is not None and not described.compresses
+        named[method] = method.replace(mine[0].compressor, "no compression", 1) if plain else method
+    blind = [row for row in run.blind if row.llm_parameters == size and family in row.families]
     tokens = sorted({v for V, _, _ in curves.values() for v in V.tolist()})
     first = max(shown, key=lambda method: curves[method][1].max())
     V, score, _ = curves[first]
@@ -124,8 +126,9 @@ def methods(run: Run, family: str, out_dir, *, name: str, looks: Looks) -> list[
         common = {"color": looks[size / 1e9].color, "N_billions": size / 1e9, "V": V}
         canvas.line(method, V, score, **common)
         canvas.points(method, V, score, stderr=stderr, area=16.0, **common)
-        if blind:
-            _level(canvas, "blind", min(tokens), max(tokens), mean_over_seeds(blind)[0],
+        # That of the same LLM: others of this size may come by their weights otherwise.
+        if unseeing := [row.families[family] for row in blind if row.llm in llms[method]]:
+            _level(canvas, "blind", min(tokens), max(tokens), mean_over_seeds(unseeing)[0],
                    color="0.4", name="without the image")  # fmt: skip
         # An adaptive method has a mean V between the marks.
         canvas.log_x(base10=False, ticks=[v for v in tokens if v.is_integer()])

@@ -42,8 +42,9 @@ class Row:
     tasks: dict[str, dict[str, Any]]  # task -> family, metric, score, stderr, n
     families: dict[str, dict[str, Any]]  # family -> score, stderr, n
     flops: dict[str, int | float]  # of one request: of encoder, compressor, question, ...
-    # steps, examples, flops, seconds; lora if adapters were trained; initial_weights, first_loss
-    # and last_loss, which differ in some digit if two rows were not trained in the same way.
+    # steps, examples, flops, seconds; lora if adapters were trained; start, the digest of the LLM
+    # that it started from; encoder, the fingerprint of the grid's; initial_weights, first_loss and
+    # last_loss, which differ in some digit if two rows were not trained in the same way.
     train: dict[str, Any]
     evaluate_seconds: float
     protocol: str
@@ -61,11 +62,13 @@ class Row:
     # included), set by the longest answer; empty if only one batch was run.
     timing: dict[str, Any] = field(default_factory=dict)
     trained_with: str = ""  # the trained model that rows of several V share; else empty
+    # How the LLM came by its weights, where the grid's LLMs differ in that: "pretrained, frozen".
+    llm_weights: str = ""
 
     @property
     def method(self) -> str:
-        """The compressor with its variant and query, see `method_of`."""
-        return method_of(self.compressor, self.query, self.variant)
+        """The compressor with its variant and query, and the LLM's weights; see `method_of`."""
+        return method_of(self.compressor, self.query, self.variant, self.llm_weights)
 
     def to_json(self) -> str:
         """The row as one line of JSON, keys sorted, without a newline. Raises ValueError on NaN."""
@@ -91,13 +94,14 @@ class Row:
         return cls(**fields)
 
 
-LATER = ("variant", "timing", "trained_with")
+LATER = ("variant", "timing", "trained_with", "llm_weights")
 
 
-def method_of(compressor: str, query: str, variant: str = "") -> str:
-    """The name of a compressor with its variant and query: "quecc, pool, query separate"."""
+def method_of(compressor: str, query: str, variant: str = "", llm_weights: str = "") -> str:
+    """The name of a compressor with its variant and query, "quecc, pool, query separate", and with
+    how the LLM behind it came by its weights, "token_packer, pretrained, LoRA"."""
     question = "" if query in ("", "none") else f"query {query}"
-    return ", ".join(word for word in (compressor, variant, question) if word)
+    return ", ".join(word for word in (compressor, variant, question, llm_weights) if word)
 
 
 def families_of(tasks: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from vlm_jax import arguments, compressors
 from vlm_jax.cost import flops as cost
 from vlm_jax.models import vlm
 from vlm_jax.models.sizes import LLMSize
+from vlm_jax.training import llms
 from vlm_jax.training.recipe import Recipe
 
 # A small model reaches about this share of the machine's matrix-product speed (dry runs only).
@@ -27,6 +28,7 @@ class Cell:
     """One row of the grid: its name, its whole configuration, its LLM's name and seed.
 
     `model` names the model that it shares with other cells; the cell itself where it shares none.
+    `llm_weights` says how its LLM comes by its weights, where grid.llms does.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Cell:
     llm: str
     seed: int
     model: str
+    llm_weights: str = ""
 
     @property
     def shares(self) -> bool:
@@ -75,7 +78,7 @@ def cells_of(config: ConfigDict) -> list[Cell]:
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"grid.seeds={seeds}: name at least one seed, and each once")
     kinds = [(config.compressor.kind, tokens) for tokens in config.grid.tokens]
-    return [
+    cells = [
         cell_of(
             config,
             llm,
@@ -88,12 +91,23 @@ def cells_of(config: ConfigDict) -> list[Cell]:
         for kind, tokens, *fields in [*kinds, *config.grid.baselines]
         for llm in by_size(config)
     ]
+    alike: dict[tuple[int, str], str] = {}
+    for cell in {cell.llm: cell for cell in cells}.values():
+        key = (cost.llm_parameters(LLMSize.of(cell.config.llm)), cell.llm_weights)
+        if (other := alike.setdefault(key, cell.llm)) != cell.llm:
+            raise ValueError(
+                f"grid.llms has {other} and {cell.llm}, which are of one size and come by their "
+                f"weights alike ({cell.llm_weights or 'trained from random ones'}): their rows "
+                "could not be told apart; use grid.seeds to repeat a training"
+            )
+    return cells
 
 
 def by_size(config: ConfigDict) -> list[str]:
     """The grid's LLMs, smallest first (a ConfigDict sorts its names instead)."""
 
     def parameters(name: str) -> int:
+        llms.check(config, name)
         fields = config.llm.to_dict() | config.grid.llms[name].to_dict()
         return cost.llm_parameters(LLMSize.of(fields))
 
@@ -105,10 +119,7 @@ def cell_of(
 ) -> Cell:
     """One cell; `kind` is a compressor, or "blind" for the grid's own without the image.
     What else of `compressor` differs from the grid's is part of the cell's name."""
-    c = config.copy_and_resolve_references()
-    with c.unlocked():
-        del c.grid
-    c.llm.update(config.grid.llms[llm].to_dict())
+    c = llms.applied(config, llm)
     c.data.blind = kind == "blind"
     c.compressor.kind = config.compressor.kind if kind == "blind" else kind
     c.compressor.tokens = tokens
@@ -118,7 +129,8 @@ def cell_of(
     method = "-".join([kind, *map(str, compressor.values())])
     name = f"{llm}-v{tokens}-{method}-s{seed}"
     shares = compressors.named(c.compressor.kind).any_tokens
-    return Cell(name, c, llm, seed, f"{llm}-{method}-s{seed}" if shares else name)
+    model = f"{llm}-{method}-s{seed}" if shares else name
+    return Cell(name, c, llm, seed, model, llms.weights(list(config.grid.llms[llm]), c))
 
 
 def describe(cell: Cell) -> tuple[int, dict[str, int], float]:

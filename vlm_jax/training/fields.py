@@ -286,7 +286,10 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def rule(name: str) -> Field:
     """The rule of a field. What the table does not know is part of the run."""
     if name.startswith("grid.llms."):
-        return Field(CELLS, rule(f"llm.{name.rpartition('.')[2]}").range)
+        # Names of LLMs have dots too: the last one or two parts are the field.
+        *_, section, leaf = name.split(".")
+        known = f"{section}.{leaf}" if f"{section}.{leaf}" in FIELDS else f"llm.{leaf}"
+        return Field(CELLS, rule(leaf if leaf in FIELDS else known).range)
     return FIELDS.get(name, Field(RUN))
 
 

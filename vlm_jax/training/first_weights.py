@@ -11,15 +11,22 @@ from vlm_jax.weights import start as weights_start
 
 
 def first_model(recipe: Recipe, encoder: ViT | None, *, seed: int) -> VLM:
-    """The model that training starts from, at the most visual tokens that it can give."""
-    if recipe.start_from:
+    """The model that training starts from, at the most visual tokens that it can give.
+
+    With an `encoder` the LLM alone is that of the folder to start from.
+    """
+    if recipe.start_from and encoder is not None:
+        with progress.doing("reading the LLM to start from"):
+            stored = runs.read(recipe.start_from, "start_from")
+            llm = weights_start.language_model(recipe.model, stored, start_from=recipe.start_from)
+            fresh = vlm.create(recipe.model, seed=seed, of=lambda model: model.compressor)
+            model = VLM(encoder, fresh, llm)
+    elif recipe.start_from:
         with progress.doing("reading the weights to start from"):
             stored = runs.read(recipe.start_from, "start_from")
             model = weights_start.load(
                 recipe.model, stored, start_from=recipe.start_from, seed=seed
             )
-        if encoder is not None:
-            model = VLM(encoder, model.compressor, model.llm)
     else:
         with progress.doing("initializing the weights"):
             # An encoder that would be replaced is not drawn.

@@ -149,18 +149,24 @@ def skipped(name: str, batches: loader.Batches, path: PurePath) -> str:
     return f"{name}: {batches.skips.summary(of, what)}\nall of them: {path}"
 
 
-def check(recipe: Recipe) -> None:
-    """Raises ValueError for a recipe that cannot be trained."""
+def check(recipe: Recipe, *, cell: bool = False) -> None:
+    """Raises ValueError for a recipe that cannot be trained.
+
+    The `cell` of a grid takes the LLM alone of the folder that it starts from, and the grid's
+    encoder.
+    """
     layers.remat(recipe.model.remat)
     lora.check(recipe.lora)
     if recipe.lora.rank and not recipe.finetune.steps:
         raise ValueError(
             f"lora.rank={recipe.lora.rank}, but finetune.steps=0: adapters are trained in finetune"
         )
-    if recipe.start_from and recipe.encoder.steps:
+    if recipe.start_from and recipe.encoder.steps and not cell:
         raise ValueError(
             f"encoder.steps={recipe.encoder.steps}: a new encoder would replace the one of "
-            f"start_from={recipe.start_from}: set encoder.steps=0"
+            f"start_from={recipe.start_from}: set encoder.steps=0, or put the encoder that was "
+            "trained in front of this LLM (`vlm-jax convert --vision=WORKDIR --llm=...`); the "
+            "cells of `vlm-jax grid` may have both (grid.llms.NAME.start_from)"
         )
     if not recipe.align.steps + recipe.finetune.steps:
         raise ValueError(

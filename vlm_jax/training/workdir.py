@@ -25,7 +25,7 @@ from vlm_jax.training.fields import Change
 from vlm_jax.training.recipe import Recipe
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
-# What each hash of a run describes.
+# What each hash of a run describes; others are described by their names.
 CONTENT = dict(data="training data", tokenizer="tokenizer", evaluation="evaluation data")
 
 
@@ -78,7 +78,7 @@ class Claim:
         for name, value in self.content.items():
             if name in then and then[name] != value:
                 raise ValueError(
-                    f"{self.folder} was started with another {CONTENT[name]} "
+                    f"{self.folder} was started with another {CONTENT.get(name, name)} "
                     f"({named + '; ' if named else ''}its hash was {then[name][:12]}, is "
                     f"{value[:12]}): training cannot continue with it; restore the first, or "
                     "choose another --workdir"

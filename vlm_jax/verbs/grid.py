@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     from vlm_jax.training.recipe import Recipe
     from vlm_jax.training.workdir import claim
 
-    grids.checked(config)
+    config = grids.checked(config)
     kept = "finished cells and checkpoints are kept, the same command continues"
     with jax.set_mesh(mesh.make(**config.mesh)), preemption.keeping(kept):
         if folder is None:

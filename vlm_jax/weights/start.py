@@ -2,16 +2,20 @@
 """Training that starts from a model that is there: its sizes, its weights, its tokenizer."""
 
 import dataclasses
+import hashlib
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from vlm_jax import compressors, progress
 from vlm_jax.compressors.method import Method
 from vlm_jax.models import vlm
+from vlm_jax.models.llm import LLM
 from vlm_jax.models.sizes import LLMSize, VLMSize
 from vlm_jax.models.vlm import VLM
 from vlm_jax.weights import folder, names, preprocessor
+from vlm_jax.weights.stored import Stored
 
 
 def adopt(config: ConfigDict, model: folder.Model) -> ConfigDict:
@@ -99,14 +103,9 @@ def load(size: VLMSize, model: folder.Model, *, start_from: str, seed: int) -> V
     """`model` as the training of an adopted configuration starts from it, on the current mesh, in
     float32; `start_from` names it.
 
-    ValueError for another LLM, as the cells of a grid have.
+    ValueError for another LLM than the folder's.
     """
-    theirs = dataclasses.asdict(LLMSize.of(model.llm))
-    if other := [k for k, v in theirs.items() if getattr(size.llm, k) != v]:
-        raise ValueError(
-            f"start_from={start_from} has an LLM that differs in {', '.join(other)}: only "
-            "`vlm-jax train` starts from a folder, a grid makes its own sizes"
-        )
+    same_llm(size.llm, model, start_from=start_from)
     model.check()
     shapes = vlm.shapes(size)
     if not replaced(type(size.compressor), model):
@@ -130,3 +129,37 @@ def load(size: VLMSize, model: folder.Model, *, start_from: str, seed: int) -> V
     }
     fresh = vlm.create(size, seed=seed, of=lambda model: model.compressor)
     return VLM(parts["vit"], fresh, parts["llm"])
+
+
+def same_llm(size: LLMSize, model: folder.Model, *, start_from: str) -> None:
+    """Raises ValueError unless the folder has an LLM of this size."""
+    theirs = dataclasses.asdict(LLMSize.of(model.llm))
+    if other := [k for k, v in theirs.items() if getattr(size, k) != v]:
+        raise ValueError(
+            f"start_from={start_from} has an LLM that differs from the configuration's in "
+            f"{', '.join(other)}: its sizes are taken from the folder, set none"
+        )
+
+
+def language_model(size: VLMSize, model: folder.Model, *, start_from: str) -> LLM:
+    """The LLM of a folder alone, on the current mesh, in float32.
+
+    ValueError for another LLM than that of `size`.
+    """
+    same_llm(size.llm, model, start_from=start_from)
+    model.check()
+    shapes = vlm.shapes(size).llm
+    table = {f"llm.{name}": row for name, row in names.llm_table(shapes).items()}
+    return folder.place(shapes, table, model.tensors)
+
+
+def digest(model: folder.Model) -> str:
+    """Sixteen hex digits of the LLM's tensors, whatever files they are in."""
+    found = hashlib.sha256()
+    for name in sorted(name for name in model.tensors if name.startswith("llm.")):
+        tensor = model.tensors[name]
+        found.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+        pieces = tensor.pieces() if isinstance(tensor, Stored) else [np.ascontiguousarray(tensor)]
+        for piece in pieces:
+            found.update(piece.view(np.uint8).reshape(-1))
+    return found.hexdigest()[:16]
