@@ -9,8 +9,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax import hosts, progress
 from vlm_jax.models.sizes import LLMSize
-from vlm_jax.training import llms, runs
-from vlm_jax.weights import start
+from vlm_jax.training import first_weights, llms, runs
 
 
 def adopted(config: ConfigDict) -> ConfigDict:
@@ -60,6 +59,6 @@ def digests(config: ConfigDict) -> dict[str, str]:
             with progress.doing(f"reading the LLM in {path}"):
                 flag = f"grid.llms.{name}.start_from"
                 found[path] = hosts.from_writer(
-                    lambda path=path, flag=flag: start.digest(runs.read(path, flag))
+                    lambda path=path, flag=flag: first_weights.llm_digest(path, flag)
                 )
     return found

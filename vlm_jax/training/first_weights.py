@@ -37,3 +37,8 @@ def first_model(recipe: Recipe, encoder: ViT | None, *, seed: int) -> VLM:
             )
             model = VLM(vit if encoder is None else encoder, *others)
     return model.at(model.compressor.buckets[-1]) if model.compressor.buckets else model
+
+
+def llm_digest(path: str, flag: str) -> str:
+    """Sixteen hex digits of the LLM's weights in a folder that `flag` names."""
+    return weights_start.digest(runs.read(path, flag))
