@@ -145,7 +145,7 @@ def test_a_run_goes_on_elsewhere_from_its_rows_alone(grid, llm, tmp_path, monkey
     # Rows of another grid are neither lost nor mixed in.
     text = (here / "rows.jsonl").read_text()
     shutil.rmtree(here / "cells")
-    with pytest.raises(ValueError, match="has the hash .* paths count"):
+    with pytest.raises(ValueError, match="has the hash .*paths count"):
         grid_run.train_cell(
             config(llm, **{"grid.llms.adapted.lora.rank": 3}), tmp_path / "elsewhere",
             cell="adapted-v1-token_packer-s0",
