@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from vlm_jax.law import families, published
 from vlm_jax.law.law import fit
 from vlm_jax.law.points import Points
-from vlm_jax.planning import decision, question
+from vlm_jax.planning import decision, parsing, question
 from vlm_jax.planning.mixture import Mixture
 
 REASONING, OCR = (fit(published.points(name), bootstrap=200) for name in ("reasoning", "ocr"))
@@ -121,3 +122,23 @@ def test_where_no_form_fits_the_measured_cells_answer(tmp_path):
     assert any("measured cells alone" in w for w in answer["warnings"])
     with pytest.raises(ValueError, match="leave continuous out"):
         planned(tmp_path, flops=3e11, llms="continuous", tokens="continuous")
+
+
+def test_a_limit_of_a_life_binds_and_refuses():
+    """Amounts of training lie far above those of a request, where no server is too slow."""
+    how = dict(requests=1e9, new_tokens=5)
+    answer = planned(REASONING, lifetime_flops=3e21, **how)
+    (limit,) = answer["limits"]
+    assert limit["binds"] and limit["next"]["needs"] > limit["limit"] > limit["used"]
+    with pytest.raises(ValueError, match="and the limit is 1e\\+17"):
+        planned(REASONING, lifetime_flops=1e17, **how)
+
+
+def test_a_family_without_a_weight_is_not_asked():
+    """Text is answered by its measured cells alone: V = 16 was not measured."""
+    path = Path(__file__).parent.parent / "docs/results/demo/law.json"
+    law = parsing.read_laws(str(path), "reasoning:1,text:0")
+    assert 0 < law.error(2e-5, 16, 9) < 1 and law.draws([2e-5], [16], 9).shape == (1000, 1)
+    assert law.interval(2e-5, 16, 9)[0] < law.error(2e-5, 16, 9)
+    with pytest.raises(ValueError, match="was not measured"):
+        parsing.read_laws(str(path), "reasoning:1,text:1").error(2e-5, 16, 9)

@@ -192,6 +192,26 @@ def test_without_matplotlib_the_answer_comes_without_its_figure(run, tmp_path, m
     assert status == 0 and answer["figures"] == [] and "figures need matplotlib: pip install" in err
 
 
+def test_the_page_begins_with_the_flags_and_loads_nothing(run, tmp_path):
+    """With --mix and without; what no page can do is refused before it is made."""
+    path = tmp_path / "new" / "plan.html"
+    flags = ["--ms=40", "--chip=v5e", "--new-tokens=5", "--text-tokens=50", f"--page={path}"]
+    status, answer, _ = run("both", *flags, "--mix=ocr:3,reasoning:1")
+    assert status == 0 and answer["page"] == str(path)
+    html = path.read_text()
+    assert "http" not in html and "<link" in html and "url(" not in html
+    data = json.loads(html.partition('id="planner-data">')[2].partition("</script>")[0])
+    start = data["start"]
+    assert start["limits"] == [["ms", 40.0]] and start["chip"] == "v5e" and start["G"] == 5
+    assert dict(start["mix"]) == {"reasoning": 0.25, "ocr": 0.75}
+    assert run("both", *flags)[0] == 0
+    html = path.read_text()
+    assert '"mix":null' in html and len(html) < 300_000
+    path.unlink()
+    status, _, err = run("both", *flags, "--continuous")
+    assert status == 2 and "leave --continuous out" in err and not path.exists()
+
+
 def test_a_law_written_by_hand_works_and_says_what_it_lacks(run, laws):
     (laws / "hand.json").write_text(
         '{"form": "multiplicative", "A": 0.6, "alpha": 0.08, "beta": 0.02, "D": 0}'

@@ -21,9 +21,10 @@ from markupsafe import escape
 
 from vlm_jax.__main__ import main
 from vlm_jax.law import law
-from vlm_jax.reports import figures, findings, score_tables, tables
+from vlm_jax.reports import figures, findings, planner_page, score_tables, tables
 from vlm_jax.reports import page as pages
 from vlm_jax.reports import report as reports
+from vlm_jax.reports import run as runs
 from vlm_jax.rows import records
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -220,7 +221,7 @@ def test_the_page_can_be_read_by_ear_and_by_keyboard(run):
     targets = [e["id"] for e in page.elements if "id" in e]
     assert len(targets) == len(set(targets))
     links = [e["href"][1:] for e in page.all("a") if e["href"].startswith("#")]
-    assert set(links) == set(targets)
+    assert set(links) == {e["id"] for e in page.all("section")} <= set(targets)
     assert len(page.all("caption")) == len(page.all("table"))
     for head in page.all("th"):
         assert head["scope"] in ("col", "row")
@@ -259,6 +260,20 @@ def test_the_page_says_how_it_was_made_and_what_it_does_not_show(run):
     for limit in ("250k parameters, 2,000 times fewer", "there is one seed (0)", "3 sizes"):
         assert limit in page.words
     assert (folder / "report/figures/reasoning_scores.csv").is_file()
+
+
+def test_the_page_holds_the_planner_of_what_was_measured(run):
+    """Its data is that of the run's law.json: a plan from it is `vlm-jax plan`'s."""
+    rows, folder, _, page = run
+    (held,) = page.all("script", type="application/json")
+    data = json.loads(held["text"])
+    assert data["offers"]["paper"]["own"]["llms"] == sorted({r.llm_parameters / 1e9 for r in rows})
+    assert [name for name, _ in data["laws"]["families"]["weights"]] == ["reasoning", "text"]
+    assert data["start"]["cost"] == "paper" and "not known here" in data["without_full"]
+    again, why = planner_page.of_run(runs.of(rows), folder / "law.json")
+    assert json.loads(json.dumps(again)) == data and not why
+    without, why = planner_page.of_run(runs.of(rows), folder / "none.json")
+    assert without is None and "no law.json" in why
 
 
 def test_law_json_is_written_as_fit_writes_it(run):
@@ -333,7 +348,7 @@ def test_names_from_rows_cannot_become_markup(tmp_path):
     rows = [dataclasses.replace(r, machine=evil, llm=r.llm + evil, prompt=f"'{evil}") for r in rows]
     rows = [dataclasses.replace(r, cell=r.cell + evil) for r in rows]
     page = page_of(make(tmp_path, rows, run={"command": evil, "phases": {evil: 1}}))
-    assert len(page.all("script")) == 1
+    assert len(page.all("script")) == 3  # the planner, its data, and what sorts tables
     assert not [e for e in page.elements if "onerror" in e]
     assert evil in page.words and "b&b" in page.words
     shown = [e["data-cell"] for e in page.all("tr") if "data-cell" in e]
@@ -344,7 +359,9 @@ def test_names_from_rows_cannot_become_markup(tmp_path):
 def test_no_template_marks_a_text_as_safe():
     assert pages.TEMPLATES.autoescape is True
     names = pages.TEMPLATES.list_templates()
-    assert {"page.html", "parts.html", "style.css", "sort.js"} == set(names)
+    planner = {f"planner{end}" for end in (".html", ".css", ".js", "_page.js", "_search.js")}
+    planner |= {"planner_part.html", "planner_figure.js"}
+    assert {"page.html", "parts.html", "style.css", "sort.js"} | planner == set(names)
     texts = [pages.TEMPLATES.loader.get_source(pages.TEMPLATES, name)[0] for name in names]
     assert not any(re.search(r"\|\s*safe\b|autoescape", text) for text in texts)
 

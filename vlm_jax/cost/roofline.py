@@ -197,6 +197,22 @@ def seconds(
     return found | ({"request": calibration.request_seconds} if calibration.request_seconds else {})
 
 
+def live_bytes(
+    vit: ViTSize, compressor: Method, llm: LLMSize, tokens: Number, bytes_per_number: int
+) -> tuple[Number, Number]:
+    """Bytes of one image's activations in the encoder, and of its `tokens` rows in prefill.
+
+    Those alive at the peak of a block: its input, its widest inner result and the scores in
+    float32, of all pairs of the encoder's rows and of QUERIES at once in prefill; and the scores of
+    the vocabulary.
+    """
+    rows = compressor.encoded(vit.side) + vit.first
+    encode = rows * (2 * vit.width + max(vit.mlp, 4 * vit.width) + len(vit.levels) * vit.width)
+    prefill = tokens * (2 * llm.width + max(2 * llm.mlp, 2 * llm.heads * llm.head_size))
+    scores = (vit.heads * rows**2, llm.heads * min(QUERIES, tokens) * tokens + llm.vocab)
+    return encode * bytes_per_number + 4 * scores[0], prefill * bytes_per_number + 4 * scores[1]
+
+
 def memory(
     vit: ViTSize,
     compressor: Method,
@@ -206,23 +222,13 @@ def memory(
     bytes_per_number: int = 2,
     stored: Stored = AS_CHIP,
 ) -> Memory:
-    """Bytes needed at once: all weights, the full cache, and the activations of the larger phase.
-
-    Activations are those alive at the peak of a block: its input, its widest inner result and the
-    scores in float32, of all pairs of the encoder's rows and of QUERIES at once in prefill; and the
-    scores of the vocabulary.
-    """
+    """Bytes needed at once: all weights, the full cache, and the larger of `live_bytes`."""
     V, batch = cost.visual_tokens(compressor, vit), request.batch
     towers = _encoder_weights(vit) + cost.compressor_parameters(compressor, vit, llm)
     weights = towers * bytes_per_number
     weights += cost.llm_parameters(llm) * BYTES.get(stored.weights, bytes_per_number)
-    rows, tokens = compressor.encoded(vit.side) + vit.first, request.Q + V
-    encode = rows * (2 * vit.width + max(vit.mlp, 4 * vit.width) + len(vit.levels) * vit.width)
-    prefill = tokens * (2 * llm.width + max(2 * llm.mlp, 2 * llm.heads * llm.head_size))
-    scores = (vit.heads * rows**2, llm.heads * min(QUERIES, tokens) * tokens + llm.vocab)
-    live = max(
-        encode * bytes_per_number + 4 * scores[0], prefill * bytes_per_number + 4 * scores[1]
-    )
+    tokens = request.Q + V
+    live = max(live_bytes(vit, compressor, llm, tokens, bytes_per_number))
     kept = cache_numbers(llm) * BYTES.get(stored.cache, bytes_per_number)
     return Memory(
         weights=weights, cache=batch * kept * (tokens + request.G), activations=batch * live

@@ -96,7 +96,10 @@ def limits(search: Search, chosen: Candidate) -> list[dict[str, Any]]:
                 one
                 for one in free.candidates()
                 if one.error < chosen.error
-                and search.cost.amount(unit, one.N, one.V, one.compressor) < NEVER
+                and not (
+                    unit == "p95"
+                    and search.cost.amount(unit, one.N, one.V, one.compressor) >= NEVER
+                )
             ]
             if better_ones:
                 cheapest = min(

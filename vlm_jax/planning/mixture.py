@@ -18,6 +18,11 @@ from vlm_jax.law.law import Law
 AXES = {"N": "billion LLM parameters", "V": "visual tokens", "Q": "text tokens"}
 
 
+def order_of(name: str, count: int) -> np.ndarray:
+    """int[count]: the order of a family's draws, which come form by form; its own, by its name."""
+    return np.random.default_rng(list(name.encode())).permutation(count)
+
+
 @dataclasses.dataclass(frozen=True)
 class Mixture:
     """A weighted mean of laws, one per task family; weights sum to 1.
@@ -39,7 +44,11 @@ class Mixture:
 
     def error(self, N: Numbers, V: Numbers, Q: Numbers = 0) -> Any:
         """The weighted predicted error, a fraction."""
-        return sum(w * self.answers[name].error(N, V, Q) for name, w in self.weights.items())
+        return sum(w * self.answers[name].error(N, V, Q) for name, w in self._counted())
+
+    def _counted(self) -> list[tuple[str, Number]]:
+        """(family, weight) of those with a weight: the others need no answer at a place."""
+        return [(name, weight) for name, weight in self.weights.items() if weight]
 
     @property
     def kind(self) -> str | None:
@@ -52,12 +61,12 @@ class Mixture:
         A row is one world for all places. Families are drawn independently of each other.
         """
         total: Any = 0.0
-        for number, (name, weight) in enumerate(self.weights.items()):
+        for name, weight in self._counted():
             answer = self.answers[name]
             if any(law.samples is None for law in answer.forms.values()):
                 return None
-            order = np.random.default_rng(number).permutation(count)  # draws come form by form
-            total = total + weight * answer.draws(N, V, Q, count=count)[order]
+            drawn = answer.draws(N, V, Q, count=count)
+            total = total + weight * drawn[order_of(name, count)]
         return total
 
     def noise(self) -> float:
@@ -97,7 +106,7 @@ class Mixture:
         upper bound of the width. `measured` adds the scatter of one newly trained model.
         """
         low = high = 0.0
-        for name, weight in self.weights.items():
+        for name, weight in self._counted():
             law, answer = self.laws[name], self.answers[name]
             ends: Sequence[np.ndarray]
             if law.samples is not None and list(answer.forms) == [law.form]:

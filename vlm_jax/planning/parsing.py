@@ -116,6 +116,22 @@ def read_laws(text: str, mix: str | None) -> Mixture:
     return mixture(named, weights, next(iter(methods - {None}), None))
 
 
+def read_families(text: str) -> Mixture | None:
+    """The families of a file, or several files, at equal weights; None for less than two."""
+    if Path(text).is_file() or ":" not in text:
+        names = list(law_fields(Path(text)).get("families", {}))
+    else:
+        names = [item.split(":", 1)[0] for item in text.split(",")]
+    return read_laws(text, ",".join(f"{name}:1" for name in names)) if len(names) > 1 else None
+
+
+def law_name(text: str) -> str:
+    """What the law of a file without --mix answers for."""
+    if not Path(text).is_file() and ":" in text:
+        return "all families, at equal weights"
+    return str(law_fields(Path(text)).get("family") or "the law of the file")
+
+
 def mixture(
     named: Mapping[str, tuple[Mapping[str, Any], str]],
     weights: dict[str, float],

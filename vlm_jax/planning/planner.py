@@ -188,7 +188,7 @@ class Search:
             amount, kind, V, N = min(
                 (self.cost.amount(unit, N, V, c), c, V, N) for c, V in lows.items() for N in sizes
             )
-            if amount >= NEVER:
+            if unit == "p95" and amount >= NEVER:
                 words.append(f"no server keeps up with {self.cost.workload.rate:g} requests per "
                              "second: raise --batch or --chips")  # fmt: skip
             elif amount > limit:

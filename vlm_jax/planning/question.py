@@ -46,6 +46,7 @@ class Plan:
       warnings: what to know before trusting the plan, one sentence each.
       fields: everything as JSON values, as `vlm-jax plan` prints it (docs/planning.md).
       search: what was searched, for `reports.plan_figure.draw`.
+      names: N -> the name of each LLM that is described.
     """
 
     N: Number
@@ -59,6 +60,7 @@ class Plan:
     warnings: tuple[str, ...]
     fields: dict[str, Any]
     search: planner.Search
+    names: Mapping[Number, str]
 
 
 def plan(
@@ -238,7 +240,7 @@ def plan(
         ranked = next_cell.cells(search, search.candidates(), names)[:next_cells]
         fields["next"] = [dataclasses.asdict(cell) for cell in ranked]
     fields["warnings"] += [*offered.notes, *left_out, *warnings]
-    return of_fields(fields, search)
+    return of_fields(fields, search, names)
 
 
 def within_memory(limits: list[tuple[str, Number]], device: Chip) -> list[tuple[str, Number]]:
@@ -254,7 +256,7 @@ def within_memory(limits: list[tuple[str, Number]], device: Chip) -> list[tuple[
     return limits
 
 
-def of_fields(fields: dict[str, Any], search: planner.Search) -> Plan:
+def of_fields(fields: dict[str, Any], search: planner.Search, names: Mapping[Number, str]) -> Plan:
     """The plan from the fields of `answers.plan`."""
     ends = fields["interval"]
     return Plan(
@@ -269,6 +271,7 @@ def of_fields(fields: dict[str, Any], search: planner.Search) -> Plan:
         warnings=tuple(fields["warnings"]),
         fields=fields,
         search=search,
+        names=names,
     )
 
 

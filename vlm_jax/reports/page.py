@@ -14,7 +14,7 @@ from urllib.parse import quote
 import jinja2
 import numpy as np
 
-from vlm_jax.reports import findings, score_tables
+from vlm_jax.reports import findings, pair, score_tables
 from vlm_jax.reports.amounts import seconds_text
 from vlm_jax.reports.canvas import Figure
 from vlm_jax.reports.run import Run
@@ -59,6 +59,8 @@ TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+# Orders mean something: of compressors, of families. "<" and "&" are escaped by `tojson`.
+TEMPLATES.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "sort_keys": False}
 TEMPLATES.filters |= {"data_uri": data_uri, "size": size}
 
 
@@ -72,6 +74,8 @@ def build(
     name: str,
     facts: Mapping,
     missing: str = "",
+    planner: Mapping | None = None,
+    no_planner: str = "",
 ) -> str:
     """The HTML of one run.
 
@@ -81,13 +85,19 @@ def build(
         name: of the run, for the lead.
         facts: how the run was started: "command", "config", "phases" (name -> seconds).
         missing: why there are no figures, or "".
+        planner: the data of `planning.exported.data`; None without, `no_planner` says why.
     """
     rows = run.rows
     sentences = findings.derive(run, laws, reasons=reasons, majority=by_family(rows, majority))
+    at_equal_cost, without_pair = pair.pairs(run)
     created = max((row.created for row in rows), default="")
     return TEMPLATES.get_template("page.html").render(
         question=QUESTION,
         lead=f"Run {name}, {len(rows)} finished cells{created and ', last at '}{created}.",
+        pairs=at_equal_cost,
+        without_pair=without_pair,
+        planner=planner,
+        no_planner=no_planner,
         answer=_grouped(sentences.answer),
         shows=_grouped(sentences.shows),
         open=_grouped(sentences.open),

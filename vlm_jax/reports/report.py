@@ -15,7 +15,7 @@ from vlm_jax import files
 from vlm_jax.law import answer
 from vlm_jax.law import families as families_module
 from vlm_jax.law import law as laws_module
-from vlm_jax.reports import figures, page, score_tables
+from vlm_jax.reports import figures, page, planner_page, score_tables
 from vlm_jax.reports import run as runs
 from vlm_jax.reports.canvas import Output
 from vlm_jax.reports.colors import TooManySizes
@@ -62,6 +62,7 @@ def _write(workdir: Path, png: bool) -> dict:
     except (ModuleNotFoundError, TooManySizes) as error:
         # A grid of many hours must not end without its tables because matplotlib is missing.
         drawn, missing = [], str(error)
+    planner, no_planner = planner_page.of_run(run, workdir / "law.json")
     html = page.build(
         run,
         laws,
@@ -71,6 +72,8 @@ def _write(workdir: Path, png: bool) -> dict:
         name=workdir.resolve().name,
         facts=facts,
         missing=missing,
+        planner=planner,
+        no_planner=no_planner,
     )
     index = workdir / "report" / "index.html"
     index.parent.mkdir(parents=True, exist_ok=True)

@@ -153,6 +153,11 @@ def add_flags(parser: Parser) -> None:
     )
     add("--out", metavar="DIR", help="folder for plan.png, plan.svg and plan.csv (default: none)")
     add(
+        "--page",
+        metavar="FILE",
+        help="one HTML file in which budget, requests, chip and tasks can be moved (default: none)",
+    )
+    add(
         "--json",
         action="store_true",
         help="JSON on stdout, of a failure too; only warnings and errors on stderr",
@@ -185,8 +190,7 @@ def answer(options: argparse.Namespace) -> int:
     config = configuration.read(options.config).config if options.config else None
     reached, warnings = calibration_of(options)
     hbm, every = options.hbm_gb, "continuous" if options.continuous else None
-    plan = question.plan(
-        law,
+    arguments: dict[str, Any] = dict(
         text_tokens=parsing.texts(options.text_tokens),
         flops=options.flops,
         ms=options.ms,
@@ -215,9 +219,10 @@ def answer(options: argparse.Namespace) -> int:
         stored=parsing.stored(options.weights, options.cache, options.products),
         catalog=catalog.read(options.catalog) if options.catalog else None,
         epsilon=options.epsilon,
-        next_cells=5 if options.next else 0,
-        warnings=warnings,
     )
+    plan = question.plan(law, **arguments, next_cells=5 if options.next else 0, warnings=warnings)
+    if options.page:
+        plan.fields["page"] = write_page(options, law, arguments)
     if options.out:
         plan.fields["figures"] = draw(plan, options.out)
     words = answers.in_words(plan.fields)
@@ -230,6 +235,27 @@ def answer(options: argparse.Namespace) -> int:
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return 0
+
+
+def write_page(options: argparse.Namespace, law: Any, arguments: dict[str, Any]) -> str:
+    """The path of the page that plans anew for every budget; it is written."""
+    from vlm_jax import files
+    from vlm_jax.planning import exported, parsing
+    from vlm_jax.reports import planner_page
+
+    families = parsing.read_families(options.law)
+    mix = None
+    if families is not None and (options.mix or ":" in options.law):
+        mix = {name: law.weights.get(name, 0.0) for name in families.weights}
+    own = law if mix is None or len(law.others) else parsing.read_laws(options.law, None)
+    data = exported.data(
+        own, families, arguments, offer="asked" if options.measured else "all", mix=mix,
+        own_name=parsing.law_name(options.law),
+    )  # fmt: skip
+    path = files.path_of(options.page)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, planner_page.build(data, source=f"the law of {options.law}"))
+    return str(path)
 
 
 def calibration_of(options: argparse.Namespace) -> tuple[Any, list[str]]:

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page's planner is Python's: random settings, to a millionth, and every refusal's words.
+
+Here in Node, where it is installed; in Chromium, on the page itself, in tests/test_browser.py.
+"""
+
+import json
+import shutil
+import subprocess
+
+import made_settings
+import numpy as np
+import pytest
+
+from vlm_jax.planning import exported, exported_costs
+from vlm_jax.reports import page as pages
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no Node: tests/test_browser.py has it")
+def test_the_script_plans_as_python_does(tmp_path):
+    """24 settings of three pages: forms that share draws, cells, mixtures, chips, types."""
+    rng, asked = np.random.default_rng(0), []
+    for made in made_settings.few_pages(tmp_path):
+        of_page = made_settings.data(made)
+        asked.append((made, of_page, made_settings.settings(made, of_page, 8, rng)))
+    script = pages.TEMPLATES.get_template("planner.js").render()
+    (tmp_path / "planner.js").write_text(
+        script + "\nfor (const [data, settings] of JSON.parse(require('fs').readFileSync(0))) {"
+        "const of = planner(data); console.log(JSON.stringify(settings.map(of.plan))); }"
+    )
+    given = json.dumps([[of_page, settings] for _, of_page, settings in asked])
+    done = subprocess.run(
+        ["node", str(tmp_path / "planner.js")], input=given, capture_output=True, text=True,
+    )  # fmt: skip
+    assert not done.returncode, done.stderr[-2000:]
+    answered = 0
+    for (made, _, settings), line in zip(asked, done.stdout.splitlines(), strict=True):
+        for number, (setting, plan) in enumerate(zip(settings, json.loads(line), strict=True)):
+            where = f"{made} {number} {setting}"
+            made_settings.assert_same(plan, made_settings.by_python(made, setting), where)
+            answered += "error" not in plan
+    assert answered > 10
+
+
+def test_a_polynomial_is_found_again():
+    """Six coefficients to the bit, from values at small whole numbers; no zeros at the end."""
+    asked = [3e12, 2.5e10, 1.5e6, 2.0, 0.5, 7.0]
+    of = [1, 0, 0, 0, 0, 0]
+    for wanted in (asked, asked[:3], of[:1], []):
+        c = wanted + [0] * (6 - len(wanted))
+        found = exported_costs.polynomial(
+            lambda Q, p, c=c: c[0] + c[1] * Q + c[2] * Q**2 + c[3] * p + c[4] * p**2 + c[5] * p * Q
+        )
+        assert found == wanted
+
+
+def test_what_the_page_cannot_do_is_refused():
+    law = made_settings.parsing.read_laws(str(made_settings.DEMO), None)
+    usual = dict(flops=1e7, text_tokens=9, config=str(made_settings.HOME / "configs/demo.py"))
+    with pytest.raises(ValueError, match="leave --rate out"):
+        exported.data(law, None, usual | dict(rate=2.0))
+    with pytest.raises(ValueError, match="leave --continuous out"):
+        exported.data(law, None, usual | dict(llms="continuous", tokens="continuous"))
+    with pytest.raises(ValueError, match="nothing meets the budget"):
+        exported.data(law, None, usual | dict(flops=1.0))
