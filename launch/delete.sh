@@ -4,6 +4,7 @@
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+plain "$@"
 
 look
 if [ -z "$STATE" ] && [ "$DRY" != 1 ]; then

@@ -14,6 +14,12 @@ MAX_RESTARTS=${MAX_RESTARTS:-50}    # supervise.sh: starts after the first
 KEEP=${KEEP:-0}                     # supervise.sh: 1 keeps the TPU when the run has ended
 WHERE=(--project="$PROJECT" --zone="$ZONE")
 
+whole MAX_RESTARTS
+one_of KEEP 0 1
+[[ "$TPU" =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || die "$USAGE" \
+  "TPU=$TPU: lower-case letters, digits and dashes, from a letter on"
+[[ "$ACCELERATOR" =~ -[1-9][0-9]*$ ]] || die "$USAGE" \
+  "ACCELERATOR=$ACCELERATOR ends in no number of chips or cores: v6e-8"
 case "$ACCELERATOR" in
   v4-* | v5litepod-* | v5p-* | v6e-*) API=${API:-queued} ;;
   tpu7x-*) API=${API:-compute} ;;

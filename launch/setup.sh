@@ -4,6 +4,7 @@
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+plain "$@"
 
 [ -z "$(git status --porcelain)" ] || echo "setup.sh: uncommitted changes are not sent" >&2
 

@@ -25,6 +25,31 @@ die() {
   exit "$status"
 }
 
+# one_of NAME VALUE ...: ends where the setting of this name has another value. DRY=true must not do
+# what DRY=1 prints.
+one_of() {
+  local name=$1 value
+  shift
+  for value in "$@"; do [ "${!name}" != "$value" ] || return 0; done
+  die "$USAGE" "$name=${!name} is not known: choose one of $*"
+}
+
+# whole NAME ...: ends where one of these settings is no whole number.
+whole() {
+  local name
+  for name in "$@"; do
+    [[ "${!name}" =~ ^[0-9]+$ ]] || die "$USAGE" "$name=${!name}: write a whole number"
+  done
+}
+
+# plain WORD ...: ends where words follow a script that takes none.
+plain() {
+  [ $# = 0 ] || die "$USAGE" "takes no words, and got $*: settings stand before it, NAME=VALUE $0"
+}
+
+one_of DRY 0 1
+whole POLL_SECONDS PATIENCE
+
 # Words as a shell reads them back, with a space between.
 quoted() {
   local text

@@ -4,5 +4,6 @@
 set -euo pipefail
 # shellcheck source=launch/gke/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+plain "$@"
 
 run "${kubectl[@]}" delete jobset "$JOB" --ignore-not-found

@@ -13,6 +13,7 @@ SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-}   # one that may write to the bucket
 MAX_RESTARTS=${MAX_RESTARTS:-50}
 GRACE_SECONDS=${GRACE_SECONDS:-300}    # between SIGTERM and SIGKILL: the time to save
 
+whole CHIPS_PER_VM MAX_RESTARTS GRACE_SECONDS
 [[ "$JOB" =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] && [ ${#JOB} -le 40 ] || die "$USAGE" \
   "JOB=$JOB: at most 40 lower-case letters, digits and dashes, from a letter on"
 kubectl=(kubectl --namespace="$NAMESPACE")

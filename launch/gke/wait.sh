@@ -4,6 +4,7 @@
 set -euo pipefail
 # shellcheck source=launch/gke/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+plain "$@"
 
 while :; do
   status='{.items[*].status.terminalState}/{.items[*].status.restarts}/{.items[*].metadata.name}'
