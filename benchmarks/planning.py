@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Can a plan's chances be believed, and how many cells does a decision need?
 
-    python benchmarks/planning.py [--study=chances|next] [--worlds=200] [--out=FILE]
+    python benchmarks/planning.py [--study=chances|next|rows] [--worlds=200] [--out=FILE]
 
 Both studies plant laws, so that the best configuration is known. "chances": a grid of 3 LLM sizes
 and 4 token counts is measured with noise, the law is fitted as `vlm-jax fit` does it, a budget is
 planned for, and the plan's p_best is compared with how often its choice is best; and its expected
 regret with the true one. "next": the grid is measured cell by cell as `vlm-jax plan --next` names
-them, until the expected regret is small, or in random order; the peer is the whole grid of 4 x 6.
+them, until the expected regret is small, or in random order; the peer is the
+whole grid of 4 x 6. "rows" does the same with the measured rows of a finished grid (--rows,
+--family), for budgets over its whole range.
 """
 
 import argparse
@@ -25,7 +27,9 @@ from vlm_jax.law import answer  # noqa: E402
 from vlm_jax.law.law import Law, fit  # noqa: E402
 from vlm_jax.law.points import Points  # noqa: E402
 from vlm_jax.planning import costs, decision, next_cell, planner  # noqa: E402
-from vlm_jax.planning.mixture import Mixture  # noqa: E402
+from vlm_jax.planning.mixture import Mixture
+from vlm_jax.reports import run as runs
+from vlm_jax.rows import records  # noqa: E402
 
 SIZES, TOKENS = (0.5, 1.8, 4.0, 7.0), (1.0, 4.0, 16.0, 36.0, 144.0, 576.0)
 # Many sizes and token counts, so that neighbors are nearly as good and few choices are certain.
@@ -34,6 +38,7 @@ PLANNED = (1.0, 2, 3, 4, 6, 9, 12, 16, 24, 36, 48, 64, 96, 144, 192, 288, 576)
 SMALL = [(n, v) for n in (0.5, 1.8, 7.0) for v in (1.0, 16.0, 64.0, 576.0)]  # of "chances"
 NOISE = 0.015  # of a measured cell: that of 1,000 questions, so that not every choice is certain
 FEW = ((0.5, 1.0), (0.5, 36.0), (0.5, 576.0), (1.8, 4.0), (1.8, 144.0), (4.0, 16.0))
+CLOSE = 5e-3  # the same on measured rows: what `--epsilon` calls as good
 ENOUGH = 5e-4  # expected regret at which a search for cells ends
 
 
@@ -167,18 +172,86 @@ def orders(worlds: int) -> dict:
     })  # fmt: skip
 
 
+def until_on_rows(points: Points, flops: float, order: str, start: list[int]) -> dict:
+    """Measured rows, taken one after the other until the expected regret is CLOSE, and the choice.
+
+    The rows are those of a grid with one row a cell; the choice is among its N and V.
+    """
+    sizes, tokens = (tuple(map(float, np.unique(x))) for x in (points.N, points.V))
+    cost = costs.PaperCost(costs.Workload(((float(points.Q.mean()), 1.0),)))
+    known, left = list(start), [i for i in range(len(points)) if i not in start]
+    if order == "grid":
+        known, left = list(range(len(points))), []
+    elif order != "next":
+        left = list(np.random.default_rng(int(order)).permutation(left))
+    while True:
+        here = points.where(np.isin(np.arange(len(points)), known))
+        mixture = alone(fit(here, "multiplicative", bootstrap=200, intervals=False))
+        search = planner.Search(mixture, cost, planner.Budget((("flops", flops),)), sizes,
+                                {"token_packer": list(tokens)})  # fmt: skip
+        candidates = search.candidates()
+        if decision.odds(search.draws(candidates)).regret.min() <= CLOSE or not left:
+            choice = (candidates[0].N, candidates[0].V)
+            return dict(cells=len(known), flops=float((points.N * points.V)[known].sum()),
+                        choice=choice)  # fmt: skip
+        if order == "next":
+            ranked = next_cell.cells(search, candidates, {})
+            worth = {(cell.N, cell.V): cell.worth for cell in ranked}
+            left.sort(key=lambda i: -worth.get((points.N[i], points.V[i]), 0.0))
+        known.append(left.pop(0))
+
+
+def on_rows(path: Path, family: str, budgets: int = 12) -> dict:
+    """How many cells of a finished grid its decisions needed, from its corners and middle on."""
+    points = records.points(runs.of(records.read(path)).main, family)
+    order = np.lexsort((points.V, points.N))
+    points = Points(
+        points.N[order], points.V[order], points.Q[order], points.error[order],
+        points.stderr[order], [points.label[i] for i in order],
+    )  # fmt: skip
+    sizes, tokens = np.unique(points.N), np.unique(points.V)
+    first = {(n, v) for n in (sizes[0], sizes[-1]) for v in (tokens[0], tokens[-1])}
+    first |= {(sizes[len(sizes) // 2], v) for v in tokens[1:3]}
+    start = [i for i in range(len(points)) if (points.N[i], points.V[i]) in first]
+    flops = 2e9 * points.N * (points.Q + points.V)
+    found: dict[str, list[dict]] = {}
+    for limit in np.geomspace(flops.min() * 1.5, flops.max(), budgets):
+        for how in ("grid", "next", *map(str, range(5))):
+            one = until_on_rows(points, float(limit), how, start)
+            found.setdefault(how if how in ("grid", "next") else "random", []).append(one)
+        print(f"{limit:.3g}", found["grid"][-1]["choice"], found["next"][-1], flush=True)
+    grid = found["grid"]
+    return dict(rows="/".join(path.parts[-3:]), family=family, start=len(start), enough=CLOSE, budgets=budgets,
+                orders={
+        how: dict(
+            cells=float(np.mean([r["cells"] for r in results])),
+            same_choice=float(np.mean([
+                r["choice"] == grid[i * len(grid) // len(results)]["choice"]
+                for i, r in enumerate(results)])),
+        )
+        for how, results in found.items()
+    })  # fmt: skip
+
+
 def main() -> None:
     """Runs a study, prints each world and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--study", choices=("chances", "next"), default="chances")
+    parser.add_argument("--study", choices=("chances", "next", "rows"), default="chances")
     parser.add_argument("--worlds", type=int, default=200)
+    parser.add_argument("--rows", type=Path, default=facts.HOME / "docs/results/demo/rows.jsonl")
+    parser.add_argument("--family", default="reasoning")
     parser.add_argument("--out")
     options = parser.parse_args()
     question = {"chances": "Is a choice given p best that often?",
-                "next": "How many cells does a decision need?"}[options.study]  # fmt: skip
+                "next": "How many cells does a decision need?",
+                "rows": "How many cells of a grid did its decisions need?",
+                }[options.study]  # fmt: skip
     result = facts.of_run(question, threads=1, packages=("numpy", "scipy"))
-    study = chances if options.study == "chances" else orders
-    result |= study(options.worlds)
+    if options.study == "rows":
+        result |= on_rows(options.rows, options.family)
+    else:
+        study = chances if options.study == "chances" else orders
+        result |= study(options.worlds)
     print(facts.write(result, f"planning-{options.study}", options.out))
 
 

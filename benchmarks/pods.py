@@ -257,16 +257,48 @@ def table_of_computed() -> str:
     return markdown(heads, [[*c[:2], ", ".join(v), *c[2:]] for c, v in ordered.items()])
 
 
+def table_of_formula() -> str:
+    """What `--dry-run` says a device needs, beside what the compiler allocates, for every row."""
+    known, lines = results(), []
+    for row in rows():
+        made = known.get(row.name)
+        if made is None or not made["fits"]:
+            continue
+        need, hbm = computed(row, {})["formula_bytes"], made["hbm_bytes"]
+        # The formula has no code and no padding, and counts what is frozen as parameters.
+        kept = sum(hbm.get(kind, 0) for kind in ("weights", "frozen", "optimizer"))
+        live = hbm["total"] - kept
+        said = need["total"] - need["parameters"] - need["optimizer"]
+        lines.append([
+            *first_cells(row, made["mesh"]),
+            f"{(need['parameters'] + need['optimizer']) / GIB:.1f} / {kept / GIB:.1f}",
+            f"{said / GIB:.1f} / {live / GIB:.1f}",
+            f"{need['total'] / GIB:.1f} / {hbm['total'] / GIB:.1f}",
+            f"{need['total'] / hbm['total']:.2f}",
+        ])  # fmt: skip
+        print(lines[-1], file=sys.stderr, flush=True)
+    heads = ["LLM", "stage", "V", "slice", "data x fsdp", "GiB kept: formula / compiler",
+             "GiB of a step", "GiB in all", "ratio"]  # fmt: skip
+    return markdown(heads, lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="the rows and their commands")
     parser.add_argument("--table", action="store_true", help="the tables from the results")
     parser.add_argument("--compute", action="store_true", help="compute what was not compiled")
+    parser.add_argument("--formula", action="store_true", help="the formula beside the compiler")
     parser.add_argument("--most", type=int, default=1000, help="rows to compile at most")
     parser.add_argument("--only", default="", help="rows with this in their name")
     given = parser.parse_args()
     if given.table:
         print(table_of_compiled(), table_of_computed(), sep="\n\n")
+        return
+    if given.formula:
+        from vlm_jax.aot import topology
+
+        topology.prepare()
+        print(table_of_formula())
         return
     known = results()
     chosen = [row for row in rows() if given.only in row.name]

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows that carry frames: a law of LLM size, frames and tokens of a frame."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+import tiny
 from test_law import planted
 
 from vlm_jax.__main__ import main
+from vlm_jax.cost import flops as cost
+from vlm_jax.cost import roofline
+from vlm_jax.cost.chips import CHIPS
 from vlm_jax.law import answer, law
+from vlm_jax.planning import question
 
 
 def test_frames_are_a_third_variable_beside_size_and_tokens_of_a_frame(tmp_path, capsys):
@@ -37,3 +43,40 @@ def test_frames_are_a_third_variable_beside_size_and_tokens_of_a_frame(tmp_path,
     assert "3 numbers of frames, which the multiplicative form" in capsys.readouterr().err
     with pytest.raises(ValueError, match="one number of frames"):
         law.fit(planted("strong"), "frames")
+
+
+def test_a_video_costs_its_frames_encoded_one_by_one_and_an_llm_that_reads_them_all():
+    """Of 8 frames x 4 tokens: the encoder of 8 requests, and the LLM of one with 32 tokens."""
+    model, packer = tiny.size(tiny.config()), tiny.method
+    vit, llm = model.vit, model.llm
+    one = cost.request_flops(vit, packer("pool", 4), llm, Q=10, G=3)
+    video = cost.request_flops(vit, packer("pool", 4), llm, Q=10, G=3, frames=8)
+    long = cost.llm_flops(llm, 10 + 8 * 4)
+    assert video.encoder == 8 * one.encoder and video.compressor == 8 * one.compressor
+    assert video.prefill == long
+    assert video.decode == cost.decode_flops(llm, context=42, G=3)
+    # and on a chip that nothing but products binds: a batch of 8 images, and a prefill of 32 tokens
+    chip = dataclasses.replace(CHIPS["v5e"], hbm_bytes_per_s=1e30)
+    images = roofline.seconds(vit, packer("pool", 4), llm, roofline.Request(10, 3, batch=8), chip)
+    frames = roofline.seconds(vit, packer("pool", 4), llm, roofline.Request(10, 3, frames=8), chip)
+    assert frames["encoder"] == pytest.approx(images["encoder"])
+    assert frames["prefill"] == pytest.approx(long / chip.peak_flops)
+
+
+def test_a_plan_of_a_video_pays_for_its_frames_and_answers_with_the_law_of_frames(tmp_path, capsys):
+    truth = law.Law(
+        form="frames", sse=0.0, rmse=0.0, n=1, domain={"frames": [4.0, 32.0]},
+        params={"A": 0.3, "B": 0.1, "C": 0.05, "F": 0.2, "G": 0.02, "D": 0.05, "alpha": 0.2,
+                "beta": 0.4, "gamma": 0.01, "tau": 0.3, "delta": 0.01},
+    )  # fmt: skip
+    asked = dict(flops=1e14, text_tokens=50, tokens=[16], llms=[7.0])
+    video = question.plan(truth, frames=16, **asked)
+    assert video.predicted_error == pytest.approx(float(truth.error(7.0, 16, frames=16)))
+    assert video.cost == pytest.approx(cost.paper_flops(7.0, 16 * 16, Q=50))
+    assert not [w for w in video.warnings if "frames" in w]
+    outside = question.plan(truth, frames=64, **asked).warnings
+    assert any("extrapolates frames: 64" in w for w in outside)
+    assert any("--frames" in w for w in question.plan(truth, **asked).warnings)
+    image = law.fit(planted("strong"), bootstrap=0)
+    told = question.plan(image, frames=16, **asked).warnings
+    assert any("does not count frames" in w for w in told)

@@ -274,7 +274,7 @@ def test_the_figure_shows_the_choice_and_its_numbers(run, tmp_path):
     )
     rows = list(csv.DictReader((tmp_path / "plan.csv").open()))
     chosen = [row for row in rows if row["series"] == "chosen"]
-    assert [float(row["V"]) for row in chosen] == [answer["V"]]
+    assert [float(row["V"]) for row in chosen] == pytest.approx([answer["V"]])
     assert min(float(row["y"]) for row in rows if row["kind"] == "line") == pytest.approx(
         answer["predicted_error"]
     )

@@ -334,6 +334,7 @@ def test_a_law_that_misses_the_cells_gives_no_answer(run):
     ((_, sentence),) = found.answer
     assert sentence.startswith("No answer from the law: its multiplicative form misses the cells")
     assert "250k with 36 (" in sentence and "the law's best" not in sentence
+    assert not found.shows and not found.open  # nor what its exponents would say
 
 
 def test_a_grid_no_better_than_blind_is_said_to_say_nothing(tmp_path, undrawn):

@@ -120,6 +120,7 @@ def request_flops(
     G: Number,
     question: Number | None = None,
     cached_text: bool = False,
+    frames: Number = 1,
     form: str = "folded",
 ) -> Flops:
     """FLOPs of answering one question of Q text tokens about one image with G generated tokens.
@@ -134,17 +135,19 @@ def request_flops(
             reads them first and the rest in a second pass.
         cached_text: keys and values of the text are kept from an earlier request, so prefill
             computes the V visual tokens only, and no question pass runs.
+        frames: of a video. Encoder and compressor run once for each, and the LLM reads V tokens of
+            each.
         form: of the compressor (see `compressor_products`).
     """
-    V = visual_tokens(compressor, vit)
+    V = frames * visual_tokens(compressor, vit)
     question_tokens = Q if question is None else question
     separate = compressor.query == "separate" and not cached_text
     prefix = compressor.reads_prefix and not cached_text
     first = question_tokens if prefix else 0
     new, cached = (V, Q) if cached_text else (Q + V - first, first)
     return Flops(
-        encoder=encoder_flops(vit, compressor),
-        compressor=compressor_flops(compressor, vit, llm, form=form),
+        encoder=frames * encoder_flops(vit, compressor),
+        compressor=frames * compressor_flops(compressor, vit, llm, form=form),
         question=llm_flops(llm, question_tokens if separate else 0, logits=0),
         prefill=llm_flops(llm, first, logits=0) + llm_flops(llm, new, cached=cached),
         decode=decode_flops(llm, context=Q + V, G=G),

@@ -50,7 +50,8 @@ class Request:
     """A request: Q text tokens and G generated ones, in batches of `batch` requests.
 
     `question`, the tokens of the separate question pass, is Q when None; with `cached_text` keys
-    and values of the text are kept from an earlier request. Both as in `cost.request_flops`.
+    and values of the text are kept from an earlier request; `frames` of a video are encoded
+    together, V tokens each. All as in `cost.request_flops`.
     """
 
     Q: Number
@@ -58,6 +59,7 @@ class Request:
     batch: int = 1
     question: Number | None = None
     cached_text: bool = False
+    frames: Number = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +95,7 @@ def request_flops(vit: ViTSize, compressor: Method, llm: LLMSize, request: Reque
         G=request.G,
         question=request.question,
         cached_text=request.cached_text,
+        frames=request.frames,
     )
 
 
@@ -107,7 +110,7 @@ def request_bytes(
 ) -> dict[str, Number]:
     """Bytes that each phase moves to or from memory for a whole batch."""
     flops = request_flops(vit, compressor, llm, request)
-    V, batch = cost.visual_tokens(compressor, vit), request.batch
+    V, batch = request.frames * cost.visual_tokens(compressor, vit), request.batch
     tables = llm.vocab * llm.width
     body = cost.llm_parameters(llm) - tables * (1 if llm.tied_embeddings else 2)
     weight = BYTES.get(stored.weights, bytes_per_number)
@@ -152,9 +155,10 @@ def communication(
         ring = 2 * others / chip.count * array / chip.link_bytes_per_s
         return 2 * blocks * (ring + 2 * others * HOP_SECONDS) if tokens else 0.0
 
-    V, through = cost.visual_tokens(compressor, vit), passes(compressor, request)
+    V = request.frames * cost.visual_tokens(compressor, vit)
+    through = passes(compressor, request)
     text = request.Q if request.question is None else request.question
-    rows = compressor.encoded(vit.side) + vit.first
+    rows = request.frames * (compressor.encoded(vit.side) + vit.first)
     return {
         "encoder": sums(rows, vit.width, max(vit.levels)),
         "compressor": 0.0,  # small: every chip computes all of it
@@ -223,12 +227,13 @@ def memory(
     stored: Stored = AS_CHIP,
 ) -> Memory:
     """Bytes needed at once: all weights, the full cache, and the larger of `live_bytes`."""
-    V, batch = cost.visual_tokens(compressor, vit), request.batch
+    V, batch = request.frames * cost.visual_tokens(compressor, vit), request.batch
     towers = _encoder_weights(vit) + cost.compressor_parameters(compressor, vit, llm)
     weights = towers * bytes_per_number
     weights += cost.llm_parameters(llm) * BYTES.get(stored.weights, bytes_per_number)
     tokens = request.Q + V
-    live = max(live_bytes(vit, compressor, llm, tokens, bytes_per_number))
+    encode, prefill = live_bytes(vit, compressor, llm, tokens, bytes_per_number)
+    live = max(request.frames * encode, prefill)
     kept = cache_numbers(llm) * BYTES.get(stored.cache, bytes_per_number)
     return Memory(
         weights=weights, cache=batch * kept * (tokens + request.G), activations=batch * live

@@ -26,6 +26,9 @@ LAW, CELLS_ALONE = "law", "cells"
 LEAST_SHARE = 0.01  # a form below it gets no draws
 
 
+SAME = 1e-3  # a cell is the one asked for if no logarithm differs by more
+
+
 @dataclass(frozen=True)
 class Cells:
     """The measured means: N, V, Q, error and sd of each place, float64[n], and sd's dof.
@@ -42,7 +45,7 @@ class Cells:
     frames: np.ndarray | None = None
 
     def find(self, N: Numbers, V: Numbers, frames: Numbers = 1) -> np.ndarray:
-        """int[places]: the cell measured at each (N, V, frames), within a thousandth.
+        """int[places]: the cell measured at each (N, V, frames), within SAME.
 
         Raises ValueError for a place that was not measured.
         """
@@ -52,7 +55,7 @@ class Cells:
         )
         if self.frames is not None:
             distance = np.maximum(distance, np.abs(np.log(at[2][:, None] / self.frames)))
-        if (bad := distance.min(1) > 1e-3).any():
+        if (bad := distance.min(1) > SAME).any():
             n, v = at[0][bad][0], at[1][bad][0]
             raise ValueError(
                 f"no form of the law fits, and N={n:g}, V={v:g} was not measured: ask for one of "

@@ -8,6 +8,7 @@ from typing import Any
 from vlm_jax.compressors.method import Number, tilings
 from vlm_jax.cost import flops as cost
 from vlm_jax.cost.calibration import IDEAL
+from vlm_jax.law.forms import FORMS
 from vlm_jax.planning import costs, decision, planner
 
 SCHEMA = 1  # of the JSON; raised when a field changes its meaning
@@ -119,8 +120,13 @@ def warnings_of(search: planner.Search, chosen: planner.Candidate) -> list[str]:
         elif weight and answer.cells is None and (missed := law.misfit.get("sentence")):
             sentences.append(f"{name}: the {law.form} form {missed}: its answer and its intervals "
                              "cannot be trusted")  # fmt: skip
-    if any("frames" in answer.forms for answer in mixture.answers.values()):
-        sentences.append("the law counts frames, and a plan is for one image: one frame")
+    counted = [any(FORMS[form].reads_frames for form in a.forms) or (a.cells and a.cells.frames
+               is not None) for a in mixture.answers.values()]  # fmt: skip
+    if any(counted) and mixture.frames == 1:
+        sentences.append("the law counts frames, and this plan is for one: --frames=T")
+    if not all(counted) and mixture.frames != 1:
+        sentences.append(f"the law does not count frames: its error is that of one image, the cost "
+                         f"that of {mixture.frames:g} frames")  # fmt: skip
     method = search.law.method
     unknown = [kind for kind in search.tokens if kind not in search.others]
     if other := [kind for kind in unknown if method and kind != search.law.kind]:

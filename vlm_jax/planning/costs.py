@@ -40,8 +40,9 @@ SMALLEST_N = 1e-9  # one parameter: the lower end for the paper's cost, which ha
 class Workload:
     """The requests: text lengths with their shares, generated tokens, and requests per batch.
 
-    With a `rate`, requests per second, `batch` is the most that the server takes at once.
-    `requests` are those of the model's life, after a training by `recipe`.
+    With a `rate`, requests per second, `batch` is the most that the server takes at once. `frames`
+    are those of a video, of V tokens each; 1 is an image. `requests` are those of the model's life,
+    after a training by `recipe`.
     """
 
     texts: tuple[tuple[Number, Number], ...]  # (Q, share); shares sum to 1
@@ -51,6 +52,7 @@ class Workload:
     rate: Number | None = None
     requests: Number | None = None
     recipe: Recipe = LLAVA
+    frames: Number = 1
 
     @property
     def Q(self) -> float:
@@ -73,7 +75,8 @@ class PaperCost:
             raise ValueError(
                 f"the paper's cost is FLOPs; a limit in {UNITS[unit]} needs --cost=full"
             )
-        flops = cost.paper_flops(N, V, Q=(0 if work.cached_text else work.Q) + work.G)
+        text = (0 if work.cached_text else work.Q) + work.G
+        flops = cost.paper_flops(N, work.frames * V, Q=text)
         if unit == "lifetime":
             return self.training(N, V, compressor) + float((work.requests or 0) * flops)
         return float(flops)
@@ -139,7 +142,7 @@ class FullCost:
         sized, work = (self.vit, self.compressor(compressor, V), llm), self.workload
         width = self.chip.bytes_per_number if self.chip else 2
         for Q, share in work.texts:
-            request = roofline.Request(Q, work.G, work.batch, None, work.cached_text)
+            request = roofline.Request(Q, work.G, work.batch, None, work.cached_text, work.frames)
             need = roofline.memory(*sized, request, bytes_per_number=width, stored=self.stored)
             parts = {
                 "flops": dataclasses.asdict(roofline.request_flops(*sized, request)),
@@ -196,7 +199,9 @@ class FullCost:
                 for Q, share in work.texts
                 for time in self._milliseconds(
                     vit, method, llm,
-                    roofline.Request(Q, work.G, int(batch), None, work.cached_text), chip,
+                    roofline.Request(
+                        Q, work.G, int(batch), None, work.cached_text, work.frames
+                    ), chip,
                 ).values()
             )
             for batch in known

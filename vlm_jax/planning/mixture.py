@@ -11,11 +11,16 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.compressors.method import Number
-from vlm_jax.law.answer import CELLS_ALONE, Answer
+from vlm_jax.law.answer import CELLS_ALONE, SAME, Answer
 from vlm_jax.law.forms import Numbers
 from vlm_jax.law.law import Law
 
-AXES = {"N": "billion LLM parameters", "V": "visual tokens", "Q": "text tokens"}
+AXES = {
+    "N": "billion LLM parameters",
+    "V": "visual tokens",
+    "Q": "text tokens",
+    "frames": "frames",
+}
 
 
 def order_of(name: str, count: int) -> np.ndarray:
@@ -29,7 +34,7 @@ class Mixture:
 
     `answers` holds who answers for each family, forms that fit or measured cells; a family without
     one is answered by its law. `method` is the compressor that the laws were fitted with; `others`
-    are the laws of other compressors, by their names.
+    are the laws of other compressors, by their names. `frames` are those for which it is asked.
     """
 
     laws: Mapping[str, Law]
@@ -37,6 +42,7 @@ class Mixture:
     answers: Mapping[str, Answer] = dataclasses.field(default_factory=dict)
     method: str | None = None
     others: Mapping[str, "Mixture"] = dataclasses.field(default_factory=dict)
+    frames: Number = 1
 
     def __post_init__(self) -> None:
         alone = {name: Answer.alone(law) for name, law in self.laws.items()}
@@ -44,11 +50,18 @@ class Mixture:
 
     def error(self, N: Numbers, V: Numbers, Q: Numbers = 0) -> Any:
         """The weighted predicted error, a fraction."""
-        return sum(w * self.answers[name].error(N, V, Q) for name, w in self._counted())
+        return sum(
+            w * self.answers[name].error(N, V, Q, frames=self.frames) for name, w in self._counted()
+        )
 
     def _counted(self) -> list[tuple[str, Number]]:
         """(family, weight) of those with a weight: the others need no answer at a place."""
         return [(name, weight) for name, weight in self.weights.items() if weight]
+
+    def asked_for(self, frames: Number) -> "Mixture":
+        """The same laws, asked for videos of so many frames."""
+        others = {name: one.asked_for(frames) for name, one in self.others.items()}
+        return dataclasses.replace(self, frames=frames, others=others)
 
     @property
     def kind(self) -> str | None:
@@ -65,7 +78,7 @@ class Mixture:
             answer = self.answers[name]
             if any(law.samples is None for law in answer.forms.values()):
                 return None
-            drawn = answer.draws(N, V, Q, count=count)
+            drawn = answer.draws(N, V, Q, count=count, frames=self.frames)
             total = total + weight * drawn[order_of(name, count)]
         return total
 
@@ -80,7 +93,11 @@ class Mixture:
         for name, weight in self.weights.items():
             answer = self.answers[name]
             if weight and answer.by == CELLS_ALONE and answer.cells is not None:
-                here = set(zip(answer.cells.N.tolist(), answer.cells.V.tolist(), strict=True))
+                cells = answer.cells
+                kept = np.ones(len(cells.N), bool)
+                if cells.frames is not None:
+                    kept = np.abs(np.log(cells.frames / self.frames)) <= SAME
+                here = set(zip(cells.N[kept].tolist(), cells.V[kept].tolist(), strict=True))
                 places = here if places is None else places & here
         return None if places is None else sorted(places)
 
@@ -88,7 +105,7 @@ class Mixture:
         """Whether there is an answer for a place: always, unless the measured cells answer."""
         places = self.cells()
         return places is None or any(
-            abs(N / n - 1) < 1e-3 and abs(V / v - 1) < 1e-3 for n, v in places
+            max(abs(np.log(N / n)), abs(np.log(V / v))) <= SAME for n, v in places
         )
 
     def interval(
@@ -108,14 +125,15 @@ class Mixture:
         low = high = 0.0
         for name, weight in self._counted():
             law, answer = self.laws[name], self.answers[name]
+            at: dict[str, Any] = {"frames": self.frames}
             ends: Sequence[np.ndarray]
             if law.samples is not None and list(answer.forms) == [law.form]:
-                ends = law.band(N, V, Q, level=level, measured=measured)
+                ends = law.band(N, V, Q, level=level, measured=measured, **at)
             elif all(form.samples is not None for form in answer.forms.values()):
-                errors = answer.draws(N, V, Q, count=4000, measured=measured)
+                errors = answer.draws(N, V, Q, count=4000, measured=measured, **at)
                 ends = list(np.quantile(errors, [0.5 - level / 2, 0.5 + level / 2], axis=0))
             elif law.rmse > 0:
-                ends = list(law.error(N, V, Q) + 1.96 * law.rmse * np.array([-1, 1]))
+                ends = list(law.error(N, V, Q, **at) + 1.96 * law.rmse * np.array([-1, 1]))
             else:
                 return None
             low, high = low + weight * float(ends[0]), high + weight * float(ends[1])
@@ -131,9 +149,9 @@ class Mixture:
         return (max(e[0] for e in ends), min(e[1] for e in ends)) if ends else None
 
     def outside(self, N: Number, V: Number, Q: Number) -> list[str]:
-        """A sentence for each of N, V and Q outside the range of which some law was fitted."""
+        """A sentence for each of N, V, Q and frames outside the range of which a law was fitted."""
         sentences = []
-        for axis, value in {"N": N, "V": V, "Q": Q}.items():
+        for axis, value in {"N": N, "V": V, "Q": Q, "frames": self.frames}.items():
             if (ends := self.domain(axis)) is None:
                 continue
             low, high = ends

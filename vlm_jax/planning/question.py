@@ -82,6 +82,7 @@ def plan(
     requests: Number | None = None,
     recipe: Recipe = LLAVA,
     cached_text: bool = False,
+    frames: Number = 1,
     cost_model: str | None = None,
     llms: Sequence[str] | Sequence[Number] | str | None = None,
     tokens: Sequence[Number] | str | None = None,
@@ -120,6 +121,7 @@ def plan(
       requests: of the model's life, for its cost.
       recipe: of its training.
       cached_text: keys and values of the text are kept from an earlier request.
+      frames: of a video, of V tokens each; the law must count them (`fit --form=frames`).
       cost_model: "paper", 2N(Q+V), or "full", every phase of a request; by default "paper" for
         budgets in FLOPs alone and "full" for others.
       llms: names, sizes in billions, or "continuous"; by default the described LLMs within twice
@@ -167,6 +169,7 @@ def plan(
         None if rate is None else number(rate, "--rate", least=1e-9),
         None if requests is None else number(requests, "--requests"),
         recipe,
+        number(frames, "--frames", least=1.0),
     )
     model = cost_model or default_cost(units)
     if model not in COSTS:
@@ -181,6 +184,7 @@ def plan(
         mixture = Mixture({"all": law}, {"all": 1})
     else:
         mixture = law if isinstance(law, Mixture) else read_laws(str(law), None)
+    mixture = mixture.asked_for(work.frames)
     # The paper's cost looks up no shapes unless LLMs are named, or the described ones are wanted.
     named = llms is None or (not isinstance(llms, str) and any(isinstance(n, str) for n in llms))
     models = described.models(config) if model == "full" or config or named or catalog else None

@@ -66,7 +66,9 @@ def derive(
         _against_blind(findings, family, rows, run.blind)
         _against_other(findings, family, rows, run.other)
         _against_majority(findings, family, rows, majority.get(family))
-    _between_families(findings, laws)
+    _between_families(
+        findings, {f: law for f, law in laws.items() if not law.misfit.get("sentence")}
+    )
     if not run.main:
         findings.answer.append(("", "There is no finished cell of the grid yet, so no answer."))
     else:
@@ -97,18 +99,19 @@ def _range_of_v(rows: Sequence) -> tuple[float, float]:
 
 
 def _law(findings: Findings, family: str, law, rows: Sequence) -> None:
+    if law.misfit.get("sentence"):
+        # what it says of N, V and D is not what the cells say
+        findings.answer.append((family, _cells_alone(family, law, rows)))
+        return
     if GREEK.keys() <= law.intervals.keys():
         gains = [_exponent(findings, family, law, name, rows) for name in GREEK]
-        if law.misfit.get("sentence"):
-            findings.answer.append((family, _cells_alone(family, law, rows)))
-        else:
-            _what_to_buy(findings, family, law, rows, any(gains))
+        _what_to_buy(findings, family, law, rows, any(gains))
     if loose := [name for name, closed in law.identified.items() if not closed]:
         ends = ", ".join(f"{name} {interval(law.intervals[name])}" for name in loose)
         floor = " The error of a very large model is not known." if "D" in loose else ""
         findings.open.append((family, f"Not determined by these cells: {ends}.{floor}"))
     typical = np.sqrt(np.mean([row.families[family]["stderr"] ** 2 for row in rows]))
-    if law.rmse > 2 * typical > 0 and not law.misfit.get("sentence"):
+    if law.rmse > 2 * typical > 0:
         sentence = (
             f"The law misses the cells by {number(law.rmse)} (root mean square); the number of "
             f"questions alone explains {number(typical)}. The rest is the law's form or the chance "

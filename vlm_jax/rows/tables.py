@@ -12,6 +12,7 @@ directly, with N and V (and Q) added at its top level.
 import csv
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def read(
     unit = 1.0
     if column != "results":
         unit = _unit(path, [(where, score) for where, _, _, score, _ in scores], column)
+    repeated: list[int] = []
     first_lines: dict[tuple[Place, str], tuple[int, tuple[float, float]]] = {}
     cells: dict[Place, Cell] = {}
     for where, line, family, score, stderr in scores:
@@ -90,12 +92,13 @@ def read(
         )
         if (key, family) in first_lines:
             first, first_value = first_lines[key, family]
-            if first_value[0] != value[0]:
+            if first_value[0] != value[0] or not _alike(first_value[1], stderr * unit):
                 raise ValueError(
                     f"{path}:{where}: N={N:g}, V={V:g} was already in line {first} with error "
-                    f"{first_value[0]:g}, now {value[0]:g}: keep one, or add a column `seed` if "
-                    "both were measured"
+                    f"{_measured(first_value)}, now {_measured(value)}: keep one, or add a "
+                    "column `seed` if both were measured"
                 )
+            repeated.append(where)
             continue
         first_lines[key, family] = where, value
         cell = Cell(N, V, Q, label, seed, {}, model, method, frames)
@@ -105,7 +108,23 @@ def read(
             f"{path}: every N is above {SMALLEST_N_BILLIONS:g} billion parameters: if N counts "
             "millions pass --n-unit=millions, if these LLMs are so large --n-unit=billions"
         )
+    if repeated:
+        warnings.warn(
+            f"{path}: {len(repeated)} lines (the first is {repeated[0]}) repeat an earlier one and "
+            "do not count: add a column `seed` if they were measured again",
+            stacklevel=2,
+        )
     return list(cells.values())
+
+
+def _alike(one: float, another: float) -> bool:
+    """Whether two standard errors are the same, or both unknown."""
+    return one == another or (math.isnan(one) and math.isnan(another))
+
+
+def _measured(value: tuple[float, float]) -> str:
+    """An error and its standard error, if it is known."""
+    return f"{value[0]:g}" + ("" if math.isnan(value[1]) else f" ± {value[1]:g}")
 
 
 def upside_down(cells: Sequence[Cell]) -> str:

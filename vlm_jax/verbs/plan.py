@@ -111,6 +111,13 @@ def add_flags(parser: Parser) -> None:
         metavar="G",
         help="generated tokens of a request (needed for time and money; default: 0, prefill only)",
     )
+    add(
+        "--frames",
+        type=float,
+        metavar="T",
+        default=1,
+        help="frames of a video, of V tokens each, for a law of `fit --form=frames` (default: 1)",
+    )
     add("--cached-text", action="store_true", help="keys and values of the text are cached")
     add(
         "--mix",
@@ -186,6 +193,8 @@ def answer(options: argparse.Namespace) -> int:
     """Plans, and prints the plan; 0."""
     from vlm_jax.planning import answers, parsing, question
 
+    if options.page and options.frames != 1:
+        raise ValueError("--page plans for images: leave --frames out")
     law = parsing.read_laws(options.law, options.mix)
     config = configuration.read(options.config).config if options.config else None
     reached, warnings = calibration_of(options)
@@ -206,6 +215,7 @@ def answer(options: argparse.Namespace) -> int:
         rate=options.rate,
         requests=options.requests,
         cached_text=options.cached_text,
+        frames=options.frames,
         cost_model=options.cost,
         llms=parsing.sizes(options.llms or every),
         tokens=parsing.counts(options.tokens or every),
