@@ -221,8 +221,8 @@ def on_rows(path: Path, family: str, budgets: int = 12) -> dict:
             found.setdefault(how if how in ("grid", "next") else "random", []).append(one)
         print(f"{limit:.3g}", found["grid"][-1]["choice"], found["next"][-1], flush=True)
     grid = found["grid"]
-    return dict(rows="/".join(path.parts[-3:]), family=family, start=len(start), enough=CLOSE, budgets=budgets,
-                orders={
+    what = dict(rows="/".join(path.parts[-3:]), family=family, start=len(start), enough=CLOSE)
+    return what | dict(budgets=budgets, orders={
         how: dict(
             cells=float(np.mean([r["cells"] for r in results])),
             same_choice=float(np.mean([
