@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pages of several kinds of laws and costs, random settings of each, and Python's plans."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import numpy as np
 from vlm_jax.cost.calibration import NAMED
 from vlm_jax.cost.roofline import Stored
 from vlm_jax.law import families, published
-from vlm_jax.planning import exported, parsing, question
+from vlm_jax.planning import exported, parsing, planner, question
+from vlm_jax.reports.cells import pareto
 
 HOME = Path(__file__).parent.parent
 DEMO = HOME / "docs/results/demo/law.json"
@@ -138,16 +140,26 @@ def by_python(page, setting: dict) -> dict:
     of_chip = ("chips_together", "calibration", "efficiency")
     without = (*of_chip, "stored") if paper else () if setting["chip"] else of_chip
     try:
-        return question.plan(
+        plan = question.plan(
             law, **arguments, **{k: v for k, v in fixed.items() if k not in without}
-        ).fields
+        )
+        return plan.fields | {"frontier": frontier(plan.search)}
     except ValueError as problem:
         return {"error": str(problem)}
 
 
+def frontier(search: planner.Search) -> list[dict]:
+    """Places within all limits but the first that none beats in its cost and in error."""
+    (unit, _), *others = search.budget.limits
+    budget = planner.Budget(((unit, np.inf), *others))
+    rivals = dataclasses.replace(search, budget=budget).candidates()
+    kept = pareto([one.cost for one in rivals], [one.error for one in rivals])
+    return [dataclasses.asdict(one) for one, is_kept in zip(rivals, kept, strict=True) if is_kept]
+
+
 SAME = (
     "N", "V", "compressor", "llm", "predicted_error", "interval", "cost_model", "cost", "decision",
-    "limits", "latency", "runner_ups",
+    "limits", "latency", "runner_ups", "frontier",
 )  # fmt: skip
 
 

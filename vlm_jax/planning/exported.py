@@ -90,7 +90,10 @@ def data(
     without = ""
     try:
         if names is not None:
-            raise ValueError("the shapes of these LLMs are not known here")
+            raise ValueError(
+                "the shapes of these LLMs are not known here, and vlm-jax plan "
+                "--config=FILE --page=FILE.html counts every phase"
+            )
         whole = {name: _open(one, "full", fixed) for name, one in alone.items()}
     except ValueError as problem:
         without = str(problem)

@@ -3,7 +3,7 @@
 (() => {
   "use strict";
   const data = JSON.parse(document.getElementById("planner-data").textContent);
-  const {plan, format, sum} = planner(data);
+  const {plan, amounts, format, sum} = planner(data);
   const find = id => document.getElementById(id);
   const make = (name, fields = {}, ...content) => {
     const element = Object.assign(document.createElement(name), fields);
@@ -85,14 +85,10 @@
   };
   /* What the places cost in a unit, from the cheapest to twice the dearest. */
   const rangeOf = unit => {
-    const open = [[unit, 1e300]];
-    const probe = {...setting, limits: open, ...(OF_PAPER.includes(unit) ? {} : {cost: "full",
-      chip: setting.chip ?? Object.keys(data.chips)[0], price: setting.price || 1})};
+    const probe = {...setting, limits: [["flops", 1e300]], ...(OF_PAPER.includes(unit) ? {}
+      : {cost: "full", chip: setting.chip ?? Object.keys(data.chips)[0], price: setting.price || 1})};
     if (probe.cost === "paper") probe.chip = null;
-    if (unit === "hbm") probe.limits = [["flops", 1e300], ["hbm", data.chips[probe.chip].memory]];
-    const found = plan(probe);
-    if (found.error) return null;
-    const spent = found.places.map(one => one.spent[unit]).filter(x => x > 0);
+    const spent = amounts(probe, unit).filter(x => x > 0);
     return spent.length ? [Math.min(...spent), 2 * Math.max(...spent)] : null;
   };
 

@@ -246,4 +246,15 @@
       throw problem;
     }
   };
-  return {plan, format: g, sum};
+  /* What every place costs in a unit, in no order; empty where Python would refuse. */
+  const amounts = (setting, unit) => {
+    try {
+      const s = checked(setting), offer = offered(s), cost = costs(s);
+      return Object.entries(offer.tokens).flatMap(([kind, tokens]) =>
+        tokens.flatMap(V => offer.llms.map(N => cost.amount(unit, N, V, kind))));
+    } catch (problem) {
+      if (problem instanceof Refusal) return [];
+      throw problem;
+    }
+  };
+  return {plan, amounts, format: g, sum};
