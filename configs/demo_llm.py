@@ -30,8 +30,8 @@ FOLDER = "runs/smollm2"
 # Its own tokenizer, and conversations as it was tuned on.
 WORDS = dict(template="checkpoint", text_length=60, question_length=20)
 # Steps of 16 examples: what a compressor, and adapters of rank 16, learn in minutes on two cores.
-ALIGN = dict(steps=60, batch=16, learning_rate=1e-3, compressor_rate=1.0)
-FINETUNE = dict(steps=120, batch=16, learning_rate=1e-3)
+ALIGN = dict(steps=60, batch=16, accumulate=2, learning_rate=1e-3)
+FINETUNE = dict(steps=100, batch=16, accumulate=2, learning_rate=1e-3)
 LORA = dict(rank=16, alpha=32.0)
 
 
@@ -56,6 +56,7 @@ def get_config():
     )
     c.encoder.update(dict(steps=1500, batch=32, learning_rate=2e-3, clip_norm=1.0))
     c.contrast.update(dict(weight=1.0, width=128))
+    c.finetune.steps = 800  # of 64 examples, for the small model
     c.checkpoint.every = 100
     c.log.every = 20
     c.evaluate.batch = 48

@@ -17,6 +17,7 @@ def get_config():
     c = demo_llm.get_config()
     c.data.test_images = 800
     c.encoder.update(dict(steps=6000, batch=64))
+    c.finetune.steps = 1600
     some, most = (demo_llm.ALIGN | dict(steps=n) for n in (STEPS // 4, STEPS))
     tuned = demo_llm.FINETUNE | dict(steps=STEPS - STEPS // 4)
     fresh = demo_llm.SMOLLM2 | dict(data=demo_llm.WORDS | dict(tokenizer="runs/smollm2/tokenizer"))

@@ -359,3 +359,20 @@ def test_lmms_eval_results_named_in_a_table_or_carrying_their_cell(tmp_path):
         )
     with pytest.raises(ValueError, match="results file .*gone.json does not exist"):
         records.read_points(table(tmp_path, "gone.csv", "N,V,results\n7,36,gone.json\n"))
+
+
+def test_how_llms_came_by_their_weights_tells_rows_apart_only_where_one_size_has_two_ways():
+    def started(llm, parameters, way):
+        return dataclasses.replace(row(llm, parameters), llm_weights=way)
+
+    small, tuned = row("s", 25_000), started("tuned", 80_000, "pretrained, LoRA")
+    one = records.comparable([small, tuned])
+    assert [r.method for r in one] == ["quecc", "quecc"]
+    assert [r.llm for r in one] == ["s", "tuned"] and len(records.points(one)) == 2
+    assert records.comparable(grid()) == grid()
+    several = [small, tuned, row("fresh", 80_000)]
+    assert records.comparable(several) == several
+    assert records.methods(several) == {"quecc": 2, "quecc, pretrained, LoRA": 1}
+    assert len(records.points(several)) == 2
+    with pytest.raises(ValueError, match="are both 80,000 parameters"):
+        records.points([*several, row("again", 80_000)])

@@ -5,6 +5,7 @@ All cells share one frozen encoder, pretrained first, and its cached features. A
 is finished.
 """
 
+import gc
 import json
 import logging
 import time
@@ -291,6 +292,8 @@ class Grid:
                 return
             facts = self.facts | dict(config_hash=self.hashes[cell.name])
             row = run_cell(cell, self.home(cell), shared, facts)
+            # Cycles of modules and closures would hold its weights beside those of the next.
+            gc.collect()
             # The row is written whole or not at all.
             if hosts.is_writer():
                 files.write_json(self.home(cell) / "row.json", json.loads(row.to_json()))

@@ -44,7 +44,7 @@ def _write(workdir: Path, png: bool) -> dict:
     """`write` in a folder on the disk."""
     # Sorted, so that the page does not depend on the order in which cells finished.
     rows = sorted(
-        records.read(workdir / "rows.jsonl"),
+        records.comparable(records.read(workdir / "rows.jsonl")),
         key=lambda row: (row.llm_parameters, row.V, row.seed, row.cell),
     )
     majority = read_object(workdir / "baselines.json").get("majority", {})

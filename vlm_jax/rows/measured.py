@@ -75,7 +75,7 @@ def read(
     rows: list[records.Row] = []
     note = ""
     if of_grid[0]:
-        all_rows = [row for path in paths for row in records.read(path)]
+        all_rows = records.comparable([row for path in paths for row in records.read(path)])
         method = compressor or records.main_method(all_rows)
         rows = records.of_method([row for row in all_rows if not row.blind], method)
         note = rows_used_note(rows, all_rows)

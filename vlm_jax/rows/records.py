@@ -104,6 +104,19 @@ def method_of(compressor: str, query: str, variant: str = "", llm_weights: str =
     return ", ".join(word for word in (compressor, variant, question, llm_weights) if word)
 
 
+def comparable(rows: Sequence[Row]) -> list[Row]:
+    """The rows with `llm_weights` where they tell models apart: where LLMs of one size came by
+    their weights in several ways. Otherwise without, so that all sizes are of one method, as LLMs
+    of several makers are."""
+    ways: dict[tuple[int, str], set[str]] = {}
+    for row in rows:
+        key = (row.llm_parameters, method_of(row.compressor, row.query, row.variant))
+        ways.setdefault(key, set()).add(row.llm_weights)
+    if any(len(found) > 1 for found in ways.values()):
+        return list(rows)
+    return [dataclasses.replace(row, llm_weights="") for row in rows]
+
+
 def families_of(tasks: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Family -> score, stderr, n: the unweighted mean over its tasks, taken as independent."""
     grouped: dict[str, list[dict[str, Any]]] = {}
@@ -297,5 +310,5 @@ def read_points(
       ValueError: if it is not a results file, with the line.
     """
     if is_rows(path):
-        return points(read(path), family, method=method)
+        return points(comparable(read(path)), family, method=method)
     return of_cells(tables.read(path, n_unit=n_unit, text_tokens=text_tokens), family)
