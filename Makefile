@@ -32,6 +32,7 @@ help:
 	@echo "make test-tpu    what the TPU compiler says; needs no TPU (installs libtpu)"
 	@echo "make test-torch  comparisons with PyTorch (installs torch and peft)"
 	@echo "make test-peers  comparisons with lmms-eval's and VLMEvalKit's scorers (installs them)"
+	@echo "make test-slow   the long tests: one to two hours"
 	@echo "make test-notebook  runs docs/quickstart.ipynb (installs a Jupyter kernel)"
 	@echo "make bench       training steps, compressors and generation against PyTorch (installs torch)"
 	@echo "make lint        ruff, mypy over the public door and the ground floors, shellcheck"
@@ -106,7 +107,8 @@ $(VENV)/peft: $(VENV)/torch
 	$(INSTALL) torch peft
 	@touch $@
 
-# Checks of the report in Chromium (Debian: chromium) and the long coverage study of the intervals.
+# Checks of the report in Chromium (Debian: chromium); and the long tests, coverage studies of intervals and runs
+# of several processes among them: one to two hours, estimated.
 test-browser test-slow: test-%: $(ENV)
 	$(call marked_tests,$*)
 

@@ -2,15 +2,19 @@
 """Eight simulated CPU devices, quick compilation, and shapes checked at the borders."""
 
 import fcntl
+import gc
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-# Models here are tiny: optimizing their programs takes far longer than running them.
+# Models here are tiny: optimizing their programs takes far longer than running them, and the newer
+# loop emitters compile for half as long again as the older ones. One program is not split in parts
+# either: both cores have a process.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -32,6 +36,9 @@ import jax  # noqa: E402
 import tiny  # noqa: E402
 
 from vlm_jax import mesh as meshes  # noqa: E402
+
+# Tracing makes many objects and few cycles: looking for them takes a twentieth of the time.
+gc.set_threshold(100_000, 50, 50)
 
 # How long an example takes depends on what else the machine does.
 hypothesis.settings.register_profile("untimed", deadline=None)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loss and gradients of every compressor on meshes over several processes, into a file of each.
 
-    python tests/gradients.py FOLDER [--coordinator=HOST:PORT --processes=N --process=I]
+    python tests/gradients.py FOLDER [--case=NAME]...
+        [--coordinator=HOST:PORT --processes=N --process=I]
 
 tests/test_hosts_gradients.py compares them. The files are FOLDER/PROCESS.npz, the keys
 CASE/MESH/NAME, and NaN is what only other processes have.
@@ -94,6 +95,7 @@ def computed(case, shape):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--case", action="append", choices=CASES, help="default: all")
     parser.add_argument("--coordinator")
     parser.add_argument("--processes", type=int)
     parser.add_argument("--process", type=int)
@@ -102,7 +104,7 @@ def main():
     jax.config.update("jax_default_matmul_precision", "highest")
     processes.share_programs()
     made, of_all = {}, dict(processes=jax.process_count(), devices=jax.device_count())
-    for case in CASES:
+    for case in given.case or CASES:
         for shape in meshes_of(case, **of_all):
             text = "x".join(map(str, shape))
             made |= {f"{case}/{text}/{name}": x for name, x in computed(case, shape).items()}

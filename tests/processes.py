@@ -37,8 +37,7 @@ def environment(devices):
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}"),
     }
 
 

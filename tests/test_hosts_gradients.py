@@ -19,15 +19,19 @@ LAYOUTS = pytest.mark.parametrize("count, devices", [(1, 8), (2, 4), (4, 2)])
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """Processes and devices of each -> CASE/MESH/NAME -> loss or gradient."""
+def found(request, tmp_path_factory):
+    """Processes and devices of each -> CASE/MESH/NAME -> loss or gradient, for the cases of the
+    tests that were chosen (-k)."""
+    chosen = [getattr(item, "callspec", None) for item in request.session.items]
+    cases = {spec.params["case"] for spec in chosen if spec and "case" in spec.params}
+    asked = [f"--case={case}" for case in gradients.CASES if case in cases]
 
     @functools.cache
     def of(count, devices):
         folder = tmp_path_factory.mktemp(f"{count}x{devices}")
         done = processes.finish(
             processes.start(
-                [str(folder)], processes=count, devices=devices, script="tests/gradients.py"
+                [str(folder), *asked], processes=count, devices=devices, script="tests/gradients.py"
             ),
             timeout=3000,
         )

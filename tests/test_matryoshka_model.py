@@ -204,7 +204,7 @@ def rows(tmp_path_factory):
     """The rows of a grid that was killed behind its first one, by name, and its folder."""
     folder = tmp_path_factory.mktemp("grid") / "run"
     for before in (AFTER_FIRST_ROW, ""):
-        done = tiny.run("grid", *GRID, f"--workdir={folder}", before=before)
+        done = tiny.run("grid", *GRID, f"--workdir={folder}", before=tiny.UNDRAWN + before)
         assert done.returncode == (-9 if "kill" in before else 0), done.stderr
     return folder, {row.cell: row for row in records.read(folder / "rows.jsonl")}
 

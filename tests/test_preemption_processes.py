@@ -89,3 +89,34 @@ def test_any_processes_and_any_mesh_go_on_with_the_same_batches(
     far = np.abs(ours / theirs - 1)
     print(f"after step {step}: {far[step : step + 20].max():.1e}, to the end {far.max():.1e}")
     assert far[step : step + 20].max() < 1e-6 and far.max() < 1e-5
+
+
+# --- A grid ---------------------------------------------------------------------------------------
+
+GRID = ("--config=tests/one_size.py", "--config.encoder.steps=2", "--config.align.steps=0",
+        f"--config.finetune.steps={STEPS}", "--config.grid.baselines=()")  # fmt: skip
+CELLS = ("only-v1-token_packer-s0", "only-v4-token_packer-s0")
+
+
+def test_a_grid_of_two_processes_that_is_stopped_in_a_cell_ends_with_the_same_rows(tmp_path):
+    unbroken, folder = tmp_path / "unbroken", tmp_path / "stopped"
+    processes.run([["grid", *GRID, f"--workdir={unbroken}"]], processes=2, devices=1)
+    command = ["grid", *GRID, f"--workdir={folder}"]
+    started = processes.start([command], processes=2, devices=1)
+    metrics, until = folder / "cells" / CELLS[1] / "finetune/metrics.jsonl", time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        if time.monotonic() > until or any(process.poll() is not None for process in started):
+            raise AssertionError(processes.finish(started, timeout=10))
+        time.sleep(0.1)
+    started[1].send_signal(signal.SIGTERM)
+    ended = processes.finish(started)
+    assert [code for code, _, _ in ended] == [preemption.STATUS] * 2, ended
+    assert [row["cell"] for row in tiny.rows(folder)] == [CELLS[0]]
+    (step,) = numbered(metrics.parent)
+    assert 2 < step < STEPS, "too quick for the test"
+    ((_, _, said), _) = processes.run([command], processes=2, devices=1)
+    assert f"finetune {step + 1}/{STEPS}" in said and f"finetune {step}/{STEPS}" not in said
+    assert tiny.rows(folder) == tiny.rows(unbroken)
+    for cell in CELLS:
+        one, other = (home / "cells" / cell / "predictions.jsonl" for home in (folder, unbroken))
+        assert one.read_text() == other.read_text()
