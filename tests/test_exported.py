@@ -59,6 +59,8 @@ def test_what_the_page_cannot_do_is_refused():
     usual = dict(flops=1e7, text_tokens=9, config=str(made_settings.HOME / "configs/demo.py"))
     with pytest.raises(ValueError, match="leave --rate out"):
         exported.data(law, None, usual | dict(rate=2.0))
+    with pytest.raises(ValueError, match="leave --frames out"):
+        exported.data(law, None, usual | dict(frames=4))
     with pytest.raises(ValueError, match="leave --continuous out"):
         exported.data(law, None, usual | dict(llms="continuous", tokens="continuous"))
     with pytest.raises(ValueError, match="nothing meets the budget"):

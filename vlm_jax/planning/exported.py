@@ -76,6 +76,8 @@ def data(
     for name in ("rate", "p95_ms"):
         if arguments.get(name) is not None:
             raise ValueError(f"the page has no queue: leave --{name.replace('_', '-')} out")
+    if arguments.get("frames", 1) != 1:
+        raise ValueError("the page plans for images: leave --frames out")
     if choices.CONTINUOUS in (arguments.get("llms"), arguments.get("tokens")):
         raise ValueError("the page compares listed LLMs and V: leave --continuous out")
     start = law
@@ -270,19 +272,21 @@ def _family(name: str, law: Law, answer: Answer) -> dict[str, Any]:
         )
     found: dict[str, Any] = {
         "name": name, "by": answer.by, "warning": warning, "domain": law.domain,
-        "frames": "frames" in answer.forms,
+        "frames": any(FORMS[form].reads_frames for form in answer.forms)
+        or (answer.cells is not None and answer.cells.frames is not None),
         "order": order_of(name, WORLDS).tolist(),
     }  # fmt: skip
     if answer.by == CELLS_ALONE:
         cells = answer._cells()
         mixture = Mixture({name: law}, {name: 1.0}, {name: answer})
-        places = zip(cells.N.tolist(), cells.V.tolist(), strict=True)
-        ends = [mixture.interval(n, v, 0) for n, v in places]
+        frames = [1.0] * len(cells.N) if cells.frames is None else cells.frames.tolist()
+        places = zip(cells.N.tolist(), cells.V.tolist(), frames, strict=True)
+        ends = [mixture.asked_for(t).interval(n, v, 0) for n, v, t in places]
         return found | {
             "dof": max(cells.dof, 1.0),
             "cells": {
                 "N": cells.N.tolist(), "V": cells.V.tolist(), "error": cells.error.tolist(),
-                "sd": np.nan_to_num(cells.sd).tolist(), "interval": ends,
+                "sd": np.nan_to_num(cells.sd).tolist(), "interval": ends, "frames": frames,
             },
         }  # fmt: skip
     drawn = all(one.samples is not None for one in answer.forms.values())

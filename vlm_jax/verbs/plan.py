@@ -193,8 +193,6 @@ def answer(options: argparse.Namespace) -> int:
     """Plans, and prints the plan; 0."""
     from vlm_jax.planning import answers, parsing, question
 
-    if options.page and options.frames != 1:
-        raise ValueError("--page plans for images: leave --frames out")
     law = parsing.read_laws(options.law, options.mix)
     config = configuration.read(options.config).config if options.config else None
     reached, warnings = calibration_of(options)

@@ -155,8 +155,9 @@ const planner = data => {
     };
   };
   const clip = x => Math.min(Math.max(x, 0), 1);
-  const cell = (family, N, V) => family.cells.N.findIndex((n, i) =>
-    Math.max(Math.abs(Math.log(N / n)), Math.abs(Math.log(V / family.cells.V[i]))) <= 1e-3);
+  /* The cell measured at a place, of one frame: an image. */
+  const cell = (family, N, V) => family.cells.N.findIndex((n, i) => Math.max(Math.abs(Math.log(N / n)),
+    Math.abs(Math.log(V / family.cells.V[i])), Math.abs(Math.log(family.cells.frames[i]))) <= 1e-3);
   const quantile = (values, q) => {
     const x = Float64Array.from(values).sort(), place = q * (x.length - 1), low = Math.floor(place);
     return x[low] + (place - low) * (x[Math.min(low + 1, x.length - 1)] - x[low]);

@@ -13,7 +13,8 @@
     const both = (a, b) => a.filter(x => b.includes(x));
     if (cells.length) {
       const key = (n, v) => n + " " + v;
-      const places = cells.map(f => new Set(f.cells.N.map((n, i) => key(n, f.cells.V[i]))));
+      const places = cells.map(f => new Set(f.cells.N.map((n, i) => key(n, f.cells.V[i]))
+        .filter((_, i) => Math.abs(Math.log(f.cells.frames[i])) <= 1e-3)));
       const common = [...places[0]].filter(p => places.every(of => of.has(p)))
         .map(p => p.split(" ").map(Number));
       const axis = i => [...new Set(common.map(p => p[i]))].sort((a, b) => a - b);
@@ -120,10 +121,11 @@
       (words.join("; ") || "no candidate meets all limits together");
   };
 
-  const AXES = {N: "billion LLM parameters", V: "visual tokens", Q: "text tokens"};
+  const AXES = {N: "billion LLM parameters", V: "visual tokens", Q: "text tokens", frames: "frames"};
   const warnings = (s, offer, chosen) => {
     const said = [], law = lawOf(s, chosen.compressor);
-    for (const [Q] of s.texts) for (const [axis, value] of Object.entries({N: chosen.N, V: chosen.V, Q})) {
+    for (const [Q] of s.texts) for (const [axis, value] of Object.entries({N: chosen.N, V: chosen.V, Q,
+      frames: 1})) {
       const ends = domain(law, axis);
       if (!ends) continue;
       const [low, high] = ends, {N, V} = chosen;
@@ -137,7 +139,7 @@
       "the law does not say on which N, V and Q it was fitted: extrapolation goes unnoticed");
     for (const [family, w] of law) if (w && family.warning) said.push(family.warning);
     if (law.some(([f]) => f.frames))
-      said.push("the law counts frames, and a plan is for one image: one frame");
+      said.push("the law counts frames, and this plan is for one: --frames=T");
     const {method, kind} = s.mix === null ? data.laws.own : data.laws.families;
     const kinds = Object.keys(offer.tokens);
     const unknown = s.mix === null ? kinds.filter(k => !(k in data.laws.kinds)) : kinds;
