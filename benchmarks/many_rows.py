@@ -51,9 +51,9 @@ def run_of(folder: Path, seeds: int) -> int:
 
 
 def table(path: Path, count: int) -> int:
-    """A table of `count` rows, every one another cell; the count."""
+    """A table of `count` rows of ten LLM sizes and 576 token counts, each a seed; the count."""
     rng = np.random.default_rng(0)
-    N, V = np.exp(rng.uniform(np.log(0.5), np.log(14), count)), rng.integers(1, 577, count)
+    N, V = rng.choice(np.geomspace(0.5, 14, 10).round(2), count), rng.integers(1, 577, count)
     error = 0.5 * N**-0.08 * V**-0.015 + 0.004 * rng.standard_normal(count)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)

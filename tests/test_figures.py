@@ -316,6 +316,13 @@ def test_a_word_above_a_mark_gives_way_to_another_mark(tmp_path):
     assert [t.get_text() for t in canvas.axes.texts] == ["free"]
 
 
+def test_an_axis_has_few_ticks_however_many_token_counts_there_are():
+    assert canvases.few_of([36, 1, 4]) == [1, 4, 36]
+    many = canvases.few_of(range(1, 577))
+    assert len(many) <= canvases.MOST_TICKS and (many[0], many[-1]) == (1, 576)
+    assert np.diff(np.log(many)).max() < 2 * np.log(576) / canvases.MOST_TICKS
+
+
 def test_equal_rows_give_equal_bytes(reasoning, tmp_path):
     points, fitted = reasoning
     for folder in ("a", "b"):

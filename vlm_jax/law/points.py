@@ -45,7 +45,7 @@ class Points:
             raise ValueError(f"points need columns of one length, got {lengths}")
         for name in ("N", "V", "Q", "error"):
             column = np.asarray(getattr(self, name), dtype=np.float64)
-            if bad := [i for i in range(len(column)) if not np.isfinite(column[i])]:
+            if bad := np.flatnonzero(~np.isfinite(column)).tolist():
                 raise ValueError(
                     f"{name} is not a finite number in {self._where(bad)}: remove those cells or "
                     "measure them again"

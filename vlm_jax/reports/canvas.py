@@ -38,6 +38,7 @@ STYLE = {
     # Text stays text, half of the bytes; no usual font is wider than the one that is laid out.
     "svg.fonttype": "none",
 }
+MOST_TICKS = 10  # labels of an axis that do not touch
 COLUMNS = ("series", "kind", "x", "y", "low", "high", "N_billions", "V", "Q", "flops", "label")
 
 
@@ -247,6 +248,7 @@ class Canvas:
         self.axes.set_xscale("log", base=10 if base10 else 2)
         axis.set_minor_formatter(ticker.NullFormatter())
         if ticks is not None:
+            ticks = few_of(ticks)
             self.axes.set_xticks(list(ticks), [f"{t:g}" for t in ticks])
             self.axes.minorticks_off()
             return
@@ -377,6 +379,15 @@ class Canvas:
             writer.writerows({key: _cell(value) for key, value in row.items()} for row in self.rows)
         title = self.title.replace("\n", " ")
         return Figure(name, title, caption, alt, png=png if out.png else None, svg=svg, csv=table)
+
+
+def few_of(ticks) -> list:
+    """The ticks of a logarithmic axis, or MOST_TICKS of them, evenly spaced, with both ends."""
+    ticks = sorted(ticks)
+    if len(ticks) <= MOST_TICKS:
+        return ticks
+    places = np.geomspace(ticks[0], ticks[-1], MOST_TICKS)
+    return sorted({ticks[int(np.abs(np.log(np.array(ticks) / x)).argmin())] for x in places})
 
 
 def _cell(value):

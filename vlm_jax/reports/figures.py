@@ -16,7 +16,7 @@ from vlm_jax.law import law as laws_module
 from vlm_jax.reports import cells as table
 from vlm_jax.reports import cost_figures, score_figures
 from vlm_jax.reports.amounts import parameters_text
-from vlm_jax.reports.canvas import Canvas, Figure
+from vlm_jax.reports.canvas import Canvas, Figure, few_of
 from vlm_jax.reports.colors import NO_LLM, Looks, of_lengths, of_sizes
 from vlm_jax.reports.cost_figures import slug
 from vlm_jax.reports.curves import (
@@ -345,7 +345,7 @@ def optimal_tokens(cells, law, out_dir, *, family, name) -> list[Figure]:
             V=limit,
         )
     canvas.axes.set_yscale("log", base=2)
-    ticks = [v for v in np.unique(cells.V)]
+    ticks = few_of(np.unique(cells.V))
     canvas.axes.set_yticks(ticks, [f"{v:g}" for v in ticks])
     canvas.axes.minorticks_off()
     canvas.axes.set_ylim(edges[0] / 1.3, edges[1] * 1.3)
