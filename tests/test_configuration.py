@@ -45,6 +45,7 @@ def test_a_configuration_finds_its_neighbors_from_anywhere(way, tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
+    ([CONFIG, "--config.grid.llms.a-b.depth=3"], "grid.llms.a-b.depth: 'a-b' is no name of Python"),
     ((CONFIG, "--config.llm.detph=3"), 'no such field: "detph", did you mean "depth"\\?'),
     ((CONFIG, "--config.lm.depth=3"), 'no such field: "lm", did you mean "llm"\\?'),
     ((CONFIG, "--config.llm.depth=deep"), "--config.llm.depth=deep.*whole number, not 'deep'"),

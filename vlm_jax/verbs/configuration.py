@@ -47,6 +47,7 @@ def read(words: Sequence[str], *, default: Any = None) -> Given:
       ValueError: in one line, for a file that is no configuration, a field that it does not have
         and a value of another type.
     """
+    check_names(words)
     program = ["vlm-jax", *located(words)]
     path = value_of(program, "config")
     if not path and default is None:
@@ -86,6 +87,22 @@ def read(words: Sequence[str], *, default: Any = None) -> Given:
         if isinstance(error, (KeyError, AttributeError)):
             message = f"the configuration has no such field: {message}"
         raise ValueError(message) from None
+
+
+def check_names(words: Sequence[str]) -> None:
+    """Raises ValueError for a field of --config.FIELD=VALUE below a name, such as that of an LLM,
+    which ml_collections cannot read there."""
+    for word in words:
+        if not word.startswith("--config."):
+            continue
+        path = word.removeprefix("--config.").partition("=")[0]
+        for name in re.sub(r"\[.*?\]", "", path).split("."):
+            if name and not name.isidentifier():
+                raise ValueError(
+                    f"--config.{path}: {name!r} is no name of Python, so nothing below it can be "
+                    "set on the command line: set it in a configuration file, or choose a name of "
+                    "letters, digits and _"
+                )
 
 
 def place_in(error: Exception, path: str) -> str:
