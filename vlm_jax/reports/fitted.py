@@ -59,6 +59,11 @@ def draw(
                 notes.append(f"no figures of {name}: {problem}")
                 continue
             if rows:
+                if points.N.max() < cost_figures.REAL:
+                    notes.append(
+                        f"no figure of {name} against time on {chip.name}: the largest LLM has "
+                        f"less than {cost_figures.REAL:g} billion parameters"
+                    )
                 cost_drawn = cost_figures.counted_figures(
                     rows, points, laws[name], out, name, chip=chip
                 )
