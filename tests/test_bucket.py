@@ -68,6 +68,15 @@ def test_a_folder_is_copied_when_it_is_complete(bucket):
     assert (files.on_disk(at("run/made")) / "deep/a").read_text() == "1"
 
 
+def test_what_another_process_writes_is_seen_although_the_folder_was_listed_before(bucket):
+    files.write_text(at("run/a"), "1")
+    assert [path.name for path in at("run").iterdir()] == ["a"]
+    bucket.objects["run/a"] = b"longer", 10**9
+    bucket.objects["run/b"] = b"new", 10**9
+    assert at("run/a").read_text() == "longer"
+    assert at("run/b").exists() and {path.name for path in at("run").iterdir()} == {"a", "b"}
+
+
 def test_of_two_that_make_a_file_one_does(bucket):
     assert files.create(at("run/a"), "1") and not files.create(at("run/a"), "2")
     assert at("run/a").read_text() == "1"

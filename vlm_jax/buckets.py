@@ -19,6 +19,8 @@ from typing import Any
 # The package that reads and writes each kind, and what to install for it.
 PACKAGES = {"gs": ("gcsfs", "vlm_jax[gcs]"), "s3": ("s3fs", "s3fs")}
 
+PROTOCOLS = {"gs": "gcs"}  # fsspec's other name of a scheme
+
 
 def is_bucket(path: Any) -> bool:
     """Whether a path is in a bucket."""
@@ -42,7 +44,12 @@ def path_of(path: Any) -> Any:
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"{text} needs {package}: pip install '{extra}'")
     from etils import epath
+    from fsspec.config import conf
 
+    # A listing that is kept has the sizes and names of then: another process's lines would be cut
+    # off where the file ended, and its files would not exist.
+    for name in {scheme, PROTOCOLS.get(scheme, scheme)}:
+        conf.setdefault(name, {}).setdefault("use_listings_cache", False)
     return epath.Path(text)
 
 
