@@ -94,7 +94,8 @@ def test_any_processes_and_any_mesh_go_on_with_the_same_batches(
 # --- A grid ---------------------------------------------------------------------------------------
 
 GRID = ("--config=tests/one_size.py", "--config.encoder.steps=2", "--config.align.steps=0",
-        f"--config.finetune.steps={STEPS}", "--config.grid.baselines=()")  # fmt: skip
+        "--config.finetune.steps=100", "--config.checkpoint.every=1000",
+        "--config.grid.baselines=()")  # fmt: skip
 CELLS = ("only-v1-token_packer-s0", "only-v4-token_packer-s0")
 
 
@@ -113,9 +114,9 @@ def test_a_grid_of_two_processes_that_is_stopped_in_a_cell_ends_with_the_same_ro
     assert [code for code, _, _ in ended] == [preemption.STATUS] * 2, ended
     assert [row["cell"] for row in tiny.rows(folder)] == [CELLS[0]]
     (step,) = numbered(metrics.parent)
-    assert 2 < step < STEPS, "too quick for the test"
+    assert 2 < step < 100, "too quick for the test"
     ((_, _, said), _) = processes.run([command], processes=2, devices=1)
-    assert f"finetune {step + 1}/{STEPS}" in said and f"finetune {step}/{STEPS}" not in said
+    assert "finetune 100/100" in said and "finetune 1/100" not in said
     assert tiny.rows(folder) == tiny.rows(unbroken)
     for cell in CELLS:
         one, other = (home / "cells" / cell / "predictions.jsonl" for home in (folder, unbroken))
