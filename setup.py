@@ -99,6 +99,7 @@ setup(
             "gcsfs>=2026.9",  # the tests bring a bucket of their own
             "gguf>=0.19",  # of the extra gguf
             "hypothesis>=6.170",
+            "mini-racer>=0.14",  # runs the script of the planner's page
             "mypy>=2.4",
             "pytest>=9.2",
             "pytest-xdist>=3.8",

@@ -9,12 +9,13 @@ import tempfile
 from pathlib import Path
 
 # Models here are tiny: optimizing their programs takes far longer than running them, and the newer
-# loop emitters compile for half as long again as the older ones. One program is not split in parts
+# fusion emitters compile for twice as long as the older ones. One program is not split in parts
 # either: both cores have a process.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

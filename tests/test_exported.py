@@ -1,41 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page's planner is Python's: random settings, to a millionth, and every refusal's words.
 
-Here in Node, where it is installed; in Chromium, on the page itself, in tests/test_browser.py.
+Here in V8, Chromium's engine; on the page itself, in Chromium, in tests/test_browser.py.
 """
 
 import json
-import shutil
-import subprocess
 
 import made_settings
 import numpy as np
 import pytest
+from py_mini_racer import MiniRacer
 
 from vlm_jax.planning import exported, exported_costs
 from vlm_jax.reports import page as pages
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="no Node: tests/test_browser.py has it")
 def test_the_script_plans_as_python_does(tmp_path):
     """24 settings of three pages: forms that share draws, cells, mixtures, chips, types."""
-    rng, asked = np.random.default_rng(0), []
+    rng, answered = np.random.default_rng(0), 0
+    script = MiniRacer()
+    script.eval(pages.TEMPLATES.get_template("planner.js").render())
+    script.eval("const plans = (data, asked) => JSON.stringify(asked.map(planner(data).plan))")
     for made in made_settings.few_pages(tmp_path):
         of_page = made_settings.data(made)
-        asked.append((made, of_page, made_settings.settings(made, of_page, 8, rng)))
-    script = pages.TEMPLATES.get_template("planner.js").render()
-    (tmp_path / "planner.js").write_text(
-        script + "\nfor (const [data, settings] of JSON.parse(require('fs').readFileSync(0))) {"
-        "const of = planner(data); console.log(JSON.stringify(settings.map(of.plan))); }"
-    )
-    given = json.dumps([[of_page, settings] for _, of_page, settings in asked])
-    done = subprocess.run(
-        ["node", str(tmp_path / "planner.js")], input=given, capture_output=True, text=True,
-    )  # fmt: skip
-    assert not done.returncode, done.stderr[-2000:]
-    answered = 0
-    for (made, _, settings), line in zip(asked, done.stdout.splitlines(), strict=True):
-        for number, (setting, plan) in enumerate(zip(settings, json.loads(line), strict=True)):
+        settings = made_settings.settings(made, of_page, 8, rng)
+        plans = json.loads(script.call("plans", of_page, settings))
+        for number, (setting, plan) in enumerate(zip(settings, plans, strict=True)):
             where = f"{made} {number} {setting}"
             made_settings.assert_same(plan, made_settings.by_python(made, setting), where)
             answered += "error" not in plan
