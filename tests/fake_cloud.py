@@ -34,8 +34,9 @@ def read(*parts):
     if not exists(path(*parts)): return ""
     with open(path(*parts)) as file: return file.read()
 
-def write(name, text):
-    with open(path(name), "w") as file: file.write(text)
+def write(name, text):  # at once: a run that reads an empty `stop` would end with status 2
+    with open(path(f"{name}.{os.getpid()}"), "w") as file: file.write(text)
+    os.replace(path(f"{name}.{os.getpid()}"), path(name))
 
 with open(path("calls"), "a") as file:
     file.write("\x1f".join(words) + "\n")

@@ -143,7 +143,7 @@ DOORS = {
     "open_config",
     "models",
 }  # of all rooms, and of a grid:
-DOORS |= {"cells_of", "cell_of", "by_size", "dry_run"}
+DOORS |= {"cells_of", "cell_of", "by_size", "dry_run", "check", "applied", "weights"}
 
 
 def test_a_configuration_stops_at_the_door():
@@ -156,7 +156,9 @@ def test_a_configuration_stops_at_the_door():
                 given = {a.arg for a in [*node.args.args, *node.args.kwonlyargs]}
                 if "config" in given:
                     wrong.append(where(path, node.lineno))
-        documents = {"cells", "runs", "stages", "workdir"} if "training" in path.parts else set()
+        documents = (
+            {"cells", "llms", "runs", "stages", "workdir"} if "training" in path.parts else set()
+        )
         if "ml_collections.ConfigDict" in imports(path) or "ml_collections" in imports(path):
             if path.stem not in documents:
                 wrong.append(where(path))
