@@ -24,8 +24,6 @@ from vlm_jax.law.solve import predict
 
 LAW, CELLS_ALONE = "law", "cells"
 LEAST_SHARE = 0.01  # a form below it gets no draws
-
-
 SAME = 1e-3  # a cell is the one asked for if no logarithm differs by more
 
 
@@ -83,6 +81,13 @@ class Answer:
     cells: Cells | None
     tests: dict[str, dict[str, Any]] = field(default_factory=dict)
     misfit: str = ""
+
+    @property
+    def counts_frames(self) -> bool:
+        """Whether its errors depend on the number of frames."""
+        return any(FORMS[form].reads_frames for form in self.forms) or (
+            self.cells is not None and self.cells.frames is not None
+        )
 
     def error(self, N: Numbers, V: Numbers, Q: Numbers = 0, *, frames: Numbers = 1) -> np.ndarray:
         """The expected error, shaped as N, V, Q and frames broadcast."""

@@ -8,7 +8,8 @@ from typing import Any
 from vlm_jax.compressors.method import Number, tilings
 from vlm_jax.cost import flops as cost
 from vlm_jax.cost.calibration import IDEAL
-from vlm_jax.law.forms import FORMS
+from vlm_jax.law.answer import Answer
+from vlm_jax.law.law import Law
 from vlm_jax.planning import costs, decision, planner
 
 SCHEMA = 1  # of the JSON; raised when a field changes its meaning
@@ -101,6 +102,17 @@ def buildable(search: planner.Search, chosen: planner.Candidate) -> list[planner
     ]
 
 
+def doubt_of(name: str, law: Law, answer: Answer) -> str:
+    """Why a family's law does not answer, or why its answer cannot be trusted; else ""."""
+    if answer.misfit:
+        return f"{name}: {answer.misfit}"
+    if answer.cells is None and (missed := law.misfit.get("sentence")):
+        return (
+            f"{name}: the {law.form} form {missed}: its answer and its intervals cannot be trusted"
+        )
+    return ""
+
+
 def warnings_of(search: planner.Search, chosen: planner.Candidate) -> list[str]:
     """What a reader must know before trusting the plan, one sentence each."""
     cost_model, sentences = search.cost, []
@@ -114,14 +126,9 @@ def warnings_of(search: planner.Search, chosen: planner.Candidate) -> list[str]:
         sentences.append("the law does not say on which N, V and Q it was fitted: "
                      "extrapolation goes unnoticed")  # fmt: skip
     for name, weight in mixture.weights.items():
-        law, answer = mixture.laws[name], mixture.answers[name]
-        if weight and (why := answer.misfit):
-            sentences.append(f"{name}: {why}")
-        elif weight and answer.cells is None and (missed := law.misfit.get("sentence")):
-            sentences.append(f"{name}: the {law.form} form {missed}: its answer and its intervals "
-                             "cannot be trusted")  # fmt: skip
-    counted = [any(FORMS[form].reads_frames for form in a.forms) or (a.cells and a.cells.frames
-               is not None) for a in mixture.answers.values()]  # fmt: skip
+        if weight and (doubt := doubt_of(name, mixture.laws[name], mixture.answers[name])):
+            sentences.append(doubt)
+    counted = [answer.counts_frames for answer in mixture.answers.values()]
     if any(counted) and mixture.frames == 1:
         sentences.append("the law counts frames, and this plan is for one: --frames=T")
     if not all(counted) and mixture.frames != 1:

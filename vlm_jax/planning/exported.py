@@ -34,7 +34,7 @@ from vlm_jax.cost.lifetime import LLAVA, Recipe, paper_training_flops
 from vlm_jax.law.answer import CELLS_ALONE, Answer, student
 from vlm_jax.law.forms import FORMS
 from vlm_jax.law.law import Law
-from vlm_jax.planning import choices, costs, question
+from vlm_jax.planning import answers, choices, costs, question
 from vlm_jax.planning.decision import EPSILON
 from vlm_jax.planning.exported_costs import all_terms
 from vlm_jax.planning.mixture import Mixture, order_of
@@ -263,17 +263,9 @@ def _mixture(mixture: Mixture) -> dict[str, Any]:
 
 def _family(name: str, law: Law, answer: Answer) -> dict[str, Any]:
     """One family: its forms with their draws, or its measured cells, and its warnings."""
-    warning = ""
-    if why := answer.misfit:
-        warning = f"{name}: {why}"
-    elif answer.cells is None and (missed := law.misfit.get("sentence")):
-        warning = (
-            f"{name}: the {law.form} form {missed}: its answer and its intervals cannot be trusted"
-        )
     found: dict[str, Any] = {
-        "name": name, "by": answer.by, "warning": warning, "domain": law.domain,
-        "frames": any(FORMS[form].reads_frames for form in answer.forms)
-        or (answer.cells is not None and answer.cells.frames is not None),
+        "name": name, "by": answer.by, "warning": answers.doubt_of(name, law, answer),
+        "domain": law.domain, "frames": answer.counts_frames,
         "order": order_of(name, WORLDS).tolist(),
     }  # fmt: skip
     if answer.by == CELLS_ALONE:
