@@ -16,7 +16,7 @@ SELECTION = ("mmtok", "divprune", "visionzip")
 
 @pytest.fixture(scope="module")
 def known():
-    return methods.fit_published(bootstrap=400)
+    return methods.fit_published()
 
 
 def test_one_token_is_best_for_trained_compressors_only(known):
@@ -48,25 +48,22 @@ def test_methods_share_alpha_and_have_a_beta_each(known):
     assert {"voco_llama", "llava_mini"} <= known.alone.keys()  # one token count has no law
 
 
-def test_three_cells_of_a_method_nobody_has_published_give_bands_that_hold_the_rest(known):
-    """95 % bands: of all other cells of these methods at least 90 % lie in them."""
-    held = []
-    for name in (*SELECTION, "quecc", "token_packer", "mqt"):
-        laws = {other: law for other, law in known.laws.items() if other != name}
-        others = dataclasses.replace(known, laws=laws)
-        points = known.points[name].where(known.points[name].N == 7)
-        few = np.isin(np.arange(len(points)), (0, 2, len(points) - 2))
-        law = methods.pooled(points.where(few), others, bootstrap=400)
-        rest = points.where(~few)
-        low, high = law.band(7.0, rest.V, measured=True)
-        held += list((low <= rest.error) & (rest.error <= high))
-        wide, narrow = (
-            np.ptp(methods.pooled(points.where(k), others, bootstrap=400).band(7.0, 576))
-            for k in (few & (points.V < points.V[few].max()), few)
-        )
-        assert wide > narrow, name  # fewer cells say less
-        assert "Pooled: 3 cells" in law.notes[0]
-    assert len(held) == 18 and np.mean(held) >= 0.9
+@pytest.mark.parametrize("name", [*SELECTION, "quecc", "token_packer", "mqt"])
+def test_three_cells_of_a_method_nobody_has_published_give_bands_that_hold_the_rest(known, name):
+    laws = {other: law for other, law in known.laws.items() if other != name}
+    others = dataclasses.replace(known, laws=laws)
+    points = known.points[name].where(known.points[name].N == 7)
+    few = np.isin(np.arange(len(points)), (0, 2, len(points) - 2))
+    law = methods.pooled(points.where(few), others)
+    rest = points.where(~few)
+    low, high = law.band(7.0, rest.V, measured=True)
+    assert np.all((low <= rest.error) & (rest.error <= high))
+    wide, narrow = (
+        np.ptp(methods.pooled(points.where(k), others).band(7.0, 576))
+        for k in (few & (points.V < points.V[few].max()), few)
+    )
+    assert wide > narrow  # fewer cells say less
+    assert "Pooled: 3 cells" in law.notes[0]
 
 
 def test_the_command_writes_a_law_for_each_method(tmp_path, capsys):
