@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tiny
 import whole_models
+from published_trained import METHODS
 from safetensors.numpy import load_file, save_file
 from test_convert import refused, run
-from test_published_compressors import METHODS
 from whole_models import edit
 
 from vlm_jax.compressors.window import window_order
