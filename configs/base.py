@@ -68,7 +68,16 @@ def get_config() -> ConfigDict:
     c.compressor.query = "separate"
     c.compressor.downsample = "conv"  # quecc: a window's query by "conv" (published) or "pool"
     c.compressor.queries = 0  # mqt: learned queries; 0: 256, or one per patch of a smaller grid
+    c.compressor.prefusion = 4  # llava_mini: layers in which the text reads all patches
     c.compressor.scales = ()  # m3: every V that training shows; (): 1, 9, 36, 144, 576 of 24 x 24
+
+    # Visual tokens that the LLM leaves out between its layers, in generation and evaluation alone:
+    # vlm_jax/models/pruning PRUNINGS names the kinds; "none" leaves none out.
+    c.pruning = ConfigDict()
+    c.pruning.kind = "none"
+    c.pruning.layers = ()  # layers that run before each cut; (): as published
+    c.pruning.tokens = ()  # visual tokens that are kept after each; (): as published, if it says so
+    c.pruning.weight = 0.5  # tokencarve: of the rank by attention; the rest is of singular values
 
     # LoRA (arXiv 2106.09685): finetune trains low-rank updates of the LLM's linear layers in place
     # of its weights; the compressor is trained as ever. There is no dropout.

@@ -16,8 +16,8 @@ def mlp(tensors, first, second, x):
     return linear(tensors, second, x * 0.5 * (1 + erf(x / math.sqrt(2))))
 
 
-def norm(tensors, name, x):
-    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+def norm(tensors, name, x, eps=1e-6):
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
     return x * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
 
 
@@ -136,3 +136,17 @@ def mqt(tensors, levels, *, width, heads, tokens):
     keys, values = norm(tensors, "ln_k", keys), norm(tensors, "ln_v", x)
     out = [attend(tensors, "attn", q[None], keys, values, heads)[0] for q in query]
     return np.stack(out) @ tensors["proj"]
+
+
+def llava_mini(tensors, features, *, heads):
+    """LLaVA-Mini's tokens before the projector: one query after the other reads all patches."""
+    place, side = tensors["pos_embed"], math.isqrt(len(features))
+    grid = place.reshape(math.isqrt(len(place)), -1, place.shape[1])
+    rows = cubic(grid, side)
+    of_patches = cubic(rows.transpose(1, 0, 2), side).transpose(1, 0, 2).reshape(side**2, -1)
+    values = norm(tensors, "ln_kv", features, 1e-5)
+    queries = norm(tensors, "ln_q", tensors["query"], 1e-5) + place
+    return np.concatenate([
+        attend(tensors, "attn", query[None], values + of_patches, values, heads)
+        for query in queries
+    ])  # fmt: skip

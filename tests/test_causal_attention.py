@@ -8,7 +8,7 @@ import pytest
 
 from vlm_jax import mesh
 from vlm_jax.kernels import causal_attention as causal
-from vlm_jax.models import llm
+from vlm_jax.models import attention
 from vlm_jax.models.cache import KV, Past, positions_of
 
 B, N, K, H = 4, 4, 2, 64
@@ -31,8 +31,8 @@ def check(length, past=None, segments=None):
     """Values and gradients of both forms, with the masks that the model makes."""
     query, keys, values = inputs(length, 0 if past is None else past.keys.shape[2])
     positions = positions_of(B, length)
-    mask = llm.mask_of(positions, past, segments)
-    groups = llm.groups_of(positions, past, segments)
+    mask = attention.mask_of(positions, past, segments)
+    groups = attention.groups_of(positions, past, segments)
 
     def loss(f):
         def run(*given):
@@ -42,7 +42,7 @@ def check(length, past=None, segments=None):
         return jax.jit(jax.grad(run, (0, 1, 2), has_aux=True))
 
     found = loss(lambda *given: causal.causal_attention(*given, groups, interpret=True))
-    wanted = loss(lambda q, k, v: llm.mix(q, KV(k, v), mask))
+    wanted = loss(lambda q, k, v: attention.mix(q, KV(k, v), mask))
     pairs = zip(jax.tree.leaves(found(query, keys, values)),
                 jax.tree.leaves(wanted(query, keys, values)), strict=True)  # fmt: skip
     for one, other in pairs:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_jax import mesh
+from vlm_jax.compressors import positions
 from vlm_jax.compressors.m3 import M3Method
 from vlm_jax.compressors.m3 import module as m3s
 from vlm_jax.compressors.mqt import MQTMethod
@@ -68,7 +69,7 @@ def mqt_for_every_image(module, x):
     attention, queries = module.attention, module.queries
     place = module.position[...]
     ask = module.query_norm(module.query[...] + place)
-    along = jnp.array(mqts.cubic(math.isqrt(queries), module.side), jnp.float32)
+    along = jnp.array(positions.cubic(math.isqrt(queries), module.side), jnp.float32)
     grid = place.reshape(along.shape[1], along.shape[1], -1)
     grid = jnp.einsum("ra,abe->rbe", along, grid)
     keys = module.key_norm(jnp.einsum("cb,rbe->rce", along, grid).reshape(x.shape[1], -1))
@@ -141,13 +142,13 @@ def test_the_order_turns_where_the_published_sizes_say():
 def test_the_position_table_is_resampled_by_the_published_taps():
     taps = np.array([[-0.017361, 0.160880, 0.943287, -0.086806], [-0.09375, 0.59375, 0.59375,
                      -0.09375], [-0.086806, 0.943287, 0.160880, -0.017361]])  # fmt: skip
-    along = mqts.cubic(16, 24)
+    along = positions.cubic(16, 24)
     for d in range(24):
         low, expected = math.floor(2 * d / 3 - 1 / 6), np.zeros(16)
         for tap, source in zip(taps[d % 3], range(low - 1, low + 3), strict=True):
             expected[np.clip(source, 0, 15)] += tap
         np.testing.assert_allclose(along[d], expected, atol=1e-6)
-    np.testing.assert_array_equal(mqts.cubic(6, 6), np.eye(6))
+    np.testing.assert_array_equal(positions.cubic(6, 6), np.eye(6))
 
 
 def test_the_position_table_is_born_as_published():

@@ -27,6 +27,8 @@ THROUGH = {
     "test_causal_attention.py": "models.segments",
     "test_plan.py": "planning.answers planning.choices planning.parsing "
     "reports.plan_figure rows.measured",
+    "test_pruning_cost.py": "models.pruning.description models.pruning.fastv "
+    "models.pruning.pyramiddrop",
     "test_report.py": "reports.score_tables",
     "test_generate.py": "serving.talk",
     "test_score.py": "evals.predictions evals.task",

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import published_pruning
 import published_trained
 import pytest
 
 # Each has `RUNS`, from a case's method to its outputs of ours, and `GATE`, the largest difference.
-FAMILIES = (published_trained,)
+FAMILIES = (
+    published_trained,
+    published_pruning,
+)
 RUNS = {method: run for family in FAMILIES for method, run in family.RUNS.items()}
 GATES = {method: family.GATE for family in FAMILIES for method in family.RUNS}
 

@@ -19,6 +19,7 @@ from vlm_jax.data import sources
 from vlm_jax.data.processor import Processor, RowFormat
 from vlm_jax.data.sources import Origin
 from vlm_jax.models import vlm
+from vlm_jax.models.cache import rows
 from vlm_jax.models.sizes import LLMSize
 from vlm_jax.serving.predict import predict
 from vlm_jax.training import stages
@@ -65,9 +66,9 @@ def one_pass(model, batch):
     text = model.llm.embed(batch["ids"])
     asked = vlm.feature(model.llm(text), batch["question_length"])
     visual = model.visual_tokens(batch, asked)
-    x, _ = model.splice(text, visual, batch)
+    x, _, _ = model.splice(text, visual, batch)
     before = model.before(batch, vlm.Assembled(x, visual.count))
-    return model.llm.logits(vlm.rows(model.llm(x), before))
+    return model.llm.logits(rows(model.llm(x), before))
 
 
 @pytest.mark.parametrize(
@@ -151,10 +152,10 @@ def test_the_prompt_costs_no_second_reading(mesh1):
             shapes, batch = vlm.shapes(tiny.size(c)), tiny.placed(batch_of(c))
             lowered = jax.jit(lambda m, b: m.logits(b)).lower(shapes, batch)
             flops[query] = lowered.cost_analysis()["flops"]
-    llm, rows = LLMSize.of(c.llm), 8
+    llm, examples = LLMSize.of(c.llm), 8
     # The feature into the queries, and the pass that the prompt makes unnecessary.
-    projected = rows * 2 * (c.llm.width * c.vit.width + c.vit.width**2)
-    again = rows * cost.llm_flops(llm, U, logits=0)
+    projected = examples * 2 * (c.llm.width * c.vit.width + c.vit.width**2)
+    again = examples * cost.llm_flops(llm, U, logits=0)
     assert flops["separate"] - flops["none"] > 0.97 * (again + projected) > 0.2 * flops["none"]
     # Tokens before the image do not ask those behind it: a little less attention.
     assert 0.97 * flops["none"] < flops["prefix"] < 1.005 * (flops["none"] + projected)

@@ -176,10 +176,12 @@ def test_splicing_is_cutting_and_joining(models, mesh1):
     with jax.set_mesh(mesh1):
         parts = tiny.placed((text, visual, count, at))
         batch = {"image_at": parts[3]}
-        ours, _ = models[1].splice(parts[0], vlm.Visual(*parts[1:3]), batch)
+        ours, inside, _ = models[1].splice(parts[0], vlm.Visual(*parts[1:3]), batch)
     # Packed: visual slots that a row does not fill leave no hole.
     for row, t, v, n, i in zip(np.asarray(ours), text, visual, count, at, strict=True):
         np.testing.assert_array_equal(row[: len(t) + n], np.concatenate([t[:i], v[:n], t[i:]]))
+    place = np.arange(7)
+    np.testing.assert_array_equal(inside, (place >= at[:, None]) & (place < (at + count)[:, None]))
 
 
 # --- Numbers --------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def tensor_shapes(module):
     """The published tensors of a compressor and their shapes; it may be abstract."""
     from vlm_jax.weights import names
 
-    return names.shapes(module.method.published(), module)
+    return names.shapes(names.compressor_table(module), module)
 
 
 def filled(module, tensors):
@@ -138,7 +138,7 @@ def filled(module, tensors):
 
     names.fit(tensor_shapes(module), {name: np.shape(x) for name, x in tensors.items()})
     tensors = {name: np.asarray(x, np.float32) for name, x in tensors.items()}
-    return folder.place(module, module.method.published(), tensors)
+    return folder.place(module, names.compressor_table(module), tensors)
 
 
 def compressor(kind, *, side, width, llm_width, levels=1, heads=1, query="none", rngs=None, **more):

@@ -205,7 +205,7 @@ def work(recipe: Recipe, mode: str, serving: Serving) -> tuple[int, int, float, 
     G = serving.new_tokens
     request = cost.request_flops(
         model.vit, model.compressor, model.llm, Q=rows.text_length, G=G,
-        question=rows.question_length,
+        question=rows.question_length, pruning=model.pruning,
     )  # fmt: skip
     count = serving.rows
     read = count * float(request.total - request.decode)

@@ -7,6 +7,7 @@ A method is a folder: its description (`__init__.py`), without JAX, and its flax
 from typing import Any
 
 from vlm_jax.compressors.downsample import DownsampleMethod
+from vlm_jax.compressors.llava_mini import LlavaMiniMethod
 from vlm_jax.compressors.m3 import M3Method
 from vlm_jax.compressors.method import Method
 from vlm_jax.compressors.mqt import MQTMethod
@@ -15,11 +16,13 @@ from vlm_jax.compressors.pool import PoolMethod
 from vlm_jax.compressors.prumerge import PruMergeMethod, PruMergePlusMethod
 from vlm_jax.compressors.quecc import QueCCMethod
 from vlm_jax.compressors.token_packer import TokenPackerMethod
+from vlm_jax.compressors.voco import VocoMethod
 
 COMPRESSORS: dict[str, type[Method]] = {
     method.kind: method
     for method in (
         DownsampleMethod,
+        LlavaMiniMethod,
         M3Method,
         MQTMethod,
         NoneMethod,
@@ -28,6 +31,7 @@ COMPRESSORS: dict[str, type[Method]] = {
         PruMergePlusMethod,
         QueCCMethod,
         TokenPackerMethod,
+        VocoMethod,
     )
 }
 

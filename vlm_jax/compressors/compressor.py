@@ -4,7 +4,7 @@
 B batch  V visual tokens  D llm width
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -35,6 +35,7 @@ class Compressor(nnx.Module):
     buckets: tuple[int, ...] = ()  # ascending V at which requests run, if one model serves any V
     prefixes: tuple[int, ...] = ()  # V of which a step of the second stage draws one
     scales: tuple[int, ...] = ()  # V that a step of the second stage trains all together
+    fusion: Any = None  # layers before the LLM in which the text reads the image, if it has any
     window = 1  # side of the windows in which patches are ordered; 1 is raster order
 
     def __init__(self, method: Method, interface: Interface):
@@ -52,6 +53,12 @@ class Compressor(nnx.Module):
     def reads_prefix(self) -> bool:
         """Whether that feature comes from the LLM's own pass over the text before the image."""
         return self.method.reads_prefix
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether what becomes of the text before an image depends on the image, or is read by the
+        compressor: it cannot be read before the image is known."""
+        return self.reads_prefix or self.method.summarizes or self.fusion is not None
 
     @property
     def reads_keys(self) -> bool:

@@ -90,6 +90,8 @@ class Method(ABC):
     """
 
     kind: ClassVar[str]  # its name in config.compressor.kind
+    # Layers before the LLM in which the text reads the image; a method with any makes it a field.
+    prefusion = 0
     # Where the question's feature comes from: "none", "separate" (a pass of the LLM over the
     # question alone) or "prefix" (the LLM's own pass over the text before the image). A method with
     # a choice makes it a field, so it has no annotation here.
@@ -97,6 +99,7 @@ class Method(ABC):
     reads_keys: ClassVar[bool] = False  # the levels include keys and attention, float32
     any_tokens: ClassVar[bool] = False  # one model serves several V, chosen by request
     draws_tokens: ClassVar[bool] = False  # finetune draws V for each micro-batch from `prefixes`
+    summarizes: ClassVar[bool] = False  # text reads the last `tokens` of an image's tokens alone
     compresses: ClassVar[bool] = True  # False: every row of the encoder becomes a token
     projected: ClassVar[bool] = False  # its only weights are LLaVA-1.5's projector
     # How a published model is recognized: tensors (beginnings of names after `mm_projector.`) that
@@ -122,13 +125,14 @@ class Method(ABC):
     def module() -> type:
         """The flax module, a `Compressor`; imported on call, because descriptions need no JAX."""
 
-    def build(self, interface: Interface, *, rngs: Any, kernels: str = "auto") -> Any:
+    def build(self, interface: Interface, *, rngs: Any, kernels: str = "auto", **parts: Any) -> Any:
         """The compressor with fresh weights on the current mesh.
 
-        Its levels have their patches window-major in its `window`. Raises ValueError, with the
+        `parts` are those that models make for it: `fusion` if it has `prefusion` layers. Its levels
+        have their patches window-major in its `window`. Raises ValueError, with the
         choices, for an unsupported number of tokens and for heads that do not divide the width.
         """
-        return self.module()(self, interface, rngs=rngs, kernels=kernels)
+        return self.module()(self, interface, rngs=rngs, kernels=kernels, **parts)
 
     # --- V ----------------------------------------------------------------------------------------
 

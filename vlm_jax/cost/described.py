@@ -79,8 +79,16 @@ class Models:
 
 
 def models(config: Any = None) -> Models:
-    """The models of a configuration, of the one at a path, or of configs/base.py."""
+    """The models of a configuration, of the one at a path, or of configs/base.py.
+
+    ValueError for one that prunes: a plan chooses V, and a pruning leaves some of them out.
+    """
     config = open_config(config)
+    if config.pruning.kind != "none":
+        raise ValueError(
+            f"pruning.kind={config.pruning.kind!r}: a plan prices models in which every layer "
+            "reads all V visual tokens; set pruning.kind='none'"
+        )
     own = len(config.grid.llms) > 0
     return Models(
         grid_llms(config.llm, config.grid.llms) if own else published_llms(),

@@ -11,6 +11,7 @@ Here V and Q are visual and text tokens, G generated tokens, P patches, S keys.
 """
 
 import dataclasses
+from itertools import pairwise
 
 from vlm_jax.compressors.method import FORMS, Method, Number, Products
 from vlm_jax.cost.parameters import block_weights
@@ -20,6 +21,7 @@ from vlm_jax.cost.parameters import compressor_parameters as compressor_paramete
 from vlm_jax.cost.parameters import llm_parameters as llm_parameters
 from vlm_jax.cost.parameters import lora_parameters as lora_parameters
 from vlm_jax.cost.parameters import vit_parameters as vit_parameters
+from vlm_jax.models.pruning import Pruning
 from vlm_jax.models.sizes import LLMSize, ViTSize, interface
 
 
@@ -104,6 +106,34 @@ def llm_flops(llm: LLMSize, tokens: Number, *, cached: Number = 0, logits: Numbe
     return linear + _attention(llm, tokens, cached + tokens) + head
 
 
+def prefill_flops(
+    llm: LLMSize,
+    tokens: Number,
+    *,
+    visual: Number,
+    cached: Number = 0,
+    pruning: Pruning | None = None,
+) -> Number:
+    """FLOPs of the pass over `tokens`, of which `visual` may be left out between layers.
+
+    It gives the scores of one next token, and sees `cached` earlier tokens. What is run to choose
+    the visual tokens is counted.
+    """
+    if pruning is None:
+        return llm_flops(llm, tokens, cached=cached)
+    runs = pruning.runs(llm.depth, visual)
+    total = llm_flops(llm, 0)  # the scores
+    for run in runs:
+        layers = dataclasses.replace(llm, depth=run.end - run.first)
+        left = tokens - visual + run.tokens
+        total += llm_flops(layers, left, cached=cached, logits=0)
+    for run, after in pairwise(runs):
+        if after.tokens < run.tokens:
+            length = tokens - visual + run.tokens
+            total += pruning.flops(llm, length=length, cached=cached, visual=run.tokens)
+    return total
+
+
 def decode_flops(llm: LLMSize, *, context: Number, G: Number) -> Number:
     """FLOPs of generating G tokens after `context`: G - 1 passes; prefill gives the first token."""
     passes = max(G - 1, 0)
@@ -122,6 +152,7 @@ def request_flops(
     cached_text: bool = False,
     frames: Number = 1,
     form: str = "folded",
+    pruning: Pruning | None = None,
 ) -> Flops:
     """FLOPs of answering one question of Q text tokens about one image with G generated tokens.
 
@@ -138,7 +169,21 @@ def request_flops(
         frames: of a video. Encoder and compressor run once for each, and the LLM reads V tokens of
             each.
         form: of the compressor (see `compressor_products`).
+        pruning: of visual tokens between the layers of the LLM.
+    Raises:
+        ValueError: for a pruning with cached text, whose last token has to be read to choose, and
+            with frames, of which there is one; for cached text that reads the image first.
     """
+    if pruning is not None and (cached_text or frames != 1):
+        raise ValueError(
+            f"cached_text={cached_text}, frames={frames}: pruning.kind={pruning.kind!r} chooses "
+            "visual tokens of one image by what the prompt attends to: set pruning.kind='none'"
+        )
+    if cached_text and (compressor.prefusion or compressor.summarizes):
+        raise ValueError(
+            f"cached_text=True: the text of compressor {compressor.kind!r} has read the image, so "
+            "its keys and values are of one image: cached_text=False"
+        )
     V = frames * visual_tokens(compressor, vit)
     question_tokens = Q if question is None else question
     separate = compressor.query == "separate" and not cached_text
@@ -147,11 +192,38 @@ def request_flops(
     new, cached = (V, Q) if cached_text else (Q + V - first, first)
     return Flops(
         encoder=frames * encoder_flops(vit, compressor),
-        compressor=frames * compressor_flops(compressor, vit, llm, form=form),
+        compressor=frames
+        * (
+            compressor_flops(compressor, vit, llm, form=form)
+            + fusion_flops(compressor, vit, llm, Q)
+        ),
         question=llm_flops(llm, question_tokens if separate else 0, logits=0),
-        prefill=llm_flops(llm, first, logits=0) + llm_flops(llm, new, cached=cached),
-        decode=decode_flops(llm, context=Q + V, G=G),
+        prefill=llm_flops(llm, first, logits=0)
+        + prefill_flops(llm, new, visual=V, cached=cached, pruning=pruning),
+        decode=decode_flops(llm, context=Q + cached_tokens(V, compressor, llm, pruning), G=G),
     )
+
+
+def fusion_flops(compressor: Method, vit: ViTSize, llm: LLMSize, text: Number) -> Number:
+    """FLOPs of the layers before the LLM that a compressor has, over the patches of an image, its
+    visual tokens and `text` tokens; 0 for one without."""
+    if not compressor.prefusion:
+        return 0
+    tokens = vit.patches + visual_tokens(compressor, vit) + text
+    layers = dataclasses.replace(llm, depth=compressor.prefusion)
+    return llm_flops(layers, tokens, logits=0)
+
+
+def cached_tokens(V: Number, compressor: Method, llm: LLMSize, pruning: Pruning | None) -> Number:
+    """Visual tokens in the key-value cache, mean over layers; of `V` that the LLM reads."""
+    if compressor.summarizes:
+        return compressor.tokens
+    return V if pruning is None else pruning.cached(llm.depth, V)
+
+
+def read_tokens(V: Number, llm: LLMSize, pruning: Pruning | None) -> Number:
+    """Visual tokens that the LLM's layers read, mean over layers; of `V` in the first."""
+    return V if pruning is None else pruning.average(llm.depth, V)
 
 
 def paper_flops(N: Number, V: Number, *, Q: Number) -> Number:
@@ -218,8 +290,11 @@ def train_step_flops(
         return language
     products = compressor_products(compressor, vit, llm, form=form)
     encoder = 0 if vit_cached else encoder_flops(vit, compressor)
+    text = tokens - images * visual_tokens(compressor, vit)
+    before = fusion_flops(compressor, vit, llm, text)
     return language + images * (
         encoder
+        + (4 if recompute else 3) * before
         + products.training(batch * images)
         + llm_flops(llm, question * separate, logits=0)
         + low / tokens * question * separate

@@ -86,7 +86,7 @@ def describe(
             raise ValueError(f"llm={llm!r}: choose one of {', '.join(by_name)}")
         shape = by_name[llm][1]
     section = dict(config.compressor) | ({} if tokens is None else {"tokens": tokens})
-    return Description(
+    size = Description(
         ViTSize.of(config.vit),
         compressors.describe(section),
         shape,
@@ -94,6 +94,7 @@ def describe(
         config.compute_dtype,
         config.kernels,
     )
+    return size.pruned(config.pruning)
 
 
 def request_cost(
@@ -118,7 +119,9 @@ def request_cost(
     Raises:
       ValueError: for an unknown chip or phase.
     """
-    request = roofline.Request(text_tokens, new_tokens, batch, None, cached_text)
+    request = roofline.Request(
+        text_tokens, new_tokens, batch, None, cached_text, pruning=model.pruning
+    )
     request_sizes = (model.vit, model.compressor, model.llm, request)
     device = chips.named(chip) if isinstance(chip, str) else chip
     width = device.bytes_per_number if device else 2

@@ -16,11 +16,16 @@ def block_weights(llm: LLMSize) -> int:
     return attention + 3 * llm.width * llm.mlp
 
 
-def llm_parameters(llm: LLMSize) -> int:
-    """Parameters of the decoder: embeddings included, a tied head counted once."""
+def block_parameters(llm: LLMSize) -> int:
+    """Parameters of one decoder block."""
     biases = (llm.heads + 2 * llm.kv_heads) * llm.head_size if llm.qkv_bias else 0
     norms = 2 * llm.width + (2 * llm.head_size if llm.qk_norm else 0)
-    blocks = llm.depth * (block_weights(llm) + biases + norms)
+    return block_weights(llm) + biases + norms
+
+
+def llm_parameters(llm: LLMSize) -> int:
+    """Parameters of the decoder: embeddings included, a tied head counted once."""
+    blocks = llm.depth * block_parameters(llm)
     return blocks + llm.width + llm.vocab * llm.width * (1 if llm.tied_embeddings else 2)
 
 
@@ -53,5 +58,7 @@ def vit_parameters(vit: ViTSize) -> int:
 
 
 def compressor_parameters(compressor: Method, vit: ViTSize, llm: LLMSize) -> int:
-    """Parameters of the compressor with its projection into the LLM; non-tiling V is rounded."""
-    return compressor.parameters(interface(vit, llm))
+    """Parameters of the compressor with its projection into the LLM, and of the layers that it has
+    before the LLM; non-tiling V is rounded."""
+    before = compressor.prefusion * block_parameters(llm)
+    return compressor.parameters(interface(vit, llm)) + before

@@ -17,6 +17,7 @@ from vlm_jax.compressors.method import Method, Number
 from vlm_jax.cost import flops as cost
 from vlm_jax.cost.calibration import IDEAL, Calibration
 from vlm_jax.cost.chips import Chip
+from vlm_jax.models.pruning import Pruning
 from vlm_jax.models.sizes import LLMSize, ViTSize
 
 PHASES = cost.PHASES
@@ -51,7 +52,8 @@ class Request:
 
     `question`, the tokens of the separate question pass, is Q when None; with `cached_text` keys
     and values of the text are kept from an earlier request; `frames` of a video are encoded
-    together, V tokens each. All as in `cost.request_flops`.
+    together, V tokens each; `pruning` leaves visual tokens out between the layers. All as in
+    `cost.request_flops`.
     """
 
     Q: Number
@@ -60,6 +62,7 @@ class Request:
     question: Number | None = None
     cached_text: bool = False
     frames: Number = 1
+    pruning: Pruning | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +99,7 @@ def request_flops(vit: ViTSize, compressor: Method, llm: LLMSize, request: Reque
         question=request.question,
         cached_text=request.cached_text,
         frames=request.frames,
+        pruning=request.pruning,
     )
 
 
@@ -111,6 +115,7 @@ def request_bytes(
     """Bytes that each phase moves to or from memory for a whole batch."""
     flops = request_flops(vit, compressor, llm, request)
     V, batch = request.frames * cost.visual_tokens(compressor, vit), request.batch
+    V = cost.cached_tokens(V, compressor, llm, request.pruning)
     tables = llm.vocab * llm.width
     body = cost.llm_parameters(llm) - tables * (1 if llm.tied_embeddings else 2)
     weight = BYTES.get(stored.weights, bytes_per_number)
@@ -155,7 +160,7 @@ def communication(
         ring = 2 * others / chip.count * array / chip.link_bytes_per_s
         return 2 * blocks * (ring + 2 * others * HOP_SECONDS) if tokens else 0.0
 
-    V = request.frames * cost.visual_tokens(compressor, vit)
+    V = cost.read_tokens(request.frames * cost.visual_tokens(compressor, vit), llm, request.pruning)
     through = passes(compressor, request)
     text = request.Q if request.question is None else request.question
     rows = request.frames * (compressor.encoded(vit.side) + vit.first)
@@ -235,6 +240,5 @@ def memory(
     encode, prefill = live_bytes(vit, compressor, llm, tokens, bytes_per_number)
     live = max(request.frames * encode, prefill)
     kept = cache_numbers(llm) * BYTES.get(stored.cache, bytes_per_number)
-    return Memory(
-        weights=weights, cache=batch * kept * (tokens + request.G), activations=batch * live
-    )
+    cached = request.Q + cost.cached_tokens(V, compressor, llm, request.pruning) + request.G
+    return Memory(weights=weights, cache=batch * kept * cached, activations=batch * live)

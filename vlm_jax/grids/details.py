@@ -8,9 +8,10 @@ import numpy as np
 
 from vlm_jax import hosts
 from vlm_jax.compressors.compressor import Compressor
-from vlm_jax.compressors.method import Method
+from vlm_jax.cost import flops as cost
 from vlm_jax.models import lora
-from vlm_jax.models.sizes import LoRASize
+from vlm_jax.models.sizes import LoRASize, VLMSize
+from vlm_jax.models.vlm import VLM
 from vlm_jax.training.features import batches_of
 from vlm_jax.training.stages import Inputs
 
@@ -20,8 +21,19 @@ def adapters_of(adapters: LoRASize) -> dict[str, Any]:
     return vars(adapters) | dict(targets=lora.check(adapters))
 
 
-def tokens_read(compressor: Compressor, features: np.ndarray) -> int | float:
-    """V: visual tokens of an image; for an adaptive method their mean over these features."""
+def tokens_read(model: VLM, features: np.ndarray) -> int | float:
+    """V: visual tokens that the LLM reads of an image.
+
+    The mean over its layers where it prunes, and over these features for an adaptive method.
+    """
+    V = tokens_given(model.compressor, features)
+    return cost.read_tokens(V, model.llm.size, model.llm.pruning)
+
+
+def tokens_given(compressor: Compressor, features: np.ndarray) -> int | float:
+    """Visual tokens of an image; for an adaptive method their mean over these features."""
+    if compressor.method.summarizes:
+        return compressor.method.tokens  # what the text reads, and a cache keeps
     if not compressor.adaptive:
         return compressor.tokens
     count = jax.jit(lambda module, levels: module(levels).count)
@@ -31,10 +43,16 @@ def tokens_read(compressor: Compressor, features: np.ndarray) -> int | float:
     return float(np.concatenate(means)[: len(features)].mean())
 
 
-def method_of(method: Method) -> dict[str, str]:
-    """The fields of a row about its compressor: its kind, how it reads the question, and how it
-    differs from its published form."""
-    return dict(compressor=method.kind, query=method.query, variant=method.variant)
+def method_of(size: VLMSize) -> dict[str, str]:
+    """The fields of a row about its compressor: its kind, how it reads the question, and how the
+    model differs from its published form, pruning included."""
+    method = size.compressor
+    variants = (method.variant, size.pruning.variant if size.pruning else "")
+    return dict(
+        compressor=method.kind,
+        query=method.query,
+        variant=", ".join(filter(None, variants)),
+    )
 
 
 def request_lengths(

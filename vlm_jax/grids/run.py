@@ -99,7 +99,7 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
     scores = embedded.score(protocol, predictions, loader.not_answered(test.source, faults))
     if summary := embedded.summary(scores):
         log.warning(f"{cell.name}: {summary}")
-    method = details.method_of(size.compressor)
+    method = details.method_of(size)
     Q, G, question = details.request_lengths(test, prefix=method["query"] == "prefix")
     steps = config.align.steps + config.finetune.steps
     # Only the writer reads the losses that it wrote.
@@ -113,14 +113,22 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
         compressor_parameters=vlm.parameters(model.compressor),
         **method,
         blind=cell.blind,
-        V=details.tokens_read(model.compressor, test.features),
+        V=details.tokens_read(model, test.features),
         Q=Q,
         G=G,
         seed=cell.seed,
         tasks=scores,
         families=records.families_of(scores),
         flops=vars(
-            cost.request_flops(size.vit, size.compressor, size.llm, Q=Q, G=G, question=question)
+            cost.request_flops(
+                size.vit,
+                size.compressor,
+                size.llm,
+                Q=Q,
+                G=G,
+                question=question,
+                pruning=size.pruning,
+            )
         ),
         train=dict(
             steps=steps,
@@ -244,7 +252,7 @@ class Grid:
         self.facts = provenance(window_attention.form(config.kernels))
         # The law is fitted to the grid's own method if others are run besides it.
         method = records.method_of(
-            **details.method_of(self.cells[0].recipe.model.compressor),
+            **details.method_of(self.cells[0].recipe.model),
             llm_weights=self.cells[0].llm_weights,
         )
         # Fields that change no result do not change the hash: rows of one run share it.

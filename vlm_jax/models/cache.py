@@ -2,6 +2,7 @@
 """Keys and values that were computed, and how tokens are added to them.
 
 B batch  T tokens  S keys  L layers  D llm width  K kv heads  H head size
+C runs of layers between two cuts
 """
 
 import math
@@ -10,11 +11,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from vlm_jax import cpu, mesh
 from vlm_jax.kernels.cache_tpu import write_token
 from vlm_jax.kernels.tiles import ROWS
+from vlm_jax.layers import layer
 
 
 class KV(NamedTuple):
@@ -56,6 +58,19 @@ class Past(NamedTuple):
     length: Int[Array, "B"]
 
 
+class Pruned(NamedTuple):
+    """Caches after a prefill that left visual tokens out: later layers have fewer slots.
+
+    `dropped` are the tokens that each row lost in the caches of the layers between two cuts.
+    """
+
+    layers: list[KV | Cache]
+    dropped: Int[Array, "C B"]
+
+
+Caches = list[KV | Cache] | Pruned
+
+
 def repeated(past: Past, batch: int) -> Past:
     """One row's past as that of every row of a batch."""
 
@@ -93,6 +108,38 @@ def kept(kv: KV, slots: int) -> KV | Cache:
         return padded
     dtype = jnp.float32 if cpu.emulates(kv.keys.dtype) else kv.keys.dtype
     return Cache(*(x.astype(dtype).transpose(0, 2, 1, 3) for x in padded))
+
+
+def cached(
+    new: KV | list[KV], past: Past | None, slots: int, *, first: int = 0
+) -> list[KV | Cache]:
+    """One cache per layer with room for `slots` positions: of `past`, then the new ones.
+
+    `new` are stacked over the layers or a list, of which `first` is the first layer of `past`.
+    """
+    new = listed(new)
+    if past is None:
+        return [kept(kv, slots) for kv in new]
+    layers = range(first, first + len(new))
+    before = [kept(layer(KV(past.keys, past.values), i), slots) for i in layers]
+    return [write(*both, past.length) for both in zip(before, new, strict=True)]
+
+
+def listed(kv: KV | list[KV]) -> list[KV]:
+    """Keys and values layer by layer."""
+    return kv if isinstance(kv, list) else [layer(kv, i) for i in range(len(kv.keys))]
+
+
+def rows(x: Shaped[Array, "B X *D"], index: Int[Array, "B Y"]) -> Shaped[Array, "B Y *D"]:
+    """x[b, index[b, y]], row by row, so that nothing leaves the shard of its batch row."""
+    return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(x, index)
+
+
+def taken(kv: KV, index: Int[Array, "B Y"]) -> KV:
+    """`rows` of keys and values, whose heads may be cut over devices."""
+    where, places = mesh.spec("batch", "len", "kv_heads", "head"), mesh.spec("batch", "len")
+    local = jax.shard_map(rows, in_specs=(where, places), out_specs=where)
+    return KV(*(local(part, index) for part in kv))
 
 
 def tpu() -> bool:

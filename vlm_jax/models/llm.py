@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import cpu, mesh, sharded
-from vlm_jax.kernels.causal_attention import SHORTEST, UNSEEN, Groups, causal_attention
+from vlm_jax.kernels.causal_attention import SHORTEST, Groups, causal_attention
 from vlm_jax.kernels.window_attention import form
 from vlm_jax.layers import (
     Linear,
@@ -25,10 +25,15 @@ from vlm_jax.layers import (
     unstacked,
     weight,
 )
-from vlm_jax.models.cache import KV, Cache, Past, kept, positions_of, write
+from vlm_jax.models import pruned, voco
+from vlm_jax.models.attention import groups_of, mask_of, mix
+from vlm_jax.models.cache import KV, Cache, Caches, Past, Pruned, cached, positions_of, write
+from vlm_jax.models.pruned import Images
+from vlm_jax.models.pruning import Pruning
 from vlm_jax.models.rope import Rope, Turns, rotate
-from vlm_jax.models.segments import same, starts
+from vlm_jax.models.segments import starts
 from vlm_jax.models.sizes import LLMSize
+from vlm_jax.models.voco import Summary
 
 HIDDEN = ("batch", "len", "feature")
 # How many queries attend at a time: keys after the last of them are left out of the product.
@@ -77,10 +82,17 @@ class Attention(nnx.Module):
         turns: Turns,
     ) -> tuple[Float[Array, "B T N H"], KV]:
         """Rotated queries, and the keys and values of the same tokens."""
-        query, key = self.query(x), self.key(x)
-        if self.query_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        return rotate(query, turns), KV(rotate(key, turns), self.value(x))
+        return self.queries(x, turns), KV(self.keys(x, turns), self.value(x))
+
+    def queries(self, x: Float[Array, "B T D"], turns: Turns) -> Float[Array, "B T N H"]:
+        """Rotated queries."""
+        query = self.query(x)
+        return rotate(query if self.query_norm is None else self.query_norm(query), turns)
+
+    def keys(self, x: Float[Array, "B T D"], turns: Turns) -> Float[Array, "B T K H"]:
+        """Rotated keys."""
+        key = self.key(x)
+        return rotate(key if self.key_norm is None else self.key_norm(key), turns)
 
     @jax.named_scope("attention")
     def attend(
@@ -108,38 +120,6 @@ class Attention(nnx.Module):
                 )
             )
         return self.out(jnp.concatenate(mixed, axis=1))
-
-
-def mix(
-    query: Float[Array, "B T N H"], seen: KV | Cache, mask: Bool[Array, "B T S"]
-) -> Float[Array, "B T N H"]:
-    """The values that each query admits, weighted by the softmax of their keys' scores."""
-    batch, length, heads, size = query.shape
-    order = "BKSH" if isinstance(seen, Cache) else "BSKH"
-    # Explicit, because JAX would put the sharding of a single kv head on its group of queries.
-    groups = jnp.reshape(
-        query,
-        (batch, length, seen.keys.shape[order.index("K")], -1, size),
-        out_sharding=mesh.spec("batch", "len", "kv_heads", "none", "head"),
-    )
-    scores = jnp.einsum(
-        f"BTKGH,{order}->BKGTS", groups, seen.keys, preferred_element_type=jnp.float32
-    )
-    scores = jnp.where(mask[:, None, None], scores * size**-0.5, -jnp.inf)
-    # The softmax divides after the mixing: its backward pass then sums over H instead of S.
-    weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
-    mixed = jnp.einsum(
-        f"BKGTS,{order}->BTKGH",
-        weights.astype(query.dtype),
-        seen.values,
-        preferred_element_type=jnp.float32,
-    )
-    mixed /= jnp.einsum("BKGTS->BTKG", weights)[..., None]
-    return jnp.reshape(
-        mixed.astype(query.dtype),
-        (batch, length, heads, size),
-        out_sharding=mesh.spec("batch", "len", "heads", "head"),
-    )
 
 
 class Block(nnx.Module):
@@ -202,31 +182,6 @@ class Block(nnx.Module):
         return x + self.down(swiglu(self.gate(y), self.up(y)))
 
 
-def mask_of(
-    positions: Int[Array, "B T"], past: Past | None, segments: Int[Array, "B T"] | None
-) -> Bool[Array, "B T S"]:
-    """The keys that each token may attend to: those of `past`, earlier ones, and its own."""
-    batch, length = positions.shape
-    mask = positions[:, :, None] >= positions[:, None, :]
-    if past is not None:
-        read = positions_of(batch, past.keys.shape[2]) < past.length[:, None]
-        read = jnp.broadcast_to(read[:, None], (batch, length, read.shape[1]))
-        mask = jnp.concatenate([read, mask], axis=2)
-    return mask if segments is None else mask & same(segments)
-
-
-def groups_of(
-    positions: Int[Array, "B T"], past: Past | None, segments: Int[Array, "B T"] | None
-) -> Groups:
-    """`mask_of` as groups of tokens, for attention that is causal by itself."""
-    if past is None:
-        return Groups(segments, segments)
-    own = jnp.zeros_like(positions)
-    slots = positions_of(len(own), past.keys.shape[2])
-    read = jnp.where(slots < past.length[:, None], 0, UNSEEN)
-    return Groups(own, jnp.concatenate([read, own], axis=1))
-
-
 class LLM(nnx.Module):
     """Llama (arXiv 2307.09288, 2407.21783), Qwen1.5 to 2.5 (q, k, v biased), Qwen3 (q, k normed).
 
@@ -241,8 +196,10 @@ class LLM(nnx.Module):
         remat_policy: str = "none",
         dtype: str = "float32",
         kernels: str = "auto",
+        pruning: Pruning | None = None,
     ):
         self.size, self.remat_policy, self.dtype = size, remat_policy, dtype
+        self.pruning = pruning  # of prefill alone: training reads all tokens
         self.form = form(kernels)  # of attention in long rows
         self.rope = Rope.of(size)
         std = size.width**-0.5
@@ -284,16 +241,18 @@ class LLM(nnx.Module):
         x: Float[Array, "B T D"],
         past: Past | None = None,
         segments: Int[Array, "B T"] | None = None,
+        summary: Summary | None = None,
     ) -> Float[Array, "B T D"]:
         """Hidden states of a causal pass over whole rows, or over the tokens after their `past`.
 
         With `segments` a row holds several examples, each a run of tokens with one number: no token
-        attends to another example, and positions restart in each. ValueError for segments with a
-        `past`.
+        attends to another example, and positions restart in each. What stands behind the `summary`
+        of a row does not see what stands before it. ValueError for segments with a `past`.
         """
         if past is not None and segments is not None:
             raise ValueError("rows of several examples (segments) cannot continue from a past")
-        return self.run(x, past, remat(self.remat_policy), keep=False, segments=segments)[0]
+        again = remat(self.remat_policy)
+        return self.run(x, past, again, keep=False, segments=segments, summary=summary)[0]
 
     def start(self, x: Float[Array, "B T D"], length: Int[Array, "B"]) -> Past:
         """The pass over the first `length` tokens of each row, from which a second one continues.
@@ -311,38 +270,59 @@ class LLM(nnx.Module):
         *,
         slots: int,
         past: Past | None = None,
-    ) -> tuple[Float[Array, "B T D"], list[KV | Cache]]:
+        images: Images | None = None,
+        summary: Summary | None = None,
+    ) -> tuple[Float[Array, "B Y D"], Caches]:
         """Hidden states, and one cache per layer with room for `slots` positions.
 
-        The cache of a row starts with its `past`, whose padding is overwritten: no gaps.
+        The cache of a row starts with its `past`, whose padding is overwritten: no gaps. With
+        `images`, a model that prunes leaves visual tokens out between its layers: there are fewer
+        hidden states than tokens, and as many slots less in the caches of later layers. What stands
+        before a `summary` is not cached.
         """
-        hidden, new = self.run(x, past, lambda f: f, keep=True)
-        if not isinstance(new, list):
-            new = [layer(new, i) for i in range(self.depth)]
-        if past is None:
-            return hidden, [kept(kv, slots) for kv in new]
-        caches = [kept(KV(*kv), slots) for kv in zip(past.keys, past.values, strict=True)]
-        caches = [write(*both, past.length) for both in zip(caches, new, strict=True)]
-        return hidden, caches
+        if self.pruning is not None and images is not None:
+            return pruned.prefill(self, x, images, slots=slots, past=past)
+        hidden, new = self.run(x, past, lambda f: f, keep=True, summary=summary)
+        if summary is not None:
+            return voco.forget(hidden, new, summary, slots)
+        return hidden, cached(new, past, slots)
 
     @jax.named_scope("llm")
-    def run(self, x, past, rematerialize, *, keep: bool, segments=None):
-        """All blocks in order; their keys and values with `keep`.
+    def run(self, x, past, rematerialize, *, keep: bool, segments=None, summary=None):
+        """All blocks in order, and the final norm; their keys and values with `keep`."""
+        turned = jnp.arange(x.shape[1])[None]
+        if past is not None:
+            turned = positions_of(*x.shape[:2]) + past.length[:, None]
+        if segments is not None:
+            turned = positions_of(*x.shape[:2]) - starts(segments)
+        how = dict(keep=keep, segments=segments, summary=summary)
+        x, kvs = self.through(x, (0, self.depth), turned, past, rematerialize, **how)
+        return self.norm(x), kvs
+
+    def through(
+        self,
+        x,
+        span: tuple[int, int],
+        turned: Int[Array, "#B T"],
+        past: Past | None,
+        rematerialize=lambda f: f,
+        *,
+        keep: bool = True,
+        segments=None,
+        summary=None,
+    ):
+        """The blocks from the first of `span` to before the second; their keys and values.
 
         Stacked weights are scanned, which gives stacked keys and values; a list of blocks is
-        unrolled and gives a list.
+        unrolled and gives a list. `turned` are the rotary positions of x.
         """
+        first, end = span
         batch, length = x.shape[:2]
-        positions = positions_of(batch, length)
-        before, turned = None, jnp.arange(length)[None]
-        if past is not None:
-            turned = positions + past.length[:, None]
-            before = KV(past.keys, past.values)
-        if segments is not None:
-            turned = positions - starts(segments)
-        by_groups = self.form == "pallas" and length >= SHORTEST
-        mask = (groups_of if by_groups else mask_of)(positions, past, segments)
+        by_groups = self.form == "pallas" and length >= SHORTEST and summary is None
+        mask = (groups_of if by_groups else mask_of)(positions_of(batch, length), past, segments)
+        mask = mask if summary is None else mask & voco.admitted(summary.tokens)
         turns = self.rope.turns(turned, self.size.head_size // 2)
+        before = None if past is None else KV(past.keys, past.values)
 
         def step(x, layer):
             block, before = layer
@@ -351,32 +331,48 @@ class LLM(nnx.Module):
 
         if isinstance(self.blocks, nnx.List):
             kvs = []
-            for i, block in enumerate(self.blocks):
-                x, kv = step(x, (block, before and layer(before, i)))
+            for i in range(first, end):
+                x, kv = step(x, (self.blocks[i], before and layer(before, i)))
                 kvs.append(kv)
-        else:
-            x, kvs = lax.scan(rematerialize(step), x, (self.blocks, before))
-        return self.norm(x), kvs
+            return x, kvs
+        some = (self.blocks, before)
+        if span != (0, self.depth):
+            some = jax.tree.map(lambda w: w[first:end], some)
+        return lax.scan(rematerialize(step), x, some)
 
     @jax.named_scope("llm")
     def decode(
+        self, x: Float[Array, "B 1 D"], caches: Caches, position: Int[Array, "B"]
+    ) -> tuple[Float[Array, "B 1 D"], Caches]:
+        """Hidden state of one more token per row at `position`; later slots are masked."""
+        if isinstance(caches, Pruned):
+            x, grown = pruned.decode(self, x, caches, position)
+        else:
+            x, grown = self.extend(x, 0, caches, at=position, turned=position)
+        return self.norm(x), grown
+
+    def extend(
         self,
         x: Float[Array, "B 1 D"],
+        first: int,
         caches: list[KV | Cache],
-        position: Int[Array, "B"],
+        *,
+        at: Int[Array, "B"],
+        turned: Int[Array, "B"],
     ) -> tuple[Float[Array, "B 1 D"], list[KV | Cache]]:
-        """Hidden state of one more token per row at `position`; later slots are masked.
+        """One more token per row through the layers of these caches, of which `first` is the first.
 
-        Layers are unrolled: a cache carried through a scan would be copied at every step.
+        It is written `at` a slot of its row, and `turned` is its rotary position. Layers are
+        unrolled: a cache carried through a scan would be copied at every step.
         """
         slots = positions_of(x.shape[0], caches[0].slots)
-        mask = (slots <= position[:, None])[:, None]
-        turns = self.rope.turns(position[:, None], self.size.head_size // 2)
+        mask = (slots <= at[:, None])[:, None]
+        turns = self.rope.turns(turned[:, None], self.size.head_size // 2)
         grown = []
-        for i, cache in enumerate(caches):
-            x, cache = layer(self.blocks, i).extend(x, position, turns, cache, mask)
+        for i, cache in enumerate(caches, first):
+            x, cache = layer(self.blocks, i).extend(x, at, turns, cache, mask)
             grown.append(cache)
-        return self.norm(x), grown
+        return x, grown
 
     @jax.named_scope("logits")
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:

@@ -5,10 +5,14 @@ Made from the sections of a configuration or of a model folder; needs no JAX.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 from vlm_jax import compressors
 from vlm_jax.compressors.method import Interface, Method, read
+from vlm_jax.models import pruning as prunings
+from vlm_jax.models.pruning import Pruning
+
+S = TypeVar("S", bound="VLMSize")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,16 +182,24 @@ class VLMSize:
     remat: str = "none"  # what the backward pass recomputes
     compute_dtype: str = "float32"  # of activations and matrix products
     kernels: str = "auto"  # of windowed attention
+    pruning: Pruning | None = None  # of visual tokens between the LLM's layers
 
     def __post_init__(self) -> None:
         self.compressor.check(self.interface)
         if self.compressor.reads_keys:
             self.vit.check_keys()
+        if self.pruning is not None:
+            self.pruning.check(self.read)
+            if self.compressor.summarizes:
+                raise ValueError(
+                    f"pruning.kind={self.pruning.kind!r}: no text reads the patches of "
+                    f"compressor.kind={self.compressor.kind!r}; set pruning.kind='none'"
+                )
 
     @classmethod
     def of(cls, config: Any) -> "VLMSize":
         """The model that a configuration describes: its sections and three of its fields."""
-        return cls(
+        size = cls(
             ViTSize.of(config.vit),
             compressors.describe(config.compressor),
             LLMSize.of(config.llm),
@@ -195,6 +207,18 @@ class VLMSize:
             config.compute_dtype,
             config.kernels,
         )
+        return size.pruned(config.pruning)
+
+    def pruned(self: S, section: Any) -> S:
+        """The same model with what a `pruning` section describes; ValueError as `check` raises."""
+        return dataclasses.replace(self, pruning=prunings.describe(section, self.read))
+
+    @property
+    def read(self) -> prunings.Read:
+        """What a pruning depends on."""
+        buckets = self.compressor.buckets(self.vit.side)
+        most = buckets[-1] if buckets else self.visual_tokens
+        return prunings.Read(self.llm.depth, most, self.compressor)
 
     @property
     def interface(self) -> Interface:

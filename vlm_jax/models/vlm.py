@@ -13,25 +13,35 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vlm_jax import cpu, mesh
 from vlm_jax.compressors.compressor import Visual
-from vlm_jax.models.cache import KV, Cache, Past, repeated
+from vlm_jax.models.cache import Caches, Past, Pruned, positions_of, repeated, rows
 from vlm_jax.models.llm import LLM
+from vlm_jax.models.prefusion import Prefusion
+from vlm_jax.models.pruned import Images
 from vlm_jax.models.segments import starts
 from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vit import ViT
+from vlm_jax.models.voco import Summary
 
 Batch = Mapping[str, Array]
+ONE_IMAGE = (
+    "a model that prunes (pruning.kind) keeps tokens of the one image of a row: ask about one "
+    "image at a time, or use pruning.kind='none'"
+)
 
 
 class Assembled(NamedTuple):
     """The input of the LLM's last pass: spliced rows, the number of visual tokens of each image,
-    the earlier pass, and the example of each token if rows hold several."""
+    where these are, at most `slots` of a row, the earlier pass, and the example of each token if
+    rows hold several."""
 
     x: Float[Array, "B X D"]
     count: Int[Array, "B *M"]
+    visual: Bool[Array, "B X"] | None = None
+    slots: int = 0
     past: Past | None = None
     segments: Int[Array, "B X"] | None = None
 
@@ -57,6 +67,9 @@ class VLM(nnx.Module):
     A batch without `pixels`, `levels` and `visual` is text only: nothing is encoded, compressed or
     spliced.
 
+    For a compressor with layers before the LLM (`fusion`) a row has at most one image, and `length`
+    [B] and in training `loss_mask` [B T] say which text reads the image.
+
     If one model serves any number of visual tokens, a batch may also hold `limit` [B], the most
     tokens of an image that the LLM reads, and `visual` [B*M V D], computed before, instead of
     images.
@@ -75,6 +88,14 @@ class VLM(nnx.Module):
                 f"tokens{needs}, not {tokens}: train another, or a matryoshka method"
             )
         return VLM(self.vit, self.compressor.at(tokens), self.llm)
+
+    @property
+    def reads_in_parts(self) -> bool:
+        """Whether a prompt may be read part by part, each behind the keys and values of those
+        before it, as decoding reads: not if it decides what is kept of an image, or if an image
+        decides what becomes of it."""
+        reader = self.compressor
+        return self.llm.pruning is None and not reader.method.summarizes and reader.fusion is None
 
     @jax.named_scope("encoder")
     def encode(self, pixels: Float[Array, "B I I 3"]) -> Float[Array, "B P Z"]:
@@ -131,9 +152,13 @@ class VLM(nnx.Module):
                 with jax.named_scope("question"):
                     states = self.llm(self.llm.embed(each(batch, "question")))
                     question = feature(states, each(batch, "question_length"))
-            visual = self.visual_tokens(batch, question)
-            x, segments = self.splice(self.llm.embed(ids), visual, batch)
-            return Assembled(x, visual.count, segments=segments)
+            text = self.llm.embed(ids)
+            if self.compressor.fusion is None or "visual" in batch:
+                visual = self.visual_tokens(batch, question)
+            else:
+                visual, text = self.fused(batch, text)
+            x, inside, segments = self.splice(text, visual, batch)
+            return Assembled(x, visual.count, inside, visual.tokens.shape[1], segments=segments)
         if "segment" in batch:
             raise ValueError(
                 "a compressor that reads the text before the image in a separate pass has one "
@@ -149,17 +174,39 @@ class VLM(nnx.Module):
         text = self.llm.embed(ids)
         past = self.llm.start(text[:, :first], length)
         visual = self.visual_tokens(batch, feature(past.hidden, length))
-        x, _ = self.splice(text[:, first:], visual, {"image_at": jnp.zeros_like(length)})
-        return Assembled(x, visual.count, past)
+        at = {"image_at": jnp.zeros_like(length)}
+        x, inside, _ = self.splice(text[:, first:], visual, at)
+        return Assembled(x, visual.count, inside, visual.tokens.shape[1], past)
+
+    @jax.named_scope("fusion")
+    def fused(
+        self, batch: Batch, text: Float[Array, "B T D"]
+    ) -> tuple[Visual, Float[Array, "B T D"]]:
+        """The visual tokens, and the text that has read the patches; answers have not, and are not
+        read, nor has that of a row without an image."""
+        if batch["image_at"].ndim > 1 or "segment" in batch:
+            raise ValueError(
+                f"compressor {self.compressor.method.kind!r} lets the text of a row read its one "
+                "image: data.images_per_row=1, data.row_length=0"
+            )
+        place = positions_of(*batch["ids"].shape)
+        visible = place < batch["length"][:, None]
+        if "loss_mask" in batch:
+            visible &= ~batch["loss_mask"]
+        read = lax.stop_gradient(text)
+        tokens, changed = self.compressor.fuse(self.levels(batch), read, visible)
+        has_image = batch["image_at"] < text.shape[1]
+        text = jnp.where((visible & has_image[:, None])[..., None], changed, text)
+        return self.visual_tokens({**batch, "visual": tokens}, None), text.astype(self.llm.dtype)
 
     @jax.named_scope("splice")
     def splice(
         self, text: Float[Array, "B T D"], visual: Visual, batch: Batch
-    ) -> tuple[Float[Array, "B X D"], Int[Array, "B X"] | None]:
-        """Each row's text with each image's tokens inserted at its position, without gaps.
+    ) -> tuple[Float[Array, "B X D"], Bool[Array, "B X"], Int[Array, "B X"] | None]:
+        """Each row's text with each image's tokens inserted at its position, without gaps; which
+        tokens are visual; and, if rows hold several examples, the example of each, and X is T.
 
-        If rows hold several examples, also the example of each token, and X is T. What comes after
-        a row's last token is never seen: rows are causal.
+        What comes after a row's last token is never seen: rows are causal.
         """
         length, slots = text.shape[1], visual.tokens.shape[1]
         several = "segment" in batch
@@ -174,12 +221,13 @@ class VLM(nnx.Module):
         seen = jnp.where(inside, first + place - start, 0).sum(2)
         read = place[:, 0] - jnp.where(place >= end, count, 0).sum(2)
         read = jnp.minimum(read, length - 1)
-        index = jnp.where(inside.any(2), seen, read)
+        is_visual = inside.any(2)
+        index = jnp.where(is_visual, seen, read)
         x = rows(jnp.concatenate([text, visual.tokens], axis=1), index)
         if not several:
-            return x, None
+            return x, is_visual, None
         of_images = jnp.where(inside, by_image(batch["image_segment"])[:, None], 0).sum(2)
-        return x, jnp.where(inside.any(2), of_images, rows(batch["segment"], read))
+        return x, is_visual, jnp.where(is_visual, of_images, rows(batch["segment"], read))
 
     def logits(self, batch: Batch) -> Float[Array, "B T W"]:
         """The scores of every text token, given all tokens before it."""
@@ -191,9 +239,26 @@ class VLM(nnx.Module):
         assembled = self.assemble(batch)
         index = self.before(batch, assembled)
         index = index if order is None else rows(index, order)
-        return read(
-            self.llm(assembled.x, assembled.past, assembled.segments), assembled.past, index
-        )
+        x, past, segments = assembled.x, assembled.past, assembled.segments
+        summary = self.summary(batch, assembled.visual, assembled.slots)
+        hidden = self.llm(x, past, segments, summary)
+        return read(hidden, past, index)
+
+    def summary(
+        self, batch: Batch, visual: Bool[Array, "B X"] | None, slots: int
+    ) -> Summary | None:
+        """Where the summary of each row's image is, if its text reads a summary alone; None for
+        rows without images."""
+        method = self.compressor.method
+        if not method.summarizes or slots < self.compressor.tokens:
+            return None
+        if batch["image_at"].ndim > 1 or "segment" in batch:
+            raise ValueError(
+                f"compressor {method.kind!r} summarizes the one image of a row: "
+                "data.images_per_row=1, data.row_length=0"
+            )
+        patches = self.compressor.tokens - method.tokens
+        return Summary(visual & (jnp.cumsum(visual, axis=1) > patches), patches)
 
     def before(self, batch: Batch, assembled: "Assembled") -> Int[Array, "B T"]:
         """The position in the spliced row of the token before each text token, within its example;
@@ -214,29 +279,38 @@ class VLM(nnx.Module):
         *,
         new_tokens: int,
         prefix: Past | None = None,
-    ) -> tuple[Float[Array, "B W"], list[KV | Cache], Int[Array, "B"]]:
+    ) -> tuple[Float[Array, "B W"], Caches, Int[Array, "B"]]:
         """Scores of the first new token, caches with room for `new_tokens` more, row lengths.
 
-        `prefix` is a pass over tokens that come before those of every row [1 S D]; not for a
-        compressor that reads the prompt from its first token.
+        Lengths count the visual tokens that a pruning leaves out between layers. `prefix` is a pass
+        over tokens that come before those of every row [1 S D]; not for a compressor that reads the
+        prompt from its first token.
         """
-        x, count, past, _ = self.assemble(batch)
+        x, count, visual, most, past, _ = self.assemble(batch)
         length = batch["length"] + by_image(count).sum(1)
         if prefix is not None:
             past = repeated(prefix, x.shape[0])
             length += past.length
         slots = x.shape[1] + new_tokens + (0 if past is None else past.hidden.shape[1])
-        hidden, caches = self.llm.prefill(x, slots=slots, past=past)
-        last = read(hidden, past, length[:, None] - 1)
+        images = None
+        if self.llm.pruning is not None and visual is not None:
+            if batch["image_at"].ndim > 1:
+                raise ValueError(ONE_IMAGE)
+            last = length - 1 if past is None else length - 1 - past.length
+            images = Images(visual, last, most)
+        summary = self.summary(batch, visual, most)
+        hidden, caches = self.llm.prefill(x, slots=slots, past=past, images=images, summary=summary)
+        read_to = length - caches.dropped[-1] if isinstance(caches, Pruned) else length
+        last = read(hidden, past, read_to[:, None] - 1)
         return self.llm.logits(last)[:, 0], caches, length
 
     @jax.named_scope("decode")
     def decode(
         self,
         ids: Int[Array, "B"],
-        caches: list[KV | Cache],
+        caches: Caches,
         position: Int[Array, "B"],
-    ) -> tuple[Float[Array, "B W"], list[KV | Cache]]:
+    ) -> tuple[Float[Array, "B W"], Caches]:
         """Scores of the token after `ids`, which are at `position`."""
         hidden, caches = self.llm.decode(self.llm.embed(ids[:, None]), caches, position)
         return self.llm.logits(hidden)[:, 0], caches
@@ -284,17 +358,16 @@ def read(
     return rows(hidden, index)
 
 
-def rows(x: Shaped[Array, "B X *D"], index: Int[Array, "B Y"]) -> Shaped[Array, "B Y *D"]:
-    """x[b, index[b, y]], row by row, so that nothing leaves the shard of its batch row."""
-    return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(x, index)
-
-
 def build(size: VLMSize, rngs: nnx.Rngs) -> VLM:
     """The model of a description, with new float32 parameters."""
     shared = dict(rngs=rngs, remat_policy=size.remat, dtype=size.compute_dtype)
     vit = ViT(size.vit, **shared)
-    compressor = size.compressor.build(size.interface, rngs=rngs, kernels=size.kernels)
-    return VLM(vit, compressor, LLM(size.llm, **shared, kernels=size.kernels))
+    method, parts = size.compressor, {}
+    if method.prefusion:
+        parts["fusion"] = Prefusion(size.llm, method.prefusion, rngs=rngs, remat_policy=size.remat)
+    compressor = method.build(size.interface, rngs=rngs, kernels=size.kernels, **parts)
+    llm = LLM(size.llm, **shared, kernels=size.kernels, pruning=size.pruning)
+    return VLM(vit, compressor, llm)
 
 
 def create(size: VLMSize, *, seed: int, of: Callable[[VLM], Any] = lambda model: model) -> Any:

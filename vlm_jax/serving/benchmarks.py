@@ -97,10 +97,16 @@ class Asked:
         return self.given.questions
 
 
-def opened(path: str | PurePath, *, dtype: str | None, mesh: jax.sharding.Mesh) -> tuple[VLM, str]:
+def opened(
+    path: str | PurePath,
+    *,
+    dtype: str | None,
+    mesh: jax.sharding.Mesh,
+    pruning: str | None = None,
+) -> tuple[VLM, str]:
     """The model of a folder, and a hash of its weights, of what is computed with them and in which
     number format. Raises as `VLM.from_checkpoint` does."""
-    stored: folder.Model = runs.read(path, "--workdir")
+    stored: folder.Model = runs.read(path, "--workdir").pruned(pruning)
     with jax.set_mesh(mesh):
         processor = processor_of(stored)
         model = placed(stored, dtype)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from vlm_jax import cpu, hosts, mesh
-from vlm_jax.models.cache import KV, Cache, Past
+from vlm_jax.models.cache import Caches, Past
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.vlm import VLM, Batch
 
@@ -76,7 +76,7 @@ def choose(
 
 def first(
     model: VLM, batch: Batch, prefix: Past | None, sampling: Sampling | None, new_tokens: int
-) -> tuple[Int[Array, "B"], list[KV | Cache], Int[Array, "B"]]:
+) -> tuple[Int[Array, "B"], Caches, Int[Array, "B"]]:
     """Reads a batch: the first new tokens, caches with room for all of them, row lengths."""
     logits, caches, length = model.prefill(batch, new_tokens=new_tokens, prefix=prefix)
     return choose(logits, sampling, length), caches, length
@@ -85,10 +85,10 @@ def first(
 def following(
     model: VLM,
     ids: Int[Array, "B"],
-    caches: list[KV | Cache],
+    caches: Caches,
     position: Int[Array, "B"],
     sampling: Sampling | None,
-) -> tuple[Int[Array, "B"], list[KV | Cache], Int[Array, "B"]]:
+) -> tuple[Int[Array, "B"], Caches, Int[Array, "B"]]:
     """One more token of every row."""
     logits, caches = model.decode(ids, caches, position)
     return choose(logits, sampling, position + 1), caches, position + 1
@@ -206,6 +206,6 @@ class Started(NamedTuple):
     """A batch that was read: the first new token of each row, and the state for the next ones."""
 
     ids: Int[Array, "B"]
-    caches: list[KV | Cache]
+    caches: Caches
     length: Int[Array, "B"]  # tokens read, visual ones and `prefix` included
     sampling: Sampling | None

@@ -93,22 +93,31 @@ class VLM:
         with jax.set_mesh(mesh):
             self.decoder = Decoder(model, stop_ids=processor.stop_ids, consume=True)
             # The constant start of all prompts is read once, unless the compressor reads it.
-            self.prefix = [] if model.compressor.reads_prefix else processor.constant_prefix()
+            own = model.compressor.reads_text
+            self.prefix = [] if own else processor.constant_prefix()
             self.prefix_pass = self.decoder.read_prefix(self.prefix)
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | PurePath, *, dtype: str | None = None, mesh: Mesh | None = None
+        cls,
+        path: str | PurePath,
+        *,
+        dtype: str | None = None,
+        mesh: Mesh | None = None,
+        pruning: str | None = None,
     ) -> "VLM":
         """The model of a folder: of `vlm-jax convert`, a finished `vlm-jax train`, a grid's cell.
 
         Args:
           dtype: of weights and activations, float32 or bfloat16; default: as stored.
           mesh: default: all devices on the data axes.
+          pruning: such as "fastv:tokens=64", as `--pruning` of `vlm-jax convert`; default: that of
+            the folder.
         Raises:
           FileNotFoundError, ValueError: if it is not a model folder, with the way to make one.
         """
-        return cls.of(runs.read(path, "--checkpoint"), dtype=dtype, mesh=mesh)
+        stored = runs.read(path, "--checkpoint").pruned(pruning)
+        return cls.of(stored, dtype=dtype, mesh=mesh)
 
     @classmethod
     def of(
@@ -200,6 +209,8 @@ class VLM:
                 "with compressor.query='separate'"
             )
         which = tuple(range(images)) if images > 1 else 0 if images else None
+        if images > 1 and self.decoder.model.llm.pruning is not None:
+            raise ValueError(vlm.ONE_IMAGE)
         example = Example("prompt", which, pairs, family="", task="")
         tokens = self.processor.tokens(example, answer=False)
         if self.processor.query != "none" and images and not all(tokens.questions):

@@ -71,6 +71,7 @@ class Subject:
                 vit=self.stored.vit,
                 llm=self.stored.llm,
                 compressor=dict(self.stored.compressor),
+                pruning=self.stored.config().pruning.to_dict(),
                 data=dict(
                     template=facts.get("template", config.data.template),
                     tokenizer=str(self.stored.tokenizer or ""),

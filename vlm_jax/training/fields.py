@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.compressors.method import Method
 from vlm_jax.data.benchmark.things import STYLES
+from vlm_jax.models.pruning import NONE
 
 STAGES = ("encoder", "align", "finetune")  # in the order in which they run
 PICTURES = ("data.pictures", "data.held_out_style")  # read where there is a share of them
@@ -36,6 +37,7 @@ LATER = {
     "validation.examples": 512,
     "validation.answers": 64,
     "compressor.queries": 0,
+    "compressor.prefusion": 4,
     "loss_chunk": -1,
     "frozen_dtype": "float32",
     **{f"{stage}.moments": "float32" for stage in STAGES},
@@ -48,9 +50,10 @@ LATER = {
     "contrast.weight": 0.0,
     "contrast.width": 64,
     **{f"{stage}.max_nonfinite": 3 for stage in ("encoder", "align", "finetune")},
+    **{f"pruning.{name}": value for name, value in NONE.items()},
 }
 # Sections that came later as a whole.
-LATER_SECTIONS = ("validation", "contrast")
+LATER_SECTIONS = ("validation", "contrast", "pruning")
 
 Flat = Mapping[str, Any]  # dotted name of a field -> its value, as JSON gives it back
 
@@ -212,8 +215,10 @@ FIELDS: dict[str, Field] = {
     # Of a method that serves any V, `tokens` is of requests alone: `change_of` knows.
     **_section(
         "compressor", RUN, kind=None, tokens=SOME, heads=COUNT, query=None, downsample=None,
-        scales=COUNTS, queries=SOME,
+        scales=COUNTS, queries=SOME, prefusion=SOME,
     ),
+    # Of a model that training has made; it reads all tokens.
+    **_section("pruning", ANSWERS, kind=None, layers=COUNTS, tokens=COUNTS, weight=SHARE),
     **_section("lora", RUN, rank=SOME, alpha=POSITIVE, targets=None),
     "start_from": Field(RUN),
     # float32 and bfloat16 part ways after a few steps; what is trained can be asked in either.

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import PurePath
+from typing import Any
 
 from vlm_jax import errors, files, preemption, progress
 from vlm_jax.arguments import seed_of
@@ -21,6 +22,16 @@ def seed_flag(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"{text!r:.40} is no seed: give a whole number from 0 to {2**32 - 1}"
         ) from None
+
+
+def pruning_flag(default: str) -> dict[str, Any]:
+    """What argparse has to know of a flag --pruning."""
+    return dict(
+        metavar="KIND",
+        help="visual tokens that the LLM leaves out between its layers, such as "
+        "fastv:layers=2:tokens=64, pyramiddrop, tokencarve:tokens=64 or none "
+        f"(default: as {default})",
+    )
 
 
 def say_warnings() -> None:

@@ -99,6 +99,7 @@ def add_flags(parser: Parser) -> None:
         help="quecc: how the question is read: none, separate or prefix (default for a new one: "
         "separate)",
     )
+    add("--pruning", **cli.pruning_flag("in --from"))
     add(
         "--projector",
         type=Path,
@@ -159,7 +160,7 @@ def run(options: argparse.Namespace) -> int:
             llm = stack.enter_context(llama_cpp.as_folder(llm, tokenizer=own))
         source = options.source or llm
         done = conversion.convert(
-            gathered(options, llm),
+            gathered(options, llm).pruned(options.pruning),
             options.to,
             name=str(options.source or f"{options.vision or TOWER} and {options.llm}"),
             published=None if runs.is_run(source) else source,

@@ -62,6 +62,7 @@ def add_flags(parser: Parser) -> None:
         help="visual tokens of an image, a file for each V, if the compressor serves any number "
         "(default: as trained)",
     )
+    add("--pruning", **cli.pruning_flag("in the folder"))
     add("--limit", type=int, metavar="N", help="ask no more than N questions (default: all)")
     add("--offset", type=int, metavar="N", help="leave out the first N questions (default: 0)")
     add(
@@ -107,9 +108,9 @@ def add_flags(parser: Parser) -> None:
 
 
 OF_BENCHMARKS = (
-    "protocol", "annotations", "out", "visual_tokens", "limit", "offset", "max_new_tokens",
-    "blind", "downsample", "predict_only", "log_samples", "cache", "on_missing_image", "exif",
-    "batch", "dtype", "mesh",
+    "protocol", "annotations", "out", "visual_tokens", "pruning", "limit", "offset",
+    "max_new_tokens", "blind", "downsample", "predict_only", "log_samples", "cache",
+    "on_missing_image", "exif", "batch", "dtype", "mesh",
 )  # fmt: skip
 
 
@@ -195,7 +196,9 @@ def benchmarks(options: argparse.Namespace) -> int:
         tasks = rooms.read_tasks(request)
     devices = mesh.make(**mesh.sizes(options.mesh))
     with progress.doing("loading the model"):
-        model, identity = rooms.opened(options.workdir, dtype=options.dtype, mesh=devices)
+        model, identity = rooms.opened(
+            options.workdir, dtype=options.dtype, mesh=devices, pruning=options.pruning
+        )
     workdir = files.path_of(options.workdir)
     out = workdir / "answers" if options.out is None else files.path_of(options.out)
     cache = None if options.cache is None else AnswerCache(options.cache, fits=Said.fits)

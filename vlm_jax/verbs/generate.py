@@ -54,6 +54,7 @@ def add_flags(parser: Parser) -> None:
         metavar="V",
         help="visual tokens of an image, if the compressor serves any number (default: as trained)",
     )
+    add("--pruning", **cli.pruning_flag("in the folder"))
     add(
         "--max-new-tokens",
         type=int,
@@ -124,7 +125,10 @@ def run(options: argparse.Namespace) -> int:
         request_files.check_files(options.requests, options.out)
     with progress.doing("loading the model"):
         model = VLM.from_checkpoint(
-            options.checkpoint, dtype=options.dtype, mesh=mesh.make(**mesh.sizes(options.mesh))
+            options.checkpoint,
+            dtype=options.dtype,
+            mesh=mesh.make(**mesh.sizes(options.mesh)),
+            pruning=options.pruning,
         )
     if options.requests is not None:
         return request_files.answer_file(

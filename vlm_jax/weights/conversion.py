@@ -125,6 +125,7 @@ def convert(
         parameters=sum(math.prod(x.shape) for x in model.tensors.values()),
         compressor=model.compressor["kind"],
         visual_tokens=model.compressor["tokens"],
+        **({} if model.pruning["kind"] == "none" else dict(pruning=model.pruning["kind"])),
     )
     notes = [about] if (about := model.notes.get("images")) else []
     if reason:

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from vlm_jax import compressors, files
 from vlm_jax.compressors.compressor import Compressor
 from vlm_jax.compressors.tensors import Table
 from vlm_jax.models import vlm
+from vlm_jax.models.pruning import NONE, parse
 from vlm_jax.models.sizes import LLMSize, ViTSize, VLMSize
 from vlm_jax.models.vlm import VLM
 from vlm_jax.weights import names, sections, sizes
@@ -41,7 +42,9 @@ M = TypeVar("M")
 MODEL_TYPE, FORMAT = "vlm_jax", 1
 SECTIONS = ("vit", "llm", "compressor")
 # What the compressor of a published LLaVA has, and a folder that was made before a field was born.
-PLAIN = dict(kind="none", heads=1, query="none", downsample="conv", queries=0, scales=())
+PLAIN = dict(
+    kind="none", heads=1, query="none", downsample="conv", queries=0, scales=(), prefusion=4
+)
 
 # What a tokenizer consists of; a folder has some of them.
 TOKENIZER = (
@@ -64,9 +67,9 @@ WORDS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 class Model:
     """A model that is not in memory: its configuration, and where each of its tensors lies.
 
-    vit, llm, compressor: sections of a configuration. facts: what generation needs to know besides
-    (`image`: see preprocessor.py; `image_token`, `max_length`, `template`, `ends`). tensors: under
-    the names of `names.py`. tokenizer: the folder that has its files.
+    vit, llm, compressor, pruning: sections of a configuration. facts: what generation needs to know
+    besides (`image`: see preprocessor.py; `image_token`, `max_length`, `template`, `ends`).
+    tensors: under the names of `names.py`. tokenizer: the folder that has its files.
     """
 
     vit: dict[str, Any]
@@ -76,12 +79,17 @@ class Model:
     tensors: dict[str, Stored | np.ndarray]
     tokenizer: PurePath | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    pruning: dict[str, Any] = field(default_factory=lambda: dict(NONE))
 
     def size(self) -> VLMSize:
         """The description of the model."""
         compressor = compressors.describe(PLAIN | self.compressor)
         vit, llm = ViTSize.of(self.vit), LLMSize.of(self.llm)
-        return VLMSize(vit, compressor, llm, kernels="xla")
+        return VLMSize(vit, compressor, llm, kernels="xla").pruned(self.pruning)
+
+    def pruned(self, text: str | None) -> "Model":
+        """The same model with the pruning that a flag describes; as it is for None."""
+        return self if text is None else replace(self, pruning=parse(text))
 
     def dtype(self) -> str:
         """What it is computed in unless somebody chooses: float32 if stored so, else bfloat16."""
@@ -90,7 +98,8 @@ class Model:
 
     def config(self) -> ConfigDict:
         """The part of a configuration that makes the model."""
-        made = dict(vit=self.vit, llm=self.llm, compressor=PLAIN | self.compressor)
+        made = dict(vit=self.vit, llm=self.llm, compressor=PLAIN | self.compressor,
+                    pruning=dict(self.pruning))  # fmt: skip
         # JSON has lists alone.
         for section in made.values():
             section |= {k: tuple(v) for k, v in section.items() if isinstance(v, list)}
@@ -175,12 +184,15 @@ def read(folder: str | Path) -> Model:
         tensors,
         tokenizer if tokenizer.is_dir() else None,
         fields.get("notes", {}),
+        fields.get("pruning", dict(NONE)),
     )
 
 
 def write(model: Model, target: Path, *, dtype: str | None = None) -> None:
     """Makes the model folder `target`; numbers are cast to `dtype`, or stay as they are."""
     described = {name: getattr(model, name) for name in (*SECTIONS, "facts", "notes")}
+    if model.pruning["kind"] != "none":
+        described["pruning"] = model.pruning
     text = json.dumps(dict(model_type=MODEL_TYPE, format=FORMAT, **described), indent=1)
     # What no verb would read again is not written.
     sections.check(json.loads(text))
@@ -312,7 +324,7 @@ def tensors_of(model: VLM) -> dict[str, np.ndarray]:
 
 def compressor_tensors(compressor: Compressor) -> dict[str, np.ndarray]:
     """The published tensors of a compressor alone, in the order of its published module."""
-    return published(compressor.method.published(), names.parameters(compressor))
+    return published(names.compressor_table(compressor), names.parameters(compressor))
 
 
 def published(table: Table, ours: dict[str, jax.Array]) -> dict[str, np.ndarray]:

@@ -27,6 +27,8 @@ PREFIXES = {
 
 def inexpressible(model: Model) -> str | None:
     """Why transformers has no class for this model; None if it has one."""
+    if model.pruning["kind"] != "none":
+        return f"transformers does not prune by {model.pruning['kind']!r}"
     if (method := compressors.named(model.compressor["kind"])).compresses:
         return f"transformers has no compressor {method.kind!r}"
     try:

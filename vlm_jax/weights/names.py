@@ -2,7 +2,8 @@
 """Canonical names of published tensors, without the prefixes of layouts, and their parameters.
 
 `vit.` + the name inside CLIPVisionModel or SiglipVisionModel, `llm.` + the name inside LlamaModel,
-Qwen2Model or Qwen3Model (and `llm.lm_head.weight`), `compressor.` + the name inside `mm_projector`.
+Qwen2Model or Qwen3Model (and `llm.lm_head.weight`), `compressor.` + the name inside `mm_projector`
+(and `compressor.prefusion_layers.` + the name inside LLaVA-Mini's).
 """
 
 import fnmatch
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from vlm_jax.compressors.compressor import Compressor
 from vlm_jax.compressors.tensors import Table, Tensor, linear, norm
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.vit import ViT
@@ -26,6 +28,9 @@ PREFIXES = (
     # haotian-liu/LLaVA and code based on it: the tower inside, and files of stage 1.
     (r"model\.vision_tower\.vision_tower\.(vision_model\.)?", "vit."),
     (r"(base_model\.model\.)?(model\.)?(mm_projector|query_abstractor)\.", "compressor."),
+    # ictnlp/LLaVA-Mini: layers before the LLM, beside its compressor and LLaVA's projector.
+    (r"(model\.)?prefusion_layers\.", "compressor.prefusion_layers."),
+    (r"model\.compressor\.", "compressor."),
     # transformers' LlavaForConditionalGeneration: as published, and as its class names them.
     (r"(model\.)?vision_tower\.(vision_model\.)?", "vit."),
     (r"(model\.)?multi_modal_projector\.linear_1\.", "compressor.0."),
@@ -106,15 +111,33 @@ def vit_table(vit: ViT) -> Table:
 
 def llm_table(llm: LLM) -> Table:
     """The tensors of LlamaModel, Qwen2Model and Qwen3Model, and the output layer if it is one."""
-    attention = llm.blocks.attention
-    biased = attention.query.bias is not None
     table = {
         "embed_tokens.weight": Tensor((("embedding",),), unchanged=True),
         "norm.weight": Tensor((("norm", "scale"),)),
     }
     if llm.head is not None:
         table["lm_head.weight"] = Tensor((("head",),), unchanged=True)
-    for k in range(llm.size.depth):
+    return table | decoder_layers(llm.blocks, llm.size.depth)
+
+
+def compressor_table(compressor: Compressor) -> Table:
+    """The tensors of a compressor, and of the layers that it has before the LLM."""
+    table = compressor.method.published()
+    if compressor.fusion is not None:
+        layers = decoder_layers(compressor.fusion.blocks, compressor.fusion.depth)
+        table |= {
+            f"prefusion_{name}": replace(row, paths=tuple(("fusion", *path) for path in row.paths))
+            for name, row in layers.items()
+        }
+    return table
+
+
+def decoder_layers(blocks: Any, depth: int) -> Table:
+    """The tensors of `depth` layers of a Llama or Qwen, which are stacked here."""
+    attention = blocks.attention
+    biased = attention.query.bias is not None
+    table: Table = {}
+    for k in range(depth):
         block = {
             "input_layernorm.weight": Tensor((("norm1", "scale"),)),
             "post_attention_layernorm.weight": Tensor((("norm2", "scale"),)),
@@ -148,7 +171,7 @@ def model_table(model: VLM) -> Table:
     parts = {
         "vit": vit_table(model.vit),
         "llm": llm_table(model.llm),
-        "compressor": model.compressor.method.published(),
+        "compressor": compressor_table(model.compressor),
     }
     return {
         f"{part}.{name}": replace(row, paths=tuple((part, *path) for path in row.paths))

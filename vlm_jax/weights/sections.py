@@ -10,14 +10,19 @@ from typing import Any
 
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.data.images import FILTERS
+from vlm_jax.models.pruning import PRUNINGS
 from vlm_jax.models.sizes import LLMSize, ViTSize
 from vlm_jax.weights import ends
 from vlm_jax.weights.classes import DEEPEST, allow
 from vlm_jax.weights.preprocessor import OLDER
 from vlm_jax.weights.values import LARGEST, finite, number, table, text, value_text, whole
 
-MOST = {"depth": DEEPEST, "image_size": 2**16, "patch_size": 2**16}
-ZERO = ("compressor.tokens", "compressor.queries")  # sizes of which 0 means something
+MOST = {"depth": DEEPEST, "prefusion": DEEPEST, "image_size": 2**16, "patch_size": 2**16}
+ZERO = (
+    "compressor.tokens",
+    "compressor.queries",
+    "compressor.prefusion",
+)  # sizes of which 0 means something
 
 
 def check(fields: dict[str, Any]) -> None:
@@ -59,6 +64,10 @@ def check_model(fields: dict[str, Any]) -> None:
         needed = [f.name for f in size_fields if f.name not in defaults]
         section(name, fields, {f.name: f.type for f in size_fields}, needed)
         fields[name] = defaults | fields[name]
+    if "pruning" in fields:
+        kinds = dict(kind=str, layers=tuple[int, ...], tokens=tuple[int, ...], weight=float)
+        section("pruning", fields, kinds, list(kinds))
+        allow("pruning.kind", fields["pruning"]["kind"], ("none", *sorted(PRUNINGS)))
     section("compressor", fields, compressor_fields(), ("kind", "tokens"))
     allow("compressor.kind", fields["compressor"]["kind"], tuple(sorted(COMPRESSORS)))
 

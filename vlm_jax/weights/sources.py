@@ -253,4 +253,5 @@ def described_run(path: PurePath, config: ConfigDict) -> Model:
         ),
         {},
         files.on_disk(config.data.tokenizer or path / "tokenizer"),
+        pruning=config.pruning.to_dict(),
     )

@@ -23,7 +23,7 @@ class MQTMethod(Method):
     kind: ClassVar[str] = "mqt"
     any_tokens: ClassVar[bool] = True
     draws_tokens: ClassVar[bool] = True
-    marks: ClassVar = ("query", "pos_embed", "attn.", "proj")
+    marks: ClassVar = ("ln_k.", "ln_v.", "proj")
     named_by: ClassVar = (("query_abstractor_type", "matry_query"),)
     checks_projector_type: ClassVar[bool] = False
     heads: int

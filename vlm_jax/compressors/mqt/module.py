@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vlm_jax import cpu, mesh
+from vlm_jax.compressors import positions
 from vlm_jax.compressors.matryoshka import Matryoshka
 from vlm_jax.compressors.method import Interface
 from vlm_jax.compressors.mqt import MQTMethod
@@ -98,7 +99,7 @@ class MQT(Matryoshka):
         """The attention of the first V queries to each patch; no image is needed."""
         position = self.position[...]
         queries = self.query_norm((self.query[...] + position)[: self.tokens])
-        resampling = jnp.array(cubic(math.isqrt(self.queries), self.side), jnp.float32)
+        resampling = jnp.array(positions.cubic(math.isqrt(self.queries), self.side), jnp.float32)
         grid = position.reshape(resampling.shape[1], resampling.shape[1], self.width)
         keys = jnp.einsum("ra,cb,abe->rce", resampling, resampling, grid).reshape(-1, self.width)
         return self.attention.scores(queries, self.key_norm(keys))
@@ -230,29 +231,5 @@ class FoldedMQT(Matryoshka):
 
 
 def sines(grid: int, width: int) -> np.ndarray:
-    """Sines and cosines of column and row of each cell of a `grid` x `grid`, float32 [grid^2 E].
-
-    Four quarters: sine and cosine of the column, sine and cosine of the row, at frequencies
-    10000^(-4i/E); rounded to float16, as published.
-    """
-    row, column = (x.reshape(-1, 1) for x in np.mgrid[:grid, :grid])
-    rate = 10000.0 ** (-np.arange(width // 4) / (width // 4))
-    table = [f(x * rate) for x in (column, row) for f in (np.sin, np.cos)]
-    return np.concatenate(table, 1).astype(np.float32).astype(np.float16).astype(np.float32)
-
-
-def cubic(old: int, new: int) -> np.ndarray:
-    """The matrix [new old] of torch's bicubic resampling along one axis.
-
-    Cubic convolution with a = -0.75, half-pixel centers, no antialias, borders repeated.
-    """
-    a, taps = -0.75, np.zeros((new, old))
-    for i in range(new):
-        place = (i + 0.5) * old / new - 0.5
-        low = math.floor(place)
-        for source in range(low - 1, low + 3):
-            x = abs(place - source)
-            near = ((a + 2) * x - (a + 3)) * x * x + 1
-            far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-            taps[i, min(max(source, 0), old - 1)] += near if x <= 1 else far
-    return taps
+    """The table of `positions.sines`, rounded to float16, as published."""
+    return positions.sines(grid, width).astype(np.float16).astype(np.float32)
