@@ -35,6 +35,12 @@ esac
 # shellcheck source=launch/api/queued.sh
 source "launch/api/$API.sh"
 
+# The words of a run: its settings, NAME=VALUE, then a verb with its flags.
+needs_run() {
+  while [[ "${1:-}" =~ ^[A-Za-z_]+= ]]; do shift; done
+  needs_verb "$@"
+}
+
 # Does a command in the home folder of every worker, on all at once, as JAX needs it. Prints what they
 # say. Each worker that failed or gave no answer is named; returns the highest status of a worker,
 # AGAIN where one gave no answer.

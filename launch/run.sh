@@ -4,7 +4,7 @@
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-[ $# -gt 0 ] || die "$USAGE" "which verb? launch/run.sh train --config=FILE --workdir=DIR"
+needs_run "$@"
 
 everywhere "vlm_jax/launch/worker.sh start $(quoted "$@")" || die $? "not started on all workers:" \
   "see above; the command can be repeated, it starts what does not run"

@@ -47,6 +47,18 @@ plain() {
   [ $# = 0 ] || die "$USAGE" "takes no words, and got $*: settings stand before it, NAME=VALUE $0"
 }
 
+# The verbs of vlm-jax (a test compares them with its own list).
+VERBS='train evaluate score grid report fit plan convert generate data checkpoint compile'
+
+# needs_verb WORD ...: ends where these words do not begin with a verb. A worker would refuse them too,
+# but only when there is a TPU to pay for.
+needs_verb() {
+  local verb
+  [ $# -gt 0 ] || die "$USAGE" "which verb? $0 train --config=FILE --workdir=DIR"
+  for verb in $VERBS; do [ "$1" != "$verb" ] || return 0; done
+  die "$USAGE" "$1 is no verb of vlm-jax: choose one of $VERBS"
+}
+
 one_of DRY 0 1
 whole POLL_SECONDS PATIENCE
 

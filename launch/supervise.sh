@@ -6,7 +6,7 @@
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-[ $# -gt 0 ] || die "$USAGE" "which verb? launch/supervise.sh train --config=FILE --workdir=DIR"
+needs_run "$@"
 needs_bucket "$*" mounted
 read -ra flags <<< "${FLAGS:-}"
 

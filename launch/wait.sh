@@ -7,6 +7,7 @@ set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 [ $# -gt 0 ] || die "$USAGE" "which run? launch/wait.sh VERB ..., the words of launch/run.sh"
+needs_run "$@"
 
 command=$(quoted "$@")
 # A worker that was never set up has no script to ask.

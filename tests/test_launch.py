@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_cloud import LAUNCH, Cloud, printed, until
+from vlm_jax.verbs.parser import VERBS
 
 SCRIPTS = sorted(path for path in LAUNCH.rglob("*.sh"))
 # Sourced by the others, or run on a worker.
@@ -240,6 +241,11 @@ def test_a_group_of_which_a_machine_is_gone_is_replaced_whole(tmp_path):
         ("TPU=My_TPU launch/create.sh", "TPU=My_TPU: lower-case letters"),
         ("launch/delete.sh another", "takes no words, and got another"),
         ("launch/run.sh", "which verb"),
+        ("launch/run.sh A=b", "which verb"),
+        ("launch/run.sh trian", "trian is no verb of vlm-jax: choose one of train evaluate"),
+        ("launch/run.sh 'train grid'", "train grid is no verb"),
+        ("launch/supervise.sh A=b serv --workdir=gs://b/c", "serv is no verb of vlm-jax"),
+        ("launch/wait.sh trian", "trian is no verb of vlm-jax"),
         ("launch/wait.sh", "which run"),
         ("launch/logs.sh all", "--follow"),
         ("launch/grid.sh configs/demo.py", "usage"),
@@ -251,6 +257,11 @@ def test_a_wrong_word_is_refused_before_anything_happens(words, told, queued):
     done = queued.shell(words)
     assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
     assert queued.calls() == []
+
+
+def test_the_scripts_know_the_verbs_of_the_command():
+    text = (LAUNCH / "shell.sh").read_text()
+    assert re.search("^VERBS='(.*)'$", text, re.MULTILINE)[1].split() == list(VERBS)
 
 
 def test_delete_twice_deletes_once(cloud):

@@ -104,3 +104,20 @@ def test_a_run_that_was_thought_dead_ends_when_it_sees_its_successor(tmp_path):
     (tmp_path / lease.NAME).write_text(json.dumps(lease.me() | {"beat": 1}))
     assert other.wait(timeout=30) == 2
     assert (tmp_path / lease.NAME).exists()  # and leaves it what is no longer its own
+
+
+@pytest.mark.parametrize("make", [
+    lambda path: path.mkdir(), lambda path: path.symlink_to("nowhere"), os.mkfifo,
+], ids=["folder", "link to nothing", "pipe"])  # fmt: skip
+def test_what_no_run_wrote_is_named_and_not_waited_for(make, tmp_path, quick):
+    make(tmp_path / lease.NAME)
+    words = f"{tmp_path / lease.NAME} is a folder, .*: remove it, or choose another --workdir"
+    with pytest.raises(OSError, match=words):
+        take(tmp_path, wait=True)
+    assert os.path.lexists(tmp_path / lease.NAME)  # it is not ours to remove
+
+
+def test_a_link_to_a_lease_is_a_lease(tmp_path, quick):
+    (tmp_path / "elsewhere").write_text(json.dumps(lease.me() | {"beat": 1}))
+    (tmp_path / lease.NAME).symlink_to("elsewhere")
+    assert take(tmp_path)["pid"] == os.getpid()

@@ -4,7 +4,7 @@
 set -euo pipefail
 # shellcheck source=launch/gke/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-[ $# -gt 0 ] || die "$USAGE" "which verb? launch/gke/manifest.sh train --config=FILE --workdir=DIR"
+needs_verb "$@"
 [ -n "${IMAGE:-}" ] || die "$USAGE" "set IMAGE to an image of launch/Dockerfile"
 chips=$(chips_of "$TOPOLOGY" "$ACCELERATOR") || exit
 case "$ACCELERATOR" in

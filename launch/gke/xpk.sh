@@ -5,7 +5,7 @@
 set -euo pipefail
 # shellcheck source=launch/gke/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-[ $# -gt 0 ] || die "$USAGE" "which verb? launch/gke/xpk.sh train --config=FILE --workdir=DIR"
+needs_verb "$@"
 needs_bucket "$*"
 for name in CLUSTER PROJECT ZONE IMAGE; do
   [ -n "${!name:-}" ] || die "$USAGE" "set $name"

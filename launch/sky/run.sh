@@ -6,6 +6,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../shell.sh"
 JOB=${JOB:-vlm-jax} ACCELERATOR=${ACCELERATOR:-v6e-8} CAPACITY=${CAPACITY:-spot}
 
+needs_verb "$@"
 needs_bucket "$*"
 runtime=$(runtime_of "$ACCELERATOR") || exit
 case "$CAPACITY" in

@@ -17,6 +17,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 import sys
 import threading
 import time
@@ -58,7 +59,15 @@ class Lease:
         return json.dumps(self.mine | {"beat": self.beats, "life": LIFE}) + "\n"
 
     def read(self) -> dict[str, Any] | None:
-        """The content of the file; None if it does not exist, empty if it cannot be parsed."""
+        """The content of the file; None if it does not exist, empty if it cannot be parsed.
+
+        Raises OSError if something else has its name, which no run wrote and none removes.
+        """
+        if isinstance(self.path, Path) and is_no_file(self.path):
+            raise OSError(
+                f"{self.path} is a folder, a pipe or a link to nothing, where a run keeps a file "
+                "that names it: remove it, or choose another --workdir"
+            )
         try:
             holding = json.loads(self.path.read_text())
         except FileNotFoundError:
@@ -120,6 +129,15 @@ class Lease:
                 self.path.unlink()
 
 
+def is_no_file(path: Path) -> bool:
+    """Whether there is something of this name that is neither a file nor a link to one."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return False
+    return not stat.S_ISREG(mode) and not path.is_file()
+
+
 def holder(lease: dict[str, Any]) -> str:
     """Who holds a folder, for a message."""
     if "host" not in lease:
@@ -141,7 +159,8 @@ def held(folder: Any, what: str, *, wait: bool = False) -> Iterator[None]:
       what: the work in the folder, for the messages of other runs.
       wait: for a live holder to finish.
     Raises:
-      Busy: while another run holds it. OSError: for a disk that cannot be written.
+      Busy: while another run holds it. OSError: for a disk that cannot be written, and where
+        something else than a file has the lease's name.
     """
     with ExitStack() as stack:
         try:
