@@ -39,3 +39,8 @@ def test_an_error_is_one_line_without_the_spelling_of_a_program():
     for error in (MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory\n\nand pages")):
         assert re.match("out of memory.*: make the batch smaller", errors.sentence(error))
         assert "\n" not in errors.sentence(error)
+
+
+def test_the_nearest_known_word_is_suggested_where_one_is_near():
+    assert errors.suggestion("detph", ("width", "depth")) == ", did you mean depth?"
+    assert errors.suggestion("colour", iter(("width", "depth"))) == ""

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Error messages as one line for the user."""
 
+import difflib
 import errno
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -24,6 +26,12 @@ def sentence(error: BaseException) -> str:
     # The compiler's messages go on for pages.
     lines = lines[:1] if type(error).__name__ == "JaxRuntimeError" else lines
     return " ".join(lines) or type(error).__name__
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the nearest known one; "" if none is near."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def of_file(error: OSError) -> str:

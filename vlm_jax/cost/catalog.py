@@ -22,7 +22,6 @@ The fields of an LLM are those of config.llm (configs/base.py).
 """
 
 import dataclasses
-import difflib
 import json
 import tomllib
 from collections.abc import Mapping
@@ -31,6 +30,7 @@ from typing import Any
 
 from vlm_jax.cost.chips import CHIPS, GIB, Chip
 from vlm_jax.cost.parameters import llm_parameters
+from vlm_jax.errors import suggestion
 from vlm_jax.models.sizes import LLMSize
 
 CHIP_FIELDS = ("peak_tflops", "gb_per_s", "memory_gib", "source")
@@ -80,8 +80,7 @@ def known(fields: Mapping[str, Any], names: tuple[str, ...], place: str) -> None
     """Raises ValueError for a field that is not one of `names`, with the nearest."""
     for name in fields:
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f", did you mean {near[0]}?" if near else ""
+            hint = suggestion(name, names)
             raise ValueError(f"{place}: unknown field {name}{hint} (there are {', '.join(names)})")
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where examples come from: one table of sources, opened by a configuration and a split."""
 
-import difflib
 import logging
 import math
 from collections import Counter, defaultdict
@@ -20,6 +19,7 @@ from vlm_jax.data.nlvr import Nlvr
 from vlm_jax.data.pictures import check_exif
 from vlm_jax.data.tars import Tars
 from vlm_jax.data.tfds import Tfds
+from vlm_jax.errors import suggestion
 
 log = logging.getLogger(__name__)
 
@@ -101,11 +101,10 @@ class Origin:
                 )
             for field in changed:
                 if field not in OF_A_PART:
-                    near = difflib.get_close_matches(str(field), OF_A_PART, 1)
-                    meant = f", did you mean {near[0]}?" if near else ""
                     raise ValueError(
-                        f"data.mixture: part {name!r} has the field {field!r:.40}{meant} A part "
-                        f"has fields of {', '.join(OF_A_PART)}"
+                        f"data.mixture: part {name!r} has the field {field!r:.40}"
+                        f"{suggestion(str(field), OF_A_PART)}: a part has fields of "
+                        f"{', '.join(OF_A_PART)}"
                     )
             if changed.get("source", "llava") == "mixture":
                 raise ValueError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_jax.errors import suggestion
 from vlm_jax.evals import predictions as answers
 from vlm_jax.evals import readers
 from vlm_jax.evals.task import Aggregate, Annotations, Grade, Graded, Protocol, Task
@@ -37,11 +38,10 @@ class Scored:
 def task_of(name: str) -> Task:
     """The task of this name. Raises ValueError for an unknown one, with the nearest."""
     if name not in TASKS:
-        import difflib
-
-        near = difflib.get_close_matches(name, TASKS, 1)
-        hint = f", did you mean {near[0]}?" if near else ""
-        raise ValueError(f"unknown task {name!r}{hint}: choose one of {', '.join(sorted(TASKS))}")
+        raise ValueError(
+            f"unknown task {name!r}{suggestion(name, TASKS)}: choose one of "
+            f"{', '.join(sorted(TASKS))}"
+        )
     return TASKS[name]
 
 

@@ -9,7 +9,6 @@ argparse does not know --config.FIELD=VALUE: these words, and --config itself, g
 """
 
 import argparse
-import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from vlm_jax import __version__
+from vlm_jax.errors import suggestion
 
 # Each verb with a summary, in the order of a project.
 VERBS = {
@@ -153,12 +153,6 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unknown flag {name}{suggestion(name, known)} ({self.prog} --help)")
             if given and not value and action.default != "" and action.metavar != "TEXT":
                 self.error(f"{name}= is empty: give it a value ({action.help})")
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: the nearest known word, or nothing if none is near."""
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f", did you mean {near[0]}?" if near else ""
 
 
 class PrintCompletion(argparse.Action):
