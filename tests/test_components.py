@@ -131,6 +131,17 @@ def test_coordinates_keep_every_square():
     assert smooth.pure == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("rank", [1, 3, 4])
+def test_a_basis_spans_what_the_rows_span_and_leaves_rounding_out(rank):
+    rng = np.random.default_rng(0)
+    columns = rng.standard_normal((4, rank)) @ rng.standard_normal((rank, 600))
+    basis = components.basis_of(columns)
+    assert basis.T @ basis == pytest.approx(np.eye(rank), abs=1e-12)
+    y = rng.standard_normal(600)
+    fitted = columns.T @ np.linalg.lstsq(columns.T, y, rcond=1e-9)[0]
+    assert basis @ (basis.T @ y) == pytest.approx(fitted, abs=1e-12)
+
+
 if __name__ == "__main__":
     sets = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     for name in STUDIES:

@@ -22,6 +22,7 @@ from vlm_jax.law.solve import FLOOR, Array, jacobian, measured, predict
 
 CELLS, MODELS = 0, 1  # strata
 PLACE = ("N", "V", "Q", "frames")
+RANK = 1e-9  # of the largest singular value: what is smaller is rounding
 MANY, BINS = 500, 20  # places, and bins of N and of V that take their place
 LEAST_DOF = 0.05  # of a stratum whose residuals the law can take up entirely: nothing is known
 QUESTION = (
@@ -93,8 +94,17 @@ class Noise:
 
 def places(points: Points) -> Array:
     """int[rows]: equal numbers where N, V and Q are equal, such as the seeds of one cell."""
-    columns = np.stack(points.place)
-    return np.unique(columns, axis=1, return_inverse=True)[1].ravel()
+    return _together(points.place)
+
+
+def _together(columns: Sequence[Array]) -> Array:
+    """int[n]: equal numbers where all columns are equal, ascending by the first column, then by the
+    second: what `np.unique` says of the rows, which it would sort as rows."""
+    code = np.zeros(len(columns[0]), int)
+    for column in columns:
+        distinct, which = np.unique(column, return_inverse=True)
+        code = np.unique(code * len(distinct) + which, return_inverse=True)[1]
+    return code.ravel()
 
 
 def system(points: Points, weight: Array, *, alone: bool = False) -> System:
@@ -106,8 +116,8 @@ def system(points: Points, weight: Array, *, alone: bool = False) -> System:
     at = {k: x[first] for k, x in zip(PLACE, points.place, strict=True)}
     count = len(total)
     model = _models(points.model, len(points))
-    pairs = np.unique(np.stack([model, place]), axis=1)
-    shared = not alone and np.any(np.bincount(pairs[0]) > 1)
+    pairs = np.unique(model * count + place)
+    shared = not alone and np.any(np.bincount(pairs // count) > 1)
     if not shared:
         pure = float((weight * (points.error - mean[place]) ** 2).sum())
         return System(
@@ -153,8 +163,7 @@ def condensed(
     law at its mean place plus its mean residual: the law's curvature inside a bin then costs
     nothing, and the fit to the bins is the fit to all rows.
     """
-    bins = [_bins(values) for values in rows.place]
-    group = np.unique(np.stack(bins), axis=1, return_inverse=True)[1].ravel()
+    group = _together([_bins(values) for values in rows.place])
     total = np.bincount(group, rows.weight)
 
     def mean(values: Array) -> Array:
@@ -197,8 +206,19 @@ def tangent(design: Array, rows: System, theta: Array) -> Array:
 
 def leverage(columns: Array) -> Array:
     """float64[m]: how far each coordinate pulls its own fitted value."""
-    directions, lengths, _ = np.linalg.svd(columns.T, full_matrices=False)
-    return (directions[:, lengths > 1e-9 * lengths[0]] ** 2).sum(1)
+    return (basis_of(columns) ** 2).sum(1)
+
+
+def basis_of(columns: Array) -> Array:
+    """float64[m, rank]: orthonormal columns that span the rows of `columns` [k, m].
+
+    By the singular values of a k x k triangle: those of thousands of rows take a hundred times as
+    long where the linear algebra has several threads.
+    """
+    basis, triangle = np.linalg.qr(columns.T)
+    directions, lengths, _ = np.linalg.svd(triangle)
+    kept = lengths > RANK * lengths[0]
+    return basis if kept.all() else basis @ directions[:, kept]
 
 
 def balanced(design: Array, rows: System, theta: Array) -> System:

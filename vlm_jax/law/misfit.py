@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.law.components import CELLS, Noise, System, tangent
+from vlm_jax.law.components import CELLS, Noise, System, basis_of, tangent
 from vlm_jax.law.solve import Array, measured, predict
 
 CHANCE = 1e-3
@@ -104,18 +104,16 @@ def _surface(design: Array, rows: System, theta: Array) -> tuple[float, float]:
     x, y = (np.log(values / np.exp(np.log(values).mean())) for values in (rows.N, rows.V))
     own = tangent(design, rows, theta)
     own = own[np.abs(own).max(1) > 0]
-    rank = np.linalg.matrix_rank(own, tol=1e-9 * np.linalg.norm(own, 2))
+    rank = basis_of(own).shape[1]
     shapes = [p for p in POWERS if p[0] < len(np.unique(x)) and p[1] < len(np.unique(y))]
     shapes = shapes[: max(len(left) - rank - SPARE, 0)]
     if not shapes:
         return float("nan"), float("nan")
     extra = np.stack([root * measured(x**a * y**b, rows.mix) for a, b in shapes])
     columns = np.vstack([own, extra])
-    columns = columns / np.linalg.norm(columns, axis=1, keepdims=True)
-    both = np.linalg.matrix_rank(columns, tol=1e-9 * np.linalg.norm(columns, 2))
-    fitted = columns.T @ (np.linalg.pinv(columns.T, rcond=1e-9) @ left)
-    rest = float(((left - fitted) ** 2).sum())
-    more, dof = int(both - rank), int(len(left) - both)
+    both = basis_of(columns / np.linalg.norm(columns, axis=1, keepdims=True))
+    rest = float(((left - both @ (both.T @ left)) ** 2).sum())
+    more, dof = both.shape[1] - rank, len(left) - both.shape[1]
     gained = float((left**2).sum()) - rest
     if more <= 0 or dof <= 0 or rest <= 0:
         return float("nan"), float("nan")

@@ -90,18 +90,17 @@ def project(
     weighted = columns * weight[:, None]
     gram, right = weighted @ columns.transpose(0, 2, 1), (weighted @ y[:, :, None])[:, :, 0]
     ridge = 1e-14 * np.einsum("bkk->bk", gram)
-    best, gain = np.where(held, now, 0.0), np.zeros(len(theta))
-    identity = np.eye(terms + 1)
-    for chosen in itertools.product((False, True), repeat=terms + 1):
-        used = np.array(chosen) & ~held
-        pairs = used[:, :, None] & used[:, None, :]
-        matrix = np.where(pairs, gram, 0.0) + identity * np.where(used, ridge, 1.0)[:, None]
-        target = np.where(used, right, 0.0)
-        found = np.linalg.solve(matrix, target[:, :, None])[:, :, 0]
-        explained = (target * found).sum(1)
-        better = (found >= 0).all(1) & (explained > gain)
-        best[better] = np.where(held, now, found)[better]
-        gain[better] = explained[better]
+    sets = np.array(list(itertools.product((False, True), repeat=terms + 1)))
+    used = sets[:, None] & ~held  # [2^(K+1), B, K + 1], as what follows
+    pairs = used[..., :, None] & used[..., None, :]
+    matrix = np.where(pairs, gram, 0.0)
+    matrix += np.eye(terms + 1) * np.where(used, ridge, 1.0)[..., None, :]
+    target = np.where(used, right, 0.0)
+    found = np.linalg.solve(matrix, target[..., None])[..., 0]
+    explained = (target * found).sum(-1)
+    gain = np.where((found >= 0).all(-1) & (explained > 0), explained, 0.0)
+    first = gain.argmax(0), np.arange(len(theta))
+    best = np.where(held, now, np.where(gain[first][:, None] > 0, found[first], 0.0))
     result = theta.copy()
     with np.errstate(divide="ignore"):
         logs = np.log(best[:, :terms]) - np.log(level)

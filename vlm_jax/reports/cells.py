@@ -60,29 +60,48 @@ def simple_flops(N, V, Q):
 
 def average(points) -> Cells:
     """Points (one per cell and seed) to cells (one per N and V), by rising N, then V."""
-    keys = np.stack([points.N, points.V], 1)
-    unique, inverse = np.unique(keys, axis=0, return_inverse=True)
-    columns = []
-    for i in range(len(unique)):
-        of_cell = inverse.reshape(-1) == i
-        error, stderr = points.error[of_cell], np.asarray(points.stderr, float)[of_cell]
-        between = error.var(ddof=1) / len(error) if len(error) > 1 else 0.0
-        sampling = np.nanmean(stderr**2) if np.isfinite(stderr).any() else np.nan
-        if np.isnan(sampling) and len(error) > 1:
-            sampling = 0.0
-        columns.append(
-            (points.Q[of_cell].mean(), error.mean(), np.sqrt(sampling + between), len(error))
-        )
-    Q, error, stderr, seeds = np.array(columns, float).reshape(-1, 4).T
-    return Cells(unique[:, 0], unique[:, 1], Q, error, stderr, seeds)
+    place, first = places(points)
+    seeds = np.bincount(place).astype(float)
+    Q, error = mean_of(place, points.Q), mean_of(place, points.error)
+    squares = np.bincount(place, (points.error - error[place]) ** 2)
+    between = np.where(seeds > 1, squares / np.maximum(seeds - 1, 1) / seeds, 0.0)
+    known = np.isfinite(points.stderr)
+    counted = np.bincount(place, known)
+    sampling = np.bincount(place, np.where(known, points.stderr, 0.0) ** 2)
+    sampling = np.where(counted > 0, sampling / np.maximum(counted, 1), np.nan)
+    sampling = np.where((counted == 0) & (seeds > 1), 0.0, sampling)
+    return Cells(
+        points.N[first], points.V[first], Q, error, np.sqrt(sampling + between), seeds
+    )  # fmt: skip
+
+
+def places(points) -> tuple[np.ndarray, np.ndarray]:
+    """int[points]: the cell of each point, in the order of `average`; int[cells]: a point of
+    each."""
+    order = np.lexsort((points.V, points.N))
+    new = (np.diff(points.N[order]) > 0) | (np.diff(points.V[order]) > 0)
+    place = np.empty(len(order), int)
+    place[order] = np.concatenate([[0], np.cumsum(new)])
+    return place, order[np.concatenate([[True], new])]
+
+
+def mean_of(place, values) -> np.ndarray:
+    """float[cells]: the mean of `values`, one for each point, over the points of each cell."""
+    return np.bincount(place, values) / np.bincount(place)
 
 
 def pareto(cost, error) -> np.ndarray:
     """bool[cells]: whether no other cell is better in cost or error and as good in the other."""
     cost, error = np.asarray(cost, float), np.asarray(error, float)
-    beaten = (cost[None] <= cost[:, None]) & (error[None] <= error[:, None])
-    beaten &= (cost[None] < cost[:, None]) | (error[None] < error[:, None])
-    return ~beaten.any(1)
+    order = np.lexsort((error, cost))
+    dearer = np.ones(len(order), bool)  # than the cell before
+    dearer[1:] = np.diff(cost[order]) > 0
+    best = error[order][dearer]  # at each cost
+    cheaper = np.concatenate([[np.inf], np.minimum.accumulate(best)[:-1]])
+    at = np.cumsum(dearer) - 1
+    kept = np.empty(len(order), bool)
+    kept[order] = (error[order] == best[at]) & (best < cheaper)[at]
+    return kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,14 +169,20 @@ def equal_compute(flops, N, *, spread: int | float = 1.5) -> list[int]:
     numbers the smallest ratio of highest to lowest cost is chosen.
     """
     flops, N = np.asarray(flops, float), np.asarray(N, float)
-    best, merit = [], (1, -np.inf)
-    for target in flops:
-        chosen = []
-        for n in np.unique(N):
-            of_size = np.flatnonzero(N == n)
-            chosen.append(int(of_size[np.abs(np.log(flops[of_size] / target)).argmin()]))
-        chosen = [i for i in chosen if max(flops[i] / target, target / flops[i]) <= spread]
-        ratio = flops[chosen].max() / flops[chosen].min()
-        if ratio <= spread and (len(chosen), -ratio) > merit:
-            best, merit = chosen, (len(chosen), -ratio)
-    return best
+    nearest = []  # for every target, which is a cell's cost, the nearest cell of each size
+    for n in np.unique(N):
+        of_size = np.flatnonzero(N == n)
+        nearest.append(of_size[np.abs(np.log(flops[of_size] / flops[:, None])).argmin(1)])
+    chosen = np.array(nearest)
+    found = flops[chosen]
+    near = np.maximum(found / flops, flops / found) <= spread
+    ratio = np.where(near, found, 0.0).max(0) / np.where(near, found, np.inf).min(0)
+    merits = [
+        (count, -r, -target)
+        for target, (count, r) in enumerate(zip(near.sum(0), ratio, strict=True))
+        if count > 1 and r <= spread
+    ]
+    if not merits:
+        return []
+    best = -max(merits)[2]
+    return chosen[near[:, best], best].tolist()

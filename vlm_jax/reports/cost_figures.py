@@ -96,12 +96,7 @@ def error_against_cost(
     """
     law, why = drawn(law)
     cells = table.average(points).at(Q)
-    mean = np.array(
-        [
-            np.mean(np.asarray(spent)[(points.N == n) & (points.V == v)])
-            for n, v in zip(cells.N, cells.V, strict=True)
-        ]
-    )
+    mean = table.mean_of(table.places(points)[0], spent)
     canvas = Canvas(x=x, y=ERROR, title=title, height=3.5)
     if not size_curves(canvas, cells, mean, law, looks):
         law = None
