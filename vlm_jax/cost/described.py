@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_jax.cost.parameters import llm_parameters
+from vlm_jax.models.pruning import prunes
 from vlm_jax.models.sizes import LLMSize, ViTSize
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -84,7 +85,7 @@ def models(config: Any = None) -> Models:
     ValueError for one that prunes: a plan chooses V, and a pruning leaves some of them out.
     """
     config = open_config(config)
-    if config.pruning.kind != "none":
+    if prunes(config.pruning):
         raise ValueError(
             f"pruning.kind={config.pruning.kind!r}: a plan prices models in which every layer "
             "reads all V visual tokens; set pruning.kind='none'"

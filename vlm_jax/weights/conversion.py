@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax.compressors import COMPRESSORS
+from vlm_jax.models.pruning import prunes
 from vlm_jax.weights import adapters, chats, folder, hf, names, sources
 from vlm_jax.weights.classes import within
 from vlm_jax.weights.folder import Model
@@ -125,7 +126,7 @@ def convert(
         parameters=sum(math.prod(x.shape) for x in model.tensors.values()),
         compressor=model.compressor["kind"],
         visual_tokens=model.compressor["tokens"],
-        **({} if model.pruning["kind"] == "none" else dict(pruning=model.pruning["kind"])),
+        **(dict(pruning=model.pruning["kind"]) if prunes(model.pruning) else {}),
     )
     notes = [about] if (about := model.notes.get("images")) else []
     if reason:

@@ -21,7 +21,7 @@ from vlm_jax import compressors, files
 from vlm_jax.compressors.compressor import Compressor
 from vlm_jax.compressors.tensors import Table
 from vlm_jax.models import vlm
-from vlm_jax.models.pruning import NONE, parse
+from vlm_jax.models.pruning import NONE, parse, prunes
 from vlm_jax.models.sizes import LLMSize, ViTSize, VLMSize
 from vlm_jax.models.vlm import VLM
 from vlm_jax.weights import names, sections, sizes
@@ -191,7 +191,7 @@ def read(folder: str | Path) -> Model:
 def write(model: Model, target: Path, *, dtype: str | None = None) -> None:
     """Makes the model folder `target`; numbers are cast to `dtype`, or stay as they are."""
     described = {name: getattr(model, name) for name in (*SECTIONS, "facts", "notes")}
-    if model.pruning["kind"] != "none":
+    if prunes(model.pruning):
         described["pruning"] = model.pruning
     text = json.dumps(dict(model_type=MODEL_TYPE, format=FORMAT, **described), indent=1)
     # What no verb would read again is not written.

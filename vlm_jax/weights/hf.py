@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlm_jax import compressors
+from vlm_jax.models.pruning import prunes
 from vlm_jax.weights import architectures, preprocessor
 from vlm_jax.weights.folder import Model, appearing, pending
 from vlm_jax.weights.stored import Stored, write_safetensors
@@ -27,7 +28,7 @@ PREFIXES = {
 
 def inexpressible(model: Model) -> str | None:
     """Why transformers has no class for this model; None if it has one."""
-    if model.pruning["kind"] != "none":
+    if prunes(model.pruning):
         return f"transformers does not prune by {model.pruning['kind']!r}"
     if (method := compressors.named(model.compressor["kind"])).compresses:
         return f"transformers has no compressor {method.kind!r}"

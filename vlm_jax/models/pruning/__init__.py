@@ -24,7 +24,7 @@ def describe(section: Any, read: Read) -> Pruning | None:
     """
     kind = section["kind"]
     fields = {name: section[name] for name in NONE if name != "kind"}
-    if kind == "none":
+    if not prunes(section):
         if ignored := [name for name, value in fields.items() if tuple_of(value) != NONE[name]]:
             raise ValueError(
                 f"pruning.{ignored[0]}={fields[ignored[0]]}, but pruning.kind='none' prunes "
@@ -34,6 +34,11 @@ def describe(section: Any, read: Read) -> Pruning | None:
     if kind not in PRUNINGS:
         raise ValueError(f"pruning.kind={kind!r}: choose one of {['none', *sorted(PRUNINGS)]}")
     return PRUNINGS[kind].of({name: tuple_of(value) for name, value in fields.items()}, read)
+
+
+def prunes(section: Any) -> bool:
+    """Whether a `pruning` section leaves anything out."""
+    return section["kind"] != NONE["kind"]
 
 
 def tuple_of(value: Any) -> Any:
