@@ -102,6 +102,13 @@ def test_a_cache_gives_every_row_what_a_whole_pass_gives(mesh1):
             one = tiny.placed(ids[np.arange(3), at][:, None])
             ours, caches = decode(llm, one, caches, tiny.placed(at))
             np.testing.assert_allclose(ours[:, 0], whole[np.arange(3), at], atol=1e-5)
+        # Several tokens at a time too, over what rows left behind their ends.
+        at = np.zeros(3, np.int32)
+        for size in (4, 6):
+            some = np.stack([row[first : first + size] for row, first in zip(ids, at, strict=True)])
+            ours, caches = decode(llm, tiny.placed(some), caches, tiny.placed(at))
+            np.testing.assert_allclose(ours, whole[:, at[0] : at[0] + size], atol=1e-5)
+            at += size
 
 
 @pytest.mark.parametrize("name", sizes.LLM)

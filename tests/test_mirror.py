@@ -30,7 +30,7 @@ THROUGH = {
     "test_pruning_cost.py": "models.pruning.description models.pruning.fastv "
     "models.pruning.pyramiddrop",
     "test_report.py": "reports.score_tables",
-    "test_generate.py": "serving.talk",
+    "test_engine.py": "serving.programs serving.schedule",
     "test_score.py": "evals.predictions evals.task",
     "test_checkpoint.py": "training.arrays training.verify",
     "test_optimizer.py": "training.compiler",

@@ -142,6 +142,41 @@ def taken(kv: KV, index: Int[Array, "B Y"]) -> KV:
     return KV(*(local(part, index) for part in kv))
 
 
+def by_token(cache: KV | Cache, dtype: jnp.dtype) -> KV:
+    """The same keys and values token by token, in the type in which they are computed."""
+    if isinstance(cache, KV):
+        return cache
+    return KV(*(x.transpose(0, 2, 1, 3).astype(dtype) for x in cache))
+
+
+def of_rows(cache: KV | Cache, index: Int[Array, "R"], dtype: jnp.dtype) -> KV | Cache:
+    """A cache of these rows of another, in this order; `dtype` is that of `KV`."""
+    where = mesh.spec("batch", "len", "kv_heads", "head")
+    kv = by_token(cache, dtype)
+    return kept(KV(*(x.at[index].get(out_sharding=where) for x in kv)), cache.slots)
+
+
+def put_row(cache: KV | Cache, row: KV, at: Int[Array, ""]) -> KV | Cache:
+    """The cache with all slots of row `at` replaced by the first ones of a single row."""
+    row = KV(*(x[:, : cache.slots] for x in row))
+    if isinstance(cache, Cache):
+        row = Cache(*(x.transpose(0, 2, 1, 3) for x in row))
+    pairs = zip(cache, row, strict=True)
+    return type(cache)(
+        *(lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), at, 0) for old, x in pairs)
+    )
+
+
+def part(
+    cache: KV | Cache, row: Int[Array, ""], start: Int[Array, ""], length: int, dtype: jnp.dtype
+) -> KV:
+    """`length` tokens of one row from `start` on, as they were computed in `dtype`."""
+    one = type(cache)(*(lax.dynamic_slice_in_dim(x, row, 1, 0) for x in cache))
+    axis = 2 if isinstance(one, Cache) else 1
+    cut = (lax.dynamic_slice_in_dim(x, start, length, axis) for x in one)
+    return by_token(type(one)(*cut), dtype)
+
+
 def tpu() -> bool:
     """Whether the current mesh is one of TPUs, where a kernel writes into caches by head."""
     return mesh.platform() == "tpu"

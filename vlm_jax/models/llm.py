@@ -162,13 +162,13 @@ class Block(nnx.Module):
 
     def extend(
         self,
-        x: Float[Array, "B 1 D"],
+        x: Float[Array, "B T D"],
         position: Int[Array, "B"],
         turns: Turns,
         cache: KV | Cache,
-        mask: Bool[Array, "B 1 S"],
-    ) -> tuple[Float[Array, "B 1 D"], KV | Cache]:
-        """One more token per row, written into the cache at that row's position."""
+        mask: Bool[Array, "B T S"],
+    ) -> tuple[Float[Array, "B T D"], KV | Cache]:
+        """More tokens of every row, written into the cache from that row's position on."""
         query, new = self.attention.project(self.norm1(x), turns)
         with jax.named_scope("attention"):
             cache = write(cache, new, position)
@@ -342,9 +342,9 @@ class LLM(nnx.Module):
 
     @jax.named_scope("llm")
     def decode(
-        self, x: Float[Array, "B 1 D"], caches: Caches, position: Int[Array, "B"]
-    ) -> tuple[Float[Array, "B 1 D"], Caches]:
-        """Hidden state of one more token per row at `position`; later slots are masked."""
+        self, x: Float[Array, "B T D"], caches: Caches, position: Int[Array, "B"]
+    ) -> tuple[Float[Array, "B T D"], Caches]:
+        """Hidden states of more tokens per row, the first at `position`; one where it prunes."""
         if isinstance(caches, Pruned):
             x, grown = pruned.decode(self, x, caches, position)
         else:
@@ -353,21 +353,23 @@ class LLM(nnx.Module):
 
     def extend(
         self,
-        x: Float[Array, "B 1 D"],
+        x: Float[Array, "B T D"],
         first: int,
         caches: list[KV | Cache],
         *,
         at: Int[Array, "B"],
         turned: Int[Array, "B"],
-    ) -> tuple[Float[Array, "B 1 D"], list[KV | Cache]]:
-        """One more token per row through the layers of these caches, of which `first` is the first.
+    ) -> tuple[Float[Array, "B T D"], list[KV | Cache]]:
+        """More tokens per row through the layers of these caches, of which `first` is the first.
 
-        It is written `at` a slot of its row, and `turned` is its rotary position. Layers are
-        unrolled: a cache carried through a scan would be copied at every step.
+        They are written from slot `at` of their row on, and `turned` is the rotary position of the
+        first. Slots behind a token are masked for it. Layers are unrolled: a cache carried through
+        a scan would be copied at every step.
         """
+        after = jnp.arange(x.shape[1])
         slots = positions_of(x.shape[0], caches[0].slots)
-        mask = (slots <= at[:, None])[:, None]
-        turns = self.rope.turns(turned[:, None], self.size.head_size // 2)
+        mask = slots[:, None] <= (at[:, None] + after)[:, :, None]
+        turns = self.rope.turns(turned[:, None] + after, self.size.head_size // 2)
         grown = []
         for i, cache in enumerate(caches, first):
             x, cache = layer(self.blocks, i).extend(x, at, turns, cache, mask)

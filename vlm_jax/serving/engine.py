@@ -1,127 +1,221 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine answers requests from many threads with one model; one thread of it owns JAX.
+"""An engine answers requests from many threads with one model; one thread of its own owns JAX.
 
-engine = Engine(VLM.from_checkpoint("models/llava"), slots=8, queue=64, index_bytes=10**9)
-engine.warm()
-for event in engine.submit(Ask("What is this?", (engine.pixels("cat.jpg"),))):
-    ...  # Piece, Piece, ..., Answer
+    engine = Engine(VLM.from_checkpoint("models/llava"), slots=8, queue=64, index_bytes=10**9)
+    engine.warm()
+    for event in engine.submit(Ask("What is this?", (engine.pixels("cat.jpg"),))):
+        ...  # Piece, Piece, ..., Answer
+
+Requests join and leave between two tokens. docs/engine.md says how, and what can be relied on.
 """
 
+import hashlib
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import numpy as np
+from jax.sharding import Mesh
 
-from vlm_jax import arguments, errors
+from vlm_jax import arguments, errors, hosts
+from vlm_jax import mesh as meshes
 from vlm_jax.data.processor import Tokens
+from vlm_jax.serving.answering import Answering, Words
+from vlm_jax.serving.decoder import Sampling
+from vlm_jax.serving.index import BLOCK, Index, handle_of
 from vlm_jax.serving.model import VLM
-from vlm_jax.serving.requests import Picture, Request, picture
-from vlm_jax.serving.tickets import (
-    MOST_LIKELIEST,
-    Answer,
-    Ask,
-    Closed,
-    Event,
-    Failed,
-    Full,
-    Gone,
-    IndexStats,
-    Piece,
-    Stats,
-    Ticket,
-    Usage,
-)
+from vlm_jax.serving.programs import Programs
+from vlm_jax.serving.reading import CHUNKS, GREEDY, Image, Reader, Row
+from vlm_jax.serving.requests import Picture, Prompt, Request, picture
+from vlm_jax.serving.schedule import Job, Schedule
+from vlm_jax.serving.slots import Pool
+from vlm_jax.serving.tickets import MOST_LIKELIEST, Ask, Closed, Event, Full, Stats, Ticket
+from vlm_jax.training import fingerprint
+
+SHORTEST = 256  # tokens of the shortest rows, if the model's are longer
 
 
-@dataclass(frozen=True)
-class Job:
-    """A request that was taken: checked, tokenized, with the most new tokens that it may have."""
-
-    ask: Ask
-    ticket: Ticket
-    request: Request
-    room: int
-    submitted: float
+def lengths_of(longest: int) -> tuple[int, ...]:
+    """Lengths of rows for a model of this length: each four times the one before."""
+    found = [min(SHORTEST, longest)]
+    while found[-1] < longest:
+        found.append(min(4 * found[-1], longest))
+    return tuple(found)
 
 
-class Ended(Exception):
-    """An answer ended while it was generated, with this `Finish`."""
+def one_replica(mesh: Mesh) -> bool:
+    """Whether an engine can be on a mesh: it is of one process, and does not split rows."""
+    return not hosts.joined() and meshes.batch_shards(mesh) == 1
 
 
 class Engine:
-    """Answers requests of one model, started by its first request.
+    """Answers requests of one model.
 
     Args:
-      model: used by no one else meanwhile.
+      model: on a mesh for which `one_replica` holds; nobody else uses it meanwhile.
       slots: most requests that are answered together.
       queue: most that wait.
-      index_bytes: most bytes of the image index; 0 keeps none.
+      index_bytes: most bytes of the image index; 0 keeps nothing.
+      lengths: of the rows in which requests are answered, in tokens read and new: each is answered
+        in the shortest that holds it. Default: 256, 1024 ... and the model's.
+      chunks: tokens of a row that are read between two steps of the others, ascending.
+    Raises:
+      ValueError: for a run of several processes, and for a mesh that splits rows.
     """
 
-    def __init__(self, model: VLM, *, slots: int, queue: int, index_bytes: int):
+    def __init__(
+        self,
+        model: VLM,
+        *,
+        slots: int,
+        queue: int,
+        index_bytes: int,
+        lengths: Sequence[int] | None = None,
+        chunks: Sequence[int] = CHUNKS,
+    ):
+        if not one_replica(model.mesh):
+            raise ValueError(
+                "an engine is one process with the devices on the mesh's tensor axis "
+                "(--mesh=tensor=N), or one device: start one for each replica"
+            )
+        slots = arguments.whole_number("slots", slots)
         self.model = model
-        self.slots = arguments.whole_number("slots", slots)
         self.queue = arguments.whole_number("queue", queue)
-        self.index_bytes = arguments.whole_number("index_bytes", index_bytes, least=0)
-        self.waiting: deque[Job] = deque()
+        self.index = Index(arguments.whole_number("index_bytes", index_bytes, least=0))
+        read = model.decoder.model
+        about = fingerprint.of_weights(read), read.compressor.method, read.llm.dtype
+        self.identity = hashlib.sha256(repr(about).encode()).hexdigest()
+        self.programs = Programs(read, model.mesh)
+        self.reader = Reader(
+            self.programs, self.index, read.compressor, width=model.width, chunks=chunks
+        )
+        longest = model.max_length
+        # Longer than the model's rows only where those are shorter than a block.
+        held = {max(min(length, longest), BLOCK) for length in lengths or lengths_of(longest)}
+        pools = [Pool(self.programs, length=length, slots=slots) for length in sorted(held)]
+        self.words = Words(model.processor.tokenizer)
+        self.schedule = Schedule(self.reader, pools, self.words)
+        self.arrived: list[Job] = []
+        self.warming: list[Future] = []
         self.changed = threading.Condition()
-        self.words = threading.Lock()  # a tokenizer of transformers is not for several threads
-        self.closed = False
-        self.running = self.answered = self.failed = self.new_tokens = self.read_tokens = 0
+        self.idle = True  # nothing was taken that is not answered
+        self.closed = ""  # why nothing more is taken
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
 
+    # --- From any thread --------------------------------------------------------------------------
+
     def warm(self) -> None:
-        """Compiles every program, so that no request waits for one."""
+        """Compiles every program, so that no request waits for one; first answers who is running.
+
+        Raises:
+          Closed: after `drain`.
+        """
+        done: Future = Future()
+        with self.changed:
+            if self.closed:
+                raise Closed(self.closed)
+            self.warming.append(done)
+            self.changed.notify_all()
+        done.result()
 
     def pixels(self, image: Picture, *, exif: str = "apply") -> np.ndarray:
-        """An image as the encoder reads it, float32 [I, I, 3]; from any thread.
+        """An image as the encoder reads it, float32 [I, I, 3].
 
         Raises:
           ValueError, OSError: if it cannot be read.
         """
         return self.model.processor.pixels(picture(image, exif=exif))
 
-    def tokens(self, prompt, *, images: int) -> Tokens:
-        """The tokens of a prompt about this many images; from any thread.
+    def tokens(self, prompt: Prompt, *, images: int) -> Tokens:
+        """The tokens of a prompt about this many images.
 
         Raises:
           ValueError: for a prompt that the model cannot read.
         """
-        with self.words:
+        with self.words.lock:
             return self.model.tokens(prompt, images=images)
 
     def submit(self, ask: Ask, listener: Callable[[Event], None] | None = None) -> Ticket:
-        """Takes a request; from any thread.
+        """Takes a request.
 
         Raises:
           ValueError: if it cannot be answered, with the numbers; `Gone` for an unknown handle.
           Full: if the queue is. Closed: after `drain`.
         """
-        if ask.logprobs is not None:
-            arguments.whole_number("logprobs", ask.logprobs, least=0, most=MOST_LIKELIEST)
-        for image in ask.images:
-            if isinstance(image, str):
-                raise Gone(f"image {image} is not in the index: send the image")
-        tokens = ask.prompt
-        if not isinstance(tokens, Tokens):
-            tokens = self.tokens(tokens, images=len(ask.images))
-        request = Request(tokens.ids, tokens.places, tokens.questions, list(ask.images))
-        room = self.model.room(
-            request, new_tokens=ask.max_new_tokens, visual_tokens=ask.visual_tokens
-        )
-        ticket = Ticket(listener)
+        job = self.job(ask, Ticket(listener))
         with self.changed:
             if self.closed:
-                raise Closed("this engine takes no more requests")
-            if len(self.waiting) >= self.queue:
-                raise Full(len(self.waiting))
-            self.waiting.append(Job(ask, ticket, request, room, time.monotonic()))
+                raise Closed(self.closed)
+            if (waiting := len(self.arrived) + len(self.schedule.waiting)) >= self.queue:
+                raise Full(waiting)
+            self.arrived.append(job)
+            self.idle = False
             self.changed.notify_all()
-        return ticket
+        return job.ticket
+
+    def job(self, ask: Ask, ticket: Ticket) -> Job:
+        """A request with its tokens and images. Raises as `submit` does."""
+        now, model = time.monotonic(), self.model
+        if ask.logprobs is not None:
+            arguments.whole_number("logprobs", ask.logprobs, least=0, most=MOST_LIKELIEST)
+        if "" in ask.stop:
+            raise ValueError("stop='': a stop string has at least one character")
+        model.check(ask.max_new_tokens, ask.temperature, ask.top_p, ask.seed, ask.visual_tokens)
+        tokens, V = ask.prompt, ask.visual_tokens
+        if not isinstance(tokens, Tokens):
+            tokens = self.tokens(tokens, images=len(ask.images))
+        if len(tokens.places) != len(ask.images):
+            raise ValueError(f"{len(ask.images)} images and {len(tokens.places)} places for them")
+        unread = [np.zeros(0, np.float32)] * len(ask.images)
+        request = Request(tokens.ids, tokens.places, tokens.questions, unread)
+        room = model.room(request, new_tokens=ask.max_new_tokens, visual_tokens=V)
+        V = model.compressor.tokens if V is None else V
+        images = [
+            self.image(one, question, V)
+            for one, question in zip(ask.images, tokens.questions, strict=False)
+        ]
+        sampling = Sampling(
+            np.full(1, ask.temperature, np.float32),
+            np.full(1, ask.top_p, np.float32),
+            np.full(1, ask.seed, np.uint32),
+        )
+        row = Row(tokens.ids, tokens.places, images, sampling)
+        # A question that an image is compressed by is read in the same caches.
+        questions = [len(image.question) for image in images if image.question is not None]
+        held = self.schedule.pools[-1].length
+        if ask.max_new_tokens is None:
+            room = max(min(room, held - row.most), 1)
+        longest = max([row.most + room, *questions])
+        if longest > held:
+            raise ValueError(
+                f"{len(row.text)} tokens of text, {row.most - len(row.text)} of images and up to "
+                f"{room} of the answer: this engine's rows have {held} at most; lower "
+                "max_new_tokens, or shorten the prompt"
+            )
+        answering = Answering(
+            self.words, stop_ids=model.processor.stop_ids, stop=ask.stop, room=room
+        )
+        return Job(ask, ticket, row, answering, longest, now)
+
+    def image(self, image: np.ndarray | str, question: list[int], visual_tokens: int) -> Image:
+        """An image of a request, of its pixels or its handle."""
+        pixels = None if isinstance(image, str) else image
+        side = self.model.processor.images.size
+        if pixels is not None and (pixels.shape, pixels.dtype) != ((side, side, 3), np.float32):
+            raise ValueError(
+                f"an image is float32 [{side}, {side}, 3], not {pixels.dtype}{list(pixels.shape)}: "
+                "take it from Engine.pixels"
+            )
+        return Image.of(
+            image if pixels is None else handle_of(self.identity, pixels),
+            pixels,
+            question,
+            compressor=self.reader.compressor,
+            visual_tokens=visual_tokens,
+            index=self.index,
+        )
 
     def drain(self, seconds: float | None = None) -> bool:
         """Refuses new requests and answers those that were taken, at most for `seconds`.
@@ -129,91 +223,62 @@ class Engine:
         Those that are not finished then are cancelled. Returns whether all were answered.
         """
         with self.changed:
-            self.closed = True
+            self.closed = self.closed or "this engine is draining: it takes no more requests"
             self.changed.notify_all()
-            return self.changed.wait_for(lambda: not self.waiting and not self.running, seconds)
+            if self.changed.wait_for(lambda: self.idle, seconds):
+                return True
+            self.schedule.stopping = True
+            self.changed.wait_for(lambda: self.idle)
+            return False
 
     def stats(self) -> Stats:
-        """What it does now; from any thread."""
+        """What it does now, and has done."""
+        now = self.schedule
         with self.changed:
             return Stats(
-                queued=len(self.waiting),
-                running=self.running,
-                slots=self.slots,
+                queued=len(self.arrived) + len(now.waiting),
+                running=now.running,
+                slots=now.slots,
                 queue=self.queue,
-                answered=self.answered,
-                failed=self.failed,
-                new_tokens=self.new_tokens,
-                read_tokens=self.read_tokens,
-                compiled=0,
-                index=IndexStats(limit=self.index_bytes),
+                answered=now.answered,
+                failed=now.failed,
+                new_tokens=now.new_tokens,
+                read_tokens=self.reader.read_tokens,
+                compiled=self.programs.compiled,
+                index=self.index.stats(),
             )
+
+    # --- On the thread that owns JAX --------------------------------------------------------------
 
     def _run(self) -> None:
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.waiting or self.closed)
-                if not self.waiting:
-                    return
-                job, self.running = self.waiting.popleft(), 1
-            try:
-                event: Event = self._answer(job)
-                with self.changed:
-                    self.answered += 1
-            except Exception as error:
-                event = Failed(errors.sentence(error))
-                with self.changed:
-                    self.failed += 1
-            job.ticket.tell(event)
-            with self.changed:
-                self.running = 0
+                self.idle = not (self.arrived or self.schedule.busy)
                 self.changed.notify_all()
+                self.changed.wait_for(lambda: not self.idle or self.warming or self.closed)
+                if self.idle and not self.warming:
+                    return
+                self.schedule.waiting.extend(self.arrived)
+                self.arrived.clear()
+            if self.warming and not self.schedule.running:
+                done = self.warming.pop()
+                try:
+                    done.set_result(self._warm())
+                except Exception as error:
+                    done.set_exception(error)
+            try:
+                self.schedule.turn()
+            except Exception as error:  # nobody may wait for a thread that has ended
+                with self.changed:
+                    self.closed = f"this engine has failed: {errors.sentence(error)}"
+                    self.schedule.waiting.extend(self.arrived)
+                    self.arrived.clear()
+                self.schedule.fail(error)
 
-    def _answer(self, job: Job) -> Answer:
-        ask, text, finish = job.ask, "", None
-        first: float | None = None
-
-        def on_text(_: int, piece: str) -> None:
-            nonlocal text, first, finish
-            first = first or time.monotonic() - job.submitted
-            late = ask.deadline is not None and time.monotonic() - job.submitted > ask.deadline
-            if job.ticket.cancelled or late:
-                finish = "cancelled" if job.ticket.cancelled else "deadline"
-                raise Ended(finish)
-            text += piece
-            found = [text.index(stop) for stop in ask.stop if stop in text]
-            if found:
-                piece = piece[: max(len(piece) - len(text) + min(found), 0)]
-                text, finish = text[: min(found)], "stop"
-            job.ticket.tell(Piece(piece, ()))
-            if found:
-                raise Ended(finish)
-
-        ids: list[int] = []
-        try:
-            (answer,) = self.model.answer(
-                [job.request],
-                max_new_tokens=job.room,
-                temperature=ask.temperature,
-                top_p=ask.top_p,
-                seed=ask.seed,
-                visual_tokens=ask.visual_tokens,
-                on_text=on_text,
-            )
-            ids, text, finish = answer.ids, answer.text, "stop" if answer.stopped else "length"
-        except Ended:
-            pass
-        V = self.model.compressor.tokens if ask.visual_tokens is None else ask.visual_tokens
-        usage = Usage(
-            text_tokens=len(job.request.ids),
-            image_tokens=V * len(ask.images),
-            reused_image_tokens=0,
-            cached_tokens=0,
-            new_tokens=len(ids),
-        )
-        with self.changed:
-            self.new_tokens += len(ids)
-            self.read_tokens += usage.text_tokens + usage.image_tokens
-        return Answer(
-            text, tuple(ids), finish, usage, (), (), first, time.monotonic() - job.submitted
-        )
+    def _warm(self) -> None:
+        reader, blank = self.reader, self.model.processor.images.blank()
+        pixels = self.model.processor.images.normalized(blank)
+        for pool in self.schedule.pools:
+            found = reader.warm(pool.length, pixels)
+            caches = reader.caches[pool.length]
+            pool.warm(lambda: pool.join(object(), caches, found, 1, GREEDY), BLOCK)  # noqa: B023

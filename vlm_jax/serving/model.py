@@ -244,21 +244,9 @@ class VLM:
         Raises:
           ValueError: if a request cannot be answered, before any is.
         """
-        if max_new_tokens is not None:
-            max_new_tokens = arguments.whole_number("max_new_tokens", max_new_tokens)
-        if visual_tokens is not None:
-            visual_tokens = arguments.whole_number("visual_tokens", visual_tokens)
-        if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
-            raise ValueError(
-                f"temperature={temperature}, top_p={top_p}: temperature is 0 (the likeliest) or "
-                "more, top_p above 0 and at most 1"
-            )
-        hosts.check_same("requests", digest(requests) if hosts.joined() else "")
-        seed = arguments.seed_of("seed", seed)
         batch = arguments.whole_number("batch", batch)
-        one = self.compressor.tokens if not self.compressor.adaptive else None
-        if visual_tokens not in (None, one):
-            self.decoder.model.at(visual_tokens)
+        self.check(max_new_tokens, temperature, top_p, seed, visual_tokens)
+        hosts.check_same("requests", digest(requests) if hosts.joined() else "")
         room = [
             self.room(request, new_tokens=max_new_tokens, visual_tokens=visual_tokens)
             for request in requests
@@ -283,6 +271,28 @@ class VLM:
                 )
                 answers |= zip(some, batch_answers, strict=True)
         return [answers[i] for i in range(len(requests))]
+
+    def check(
+        self,
+        max_new_tokens: int | None,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        visual_tokens: int | None,
+    ) -> None:
+        """Raises ValueError for what no request of this model can be asked with."""
+        for name, value in dict(max_new_tokens=max_new_tokens, visual_tokens=visual_tokens).items():
+            if value is not None:
+                arguments.whole_number(name, value)
+        if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
+            raise ValueError(
+                f"temperature={temperature}, top_p={top_p}: temperature is 0 (the likeliest) or "
+                "more, top_p above 0 and at most 1"
+            )
+        arguments.seed_of("seed", seed)
+        one = self.compressor.tokens if not self.compressor.adaptive else None
+        if visual_tokens not in (None, one):
+            self.decoder.model.at(visual_tokens)
 
     def room(
         self, request: Request, *, new_tokens: int | None = None, visual_tokens: int | None = None

@@ -2,6 +2,7 @@
 """Answers a question or a conversation in the terminal: text on stdout, numbers on stderr."""
 
 import dataclasses
+import functools
 import io
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,11 @@ from typing import TextIO
 
 from vlm_jax import hosts, progress
 from vlm_jax.data.example import IMAGE_MARK
-from vlm_jax.serving.model import VLM, Answer, Drawing
+from vlm_jax.serving.engine import Engine, one_replica
+from vlm_jax.serving.model import VLM, Drawing
+from vlm_jax.serving.tickets import Ask, Piece
+
+INDEX_BYTES = 10**9  # of a chat's images and earlier turns
 
 
 def say(
@@ -25,29 +30,62 @@ def say(
 
     `turns` are question, answer, ..., question; with `stream` the text is printed as it comes.
     """
-
-    def show(index: int, piece: str) -> None:
-        print(piece, end="", flush=True)
-
     (answer,) = model.generate(
         [images],
         [list(turns)],
         exif=exif,
-        on_text=show if stream else None,
+        on_text=(lambda _, piece: show(piece)) if stream else None,
         **dataclasses.asdict(drawing),
     )
     print("" if stream else answer.text, flush=True)
-    progress.say(numbers(answer))
+    progress.say(
+        numbers(
+            answer.visual_tokens,
+            answer.prompt_tokens,
+            len(answer.ids),
+            answer.first_token_seconds,
+            answer.tokens_per_second,
+        )
+    )
     return answer.text
 
 
-def numbers(answer: Answer) -> str:
+def show(piece: str) -> None:
+    """Prints a piece of an answer."""
+    print(piece, end="", flush=True)
+
+
+def numbers(visual: int, prompt: int, new: int, first: float, per_second: float) -> str:
     """Tokens and times of an answer in one line."""
     return (
-        f"{answer.visual_tokens} visual tokens, {answer.prompt_tokens} of the prompt, "
-        f"{len(answer.ids)} new; first token after {answer.first_token_seconds:.3f} s, then "
-        f"{answer.tokens_per_second:.1f} tokens/s"
+        f"{visual} visual tokens, {prompt} of the prompt, {new} new; first token after "
+        f"{first:.3f} s, then {per_second:.1f} tokens/s"
     )
+
+
+class Memory:
+    """A conversation that reads at every turn only what is new, with an engine of one row."""
+
+    def __init__(self, model: VLM, images: Sequence[str] | None, *, exif: str):
+        self.engine = Engine(model, slots=1, queue=1, index_bytes=INDEX_BYTES)
+        self.images = tuple(self.engine.pixels(one, exif=exif) for one in images or ())
+
+    def say(self, turns: Sequence[str], *, drawing: Drawing, stream: bool) -> str:
+        """As the function `say`."""
+        asked = dataclasses.asdict(drawing)
+        del asked["batch"]
+        ticket = self.engine.submit(Ask(list(turns), self.images, **asked))
+        for event in ticket:
+            if isinstance(event, Piece) and stream:
+                show(event.text)
+        answer, usage = event, event.usage
+        print("" if stream else answer.text, flush=True)
+        first = answer.first_token_seconds
+        later = answer.seconds - first
+        rate = (usage.new_tokens - 1) / later if later > 0 else 0.0
+        said = numbers(usage.image_tokens, usage.text_tokens, usage.new_tokens, first, rate)
+        progress.say(f"{said}; {usage.cached_tokens} tokens read were known")
+        return answer.text
 
 
 def chat(
@@ -59,7 +97,17 @@ def chat(
     exif: str = "apply",
     stream: bool = False,
 ) -> int:
-    """Answers line after line to the end of `lines`; reports a conversation that is full."""
+    """Answers line after line to the end of `lines`; reports a conversation that is full.
+
+    Images and earlier turns are read once where an engine can be (`one_replica`); elsewhere every
+    turn reads the whole conversation.
+    """
+    if one_replica(model.mesh):
+        answered = functools.partial(
+            Memory(model, images, exif=exif).say, drawing=drawing, stream=stream
+        )
+    else:
+        answered = functools.partial(say, model, images, drawing=drawing, exif=exif, stream=stream)
     turns: list[str] = []
     prompt = "> " if lines.isatty() and hosts.is_writer() else ""
     while True:
@@ -76,9 +124,7 @@ def chat(
                         f"{IMAGE_MARK} in a later question: the images of a chat belong to its "
                         "first; a conversation of --requests has them anywhere"
                     )
-                answer = say(
-                    model, images, [*turns, question], drawing=drawing, exif=exif, stream=stream
-                )
+                answer = answered([*turns, question])
                 turns += [question, answer]
             except ValueError as error:
                 if not turns:
