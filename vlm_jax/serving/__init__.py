@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model answers: decoding, requests, predictions and scores of a split."""
+"""A trained model answers: decoding, requests, an engine, predictions and scores of a split."""

@@ -144,16 +144,21 @@ class Engine:
           ValueError: if it cannot be answered, with the numbers; `Gone` for an unknown handle.
           Full: if the queue is. Closed: after `drain`.
         """
+        with self.changed:
+            self._check_open()  # before the work that a refusal should not cost
         job = self.job(ask, Ticket(listener))
         with self.changed:
-            if self.closed:
-                raise Closed(self.closed)
-            if (waiting := len(self.arrived) + len(self.schedule.waiting)) >= self.queue:
-                raise Full(waiting)
+            self._check_open()
             self.arrived.append(job)
             self.idle = False
             self.changed.notify_all()
         return job.ticket
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise Closed(self.closed)
+        if (waiting := len(self.arrived) + len(self.schedule.waiting)) >= self.queue:
+            raise Full(waiting)
 
     def job(self, ask: Ask, ticket: Ticket) -> Job:
         """A request with its tokens and images. Raises as `submit` does."""

@@ -18,7 +18,7 @@ from vlm_jax.serving.index import BLOCK, Index, Seen, block_keys, image_key
 from vlm_jax.serving.programs import Chunk, Programs
 from vlm_jax.serving.tickets import Gone
 
-CHUNKS = (32, 128)  # tokens
+CHUNKS = (64, 128)  # tokens
 GREEDY = Sampling(*np.zeros((2, 1), np.float32), np.zeros(1, np.uint32))  # of one row
 
 
