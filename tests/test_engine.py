@@ -12,7 +12,7 @@ from test_generate import made
 
 import vlm_jax
 from vlm_jax.serving import slots
-from vlm_jax.serving.engine import Engine, lengths_of, one_replica
+from vlm_jax.serving.engine import Engine, lengths_of, refusal
 from vlm_jax.serving.tickets import (
     Answer,
     Ask,
@@ -293,12 +293,21 @@ def test_an_engine_that_drains_finishes_what_it_took_or_cancels_it(model, images
     assert {ticket.answer().finish for ticket in tickets} == {"cancelled"}
 
 
-def test_an_engine_is_one_replica(mesh1, mesh8):
-    assert one_replica(mesh1) and not one_replica(mesh8)
+def test_an_engine_is_one_replica(mesh8):
     many = object.__new__(vlm_jax.VLM)
     many.mesh = mesh8
     with pytest.raises(ValueError, match="start one for each replica"):
         Engine(many, slots=1, queue=1, index_bytes=0)
+
+
+def test_a_model_that_decides_over_a_whole_prompt_is_refused(model, monkeypatch):
+    assert not refusal(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.compressor.method), "query", "words")
+        assert "compressor.query='words'" in refusal(model)
+    monkeypatch.setattr(type(model.decoder.model), "reads_in_parts", False)
+    with pytest.raises(ValueError, match="use VLM.generate, or pruning.kind='none'"):
+        Engine(model, slots=1, queue=1, index_bytes=0)
 
 
 def test_lengths_and_rows_grow_by_fours():

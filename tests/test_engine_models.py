@@ -12,7 +12,7 @@ from test_generate import made
 import vlm_jax
 from vlm_jax import mesh
 from vlm_jax.serving import reading, talk
-from vlm_jax.serving.engine import Engine, one_replica
+from vlm_jax.serving.engine import Engine, refusal
 from vlm_jax.serving.model import Drawing
 from vlm_jax.serving.tickets import Ask, Gone
 
@@ -85,7 +85,7 @@ def test_a_model_over_two_devices_in_bfloat16_answers_as_it_does_offline(trained
     two = mesh.make(1, 1, 2, devices=jax.devices()[:2])
     path = made(tmp_path / "m", trained)
     model = vlm_jax.VLM.from_checkpoint(path, mesh=two, dtype="bfloat16")
-    assert one_replica(two)
+    assert not refusal(model)
     engine = small(model, slots=2)
     engine.warm()
     compiled = engine.stats().compiled

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
-from vlm_jax import cpu, hosts, mesh
+from vlm_jax import arguments, cpu, hosts, mesh
 from vlm_jax.models.cache import Caches, Past
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.vlm import VLM, Batch
@@ -34,6 +34,18 @@ class Sampling(NamedTuple):
     temperature: Float[Array, "B"]
     top_p: Float[Array, "B"]  # of the probability mass, from the likeliest down
     seed: UInt32[Array, "B"]
+
+
+def check_drawing(max_new_tokens: int | None, temperature: float, top_p: float, seed: int) -> None:
+    """Raises ValueError for numbers by which no answer can be drawn."""
+    if max_new_tokens is not None:
+        arguments.whole_number("max_new_tokens", max_new_tokens)
+    if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
+        raise ValueError(
+            f"temperature={temperature}, top_p={top_p}: temperature is 0 (the likeliest) or more, "
+            "top_p above 0 and at most 1"
+        )
+    arguments.seed_of("seed", seed)
 
 
 def bucket(length: int, smallest: int = SMALLEST) -> int:

@@ -16,13 +16,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import numpy as np
-from jax.sharding import Mesh
 
 from vlm_jax import arguments, errors, hosts
 from vlm_jax import mesh as meshes
 from vlm_jax.data.processor import Tokens
 from vlm_jax.serving.answering import Answering, Words
-from vlm_jax.serving.decoder import Sampling
+from vlm_jax.serving.decoder import Sampling, check_drawing
 from vlm_jax.serving.index import BLOCK, Index, handle_of
 from vlm_jax.serving.model import VLM
 from vlm_jax.serving.programs import Programs
@@ -33,6 +32,7 @@ from vlm_jax.serving.slots import Pool
 from vlm_jax.serving.tickets import MOST_LIKELIEST, Ask, Closed, Event, Full, Stats, Ticket
 from vlm_jax.training import fingerprint
 
+QUERIES = ("none", "separate", "prefix")  # how the compressors that it serves read the question
 SHORTEST = 256  # tokens of the shortest rows, if the model's are longer
 
 
@@ -44,16 +44,32 @@ def lengths_of(longest: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def one_replica(mesh: Mesh) -> bool:
-    """Whether an engine can be on a mesh: it is of one process, and does not split rows."""
-    return not hosts.joined() and meshes.batch_shards(mesh) == 1
+def refusal(model: VLM) -> str:
+    """Why no engine can answer with a model; "" if one can."""
+    if hosts.joined() or meshes.batch_shards(model.mesh) > 1:
+        return (
+            "an engine is one process with the devices on the mesh's tensor axis (--mesh=tensor=N),"
+            " or one device: start one for each replica"
+        )
+    if not model.decoder.model.reads_in_parts:
+        return (
+            "an engine reads a prompt part by part, and this model decides over a whole prompt "
+            "what becomes of its image (pruning.kind, or a compressor whose text reads the image "
+            "or a summary of it): use VLM.generate, or pruning.kind='none'"
+        )
+    if (query := model.compressor.method.query) not in QUERIES:
+        return (
+            f"an engine has no way to read a question as compressor.query={query!r} does (it has "
+            f"{', '.join(QUERIES)}): use VLM.generate"
+        )
+    return ""
 
 
 class Engine:
     """Answers requests of one model.
 
     Args:
-      model: on a mesh for which `one_replica` holds; nobody else uses it meanwhile.
+      model: one without a `refusal`; nobody else uses it meanwhile.
       slots: most requests that are answered together.
       queue: most that wait.
       index_bytes: most bytes of the image index; 0 keeps nothing.
@@ -61,7 +77,7 @@ class Engine:
         in the shortest that holds it. Default: 256, 1024 ... and the model's.
       chunks: tokens of a row that are read between two steps of the others, ascending.
     Raises:
-      ValueError: for a run of several processes, and for a mesh that splits rows.
+      ValueError: for a model that no engine can answer with.
     """
 
     def __init__(
@@ -74,11 +90,8 @@ class Engine:
         lengths: Sequence[int] | None = None,
         chunks: Sequence[int] = CHUNKS,
     ):
-        if not one_replica(model.mesh):
-            raise ValueError(
-                "an engine is one process with the devices on the mesh's tensor axis "
-                "(--mesh=tensor=N), or one device: start one for each replica"
-            )
+        if why := refusal(model):
+            raise ValueError(why)
         slots = arguments.whole_number("slots", slots)
         self.model = model
         self.queue = arguments.whole_number("queue", queue)
@@ -167,7 +180,8 @@ class Engine:
             arguments.whole_number("logprobs", ask.logprobs, least=0, most=MOST_LIKELIEST)
         if "" in ask.stop:
             raise ValueError("stop='': a stop string has at least one character")
-        model.check(ask.max_new_tokens, ask.temperature, ask.top_p, ask.seed, ask.visual_tokens)
+        check_drawing(ask.max_new_tokens, ask.temperature, ask.top_p, ask.seed)
+        model.check_tokens(ask.visual_tokens)
         tokens, V = ask.prompt, ask.visual_tokens
         if not isinstance(tokens, Tokens):
             tokens = self.tokens(tokens, images=len(ask.images))

@@ -26,7 +26,7 @@ from vlm_jax.data.example import Example
 from vlm_jax.data.pictures import check_exif
 from vlm_jax.data.processor import Processor, Tokens
 from vlm_jax.models import vlm
-from vlm_jax.serving.decoder import Decoder, Sampling
+from vlm_jax.serving.decoder import Decoder, Sampling, check_drawing
 from vlm_jax.serving.requests import (
     Picture,
     Prompt,
@@ -245,7 +245,8 @@ class VLM:
           ValueError: if a request cannot be answered, before any is.
         """
         batch = arguments.whole_number("batch", batch)
-        self.check(max_new_tokens, temperature, top_p, seed, visual_tokens)
+        check_drawing(max_new_tokens, temperature, top_p, seed)
+        self.check_tokens(visual_tokens)
         hosts.check_same("requests", digest(requests) if hosts.joined() else "")
         room = [
             self.room(request, new_tokens=max_new_tokens, visual_tokens=visual_tokens)
@@ -272,24 +273,10 @@ class VLM:
                 answers |= zip(some, batch_answers, strict=True)
         return [answers[i] for i in range(len(requests))]
 
-    def check(
-        self,
-        max_new_tokens: int | None,
-        temperature: float,
-        top_p: float,
-        seed: int,
-        visual_tokens: int | None,
-    ) -> None:
-        """Raises ValueError for what no request of this model can be asked with."""
-        for name, value in dict(max_new_tokens=max_new_tokens, visual_tokens=visual_tokens).items():
-            if value is not None:
-                arguments.whole_number(name, value)
-        if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
-            raise ValueError(
-                f"temperature={temperature}, top_p={top_p}: temperature is 0 (the likeliest) or "
-                "more, top_p above 0 and at most 1"
-            )
-        arguments.seed_of("seed", seed)
+    def check_tokens(self, visual_tokens: int | None) -> None:
+        """Raises ValueError for a V that this model does not serve."""
+        if visual_tokens is not None:
+            arguments.whole_number("visual_tokens", visual_tokens)
         one = self.compressor.tokens if not self.compressor.adaptive else None
         if visual_tokens not in (None, one):
             self.decoder.model.at(visual_tokens)

@@ -21,7 +21,7 @@ from vlm_jax.compressors.compressor import Visual
 from vlm_jax.models import cache as caching
 from vlm_jax.models.cache import KV, Cache
 from vlm_jax.models.llm import LLM
-from vlm_jax.models.vlm import VLM, rows
+from vlm_jax.models.vlm import VLM
 from vlm_jax.serving.decoder import Sampling, choose
 from vlm_jax.serving.tickets import MOST_LIKELIEST
 
@@ -97,7 +97,7 @@ def chunk(
     )
     x = jnp.where(seen[..., None], visual, llm.embed(ids))
     hidden, caches = llm.decode(x, caches, position)
-    hidden = rows(hidden, last[:, None])
+    hidden = caching.rows(hidden, last[:, None])
     logits = llm.logits(hidden)[:, 0]
     token = chosen(logits, sampling, position + last + 1)
     return Chunk(caches, token, hidden[:, 0], logits)

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from vlm_jax import hosts, progress
 from vlm_jax.data.example import IMAGE_MARK
-from vlm_jax.serving.engine import Engine, one_replica
+from vlm_jax.serving.engine import Engine, refusal
 from vlm_jax.serving.model import VLM, Drawing
 from vlm_jax.serving.tickets import Ask, Piece
 
@@ -99,15 +99,14 @@ def chat(
 ) -> int:
     """Answers line after line to the end of `lines`; reports a conversation that is full.
 
-    Images and earlier turns are read once where an engine can be (`one_replica`); elsewhere every
-    turn reads the whole conversation.
+    Images and earlier turns are read once by an engine; every turn reads the whole conversation
+    where there can be none (`refusal`).
     """
-    if one_replica(model.mesh):
-        answered = functools.partial(
-            Memory(model, images, exif=exif).say, drawing=drawing, stream=stream
-        )
-    else:
+    if refusal(model):
         answered = functools.partial(say, model, images, drawing=drawing, exif=exif, stream=stream)
+    else:
+        memory = Memory(model, images, exif=exif)
+        answered = functools.partial(memory.say, drawing=drawing, stream=stream)
     turns: list[str] = []
     prompt = "> " if lines.isatty() and hosts.is_writer() else ""
     while True:
