@@ -11,7 +11,9 @@ import tiny
 from vlm_jax import mesh
 from vlm_jax.__main__ import main
 from vlm_jax.aot import counted, programs, report, topology
-from vlm_jax.models import vlm
+from vlm_jax.models import cache, vlm
+from vlm_jax.serving import programs as engine
+from vlm_jax.serving.decoder import Sampling
 from vlm_jax.training import compiler, memory
 
 pytestmark = pytest.mark.tpu_compiler
@@ -98,6 +100,45 @@ def test_a_step_of_decoding_moves_its_weights_and_its_cache_once(slice_):
     once = found["hbm_bytes"]["frozen"] + found["hbm_bytes"]["cache"]
     assert 0.9 < found["hbm_traffic_bytes"] / once < 1.15
     assert found["unread_loops"] == []
+
+
+def test_what_an_engine_runs_is_compiled_and_writes_into_its_caches():
+    """A chunk of a row, its slot among four others, and a step of all, over four chips."""
+    c = small(vit=dict(heads=4))
+    topology.prepare()
+    with jax.set_mesh(mesh.make(1, 1, 4, devices=topology.named("v5e:2x2").devices())):
+        shapes = memory.placed(vlm.shapes(tiny.size(c)).llm)
+        narrow = lambda m: jax.tree.map(lambda x: x.astype("bfloat16"), m)  # noqa: E731
+        llm = memory.placed(jax.eval_shape(lambda m: narrow(m).unrolled(), shapes))
+
+        def slots(rows):
+            kv = [cache.kept(engine.empty(llm, 250), 250) for _ in range(llm.depth)]
+            one = jnp.zeros(1, jnp.int32, out_sharding=mesh.spec("batch"))
+            drawn = Sampling(one.astype("float32"), one.astype("float32"), one.astype("uint32"))
+            zeros = jnp.zeros(rows, jnp.int32)
+            return engine.of_rows(engine.Slots(kv, one, one, drawn), zeros, jnp.dtype("bfloat16"))
+
+        many = memory.placed(jax.eval_shape(lambda: slots(4)))
+        # A kernel writes whole tiles.
+        assert many.caches[0].keys.shape == (4, 4, 256, 128)
+        made = lambda: [engine.empty(llm, 384) for _ in range(llm.depth)]  # noqa: E731
+        row = memory.placed(jax.eval_shape(made))
+        text = [jax.ShapeDtypeStruct((1, 128), dtype) for dtype in ("int32", "bool")]
+        at = jax.ShapeDtypeStruct((1,), "int32")
+        drawn = Sampling(*(jax.ShapeDtypeStruct((1,), x.dtype) for x in many.sampling))
+        visual = jax.ShapeDtypeStruct((1, 128, 512), "bfloat16")
+        read = llm, row, text[0], visual, text[1], at, at, drawn
+        placed = many, row, jax.ShapeDtypeStruct((), "int32"), at, at, drawn
+        for f, given, donated in (
+            (engine.chunk, read, 1),
+            (engine.insert, placed, 0),
+            (engine.step, (llm, many), 1),
+        ):
+            compiled = jax.jit(f, donate_argnums=donated).trace(*given).lower().compile()
+            of_caches = memory.in_shards(given[donated])
+            assert compiled.memory_analysis().alias_size_in_bytes >= of_caches, f.__name__
+            if f is engine.step:
+                assert "write" in compiled.as_text() and "tpu_custom_call" in compiled.as_text()
 
 
 # What a chip's compiler makes asynchronous of a step's gathers, at least.
