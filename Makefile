@@ -21,7 +21,7 @@ INSTALL = $(RUN) pip install --quiet --disable-pip-version-check $(PINS)
 # The targets are sized for a CPU, and with libtpu installed jax would look for a TPU first.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help venv test test-tpu test-torch test-peers demo demo-full demo-llm demo-llm-full lint bench clean test-browser test-slow test-notebook
+.PHONY: help venv test test-tpu test-torch test-peers test-api demo demo-full demo-llm demo-llm-full lint bench clean test-browser test-slow test-notebook
 
 help:
 	@echo "make test        the tests (8 simulated CPU devices)"
@@ -32,6 +32,7 @@ help:
 	@echo "make test-tpu    what the TPU compiler says; needs no TPU (installs libtpu)"
 	@echo "make test-torch  comparisons with PyTorch (installs torch and peft)"
 	@echo "make test-peers  comparisons with lmms-eval's and VLMEvalKit's scorers (installs them)"
+	@echo "make test-api    the server against its OpenAPI description (installs schemathesis)"
 	@echo "make test-slow   the long tests: one to two hours"
 	@echo "make test-notebook  runs docs/quickstart.ipynb (installs a Jupyter kernel)"
 	@echo "make bench       training steps, compressors and generation against PyTorch (installs torch)"
@@ -85,6 +86,13 @@ test-peers: $(ENV) $(VENV)/peers
 
 $(VENV)/peers: $(ENV)
 	$(INSTALL) --no-deps --target=$@ lmms-eval==0.7.3 ms-vlmeval==0.0.20
+	@touch $@
+
+test-api: $(ENV) $(VENV)/api
+	$(call marked_tests,api)
+
+$(VENV)/api: $(ENV)
+	$(INSTALL) schemathesis
 	@touch $@
 
 # docs/quickstart.ipynb from its first cell to its last: two minutes.

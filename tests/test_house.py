@@ -20,17 +20,9 @@ OUTSIDE = {".venv", "runs", "build", "__pycache__", ".git"}
 
 # What a room may import of the package, besides itself. docs/architecture.md draws the same.
 GROUND = {
-    "arguments",
-    "buckets",
-    "compiled",
-    "cpu",
-    "errors",
-    "files",
-    "hosts",
-    "mesh",
-    "preemption",
+    "arguments", "buckets", "compiled", "cpu", "errors", "files", "hosts", "mesh", "preemption",
     "progress",
-}
+}  # fmt: skip
 ARROWS = {
     "errors": set(), "mesh": set(), "preemption": set(), "progress": set(), "arguments": set(),
     "buckets": set(), "files": {"buckets"}, "sharded": {"mesh"},
@@ -54,6 +46,7 @@ ARROWS = {
     "grids": {"training", "serving", "data", "models", "compressors", "kernels", "evals", "cost",
               "rows", "reports"} | GROUND,
     "aot": {"training", "serving", "models", "layers", "cost", "mesh", "progress"},
+    "server": {"serving", "planning", "law", "cost", "data", "models", "compressors"} | GROUND,
     # What `import vlm_jax` names, imported when it is asked for.
     "door": {"cost", "law", "rows", "planning", "serving", "grids"},
 }  # fmt: skip
@@ -196,13 +189,16 @@ def test_configs_import_only_ml_collections_and_each_other():
     assert not wrong
 
 
-def test_flax_lives_in_models_and_training():
-    users = {
-        room(name_of(path))
-        for path in MODULES
-        if any(module.split(".")[0] == "flax" for module in imports(path))
-    }
-    assert users <= {"layers", "compressors", "models", "training"}
+HOMES = {"flax": {"layers", "compressors", "models", "training"}} | dict.fromkeys(
+    ("fastapi", "pydantic", "starlette", "sse_starlette", "uvicorn", "prometheus_client"),
+    {"server"},
+)
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_a_library_is_imported_in_its_own_rooms_alone(library):
+    found = {p: {module.split(".")[0] for module in imports(p)} for p in MODULES}
+    assert {room(name_of(p)) for p, names in found.items() if library in names} <= HOMES[library]
 
 
 def test_the_package_never_imports_torch_or_tensorflow():

@@ -11,8 +11,8 @@ import tiny
 from vlm_jax.verbs import parser
 
 HEAVY = {
-    "PIL", "absl", "flax", "grain", "jax", "matplotlib", "ml_collections", "optax", "orbax",
-    "scipy", "tokenizers", "transformers",
+    "PIL", "absl", "fastapi", "flax", "grain", "jax", "matplotlib", "ml_collections", "optax",
+    "orbax", "pydantic", "scipy", "tokenizers", "transformers", "uvicorn",
 }  # fmt: skip
 
 

@@ -31,6 +31,8 @@ THROUGH = {
     "models.pruning.pyramiddrop",
     "test_report.py": "reports.score_tables",
     "test_engine.py": "serving.programs serving.schedule",
+    "test_server.py": "server.answers server.fields server.metrics",
+    "test_server_faults.py": "server.gate",
     "test_score.py": "evals.predictions evals.task",
     "test_checkpoint.py": "training.arrays training.verify",
     "test_optimizer.py": "training.compiler",

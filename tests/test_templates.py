@@ -92,6 +92,38 @@ def test_chatml_equals_the_template_of_the_checkpoint():
     assert plain.ids == words.apply_chat_template(talk, tokenize=True, return_dict=False)
 
 
+def test_a_system_message_takes_the_place_of_the_templates_own():
+    """ChatML's by its text, a checkpoint's as transformers renders it, texts or lists of parts."""
+    example, brief = Example("x", 0, TURNS[:1], "f", "t"), "be brief: {a}"
+    words = tokenizer(template=QWEN)
+    ours, own = (processor(words, name).saying(brief) for name in ("chatml", "checkpoint"))
+    one, other = (made.tokens(example, answer=False) for made in (ours, own))
+    assert one.ids == other.ids and one.image_at == other.image_at
+    written = words.decode(one.ids)
+    assert written.startswith(f"<|im_start|>system\n{brief}<|im_end|>\n<|im_start|>user\n")
+    assert "You are a helpful assistant" not in written
+    lists = processor(tokenizer(template=LLAVA, image=True), "checkpoint").saying(brief)
+    row = lists.tokens(example, answer=False)
+    assert lists.tokenizer.decode(row.ids).startswith(f"SYSTEM: {brief} USER: ")
+    # Nobody else's template changes.
+    assert processor(words, "chatml").template.system in words.decode(
+        processor(words, "chatml").tokens(example, answer=False).ids
+    )
+
+
+@pytest.mark.parametrize("name", ["bare", "plain", "question_first"])
+def test_a_template_without_a_place_for_a_system_message_refuses_it(name):
+    with pytest.raises(ValueError, match="into the first question"):
+        processor(tokenizer(), name).saying("be brief")
+
+
+def test_a_checkpoints_template_that_drops_system_messages_refuses_them():
+    dropping = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    made = processor(tokenizer(template=dropping), "checkpoint").saying("be brief")
+    with pytest.raises(ValueError, match="writes no system message"):
+        made.tokens(Example("x", 0, TURNS[:1], "f", "t"), answer=False)
+
+
 def test_answers_never_reach_the_question():
     fields = dict(compressor=dict(kind="quecc", query="separate"))
     made = processor(tokenizer(), "chatml", **fields)

@@ -75,15 +75,30 @@ class Chat:
         # The text after an answer; its first token ends generation.
         self.closing = one[-1].strip() if one else ""
 
-    def prompt(self, turns: Turns) -> str:
+    def prompt(self, turns: Turns, system: str = "") -> str:
         """The conversation up to the beginning of its last answer, as transformers renders it.
 
-        Marks stand for images.
+        Marks stand for images. `system` is the text of a system message before it.
 
         Raises:
-          ValueError: if the template refuses the conversation, or does not write each image once.
+          ValueError: if the template refuses the conversation, or does not write each image or the
+            system message once.
         """
-        return self._render(turns, open_=True)
+        if not system:
+            return self._render(turns, open_=True)
+        refused = f"{self.name} writes no system message"
+        # A template for lists of parts writes a text as nothing, one for texts a list as Python.
+        part = {"type": "text", "text": system}
+        for content in (system, [part]):
+            before = [{"role": "system", "content": content}]
+            try:
+                text = self._render(turns, open_=True, before=before)
+            except ValueError as error:
+                refused = str(error)
+                continue
+            if system.strip() in text and str(part) not in text:
+                return text
+        raise ValueError(f"{refused}: put the instructions into the first question")
 
     def row(self, turns: Turns) -> tuple[str, list[Span]]:
         """The whole conversation, and the span of each answer including its closing text.
@@ -120,9 +135,10 @@ class Chat:
 
     # --- rendering ---------------------------------------------------------------------------
 
-    def _render(self, turns: Turns, *, open_: bool) -> str:
+    def _render(self, turns: Turns, *, open_: bool, before: Sequence[dict] = ()) -> str:
         images = sum(turn.images for turn in turns)
-        text = self._apply(self._messages(turns, self._takes_lists(images > 0), open_), open_)
+        messages = self._messages(turns, self._takes_lists(images > 0), open_)
+        text = self._apply([*before, *messages], open_)
         if text.count(self.mark) != images:
             raise ValueError(
                 f"{self.name} does not say where the image is: it writes {self.mark} "

@@ -144,6 +144,16 @@ class Processor:
         other.query = query
         return other
 
+    def saying(self, system: str) -> "Processor":
+        """This processor for conversations that begin with the text of a system message.
+
+        Raises:
+          ValueError: if the template has no place for one.
+        """
+        other = copy.copy(self)
+        other.template = self.template.saying(system)
+        return other
+
     def _tokens(self, parts: list[Part]) -> tuple[list[int], list[bool]]:
         """Ids and supervision of parts without an image mark."""
         ids, mask = [], []

@@ -26,6 +26,8 @@ class Template:
         instead of each part separately.
       end: closes each answer in place of the end-of-sequence token.
       gap: follows the end, unsupervised.
+      system: the part of `start` that the instructions of a system message replace; "" if the
+        template has no place for any.
     """
 
     start: str
@@ -36,6 +38,20 @@ class Template:
     joined: bool
     end: str = ""
     gap: str = ""
+    system: str = ""
+
+    def saying(self, system: str) -> "Template":
+        """This template with the text of a system message.
+
+        Raises:
+          ValueError: if it has no place for one.
+        """
+        if not self.system:
+            raise ValueError(
+                "this model's template has no place for a system message: put the instructions "
+                "into the first question"
+            )
+        return replace(self, start=self.start.replace(self.system, system), system=system)
 
     def of(self, tokenizer: Any, mark: str = IMAGE_MARK) -> "Template":
         """This template for rows of one tokenizer, whose texts have `mark` for an image."""
@@ -84,6 +100,10 @@ class OwnTemplate(Template):
             )
         return replace(self, chat=Chat(tokenizer, mark))
 
+    def saying(self, system: str) -> "OwnTemplate":
+        """With a system message in every conversation; `parts` raises if it is not written."""
+        return replace(self, system=system)
+
     def closing(self, tokenizer: Any) -> str:
         """The text that the chat template writes after an answer, without spaces."""
         return self.chat.closing
@@ -92,7 +112,7 @@ class OwnTemplate(Template):
         """The rendered row; its answers and their closing text are supervised."""
         turns = turns_of(example)
         if not answer:
-            return [(self.chat.prompt(turns), False)]
+            return [(self.chat.prompt(turns, self.system), False)]
         text, spans = self.chat.row(turns)
         parts, at = [], 0
         for start, end in spans:
@@ -115,20 +135,25 @@ def turns_of(example: Example) -> list[Turn]:
 
 
 # vicuna_v1 and plain: llava/conversation.py and llava/train/train.py in haotian-liu/LLaVA.
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
+QWEN = "You are a helpful assistant."
 TEMPLATES = {
     "vicuna_v1": Template(
-        start="A chat between a curious user and an artificial intelligence assistant. The "
-        "assistant gives helpful, detailed, and polite answers to the user's questions. ",
+        start=f"{VICUNA} ",
         user="USER: {image}{question} ASSISTANT:",
         answer=" {answer}",
         eos=True,
         image="<image>\n",
         joined=True,
+        system=VICUNA,
     ),
     "plain": Template("", "{image}", "{answer}\n", eos=False, image="<image>", joined=True),
     # Qwen's own: the system text of the Qwen1.5 chat models, and a line break after each turn.
     "chatml": Template(
-        start="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        start=f"<|im_start|>system\n{QWEN}<|im_end|>\n",
         user="<|im_start|>user\n{image}{question}<|im_end|>\n<|im_start|>assistant\n",
         answer="{answer}",
         eos=False,
@@ -136,6 +161,7 @@ TEMPLATES = {
         joined=True,
         end="<|im_end|>",
         gap="\n",
+        system=QWEN,
     ),
     "checkpoint": OwnTemplate(
         "", "{image}{question}", "{answer}", eos=False, image="<image>", joined=True
@@ -147,13 +173,13 @@ TEMPLATES = {
     ),
     # The same order in Vicuna's words; no published model was trained so.
     "vicuna_question_first": Template(
-        start="A chat between a curious user and an artificial intelligence assistant. The "
-        "assistant gives helpful, detailed, and polite answers to the user's questions. ",
+        start=f"{VICUNA} ",
         user="USER: {question}{image} ASSISTANT:",
         answer=" {answer}",
         eos=True,
         image="\n<image>",
         joined=True,
+        system=VICUNA,
     ),
 }
 

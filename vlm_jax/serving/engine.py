@@ -141,14 +141,14 @@ class Engine:
         """
         return self.model.processor.pixels(picture(image, exif=exif))
 
-    def tokens(self, prompt: Prompt, *, images: int) -> Tokens:
-        """The tokens of a prompt about this many images.
+    def tokens(self, prompt: Prompt, *, images: int, system: str | None = None) -> Tokens:
+        """The tokens of a prompt about this many images, after the text of a `system` message.
 
         Raises:
           ValueError: for a prompt that the model cannot read.
         """
         with self.words.lock:
-            return self.model.tokens(prompt, images=images)
+            return self.model.tokens(prompt, images=images, system=system)
 
     def submit(self, ask: Ask, listener: Callable[[Event], None] | None = None) -> Ticket:
         """Takes a request.

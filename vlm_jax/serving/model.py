@@ -199,8 +199,8 @@ class VLM:
         pixels = [self.processor.pixels(picture(one, exif=exif)) for one in images]
         return Request(tokens.ids, tokens.places, tokens.questions, pixels)
 
-    def tokens(self, prompt: Any, *, images: int) -> Tokens:
-        """The tokens of a Prompt about this many images. Raises as `request` does."""
+    def tokens(self, prompt: Any, *, images: int, system: str | None = None) -> Tokens:
+        """The tokens of a Prompt about images, after a `system` text. Raises as `request`."""
         pairs = conversation(prompt, images=images)
         if images > 1 and self.compressor.reads_prefix:
             raise ValueError(
@@ -212,7 +212,8 @@ class VLM:
         if images > 1 and self.decoder.model.llm.pruning is not None:
             raise ValueError(vlm.ONE_IMAGE)
         example = Example("prompt", which, pairs, family="", task="")
-        tokens = self.processor.tokens(example, answer=False)
+        processor = self.processor if system is None else self.processor.saying(system)
+        tokens = processor.tokens(example, answer=False)
         if self.processor.query != "none" and images and not all(tokens.questions):
             raise ValueError(
                 "this model's compressor reads the question, and the prompt has none: ask something"

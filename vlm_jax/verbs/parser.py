@@ -29,6 +29,7 @@ VERBS = {
     "plan": "the best LLM size and number of visual tokens for a budget",
     "convert": "published weights to a model folder, and back",
     "generate": "answer prompts about images",
+    "serve": "answer OpenAI clients, with a visual budget for every request",
     "data": "check a data set: rows, images, lengths of texts",
     "checkpoint": "verify the checkpoints of a run against their digests",
     "compile": "what a step needs on a TPU slice, by the TPU compiler, without a TPU",
@@ -87,6 +88,10 @@ def module(verb: str) -> ModuleType:
             from vlm_jax.verbs import generate
 
             return generate
+        case "serve":
+            from vlm_jax.verbs import serve
+
+            return serve
         case "data":
             from vlm_jax.verbs import data
 
