@@ -126,11 +126,18 @@ def test_every_answer_is_the_one_it_has_alone_and_nothing_is_compiled(
     assert stats.index.image_hits > 0 and stats.index.reused_tokens > 0
 
 
-def test_a_step_writes_into_the_caches_it_has(engine, images):
-    engine.submit(ask(engine, images, *ASKED[1])).answer()  # alone: one row from now on
-    before = engine.schedule.pools[0].slots
-    engine.submit(ask(engine, images, *ASKED[1])).answer()
-    assert all(x.is_deleted() for x in jax.tree.leaves(before.caches))
+def test_a_step_writes_into_the_caches_it_has_and_an_empty_pool_has_none(engine, images):
+    pool, ended, seen = engine.schedule.pools[0], threading.Event(), []
+
+    def listen(event):
+        seen.append(pool.slots)
+        if isinstance(event, Answer):
+            ended.set()
+
+    engine.submit(ask(engine, images, *ASKED[1]), listen)
+    assert ended.wait(60)
+    assert all(x.is_deleted() for x in jax.tree.leaves(seen[0].caches))
+    assert seen[-1] is None
 
 
 def test_a_second_turn_reads_what_is_new_and_names_its_image_by_handle(engine, model, images):

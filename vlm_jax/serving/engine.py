@@ -75,7 +75,8 @@ class Engine:
       index_bytes: most bytes of the image index; 0 keeps nothing.
       lengths: of the rows in which requests are answered, in tokens read and new: each is answered
         in the shortest that holds it. Default: 256, 1024 ... and the model's.
-      chunks: tokens of a row that are read between two steps of the others, ascending.
+      chunks: tokens of a row that are read between two steps of the others: the smallest that holds
+        the rest of the row, or the largest.
     Raises:
       ValueError: for a model that no engine can answer with.
     """
@@ -101,11 +102,18 @@ class Engine:
         self.identity = hashlib.sha256(repr(about).encode()).hexdigest()
         self.programs = Programs(read, model.mesh)
         self.reader = Reader(
-            self.programs, self.index, read.compressor, width=model.width, chunks=chunks
+            self.programs,
+            self.index,
+            read.compressor,
+            width=model.width,
+            chunks=sorted(arguments.whole_number("chunks", size) for size in chunks),
         )
         longest = model.max_length
         # Longer than the model's rows only where those are shorter than a block.
-        held = {max(min(length, longest), BLOCK) for length in lengths or lengths_of(longest)}
+        held = {
+            max(min(arguments.whole_number("lengths", length), longest), BLOCK)
+            for length in lengths or lengths_of(longest)
+        }
         pools = [Pool(self.programs, length=length, slots=slots) for length in sorted(held)]
         self.words = Words(model.processor.tokenizer)
         self.schedule = Schedule(self.reader, pools, self.words)

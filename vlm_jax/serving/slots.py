@@ -67,8 +67,6 @@ class Pool:
         """Takes a row that was read to `position`, whose first token is chosen already."""
         if self.slots is None:
             self.slots = self.programs.opened(self.length)
-        while not self.members and self.rung:
-            self.move(self.rung - 1)
         if len(self.members) == self.rows:
             self.move(self.rung + 1)
         row = next(k for k in range(self.rows) if k not in self.members)
@@ -76,8 +74,10 @@ class Pool:
         self.members[row] = member
 
     def leave(self, row: int) -> None:
-        """Frees a row for the next."""
+        """Frees a row for the next, and the memory of all behind the last."""
         del self.members[row]
+        if not self.members:
+            self.reset()
 
     def step(self) -> Result:
         """One more token of every row."""
