@@ -204,6 +204,28 @@ def test_a_cancelled_request_ends_and_the_others_do_not_notice(engine, images, a
     assert engine.stats().running == 0
 
 
+def test_what_is_cancelled_at_any_time_got_a_beginning_of_its_answer(engine, images, alone):
+    patience = np.random.default_rng(4).integers(1, 6, 30)
+
+    def client(number):
+        k, seen = number % len(ASKED), []
+        ticket = engine.submit(ask(engine, images, *ASKED[k]))
+        for event in ticket:
+            seen.append(event)
+            if len(seen) == patience[number]:
+                ticket.cancel()
+        return k, seen[-1]
+
+    with ThreadPoolExecutor(6) as threads:
+        ended = list(threads.map(client, range(30)))
+    for k, answer in ended:
+        assert list(answer.ids) == alone[k].ids[: len(answer.ids)]
+        assert alone[k].text.startswith(answer.text) and answer.finish != "deadline"
+        assert answer.usage.new_tokens == len(answer.ids)
+    assert {answer.finish for _, answer in ended} >= {"cancelled", "length"}
+    assert engine.stats().running == engine.stats().queued == 0
+
+
 def test_a_late_request_ends_with_what_it_has(engine, images):
     late = engine.submit(ask(engine, images, (0,), "b", {}, deadline=0.0)).answer()
     assert (late.finish, late.ids, late.text, late.first_token_seconds) == (
@@ -224,10 +246,11 @@ def test_a_full_queue_refuses_and_no_listener_stops_the_engine(engine, images):
 
     engine.submit(ask(engine, images, *ASKED[0]), listen)
     assert held.wait(60)
-    waiting = [engine.submit(ask(engine, images, *ASKED[1])) for _ in range(engine.queue)]
-    with pytest.raises(Full, match="16 requests wait"):
+    # Three of four slots are free.
+    waiting = [engine.submit(ask(engine, images, *ASKED[1])) for _ in range(engine.queue + 3)]
+    with pytest.raises(Full, match="19 requests wait"):
         engine.submit(ask(engine, images, *ASKED[1]))
-    assert engine.stats().queued == 16
+    assert engine.stats().queued == 19
     go.set()
     assert len({ticket.answer().ids for ticket in waiting}) == 1
 

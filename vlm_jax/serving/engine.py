@@ -71,7 +71,7 @@ class Engine:
     Args:
       model: one without a `refusal`; nobody else uses it meanwhile.
       slots: most requests that are answered together.
-      queue: most that wait.
+      queue: most that wait for a slot.
       index_bytes: most bytes of the image index; 0 keeps nothing.
       lengths: of the rows in which requests are answered, in tokens read and new: each is answered
         in the shortest that holds it. Default: 256, 1024 ... and the model's.
@@ -178,7 +178,9 @@ class Engine:
     def _check_open(self) -> None:
         if self.closed:
             raise Closed(self.closed)
-        if (waiting := len(self.arrived) + len(self.schedule.waiting)) >= self.queue:
+        waiting = len(self.arrived) + len(self.schedule.waiting)
+        # Those for whom a slot is free wait for their turn to be read, not in the queue.
+        if waiting + self.schedule.running >= self.schedule.slots + self.queue:
             raise Full(waiting)
 
     def job(self, ask: Ask, ticket: Ticket) -> Job:

@@ -25,7 +25,7 @@ class Full(Exception):
     """The queue is full: ask again later. `waiting` requests stand in it."""
 
     def __init__(self, waiting: int):
-        super().__init__(f"{waiting} requests wait already, the most of this engine: ask later")
+        super().__init__(f"{waiting} requests wait already, as many as may: ask later")
         self.waiting = waiting
 
 
@@ -46,7 +46,7 @@ class Ask:
         stands for the next image, or its `Tokens`.
       images: each the pixels of `Engine.pixels`, float32 [I, I, 3], or the handle of one that was
         sent before.
-      max_new_tokens: None: what fits, at most 256.
+      max_new_tokens: None: what fits into the model's length and the engine's rows, at most 256.
       temperature: 0 takes the likeliest token; top_p: of the probability mass, when drawing.
       seed: of the draws: the same request gets the same answer in any company.
       stop: texts that end the answer, and are not part of it.
@@ -203,7 +203,7 @@ class Stats:
 
     Attributes:
       queued, running: requests that wait, and that are being read or answered.
-      slots: most that run together. queue: most that wait.
+      slots: most that run together. queue: most that wait for a slot.
       answered, failed: finished requests. new_tokens, read_tokens: generated, and read (without
         those whose keys and values were reused).
       compiled: programs compiled so far; after `Engine.warm` it stays.
