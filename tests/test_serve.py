@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
-from listening import chat, image, picture, serving, text, uri
+from listening import chat, image, picture, send, serving, text, uri
 from PIL import Image
 from test_generate import made
 
@@ -101,6 +101,32 @@ def test_a_draw_is_that_of_its_seed(address, offline):
         "content"] == wanted.text  # fmt: skip
 
 
+def test_streams_stops_scores_and_handles_are_those_of_the_whole_answer(address):
+    ask = dict(content=[text("what is this?"), image(uri(picture(1, side=28)))], max_tokens=NEW)
+    whole = chat(address, **ask, logprobs=True, top_logprobs=2)[2]
+    said, scores = whole["choices"][0]["message"]["content"], whole["choices"][0]["logprobs"]
+    assert len(scores["content"]) == whole["usage"]["completion_tokens"] > 2
+    assert all(one["logprob"] <= one["top_logprobs"][0]["logprob"] for one in scores["content"])
+    messages = [{"role": "user", "content": ask["content"]}]
+    body = dict(messages=messages, max_tokens=NEW, stream=True, logprobs=True)
+    events = send(address, "/v1/chat/completions", body)[2].decode().split("\n\n")[:-2]
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert "".join(one["delta"].get("content", "") for one in choices) == said
+    streamed = [token for one in choices if one["logprobs"] for token in one["logprobs"]["content"]]
+    assert [t["token"] for t in streamed] == [t["token"] for t in scores["content"]]
+    assert chunks[-1]["vlm_jax"]["finish_reason"] == whole["vlm_jax"]["finish_reason"]
+    middle = said[len(said) // 2]
+    cut = chat(address, **ask, stop=middle)[2]["choices"][0]
+    assert cut["message"]["content"] == said[: said.index(middle)]
+    assert cut["finish_reason"] == "stop"
+    (handle,) = whole["vlm_jax"]["images"]
+    again = chat(address, [text("what is this?"), image(handle)], max_tokens=NEW)[2]
+    assert again["choices"][0]["message"]["content"] == said
+    assert again["usage"]["reused_image_tokens"] == again["usage"]["image_tokens"] == 4
+    assert again["vlm_jax"]["flops"]["encoder"] == 0
+
+
 def test_what_the_model_cannot_read_is_refused_with_its_own_words(address):
     for content, fields, said in (
         ("word " * 500, {}, "this model was made for 128"),
@@ -137,8 +163,12 @@ def started(checkpoint, *flags):
     raise AssertionError("".join(said))
 
 
-def test_sigterm_under_load_loses_no_answer_that_was_taken(checkpoint, offline):
-    process, address = started(checkpoint, "--slots=2", "--queue=20", "--model-name=tiny")
+def test_sigterm_under_load_loses_no_answer_that_was_taken(checkpoint, offline, tmp_path):
+    assert main(["fit", "--published=reasoning", f"--out={tmp_path}", "--bootstrap=0"]) == 0
+    flags = (f"--law={tmp_path}/law.json", "--chip=cpu", "--target-ms=1000", "--model-name=tiny")
+    process, address = started(checkpoint, "--slots=2", "--queue=20", *flags)
+    # A law of another compressor says nothing of this model, and the server says so.
+    assert b"fitted with token_packer, and this model has m3" in send(address, "/v1/models")[2]
     wanted = offline.generate(None, "hello", max_new_tokens=NEW)[0].text
     outcomes, begun = [], threading.Event()
 

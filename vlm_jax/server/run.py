@@ -55,7 +55,8 @@ class Listener:
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, args=(bound,), name="http", daemon=True)
         self.thread.start()
-        while not self.server.started and self.thread.is_alive():
+        while not self.server.started:
+            self.check()
             time.sleep(0.01)
 
     def _run(self, bound: socket.socket) -> None:
@@ -63,6 +64,11 @@ class Listener:
             asyncio.run(self.server.serve(sockets=[bound]))
         except BaseException as error:  # told to the main thread
             self.error = error
+
+    def check(self) -> None:
+        """Raises RuntimeError if the server has failed."""
+        if not self.thread.is_alive():
+            raise RuntimeError(f"the server failed: {self.error}")
 
     def stop(self) -> None:
         """Ends connections that have had their answer, at last all of them."""
@@ -88,12 +94,14 @@ def until_stopped(service: Service, app: ASGIApp, bound: socket.socket, *, drain
       RuntimeError: if the server fails.
     """
     listener = Listener(app, bound)
+    host, port = bound.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    progress.say(f"{service.name} is served at http://{host}:{port}/ (SIGTERM ends it)")
     try:
         with preemption.held(), progress.listening():
             while not preemption.reached():
                 listener.thread.join(LOOK_SECONDS)
-                if not listener.thread.is_alive():
-                    raise RuntimeError(f"the server failed: {listener.error}")
+                listener.check()
             service.draining = True
             now = service.engine.stats()
             taken = now.running + now.queued

@@ -129,9 +129,6 @@ def run(options: argparse.Namespace) -> int:
         with progress.doing("compiling"):
             service.engine.warm()
     app = application(service, keys=keys, page=page_of(service, with_key=bool(keys.hashes)))
-    host, port = bound.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    progress.say(f"{service.name} is served at http://{host}:{port}/ (SIGTERM ends it)")
     server.until_stopped(service, app, bound, drain=options.drain)
     return 0
 
