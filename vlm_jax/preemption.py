@@ -71,6 +71,7 @@ class Notice:
             signal.set_wakeup_fd(woken)
             os.close(write)
             thread.join()
+            os.close(read)  # not sooner: a second signal would be written to a broken pipe
             self.received.clear()  # it was for this body, not for what the process does later
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
@@ -102,12 +103,9 @@ class Notice:
 
     def wait(self, read: int) -> None:
         """Runs in a thread that sees the signal, even while the main thread is busy."""
-        try:
-            while signal.SIGTERM not in (heard := os.read(read, 64)):
-                if not heard:
-                    return
-        finally:
-            os.close(read)
+        while signal.SIGTERM not in (heard := os.read(read, 64)):
+            if not heard:
+                return
         self.received.set()
         if self.forward is not None:
             self.forward(signal.SIGTERM)
