@@ -4,13 +4,11 @@
     python benchmarks/pods.py --list             # the rows, their commands, which have results
     python benchmarks/pods.py --most=2           # compiles the first two that have none
     python benchmarks/pods.py --only=7b          # those with this in their name
-    python benchmarks/pods.py --compute          # computes those that were not compiled
-    python benchmarks/pods.py --table            # the tables in Markdown, from the results
+    python benchmarks/pods.py --table            # the table in Markdown, from the results
 
 Needs libtpu (extra aot), no TPU. A row takes minutes of CPU; results are kept one by one in
-benchmarks/results/pods.jsonl, and a row that is there is not compiled again. A row that is not
-compiled is computed: FLOPs of the model at the MFU of the nearest row that is, and the memory
-formula of training. It replaces nothing that was compiled.
+benchmarks/results/pods.jsonl, and a row that is there is not compiled again. Beside the memory that
+the compiler takes stands what the formula of training says (`--dry-run`).
 """
 
 import argparse
@@ -24,7 +22,6 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # configs lie beside the package, not in it
 RESULTS = HERE / "results" / "pods.jsonl"
-COMPUTED = HERE / "results" / "pods-computed.json"
 SLICES = ("v5p:4x4x4", "v6e:8x8", "v5e:8x8")
 GRID_TOKENS = (1, 4, 16, 36, 64, 144, 576)
 GRID = ("qwen1.5-0.5b", "qwen1.5-1.8b", "qwen1.5-4b", "qwen1.5-7b", "qwen1.5-14b")
@@ -132,63 +129,18 @@ def described(row: Row) -> dict:
     return dict(name=row.name, llm=row.llm, tokens=row.tokens, stage=row.stage, slice=row.slice_)
 
 
-def nearest(row: Row, known: dict[str, dict]) -> dict | None:
-    """The compiled row whose MFU a computed one takes: of its chip, of its stage if there is one,
-    of the nearest size, and of the nearest number of visual tokens."""
-    order = {name: at for at, name in enumerate([*GRID[:4], "vicuna-1.5-7b", *LARGE])}
-    alike = [made for made in known.values() if made["slice"] == row.slice_ and made["estimate"]]
-    return min(
-        alike,
-        key=lambda made: (
-            made["stage"] != row.stage,
-            abs(order[made["llm"]] - order[row.llm]),
-            abs(made["tokens"] - row.tokens),
-        ),
-        default=None,
-    )
-
-
-def computed(row: Row, known: dict[str, dict]) -> dict:
-    """FLOPs and memory of a row by formula, and hours at the MFU of the nearest compiled one."""
-    import jax
-
-    from vlm_jax import mesh as meshes
-    from vlm_jax.aot import report, topology
-    from vlm_jax.training import memory, stages
+def by_formula(row: Row, made: dict) -> int:
+    """Bytes of a device by the formula of `--dry-run`; what is kept is the compiler's."""
+    from vlm_jax.training import stages, working_set
     from vlm_jax.training.recipe import Recipe
     from vlm_jax.verbs import configuration
 
-    slice_ = topology.named(row.slice_)
-    config = stages.with_start(configuration.read(row.config()).config)
-    recipe = Recipe.of(config)
-    with jax.set_mesh(meshes.make(**config.mesh, devices=slice_.devices())):
-        need = memory.of_stage(recipe, row.stage)
-        flops = report.work(recipe, row.stage, report.Serving(1, 1))[2]
-    found = described(row) | dict(
-        mesh=dict(config.mesh),
-        remat=config.remat,
-        model_flops=flops,
-        formula_bytes=dict(
-            parameters=need.parameters,
-            gradients=need.gradients,
-            optimizer=need.optimizer,
-            activations=need.activations,
-            total=need.total,
-        ),
-        hbm_share=need.total / slice_.hbm_bytes,
-    )
-    like = nearest(row, known)
-    if like is None:
-        return found | dict(like=None)
-    seconds = flops / (like["estimate"]["mfu"] * slice_.peak_flops * slice_.device_count)
-    hours = recipe.stage(row.stage).steps * seconds / 3600
-    return found | dict(
-        like=like["name"],
-        mfu=like["estimate"]["mfu"],
-        step_seconds=seconds,
-        hours=hours,
-        dollars=hours * slice_.chips * row.price,
-    )
+    recipe = Recipe.of(stages.with_start(configuration.read(row.config()).config))
+    found = working_set.of_step(recipe, row.stage, made["mesh"], "tpu")
+    hbm = made["hbm_bytes"]
+    gradients = hbm["weights"]
+    kept = sum(hbm.get(kind, 0) for kind in ("weights", "frozen", "optimizer"))
+    return kept + gradients + found.total
 
 
 def markdown(heads: list[str], lines: list[list[str]]) -> str:
@@ -198,13 +150,13 @@ def markdown(heads: list[str], lines: list[list[str]]) -> str:
 
 
 def first_cells(row: Row, mesh: dict) -> list[str]:
-    """What is the same in both tables."""
+    """What a row is, for a reader."""
     tokens = "576 (none)" if row.tokens == 576 else str(row.tokens)
     axes = f"{mesh['data']} x {mesh['fsdp']}"
     return [row.llm, row.stage, tokens, row.slice_, axes]
 
 
-def table_of_compiled() -> str:
+def table() -> str:
     """The rows that were compiled, and what each takes."""
     known, lines = results(), []
     kinds = ("weights", "optimizer", "frozen", "activations", "gradients", "temporaries")
@@ -225,80 +177,24 @@ def table_of_compiled() -> str:
                 f"{made['compile_seconds']:.0f} / {made['cpu_seconds']:.0f}",
             ]
         share = f"{hbm['total'] / GIB:.1f} ({made['hbm_share']:.0%})"
-        lines.append([*first_cells(row, made["mesh"]), parts, share, *numbers])
+        said = by_formula(row, made)
+        formula = f"{said / GIB:.1f} ({said / hbm['total']:.2f})"
+        lines.append([*first_cells(row, made["mesh"]), parts, share, formula, *numbers])
     heads = ["LLM", "stage", "V", "slice", "data x fsdp", "GiB: " + ", ".join(kinds),
-             "GiB of a device", "ms a step", "MFU", "without communication", "hours", "dollars",
-             "compiled in s / CPU s"]  # fmt: skip
+             "GiB of a device", "by formula (ratio)", "ms a step", "MFU", "without communication",
+             "hours", "dollars", "compiled in s / CPU s"]  # fmt: skip
     return markdown(heads, lines) + f"\n\nCompiled: {len(lines)} of {len(rows())} rows."
-
-
-def table_of_computed() -> str:
-    """The rows that were not compiled, by formula; those that differ in V alone in one line."""
-    if not COMPUTED.exists():
-        return ""
-    known = results()
-    made = {one["name"]: one for one in json.loads(COMPUTED.read_text())}
-    lines: dict[tuple[str, ...], list[str]] = {}
-    for row in rows():
-        one = made.get(row.name)
-        if one is None or row.name in known:
-            continue
-        llm, stage, tokens, slice_, axes = first_cells(row, one["mesh"])
-        size = f"{one['formula_bytes']['total'] / GIB:.0f} ({one['hbm_share']:.0%})"
-        cells = [llm, stage, slice_, axes, size, f"{one['model_flops'] / 1e15:.2g}"]
-        if one["like"]:
-            cells += [f"{one['step_seconds']:.2g}", f"{one['hours']:.2g}",
-                      f"{float(format(one['dollars'], '.2g')):.0f}", one["like"]]  # fmt: skip
-        lines.setdefault((*cells, *[""] * (10 - len(cells))), []).append(tokens)
-    heads = ["LLM", "stage", "V", "slice", "data x fsdp", "GiB of a device", "PFLOP a step",
-             "s a step", "hours", "dollars", "MFU of row"]  # fmt: skip
-    ordered = {cells: sorted(tokens, key=lambda v: int(v.split()[0])) for cells, tokens in
-               lines.items()}  # fmt: skip
-    return markdown(heads, [[*c[:2], ", ".join(v), *c[2:]] for c, v in ordered.items()])
-
-
-def table_of_formula() -> str:
-    """What `--dry-run` says a device needs, beside what the compiler allocates, for every row."""
-    known, lines = results(), []
-    for row in rows():
-        made = known.get(row.name)
-        if made is None or not made["fits"]:
-            continue
-        need, hbm = computed(row, {})["formula_bytes"], made["hbm_bytes"]
-        # The formula has no code and no padding, and counts what is frozen as parameters.
-        kept = sum(hbm.get(kind, 0) for kind in ("weights", "frozen", "optimizer"))
-        live = hbm["total"] - kept
-        said = need["total"] - need["parameters"] - need["optimizer"]
-        lines.append([
-            *first_cells(row, made["mesh"]),
-            f"{(need['parameters'] + need['optimizer']) / GIB:.1f} / {kept / GIB:.1f}",
-            f"{said / GIB:.1f} / {live / GIB:.1f}",
-            f"{need['total'] / GIB:.1f} / {hbm['total'] / GIB:.1f}",
-            f"{need['total'] / hbm['total']:.2f}",
-        ])  # fmt: skip
-        print(lines[-1], file=sys.stderr, flush=True)
-    heads = ["LLM", "stage", "V", "slice", "data x fsdp", "GiB kept: formula / compiler",
-             "GiB of a step", "GiB in all", "ratio"]  # fmt: skip
-    return markdown(heads, lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="the rows and their commands")
-    parser.add_argument("--table", action="store_true", help="the tables from the results")
-    parser.add_argument("--compute", action="store_true", help="compute what was not compiled")
-    parser.add_argument("--formula", action="store_true", help="the formula beside the compiler")
+    parser.add_argument("--table", action="store_true", help="the table from the results")
     parser.add_argument("--most", type=int, default=1000, help="rows to compile at most")
     parser.add_argument("--only", default="", help="rows with this in their name")
     given = parser.parse_args()
     if given.table:
-        print(table_of_compiled(), table_of_computed(), sep="\n\n")
-        return
-    if given.formula:
-        from vlm_jax.aot import topology
-
-        topology.prepare()
-        print(table_of_formula())
+        print(table())
         return
     known = results()
     chosen = [row for row in rows() if given.only in row.name]
@@ -308,12 +204,6 @@ def main() -> None:
             print(f"         vlm-jax compile {' '.join(row.command())}")
         return
     left = [row for row in chosen if row.name not in known]
-    if given.compute:
-        from vlm_jax.aot import topology
-
-        topology.prepare()
-        COMPUTED.write_text(json.dumps([computed(row, known) for row in left], indent=1) + "\n")
-        return
     for row in left[: given.most]:
         made = compiled(row)
         with RESULTS.open("a") as file:

@@ -133,6 +133,29 @@ def test_arrays_that_a_loop_leaves_are_saved_for_the_backward_pass(facts):
     assert facts.saved_bytes == 3 * 8 * 128 * 2 and facts.gradient_bytes == 0
 
 
+def test_arrays_that_one_fusion_fills_are_saved_each():
+    stack = "bf16[3,8,128]{2,1,0}"
+    text = (
+        f"%body (p: (s32[], {stack}, {stack}, {stack})) -> (s32[], {stack}, {stack}, {stack}) {{\n"
+        f"  %p = (s32[], {stack}, {stack}, {stack}) parameter(0)\n"
+        "  %i = s32[] get-tuple-element(%p), index=0\n"
+        f"  %read = {stack} get-tuple-element(%p), index=1\n"
+        f"  %a = {stack} get-tuple-element(%p), index=2\n"
+        f"  %b = {stack} get-tuple-element(%p), index=3\n"
+        f"  %both = ({stack}, {stack}) fusion(%read, %a, %b), kind=kLoop, calls=%f\n"
+        f"  %first = {stack} get-tuple-element(%both), index=0\n"
+        f"  %second = {stack} get-tuple-element(%both), index=1\n"
+        f"  ROOT %t = (s32[], {stack}, {stack}, {stack}) tuple(%i, %read, %first, %second)\n}}\n"
+        f"ENTRY %main (x: {stack}) -> {stack} {{\n"
+        f"  %x = {stack} parameter(0)\n"
+        f"  %start = (s32[], {stack}, {stack}, {stack}) tuple(%x, %x, %x, %x)\n"
+        f"  ROOT %loop = (s32[], {stack}, {stack}, {stack}) while(%start), condition=%c, body=%body, "
+        'backend_config={"known_trip_count":{"n":"3"}}\n}\n'
+    )
+    # What the loop only reads is no result of it.
+    assert counted.facts(text).saved_bytes == 2 * 3 * 8 * 128 * 2
+
+
 def test_bytes_are_padded_to_tiles_and_vmem_is_free():
     assert hlo.in_hbm("f32[6,100]{1,0:T(8,128)}") == 8 * 128 * 4
     assert hlo.in_hbm("f32[6,100]{0,1:T(8,128)}") == 104 * 128 * 4

@@ -53,19 +53,21 @@ def compiled(c, name):
     return found.argument_size_in_bytes, found.temp_size_in_bytes
 
 
-@pytest.mark.parametrize("changes, name", [
-    (dict(remat="full"), "finetune"),
-    (dict(remat="none"), "finetune"),
+@pytest.mark.parametrize("changes, name, axes, most", [
+    (dict(remat="full"), "finetune", (1, 1, 1), 1.15),
+    (dict(remat="none"), "finetune", (1, 1, 1), 1.15),
+    (dict(remat="dots"), "finetune", (2, 2, 2), 1.15),
+    (dict(remat="full"), "align", (1, 1, 1), 1.4),  # no weight of the LLM has a gradient
 ])  # fmt: skip
-def test_the_estimate_is_near_the_compilers_count(changes, name, mesh1):
+def test_the_estimate_is_near_the_compilers_count(changes, name, axes, most, mesh1, mesh8):
     c = small(**changes)
-    with jax.set_mesh(mesh1):
+    with jax.set_mesh(mesh1 if axes == (1, 1, 1) else mesh8):
         need = memory.of_stage(tiny.recipe(c), name)
         arguments, temporary = compiled(c, name)
     kept = need.parameters + need.optimizer
     # The batch is an argument too, and no part of the estimate.
     assert kept <= arguments <= 1.2 * kept
-    assert 0.6 < (need.gradients + need.activations) / temporary < 1.5
+    assert 0.85 < (need.gradients + need.activations) / temporary < most
 
 
 def test_each_device_has_its_shard_of_what_is_kept(mesh1, mesh8):

@@ -272,8 +272,10 @@ def kept_by_loops(module: Module) -> tuple[int, int]:
         if trips < 2 or root is None or len(types) != len(root.operands):
             continue
         for name, type in zip(root.operands, types, strict=True):
-            sizes = dimensions(type)
-            filled = name in table and table[name].opcode not in ("get-tuple-element", "parameter")
+            sizes, made = dimensions(type), table.get(name)
+            while made is not None and made.opcode == "get-tuple-element":
+                made = table.get(made.operands[0])  # a fusion may fill several arrays
+            filled = made is not None and made.opcode != "parameter"
             if filled and len(sizes) > 1 and sizes[0] == trips:
                 kept["transpose(" in loop.scope] += int(in_hbm(type))
     return kept[False], kept[True]

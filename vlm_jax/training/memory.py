@@ -2,9 +2,7 @@
 """How much memory a model takes before any of it is allocated, and what is there.
 
 Parameters, gradients and the optimizer's state are counted on shapes, each in its shard.
-Activations are a formula, held to the compiler's own count (tests/test_memory.py).
-
-B batch rows of a device  X = T + M V tokens of a row, T where packed  T text tokens  P patches
+Activations are a formula (`working_set`), held to what compilers take (tests/test_working_set.py).
 """
 
 import math
@@ -19,7 +17,7 @@ from flax import nnx
 
 from vlm_jax import mesh as meshes
 from vlm_jax.models import lora, vlm
-from vlm_jax.training import chunked_loss, optimizer, precision
+from vlm_jax.training import optimizer, precision, working_set
 from vlm_jax.training.objective import reader
 from vlm_jax.training.recipe import Recipe
 
@@ -127,42 +125,22 @@ def of_stage(recipe: Recipe, name: str) -> Need:
 
 
 def activations(recipe: Recipe, name: str) -> int:
-    """Bytes on one device between the forward and the backward pass of a stage, about.
+    """Bytes that one device works in during a step of a stage, about: `working_set`.
 
-    What is kept of every block of the LLM by `remat`, what one block is computed from, and
-    the scores of the vocabulary.
+    Of the encoder's own stage: what is kept of every block by `remat`, and what one block is
+    computed from.
     """
-    mesh = jax.sharding.get_mesh()
-    stage, model = recipe.stage(name), recipe.model
-    vit, llm = model.vit, model.llm
-    rows = math.ceil(stage.batch / stage.accumulate / meshes.batch_shards(mesh))
-    tensor = mesh.shape["tensor"]
-    # A CPU computes in float32 whatever is asked for.
-    size = 4 if meshes.platform() == "cpu" or model.compute_dtype == "float32" else 2
-    length, images, places = recipe.row
-    patches = rows * images * vit.patches
-    scores = 4 * patches * vit.patches * vit.heads
-    seen = 2 * scores + 3 * size * patches * vit.mlp + 4 * patches * len(vit.levels) * vit.width
-    if name == "encoder":
-        kept = 2 * scores + size * patches * (4 * vit.mlp + 8 * vit.width)
-        return round(vit.depth * kept * (model.remat != "full") + seen)
-    tokens = rows * places
-    attention = 4 * tokens * places * llm.heads / tensor
-    mlp, width = size * tokens * llm.mlp / tensor, size * tokens * llm.width
-    kept = {
-        "none": 3 * attention + 4 * mlp + 8 * width,
-        "dots": 3 * width + 2 * mlp,
-        "full": width,
-    }[model.remat]
-    shown = model.compressor.trained_tokens(vit.side) if name == "finetune" else ()
-    passes = max(len(shown), 1)
-    language = passes * llm.depth * kept + 2 * attention + 3 * mlp
-    vocab = math.ceil(llm.vocab / tensor)
-    chunk = chunked_loss.positions(recipe.loss_chunk, rows=rows, length=length, vocab=vocab)
-    logits = 4 * rows * (chunk or length) * vocab
-    # In chunks no more than one is there, and the output layer with its gradient, both gathered.
-    language += 2.5 * logits + vocab * llm.width * (size + 4) if chunk else 2.5 * passes * logits
-    return round(max(language, seen) + 4 * patches * len(vit.levels) * vit.width)
+    mesh, platform = jax.sharding.get_mesh(), meshes.platform()
+    if name != "encoder":
+        return working_set.of_step(recipe, name, mesh.shape, platform).total
+    stage, vit = recipe.stage(name), recipe.model.vit
+    rows = math.ceil(stage.batch / stage.accumulate / meshes.batch_shards(mesh)) * recipe.row[1]
+    size = working_set.number_size(recipe, platform)
+    patches = rows * vit.patches
+    scores = working_set.FLOAT32 * patches * vit.patches * vit.heads
+    kept = 2 * scores + size * patches * (4 * vit.mlp + 8 * vit.width)
+    saved = vit.depth * kept * (recipe.model.remat != "full")
+    return round(saved + working_set.encoder(recipe.model, rows, size))
 
 
 def of_model(model: Any, phase: str) -> Need:
