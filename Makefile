@@ -152,6 +152,7 @@ bench: $(ENV) $(VENV)/torch
 	$(VENV)/bin/python benchmarks/train_step.py
 	$(VENV)/bin/python benchmarks/cpu.py
 	$(VENV)/bin/python benchmarks/compressors.py
+	$(VENV)/bin/python benchmarks/selection.py
 	$(VENV)/bin/python benchmarks/generation.py
 
 clean:

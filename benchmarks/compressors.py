@@ -102,7 +102,7 @@ class Contest:
         def drawn(*shape: int) -> np.ndarray:
             return draw.normal(size=(batch, *shape)).astype(np.float32)
 
-        if module.reads_keys:
+        if module.reads:
             given = [drawn(patches, width), drawn(patches + 1, width), drawn(patches + 1, width)]
             ours = given
 

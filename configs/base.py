@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
     c.compressor = ConfigDict()
     c.compressor.kind = "token_packer"
     # V, visual tokens handed to the LLM; 0: as many as each image needs (prumerge, prumerge_plus).
-    # mqt and m3 are trained for any V: there it is the V of requests alone.
+    # mqt, m3 and the selections serve any V: there it is the V of requests alone.
     c.compressor.tokens = 36
     c.compressor.heads = 8  # of the cross-attention, as published for windows; mqt has 16
     # quecc: where the question's feature comes from. "separate": an LLM pass over it alone (as
@@ -70,6 +70,16 @@ def get_config() -> ConfigDict:
     c.compressor.queries = 0  # mqt: learned queries; 0: 256, or one per patch of a smaller grid
     c.compressor.prefusion = 4  # llava_mini: layers in which the text reads all patches
     c.compressor.scales = ()  # m3: every V that training shows; (): 1, 9, 36, 144, 576 of 24 x 24
+    c.compressor.important_ratio = 0.5  # vispruner: share of V chosen by attention; 1 is FasterVLM
+    c.compressor.selection_seed = 0  # random: with the image's pixels it draws the patches
+    c.compressor.ps_version = "v2"  # pixel_unshuffle: InternVL's; "v1" transposes the tokens' grid
+    # cdpruner: CLIP's text tower, as in clip-vit-large-patch14-336, and the width of CLIP's space.
+    c.compressor.clip_width = 768
+    c.compressor.text_width = 768
+    c.compressor.text_depth = 12
+    c.compressor.text_heads = 12
+    c.compressor.text_vocab = 49408
+    c.compressor.text_length = 77
 
     # Visual tokens that the LLM leaves out between its layers, in generation and evaluation alone:
     # vlm_jax/models/pruning PRUNINGS names the kinds; "none" leaves none out.

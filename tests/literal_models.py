@@ -49,11 +49,11 @@ def attention(query, keys, values, *, causal):
     return scores / scores.sum(-1, keepdims=True) @ values
 
 
-def vit(weights, pixels, c, keys=False):
+def vit(weights, pixels, c, keys=False, whole=False):
     """CLIP's tower on one image [I I 3]: the levels of each patch in raster order [P Z].
 
     `keys` adds the key of each patch in the block behind the last level and, of the attention of
-    all tokens to all there, that of the class token to the patch.
+    all tokens to all there, that of the class token to the patch. `whole` keeps the class token.
     """
     size, side = c.vit.patch_size, c.vit.image_size // c.vit.patch_size
     cut = [pixels[r * size : (r + 1) * size, k * size : (k + 1) * size].reshape(-1)
@@ -71,7 +71,7 @@ def vit(weights, pixels, c, keys=False):
         x = x + np.concatenate(heads, 1) @ kernel + w["attention.out.bias"]
         y = affine(w, "up", layer_norm(w, "norm2", x, c.vit.norm_eps))
         x = x + affine(w, "down", y / (1 + np.exp(-1.702 * y)))
-        outputs.append(x[1:])
+        outputs.append(x if whole else x[1:])
     outputs = [outputs[level - 1] for level in c.vit.levels]
     if keys:
         w = block(weights, max(c.vit.levels))
@@ -80,6 +80,21 @@ def vit(weights, pixels, c, keys=False):
         seen = attention(query, key, np.eye(len(y)), causal=False)
         outputs += [key[1:], seen[:1, 1:].T]
     return np.concatenate(outputs, axis=1)
+
+
+def own_block(weights, pixels, c):
+    """Of the block whose output is the last level: the attention of the class token to each patch,
+    mean over the heads, and the keys of all tokens, class token first."""
+    level = max(c.vit.levels)
+    before = c.copy_and_resolve_references()
+    before.vit.levels = (level - 1,)
+    x = vit(weights, pixels, before, whole=True)
+    w = block(weights, level - 1)
+    y = layer_norm(w, "norm1", x, c.vit.norm_eps)
+    query, key = affine(w, "attention.query", y), affine(w, "attention.key", y)
+    heads = zip(*(np.split(z, c.vit.heads, axis=1) for z in (query, key)), strict=True)
+    seen = [attention(q, k, np.eye(len(y)), causal=False)[0, 1:] for q, k in heads]
+    return np.mean(seen, axis=0), key
 
 
 def turned(x, theta):
@@ -120,7 +135,7 @@ def unembed(weights, hidden):
 def vlm(model, row, c):
     """Logits [length W] of one row's text tokens but the first, each given all before it."""
     weights = of(model.llm)
-    text, keys = weights["embedding"][row["ids"][: row["length"]]], model.compressor.reads_keys
+    text, keys = weights["embedding"][row["ids"][: row["length"]]], model.compressor.reads == "keys"
     place = np.arange(row["length"])
     images = {name: row[name] for name in ("image_at", "levels", "pixels", "question",
                                            "question_length") if name in row}  # fmt: skip

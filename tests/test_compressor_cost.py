@@ -20,6 +20,9 @@ from test_cost import (
 )
 
 from vlm_jax import compressors
+from vlm_jax.compressors.compressor import Question
+from vlm_jax.compressors.method import Interface
+from vlm_jax.compressors.mmtok import WORDS
 from vlm_jax.cost import flops as cost
 from vlm_jax.models.sizes import LLMSize, ViTSize
 
@@ -78,6 +81,22 @@ def test_compressors_have_the_parameters_of_the_published_modules(kind):
         assert counted / 1e6 == pytest.approx(millions, abs=0.005)
 
 
+# GFLOP of the choice alone at V = 64, as derived from the methods' steps. VisPruner compares all
+# patches there, ours those that are not important; MMTok has 10 tokens of words there.
+CHOICES = dict(visionzip=0.011, vispruner=0.68, divprune=2.72, cdpruner=16.93, mmtok=0.795)
+
+
+@pytest.mark.parametrize("kind", CHOICES)
+def test_choices_cost_what_their_steps_do(kind):
+    between = Interface(24, 1024, 1, 4096, heads=16)
+    counted = compressor(kind, 64).choice(between)
+    if kind == "vispruner":
+        counted *= (576 / (576 - 32)) ** 2
+    if kind == "mmtok":
+        counted -= 2 * (WORDS - 10) * 576 * 4096 + 3 * 64 * (WORDS - 10) * 576
+    assert counted / 1e9 == pytest.approx(CHOICES[kind], rel=0.02)
+
+
 # --- held to the models ---------------------------------------------------------------------------
 
 KINDS = [
@@ -98,8 +117,26 @@ KINDS = [
     dict(kind="prumerge_plus", tokens=9),
     dict(kind="prumerge_plus", tokens=0),
     dict(kind="mqt", tokens=9, queries=16),
+    dict(kind="pixel_unshuffle", tokens=36),
+    dict(kind="uniform", tokens=9),
+    dict(kind="random", tokens=9),
+    dict(kind="divprune", tokens=9),
+    dict(kind="divprune", tokens=144),
+    dict(kind="mmtok", tokens=9),
+    dict(kind="cdpruner", tokens=9),
+    dict(kind="visionzip", tokens=2),
+    dict(kind="visionzip", tokens=36),
+    dict(kind="vispruner", tokens=9),
+    dict(kind="vispruner", tokens=9, important_ratio=1.0),
 ]
-KINDS = [dict(heads=4, query="none", downsample="conv", queries=0) | section for section in KINDS]
+# The compiler counts what is repeated for each layer once.
+CLIP_TEXT = dict(
+    clip_width=256, text_width=256, text_depth=1, text_heads=4, text_vocab=64, text_length=77
+)
+KINDS = [
+    dict(heads=4, query="none", downsample="conv", queries=0) | CLIP_TEXT | section
+    for section in KINDS
+]
 
 
 def name_of(section):
@@ -114,6 +151,7 @@ def build(section, vit, llm):
         width=vit["width"],
         levels=len(vit["levels"]),
         llm_width=llm["width"],
+        vit_heads=vit["heads"],
     )
 
 
@@ -130,8 +168,11 @@ LEVELS_LLM = SMALL_LLM | {"width": 4096}
 
 
 def features(model, batch):
-    """What the encoder gives for a compressor: fewer patches, or keys and attention beside them."""
-    return shape(batch, 144 // model.shrink**2, 2 * 2048 + (2048 + 1) * model.reads_keys)
+    """What the encoder gives for a compressor: fewer patches, or more beside them."""
+    own = model.interface.head + 1
+    beside = dict(keys=2048 + 1, own_keys=own, own_attention=1, image_id=2, image_size=2)
+    rows = 144 // model.shrink**2 + (model.reads == "own_keys")
+    return shape(batch, rows, 2 * 2048 + beside.get(model.reads, 0))
 
 
 def see(model, x, question):
@@ -140,7 +181,13 @@ def see(model, x, question):
     return made.tokens if model.adaptive else made
 
 
-def question_shape(batch):
+def question_shape(model, batch):
+    """What a compressor reads of the question, of as many tokens as its cost counts."""
+    length = shape(batch, dims=("batch",), dtype="int32")
+    if model.method.query == "words":
+        return Question(shape(batch, WORDS, 4096), length)
+    if model.method.query == "clip":
+        return Question(shape(batch, 77, dims=("batch", "len"), dtype="int32"), length)
     return shape(batch, 4096, dims=("batch", "feature"))
 
 
@@ -152,7 +199,7 @@ def parts_of(section):
 def test_compressor_flops_are_the_compilers(section, mesh1):
     with jax.set_mesh(mesh1):
         model = jax.eval_shape(lambda: build(section, LEVELS_VIT, LEVELS_LLM))
-        got = flops(see, model, features(model, 1), question_shape(1))
+        got = flops(see, model, features(model, 1), question_shape(model, 1))
     assert got == pytest.approx(cost.compressor_flops(*parts_of(section)), rel=0.01)
 
 
@@ -160,9 +207,9 @@ def test_compressor_flops_are_the_compilers(section, mesh1):
 def test_what_no_image_enters_is_computed_once_for_a_batch_or_before(section, mesh1):
     with jax.set_mesh(mesh1):
         model = jax.eval_shape(lambda: build(section, LEVELS_VIT, LEVELS_LLM))
-        got = flops(see, model, features(model, 3), question_shape(3))
+        got = flops(see, model, features(model, 3), question_shape(model, 3))
         folded = jax.eval_shape(lambda model: model.fold(), model)
-        after = flops(see, folded, features(model, 3), question_shape(3))
+        after = flops(see, folded, features(model, 3), question_shape(model, 3))
     shared, own = (
         cost.compressor_flops(*parts_of(section), batch=3, form=form)
         for form in ("built", "folded")
@@ -183,6 +230,6 @@ def test_compressor_training_flops_are_the_compilers(section, mesh1):
         def loss(model, x, question):
             return jnp.square(see(model, x, question)).sum()
 
-        got = flops(jax.grad(loss), model, features(model, 1), question_shape(1))
+        got = flops(jax.grad(loss), model, features(model, 1), question_shape(model, 1))
     counted = cost.compressor_products(*parts_of(section)).training(1)
     assert got == pytest.approx(counted, rel=0.01)

@@ -25,6 +25,7 @@ THROUGH = {
     "test_fit.py": "law.families",
     "test_law.py": "law.components law.intervals",
     "test_causal_attention.py": "models.segments",
+    "test_selected_models.py": "compressors.cdpruner.text weights.text_tower",
     "test_plan.py": "planning.answers planning.choices planning.parsing "
     "reports.plan_figure rows.measured",
     "test_pruning_cost.py": "models.pruning.description models.pruning.fastv "

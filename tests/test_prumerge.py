@@ -199,7 +199,7 @@ def test_images_of_a_batch_have_different_numbers_of_tokens(case, mesh1):
 def test_cached_features_and_eight_devices_give_the_same_logits(case, mesh1, mesh8):
     c, model, batch, whole = case
     with jax.set_mesh(mesh1):
-        levels = jax.jit(lambda m, x: m.vit(x, keys=True))(model, batch["pixels"])
+        levels = jax.jit(lambda m, x: m.vit(x, reads="keys"))(model, batch["pixels"])
     cached = {k: v for k, v in batch.items() if k != "pixels"} | dict(levels=np.asarray(levels))
     with jax.set_mesh(mesh1):
         np.testing.assert_allclose(logits_of(model, cached), whole, atol=1e-4)

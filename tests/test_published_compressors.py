@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import published_pruning
+import published_selection
 import published_trained
 import pytest
 
@@ -17,6 +18,7 @@ import pytest
 FAMILIES = (
     published_trained,
     published_pruning,
+    published_selection,
 )
 RUNS = {method: run for family in FAMILIES for method, run in family.RUNS.items()}
 GATES = {method: family.GATE for family in FAMILIES for method in family.RUNS}

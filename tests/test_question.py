@@ -20,6 +20,7 @@ from vlm_jax.data.processor import Processor, RowFormat
 from vlm_jax.data.sources import Origin
 from vlm_jax.models import vlm
 from vlm_jax.models.cache import rows
+from vlm_jax.models.question import feature
 from vlm_jax.models.sizes import LLMSize
 from vlm_jax.serving.predict import predict
 from vlm_jax.training import stages
@@ -64,7 +65,7 @@ def born(c, mesh):
 def one_pass(model, batch):
     """Scores by an ordinary causal pass over the spliced rows, given the same visual tokens."""
     text = model.llm.embed(batch["ids"])
-    asked = vlm.feature(model.llm(text), batch["question_length"])
+    asked = feature(model.llm(text), batch["question_length"])
     visual = model.visual_tokens(batch, asked)
     x, _, _ = model.splice(text, visual, batch)
     before = model.before(batch, vlm.Assembled(x, visual.count))

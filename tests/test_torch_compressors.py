@@ -57,7 +57,7 @@ def test_the_peer_is_the_same_function(kind, tokens, more, mesh1):
             x.size for x in jax.tree.leaves(module)
         )
         patches, width = sizes["side"] ** 2, sizes["width"]
-        if module.reads_keys:
+        if module.reads:
             levels = drawn(0, 2, patches, 2 * width)
             queries, keys = (drawn(i, 2, patches + 1, width) for i in (1, 2))
             attention = class_attention(jnp.array(queries[:, 0]), jnp.array(keys))

@@ -100,7 +100,7 @@ def test_keys_are_those_of_the_whole_next_block(devices, request, c, vit, pixels
     # There all tokens attend to all; here only the class token's query is computed.
     mesh = request.getfixturevalue(f"mesh{devices}")
     with jax.set_mesh(mesh):
-        found = jax.jit(lambda v, x: v(x, keys=True))(rough(c, mesh), tiny.placed(pixels))
+        found = jax.jit(lambda v, x: v(x, reads="keys"))(rough(c, mesh), tiny.placed(pixels))
     found = np.asarray(found)
     theirs = [literal_models.vit(literal_models.of(vit), x, c, keys=True) for x in pixels[:2]]
     np.testing.assert_allclose(found[:2], theirs, atol=2e-5)
@@ -137,7 +137,7 @@ def test_of_the_next_block_only_keys_and_queries_count(c, vit, pixels, mesh1):
         lambda path, w: w if used(path) else cut(w, level), vit
     )
     with jax.set_mesh(mesh1):
-        encode = jax.jit(lambda v, x: v(x, keys=True))
+        encode = jax.jit(lambda v, x: v(x, reads="keys"))
         np.testing.assert_array_equal(encode(broken, pixels), encode(vit, pixels))
 
 
@@ -145,7 +145,7 @@ def test_keys_are_float32_when_the_rest_is_bfloat16(c, vit, pixels, mesh1):
     low = nnx.merge(*nnx.split(vit))
     low.dtype = "bfloat16"
     with jax.set_mesh(mesh1):
-        exact, rounded = (jax.jit(lambda v, x: v(x, keys=True))(v, pixels) for v in (vit, low))
+        exact, rounded = (jax.jit(lambda v, x: v(x, reads="keys"))(v, pixels) for v in (vit, low))
     assert rounded.dtype == "float32"
     error = np.abs(np.asarray(exact) - rounded)
     assert 1e-4 < error.mean() < 0.05 * np.asarray(exact).std()
@@ -205,8 +205,8 @@ def test_impossible_sizes_are_refused_with_the_way_out(change, words, c, mesh1):
 
 
 @pytest.mark.parametrize("asked, change, words", [
-    (dict(keys=True), dict(levels=(1, 3)), "behind the last level.*raise vit.depth to 4, or let"),
-    (dict(keys=True), dict(class_token=False), "PruMerge asks the class token.*such as CLIP"),
+    (dict(reads="keys"), dict(levels=(1, 3)), "behind the last level.*raise vit.depth to 4, or"),
+    (dict(reads="keys"), dict(class_token=False), "asks the class token.*such as CLIP"),
     (dict(shrink=3), {}, r"4x4 patches cannot be shrunk 3 times: choose one of \[1, 2, 4\]"),
     (dict(shrink=0), {}, r"cannot be shrunk 0 times: choose one of \[1, 2, 4\]"),
 ])  # fmt: skip

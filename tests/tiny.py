@@ -141,17 +141,23 @@ def filled(module, tensors):
     return folder.place(module, names.compressor_table(module), tensors)
 
 
-def compressor(kind, *, side, width, llm_width, levels=1, heads=1, query="none", rngs=None, **more):
+# Fields of the smallest CLIP text tower, of a compressor that has one.
+CLIP = dict(clip_width=8, text_width=8, text_depth=2, text_heads=2, text_vocab=16, text_length=5)
+
+
+def compressor(
+    kind, *, side, width, llm_width, levels=1, heads=1, query="none", rngs=None, vit_heads=1, **more
+):
     """The flax module of a compressor alone; `more` is of its description or of its module."""
     from flax import nnx
 
     from vlm_jax.compressors.method import Interface
 
-    described = method(kind, heads=heads, query=query, **more)
+    described = method(kind, heads=heads, query=query, **(CLIP | more))
     of_module = ("kernels", "kernel", "stride", "neighbors")
     return described.module()(
         described,
-        Interface(side, width, levels, llm_width),
+        Interface(side, width, levels, llm_width, heads=vit_heads),
         rngs=rngs or nnx.Rngs(0),
         **{name: value for name, value in more.items() if name in of_module},
     )

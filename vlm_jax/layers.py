@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vlm_jax import cpu, mesh
 
@@ -142,6 +142,87 @@ def swiglu(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "
 
 # Of an encoder's MLP, under the names of configs/base.py.
 ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention, every projection with a bias.
+
+    A token attends to all tokens, or to those whose columns are true in its row of `seen`.
+    """
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        size = width // heads
+        inward = dict(dims=("embed", "heads", "head"), out=("batch", "len", "heads", "head"))
+        self.query = Linear("BSE,ENH->BSNH", (width, heads, size), rngs=rngs, **inward)
+        self.key = Linear("BSE,ENH->BSNH", (width, heads, size), rngs=rngs, **inward)
+        self.value = Linear("BSE,ENH->BSNH", (width, heads, size), rngs=rngs, **inward)
+        self.out = Linear(
+            "BSNH,NHE->BSE",
+            (heads, size, width),
+            rngs=rngs,
+            dims=("heads", "head", "embed"),
+            out=("batch", "len", "feature"),
+        )
+
+    def __call__(
+        self, x: Float[Array, "B S E"], seen: Bool[Array, "S S"] | None = None
+    ) -> Float[Array, "B S E"]:
+        query = self.query(x)
+        scores = jnp.einsum(
+            "BTNH,BSNH->BNTS", query, self.key(x), preferred_element_type=jnp.float32
+        )
+        scores = scores if seen is None else jnp.where(seen, scores, -jnp.inf)
+        weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5).astype(x.dtype)
+        return self.out(jnp.einsum("BNTS,BSNH->BTNH", weights, self.value(x)))
+
+    def keys(self, x: Float[Array, "B S E"]) -> tuple[Float[Array, "B S E"], Float[Array, "B E"]]:
+        """The keys of all tokens and the query of the first, their heads side by side."""
+        flat = mesh.spec("batch", "len", "feature")
+        keys, query = self.key(x), self.query(x[:, :1])
+        # Heads may be on several devices: each needs all of them to compare whole keys.
+        keys, query = (
+            jnp.reshape(
+                jax.sharding.reshard(y, mesh.spec("batch", "len", "none", "none")),
+                (*y.shape[:2], x.shape[2]),
+                out_sharding=flat,
+            )
+            for y in (keys, query)
+        )
+        return keys, query[:, 0]
+
+
+class Block(nnx.Module):
+    """One pre-norm block: attention, then an MLP with the activation that is named."""
+
+    def __init__(
+        self, width: int, mlp: int, heads: int, *, eps: float, activation: str, rngs: nnx.Rngs
+    ):
+        self.activation = activation
+        self.norm1 = LayerNorm(width, eps=eps, rngs=rngs)
+        self.attention = Attention(width, heads, rngs=rngs)
+        self.norm2 = LayerNorm(width, eps=eps, rngs=rngs)
+        self.up = Linear(
+            "BSE,EF->BSF",
+            (width, mlp),
+            dims=("embed", "mlp"),
+            out=("batch", "len", "mlp"),
+            rngs=rngs,
+        )
+        self.down = Linear(
+            "BSF,FE->BSE",
+            (mlp, width),
+            dims=("mlp", "embed"),
+            out=("batch", "len", "feature"),
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, x: Float[Array, "B S E"], seen: Bool[Array, "S S"] | None = None
+    ) -> Float[Array, "B S E"]:
+        with jax.named_scope("attention"):
+            x = x + self.attention(self.norm1(x), seen)
+        with jax.named_scope("mlp"):
+            return x + self.down(ACTIVATIONS[self.activation](self.up(self.norm2(x))))
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:

@@ -56,6 +56,8 @@ def batch_of(recipe: Recipe, rows: int, *, answer: bool) -> dict[str, jax.ShapeD
         question_length=(of_image, jnp.int32),
         pixels=((*of_image, side, side, 3), jnp.float32),
     )
+    if recipe.rows.reads == "image_size":
+        specs["image_size"] = ((*of_image, 2), jnp.int32)
     if answer:
         specs["loss_mask"] = ((rows, text), jnp.bool_)
     if packed:

@@ -6,31 +6,47 @@ A method is a folder: its description (`__init__.py`), without JAX, and its flax
 
 from typing import Any
 
+from vlm_jax.compressors.cdpruner import CDPrunerMethod
+from vlm_jax.compressors.divprune import DivPruneMethod
 from vlm_jax.compressors.downsample import DownsampleMethod
 from vlm_jax.compressors.llava_mini import LlavaMiniMethod
 from vlm_jax.compressors.m3 import M3Method
 from vlm_jax.compressors.method import Method
+from vlm_jax.compressors.mmtok import MMTokMethod
 from vlm_jax.compressors.mqt import MQTMethod
 from vlm_jax.compressors.none import NoneMethod
+from vlm_jax.compressors.pixel_unshuffle import PixelUnshuffleMethod
 from vlm_jax.compressors.pool import PoolMethod
 from vlm_jax.compressors.prumerge import PruMergeMethod, PruMergePlusMethod
 from vlm_jax.compressors.quecc import QueCCMethod
+from vlm_jax.compressors.random import RandomMethod
 from vlm_jax.compressors.token_packer import TokenPackerMethod
+from vlm_jax.compressors.uniform import UniformMethod
+from vlm_jax.compressors.visionzip import VisionZipMethod
+from vlm_jax.compressors.vispruner import VisPrunerMethod
 from vlm_jax.compressors.voco import VocoMethod
 
 COMPRESSORS: dict[str, type[Method]] = {
     method.kind: method
     for method in (
+        CDPrunerMethod,
+        DivPruneMethod,
         DownsampleMethod,
         LlavaMiniMethod,
         M3Method,
+        MMTokMethod,
         MQTMethod,
         NoneMethod,
+        PixelUnshuffleMethod,
         PoolMethod,
         PruMergeMethod,
         PruMergePlusMethod,
         QueCCMethod,
+        RandomMethod,
         TokenPackerMethod,
+        UniformMethod,
+        VisionZipMethod,
+        VisPrunerMethod,
         VocoMethod,
     )
 }

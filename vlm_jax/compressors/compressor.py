@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The interface of a compressor's flax module to the VLM, with the usual implementations.
 
-B batch  V visual tokens  D llm width
+B batch  V visual tokens  U tokens of a question  D llm width
 """
 
 from typing import Any, NamedTuple
@@ -20,6 +20,14 @@ class Visual(NamedTuple):
 
     tokens: Float[Array, "B V D"]
     count: Int[Array, "B *M"]
+
+
+class Question(NamedTuple):
+    """What a method that reads the question's tokens reads of each image's question: ids or
+    embeddings, of which the first `length` count."""
+
+    tokens: Int[Array, "B U"] | Float[Array, "B U D"]
+    length: Int[Array, "B"]
 
 
 class Compressor(nnx.Module):
@@ -61,9 +69,9 @@ class Compressor(nnx.Module):
         return self.reads_prefix or self.method.summarizes or self.fusion is not None
 
     @property
-    def reads_keys(self) -> bool:
-        """Whether the levels include keys and attention (ViT's `keys=True`), in float32."""
-        return self.method.reads_keys
+    def reads(self) -> str:
+        """What the levels include beside the patches' outputs (ViT's `reads`), then in float32."""
+        return self.method.reads
 
     @property
     def shrink(self) -> int:

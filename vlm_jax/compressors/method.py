@@ -18,6 +18,12 @@ Number = int | float  # plans may have 12.1 visual tokens, and mean lengths are 
 # parts that no image enters precomputed (only MQT differs).
 FORMS = ("published", "built", "folded")
 
+# What an encoder gives beside the outputs of the levels' blocks, in float32 (`ViT.__call__`):
+# nothing; keys and the class token's attention of the block behind the last level; the attention
+# of the last level's own block; that with its keys and the class token; the image's number; or its
+# width and height before it was padded to a square.
+READS = ("", "keys", "own_attention", "own_keys", "image_id", "image_size")
+
 
 @dataclasses.dataclass(frozen=True)
 class Interface:
@@ -29,6 +35,8 @@ class Interface:
         levels: number of levels that the encoder keeps of each patch.
         llm_width: D.
         kept: rows before the patches: 1 if the encoder keeps its class token.
+        heads: of the encoder's attention.
+        patch_size: pixels on each side of a patch.
     """
 
     side: int
@@ -36,6 +44,13 @@ class Interface:
     levels: int
     llm_width: int
     kept: int = 0
+    heads: int = 1
+    patch_size: int = 14
+
+    @property
+    def head(self) -> int:
+        """H, channels of one head of the encoder's attention."""
+        return self.width // self.heads
 
     @property
     def patches(self) -> int:
@@ -93,15 +108,18 @@ class Method(ABC):
     # Layers before the LLM in which the text reads the image; a method with any makes it a field.
     prefusion = 0
     # Where the question's feature comes from: "none", "separate" (a pass of the LLM over the
-    # question alone) or "prefix" (the LLM's own pass over the text before the image). A method with
-    # a choice makes it a field, so it has no annotation here.
+    # question alone) or "prefix" (the LLM's own pass over the text before the image). "words" and
+    # "clip" read its tokens: the LLM's input embeddings of its words, or ids of CLIP's text tower.
+    # A method with a choice makes it a field, so it has no annotation here.
     query = "none"
-    reads_keys: ClassVar[bool] = False  # the levels include keys and attention, float32
+    reads: ClassVar[str] = ""  # what the levels include beside the patches' outputs, one of READS
     any_tokens: ClassVar[bool] = False  # one model serves several V, chosen by request
     draws_tokens: ClassVar[bool] = False  # finetune draws V for each micro-batch from `prefixes`
     summarizes: ClassVar[bool] = False  # text reads the last `tokens` of an image's tokens alone
     compresses: ClassVar[bool] = True  # False: every row of the encoder becomes a token
+    selects: ClassVar[bool] = False  # it shows patches of a model that was trained on all of them
     projected: ClassVar[bool] = False  # its only weights are LLaVA-1.5's projector
+    clip: ClassVar[bool] = False  # its other weights are those of a CLIP, which are not trained
     # How a published model is recognized: tensors (beginnings of names after `mm_projector.`) that
     # only this method has, and fields of a config.json with the value that names the method (None:
     # any value).
@@ -257,6 +275,11 @@ class Method(ABC):
         not agree, and for features that the module does not have.
         """
         raise ValueError(f"no published model of {cls.kind} is known")
+
+    @classmethod
+    def keeps_projector(cls) -> bool:
+        """Whether LLaVA-1.5's trained projector is all that it learns."""
+        return cls.projected or cls.clip
 
     def section(self) -> dict[str, Any]:
         """The fields of a `compressor` section that describe it."""

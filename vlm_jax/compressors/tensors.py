@@ -132,3 +132,25 @@ def joined_mlp(first: str, second: str, part: str) -> Table:
 
 # Names of haotian-liu/LLaVA (c121f043); `pool` and `m3` have them too.
 LLAVA = mlp("0", "2", "projector")
+
+# One block of HF's CLIP and SigLIP towers, of images and of texts (`layers.Block`).
+CLIP_BLOCK = {
+    **linear("self_attn.q_proj", "attention", "query", outputs=2),
+    **linear("self_attn.k_proj", "attention", "key", outputs=2),
+    **linear("self_attn.v_proj", "attention", "value", outputs=2),
+    **linear("self_attn.out_proj", "attention", "out"),
+    **norm("layer_norm1", "norm1"),
+    **norm("layer_norm2", "norm2"),
+    **linear("mlp.fc1", "up"),
+    **linear("mlp.fc2", "down"),
+}
+
+
+def stacked(prefix: str, layer: int, block: Table, *path: str) -> Table:
+    """The table of one block, as layer `layer` of a stack called `blocks` at `path`."""
+    return {
+        prefix + name: Tensor(
+            tuple((*path, "blocks", *of) for of in row.paths), outputs=row.outputs, layer=layer
+        )
+        for name, row in block.items()
+    }

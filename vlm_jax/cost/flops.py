@@ -56,13 +56,14 @@ def encoder_flops(vit: ViTSize, compressor: Method) -> Number:
     """FLOPs of the encoder for one image: patch embedding and the blocks up to the last level.
 
     A method that shrinks the image (downsample) is encoded from fewer patches; one that reads keys
-    (PruMerge) also needs the next block's key projection, and its query of the class token.
+    or the class token's attention (PruMerge, VisionZip, VisPruner) also needs a block's key
+    projection in float32, and its query of the class token.
     """
     patches = compressor.encoded(vit.side)
     tokens = patches + vit.first
     block = 2 * tokens * (4 * vit.width**2 + 2 * vit.width * vit.mlp) + 4 * tokens**2 * vit.width
     flops = 2 * patches * 3 * vit.patch_size**2 * vit.width + max(vit.levels) * block
-    if compressor.reads_keys:
+    if compressor.reads in ("keys", "own_keys", "own_attention"):
         flops += 2 * (tokens + 1) * vit.width**2
     return flops
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from vlm_jax import mesh as meshes
 from vlm_jax.data.example import BadExample, Source
 from vlm_jax.data.order import EPOCHS, examples
-from vlm_jax.data.packed_rows import PackedRows, Usage
+from vlm_jax.data.packed_rows import PackedRows, Pictures, Usage
 from vlm_jax.data.packing import Arrangement, Buckets, Packing
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.skips import Skip, Skips
@@ -63,19 +63,25 @@ class _Rows:
         # Images that could not be read when they were encoded have no features.
         self.unread = None if features is None else np.isnan(features[:, 0, 0])
 
-    def _pictures(self, index: int) -> np.ndarray:
-        """The images of an example, uint8 [M, S, S, 3]; black where it has fewer."""
-        size, images = self.processor.images.size, self.texts.images(index)
+    def _pictures(self, index: int) -> Pictures:
+        """The images of an example."""
+        processor, images = self.processor, self.texts.images(index)
         read = getattr(self.source.images, "picture", self.source.images.__getitem__)
-        pictures = np.zeros((len(images), size, size, 3), np.uint8)
+        pictures = self._none(len(images))
         for k, image in enumerate(images):
             if image >= 0:
-                pictures[k] = self.processor.square(read(int(image)))
+                picture = read(int(image))
+                pictures.squares[k] = processor.square(picture)
+                pictures.sizes[k] = processor.shown_size(picture)
         return pictures
 
-    def _parts(self, index: int) -> tuple[Batch | None, np.ndarray]:
-        """The text of an example, None if the table has it, and its images: uint8 [M, S, S, 3], or
-        [0] with features."""
+    def _none(self, count: int) -> Pictures:
+        """`count` missing images."""
+        size = self.processor.images.size
+        return Pictures(np.zeros((count, size, size, 3), np.uint8), np.ones((count, 2), np.int32))
+
+    def _parts(self, index: int) -> tuple[Batch | None, Pictures]:
+        """The text of an example, None if the table has it, and its images."""
         if index in self.texts.bad:
             raise self.texts.bad[index]
         text = None if self.texts.table is not None else self.texts.of(index)
@@ -85,9 +91,9 @@ class _Rows:
         if unread:
             name = self.source.images.name(unread[0])
             raise BadExample(f"image {name} could not be read when its features were made")
-        return text, np.zeros(0, np.uint8)
+        return text, self._none(0)
 
-    def whole(self, index: int) -> tuple[Batch, np.ndarray]:
+    def whole(self, index: int) -> tuple[Batch, Pictures]:
         """`_parts`, with the text taken from the table if it is there."""
         text, images = self._parts(index)
         if text is None:
@@ -96,7 +102,7 @@ class _Rows:
 
     def _usable(
         self, index: int, replace: bool, faults: Faults
-    ) -> tuple[int, tuple[Batch | None, np.ndarray] | None]:
+    ) -> tuple[int, tuple[Batch | None, Pictures] | None]:
         """The example at `index`, or the next one that can be used, with its parts."""
         last = BadExample("no example was tried")
         for step in range(len(self.source) if replace else 1):
@@ -127,13 +133,13 @@ class _Rows:
         images = np.stack([self.texts.images(int(i)) for i in indices])
         empty = (images < 0) | missing[:, None]
         if self.features is None:
-            size = self.processor.images.size
-            blank = np.zeros((self.texts.most, size, size, 3), np.uint8)
-            pixels = self.processor.images.normalized(
-                np.stack([blank if parts is None else parts[1] for _, parts in usable])
-            )
+            none = self._none(self.texts.most)
+            seen = [none if parts is None else parts[1] for _, parts in usable]
+            pixels = self.processor.images.normalized(np.stack([x.squares for x in seen]))
             pixels[empty] = 0  # as in LLaVA: zeros after normalization
             extra["pixels"] = pixels
+            if self.processor.reads == "image_size":
+                extra["image_size"] = np.stack([x.sizes for x in seen])
         else:
             levels = self.features[np.maximum(images, 0)]
             if empty.any():

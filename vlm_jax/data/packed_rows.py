@@ -7,7 +7,7 @@ B rows of this process  M images of a row  T text tokens  Tq question tokens  S 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,15 @@ from vlm_jax.data.example import BadExample
 from vlm_jax.data.packing import Group, Plan
 from vlm_jax.data.texts import BadText, Texts
 
-# The text of an example, and its images: uint8 [M, S, S, 3], or empty with features.
-Parts = tuple[dict[str, Any], np.ndarray]
+
+class Pictures(NamedTuple):
+    """The images of an example; nothing with features."""
+
+    squares: np.ndarray  # uint8 [M, S, S, 3]; black where it has fewer
+    sizes: np.ndarray  # int32 [M, 2], as `Processor.shown_size` gives them
+
+
+Parts = tuple[dict[str, Any], Pictures]  # the text of an example, and its images
 
 
 @dataclass
@@ -112,12 +119,13 @@ class PackedRows:
                 "question_length",
                 "image_segment",
                 "pixels",
+                "image_size",
                 "levels",
             )
             batch |= {name: batch[name][:, 0] for name in images if name in batch}
         if group.images == 0:
             batch["image_at"] = np.full(len(self.mine), group.text, np.int32)
-            for name in ("question", "question_length", "pixels", "levels"):
+            for name in ("question", "question_length", "pixels", "image_size", "levels"):
                 batch.pop(name, None)
         return batch | {"faults": faults, "cut": np.array(cut, np.int64)}
 
@@ -141,6 +149,8 @@ class PackedRows:
         if self.features is None:
             size = processor.images.size
             batch["pixels"] = np.zeros((*images, size, size, 3), np.float32)
+            if processor.reads == "image_size":
+                batch["image_size"] = np.ones((*images, 2), np.int32)
         else:
             shape = (*images, *self.features.shape[1:])
             batch["levels"] = np.zeros(shape, self.features.dtype)
@@ -182,7 +192,10 @@ class PackedRows:
                 batch["segment"][row, here] = number
                 batch["image_segment"][row, slots] = number
             if count and self.features is None:
-                batch["pixels"][row, slots] = processor.images.normalized(pictures[:count])
+                shown_now = processor.images.normalized(pictures.squares[:count])
+                batch["pixels"][row, slots] = shown_now
+                if "image_size" in batch:
+                    batch["image_size"][row, slots] = pictures.sizes[:count]
             elif count:
                 batch["levels"][row, slots] = self.features[self.texts.images(example)[:count]]
             if text["cut"]:

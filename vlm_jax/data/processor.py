@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax import compressors
-from vlm_jax.data import templates
+from vlm_jax.data import reading, templates
 from vlm_jax.data.example import IMAGE_MARK, BadExample, Example
 from vlm_jax.data.images import Preparation
 from vlm_jax.data.templates import OwnTemplate, Part
@@ -49,7 +49,9 @@ class RowFormat:
 
     Attributes:
       images: how images are prepared.
-      query: how the question is read for the compressor: "none", "separate" or "prefix".
+      query: how the question is read for the compressor: "none", "separate", "prefix", or by its
+        tokens: "words" of the LLM's tokenizer, "clip" of CLIP's.
+      reads: what the compressor reads beside the encoder's levels.
       vocab: rows of the LLM's embedding, if known.
     Raises:
       ValueError: for an unknown template; for query "prefix" with a template whose question does
@@ -64,6 +66,7 @@ class RowFormat:
     blind: bool
     images: Preparation
     query: str = "none"
+    reads: str = ""
     vocab: int | None = None
 
     def __post_init__(self) -> None:
@@ -87,7 +90,7 @@ class RowFormat:
     @classmethod
     def of(cls, config: Any) -> "RowFormat":
         """As a configuration says."""
-        data = config.data
+        data, method = config.data, compressors.describe(config.compressor)
         return cls(
             data.template,
             data.text_length,
@@ -95,7 +98,8 @@ class RowFormat:
             data.images_per_row,
             data.blind,
             Preparation.of(data, config.vit.image_size),
-            compressors.describe(config.compressor).query,
+            method.query,
+            method.reads,
             config.llm.vocab,
         )
 
@@ -108,14 +112,25 @@ class Processor:
       rows: how an example becomes a row.
       image_token: the token that stands for an image in the chat template of the tokenizer; <image>
         unless given.
+      text_tokenizer: of CLIP's text tower, for a compressor that reads the question with it; with
+        the number of its places, `text_places`.
     Raises:
       ValueError: for a tokenizer without the eos token that the template needs.
     """
 
-    def __init__(self, tokenizer: Any, rows: RowFormat, image_token: int | None = None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        rows: RowFormat,
+        image_token: int | None = None,
+        *,
+        text_tokenizer: Any = None,
+        text_places: int = 77,
+    ):
         self.mark = mark_of(tokenizer, image_token)
         self.template = templates.named(rows.template).of(tokenizer, self.mark)
-        self.query = rows.query
+        self.query, self.reads = rows.query, rows.reads
+        self.text_tokenizer, self.text_places = text_tokenizer, text_places
         self.tokenizer, self.encode = tokenizer, Encoder(tokenizer)
         self.text_length, self.question_length = rows.text_length, rows.question_length
         self.images_per_row = rows.images_per_row
@@ -138,10 +153,11 @@ class Processor:
         if rows.vocab is not None and self.pad_id >= rows.vocab:
             self.pad_id = 0
 
-    def reading_as(self, query: str) -> "Processor":
-        """This processor for a model of the same data with another `query` of its compressor."""
+    def reading_as(self, query: str, reads: str) -> "Processor":
+        """This processor for a model of the same data with another `query` and other `reads` of its
+        compressor."""
         other = copy.copy(self)
-        other.query = query
+        other.query, other.reads = query, reads
         return other
 
     def saying(self, system: str) -> "Processor":
@@ -292,7 +308,7 @@ class Processor:
             if len(ids) <= self.text_length and not fits:
                 problem += " and nothing follows its image"
             longest = max(map(len, questions))
-            if self.query == "separate" and has_image and longest > first:
+            if self.query != "none" and has_image and longest > first:
                 fits = False
                 problem += f", its question {longest}, data.question_length is {first}"
         if not fits and (not answer or has_image and image_at >= self.text_length):
@@ -326,7 +342,11 @@ class Processor:
         }
 
     def _questions(self, example: Example) -> list[list[int]]:
-        """The ids of each image's question for a pass of its own, as published for QueCC."""
+        """What a compressor reads of each image's question, by itself."""
+        if self.query in ("words", "clip"):
+            ids = self._last_question(example)
+            return [ids] * max(len(example.images), 1)
+        # As published for QueCC.
         questions = [
             text.replace(IMAGE_MARK, "").strip() if IMAGE_MARK in text else text
             for images, text in example.questions()
@@ -336,6 +356,15 @@ class Processor:
         questions = questions if "{question}" in self.template.user else [""] * len(questions)
         texts = questions if example.images else [NO_IMAGE_QUESTION]
         return [[*self.bos, *self.encode(text).ids] for text in texts]
+
+    def _last_question(self, example: Example) -> list[int]:
+        """The tokens of the last question, as published for methods that read them."""
+        text = NO_IMAGE_QUESTION
+        if example.images:
+            text = example.turns[-1][0].replace(IMAGE_MARK, "").strip()
+        if self.query == "words":
+            return reading.word_ids(self.tokenizer, text)
+        return reading.clip_ids(self.text_tokenizer, text, self.text_places)
 
     def _append(self, ids: list[int], mask: list[bool], parts: list[Part]) -> None:
         parts = [part for part in parts if part[0]]
@@ -353,6 +382,15 @@ class Processor:
     def square(self, image: np.ndarray | Image.Image) -> np.ndarray:
         """An RGB image, uint8 [H, W, 3] or of PIL, as a square, uint8 [S, S, 3]; blank if blind."""
         return self.images.blank() if self.blind else self.images.square(image)
+
+    def shown_size(self, image: np.ndarray | Image.Image) -> tuple[int, int]:
+        """Width and height of what is seen of an RGB image, to a common factor: its own if it is
+        padded to a square, else those of a square."""
+        if self.blind or self.images.fit != "pad":
+            return 1, 1
+        if isinstance(image, Image.Image):
+            return image.size
+        return image.shape[1], image.shape[0]
 
     def pixels(self, image: np.ndarray) -> np.ndarray:
         """An RGB image uint8 [H, W, 3] as the encoder sees it: float32 [S, S, 3], normalized."""

@@ -59,7 +59,7 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
     inputs, test = (
         replace(
             i,
-            processor=i.processor.reading_as(size.compressor.query),
+            processor=i.processor.reading_as(size.compressor.query, size.compressor.reads),
             features=blind_to(features, encoded.blind) if cell.blind else features,
         )
         for i, features in ((read, encoded.train), (asked, encoded.test))

@@ -93,14 +93,20 @@ class ViTSize:
         """Of them, those that the levels keep."""
         return int(self.keep_class)
 
-    def check_keys(self) -> None:
-        """Raises unless there is a block behind the last level, and a class token to ask it."""
+    def rows_before(self, reads: str) -> int:
+        """Rows before those of the patches, if a method reads this beside the levels."""
+        return int(reads == "own_keys") or self.kept
+
+    def check_reads(self, reads: str) -> None:
+        """Raises ValueError unless the encoder has what a method reads beside the levels."""
+        if reads in ("", "image_id", "image_size"):
+            return
         if self.kept or not self.first:
             raise ValueError(
-                "PruMerge asks the class token which patches matter: it needs an encoder with "
-                "vit.class_token=True and vit.keep_class=False, such as CLIP"
+                "the compressor asks the class token which patches matter: it needs an encoder "
+                "with vit.class_token=True and vit.keep_class=False, such as CLIP"
             )
-        if self.levels[-1] == self.depth:
+        if reads == "keys" and self.levels[-1] == self.depth:
             raise ValueError(
                 f"PruMerge reads the keys of the block behind the last level, and "
                 f"vit.levels={self.levels} ends with the last of vit.depth={self.depth} blocks: "
@@ -166,7 +172,9 @@ class LoRASize:
 
 def interface(vit: ViTSize, llm: LLMSize) -> Interface:
     """What a compressor between the two stands between."""
-    return Interface(vit.side, vit.width, len(vit.levels), llm.width, vit.kept)
+    return Interface(
+        vit.side, vit.width, len(vit.levels), llm.width, vit.kept, vit.heads, vit.patch_size
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,8 +194,7 @@ class VLMSize:
 
     def __post_init__(self) -> None:
         self.compressor.check(self.interface)
-        if self.compressor.reads_keys:
-            self.vit.check_keys()
+        self.vit.check_reads(self.compressor.reads)
         if self.pruning is not None:
             self.pruning.check(self.read)
             if self.compressor.summarizes:

@@ -13,83 +13,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from vlm_jax import mesh
+from vlm_jax.compressors.hashing import halves, image_ids
 from vlm_jax.compressors.window import check_window, window_order
-from vlm_jax.layers import ACTIVATIONS, LayerNorm, Linear, layer, normal, remat, stack, weight
+from vlm_jax.layers import (
+    ACTIVATIONS,
+    Block,
+    LayerNorm,
+    Linear,
+    layer,
+    normal,
+    remat,
+    stack,
+    weight,
+)
 from vlm_jax.models.sizes import ViTSize
 
 HIDDEN = ("batch", "len", "feature")
-
-
-class Attention(nnx.Module):
-    """Multi-head self-attention over all tokens, every projection with a bias."""
-
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
-        size = width // heads
-        inward = dict(dims=("embed", "heads", "head"), out=("batch", "len", "heads", "head"))
-        self.query = Linear("BSE,ENH->BSNH", (width, heads, size), rngs=rngs, **inward)
-        self.key = Linear("BSE,ENH->BSNH", (width, heads, size), rngs=rngs, **inward)
-        self.value = Linear("BSE,ENH->BSNH", (width, heads, size), rngs=rngs, **inward)
-        self.out = Linear(
-            "BSNH,NHE->BSE",
-            (heads, size, width),
-            rngs=rngs,
-            dims=("heads", "head", "embed"),
-            out=HIDDEN,
-        )
-
-    def __call__(self, x: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
-        query = self.query(x)
-        scores = jnp.einsum(
-            "BTNH,BSNH->BNTS", query, self.key(x), preferred_element_type=jnp.float32
-        )
-        weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5).astype(x.dtype)
-        return self.out(jnp.einsum("BNTS,BSNH->BTNH", weights, self.value(x)))
-
-    def keys(self, x: Float[Array, "B S E"]) -> tuple[Float[Array, "B S E"], Float[Array, "B E"]]:
-        """The keys of all tokens and the query of the first, their heads side by side."""
-        flat = mesh.spec("batch", "len", "feature")
-        keys, query = self.key(x), self.query(x[:, :1])
-        # Heads may be on several devices: each needs all of them to compare whole keys.
-        keys, query = (
-            jnp.reshape(
-                jax.sharding.reshard(y, mesh.spec("batch", "len", "none", "none")),
-                (*y.shape[:2], x.shape[2]),
-                out_sharding=flat,
-            )
-            for y in (keys, query)
-        )
-        return keys, query[:, 0]
-
-
-class Block(nnx.Module):
-    """One pre-norm block: attention, then an MLP with the activation that is named."""
-
-    def __init__(
-        self, width: int, mlp: int, heads: int, *, eps: float, activation: str, rngs: nnx.Rngs
-    ):
-        self.activation = activation
-        self.norm1 = LayerNorm(width, eps=eps, rngs=rngs)
-        self.attention = Attention(width, heads, rngs=rngs)
-        self.norm2 = LayerNorm(width, eps=eps, rngs=rngs)
-        self.up = Linear(
-            "BSE,EF->BSF",
-            (width, mlp),
-            dims=("embed", "mlp"),
-            out=("batch", "len", "mlp"),
-            rngs=rngs,
-        )
-        self.down = Linear(
-            "BSF,FE->BSE", (mlp, width), dims=("mlp", "embed"), out=HIDDEN, rngs=rngs
-        )
-
-    def __call__(self, x: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
-        with jax.named_scope("attention"):
-            x = x + self.attention(self.norm1(x))
-        with jax.named_scope("mlp"):
-            return x + self.down(ACTIVATIONS[self.activation](self.up(self.norm2(x))))
+# What `reads` asks about the block whose output is the last level.
+OWN_BLOCK = ("own_attention", "own_keys")
 
 
 class ViT(nnx.Module):
@@ -146,7 +90,8 @@ class ViT(nnx.Module):
         *,
         window: int = 1,
         shrink: int = 1,
-        keys: bool = False,
+        reads: str = "",
+        sizes: Shaped[Array, "B 2"] | None = None,
     ) -> Float[Array, "B P Y"]:
         """The levels of every patch, concatenated over channels (Y = Z = levels x E); the class
         token is dropped, or with `keep_class` comes before them (P is then one more).
@@ -156,12 +101,21 @@ class ViT(nnx.Module):
         split of the image and the rows of the position table follow the order.
 
         `shrink` makes the image that many times smaller on each side, and takes the position table
-        at the center of the area that each larger patch covers. `keys` adds what PruMerge reads
-        from the block after the last level: the key of each patch (E channels), and the class
-        token's attention to it, out of a softmax over all patches and the class token (Y = Z + E +
-        1, all in float32). ValueError if that block or that shrinking does not exist.
+        at the center of the area that each larger patch covers. ValueError if it does not exist.
+
+        `reads` adds channels behind those of the levels, and makes all float32; ValueError for what
+        the encoder does not have:
+          "keys", from the block after the last level: the key of each patch (E channels), and the
+            class token's attention to it, out of a softmax over all patches and the class token.
+          "own_attention", from the block whose output is the last level: that attention, the mean
+            over the heads (1 channel).
+          "own_keys": the class token as a row before the patches; from the same block the mean of a
+            row's keys over the heads (H channels) and that attention (1).
+          "image_id": a number from the pixels of each image, as two halves (2 channels).
+          "image_size": `sizes`, each image's width and height before it was padded (2 channels).
         """
         size, whole = self.size, self.size.side
+        size.check_reads(reads)
         order = window_order(whole // self.check_shrink(shrink), window)
         covered = whole * size.patch_size
         x = shrunk(pixels[:, :covered, :covered].astype(self.dtype), shrink)
@@ -178,27 +132,51 @@ class ViT(nnx.Module):
         if self.pre_norm is not None:
             x = self.pre_norm(x)
         step = remat(self.remat_policy)(lambda x, block: (block(x), None))
-        kept = []
-        for start, stop in itertools.pairwise((0, *size.levels)):
+        # What the last level's block reads is kept for those that ask about its attention.
+        stops = {*size.levels} | ({size.levels[-1] - 1} if reads in OWN_BLOCK else set())
+        kept, before = [], x
+        for start, stop in itertools.pairwise(sorted({0} | stops)):
+            before = x
             blocks = jax.tree.map(lambda w, a=start, b=stop: w[a:b], self.blocks)
             x, _ = lax.scan(step, x, blocks)
-            kept.append(x[:, size.first - size.kept :])
+            if stop in size.levels:
+                kept.append(x[:, size.first - size.rows_before(reads) :])
         if size.final_norm:
             kept[-1] = self.post_norm(kept[-1])
-        if not keys:
+        if not reads:
             return jnp.concatenate(kept, axis=-1)
-        size.check_keys()
-        # In float32: otherwise rounding would decide between nearly equal patches.
-        next_block = layer(self.blocks, size.levels[-1])
-        patch_keys, query = next_block.attention.keys(next_block.norm1(x.astype(jnp.float32)))
-        attention = class_attention(query, patch_keys)[..., None]
-        kept = [y.astype(jnp.float32) for y in kept]
-        return jnp.concatenate([*kept, patch_keys[:, 1:], attention], axis=-1)
+        if reads in ("image_id", "image_size"):
+            if reads == "image_size" and sizes is None:
+                raise ValueError('reads="image_size" needs the images\' sizes')
+            numbers = halves(image_ids(pixels)) if reads == "image_id" else sizes
+            rows = (*kept[-1].shape[:2], 2)
+            numbers = jax.sharding.reshard(numbers.astype(jnp.float32), mesh.spec("batch"))
+            more = jnp.broadcast_to(numbers[:, None], rows)
+        else:
+            more = self.attended(before if reads in OWN_BLOCK else x, reads)
+        return jnp.concatenate([*(y.astype(jnp.float32) for y in kept), more], axis=-1)
 
-    def order(self, window: int, shrink: int = 1) -> np.ndarray:
+    def attended(self, x: Float[Array, "B S E"], reads: str) -> Float[Array, "B R Y"]:
+        """The channels that `reads` adds, from the input of the block that it asks about."""
+        own = reads in OWN_BLOCK
+        block = layer(self.blocks, self.size.levels[-1] - own)
+        # In float32: otherwise rounding would decide between nearly equal patches.
+        keys, query = block.attention.keys(block.norm1(x.astype(jnp.float32)))
+        if not own:
+            return jnp.concatenate([keys[:, 1:], class_attention(query, keys)[..., None]], axis=-1)
+        attention = head_attention(query, keys, self.size.heads)[..., None]
+        if reads == "own_attention":
+            return attention
+        heads = (*keys.shape[:2], self.size.heads, -1)
+        means = jnp.reshape(keys, heads, out_sharding=mesh.spec("batch", *["none"] * 3)).mean(2)
+        # The class token's attention to itself is not read.
+        return jnp.concatenate([means, jnp.pad(attention, ((0, 0), (1, 0), (0, 0)))], axis=-1)
+
+    def order(self, window: int, shrink: int = 1, reads: str = "") -> np.ndarray:
         """For each row of a level in window-major order, its row in raster order, int [P]."""
         order = window_order(self.size.side // self.check_shrink(shrink), window)
-        return np.concatenate([np.arange(self.size.kept), self.size.kept + order])
+        before = self.size.rows_before(reads)
+        return np.concatenate([np.arange(before), before + order])
 
     def check_shrink(self, shrink: int) -> int:
         """`shrink`; raises unless the patches of the shrunk image tile it."""
@@ -228,6 +206,27 @@ def class_attention(
         preferred_element_type=jnp.float32,
     )
     return jax.nn.softmax(scores * query.shape[-1] ** -0.5)[:, 1:]
+
+
+def head_attention(
+    query: Float[Array, "B E"], keys: Float[Array, "B S E"], heads: int
+) -> Float[Array, "B S-1"]:
+    """How much the class token attends to each patch, the mean over the heads, in float32.
+
+    The first of `keys` is the class token's, as for `class_attention`. Published VisionZip
+    (arXiv 2412.04467) adds the heads, which ranks the patches alike; VisPruner (arXiv 2412.01818)
+    averages them.
+    """
+    batch, tokens, width = keys.shape
+    whole = mesh.spec("batch", "none", "none", "none")
+    scores = jnp.einsum(
+        "BNH,BSNH->BNS",
+        jnp.reshape(query, (batch, heads, width // heads), out_sharding=mesh.spec("batch")),
+        jnp.reshape(keys, (batch, tokens, heads, width // heads), out_sharding=whole),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return jax.nn.softmax(scores * (width // heads) ** -0.5).mean(1)[:, 1:]
 
 
 def shrunk(pixels: Float[Array, "B I I 3"], times: int) -> Float[Array, "B J J 3"]:

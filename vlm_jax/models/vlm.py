@@ -16,11 +16,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vlm_jax import cpu, mesh
-from vlm_jax.compressors.compressor import Visual
+from vlm_jax.compressors.compressor import Question, Visual
 from vlm_jax.models.cache import Caches, Past, Pruned, positions_of, repeated, rows
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.prefusion import Prefusion
 from vlm_jax.models.pruned import Images
+from vlm_jax.models.question import QUESTIONS, feature
 from vlm_jax.models.segments import starts
 from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vit import ViT
@@ -53,7 +54,8 @@ class VLM(nnx.Module):
     image's visual tokens come before ids[image_at], ascending; T for a missing image), `question`
     [B M U] and `question_length` [B M] for compressors that read the question, and either `pixels`
     [B M I I 3] or `levels` [B M P Y] (the encoder's output for this compressor, in raster order).
-    If rows have at most one image, M is left out of all these shapes.
+    If rows have at most one image, M is left out of all these shapes. With `pixels`, a compressor
+    that reads where an image was padded needs `image_size` [B M 2], width and height before that.
 
     For a compressor that reads the text before the image, `question` is that text: the first
     `question_length` of `ids`, at most U tokens; at most T - U tokens follow the image. A row
@@ -98,22 +100,27 @@ class VLM(nnx.Module):
         return self.llm.pruning is None and not reader.method.summarizes and reader.fusion is None
 
     @jax.named_scope("encoder")
-    def encode(self, pixels: Float[Array, "B I I 3"]) -> Float[Array, "B P Z"]:
+    def encode(
+        self, pixels: Float[Array, "B I I 3"], sizes: Shaped[Array, "B 2"] | None = None
+    ) -> Float[Array, "B P Z"]:
         """Encoder levels in the compressor's order and type; the encoder is frozen."""
         reader = self.compressor
-        return lax.stop_gradient(
-            self.vit(pixels, window=reader.window, shrink=reader.shrink, keys=reader.reads_keys)
-        )
+        how = dict(window=reader.window, shrink=reader.shrink, reads=reader.reads, sizes=sizes)
+        return lax.stop_gradient(self.vit(pixels, **how))
 
     def levels(self, batch: Batch) -> Float[Array, "BM P Z"]:
         """The levels of each image, row by row, in the compressor's patch order and type."""
         if "levels" not in batch:
-            return self.encode(each(batch, "pixels"))
-        order = self.vit.order(self.compressor.window, self.compressor.shrink)
-        dtype = "float32" if self.compressor.reads_keys else self.llm.dtype
+            sizes = each(batch, "image_size") if self.compressor.reads == "image_size" else None
+            return self.encode(each(batch, "pixels"), sizes)
+        reader = self.compressor
+        order = self.vit.order(reader.window, reader.shrink, reader.reads)
+        dtype = "float32" if reader.reads else self.llm.dtype
         return each(batch, "levels")[:, order].astype(dtype)
 
-    def visual_tokens(self, batch: Batch, question: Float[Array, "BM D"] | None) -> Visual:
+    def visual_tokens(
+        self, batch: Batch, question: Float[Array, "BM D"] | Question | None
+    ) -> Visual:
         """The visual tokens of each row's images, and their number: 0 for a missing image."""
         if "visual" in batch:
             output = batch["visual"]
@@ -137,6 +144,11 @@ class VLM(nnx.Module):
         present = at < batch["ids"].shape[1]
         return Visual(tokens.astype(self.llm.dtype), count * present)
 
+    def question(self, batch: Batch) -> "Float[Array, 'BM D'] | Question":
+        """What the compressor reads of each image's question."""
+        ids, length = each(batch, "question"), each(batch, "question_length")
+        return QUESTIONS[self.compressor.method.query](self.llm, ids, length)
+
     def assemble(self, batch: Batch) -> "Assembled":
         """The input of the LLM's last pass, and the pass before it.
 
@@ -150,8 +162,7 @@ class VLM(nnx.Module):
             question = None
             if self.compressor.reads_question:
                 with jax.named_scope("question"):
-                    states = self.llm(self.llm.embed(each(batch, "question")))
-                    question = feature(states, each(batch, "question_length"))
+                    question = self.question(batch)
             text = self.llm.embed(ids)
             if self.compressor.fusion is None or "visual" in batch:
                 visual = self.visual_tokens(batch, question)
@@ -334,15 +345,6 @@ def each(batch: Batch, name: str) -> Shaped[Array, "BM *X"]:
 def by_image(x: Int[Array, "B *M"]) -> Int[Array, "B M"]:
     """Numbers of images with the dimension M, which is left out if a row has at most one image."""
     return x[:, None] if x.ndim == 1 else x
-
-
-def feature(hidden: Float[Array, "B U D"], length: Int[Array, "B"]) -> Float[Array, "B D"]:
-    """What a compressor reads of a question: the hidden state of its last token, no gradient.
-
-    As published for QueCC, which reads the question in a separate pass with the current weights. A
-    question that is part of the prompt is treated alike; its keys and values do get a gradient.
-    """
-    return lax.stop_gradient(rows(hidden, length[:, None] - 1)[:, 0])
 
 
 def read(

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -96,15 +96,16 @@ class Asker:
             read = len(tokens.ids) + self.V * len(question.images)
             row.room = min(self.way.max_new_tokens, self.model.max_length - read)
             row.shortened = row.room < self.way.max_new_tokens
-            request = Request(tokens.ids, tokens.places, tokens.questions, [])
+            request = Request(tokens.ids, tokens.places, tokens.questions, [], [])
             if row.room < 1:
                 pixels = [self.unread] * len(question.images)
                 self.model.room(
-                    Request(request.ids, request.places, request.questions, pixels),
-                    visual_tokens=self.way.visual_tokens,
+                    replace(request, pixels=pixels), visual_tokens=self.way.visual_tokens
                 )
             for image in question.images:
-                request.pixels.append(self.pixels(image) if mine else self.unread)
+                pixels, size = self.pixels(image) if mine else (self.unread, (1, 1))
+                request.pixels.append(pixels)
+                request.sizes.append(size)
             row.request = request
             if mine:
                 row.key = self.key(request, row.room)
@@ -113,19 +114,21 @@ class Asker:
             row.missing = isinstance(error, FileNotFoundError)
         return row
 
-    def pixels(self, image: Path | bytes) -> np.ndarray:
-        """An image as the encoder sees it, float32 [I, I, 3].
+    def pixels(self, image: Path | bytes) -> tuple[np.ndarray, tuple[int, int]]:
+        """An image as the encoder sees it, float32 [I, I, 3], and its width and height before that
+        (`Processor.shown_size`).
 
         Raises:
           FileNotFoundError: if it is not there; BadExample if it cannot be decoded.
         """
         if self.way.view == "blind":
-            return self.blank
-        square = self.model.processor.square(read(image, exif=self.way.exif))
+            return self.blank, (1, 1)
+        picture = read(image, exif=self.way.exif)
+        square = self.model.processor.square(picture)
         if self.side != self.images.size:
             small = Image.fromarray(square).resize((self.side,) * 2, Image.Resampling.BOX)
             square = np.asarray(small.resize((self.images.size,) * 2, Image.Resampling.BICUBIC))
-        return self.images.normalized(square)
+        return self.images.normalized(square), self.model.processor.shown_size(picture)
 
     def key(self, request: Request, room: int) -> str:
         """The hash of all that the greedy answer to a request depends on."""
@@ -142,6 +145,8 @@ class Asker:
             request.questions,
             len(request.pixels),
         )
+        if self.model.compressor.reads == "image_size":
+            described += (request.sizes,)
         found = hashlib.sha256(repr(described).encode())
         for pixels in request.pixels:
             found.update(np.ascontiguousarray(pixels))

@@ -196,8 +196,8 @@ class VLM:
         """
         images = listed(image)
         tokens = self.tokens(prompt, images=len(images))
-        pixels = [self.processor.pixels(picture(one, exif=exif)) for one in images]
-        return Request(tokens.ids, tokens.places, tokens.questions, pixels)
+        pictures = [picture(one, exif=exif) for one in images]
+        return Request.of(tokens, pictures, self.processor)
 
     def tokens(self, prompt: Any, *, images: int, system: str | None = None) -> Tokens:
         """The tokens of a Prompt about images, after a `system` text. Raises as `request`."""

@@ -4,7 +4,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from vlm_jax.compressors.compressor import Compressor, Visual
 from vlm_jax.data.example import IMAGE_MARK
 from vlm_jax.data.paths import existing_path
 from vlm_jax.data.pictures import Unusable, check_shape, one_line, read_image, rgb
+from vlm_jax.data.processor import Processor, Tokens
 from vlm_jax.serving.decoder import bucket
 
 Picture = str | Path | Image.Image | np.ndarray | None
@@ -25,13 +26,22 @@ Prompt = str | Sequence[str]
 class Request:
     """One prompt as tokens, with its images as pixels float32 [I, I, 3], in their order.
 
-    `places` is the index of the id after each image, `questions` the question's ids of each image.
+    `places` is the index of the id after each image, `questions` what is read of each image's
+    question, `sizes` each image's width and height before it was padded (`Processor.shown_size`).
     """
 
     ids: list[int]
     places: tuple[int, ...]
     questions: list[list[int]]
     pixels: list[np.ndarray]
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, tokens: Tokens, pictures: Sequence[np.ndarray], processor: Processor) -> "Request":
+        """The request of these tokens about pictures uint8 [H, W, 3]."""
+        pixels = [processor.pixels(one) for one in pictures]
+        sizes = [processor.shown_size(one) for one in pictures]
+        return cls(tokens.ids, tokens.places, tokens.questions, pixels, sizes)
 
     @property
     def image_at(self) -> int | None:
@@ -43,7 +53,8 @@ def digest(requests: Sequence[Request]) -> str:
     """Sixteen hexadecimal digits that depend on the whole content of the requests."""
     digest_of_all = hashlib.sha256()
     for request in requests:
-        digest_of_all.update(repr((request.ids, request.places, request.questions)).encode())
+        of_text = request.ids, request.places, request.questions, request.sizes
+        digest_of_all.update(repr(of_text).encode())
         for pixels in request.pixels:
             digest_of_all.update(np.ascontiguousarray(pixels))
     return digest_of_all.hexdigest()[:16]
@@ -138,6 +149,11 @@ def batch_of(
         for row, request in zip(pixels, rows, strict=True):
             row[: len(request.pixels)] = request.pixels
         of_images["pixels"] = pixels
+        if compressor.reads == "image_size":
+            if any(len(r.sizes) != len(r.pixels) for r in rows):
+                raise ValueError(f"{compressor.method.kind} reads the size of each image: give it")
+            sizes = [[*r.sizes, *[(1, 1)] * (images - len(r.sizes))] for r in rows]
+            of_images["image_size"] = np.array(sizes, np.int32)
     if images < 2:
         of_images = {name: values[:, 0] for name, values in of_images.items()}
     batch = {"ids": padded(ids, text, pad), "length": length, **of_images}

@@ -22,16 +22,17 @@ class Sight(NamedTuple):
     """How images are encoded: the same for most compressors, so that they share their features."""
 
     shrink: int = 1  # smaller on each side
-    keys: bool = False  # with the keys of the block behind the last level
+    reads: str = ""  # beside the levels
 
     @classmethod
     def of(cls, compressor: Compressor) -> "Sight":
         """What `compressor` wants; it may be abstract."""
-        return cls(compressor.shrink, compressor.reads_keys)
+        return cls(compressor.shrink, compressor.reads)
 
     def file(self, split: str) -> str:
         """The name of the file with the features of a split."""
-        return f"{split}{f'-shrink{self.shrink}' * (self.shrink > 1)}{'-keys' * self.keys}.npy"
+        shrunk = f"-shrink{self.shrink}" if self.shrink > 1 else ""
+        return f"{split}{shrunk}{f'-{self.reads}' if self.reads else ''}.npy"
 
 
 class Features(NamedTuple):
@@ -91,10 +92,14 @@ def encoded(
     mine = loader.local_rows(now, BATCH)
     for start in range(0, count, BATCH):
         seen = [picture(source, min(start + k, count - 1), skip=skip) for k in mine.tolist()]
-        pixels = np.stack([processor.pixels(blank if x is None else x) for x in seen])
-        unread = np.array([x is None for x in seen])
-        batch = loader.on_mesh(dict(pixels=pixels, unread=unread), now, BATCH)
-        found = np.array(outputs(encoder, batch["pixels"], sight))
+        shown = [blank if x is None else x for x in seen]
+        made = dict(
+            pixels=np.stack([processor.pixels(x) for x in shown]),
+            sizes=np.array([processor.shown_size(x) for x in shown], np.int32),
+            unread=np.array([x is None for x in seen]),
+        )
+        batch = loader.on_mesh(made, now, BATCH)
+        found = np.array(outputs(encoder, batch["pixels"], batch["sizes"], sight))
         found[hosts.fetched(batch["unread"])] = np.nan
         yield start, found
 
@@ -112,7 +117,8 @@ def picture(source: sources.Source, index: int, *, skip: bool) -> np.ndarray | N
 def blind_of(encoder: ViT, processor: Processor, sight: Sight) -> np.ndarray:
     """Encoder outputs of an image of the mean color, [1, P, Y]."""
     gray = processor.images.normalized(processor.images.blank())
-    return encode(encoder, np.broadcast_to(gray, (BATCH, *gray.shape)), sight)[:1]
+    pixels, square = np.broadcast_to(gray, (BATCH, *gray.shape)), np.ones((BATCH, 2), np.int32)
+    return outputs(encoder, placed(pixels), placed(square), sight)[:1]
 
 
 def blind_to(seen: np.ndarray, blind: np.ndarray) -> np.ndarray:
@@ -126,19 +132,15 @@ def blind_to(seen: np.ndarray, blind: np.ndarray) -> np.ndarray:
     return np.concatenate([blind, np.full_like(blind, np.nan)])[unread.astype(int)]
 
 
-def encode(encoder: ViT, pixels: np.ndarray, sight: Sight) -> np.ndarray:
-    """Encoder outputs of one batch [BATCH I I 3], the same in every process, float32."""
-    return outputs(encoder, placed(pixels), sight)
-
-
-def outputs(encoder: ViT, pixels: jax.Array, sight: Sight) -> np.ndarray:
-    """`encode` of a batch on the mesh."""
-    return hosts.fetched(_encode(encoder, pixels, **sight._asdict())).astype(np.float32)
+def outputs(encoder: ViT, pixels: jax.Array, sizes: jax.Array, sight: Sight) -> np.ndarray:
+    """Encoder outputs of a batch on the mesh, [BATCH I I 3] and [BATCH 2], the same in every
+    process, float32."""
+    return hosts.fetched(_encode(encoder, pixels, sizes, **sight._asdict())).astype(np.float32)
 
 
 _encode = jax.jit(
-    lambda vit, x, shrink, keys: vit(x, shrink=shrink, keys=keys),
-    static_argnames=("shrink", "keys"),
+    lambda vit, x, sizes, shrink, reads: vit(x, shrink=shrink, reads=reads, sizes=sizes),
+    static_argnames=("shrink", "reads"),
 )
 
 

@@ -38,6 +38,15 @@ LATER = {
     "validation.answers": 64,
     "compressor.queries": 0,
     "compressor.prefusion": 4,
+    "compressor.important_ratio": 0.5,
+    "compressor.selection_seed": 0,
+    "compressor.ps_version": "v2",
+    "compressor.clip_width": 768,
+    "compressor.text_width": 768,
+    "compressor.text_depth": 12,
+    "compressor.text_heads": 12,
+    "compressor.text_vocab": 49408,
+    "compressor.text_length": 77,
     "loss_chunk": -1,
     "frozen_dtype": "float32",
     **{f"{stage}.moments": "float32" for stage in STAGES},
@@ -215,7 +224,9 @@ FIELDS: dict[str, Field] = {
     # Of a method that serves any V, `tokens` is of requests alone: `change_of` knows.
     **_section(
         "compressor", RUN, kind=None, tokens=SOME, heads=COUNT, query=None, downsample=None,
-        scales=COUNTS, queries=SOME, prefusion=SOME,
+        scales=COUNTS, queries=SOME, prefusion=SOME, important_ratio=SHARE, selection_seed=SEED,
+        ps_version=Choice(("v2", "v1")), clip_width=COUNT, text_width=COUNT,
+        text_depth=COUNT, text_heads=COUNT, text_vocab=COUNT, text_length=COUNT,
     ),
     # Of a model that training has made; it reads all tokens.
     **_section("pruning", ANSWERS, kind=None, layers=COUNTS, tokens=COUNTS, weight=SHARE),

@@ -41,16 +41,16 @@ class Metrics(NamedTuple):
 
 # MQT's position table: published training moves it in the first stage and leaves it then.
 ALIGNED = filterlib.PathIn(("compressor", "position"))
+# A CLIP inside a compressor has no gradient; weight decay would still shrink it.
+COMPRESSOR = nnx.All(nnx.PathContains("compressor"), nnx.Not(nnx.PathContains("clip")))
 # Part of the module tree that a stage trains; everything else is frozen.
 TRAINED = {
     "encoder": nnx.Everything(),
-    "align": nnx.PathContains("compressor"),
-    "finetune": nnx.All(
-        nnx.Any(nnx.PathContains("compressor"), nnx.PathContains("llm")), nnx.Not(ALIGNED)
-    ),
+    "align": COMPRESSOR,
+    "finetune": nnx.All(nnx.Any(COMPRESSOR, nnx.PathContains("llm")), nnx.Not(ALIGNED)),
 }
 # The same of finetune where the LLM has adapters: they are trained in place of its weights.
-ADAPTERS = nnx.All(nnx.Any(nnx.LoRAParam, nnx.PathContains("compressor")), nnx.Not(ALIGNED))
+ADAPTERS = nnx.All(nnx.Any(nnx.LoRAParam, COMPRESSOR), nnx.Not(ALIGNED))
 
 
 MATRICES = (

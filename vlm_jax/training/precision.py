@@ -16,7 +16,7 @@ def frozen(model: VLM, stage: str) -> set[str]:
     if stage == "align" or lora.adapted(model):
         parts.add("llm")
     # Which patches are kept is decided in float32 from the encoder's own weights.
-    return parts - {"vit"} if model.compressor.reads_keys else parts
+    return parts - {"vit"} if model.compressor.reads else parts
 
 
 def narrowed(model: VLM, stage: str, dtype: str) -> VLM:

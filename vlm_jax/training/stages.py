@@ -168,6 +168,13 @@ def check(recipe: Recipe, *, cell: bool = False) -> None:
             "trained in front of this LLM (`vlm-jax convert --vision=WORKDIR --llm=...`); the "
             "cells of `vlm-jax grid` may have both (grid.llms.NAME.start_from)"
         )
+    if recipe.model.compressor.clip and (cell or not recipe.start_from):
+        raise ValueError(
+            f"compressor.kind={recipe.model.compressor.kind!r} reads questions with CLIP's text "
+            "tower, which would be random: start_from a folder that `vlm-jax convert "
+            "--text-tower=DIR` made with it; a selection is not trained, so it may also be chosen "
+            "for a model that was trained without compression"
+        )
     if not recipe.align.steps + recipe.finetune.steps:
         raise ValueError(
             "align.steps=0 and finetune.steps=0: such a run trains no model; set one of them"

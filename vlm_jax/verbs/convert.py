@@ -8,6 +8,7 @@
     vlm-jax convert --llm=SmolLM2-135M-Instruct.Q4_1.gguf --to=DIR
     vlm-jax convert --from=llava-1.5-7b-hf --compressor=quecc --tokens=36 --replace-compressor \\
         --to=DIR
+    vlm-jax convert --from=llava-1.5-7b-hf --compressor=mmtok --tokens=16 --to=DIR
     vlm-jax convert --from=DIR --to-hf --to=DIR
     vlm-jax convert --from=WORKDIR --to-peft --to=DIR
     vlm-jax convert --from=llava-1.5-7b-hf --adapter-from=PEFT_DIR --to=DIR
@@ -107,6 +108,12 @@ def add_flags(parser: Parser) -> None:
         help="stage 1 weights of the compressor (default: new ones)",
     )
     add(
+        "--text-tower",
+        type=Path,
+        metavar="DIR",
+        help="cdpruner: folder of the whole CLIP that reads questions (default: --vision)",
+    )
+    add(
         "--replace-compressor",
         action="store_true",
         help="replace the trained compressor of --from",
@@ -189,6 +196,10 @@ def gathered(options: argparse.Namespace, llm: Path | None) -> Any:
     from vlm_jax.weights import conversion, folder, sources
     from vlm_jax.weights.methods import Wish
 
+    reads_clip = options.compressor and COMPRESSORS[options.compressor].clip
+    if options.text_tower and not reads_clip:
+        kinds = ", ".join(kind for kind, method in COMPRESSORS.items() if method.clip)
+        raise ValueError(f"--text-tower is for --compressor={kinds}, which reads questions with it")
     wish = Wish(
         options.compressor,
         options.tokens,
@@ -198,6 +209,7 @@ def gathered(options: argparse.Namespace, llm: Path | None) -> Any:
         options.projector,
         options.seed,
         options.replace_compressor,
+        options.text_tower or (options.vision if reads_clip else None),
     )
     vision = options.vision
     if vision is None and llm and not options.source:
@@ -208,11 +220,11 @@ def gathered(options: argparse.Namespace, llm: Path | None) -> Any:
         vision = runs.read(vision, "--vision")
     if options.source and not options.llm and options.source.is_dir():
         if runs.is_run(options.source):
-            given = wish.flags() + [f"--vision={options.vision}"] * bool(options.vision)
-            if given:
-                raise ValueError(
-                    f"{options.source} is a training run, whose model is converted unchanged: drop "
-                    f"{' '.join(given)}"
-                )
-            return runs.read(options.source, "--from")
+            return sources.reselected(
+                runs.read(options.source, "--from"),
+                vision=options.vision,
+                wish=wish,
+                path=options.source,
+                what="a training run",
+            )
     return conversion.read_source(options.source, vision=vision, llm=llm, wish=wish)

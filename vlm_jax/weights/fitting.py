@@ -8,8 +8,7 @@ from pathlib import Path
 
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.compressors.none import NoneMethod
-from vlm_jax.models import vlm
-from vlm_jax.weights import folder, methods, names, sizes
+from vlm_jax.weights import folder, methods, names, sizes, text_tower
 from vlm_jax.weights.classes import within
 from vlm_jax.weights.files import read_tensors
 from vlm_jax.weights.folder import Model
@@ -64,6 +63,8 @@ def with_compressor(model: Model, wish: Wish) -> Model:
     elif wish.tokens is None:
         raise ValueError(f"--compressor={kind} needs --tokens=V")
     fields["tokens"] = wish.tokens
+    tower = text_tower.read(wish.text_tower, kind) if method.clip else None
+    fields |= tower.section if tower else {}
     levels = wish.levels or (model.vit["depth"] - 1,)
     # A chosen level is the output of a block, without class token and final norm.
     model.vit |= dict(levels=levels, keep_class=False, final_norm=False)
@@ -90,13 +91,16 @@ def with_compressor(model: Model, wish: Wish) -> Model:
                     f"--compressor={method_of_file} --tokens=V"
                 )
     else:
-        fresh = vlm.create(model.size(), seed=wish.seed, of=lambda model: model.compressor)
-        tensors = folder.compressor_tensors(fresh)
-        weights = {f"compressor.{name}": x for name, x in tensors.items()}
+        wanted = [f"compressor.{name}" for name in model.size().compressor.published()]
+        wanted = [name for name in wanted if tower is None or name not in tower.tensors]
+        weights = folder.fresh(model.size(), wanted, seed=wish.seed)
         model.notes["new"] = (
             f"{len(weights)} tensors of the compressor {kind}, drawn with seed {wish.seed}"
         )
     model.tensors = others | weights
+    if tower:
+        model.tensors |= tower.tensors
+        model.text_tokenizer = tower.tokenizer
     return model
 
 

@@ -70,6 +70,7 @@ class Model:
     vit, llm, compressor, pruning: sections of a configuration. facts: what generation needs to know
     besides (`image`: see preprocessor.py; `image_token`, `max_length`, `template`, `ends`).
     tensors: under the names of `names.py`. tokenizer: the folder that has its files.
+    text_tokenizer: that of CLIP's text tower, if the compressor has one.
     """
 
     vit: dict[str, Any]
@@ -80,6 +81,7 @@ class Model:
     tokenizer: PurePath | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     pruning: dict[str, Any] = field(default_factory=lambda: dict(NONE))
+    text_tokenizer: PurePath | None = None
 
     def size(self) -> VLMSize:
         """The description of the model."""
@@ -175,7 +177,7 @@ def read(folder: str | Path) -> Model:
                 "config.json says llm.tied_embeddings=true, and there is an llm.lm_head.weight: "
                 "convert the model again"
             )
-    tokenizer = folder / "tokenizer"
+    tokenizer, text_tokenizer = folder / "tokenizer", folder / "text_tokenizer"
     return Model(
         vit,
         fields["llm"],
@@ -185,6 +187,7 @@ def read(folder: str | Path) -> Model:
         tokenizer if tokenizer.is_dir() else None,
         fields.get("notes", {}),
         fields.get("pruning", dict(NONE)),
+        text_tokenizer if text_tokenizer.is_dir() else None,
     )
 
 
@@ -200,6 +203,8 @@ def write(model: Model, target: Path, *, dtype: str | None = None) -> None:
         write_safetensors(fresh, pending(model.tensors, dtype))
         if model.tokenizer and any((model.tokenizer / name).is_file() for name in TOKENIZER):
             copy_tokenizer(model.tokenizer, fresh / "tokenizer")
+        if model.text_tokenizer:
+            copy_tokenizer(model.text_tokenizer, fresh / "text_tokenizer")
         (fresh / "config.json").write_text(text + "\n")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.compressors.method import Method
 from vlm_jax.compressors.none import NoneMethod
-from vlm_jax.weights import sizes
+from vlm_jax.weights import sizes, text_tower
 from vlm_jax.weights.classes import allow
 from vlm_jax.weights.sizes import Shapes
 from vlm_jax.weights.values import value_text, whole
@@ -29,7 +29,7 @@ class Wish:
     """The user's flags about the compressor; None for flags that are not given.
 
     `projector` is a file of stage 1 with its weights; without it they are drawn with `seed`.
-    `replace` allows it to replace a trained compressor.
+    `replace` allows it to replace a trained compressor. `text_tower` is the folder of a CLIP.
     """
 
     kind: str | None = None
@@ -40,6 +40,7 @@ class Wish:
     projector: Path | None = None
     seed: int = 0
     replace: bool = False
+    text_tower: Path | None = None
 
     def flags(self) -> list[str]:
         """The given flags as text."""
@@ -48,6 +49,7 @@ class Wish:
             compressor=self.kind, tokens=self.tokens, heads=self.heads, levels=levels,
             query=self.query, projector=self.projector,
         )  # fmt: skip
+        values["text-tower"] = self.text_tower
         flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
         return flags + ["--replace-compressor"] * self.replace
 
@@ -264,7 +266,7 @@ def apply_flags(trained: Trained, wish: Wish, vit: Section, path: Path) -> Train
     requested = COMPRESSORS[wish.kind] if wish.kind else type(method)
     conflicts = []
     if requested is not type(method):
-        if method.projected and requested.projected and not vit["keep_class"]:
+        if method.projected and requested.keeps_projector() and not vit["keep_class"]:
             method = projected(wish, requested, vit)
         else:
             conflicts.append(f"--compressor={requested.kind}")
@@ -285,10 +287,12 @@ def apply_flags(trained: Trained, wish: Wish, vit: Section, path: Path) -> Train
 
 
 def projected(wish: Wish, requested: type[Method], vit: Section) -> Method:
-    """Another method around LLaVA's trained projector."""
+    """Another method around LLaVA's trained projector; of one that has CLIP's text tower too, the
+    sizes are those of the flag's."""
     tokens = wish.tokens
     if tokens is None:
         tokens = requested.usual(vit["image_size"] // vit["patch_size"])
     if tokens is None:
         raise ValueError(f"--compressor={requested.kind} needs --tokens=V")
-    return requested(tokens=tokens)
+    tower = text_tower.read(wish.text_tower, requested.kind).section if requested.clip else {}
+    return requested(tokens=tokens, **tower)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import jax
 
 from vlm_jax.compressors.compressor import Compressor
-from vlm_jax.compressors.tensors import Table, Tensor, linear, norm
+from vlm_jax.compressors.tensors import CLIP_BLOCK, Table, Tensor, linear, norm, stacked
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM
@@ -95,17 +95,7 @@ def vit_table(vit: ViT) -> Table:
     if vit.pre_norm is not None:
         table |= norm("pre_layrnorm", "pre_norm")  # published with this spelling
     for k in range(vit.size.depth):
-        block = {
-            **linear("self_attn.q_proj", "attention", "query", outputs=2),
-            **linear("self_attn.k_proj", "attention", "key", outputs=2),
-            **linear("self_attn.v_proj", "attention", "value", outputs=2),
-            **linear("self_attn.out_proj", "attention", "out"),
-            **norm("layer_norm1", "norm1"),
-            **norm("layer_norm2", "norm2"),
-            **linear("mlp.fc1", "up"),
-            **linear("mlp.fc2", "down"),
-        }
-        table |= stacked(f"encoder.layers.{k}.", k, block)
+        table |= stacked(f"encoder.layers.{k}.", k, CLIP_BLOCK)
     return table
 
 
@@ -154,16 +144,6 @@ def decoder_layers(blocks: Any, depth: int) -> Table:
             block["self_attn.k_norm.weight"] = Tensor((("attention", "key_norm", "scale"),))
         table |= stacked(f"layers.{k}.", k, block)
     return table
-
-
-def stacked(prefix: str, layer: int, block: Table) -> Table:
-    """The table of one block, as layer `layer` of a stack called `blocks`."""
-    return {
-        prefix + name: Tensor(
-            tuple(("blocks", *path) for path in row.paths), outputs=row.outputs, layer=layer
-        )
-        for name, row in block.items()
-    }
 
 
 def model_table(model: VLM) -> Table:

@@ -23,11 +23,18 @@ def processor_of(stored: folder.Model) -> Processor:
         blind=False,
         images=Preparation.of(preprocessor.configured(facts["image"]), size.vit.image_size),
         query=size.compressor.query,
+        reads=size.compressor.reads,
         vocab=size.llm.vocab,
     )
     tokenizer, image_token = load_tokenizer(stored.tokenizer), facts.get("image_token")
     check_vocabulary(tokenizer, size.llm.vocab, image=image_token)
-    processor = Processor(tokenizer, rows, image_token)
+    processor = Processor(
+        tokenizer,
+        rows,
+        image_token,
+        text_tokenizer=stored.text_tokenizer and load_tokenizer(stored.text_tokenizer),
+        text_places=getattr(size.compressor, "text_length", 0),
+    )
     stop_ids = ends.stops(stored.tokenizer)
     if stop_ids is None:
         stop_ids = facts.get("ends", {}).get("stop", [])

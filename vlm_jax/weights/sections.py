@@ -17,11 +17,18 @@ from vlm_jax.weights.classes import DEEPEST, allow
 from vlm_jax.weights.preprocessor import OLDER
 from vlm_jax.weights.values import LARGEST, finite, number, table, text, value_text, whole
 
-MOST = {"depth": DEEPEST, "prefusion": DEEPEST, "image_size": 2**16, "patch_size": 2**16}
+MOST = {
+    "depth": DEEPEST,
+    "prefusion": DEEPEST,
+    "text_depth": DEEPEST,
+    "image_size": 2**16,
+    "patch_size": 2**16,
+}
 ZERO = (
     "compressor.tokens",
     "compressor.queries",
     "compressor.prefusion",
+    "compressor.selection_seed",
 )  # sizes of which 0 means something
 
 

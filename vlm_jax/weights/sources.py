@@ -9,10 +9,20 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vlm_jax import files
+from vlm_jax import compressors, files
+from vlm_jax.compressors.method import Method
 from vlm_jax.models import vlm
 from vlm_jax.models.sizes import VLMSize
-from vlm_jax.weights import architectures, ends, folder, methods, names, preprocessor, sizes
+from vlm_jax.weights import (
+    architectures,
+    ends,
+    folder,
+    methods,
+    names,
+    preprocessor,
+    sizes,
+    text_tower,
+)
 from vlm_jax.weights.classes import within
 from vlm_jax.weights.files import read_json, read_tensors
 from vlm_jax.weights.fitting import projector, replace_compressor, same_projector, with_compressor
@@ -33,12 +43,7 @@ def llava(path: Path, *, vision: Path | None, wish: Wish) -> Model:
     """
     fields = read_json(path / "config.json")
     if fields.get("model_type") == folder.MODEL_TYPE:
-        if flags := wish.flags() + ([f"--vision={vision}"] if vision else []):
-            raise ValueError(
-                f"{path} is a model folder already: it is converted as it is, without "
-                f"{' '.join(flags)}"
-            )
-        return folder.read(path)
+        return reselected(folder.read(path), vision=vision, wish=wish, path=path)
     described = architectures.read(path)
     if described.kind in ("tower", "llm"):
         raise ValueError(
@@ -80,9 +85,53 @@ def llava(path: Path, *, vision: Path | None, wish: Wish) -> Model:
     trained = methods.apply_flags(trained, wish, vit, path)
     model.compressor |= folder.PLAIN | trained.method.section()
     model.vit |= dict(levels=trained.levels)
+    with_text_tower(model, trained.method, wish)
     if wish.projector:
         same_projector(model, wish)
     return model
+
+
+def reselected(
+    model: Model, *, vision: Path | None, wish: Wish, path: PurePath, what: str = "a model folder"
+) -> Model:
+    """A model of ours as it is, or, if it was trained on all patches, with another selection of
+    them behind the same projector.
+
+    Raises ValueError for flags that would change what was trained.
+    """
+    if not (flags := wish.flags() + ([f"--vision={vision}"] if vision else [])):
+        return model
+    old = compressors.describe(folder.PLAIN | model.compressor)
+    kind = compressors.named(wish.kind) if wish.kind else type(old)
+    others = replace(wish, kind=None, tokens=None, text_tower=None) != Wish(seed=wish.seed)
+    if vision or others or not (old.selects and kind.selects):
+        raise ValueError(
+            f"{path} is {what} already: it is converted as it is, without {' '.join(flags)}; one "
+            "that was trained on all patches may select some of them (--compressor, --tokens)"
+        )
+    if kind is type(old):
+        method = old.at(wish.tokens)
+    else:
+        method = methods.projected(wish, kind, model.vit)
+        # Of a CLIP that the new method does not read.
+        own = {f"compressor.{name}" for name in method.published()}
+        model.tensors = {
+            name: x
+            for name, x in model.tensors.items()
+            if name in own or not name.startswith("compressor.")
+        }
+        model.text_tokenizer = None
+        with_text_tower(model, method, wish)
+    model.compressor = folder.PLAIN | method.section()
+    return model
+
+
+def with_text_tower(model: Model, method: Method, wish: Wish) -> None:
+    """Adds the CLIP that a method reads the question with; `model` is changed in place."""
+    if method.clip:
+        tower = text_tower.read(wish.text_tower, method.kind)
+        model.tensors |= tower.tensors
+        model.text_tokenizer = tower.tokenizer
 
 
 def refuse_newline(tensors: dict[str, Stored]) -> None:

@@ -110,6 +110,13 @@ def load(size: VLMSize, model: folder.Model, *, start_from: str, seed: int) -> V
     shapes = vlm.shapes(size)
     if not replaced(type(size.compressor), model):
         return folder.place(shapes, names.model_table(shapes), model.tensors)
+    if size.compressor.clip:
+        raise ValueError(
+            f"compressor.kind={size.compressor.kind!r} reads questions with CLIP's text tower, "
+            f"which start_from={start_from} does not have: convert it first (`vlm-jax convert "
+            f"--from={start_from} --compressor={size.compressor.kind} --tokens=V "
+            "--text-tower=DIR`)"
+        )
     kept = keeps_projector(size, model)
     progress.say(
         f"start: encoder{', projector' * kept} and LLM of {start_from}, "

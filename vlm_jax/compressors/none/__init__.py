@@ -13,6 +13,7 @@ class NoneMethod(Projected):
 
     kind: ClassVar[str] = "none"
     compresses: ClassVar[bool] = False
+    selects: ClassVar[bool] = True
 
     @staticmethod
     def module() -> type:

@@ -21,7 +21,7 @@ class PruMergeMethod(Projected):
     """
 
     kind: ClassVar[str] = "prumerge"
-    reads_keys: ClassVar[bool] = True
+    reads: ClassVar[str] = "keys"
 
     @staticmethod
     def module() -> type:

@@ -74,7 +74,7 @@ class PruMerge(Compressor):
         levels: Float[Array, "B P Y"],
         question: Float[Array, "B D"] | None = None,
     ) -> Float[Array, "B V D"] | Visual:
-        """Visual tokens from levels with ViT's `keys=True`; `Visual` in the adaptive form.
+        """Visual tokens from levels with ViT's `reads="keys"`; `Visual` in the adaptive form.
 
         The question is not read.
         """
@@ -83,7 +83,7 @@ class PruMerge(Compressor):
         if levels.shape[-1] != self.channels:
             raise ValueError(
                 f"{self.method.kind} reads {self.channels} channels (all levels, keys, attention), "
-                f"not {levels.shape[-1]}: encode with ViT's keys=True"
+                f"not {levels.shape[-1]}: encode with ViT's reads='keys'"
             )
         features = levels[..., -2 * width - 1 : -width - 1]
         merged = self.compress(features, levels[..., -width - 1 : -1], levels[..., -1])
