@@ -102,6 +102,21 @@ def test_a_step_of_decoding_moves_its_weights_and_its_cache_once(slice_):
     assert found["unread_loops"] == []
 
 
+@pytest.mark.parametrize("kind, tokens", [
+    ("fastv", (9,)), ("pyramiddrop", (9,)), ("tokencarve", (9,)),
+])  # fmt: skip
+def test_a_model_that_prunes_is_compiled_and_decodes_from_shorter_caches(kind, tokens):
+    pruning = dict(kind=kind, layers=(1,), tokens=tokens)
+    topology.prepare()
+    shorter, whole = (
+        report.of_config(small(**changes), "evaluate", topology.named("v5e:2x2"))
+        for changes in (dict(pruning=pruning), {})
+    )
+    prefill, decode = shorter["programs"]
+    assert prefill["flops_per_device"] < whole["programs"][0]["flops_per_device"]
+    assert decode["hbm_bytes"]["cache"] < whole["programs"][1]["hbm_bytes"]["cache"]
+
+
 def test_what_an_engine_runs_is_compiled_and_writes_into_its_caches():
     """A chunk of a row, its slot among four others, and a step of all, over four chips."""
     c = small(vit=dict(heads=4))

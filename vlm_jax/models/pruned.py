@@ -93,6 +93,7 @@ def asked(
     return y, kvs, last_attention(llm, run.end - 1, x, kvs[-1].keys, turns, last, past)
 
 
+@jax.named_scope("pruning")
 def cut(
     llm: Any,
     x: Float[Array, "B X D"],
@@ -113,9 +114,10 @@ def cut(
     def each(*row):
         return tuple(jax.vmap(lambda *of: one(*of, slots=slots, tokens=tokens))(*row))
 
-    # Rows are independent: each device cuts its own.
+    # Rows are independent: each device cuts its own. JAX's decomposition on a TPU has loops whose
+    # types do not pass the check of what varies over the mesh.
     batch = mesh.spec("batch")
-    return jax.shard_map(each, in_specs=batch, out_specs=batch)(
+    return jax.shard_map(each, in_specs=batch, out_specs=batch, check_vma=False)(
         *(jax.sharding.reshard(part, batch) for part in (x, attention, visual))
     )
 

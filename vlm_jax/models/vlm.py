@@ -189,7 +189,7 @@ class VLM(nnx.Module):
         x, inside, _ = self.splice(text[:, first:], visual, at)
         return Assembled(x, visual.count, inside, visual.tokens.shape[1], past)
 
-    @jax.named_scope("fusion")
+    @jax.named_scope("prefusion")
     def fused(
         self, batch: Batch, text: Float[Array, "B T D"]
     ) -> tuple[Visual, Float[Array, "B T D"]]:
