@@ -2,6 +2,7 @@
 """`vlm-jax serve` with a real model: answers are those of `generate`, and SIGTERM loses none."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import tiny
 from listening import chat, image, picture, send, serving, text, uri
 from PIL import Image
 from test_generate import made
+from test_server_faults import storm
 
 import vlm_jax
 from vlm_jax.__main__ import main
@@ -55,7 +57,7 @@ def address(model, checkpoint):
     service = Service(
         Engine(model, slots=2, queue=30, index_bytes=10**7),
         Chooser(Choices.of(size), Auto(size)),
-        "tiny",
+        "made",
         model.processor.template,
         Limits(requests=32),
     )
@@ -139,6 +141,14 @@ def test_what_the_model_cannot_read_is_refused_with_its_own_words(address):
         assert status == 400 and said in body["error"]["message"], body
         assert body["error"]["param"] == "messages"
     assert chat(address, "still there?", max_tokens=NEW)[0] == 200
+
+
+def test_malformed_requests_do_not_reach_what_they_could_break(address, caplog):
+    wanted = chat(address, "hello", max_tokens=NEW)[2]["choices"]
+    statuses = storm(address, 150, seed=7, system=False)
+    assert max(statuses) < 500 and {200, 400} <= set(statuses), sorted(set(statuses))
+    assert chat(address, "hello", max_tokens=NEW)[2]["choices"] == wanted
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 # --- The command ----------------------------------------------------------------------------------
