@@ -155,7 +155,7 @@ def test_malformed_requests_do_not_reach_what_they_could_break(address, caplog):
 
 
 def started(checkpoint, *flags):
-    """A server in a process of its own, and its address."""
+    """A server in a process of its own, its address, and what it said before that."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(tiny.ROOT),
@@ -169,14 +169,15 @@ def started(checkpoint, *flags):
     for line in process.stderr:
         said.append(line)
         if "is served at" in line:
-            return process, line.split("served at ")[1].split("/ ")[0]
+            return process, line.split("served at ")[1].split("/ ")[0], "".join(said)
     raise AssertionError("".join(said))
 
 
 def test_sigterm_under_load_loses_no_answer_that_was_taken(checkpoint, offline, tmp_path):
     assert main(["fit", "--published=reasoning", f"--out={tmp_path}", "--bootstrap=0"]) == 0
     flags = (f"--law={tmp_path}/law.json", "--chip=cpu", "--target-ms=1000", "--model-name=tiny")
-    process, address = started(checkpoint, "--slots=2", "--queue=20", *flags)
+    process, address, said = started(checkpoint, "--slots=2", "--queue=20", *flags)
+    assert "whoever reaches" not in said  # the loopback
     # A law of another compressor says nothing of this model, and the server says so.
     assert b"fitted with token_packer, and this model has m3" in send(address, "/v1/models")[2]
     wanted = offline.generate(None, "hello", max_new_tokens=NEW)[0].text

@@ -129,6 +129,8 @@ def run(options: argparse.Namespace) -> int:
         with progress.doing("compiling"):
             service.engine.warm()
     app = application(service, keys=keys, page=page_of(service, with_key=bool(keys.hashes)))
+    if options.host not in ("127.0.0.1", "::1", "localhost") and not keys.hashes:
+        progress.say("warning: whoever reaches this address is answered: --api-key-file=FILE")
     server.until_stopped(service, app, bound, drain=options.drain)
     return 0
 
