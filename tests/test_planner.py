@@ -11,12 +11,14 @@ import pytest
 import tiny
 
 from configs import base, sizes
+from vlm_jax.compressors import describe
+from vlm_jax.compressors.method import Interface
 from vlm_jax.cost import chips
 from vlm_jax.cost import flops as cost
-from vlm_jax.law import published
+from vlm_jax.law import methods, published
 from vlm_jax.law.law import Law, fit
 from vlm_jax.models.sizes import LLMSize, ViTSize
-from vlm_jax.planning import planner
+from vlm_jax.planning import choices, planner
 from vlm_jax.planning.costs import FullCost, PaperCost, Workload
 from vlm_jax.planning.mixture import Mixture
 from vlm_jax.planning.planner import Budget, Search
@@ -295,3 +297,24 @@ def test_two_limits_hold_together():
         chip.hbm_bytes
     )
     assert best.cost < 400 and 6 < best.N < 8
+
+
+@pytest.fixture(scope="module")
+def by_method():
+    """The published laws of methods, as law.json has them."""
+    known = methods.fit_published(bootstrap=20)
+    laws = {
+        name: Mixture({"all": one}, {"all": 1.0}, {"all": known.answer(name)}, name)
+        for name, one in known.laws.items()
+    }
+    return dataclasses.replace(laws["token_packer"], others=laws)
+
+
+@pytest.mark.parametrize("kind", ["mmtok", "divprune", "visionzip", "token_packer", "quecc", "mqt"])
+def test_a_published_method_is_offered_what_it_can_give_and_was_measured_at(by_method, kind):
+    found, _ = choices.tokens(None, [kind], by_method, most=576, theory=False, every_size=False)
+    between = Interface(side=24, width=1024, levels=1, llm_width=4096)
+    for v in found[kind]:
+        describe(dict(kind=kind, tokens=int(v), heads=8, query="none")).check(between)
+    if kind in ("mmtok", "divprune", "visionzip"):  # their best V are among these
+        assert {8, 16, 32, 64, 128, 192, 576} <= set(found[kind])

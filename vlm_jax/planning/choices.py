@@ -99,6 +99,20 @@ def llms(
     return LLMs(sizes, known)
 
 
+def measured(kind: str, law: Mixture, side: int) -> set[float]:
+    """The V at which a compressor's own law was measured and which it can give."""
+    own = law.others.get(kind) or (law if law.kind == kind else None)
+    if own is None:
+        return set()
+    cells = [answer.cells for answer in own.answers.values() if answer.cells is not None]
+    return {
+        v
+        for each in cells
+        for v in each.V.tolist()
+        if v.is_integer() and methods.named(kind).supports(side, v)
+    }
+
+
 def tokens(
     wanted: Sequence[Number] | str | None,
     kinds: Sequence[str],
@@ -124,11 +138,13 @@ def tokens(
     side = math.isqrt(most)
     if wanted is None and (cells := law.cells()) is not None:
         return {kind: sorted({v for _, v in cells}) for kind in kinds}, []
-    built = {kind: methods.named(kind).planned(side) for kind in kinds}
+    built = {
+        kind: sorted({*map(float, methods.named(kind).planned(side)), *measured(kind, law, side)})
+        for kind in kinds
+    }
     if wanted is None:
         near = {
-            kind: [float(v) for v in V if ends[kind][0] <= v <= ends[kind][1]]
-            for kind, V in built.items()
+            kind: [v for v in V if ends[kind][0] <= v <= ends[kind][1]] for kind, V in built.items()
         }
         if not any(near.values()):
             fitted = law.domain("V") or (0, 0)
@@ -137,7 +153,7 @@ def tokens(
                 f"fitted ({fitted[0]:g} to {fitted[1]:g}): name V with --tokens"
             )
         left = sorted(
-            {float(v) for V in built.values() for v in V} - {v for V in near.values() for v in V}
+            {v for V in built.values() for v in V} - {v for V in near.values() for v in V}
         )
         words = [f"not offered, more than twice outside the fitted V: "
                  f"{', '.join(f'{v:g}' for v in left)} (name them with --tokens)"]  # fmt: skip
@@ -157,6 +173,6 @@ def tokens(
     if not any(usable.values()):
         raise ValueError(
             f"--tokens={','.join(f'{v:g}' for v in requested)}: none is supported; allowed are "
-            + "; ".join(f"{kind} {built[kind]}" for kind in kinds)
+            + "; ".join(f"{kind} [{', '.join(f'{v:g}' for v in built[kind])}]" for kind in kinds)
         )
     return {kind: V for kind, V in usable.items() if V}, []
