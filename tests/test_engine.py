@@ -278,6 +278,23 @@ def test_what_fails_is_told_to_those_it_belongs_to(engine, images, alone, monkey
         assert list(answer.ids) == alone[0].ids
 
 
+def test_an_index_for_which_there_is_no_memory_grows_no_more(
+    engine, images, alone, monkeypatch, capsys
+):
+    def full(*given):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room")
+
+    before = engine.index.limit
+    monkeypatch.setattr(engine.programs, "block", full)
+    fresh = "is it red? is there a star? " * 3
+    assert engine.submit(ask(engine, images, (1,), fresh, {})).answer().finish == "length"
+    assert engine.stats().index.limit == engine.index.used < before
+    assert "the device has no more memory" in capsys.readouterr().err
+    answer = engine.submit(ask(engine, images, *ASKED[0])).answer()
+    assert list(answer.ids) == alone[0].ids
+    engine.index.limit = before
+
+
 @pytest.mark.parametrize(
     "words, given",
     [

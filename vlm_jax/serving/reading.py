@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from vlm_jax import progress
 from vlm_jax.compressors.compressor import Compressor
 from vlm_jax.models.cache import KV
 from vlm_jax.serving.decoder import Sampling
@@ -189,9 +191,22 @@ class Reader:
         return self.caches[length]
 
     def keep(self, keys: Sequence[bytes], block_at: Any) -> None:
-        """Keeps the blocks that the index lacks, each read by `block_at` its first token."""
-        missing = self.index.missing(keys)
-        self.index.keep_blocks(keys, {number: block_at(BLOCK * number) for number in missing})
+        """Keeps the blocks that the index lacks, each read by `block_at` its first token.
+
+        Where the device has no memory for them, the index becomes no larger than it is.
+        """
+        index = self.index
+        try:
+            blocks = {number: block_at(BLOCK * number) for number in index.missing(keys)}
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            index.limit = index.used
+            progress.say(
+                f"the image index stays at {index.used:,} bytes: the device has no more memory"
+            )
+            return
+        index.keep_blocks(keys, blocks)
 
     def size(self, rest: int) -> int:
         """The chunk in which so many tokens are read, or the first of them."""
