@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine serves every kind of compressor, a model over several devices, and a chat."""
 
+import dataclasses
 import io
 
 import jax
@@ -77,6 +78,23 @@ def test_images_that_choose_their_number_of_tokens(trained, tmp_path, images, me
     engine = small(model)
     answers = check(engine, model, images, "what is this?")
     assert len({answer.usage.image_tokens for answer in answers}) > 1
+    assert engine.drain(60.0)
+
+
+def test_a_selection_is_compiled_for_what_a_plan_searches_and_what_is_wished(
+    trained, tmp_path, images, mesh1, monkeypatch
+):
+    monkeypatch.setattr(reading, "MOST_BUCKETS", 4)
+    path = made(tmp_path / "m", trained, compressor=dict(kind="divprune", tokens=16))
+    model = vlm_jax.VLM.from_checkpoint(path, mesh=mesh1)
+    engine = small(model, visual_tokens=(7,))
+    assert engine.reader.slots == (1, 4, 7, 16)
+    expected = model.generate(images[0], "b", max_new_tokens=NEW, visual_tokens=7)[0]
+    asked = Ask("b", (engine.pixels(images[0]),), max_new_tokens=NEW, visual_tokens=7)
+    answer = engine.submit(asked).answer()
+    assert list(answer.ids) == expected.ids and answer.usage.image_tokens == 7
+    with pytest.raises(ValueError, match="visual_tokens=5: this engine is compiled for 1, 4, 7, 1"):
+        engine.submit(dataclasses.replace(asked, visual_tokens=5))
     assert engine.drain(60.0)
 
 

@@ -45,6 +45,9 @@ class Choices:
                                      "alone; leave it out")  # fmt: skip
             return cls((own,), own, own, own)
         supported = tuple(v for v in method.supported(side) if _can(method, v, side))
+        if method.selects:  # each V is a program, compiled at the start
+            offered = {*method.planned(side), own, default, low, high}
+            supported = tuple(v for v in supported if v in offered)
         buckets = [v for v in method.buckets(side) if v in supported] or list(supported)
         found = cls(
             supported,

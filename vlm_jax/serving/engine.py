@@ -25,7 +25,7 @@ from vlm_jax.serving.decoder import Sampling, check_drawing
 from vlm_jax.serving.index import BLOCK, Index, handle_of
 from vlm_jax.serving.model import VLM
 from vlm_jax.serving.programs import Programs
-from vlm_jax.serving.reading import CHUNKS, GREEDY, Image, Reader, Row
+from vlm_jax.serving.reading import CHUNKS, GREEDY, Image, Reader, Row, slots_of
 from vlm_jax.serving.requests import Picture, Prompt, Request, picture
 from vlm_jax.serving.schedule import Job, Schedule
 from vlm_jax.serving.slots import Pool
@@ -77,8 +77,10 @@ class Engine:
         in the shortest that holds it. Default: 256, 1024 ... and the model's.
       chunks: tokens of a row that are read between two steps of the others: the smallest that holds
         the rest of the row, or the largest.
+      visual_tokens: V that may be asked for of a compressor that has a program for every V, besides
+        those that a plan searches. Of others all their V may be.
     Raises:
-      ValueError: for a model that no engine can answer with.
+      ValueError: for a model that no engine can answer with, and a V that it does not serve.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Engine:
         index_bytes: int,
         lengths: Sequence[int] | None = None,
         chunks: Sequence[int] = CHUNKS,
+        visual_tokens: Sequence[int] = (),
     ):
         if why := refusal(model):
             raise ValueError(why)
@@ -105,6 +108,7 @@ class Engine:
             self.programs,
             self.index,
             read.compressor,
+            slots=slots_of(read.compressor, visual_tokens),
             width=model.width,
             chunks=sorted(arguments.whole_number("chunks", size) for size in chunks),
         )
@@ -201,6 +205,7 @@ class Engine:
         request = Request(tokens.ids, tokens.places, tokens.questions, unread)
         room = model.room(request, new_tokens=ask.max_new_tokens, visual_tokens=V)
         V = model.compressor.tokens if V is None else V
+        self._check_compiled(V)
         images = [
             self.image(one, question, V)
             for one, question in zip(ask.images, tokens.questions, strict=False)
@@ -227,6 +232,14 @@ class Engine:
             self.words, stop_ids=model.processor.stop_ids, stop=ask.stop, room=room
         )
         return Job(ask, ticket, row, answering, longest, now)
+
+    def _check_compiled(self, visual_tokens: int) -> None:
+        reader, compiled = self.reader.compressor, self.reader.slots
+        if reader.buckets and reader.slots(visual_tokens) not in compiled:
+            raise ValueError(
+                f"visual_tokens={visual_tokens}: this engine is compiled for "
+                f"{', '.join(map(str, compiled))}; ask for one of these, or start it with others"
+            )
 
     def image(self, image: np.ndarray | str, question: list[int], visual_tokens: int) -> Image:
         """An image of a request, of its pixels or its handle."""

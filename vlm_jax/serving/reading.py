@@ -21,6 +21,7 @@ from vlm_jax.serving.programs import Chunk, Programs
 from vlm_jax.serving.tickets import Gone
 
 CHUNKS = (64, 128)  # tokens
+MOST_BUCKETS = 16  # of a compressor, beyond which only some of its V are compiled
 GREEDY = Sampling(*np.zeros((2, 1), np.float32), np.zeros(1, np.uint32))  # of one row
 
 
@@ -120,12 +121,25 @@ class Row:
         return list(block_keys(ids, image, [one.key for one in self.images]))
 
 
+def slots_of(compressor: Compressor, visual_tokens: Sequence[int]) -> tuple[int, ...]:
+    """The slots for which a compressor is compiled, ascending: its buckets and those of these V.
+
+    Of a compressor with a bucket for every V they are those that a plan searches.
+    """
+    if not compressor.buckets:
+        return (compressor.tokens,)
+    usual = compressor.buckets
+    if len(usual) > MOST_BUCKETS:
+        usual = (*compressor.method.planned(compressor.side), compressor.tokens)
+    return tuple(sorted({compressor.slots(V) for V in (*usual, *visual_tokens)}))
+
+
 class Reader:
     """Reads one row at a time, in units of work between which others may be done.
 
     Args:
       index: where images and beginnings of rows are looked up and kept.
-      compressor: makes the images' tokens. width: D.
+      compressor: makes the images' tokens, in one of these `slots`. width: D.
       chunks: tokens that are read at once, ascending: the smallest that holds the rest of a row, or
         the largest.
     """
@@ -136,11 +150,12 @@ class Reader:
         index: Index,
         compressor: Compressor,
         *,
+        slots: Sequence[int],
         width: int,
         chunks: Sequence[int],
     ):
         self.programs, self.index, self.compressor = programs, index, compressor
-        self.width, self.chunks = width, tuple(chunks)
+        self.slots, self.width, self.chunks = slots, width, tuple(chunks)
         self.caches: dict[int, list[KV]] = {}  # of a row that is read, by the length of its pool
         self.read_tokens = 0
 
@@ -283,6 +298,6 @@ class Reader:
         self.caches[length] = self.programs.load(self.caches[length], block, 0)
         levels = self.programs.levels(pixels)
         feature = found.hidden if self.compressor.reads_question else None
-        for slots in self.compressor.buckets or (self.compressor.tokens,):
+        for slots in self.slots:
             self.programs.visual(slots, levels, feature)
         return found

@@ -66,8 +66,11 @@ def numbers(visual: int, prompt: int, new: int, first: float, per_second: float)
 class Memory:
     """A conversation that reads at every turn only what is new, with an engine of one row."""
 
-    def __init__(self, model: VLM, images: Sequence[str] | None, *, exif: str):
-        self.engine = Engine(model, slots=1, queue=1, index_bytes=INDEX_BYTES)
+    def __init__(
+        self, model: VLM, images: Sequence[str] | None, *, visual_tokens: int | None, exif: str
+    ):
+        also = () if visual_tokens is None else (visual_tokens,)
+        self.engine = Engine(model, slots=1, queue=1, index_bytes=INDEX_BYTES, visual_tokens=also)
         self.images = tuple(self.engine.pixels(one, exif=exif) for one in images or ())
 
     def say(self, turns: Sequence[str], *, drawing: Drawing, stream: bool) -> str:
@@ -105,7 +108,7 @@ def chat(
     if refusal(model):
         answered = functools.partial(say, model, images, drawing=drawing, exif=exif, stream=stream)
     else:
-        memory = Memory(model, images, exif=exif)
+        memory = Memory(model, images, visual_tokens=drawing.visual_tokens, exif=exif)
         answered = functools.partial(memory.say, drawing=drawing, stream=stream)
     turns: list[str] = []
     prompt = "> " if lines.isatty() and hosts.is_writer() else ""

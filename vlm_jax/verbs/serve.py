@@ -182,6 +182,7 @@ def service_of(options: argparse.Namespace) -> Any:
         slots=options.slots,
         queue=options.queue,
         index_bytes=round(options.index_gb * GB),
+        visual_tokens=(choices.default, choices.low, choices.high),
     )
     return Service(
         engine,
