@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tiny
 from listening import chat, image, picture, send, serving, text, uri
-from PIL import Image
 from test_generate import made
 from test_server_faults import storm
 
@@ -213,8 +212,6 @@ def test_sigterm_under_load_loses_no_answer_that_was_taken(checkpoint, offline, 
 
 
 def test_flags_that_contradict_are_refused_in_one_line(checkpoint, tmp_path, capsys):
-    image_file = tmp_path / "a.png"
-    Image.new("RGB", (4, 4)).save(image_file)
     law = tmp_path / "law.json"
     law.write_text(json.dumps({}))
     for flags, said in (
@@ -231,3 +228,12 @@ def test_flags_that_contradict_are_refused_in_one_line(checkpoint, tmp_path, cap
         code = main(["serve", f"--checkpoint={checkpoint}", "--port=0", "--no-warmup", *flags])
         err = capsys.readouterr().err
         assert code == 2 and said in err.splitlines()[-1], (flags, err)
+
+
+def test_without_its_extra_the_command_says_how_to_get_it(checkpoint):
+    before = "sys.modules['uvicorn'] = None"
+    done = tiny.run("serve", f"--checkpoint={checkpoint}", "--port=0", before=before)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "vlm-jax serve: uvicorn is missing: pip install 'vlm_jax[serve]'"
+    )

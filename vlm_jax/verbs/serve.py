@@ -115,9 +115,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         from vlm_jax.server import run as server
     except ModuleNotFoundError as missing:
-        raise ValueError(
-            f"vlm-jax serve needs {missing.name}: pip install 'vlm_jax[serve]'"
-        ) from None
+        raise ValueError(f"{missing.name} is missing: pip install 'vlm_jax[serve]'") from None
     from vlm_jax.server.app import application
     from vlm_jax.server.options import Keys
 
