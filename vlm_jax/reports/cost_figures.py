@@ -18,7 +18,15 @@ from vlm_jax.reports.amounts import amount_text, parameters_text
 from vlm_jax.reports.canvas import Canvas, Figure
 from vlm_jax.reports.colors import HATCHES, Looks, of_sizes
 from vlm_jax.reports.colors import PHASES as COLORS
-from vlm_jax.reports.curves import ERROR, drawn, limits, ring_best, size_curves, size_legend
+from vlm_jax.reports.curves import (
+    ERROR,
+    drawn,
+    form_of,
+    limits,
+    ring_best,
+    size_curves,
+    size_legend,
+)
 
 ALL_PHASES = "counted FLOPs per request, all phases"
 PHASES = tuple(COLORS)
@@ -114,8 +122,10 @@ def error_against_cost(
         if (best == simple).all()
         else f"differs from 2N(Q+V) in {int((best != simple).sum())} of {len(best)} cells"
     )
+    curves = why if law is None else form_of(law)
     caption = (
-        f"Error on {family} against {words} Not beaten by a cheaper cell: {listed}; {moved}. {why}"
+        f"Error on {family} against {words} Not beaten by a cheaper cell: {listed}; {moved}. "
+        f"{curves}"
     )
     return canvas.save(
         out_dir,

@@ -21,6 +21,14 @@ def drawn(law):
     return law, ""
 
 
+def form_of(law) -> str:
+    """Which law the curves are, for a caption: one form has a curve with exponents."""
+    return (
+        f"Curves and bands are the {law.form} form, the first of law.json, with its 95 % bootstrap "
+        "interval; a plan weighs all forms that fit."
+    )
+
+
 def size_curves(canvas, cells, cost, law, looks: Looks) -> bool:
     """Points, and the law's curve and band, for every size; `cost` (one per cell) is the x axis.
 

@@ -26,6 +26,7 @@ from vlm_jax.reports.curves import (
     alt_curves,
     conclusion,
     drawn,
+    form_of,
     limits,
     ring_best,
     size_curves,
@@ -160,8 +161,7 @@ def error_against_flops(cells, law, out_dir, *, family, name, Q, looks: Looks) -
     canvas.log_x()
     size_legend(canvas, cells, law)
     law_words = (
-        "Curves and bands are the fitted law with its 95 % bootstrap interval; the dashed line is "
-        "the lowest error the law gives at each cost."
+        f"{form_of(law)} The dashed line is the lowest error that this form gives at each cost."
         if law is not None
         else why
     )
@@ -265,8 +265,8 @@ def extrapolation(points, law, out_dir, *, family, name, looks: Looks, beyond=No
     words = f"The mean absolute miss is {np.abs(off).mean():.4f}, the largest {worst:.4f}"
     held = f"{inside} of {len(off)} measured cells lie in the 95 % interval of a newly trained one"
     caption = (
-        f"The law fitted without {text} predicts {text} on {family}. {words} (error is between 0 "
-        "and 1); relative to the measured error that is at most "
+        f"The {law.form} form fitted without {text} predicts {text} on {family}. {words} (error is "
+        "between 0 and 1); relative to the measured error that is at most "
         f"{100 * np.abs(off / held_out.error).max():.1f} %. {held}. "
         "The mean signed miss is "
         f"{off.mean():+.4f}: positive means that {text} is better than predicted."
