@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The title of a figure says what its cells say, and nothing that chance says; its caption names the
-form of the law that is drawn."""
+"""The title of a figure says what its cells say, and nothing that chance says; its caption names
+the form of the law that is drawn."""
 
 import numpy as np
 import pytest

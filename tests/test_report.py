@@ -362,7 +362,9 @@ def test_no_template_marks_a_text_as_safe():
     names = pages.TEMPLATES.list_templates()
     planner = {f"planner{end}" for end in (".html", ".css", ".js", "_page.js", "_search.js")}
     planner |= {"planner_part.html", "planner_figure.js"}
-    assert {"head.html", "page.html", "parts.html", "style.css", "sort.js"} | planner == set(names)
+    chat = {f"chat{end}" for end in (".html", ".css", ".js")}
+    page = {"head.html", "page.html", "parts.html", "style.css", "sort.js"}
+    assert page | planner | chat == set(names)
     texts = [pages.TEMPLATES.loader.get_source(pages.TEMPLATES, name)[0] for name in names]
     assert not any(re.search(r"\|\s*safe\b|autoescape", text) for text in texts)
 
