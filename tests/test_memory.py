@@ -24,7 +24,7 @@ def small(**changes):
     c = tiny.config(**changes)
     c.vit.update(dict(image_size=64, depth=2, width=64, mlp=256, heads=4, levels=(2,)))
     c.llm.update(dict(vocab=2048, depth=4, width=128, mlp=344, kv_heads=4, head_size=32))
-    c.compressor.update(dict(kind="none", tokens=64))
+    c.compressor.update(dict(kind="none", tokens=64) | changes.get("compressor", {}))
     c.data.update(dict(text_length=128))
     return c
 
@@ -58,6 +58,7 @@ def compiled(c, name):
     (dict(remat="none"), "finetune", (1, 1, 1), 1.15),
     (dict(remat="dots"), "finetune", (2, 2, 2), 1.15),
     (dict(remat="full"), "align", (1, 1, 1), 1.4),  # no weight of the LLM has a gradient
+    (dict(compressor=dict(kind="llava_mini", heads=4)), "finetune", (1, 1, 1), 1.25),
 ])  # fmt: skip
 def test_the_estimate_is_near_the_compilers_count(changes, name, axes, most, mesh1, mesh8):
     c = small(**changes)

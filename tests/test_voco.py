@@ -16,6 +16,7 @@ from vlm_jax.cost import flops as cost
 from vlm_jax.cost import roofline
 from vlm_jax.models.cache import Pruned
 from vlm_jax.models.voco import voco_mask
+from vlm_jax.training import stages
 
 N, P = 2, 16  # summary tokens, patches
 SECTION = dict(kind="voco", tokens=N)
@@ -117,6 +118,15 @@ def test_a_request_gets_the_same_tokens_in_any_company(trained, tmp_path, mesh1,
         assert a.ids == b.ids == one.generate([image], [prompt], max_new_tokens=4)[0].ids
     with pytest.raises(ValueError, match="compressor 'voco' summarizes the one image"):
         one.generate([images], ["which?"])
+
+
+def test_text_before_the_image_would_be_lost_and_is_refused(c, mesh1):
+    with jax.set_mesh(mesh1):
+        stages.check(tiny.recipe(c))
+        for template in ("vicuna_v1", "question_first"):
+            other = tiny.config(compressor=SECTION, data=dict(template=template))
+            with pytest.raises(ValueError, match=f"'{template}' writes text before .*bare"):
+                stages.check(tiny.recipe(other))
 
 
 def test_the_first_pass_is_paid_and_the_cache_is_small():

@@ -209,7 +209,10 @@ def work(recipe: Recipe, mode: str, serving: Serving) -> tuple[int, int, float, 
     )  # fmt: skip
     count = serving.rows
     read = count * float(request.total - request.decode)
-    step = count * float(cost.llm_flops(model.llm, 1, cached=row + G // 2))
+    V = model.visual_tokens
+    held = cost.cached_tokens(V, model.compressor, model.llm, model.pruning)
+    behind = row + G // 2 - rows.images_per_row * (V - held)
+    step = count * float(cost.llm_flops(model.llm, 1, cached=behind))
     if mode == "prefill":
         return count, count * row, read, read
     if mode == "decode":

@@ -201,3 +201,17 @@ def check_prefix(name: str) -> None:
             f"data.template={name!r} has none there: choose one of "
             f"{', '.join(good)}, or compressor.query='separate'"
         )
+
+
+def check_image_first(name: str) -> None:
+    """Raises ValueError for a template that writes text before the image, which the text behind a
+    summary of the image does not see."""
+    template = named(name)
+    before, mark, _ = template.user.partition("{image}")
+    if template.start or before or not mark:
+        good = [k for k, t in TEMPLATES.items() if not t.start and t.user.startswith("{image}")]
+        raise ValueError(
+            f"data.template={name!r} writes text before the image, and text behind a summary "
+            f"(compressor.kind='voco') sees nothing that stands before it: choose one of "
+            f"{', '.join(good)}"
+        )

@@ -10,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vlm_jax import hosts, layers, mesh, preemption, progress
-from vlm_jax.data import loader, patches, prefixes
+from vlm_jax.data import loader, patches, prefixes, templates
 from vlm_jax.models import lora, vlm
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM
@@ -175,6 +175,8 @@ def check(recipe: Recipe, *, cell: bool = False) -> None:
             "--text-tower=DIR` made with it; a selection is not trained, so it may also be chosen "
             "for a model that was trained without compression"
         )
+    if recipe.model.compressor.summarizes:
+        templates.check_image_first(recipe.rows.template)
     if not recipe.align.steps + recipe.finetune.steps:
         raise ValueError(
             "align.steps=0 and finetune.steps=0: such a run trains no model; set one of them"

@@ -76,6 +76,7 @@ def of_step(recipe: Recipe, name: str, shards: Mapping[str, int], platform: str)
     heads = size * rows * places * llm.head_size / parts
     # Scores exist where the kernel of long rows does not run.
     kernel = platform == "tpu" and model.kernels != "xla" and places >= SHORTEST
+    kernel &= not model.compressor.summarizes  # whose mask the kernel does not have
     scores = 0 if kernel else FLOAT32 * rows * places**2 * llm.heads / parts
     kept = {
         "full": x,
@@ -102,7 +103,9 @@ def of_step(recipe: Recipe, name: str, shards: Mapping[str, int], platform: str)
     else:
         loss = 2.5 * passes * FLOAT32 * rows * length * vocab + (table if fsdp > 1 else 0)
     return WorkingSet(
-        saved=passes * llm.depth * kept,
+        # Layers before the LLM read the patches too.
+        saved=(passes * llm.depth + model.compressor.prefusion * (1 + model.vit.patches / places))
+        * kept,
         rounded=rounded,
         encoder=encoder(model, rows * images, size),
         forward=2 * wide + 4 * gathered + 2 * x + 2 * scores,
