@@ -116,7 +116,7 @@ def test_a_model_with_one_v_says_so_and_gives_no_other():
     assert (found.visual_tokens, found.by) == (4, "model")
     assert "visual_tokens=auto and detail=high changes nothing" in found.why
     assert taken(one, visual_tokens=4).visual_tokens == 4
-    with pytest.raises(Refusal, match="compressors that give any number are m3 and mqt"):
+    with pytest.raises(Refusal, match="that give several are .*m3.*mqt"):
         taken(one, visual_tokens=9)
     with pytest.raises(Refusal, match="at least V=4"):
         taken(one, mm_processor_kwargs=dict(max_soft_tokens=3))

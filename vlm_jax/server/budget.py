@@ -11,11 +11,14 @@ V visual tokens of an image   N LLM parameters in billions   Q text tokens   G n
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.server.auto import Auto, Load
 from vlm_jax.server.choices import Choices, listed
 from vlm_jax.server.messages import Placed
 from vlm_jax.server.refusals import Refusal
 from vlm_jax.server.schema import Budget, ChatRequest
+
+SEVERAL = [kind for kind, method in COMPRESSORS.items() if method.any_tokens]
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Chooser:
         supported = self.choices.supported
         if wished not in supported:
             way_out = (
-                "leave it out; compressors that give any number are m3 and mqt"
+                f"leave it out; compressors that give several are {', '.join(SEVERAL)}"
                 if self.choices.one
                 else f"choose one of {listed(supported)}, or auto"
             )
