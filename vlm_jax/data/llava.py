@@ -9,7 +9,7 @@ out and counted.
 import os
 from typing import Any
 
-from vlm_jax.data.paths import SUFFIXES, Folder, existing_path
+from vlm_jax.data.paths import SUFFIXES, Folder, existing_path, of_split
 from vlm_jax.data.row_source import RowSource, listed
 from vlm_jax.data.rows import Fault, own_ids, read_rows
 from vlm_jax.data.skips import Skips
@@ -49,14 +49,9 @@ class Llava(RowSource):
         left_out: Skips | None = None,
         may_be_empty: bool = False,
     ):
-        if "{split}" not in path and split != "train":
-            raise ValueError(
-                f"split {split!r} of {path!r}: a LLaVA file without {{split}} in its name is all "
-                "training data; set data.path to something like data/{split}.json"
-            )
         super().__init__(
             split,
-            existing_path(path.replace("{split}", split)),
+            existing_path(of_split(path, split, example="data/{split}.json")),
             text_only=text_only,
             images_per_row=images_per_row,
             left_out=left_out,

@@ -69,6 +69,20 @@ class Folder:
         return real
 
 
+def of_split(path: str, split: str, *, example: str) -> str:
+    """A path with its "{split}" filled in. Without one its files are all of "train".
+
+    Raises:
+      ValueError: for another split without one; `example` is a path that has one.
+    """
+    if "{split}" not in path and split != "train":
+        raise ValueError(
+            f"split {split!r} of {path!r}: without {{split}} in their name files are all training "
+            f"data; set data.path to something like {example}"
+        )
+    return path.replace("{split}", split)
+
+
 def existing_path(path: str | Path) -> Path:
     """The path of an existing file in either Unicode form; else the path as given."""
     requested = Path(path)

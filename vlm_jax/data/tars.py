@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from vlm_jax import progress
 from vlm_jax.data.example import IMAGE_MARK
-from vlm_jax.data.paths import SUFFIXES, existing_path
+from vlm_jax.data.paths import SUFFIXES, existing_path, of_split
 from vlm_jax.data.pictures import Place
 from vlm_jax.data.row_source import RowSource
 from vlm_jax.data.rows import Fault, json_value, own_ids
@@ -173,14 +173,9 @@ class Tars(RowSource):
         left_out: Skips | None = None,
         may_be_empty: bool = False,
     ):
-        if "{split}" not in path and split != "train":
-            raise ValueError(
-                f"split {split!r} of {path!r}: tars without {{split}} in their name are all "
-                "training data; set data.path to something like data/{split}-{000..012}.tar"
-            )
         super().__init__(
             split,
-            path.replace("{split}", split),
+            of_split(path, split, example="data/{split}-{000..012}.tar"),
             text_only=text_only,
             images_per_row=images_per_row,
             left_out=left_out,
