@@ -6,8 +6,6 @@ the LLM's blocks backward. What outlives a loop counts once: what `remat` keeps 
 the blocks' weights rounded for the products. Of one turn of each loop the largest counts, where
 one loop takes the memory that another has freed. On a TPU the turns of all loops are added: its
 compiler gives a step 1.4 to 1.6 times the most that is alive at once (docs/pods.md, "The formula").
-
-n rows of a device  X tokens of a row  D llm width  F mlp width  W vocabulary  S shards of a weight
 """
 
 import math
