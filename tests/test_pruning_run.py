@@ -139,7 +139,7 @@ def test_an_evaluation_of_a_trained_model_may_prune(trained, tmp_path, capsys):
     assert main([*command, "--config.pruning.tokens=(2,)"]) == 0
     printed = json.loads(capsys.readouterr().out)
     (scores,) = (tmp_path / "run").glob("scores-*.json")
-    assert "fastv" in scores.name
+    assert scores.name == "scores-fastv-after1-keep2.json"
     assert printed["settings"]["pruning.tokens"] == [2]
     assert main([*command, "--config.pruning.tokens=(9,)"]) == 2
     assert "reads 4 visual tokens" in capsys.readouterr().err

@@ -27,7 +27,15 @@ from vlm_jax.weights.processors import processor_of
 NAMED = (Change.SHOWN, Change.PLACE, Change.ANSWERS, Change.BATCH)
 # The order of the parts of a name; other fields are between them, by field name.
 ORDER = ("evaluate.split", "data.source", "data.path", "data.images", "data.blind")
-LAST = {"compressor.tokens": "v", "evaluate.batch": "batch", "evaluate.max_new_tokens": "new"}
+LAST = {
+    "compressor.tokens": "v",
+    "pruning.kind": "",
+    "pruning.layers": "after",
+    "pruning.tokens": "keep",
+    "pruning.weight": "weight",
+    "evaluate.batch": "batch",
+    "evaluate.max_new_tokens": "new",
+}
 
 
 @dataclass(frozen=True)
@@ -188,6 +196,8 @@ def name_of(settings: Mapping[str, Any], data_hash: str) -> str:
         if name not in settings:
             continue
         value = fields.value_text(settings[name])
+        if isinstance(settings[name], (list, tuple)):
+            value = "+".join(map(str, settings[name]))
         if name == "data.path":
             parts.append(f"{Path(value).stem}-{data_hash[:8]}")
         elif name == "data.blind":

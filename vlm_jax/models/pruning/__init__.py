@@ -28,7 +28,8 @@ def describe(section: Any, read: Read) -> Pruning | None:
         if ignored := [name for name, value in fields.items() if tuple_of(value) != NONE[name]]:
             raise ValueError(
                 f"pruning.{ignored[0]}={fields[ignored[0]]}, but pruning.kind='none' prunes "
-                f"nothing: choose one of {sorted(PRUNINGS)}, or leave it out"
+                f"nothing: choose one of {sorted(PRUNINGS)}, or set pruning.{ignored[0]}="
+                f"{NONE[ignored[0]]}"
             )
         return None
     if kind not in PRUNINGS:
