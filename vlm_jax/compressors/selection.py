@@ -9,6 +9,8 @@ from typing import ClassVar
 
 from vlm_jax.compressors.method import Interface, Number, Products, Projected, tilings
 
+STRIPS = 4  # of rows, in which products of all pairs are made
+
 
 @dataclass(frozen=True)
 class Selection(Projected):
@@ -62,3 +64,15 @@ class Selection(Projected):
     def choice(self, interface: Interface) -> Number:
         """FLOPs of the choice of one image's patches."""
         return 0
+
+
+def strips(rows: int) -> list[tuple[int, int]]:
+    """The first row of each strip, and the one after its last."""
+    ends = [rows * k // STRIPS for k in range(STRIPS + 1)]
+    return [(a, b) for a, b in zip(ends, ends[1:], strict=False) if a < b]
+
+
+def pairs_flops(rows: int, width: Number) -> Number:
+    """FLOPs of the products of all pairs of `rows` rows (`selector.pairs`): each strip with itself
+    and those after it, five eighths of all."""
+    return sum(2 * (b - a) * (rows - a) * width for a, b in strips(rows))

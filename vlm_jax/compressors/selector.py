@@ -17,6 +17,7 @@ from vlm_jax import mesh
 from vlm_jax.compressors.last_level import LastLevel
 from vlm_jax.compressors.matryoshka import Matryoshka
 from vlm_jax.compressors.method import Interface, Method
+from vlm_jax.compressors.selection import strips
 
 
 class AnyTokens(LastLevel, Matryoshka):
@@ -96,3 +97,12 @@ def unit(x: Float[Array, "*rows E"], least: float = 0.0) -> Float[Array, "*rows 
 def products(x: Float[Array, "M E"], y: Float[Array, "N E"]) -> Float[Array, "M N"]:
     """The product of every row of x with every row of y: choices need all of float32's digits."""
     return jnp.matmul(x, y.T, precision=lax.Precision.HIGHEST)
+
+
+def pairs(x: Float[Array, "N E"]) -> Float[Array, "N N"]:
+    """The product of every pair of rows, each of most pairs once: the result is symmetric."""
+    rows = len(x)
+    upper = [jnp.pad(products(x[a:b], x[a:]), ((0, 0), (a, 0))) for a, b in strips(rows)]
+    whole = jnp.concatenate(upper)
+    strip = jnp.array([k for k, (a, b) in enumerate(strips(rows)) for _ in range(a, b)])
+    return jnp.where(strip[:, None] <= strip, whole, whole.T)

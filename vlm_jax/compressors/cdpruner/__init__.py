@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlm_jax.compressors.method import Interface, Number, linear, projector_parameters
-from vlm_jax.compressors.selection import Selection
+from vlm_jax.compressors.selection import Selection, pairs_flops
 from vlm_jax.compressors.tensors import CLIP_BLOCK, Table, Tensor, norm, stacked
 from vlm_jax.compressors.tensors import linear as linear_tensors
 
@@ -53,7 +53,7 @@ class CDPrunerMethod(Selection):
         """Similarities of the patches, the way of patches and question into CLIP's space, and V
         steps of a Cholesky factorization."""
         P, between = interface.patches, self.clip_width
-        alike = 2 * P**2 * interface.llm_width
+        alike = pairs_flops(P, interface.llm_width)
         image = 2 * P * interface.width * between + 2 * P * between
         return alike + image + self.text_flops + 2 * self.tokens**2 * P
 

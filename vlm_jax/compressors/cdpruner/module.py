@@ -14,7 +14,7 @@ from vlm_jax.compressors.cdpruner import CDPrunerMethod
 from vlm_jax.compressors.cdpruner.text import EPS, TextTower
 from vlm_jax.compressors.compressor import Question
 from vlm_jax.compressors.method import Interface
-from vlm_jax.compressors.selector import Selector, each_image, products, unit
+from vlm_jax.compressors.selector import Selector, each_image, pairs, products, unit
 from vlm_jax.layers import LayerNorm, Linear
 
 LEAST = 1e-6  # of a patch's relevance, as published; and of the range that it is divided by
@@ -118,7 +118,7 @@ def select(
     the steps of a Cholesky factorization.
     """
     rows = unit(tokens)
-    kernel = relevance[:, None] * products(rows, rows) * relevance
+    kernel = relevance[:, None] * pairs(rows) * relevance
 
     def step(i, state):
         order, left, factors = state

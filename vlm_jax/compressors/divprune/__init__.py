@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlm_jax.compressors.method import Interface, Number
-from vlm_jax.compressors.selection import Selection
+from vlm_jax.compressors.selection import Selection, pairs_flops
 
 
 @dataclass(frozen=True)
@@ -23,4 +23,4 @@ class DivPruneMethod(Selection):
 
     def choice(self, interface: Interface) -> Number:
         """The distance of every pair."""
-        return 2 * interface.patches**2 * interface.llm_width
+        return pairs_flops(interface.patches, interface.llm_width)

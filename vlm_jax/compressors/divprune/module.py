@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from vlm_jax.compressors.selector import Selector, each_image, products, unit
+from vlm_jax.compressors.selector import Selector, each_image, pairs, unit
 
 
 class DivPrune(Selector):
@@ -46,7 +46,7 @@ class DivPrune(Selector):
 def select(tokens: Float[Array, "P D"], count: int) -> Int[Array, " V"]:
     """`count` patches of one image in the order in which they are chosen."""
     rows = unit(tokens)
-    distance = 1 - products(rows, rows)
+    distance = 1 - pairs(rows)
     patch = jnp.arange(len(tokens))
     nearest = jnp.where(patch[:, None] == patch, jnp.inf, distance).min(1)
     first = jnp.argmax(nearest)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlm_jax.compressors.method import Interface, Number
-from vlm_jax.compressors.selection import Selection
+from vlm_jax.compressors.selection import Selection, pairs_flops
 
 WORDS = 16  # tokens of a question's words that a cost assumes: the smallest shape of a request
 
@@ -32,5 +32,5 @@ class MMTokMethod(Selection):
         """Similarities of words and patches, and V passes over them: a difference, a maximum and a
         sum of each number."""
         P, width, llm_width = interface.patches, interface.width, interface.llm_width
-        alike = 2 * WORDS * P * llm_width + 2 * P**2 * width
+        alike = 2 * WORDS * P * llm_width + pairs_flops(P, width)
         return alike + 3 * self.tokens * (WORDS + P) * P

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vlm_jax.compressors.compressor import Question
-from vlm_jax.compressors.selector import Selector, each_image, products, unit
+from vlm_jax.compressors.selector import Selector, each_image, pairs, products, unit
 
 TEXT_TEMPERATURE = 0.02  # as published for LLaVA-1.5
 IMAGE_TEMPERATURE = 0.2
@@ -100,7 +100,7 @@ def select(
     tokens, words, features = (unit(x, SHORTEST) for x in (tokens, words, features))
     asked = jax.nn.softmax(products(words, tokens) / text_temperature)
     asked = jnp.where(real[:, None], asked, 0) / jnp.maximum(real.sum(), 1)
-    seen = jax.nn.softmax(products(features, features) / image_temperature) / len(features)
+    seen = jax.nn.softmax(pairs(features) / image_temperature) / len(features)
     # One row for each patch that may be chosen: what it covers of every word and patch.
     covers = jnp.concatenate([asked, image_weight * seen]).T
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlm_jax.compressors.method import Interface, Number
-from vlm_jax.compressors.selection import Selection
+from vlm_jax.compressors.selection import Selection, pairs_flops
 
 
 @dataclass(frozen=True)
@@ -51,4 +51,4 @@ class VisPrunerMethod(Selection):
         important = self.important(self.tokens, self.important_ratio)
         if important >= self.tokens:
             return 0
-        return 2 * (interface.patches - important) ** 2 * interface.width
+        return pairs_flops(interface.patches - important, interface.width)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from vlm_jax.compressors.selector import Selector, each_image, products, unit
+from vlm_jax.compressors.selector import Selector, each_image, pairs, unit
 from vlm_jax.compressors.vispruner import VisPrunerMethod
 
 DROPPED = 8  # of each round, as published
@@ -63,7 +63,7 @@ def select(
         return order[:count]
     rest = order[important:]
     rows = unit(features[rest])
-    diverse = thinned(products(rows, rows), count - important)
+    diverse = thinned(pairs(rows), count - important)
     return jnp.concatenate([order[:important], rest[diverse]])
 
 
