@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm_jax.law.components import CELLS, Noise, System, basis_of, tangent
+from vlm_jax.law.components import CELLS, RANK, Noise, System, tangent
 from vlm_jax.law.solve import Array, measured, predict
 
 CHANCE = 1e-3
@@ -104,18 +104,27 @@ def _surface(design: Array, rows: System, theta: Array) -> tuple[float, float]:
     x, y = (np.log(values / np.exp(np.log(values).mean())) for values in (rows.N, rows.V))
     own = tangent(design, rows, theta)
     own = own[np.abs(own).max(1) > 0]
-    rank = basis_of(own).shape[1]
+    rank, _ = _outside(own, left)
     shapes = [p for p in POWERS if p[0] < len(np.unique(x)) and p[1] < len(np.unique(y))]
     shapes = shapes[: max(len(left) - rank - SPARE, 0)]
     if not shapes:
         return float("nan"), float("nan")
     extra = np.stack([root * measured(x**a * y**b, rows.mix) for a, b in shapes])
     columns = np.vstack([own, extra])
-    both = basis_of(columns / np.linalg.norm(columns, axis=1, keepdims=True))
-    rest = float(((left - both @ (both.T @ left)) ** 2).sum())
-    more, dof = both.shape[1] - rank, len(left) - both.shape[1]
+    both, rest = _outside(columns / np.linalg.norm(columns, axis=1, keepdims=True), left)
+    more, dof = both - rank, len(left) - both
     gained = float((left**2).sum()) - rest
     if more <= 0 or dof <= 0 or rest <= 0:
         return float("nan"), float("nan")
     chance = float(fdtrc(more, dof, gained / more / (rest / dof)))
     return float(np.sqrt(max(gained, 0.0) / rows.total.sum())), chance
+
+
+def _outside(columns: Array, left: Array) -> tuple[int, float]:
+    """(rank, squares of `left` [m] outside) of what the rows of `columns` [k, m] span, m > k."""
+    count = len(columns)
+    triangle = np.linalg.qr(np.vstack([columns, left]).T, mode="r")
+    directions, lengths, _ = np.linalg.svd(triangle[:count, :count])
+    dropped = lengths <= RANK * lengths[0]
+    missed = directions[:, dropped].T @ triangle[:count, count]
+    return int((~dropped).sum()), float(triangle[count, count] ** 2 + (missed**2).sum())
