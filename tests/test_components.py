@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from vlm_jax.law import components, law
+from vlm_jax.law import components, law, misfit
 from vlm_jax.law.points import Points
 
 SIZES, TOKENS = (0.5, 1.8, 4.0, 7.0), (1, 4, 16, 36, 64, 144, 576)
@@ -140,6 +140,11 @@ def test_a_basis_spans_what_the_rows_span_and_leaves_rounding_out(rank):
     y = rng.standard_normal(600)
     fitted = columns.T @ np.linalg.lstsq(columns.T, y, rcond=1e-9)[0]
     assert basis @ (basis.T @ y) == pytest.approx(fitted, abs=1e-12)
+    assert misfit._outside(columns, y) == (rank, pytest.approx(((y - fitted) ** 2).sum()))
+    assert misfit._outside(columns[:, :3], y[:3]) == (min(rank, 3), pytest.approx(
+        ((y[:3] - columns[:, :3].T @ np.linalg.lstsq(columns[:, :3].T, y[:3], rcond=1e-9)[0]) ** 2)
+        .sum(), abs=1e-12,
+    ))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -121,9 +121,11 @@ def _surface(design: Array, rows: System, theta: Array) -> tuple[float, float]:
 
 
 def _outside(columns: Array, left: Array) -> tuple[int, float]:
-    """(rank, squares of `left` [m] outside) of what the rows of `columns` [k, m] span, m > k."""
+    """(rank, squares of `left` [m] outside) of what the rows of `columns` [k, m] span."""
     count = len(columns)
-    triangle = np.linalg.qr(np.vstack([columns, left]).T, mode="r")
+    short = max(count + 1 - len(left), 0)  # zeros add nothing, and the triangle is whole
+    matrix = np.pad(np.vstack([columns, left]).T, [(0, short), (0, 0)])
+    triangle = np.asarray(np.linalg.qr(matrix, mode="r"))
     directions, lengths, _ = np.linalg.svd(triangle[:count, :count])
     dropped = lengths <= RANK * lengths[0]
     missed = directions[:, dropped].T @ triangle[:count, count]
