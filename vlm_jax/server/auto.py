@@ -49,9 +49,10 @@ def law_for(law: Mixture | None, method: Method, N: float) -> tuple[Mixture | No
     """The law that answers for a model, or None and why there is none."""
     if law is None:
         return None, "the server has no law (--law)"
-    mine = law.others.get(method.kind, law) if law.kind != method.kind else law
-    if mine.kind not in (None, method.kind):
-        return None, f"the law was fitted with {mine.method}, and this model has {method.kind}"
+    kind = method.kind
+    mine = law if law.kind == kind else law.others.get(kind, law)
+    if mine.kind not in (None, kind):
+        return None, f"the law was fitted with {mine.method}, and this model has {kind}"
     for name, weight in mine.weights.items():
         answer = mine.answers[name]
         doubt = answers.doubt_of(name, mine.laws[name], answer)
