@@ -48,7 +48,7 @@ plain() {
 }
 
 # The verbs of vlm-jax (a test compares them with its own list).
-VERBS='train evaluate score grid report fit plan convert generate data checkpoint compile'
+VERBS='train evaluate score grid report fit plan convert generate serve data checkpoint compile'
 
 # needs_verb WORD ...: ends where these words do not begin with a verb. A worker would refuse them too,
 # but only when there is a TPU to pay for.

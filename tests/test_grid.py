@@ -256,7 +256,7 @@ def test_request_lengths_are_those_of_prompts_answers_and_what_is_asked(unbroken
 )
 def test_a_method_is_named_by_what_tells_its_models_apart(fields, method):
     c = tiny.config(compressor=fields)
-    assert records.method_of(**details.method_of(tiny.size(c).compressor)) == method
+    assert records.method_of(**details.method_of(tiny.size(c))) == method
 
 
 # --- What the cells share -------------------------------------------------------------------------
