@@ -11,6 +11,7 @@ import logging
 import time
 import traceback
 from collections.abc import MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,12 +27,22 @@ CHAT = "/v1/chat/completions"
 ARRIVED, REPLY = "vlm_jax.arrived", "vlm_jax.reply"
 
 
+@dataclass
+class Taken:
+    """What one request has of the gate's bounds: a place `inside`, and bytes of its body."""
+
+    inside: bool = False
+    bytes: int = 0
+
+
 class Gate:
     """Lets requests through to `app`."""
 
     def __init__(self, app: ASGIApp, service: Service, keys: Keys):
         self.app, self.service, self.keys = app, service, keys
-        self.inside = 0  # chat requests from their first byte to the last one of the response
+        # Chat requests that were let in, to the last byte of the response: one without a key, or
+        # refused, takes nobody's place while its body is thrown away.
+        self.inside = 0
         self.held = 0  # bytes of their bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -47,10 +58,9 @@ class Gate:
             await send(message)
 
         chat = scope["path"] == CHAT and scope["method"] == "POST"
-        size = [0]
-        self.inside += chat
+        taken = Taken()
         try:
-            await self._through(scope, receive, noted, size)
+            await self._through(scope, receive, noted, taken)
         except Refusal as refusal:
             await refusal.response()(scope, receive, noted)
         except Exception as error:
@@ -63,12 +73,12 @@ class Gate:
         finally:
             if REPLY in scope:
                 scope[REPLY].ticket.cancel()
-            self.inside -= chat
-            self.held -= size[0]
+            self.inside -= taken.inside
+            self.held -= taken.bytes
             if chat:
                 self.service.metrics.ended(status[0] if status else 499)
 
-    async def _through(self, scope: Scope, receive: Receive, send: Send, size: list[int]) -> None:
+    async def _through(self, scope: Scope, receive: Receive, send: Send, taken: Taken) -> None:
         """Checks a request, reads its body, and calls the app. Raises Refusal."""
         limits, headers = self.service.limits, headers_of(scope)
         if scope["path"] not in OPEN and not self.keys.allow(headers.get("authorization", "")):
@@ -86,9 +96,12 @@ class Gate:
             raise await self._after(receive, Refusal(
                 f"Content-Type is {kind[:40]!r}: send application/json", status=415
             ))  # fmt: skip
-        if scope["path"] == CHAT and self.inside > limits.requests:
-            raise await self._after(receive, self._busy())
-        body = await self._body(headers, receive, size)
+        if scope["path"] == CHAT:
+            if self.inside >= limits.requests:
+                raise await self._after(receive, self._busy())
+            taken.inside = True
+            self.inside += 1
+        body = await self._body(headers, receive, taken)
         waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def again() -> Message:
@@ -97,7 +110,7 @@ class Gate:
         del body
         await self.app(scope, again, send)
 
-    async def _body(self, headers: dict[str, str], receive: Receive, size: list[int]) -> bytes:
+    async def _body(self, headers: dict[str, str], receive: Receive, taken: Taken) -> bytes:
         """The body of a request. Raises Refusal for one that is too large or too slow."""
         limits, chunks = self.service.limits, []
         announced = headers.get("content-length", "")
@@ -111,9 +124,9 @@ class Gate:
                         raise Refusal("the client is gone", status=499)
                     chunk = message.get("body", b"")
                     chunks.append(chunk)
-                    size[0] += len(chunk)
+                    taken.bytes += len(chunk)
                     self.held += len(chunk)
-                    if size[0] > limits.body_bytes:
+                    if taken.bytes > limits.body_bytes:
                         raise self._too_large()
                     if self.held > limits.bodies_bytes:
                         raise self._busy()
@@ -153,7 +166,7 @@ class Gate:
 
     def _busy(self) -> Refusal:
         return Refusal(
-            f"{self.inside - 1} requests are under way, and more are not taken: ask again later",
+            f"{self.inside} requests are under way, and more are not taken: ask again later",
             status=429,
             code="queue_full",
             retry_after=self.service.retry_after(),
