@@ -52,6 +52,19 @@ def test_what_may_become_a_stop_string_waits_and_is_shown_if_it_does_not():
     assert held("say ##", ("###", "#!")) == 2 and held("say", ("###",)) == 0
 
 
+def test_a_stop_string_as_long_as_a_request_costs_no_more_than_the_text():
+    class Counted(str):
+        """A stop string that counts what is taken of it."""
+
+        def __getitem__(self, part):
+            taken.append(part.stop)
+            return super().__getitem__(part)
+
+    taken = []
+    assert held("say a", (Counted("a" * 10_000_000),)) == 1
+    assert taken == [1, 2, 3, 4, 5]
+
+
 def test_a_stop_token_is_no_text_and_scores_come_with_their_tokens():
     answering = Answering(Words(Bytes()), stop_ids=(0,), stop=("bc",), room=9)
     scores = [Score(k, chr(k), -0.5) for k in b"ab"]

@@ -71,5 +71,11 @@ class Answering:
 
 def held(text: str, stops: Sequence[str]) -> int:
     """How many characters at the end of a text may be the beginning of one of `stops`."""
-    lengths = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    # A stop string may be as long as a request: no more of it is looked at than there is text.
+    lengths = (
+        n
+        for stop in stops
+        for n in range(1, min(len(stop), len(text) + 1))
+        if text.endswith(stop[:n])
+    )
     return max(lengths, default=0)
