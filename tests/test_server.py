@@ -281,7 +281,10 @@ def test_a_handle_stands_for_an_image_in_the_next_turn(client, address, service)
 
 def test_only_holders_of_a_key_are_answered(tmp_path):
     file = tmp_path / "keys"
-    file.write_text("# of the tests\nsecret-key-number-one\nsecret-key-number-two\n")
+    # As an editor of Windows writes it.
+    file.write_bytes(
+        "\ufeffsecret-key-number-one\r\n\r\n# of the tests\r\nclé-numéro-voilà-à\r\n".encode()
+    )
     with serving(made_engine.service(M3), keys=Keys.of_file(file)) as address:
         for path in ("/v1/chat/completions", "/v1/models", "/metrics", "/openapi.json", "/nothing"):
             body = {} if "chat" in path else None
@@ -290,8 +293,12 @@ def test_only_holders_of_a_key_are_answered(tmp_path):
             assert json.loads(answer)["error"]["code"] == "invalid_api_key"
         for path in ("/", "/health"):
             assert send(address, path)[0] == 200
-        for key, status in (("secret-key-number-two", 200), ("secret-key-number", 401)):
-            held = [("Authorization", f"Bearer {key}")]
+        for key, status in (
+            ("secret-key-number-one", 200),
+            ("clé-numéro-voilà-à", 200),
+            ("secret-key-number", 401),
+        ):
+            held = [("Authorization", b"Bearer " + key.encode())]
             assert send(address, "/v1/models", headers=held)[0] == status
     file.write_text("short\n")
     with pytest.raises(ValueError, match="at least 16"):

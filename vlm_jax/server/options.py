@@ -48,7 +48,8 @@ class Keys:
     @classmethod
     def of_file(cls, path: str | Path) -> "Keys":
         """One key a line. Raises ValueError for a file without any, or with a short key."""
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        # Editors of Windows begin a file with a mark, which would be part of the first key.
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
         keys = [line for line in lines if line and not line.startswith("#")]
         if not keys or min(map(len, keys)) < 16:
             raise ValueError(
@@ -61,6 +62,7 @@ class Keys:
         if not self.hashes:
             return True
         scheme, _, key = header.partition(" ")
-        given = hashlib.sha256(key.strip().encode("utf-8", "surrogatepass")).digest()
+        # The bytes that came, which are UTF-8 as those of the file.
+        given = hashlib.sha256(key.strip(" \t").encode("latin-1")).digest()
         same = [hmac.compare_digest(given, known) for known in self.hashes]
         return scheme.lower() == "bearer" and any(same)
