@@ -2,6 +2,7 @@
 """What clients do wrong: mutated requests, killed and slow clients, crowds; the server goes on."""
 
 import copy
+import hashlib
 import json
 import logging
 import random
@@ -16,7 +17,7 @@ import tiny
 from listening import chat, eventually, image, picture, send, serving, text, uri
 from made_engine import said
 
-from vlm_jax.server.options import Limits
+from vlm_jax.server.options import Keys, Limits
 
 M3 = tiny.size(tiny.config(compressor=dict(kind="m3", tokens=4)))
 
@@ -63,6 +64,40 @@ def test_a_full_queue_of_the_engine_is_429_too():
     with serving(service) as address, ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda k: chat(address, f"{k}"), range(8)))
         assert sorted({status for status, _, _ in found}) == [200, 429]
+
+
+def test_whoever_is_refused_takes_nobodys_place():
+    """A request without a key, or of another form, holds no place while its body comes slowly."""
+    key = "a-key-of-the-tests"
+    keys = Keys((hashlib.sha256(key.encode()).digest(),))
+    service = made_engine.service(M3, limits=Limits(requests=2))
+    held = [("Authorization", f"Bearer {key}")]
+    with serving(service, keys=keys) as address:
+        strangers = [plain(address, question()[:10], length=1000) for _ in range(4)]
+        body = {"messages": [{"role": "user", "content": "what?"}]}
+        for _ in range(3):
+            assert send(address, "/v1/chat/completions", body, headers=held)[0] == 200
+        for client in strangers:
+            client.close()
+
+
+def test_text_that_cannot_fit_is_refused_before_it_is_tokenized():
+    service = made_engine.service(M3)
+    with serving(service) as address:
+        status, _, body = chat(address, "a " * 10_000)
+        assert status == 400 and body["error"]["code"] == "context_length_exceeded"
+        assert "20,000 characters" in body["error"]["message"] and not service.engine.prompts
+
+
+def test_an_engine_that_has_failed_is_unhealthy_before_anybody_asks_it():
+    service = made_engine.service(M3)
+    with serving(service) as address:
+        service.engine.closed = True
+        status, _, body = send(address, "/health")
+        assert status == 503 and json.loads(body)["status"] == "failed"
+        status, headers, body = chat(address)
+        assert status == 503 and body["error"]["code"] == "engine_failed"
+        assert "retry-after" not in headers
 
 
 # --- Time -----------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from vlm_jax.serving.engine import Engine
 from vlm_jax.serving.tickets import Answer, Ask, Closed, Event, Full, Gone, Ticket
 
 THREADS = 4  # that decode images; each holds at most a few times Limits.pixels * 3 bytes
+LETTERS_PER_TOKEN = 32  # more than texts have; English has 4 to 5
 SLOW = 0.9  # weight of the past in running means
 
 
@@ -85,7 +86,6 @@ class Service:
     limits: Limits
     fetch: images.Fetch | None = None
     draining: bool = False
-    failed: bool = False
     pace: Pace = field(default_factory=Pace)
     pool: ThreadPoolExecutor = field(init=False)
     metrics: Metrics = field(init=False)
@@ -102,6 +102,11 @@ class Service:
         self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="prepare")
         self.metrics = Metrics(self.engine.stats)
         self.created = int(time.time())
+
+    @property
+    def failed(self) -> bool:
+        """Whether the engine has ended by itself: it answers nothing any more."""
+        return bool(self.engine.closed) and not self.draining
 
     def load(self) -> Load:
         """What the engine does now."""
@@ -152,6 +157,7 @@ class Service:
             asked, image=self.template.image, images_first=self.images_first
         )
         images.check_count(len(talk.images), self.limits)
+        self._check_length(talk)
         try:
             tokens = self.engine.tokens(
                 list(talk.turns), images=len(talk.images), system=talk.system
@@ -190,6 +196,22 @@ class Service:
         usage_asked = bool(asked.stream_options and asked.stream_options.include_usage)
         return Prepared(ask, budget, load, len(talk.images), bool(asked.stream), usage_asked)
 
+    def _check_length(self, talk: messages.Conversation) -> None:
+        """Raises Refusal for more text than any tokens of the model's length can hold.
+
+        The engine cannot decode an answer while a prompt is tokenized, which takes a minute for a
+        body of the largest size.
+        """
+        letters = sum(map(len, (*talk.turns, talk.system or "")))
+        length = self.engine.model.max_length
+        if letters > LETTERS_PER_TOKEN * length:
+            raise Refusal(
+                f"{letters:,} characters of text, and at most {LETTERS_PER_TOKEN * length:,} are "
+                f"read by this model of {length} tokens: shorten the prompt",
+                param="messages",
+                code="context_length_exceeded",
+            )
+
     def _image(self, placed: messages.Placed) -> np.ndarray | str:
         """The pixels of an image as the engine reads them, or its handle."""
         url = placed.image.url
@@ -214,8 +236,7 @@ class Service:
                 retry_after=self.retry_after(),
             ) from None
         except Closed:
-            self.failed = self.failed or not self.draining
-            raise stopping() from None
+            raise (broken() if self.failed else stopping()) from None
         except Gone as error:
             raise Refusal(str(error), code="image_not_found", param="messages") from None
         except ValueError as error:
@@ -270,6 +291,16 @@ def late() -> Refusal:
         "tokens, or ask later",
         status=408,
         code="deadline_exceeded",
+    )
+
+
+def broken() -> Refusal:
+    """The refusal of a request to a server whose engine has failed."""
+    return Refusal(
+        "the engine has failed and answers nothing any more: ask the operator to restart the "
+        "server",
+        status=503,
+        code="engine_failed",
     )
 
 
