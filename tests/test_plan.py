@@ -352,10 +352,12 @@ def test_a_file_that_is_no_law_is_named(laws, capsys):
     for text, message in (
         ("{", "is not JSON"),
         ("[1]", "holds a list"),
+        ("\udcff", "is not JSON"),
+        ('{"schema": 3, "form": "multiplicative"}', "has schema 3, and 1 to 2 are read"),
         ('{"form": "cubic"}', "form is 'cubic'"),
         ('{"form": "multiplicative", "A": 1}', "alpha, beta, D missing"),
     ):
-        (laws / "bad.json").write_text(text)
+        (laws / "bad.json").write_text(text, errors="surrogateescape")
         assert main(["plan", f"--law={laws / 'bad.json'}", "--flops=1e12", "--text-tokens=5"]) == 2
         assert message in capsys.readouterr().err
 

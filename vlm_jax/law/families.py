@@ -10,10 +10,8 @@ import numpy as np
 from vlm_jax.law import answer, compare, components, law, methods, published
 from vlm_jax.law.answer import Answer
 from vlm_jax.law.forms import FORMS
-from vlm_jax.law.law import Law
+from vlm_jax.law.law import SCHEMA, Law
 from vlm_jax.law.points import Points
-
-SCHEMA = 2  # of law.json; 1 had no schema, answer, method and fitted_on
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from vlm_jax.law.forms import FORMS, Numbers
 from vlm_jax.law.points import Points
 from vlm_jax.law.solve import LOG_COEFFICIENT, predict, solve, starts
 
+SCHEMA = 2  # of law.json; 1 had no schema, answer, method and fitted_on
 STARTS = 48  # on the published points the hardest form reached its best minimum from 3 of 64
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from vlm_jax.cost.flops import Number
 from vlm_jax.cost.roofline import Stored
 from vlm_jax.law.answer import Answer
-from vlm_jax.law.law import Law
+from vlm_jax.law.law import SCHEMA, Law
 from vlm_jax.planning.mixture import Mixture
 
 
@@ -157,10 +157,15 @@ def law_fields(path: Path) -> dict[str, Any]:
         path = path / "law.json"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as problem:
+    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
         raise ValueError(f"{path} is not JSON: {problem}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} is not a law: it holds a {type(fields).__name__}")
+    if (schema := fields.get("schema", 1)) not in range(1, SCHEMA + 1):
+        raise ValueError(
+            f"{path} has schema {schema!r:.40}, and 1 to {SCHEMA} are read: fit it again, or use "
+            "the version of vlm_jax that wrote it"
+        )
     return fields
 
 
