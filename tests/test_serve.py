@@ -214,6 +214,7 @@ def test_sigterm_under_load_loses_no_answer_that_was_taken(checkpoint, offline, 
 def test_flags_that_contradict_are_refused_in_one_line(checkpoint, tmp_path, capsys):
     law = tmp_path / "law.json"
     law.write_text(json.dumps({}))
+    (tmp_path / "bytes").write_bytes(b"\xff" * 20)
     for flags, said in (
         (["--target-ms=5"], "--target-ms needs"),
         (["--efficiency=0.5"], "need --chip"),
@@ -221,7 +222,12 @@ def test_flags_that_contradict_are_refused_in_one_line(checkpoint, tmp_path, cap
         (["--allow-image-hosts=*"], "whole name"),
         ([f"--api-key-file={tmp_path}/none"], "no file"),
         (["--slots=0"], "slots=0"),
-        (["--most-images=-1"], "at least"),
+        (["--most-images=-1"], "more than 0"),
+        (["--drain=nan"], "--drain: 'nan' is not a number"),
+        (["--index-gb=inf"], "--index-gb: 'inf' is not a number"),
+        (["--most-mb=0"], "--most-mb: '0.0' is not a number"),
+        (["--mix=reasoning:1"], "--mix needs --law"),
+        ([f"--api-key-file={tmp_path}/bytes"], "bytes: one key a line of UTF-8"),
         (["--port=99999"], "choose another port"),
         ([f"--law={law}"], "law"),
     ):

@@ -36,7 +36,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if not 0 < value < float("inf"):
-                raise ValueError(f"the limit {name}={value:g}: at least 1, and finite")
+                raise ValueError(f"the limit {name}={value:g}: more than 0, and finite")
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,16 @@ class Keys:
     @classmethod
     def of_file(cls, path: str | Path) -> "Keys":
         """One key a line. Raises ValueError for a file without any, or with a short key."""
-        # Editors of Windows begin a file with a mark, which would be part of the first key.
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-        keys = [line for line in lines if line and not line.startswith("#")]
+        try:
+            # Editors of Windows begin a file with a mark, which would be part of the first key.
+            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            lines = []
+        keys = [line.strip() for line in lines]
+        keys = [key for key in keys if key and not key.startswith("#")]
         if not keys or min(map(len, keys)) < 16:
             raise ValueError(
-                f"--api-key-file={path}: one key a line, each of at least 16 characters"
+                f"--api-key-file={path}: one key a line of UTF-8, each of at least 16 characters"
             )
         return cls(tuple(hashlib.sha256(key.encode()).digest() for key in keys))
 

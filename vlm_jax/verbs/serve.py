@@ -20,6 +20,7 @@ from typing import Any
 
 from vlm_jax import progress
 from vlm_jax.cost import calibration, chips
+from vlm_jax.planning import parsing
 from vlm_jax.verbs import cli
 from vlm_jax.verbs.parser import Parser
 
@@ -136,7 +137,7 @@ def run(options: argparse.Namespace) -> int:
 def service_of(options: argparse.Namespace) -> Any:
     """The service of a command line: its model, engine, budgets and limits."""
     from vlm_jax import compiled, cpu
-    from vlm_jax.planning import parsing, question
+    from vlm_jax.planning import question
     from vlm_jax.server.auto import Auto
     from vlm_jax.server.budget import Chooser
     from vlm_jax.server.choices import Choices
@@ -147,6 +148,7 @@ def service_of(options: argparse.Namespace) -> Any:
     from vlm_jax.serving.model import VLM
     from vlm_jax.training import runs
 
+    check(options)
     limits = Limits(
         body_bytes=round(options.most_mb * MB),
         images=options.most_images,
@@ -156,6 +158,8 @@ def service_of(options: argparse.Namespace) -> Any:
     )
     hosts = check_hosts(options.allow_image_hosts.split(",")) if options.allow_image_hosts else ()
     reached = question.reached(options.calibration, parsing.efficiency(options.efficiency))
+    if options.mix is not None and options.law is None:
+        raise ValueError("--mix needs --law, whose families it weighs")
     if options.chip is None and (reached is not None or options.chips != 1):
         raise ValueError("--efficiency, --calibration and --chips need --chip")
     cpu.keep_freed_memory()
@@ -190,6 +194,20 @@ def service_of(options: argparse.Namespace) -> Any:
         limits,
         Web(hosts, limits.body_bytes) if hosts else None,
     )
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError for a flag whose number is infinite, none, or too small to mean anything."""
+    for flag, least in (
+        ("--deadline", 1e-3),
+        ("--drain", 0.0),
+        ("--index-gb", 0.0),
+        ("--most-mb", 1 / 2**20),
+        ("--most-megapixels", 1e-6),
+        ("--target-ms", 1e-3),
+    ):
+        if (value := getattr(options, flag[2:].replace("-", "_"))) is not None:
+            parsing.number(value, flag, least=least)
 
 
 def mesh_of(text: str | None) -> Any:
