@@ -159,6 +159,14 @@ def test_a_second_turn_reads_what_is_new_and_names_its_image_by_handle(engine, m
         engine.submit(Ask("a", ("0" * 32,)))
 
 
+def test_an_image_that_stands_twice_in_a_prompt_is_encoded_once(engine, model, images):
+    new, prompt = 255 - images[2], "is <image> in <image>?"
+    pixels = engine.pixels(new)
+    answer = engine.submit(Ask(prompt, (pixels, pixels), max_new_tokens=NEW)).answer()
+    assert 2 * answer.usage.reused_image_tokens == answer.usage.image_tokens > 0
+    assert list(answer.ids) == list(offline(model, {0: new}, (0, 0), prompt, {}).ids)
+
+
 def test_a_stop_string_ends_the_answer_before_it(engine, model, images, alone):
     which, prompt, how = ASKED[0]
     whole = offline(model, images, which, prompt, how, new=12).text

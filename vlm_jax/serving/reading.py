@@ -169,7 +169,7 @@ class Reader:
         for image in row.images:
             image.seen = image.seen or self.index.image(image.key)
             if reader.adaptive:
-                yield from self.see(image, length)
+                yield from self.see(row, image, length)
         row.lay(reader.adaptive)
         keys, most = row.keys(), len(row.ids) - 1  # the last token is always read
         prefix = reader.reads_prefix and any(image.seen is None for image in row.images)
@@ -181,7 +181,7 @@ class Reader:
         if not prefix:
             for image in row.images:
                 if image.end > at:
-                    yield from self.see(image, length)
+                    yield from self.see(row, image, length)
         caches = self.opened(length)
         for number, block in enumerate(blocks):
             caches = self.caches[length] = self.programs.load(caches, block, BLOCK * number)
@@ -265,8 +265,10 @@ class Reader:
         self.caches[length] = found.caches
         return found
 
-    def see(self, image: Image, length: int) -> Iterator[None]:
+    def see(self, row: Row, image: Image, length: int) -> Iterator[None]:
         """Makes the tokens of an image that are not there yet, with a pass over its question."""
+        # An image may stand in a row twice.
+        image.seen = image.seen or next(x.seen for x in row.images if x.key == image.key)
         if image.seen is not None:
             return
         feature = None
