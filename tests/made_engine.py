@@ -21,6 +21,7 @@ from vlm_jax.server.choices import Choices
 from vlm_jax.server.options import Limits
 from vlm_jax.server.service import Service
 from vlm_jax.serving.engine import Engine
+from vlm_jax.serving.requests import TooLong
 from vlm_jax.serving.tickets import (
     Answer,
     Closed,
@@ -89,9 +90,9 @@ class MadeEngine(Engine):
         read = len(ask.prompt.ids) + V * len(pixels)
         most = min(LENGTH - read, 256) if ask.max_new_tokens is None else ask.max_new_tokens
         if read + most > LENGTH:
-            raise ValueError(
+            raise TooLong(
                 f"{read} tokens and {most} new ones; this model was made for {LENGTH}: "
-                "shorten the prompt"
+                "lower max_new_tokens"
             )
         with self.changed:
             if self.closed:

@@ -253,6 +253,7 @@ def test_a_request_that_does_not_fit_says_the_numbers(address):
     status, _, body = chat(address, max_tokens=10_000)
     assert status == 400 and "10000" in body["error"]["message"]
     assert body["error"]["code"] == "context_length_exceeded"
+    assert body["error"]["message"].endswith("lower max_tokens")  # as a request names it
 
 
 # --- Images by handle -----------------------------------------------------------------------------

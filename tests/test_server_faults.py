@@ -316,6 +316,17 @@ def storm(address, count, *, seed=0, system=True):
         return list(pool.map(lambda body: send(address, "/v1/chat/completions", body)[0], bodies))
 
 
+def test_json_that_no_parser_reads_is_refused_with_the_reason():
+    with serving(made_engine.service(M3)) as address:
+        for body in (b'{"messages":' + b"[" * 100_000, b'{"n": ' + b"9" * 5_000 + b"}"):
+            status, _, answer = send(address, "/v1/chat/completions", body)
+            error = json.loads(answer)["error"]
+            assert status == 400 and error["code"] == "invalid_json", error
+            assert "nested too deeply, or has a huge number" in error["message"]
+        for path in ("/v1/chat/completions/", "/health/"):
+            assert send(address, path)[0] == 404  # and no redirection to what Host says
+
+
 def test_malformed_requests_are_refused_and_never_break_the_server(caplog):
     service = made_engine.service(M3, slots=16, queue=64)
     with serving(service) as address:

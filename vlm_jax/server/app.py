@@ -52,6 +52,7 @@ def application(service: Service, *, keys: Keys, page: str) -> ASGIApp:
         description="OpenAI's chat completions by a vision language model with a visual budget.",
         docs_url=None,  # its pages load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # a redirection would name a host as the client does
     )
     app.add_exception_handler(Refusal, refused)
     app.add_exception_handler(RequestValidationError, invalid)
@@ -197,7 +198,11 @@ async def failed(request: Request, error: Exception) -> Response:
 async def unknown(request: Request, error: Exception) -> Response:
     """The response to an unknown path or method, and to a body that cannot be read."""
     assert isinstance(error, HTTPException)
-    response = Refusal(str(error.detail), status=error.status_code).response()
+    refusal = Refusal(str(error.detail), status=error.status_code)
+    if error.status_code == 400:  # FastAPI's word for a parser that gave up
+        refusal.message = "the body cannot be read: it is nested too deeply, or has a huge number"
+        refusal.code = "invalid_json"
+    response = refusal.response()
     for name, value in (error.headers or {}).items():
         response.headers[name] = value
     return response

@@ -24,6 +24,7 @@ from vlm_jax.server.options import Limits
 from vlm_jax.server.refusals import Refusal
 from vlm_jax.server.schema import MOST_SEED, Budget, ChatRequest
 from vlm_jax.serving.engine import Engine
+from vlm_jax.serving.requests import TooLong
 from vlm_jax.serving.tickets import Answer, Ask, Closed, Event, Full, Gone, Ticket
 
 THREADS = 4  # that decode images; each holds at most a few times Limits.pixels * 3 bytes
@@ -239,9 +240,12 @@ class Service:
             raise (broken() if self.failed else stopping()) from None
         except Gone as error:
             raise Refusal(str(error), code="image_not_found", param="messages") from None
+        except TooLong as error:
+            # By the name that a request has for it.
+            reason = str(error).replace("max_new_tokens", "max_tokens")
+            raise Refusal(reason, code="context_length_exceeded", param="messages") from None
         except ValueError as error:
-            code = "context_length_exceeded" if "shorten the prompt" in str(error) else None
-            raise Refusal(str(error), code=code, param="messages") from None
+            raise Refusal(str(error), param="messages") from None
 
     def learn(self, prepared: Prepared, answer: Answer) -> None:
         """Notes how long an answer was and took, beside what was to be expected at its load.

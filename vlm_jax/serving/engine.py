@@ -26,7 +26,7 @@ from vlm_jax.serving.index import BLOCK, Index, handle_of
 from vlm_jax.serving.model import VLM
 from vlm_jax.serving.programs import Programs
 from vlm_jax.serving.reading import CHUNKS, GREEDY, Image, Reader, Row, slots_of
-from vlm_jax.serving.requests import Picture, Prompt, Request, picture
+from vlm_jax.serving.requests import Picture, Prompt, Request, TooLong, picture
 from vlm_jax.serving.schedule import Job, Schedule
 from vlm_jax.serving.slots import Pool
 from vlm_jax.serving.tickets import MOST_LIKELIEST, Ask, Closed, Event, Full, Stats, Ticket
@@ -166,7 +166,8 @@ class Engine:
         """Takes a request.
 
         Raises:
-          ValueError: if it cannot be answered, with the numbers; `Gone` for an unknown handle.
+          ValueError: if it cannot be answered, with the numbers; `TooLong` for one that does not
+            fit, `Gone` for an unknown handle.
           Full: if the queue is. Closed: after `drain`.
         """
         with self.changed:
@@ -223,7 +224,7 @@ class Engine:
             room = max(min(room, held - row.most), 1)
         longest = max([row.most + room, *questions])
         if longest > held:
-            raise ValueError(
+            raise TooLong(
                 f"{len(row.text)} tokens of text, {row.most - len(row.text)} of images and up to "
                 f"{room} of the answer: this engine's rows have {held} at most; lower "
                 "max_new_tokens, or shorten the prompt"

@@ -32,6 +32,7 @@ from vlm_jax.serving.requests import (
     Prompt,
     Request,
     Text,
+    TooLong,
     batch_of,
     bucket_of_images,
     conversation,
@@ -288,7 +289,7 @@ class VLM:
         """How many new tokens an answer may have: `new_tokens`, or what fits, at most 256.
 
         Raises:
-          ValueError: for a request that does not fit into the model, with the numbers.
+          TooLong: for a request that does not fit into the model, with the numbers.
         """
         V = self.compressor.tokens if visual_tokens is None else visual_tokens
         V *= len(request.pixels)
@@ -296,7 +297,7 @@ class VLM:
         most = min(self.max_length - read, MOST_NEW_TOKENS) if new_tokens is None else new_tokens
         if read + max(most, 1) > self.max_length:
             way = "lower max_new_tokens" if most > 1 else "use a model with a longer context"
-            raise ValueError(
+            raise TooLong(
                 f"{len(request.ids)} tokens of prompt, {V} of the "
                 f"{'image' if len(request.pixels) < 2 else f'{len(request.pixels)} images'} and "
                 f"{'at least 1' if new_tokens is None else f'up to {most}'} of the answer are "

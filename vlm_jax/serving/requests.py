@@ -22,6 +22,10 @@ Picture = str | Path | Image.Image | np.ndarray | None
 Prompt = str | Sequence[str]
 
 
+class TooLong(ValueError):
+    """A request and its answer do not fit: shorten the prompt, or ask for fewer new tokens."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt as tokens, with its images as pixels float32 [I, I, 3], in their order.

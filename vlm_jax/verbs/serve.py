@@ -197,7 +197,7 @@ def service_of(options: argparse.Namespace) -> Any:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises ValueError for a flag whose number is infinite, none, or too small to mean anything."""
+    """Raises ValueError for a flag whose number is infinite, none, or too small to be of use."""
     for flag, least in (
         ("--deadline", 1e-3),
         ("--drain", 0.0),
