@@ -16,8 +16,10 @@ import pytest
 import tiny
 from listening import chat, eventually, image, picture, send, serving, text, uri
 from made_engine import said
+from pydantic import ValidationError
 
 from vlm_jax.server.options import Keys, Limits
+from vlm_jax.server.schema import ChatRequest
 
 M3 = tiny.size(tiny.config(compressor=dict(kind="m3", tokens=4)))
 
@@ -323,8 +325,22 @@ def test_json_that_no_parser_reads_is_refused_with_the_reason():
             error = json.loads(answer)["error"]
             assert status == 400 and error["code"] == "invalid_json", error
             assert "nested too deeply, or has a huge number" in error["message"]
+        for lists in ([{}] * 300_000, [[1, 2]] * 300_000):
+            status, _, answer = send(address, "/v1/chat/completions", {"x": lists})
+            assert status == 413 and b"00,00" in answer and b"values in the JSON" in answer
         for path in ("/v1/chat/completions/", "/health/"):
             assert send(address, path)[0] == 404  # and no redirection to what Host says
+
+
+@pytest.mark.parametrize("field", ["messages", "content", "stop"])
+def test_a_list_fails_at_its_first_fault(field):
+    """The errors of a long one would take minutes, in which nobody is answered."""
+    wrong = [1] * 100_000
+    message = {"role": "user", "content": wrong if field == "content" else "a"}
+    body = {"messages": [message], "stop": "a"} | ({} if field == "content" else {field: wrong})
+    with pytest.raises(ValidationError) as found:
+        ChatRequest.model_validate(body)
+    assert found.value.error_count() < 4
 
 
 def test_malformed_requests_are_refused_and_never_break_the_server(caplog):

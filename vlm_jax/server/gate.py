@@ -102,6 +102,13 @@ class Gate:
             taken.inside = True
             self.inside += 1
         body = await self._body(headers, receive, taken)
+        if (values := sum(map(body.count, (b",", b"[", b"{")))) > limits.values:
+            raise Refusal(
+                f"about {values:,} values in the JSON of the body, and at most {limits.values:,} "
+                "are read: send less",
+                status=413,
+                code="request_too_large",
+            )
         waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def again() -> Message:

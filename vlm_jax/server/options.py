@@ -16,6 +16,8 @@ class Limits:
     Attributes:
       body_bytes: of a request, images in base64 included.
       bodies_bytes: of all requests that are read, wait and are answered.
+      values: of the JSON of one request, by its commas and opening brackets: parsed ones take time
+        in which nobody is answered, and many times the memory of the body.
       images: of a conversation.
       pixels: of one image, before it is resized: a file of a few kB may hold billions.
       deadline_seconds: from the arrival of a request to the end of its answer.
@@ -26,6 +28,7 @@ class Limits:
 
     body_bytes: int = 32 * MB
     bodies_bytes: int = 512 * MB
+    values: int = 500_000
     images: int = 16
     pixels: int = 40_000_000
     deadline_seconds: float = 300.0

@@ -2,7 +2,8 @@
 """Requests and responses of the API as types: OpenAI's chat completions, and what is added here.
 
 Values are not converted: "16" is no number. Fields that are not listed are allowed; `fields.py`
-refuses those that would change the answer.
+refuses those that would change the answer. Lists fail at their first fault: the errors of millions
+would take minutes, in which nobody is answered.
 """
 
 from typing import Annotated, Any, Literal
@@ -14,6 +15,7 @@ Detail = Literal["low", "high", "auto"]
 MOST_SEED = 2**32 - 1
 MOST_STOPS = 16
 MOST_MESSAGES = 512
+MOST_PARTS = 512  # of a message
 
 
 class Asked(BaseModel):
@@ -56,7 +58,7 @@ class Message(Asked):
     """One message of a conversation; images are in those of the user alone."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Annotated[list[Part], Field(max_length=MOST_PARTS, fail_fast=True)]
 
 
 class StreamOptions(Asked):
@@ -77,7 +79,9 @@ class MMProcessorKwargs(BaseModel):
 class ChatRequest(Asked):
     """A request to /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Annotated[
+        list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
+    ]
     model: str | None = Field(None, description="the served model; by default the one there is")
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -90,7 +94,9 @@ class ChatRequest(Asked):
     )
     stop: (
         Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MOST_STOPS)]
+        | Annotated[
+            list[Annotated[str, Field(min_length=1)]], Field(max_length=MOST_STOPS, fail_fast=True)
+        ]
         | None
     ) = None
     stream: bool | None = None
