@@ -88,9 +88,12 @@ class Checkpoints:
             yield
         # Orbax passes on what its storage raised: OSError, ValueError or a bare Exception.
         except Exception as error:
+            way_out = "free some space"
+            if hosts.joined():  # a lost process is noticed here too, as a bare ValueError
+                way_out = "see whether another process has ended or space is lacking,"
             raise OSError(
                 f"a checkpoint could not be written to {self.folder} ({first_line(error)}); "
-                "earlier ones are intact: free some space and repeat the command"
+                f"earlier ones are intact: {way_out} and repeat the command"
             ) from error
 
     def set_aside(self) -> None:

@@ -95,8 +95,10 @@ def report_errors(verb: str, body: Callable[[], int]) -> int:
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         message = errors.sentence(error)
         print(f"vlm-jax {verb}: {message}", file=sys.stderr)
-        # With several processes a device error mostly means that another process died.
-        lost = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" not in str(error)
+        # With several processes a device error mostly means that another process died. On CPUs
+        # that may come as a ValueError of Gloo, which carries what processes tell each other.
+        of_device = type(error).__name__ == "JaxRuntimeError" or "Gloo " in str(error)
+        lost = of_device and "RESOURCE_EXHAUSTED" not in str(error)
         end_others(134 if lost else 2, message)
         return 2
     except KeyboardInterrupt:
