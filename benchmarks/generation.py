@@ -112,10 +112,15 @@ def ours(folder: Path, dtype: str, scales: tuple[int, ...]):
     c.vit.update(stored.vit)
     c.data.update(dict(template="plain", text_length=2048))
     processor = Processor(train_tokenizer(["a"], 100), replace(RowFormat.of(c), vocab=None))
-    made = serving.VLM(model, processor, max_length=2048, mesh=one)
-    made.prefix, made.prefix_pass = [], None  # transformers has no common beginning either
+    return unending(serving.VLM(model, processor, max_length=2048, mesh=one))
+
+
+def unending(made):
+    """A served model that stops nowhere early, and reads no common beginning ahead: transformers
+    has none."""
+    made.prefix, made.prefix_pass = [], None
     made.decoder.stop_ids = made.decoder.stop_ids[:0]
-    processor.stop_ids = ()
+    made.processor.stop_ids = ()
     return made
 
 

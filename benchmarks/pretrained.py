@@ -12,7 +12,6 @@ rounds in which the sides take turns.
 """
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from typing import Any, SupportsFloat
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import facts, generation  # noqa: E402
+from benchmarks.compressors import interleaved  # noqa: E402
 
 STAGES = {"align": "align", "lora": "finetune"}  # name here -> stage of the configuration
 ANSWER = 3  # supervised tokens of a row
@@ -163,27 +163,9 @@ def their_step(path: Path, config, stage: str, batch, *, dtype: str, compiled: b
     return step
 
 
-def alternate(sides: dict[str, Callable[[], SupportsFloat]], rounds: int) -> dict[str, Any]:
-    """Median and fastest milliseconds of a step of each side, and its CPU time."""
-    for step in sides.values():  # compilation
-        float(step()), float(step())
-    wall: dict[str, list[float]] = {name: [] for name in sides}
-    busy: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds):
-        names = list(sides)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            cpu, then = time.process_time(), time.perf_counter()
-            float(sides[name]())
-            wall[name].append(1e3 * (time.perf_counter() - then))
-            busy[name].append(1e3 * (time.process_time() - cpu))
-    return {
-        name: dict(
-            median_ms=round(statistics.median(times), 1),
-            fastest_ms=round(min(times), 1),
-            cpu_ms=round(statistics.median(busy[name]), 1),
-        )
-        for name, times in wall.items()
-    }
+def waiting(step: Callable[[], SupportsFloat]) -> Callable[[], float]:
+    """A step whose loss is waited for."""
+    return lambda: float(step())
 
 
 def ask(made: Any, theirs: Any, rows: int, rounds: int) -> dict[str, Any]:
@@ -220,17 +202,14 @@ def ask(made: Any, theirs: Any, rows: int, rounds: int) -> dict[str, Any]:
 
 
 def served(llm: str, dtype: str):
-    """Our side of `ask`: it never stops early, and no beginning is read ahead."""
+    """Our side of `ask`."""
     import jax
 
     from vlm_jax import mesh
     from vlm_jax.serving.model import VLM
 
-    made = VLM.from_checkpoint(llm, dtype=dtype, mesh=mesh.make(devices=jax.devices()[:1]))
-    made.prefix, made.prefix_pass = [], None
-    made.decoder.stop_ids = made.decoder.stop_ids[:0]
-    made.processor.stop_ids = ()
-    return made
+    one = mesh.make(devices=jax.devices()[:1])
+    return generation.unending(VLM.from_checkpoint(llm, dtype=dtype, mesh=one))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -260,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
                     sides[f"transformers {how}"] = their_step(
                         args.gguf, config, stage, batch, dtype=dtype, compiled=how == "compiled"
                     )
-                found = alternate(sides, args.rounds)
+                waited = {name: waiting(step) for name, step in sides.items()}
+                found = interleaved(waited, args.rounds)
             best = min(x["median_ms"] for name, x in found.items() if name != "vlm_jax")
             ratio = round(best / found["vlm_jax"]["median_ms"], 3)
             results["training"].append(dict(dtype=dtype, stage=stage, sides=found, ratio=ratio))

@@ -13,7 +13,8 @@ import pytest
 import tiny
 from flax import nnx
 
-from vlm_jax.models.cache import Pruned, rows
+from vlm_jax.layers import rows
+from vlm_jax.models.cache import Pruned
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.pruned import Images
 from vlm_jax.models.pruning import describe, parse

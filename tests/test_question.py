@@ -18,8 +18,8 @@ from vlm_jax.cost import flops as cost
 from vlm_jax.data import sources
 from vlm_jax.data.processor import Processor, RowFormat
 from vlm_jax.data.sources import Origin
+from vlm_jax.layers import rows
 from vlm_jax.models import vlm
-from vlm_jax.models.cache import rows
 from vlm_jax.models.question import feature
 from vlm_jax.models.sizes import LLMSize
 from vlm_jax.serving.predict import predict

@@ -13,11 +13,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vlm_jax import cpu, mesh
 
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+
+def rows(x: Shaped[Array, "B X *D"], index: Int[Array, "B Y"]) -> Shaped[Array, "B Y *D"]:
+    """x[b, index[b, y]], row by row, so that nothing leaves the shard of its batch row."""
+    return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(x, index)
 
 
 def normal(std: float) -> Initializer:

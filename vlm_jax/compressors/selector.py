@@ -18,6 +18,7 @@ from vlm_jax.compressors.last_level import LastLevel
 from vlm_jax.compressors.matryoshka import Matryoshka
 from vlm_jax.compressors.method import Interface, Method
 from vlm_jax.compressors.selection import strips
+from vlm_jax.layers import rows
 
 
 class AnyTokens(LastLevel, Matryoshka):
@@ -85,7 +86,7 @@ def exact(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
 def kept(x: Shaped[Array, "B P E"], index: Int[Array, "B V"]) -> Shaped[Array, "B V E"]:
     """The rows of each image at these places, in raster order."""
     index = jax.sharding.reshard(jnp.sort(index, axis=1), jax.P(jax.typeof(x).sharding.spec[0]))
-    return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(x, index)
+    return rows(x, index)
 
 
 def unit(x: Float[Array, "*rows E"], least: float = 0.0) -> Float[Array, "*rows E"]:

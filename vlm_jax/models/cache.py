@@ -11,12 +11,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from vlm_jax import cpu, mesh
 from vlm_jax.kernels.cache_tpu import write_token
 from vlm_jax.kernels.tiles import ROWS
-from vlm_jax.layers import layer
+from vlm_jax.layers import layer, rows
 
 
 class KV(NamedTuple):
@@ -128,11 +128,6 @@ def cached(
 def listed(kv: KV | list[KV]) -> list[KV]:
     """Keys and values layer by layer."""
     return kv if isinstance(kv, list) else [layer(kv, i) for i in range(len(kv.keys))]
-
-
-def rows(x: Shaped[Array, "B X *D"], index: Int[Array, "B Y"]) -> Shaped[Array, "B Y *D"]:
-    """x[b, index[b, y]], row by row, so that nothing leaves the shard of its batch row."""
-    return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(x, index)
 
 
 def taken(kv: KV, index: Int[Array, "B Y"]) -> KV:

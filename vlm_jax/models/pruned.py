@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import mesh
-from vlm_jax.layers import layer
+from vlm_jax.layers import layer, rows
 from vlm_jax.models.attention import scores
-from vlm_jax.models.cache import KV, Past, Pruned, cached, listed, positions_of, rows, taken
+from vlm_jax.models.cache import KV, Past, Pruned, cached, listed, positions_of, taken
 from vlm_jax.models.pruning import Run
 from vlm_jax.models.rope import Turns
 

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.compressors.compressor import Question
-from vlm_jax.models.cache import rows
+from vlm_jax.layers import rows
 
 
 def feature(hidden: Float[Array, "B U D"], length: Int[Array, "B"]) -> Float[Array, "B D"]:

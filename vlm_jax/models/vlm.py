@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vlm_jax import cpu, mesh
 from vlm_jax.compressors.compressor import Question, Visual
-from vlm_jax.models.cache import Caches, Past, Pruned, positions_of, repeated, rows
+from vlm_jax.layers import rows
+from vlm_jax.models.cache import Caches, Past, Pruned, positions_of, repeated
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.prefusion import Prefusion
 from vlm_jax.models.pruned import Images
@@ -252,8 +253,7 @@ class VLM(nnx.Module):
         index = index if order is None else rows(index, order)
         x, past, segments = assembled.x, assembled.past, assembled.segments
         summary = self.summary(batch, assembled.visual, assembled.slots)
-        hidden = self.llm(x, past, segments, summary)
-        return read(hidden, past, index)
+        return read(self.llm(x, past, segments, summary), past, index)
 
     def summary(
         self, batch: Batch, visual: Bool[Array, "B X"] | None, slots: int

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.models.cache import KV, Pruned, cached, listed, positions_of, rows, taken
+from vlm_jax.layers import rows
+from vlm_jax.models.cache import KV, Pruned, cached, listed, positions_of, taken
 
 
 class Summary(NamedTuple):

@@ -153,17 +153,15 @@ class Reply:
 
     def _extension(self, answer: Answer) -> schema.Extension:
         """What is said besides OpenAI's fields."""
-        first, new = answer.first_token_seconds, answer.usage.new_tokens
-        after = 0.0 if first is None else answer.seconds - first
         return schema.Extension(
             budget=self.prepared.budget,
             finish_reason=answer.finish,
             seed=self.prepared.ask.seed,
             images=[HANDLE + handle for handle in answer.handles],
             flops=self.service.flops(self.prepared, answer),
-            first_token_seconds=first,
+            first_token_seconds=answer.first_token_seconds,
             seconds=answer.seconds,
-            tokens_per_second=(new - 1) / after if new > 1 and after > 0 else None,
+            tokens_per_second=answer.tokens_per_second,
         )
 
 

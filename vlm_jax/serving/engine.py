@@ -28,7 +28,7 @@ from vlm_jax.serving.programs import Programs
 from vlm_jax.serving.reading import CHUNKS, GREEDY, Image, Reader, Row, slots_of
 from vlm_jax.serving.requests import Picture, Prompt, Request, TooLong, picture
 from vlm_jax.serving.schedule import Job, Schedule
-from vlm_jax.serving.slots import Pool
+from vlm_jax.serving.slots import Pool, ladder
 from vlm_jax.serving.tickets import MOST_LIKELIEST, Ask, Closed, Event, Full, Stats, Ticket
 from vlm_jax.training import fingerprint
 
@@ -38,10 +38,7 @@ SHORTEST = 256  # tokens of the shortest rows, if the model's are longer
 
 def lengths_of(longest: int) -> tuple[int, ...]:
     """Lengths of rows for a model of this length: each four times the one before."""
-    found = [min(SHORTEST, longest)]
-    while found[-1] < longest:
-        found.append(min(4 * found[-1], longest))
-    return tuple(found)
+    return ladder(SHORTEST, longest)
 
 
 def refusal(model: VLM) -> str:

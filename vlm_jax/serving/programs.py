@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import mesh as meshes
 from vlm_jax.compressors.compressor import Visual
+from vlm_jax.layers import rows
 from vlm_jax.models import cache as caching
 from vlm_jax.models.cache import KV, Cache
 from vlm_jax.models.llm import LLM
@@ -97,7 +98,7 @@ def chunk(
     )
     x = jnp.where(seen[..., None], visual, llm.embed(ids))
     hidden, caches = llm.decode(x, caches, position)
-    hidden = caching.rows(hidden, last[:, None])
+    hidden = rows(hidden, last[:, None])
     logits = llm.logits(hidden)[:, 0]
     token = chosen(logits, sampling, position + last + 1)
     return Chunk(caches, token, hidden[:, 0], logits)

@@ -24,12 +24,17 @@ class Result(NamedTuple):
     logits: Array
 
 
+def ladder(least: int, most: int) -> tuple[int, ...]:
+    """From `least` to `most`, each four times the one before but the last."""
+    found = [min(least, most)]
+    while found[-1] < most:
+        found.append(min(4 * found[-1], most))
+    return tuple(found)
+
+
 def rungs_of(slots: int) -> tuple[int, ...]:
     """The numbers of rows for which a step is compiled: 1, 4, 16 ... and `slots`."""
-    found = [1]
-    while 4 * found[-1] < slots:
-        found.append(4 * found[-1])
-    return tuple(dict.fromkeys([*found, slots]))
+    return ladder(1, slots)
 
 
 class Pool:

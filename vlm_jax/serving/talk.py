@@ -84,8 +84,7 @@ class Memory:
         answer, usage = event, event.usage
         print("" if stream else answer.text, flush=True)
         first = answer.first_token_seconds
-        later = answer.seconds - first
-        rate = (usage.new_tokens - 1) / later if later > 0 else 0.0
+        rate = answer.tokens_per_second or 0.0
         said = numbers(usage.image_tokens, usage.text_tokens, usage.new_tokens, first, rate)
         progress.say(f"{said}; {usage.cached_tokens} tokens read were known")
         return answer.text

@@ -129,6 +129,14 @@ class Answer:
     first_token_seconds: float | None
     seconds: float
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The rate after the first token; None without another."""
+        if self.first_token_seconds is None or self.usage.new_tokens < 2:
+            return None
+        after = self.seconds - self.first_token_seconds
+        return (self.usage.new_tokens - 1) / after if after > 0 else None
+
 
 @dataclass(frozen=True)
 class Failed:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm_jax import cpu, mesh
 from vlm_jax.compressors.compressor import Compressor
 from vlm_jax.layers import Linear
-from vlm_jax.models.cache import rows as by_row
+from vlm_jax.layers import rows as by_row
 from vlm_jax.models.sizes import VLMSize
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.vlm import VLM, Batch, has_images

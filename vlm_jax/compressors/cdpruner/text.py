@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax import mesh
 from vlm_jax.compressors.cdpruner import MLP, CDPrunerMethod
-from vlm_jax.layers import Block, LayerNorm, Linear, normal, stack, weight
+from vlm_jax.layers import Block, LayerNorm, Linear, normal, rows, stack, weight
 
 EPS = 1e-5  # of every norm of CLIP
 
@@ -52,5 +52,4 @@ class TextTower(nnx.Module):
         seen = place <= place[:, None]
         x, _ = lax.scan(lambda x, block: (block(x, seen), None), x, self.blocks)
         last = jax.sharding.reshard(jnp.minimum(length, ids.shape[1]) - 1, mesh.spec("batch"))
-        last = jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(x, last)
-        return self.out(self.norm(last))
+        return self.out(self.norm(rows(x, last[:, None])[:, 0]))
