@@ -157,6 +157,9 @@ def get_config() -> ConfigDict:
     c.data.train_images = 12000
     c.data.val_images = 500
     c.data.test_images = 1500
+    # Most questions about an image that are turns of one training row, in a drawn order; 0: all.
+    # What is evaluated stays one question a row.
+    c.data.questions_per_row = 1
     # Its third family: the share of its images that show pictures of things that people know, and
     # the folder with their packages, as `vlm-jax data fetch pictures` prints it. 0.0: none.
     c.data.picture_share = 0.0
@@ -219,7 +222,8 @@ def get_config() -> ConfigDict:
     c.grid = ConfigDict()
     # name -> the llm fields that differ from c.llm. Beside them `start_from`, a folder whose LLM
     # and tokenizer are taken (the encoder is the grid's), and dicts with the fields that differ of
-    # lora, align, finetune and of data (tokenizer, template, text_length, question_length).
+    # lora, align, finetune and of data (tokenizer, template, text_length, question_length,
+    # buckets).
     c.grid.llms = ConfigDict()
     c.grid.tokens = (1, 4, 16, 36)
     c.grid.seeds = (0,)

@@ -202,3 +202,28 @@ def test_a_patch_is_labeled_with_what_its_pixels_show(train):
 def test_an_unknown_split_is_named():
     with pytest.raises(ValueError, match="'dev'.*train, val, test"):
         Synthetic("dev", images=1)
+
+
+def test_rows_of_several_questions_hold_each_question_once():
+    def of(questions_per_row, split="train"):
+        source = Synthetic(split, images=60, questions_per_row=questions_per_row)
+        return source, [source[i] for i in range(len(source))]
+
+    def asked_of(examples):
+        return Counter((e.image, turn) for e in examples for turn in e.turns)
+
+    alone, single = of(1)
+    for most in (0, 2):
+        source, examples = of(most)
+        assert asked_of(examples) == asked_of(single) and source.questions == alone.questions
+        assert max(len(e.turns) for e in examples) == (most or 6)
+        assert len({e.id for e in examples}) == len(examples) < len(single)
+        assert source.data_hash != alone.data_hash
+    # One row an image; its order is drawn, so that any form may come first.
+    whole = of(0)[1]
+    assert [e.image for e in whole] == list(range(60))
+    scenes_alone = [e.turns[0] for e in single if e.id.endswith("-0")]
+    moved = sum(e.turns[0] != turn for e, turn in zip(whole, scenes_alone, strict=True))
+    assert 15 < moved < 55 and of(0)[1] == whole
+    with pytest.raises(ValueError, match="questions_per_row=-1: 1 or more, or 0 for all"):
+        Synthetic("train", images=1, questions_per_row=-1)

@@ -318,6 +318,11 @@ class Buckets(Plan):
             last = last[size:]
         return units, last
 
+    @property
+    def text(self) -> float:
+        """Places of text of a row, on average over the first epoch."""
+        return float(np.mean([group.text for group in self.units(0)] or [self.buckets[-1]]))
+
     def _group(self, examples: np.ndarray, bucket: int, shown: bool) -> Group:
         images = self.images if shown else 0
         return Group(examples[:, None], self.buckets[bucket], images, False)

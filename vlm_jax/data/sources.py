@@ -27,7 +27,7 @@ __all__ = ["SOURCES", "BadExample", "Example", "Origin", "Source", "majority", "
 
 # Fields of `data` that a part of a mixture may set; of the others it has those of `data`.
 OF_A_PART = ("source", "path", "images", "text_only", "image_exif",
-             "train_images", "val_images", "test_images",
+             "train_images", "val_images", "test_images", "questions_per_row",
              "pictures", "picture_share", "held_out_style")  # fmt: skip
 A_PART = '("NAME", WEIGHT, {"path": "FILE", "images": "DIR"})'
 
@@ -50,6 +50,7 @@ class Origin:
     train_images: int
     val_images: int
     test_images: int
+    questions_per_row: int
     pictures: str
     picture_share: float
     held_out_style: str
@@ -150,6 +151,7 @@ def _synthetic(origin: Origin, split: str) -> Synthetic:
         split,
         images=images.get(split, 0),
         seed=origin.seed,
+        questions_per_row=origin.questions_per_row if split == "train" else 1,
         things=shown,
         picture_share=origin.picture_share,
         held_out_style=origin.held_out_style,

@@ -9,10 +9,12 @@ import numpy as np
 from vlm_jax import hosts
 from vlm_jax.compressors.compressor import Compressor
 from vlm_jax.cost import flops as cost
+from vlm_jax.data import loader
 from vlm_jax.models import lora
 from vlm_jax.models.sizes import LoRASize, VLMSize
 from vlm_jax.models.vlm import VLM
 from vlm_jax.training.features import batches_of
+from vlm_jax.training.recipe import Recipe
 from vlm_jax.training.stages import Inputs
 
 
@@ -53,6 +55,21 @@ def method_of(size: VLMSize) -> dict[str, str]:
         query=method.query,
         variant=", ".join(filter(None, variants)),
     )
+
+
+def text_places(recipe: Recipe, inputs: Inputs, *, seed: int) -> float | None:
+    """Places of text of a training row, on average, where rows are as long as their bucket; None
+    where all have data.text_length."""
+    if not recipe.arrangement.buckets:
+        return None
+    plan = loader.planned(
+        inputs.texts(answer=True, skip=recipe.skip),
+        recipe.arrangement,
+        batch=recipe.finetune.batch,
+        seed=seed,
+        visual=recipe.visual,
+    )
+    return plan.text
 
 
 def request_lengths(

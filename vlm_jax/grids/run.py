@@ -133,7 +133,7 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
         train=dict(
             steps=steps,
             examples=sum(config[s].steps * config[s].batch for s in ("align", "finetune")),
-            flops=train_flops(recipe),
+            flops=train_flops(recipe, text=details.text_places(recipe, inputs, seed=cell.seed)),
             seconds=round(train_seconds, 2),
             encoder=shared.fingerprint,
             **({"start": shared.starts[recipe.start_from]} if recipe.start_from else {}),

@@ -63,11 +63,11 @@ def cells_of(config: ConfigDict) -> list[Cell]:
             "those of one image in a request, and so is the law; compare models of several images "
             "by `vlm-jax train` and `vlm-jax evaluate`"
         )
-    if config.data.row_length or config.data.buckets:
+    if config.data.row_length:
         raise ValueError(
-            f"data.row_length={config.data.row_length}, data.buckets={config.data.buckets}: cells "
-            "are compared after the same rows in the same order, one example each; pack rows in "
-            "`vlm-jax train`"
+            f"data.row_length={config.data.row_length}: which examples share a packed row depends "
+            "on V, and cells are compared after the same rows in the same order; use data.buckets, "
+            "or pack rows in `vlm-jax train`"
         )
     if config.eval_every:
         raise ValueError(
@@ -91,6 +91,13 @@ def cells_of(config: ConfigDict) -> list[Cell]:
         for kind, tokens, *fields in [*kinds, *config.grid.baselines]
         for llm in by_size(config)
     ]
+    for cell in cells:
+        if cell.config.data.buckets and cell.recipe.model.compressor.reads_prefix:
+            raise ValueError(
+                f"data.buckets={tuple(cell.config.data.buckets)}: with compressor.query='prefix' "
+                f"({cell.name}) rows have other lengths, and so other batches than those of other "
+                "cells; set data.buckets=()"
+            )
     alike: dict[tuple[int, str], str] = {}
     for cell in {cell.llm: cell for cell in cells}.values():
         key = (cost.llm_parameters(LLMSize.of(cell.config.llm)), cell.llm_weights)
@@ -141,13 +148,18 @@ def describe(cell: Cell) -> tuple[int, dict[str, int], float]:
     return parts["llm"], parts, train_flops(recipe)
 
 
-def train_flops(recipe: Recipe) -> float:
-    """FLOPs of both stages on cached features."""
-    return sum(stage_flops(recipe, stage, cached=True) for stage in ("align", "finetune"))
+def train_flops(recipe: Recipe, *, text: float | None = None) -> float:
+    """FLOPs of both stages on cached features; `text` as for `stage_flops`."""
+    stages = ("align", "finetune")
+    return sum(stage_flops(recipe, stage, cached=True, text=text) for stage in stages)
 
 
-def stage_flops(recipe: Recipe, stage: str, *, cached: bool) -> float:
-    """FLOPs of one stage, on features that are `cached` or with the encoder in every step."""
+def stage_flops(recipe: Recipe, stage: str, *, cached: bool, text: float | None = None) -> float:
+    """FLOPs of one stage, on features that are `cached` or with the encoder in every step.
+
+    `text` is the mean number of places of text in a row, of bucketed rows whose lengths are known;
+    without it every row counts as one of the largest bucket.
+    """
     model, rows, trained = recipe.model, recipe.rows, recipe.stage(stage)
     vit, compressor, llm = model.vit, model.compressor, model.llm
     shown = (compressor.tokens,)  # V of each pass of the LLM over an example
@@ -156,7 +168,8 @@ def stage_flops(recipe: Recipe, stage: str, *, cached: bool) -> float:
     if stage == "finetune":
         shown = compressor.trained_tokens(vit.side) or shown
     made = [compressor.at(tokens) for tokens in shown]
-    text, images, packed = *recipe.row[:2], recipe.arrangement.row_length
+    most, images, packed = *recipe.row[:2], recipe.arrangement.row_length
+    text = most if text is None else text
     batch = trained.batch // trained.accumulate
     example = sum(
         cost.train_step_flops(

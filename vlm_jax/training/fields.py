@@ -20,7 +20,7 @@ from vlm_jax.models.pruning import NONE
 STAGES = ("encoder", "align", "finetune")  # in the order in which they run
 PICTURES = ("data.pictures", "data.held_out_style")  # read where there is a share of them
 SYNTHETIC = ("data.train_images", "data.val_images", "data.test_images", "data.picture_share",
-             *PICTURES)  # fmt: skip
+             "data.questions_per_row", *PICTURES)  # fmt: skip
 
 # Fields that came after results were published and folders were begun, with the value at which all
 # is as it was without them.
@@ -53,6 +53,7 @@ LATER = {
     "data.row_length": 0,
     "data.row_images": 8,
     "data.buckets": (),
+    "data.questions_per_row": 1,
     "data.picture_share": 0.0,
     "data.pictures": "",
     "data.held_out_style": "facebook",
@@ -266,6 +267,7 @@ FIELDS: dict[str, Field] = {
     "data.train_images": Field(SHOWN, SOME),
     "data.val_images": Field(ANSWERS, SOME),
     "data.test_images": Field(ANSWERS, SOME),
+    "data.questions_per_row": Field(RUN, SOME),  # of training rows alone
     "data.picture_share": Field(SHOWN, SHARE),
     # Of one version, which is part of the hash.
     "data.pictures": Field(PLACE),

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 # What an entry may set besides fields of llm, by section; () is every field.
 OWN: dict[str, tuple[str, ...]] = {
-    "data": ("tokenizer", "template", "text_length", "question_length"),
+    "data": ("tokenizer", "template", "text_length", "question_length", "buckets"),
     "lora": (),
     "align": (),
     "finetune": (),

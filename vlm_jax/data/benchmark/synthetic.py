@@ -47,6 +47,8 @@ class Synthetic:
       images: the number of images. Those that show no pictures are the same as without pictures,
         TEXT_SHARE of them pages to be read; the pictures come after them.
       seed: of all random choices.
+      questions_per_row: most questions about one image that are the turns of one example, in an
+        order drawn for each image; 0: all. A task needs an example for each question: 1.
       things: what pictures show; needed if `picture_share` is above 0.
       picture_share: share of the images that are scenes of pictures.
       held_out_style: one of STYLES, which training does not show.
@@ -63,6 +65,7 @@ class Synthetic:
         *,
         images: int,
         seed: int = 0,
+        questions_per_row: int = 1,
         things: Things | None = None,
         picture_share: float = 0.0,
         held_out_style: str = STYLES[-1],
@@ -75,7 +78,12 @@ class Synthetic:
             raise ValueError(
                 f"data.held_out_style={held_out_style!r}: choose one of {', '.join(STYLES)}"
             )
+        if questions_per_row < 0:
+            raise ValueError(
+                f"data.questions_per_row={questions_per_row}: 1 or more, or 0 for all of an image"
+            )
         self.split, self.seed, self.things = split, seed, things
+        self._together = questions_per_row
         self.left_out = Skips()  # nothing is read, and nothing can be bad
         self.specs: list[scenes.Scene | reading.Page | picture_scenes.Scene] = []
         self.questions: list[questions.Question] = []
@@ -129,17 +137,22 @@ class Synthetic:
         of_image: list[questions.Question],
     ) -> None:
         """Takes an image and the questions about it."""
-        index = len(self.specs)
+        index, asked = len(self.specs), list(of_image)
         self.specs.append(spec)
-        for k, q in enumerate(of_image):
-            self.questions.append(q)
+        self.questions += of_image
+        each = self._together or len(asked)
+        if each > 1:
+            random.Random(f"{self.seed}/{self.split}/{index}").shuffle(asked)
+        for k, start in enumerate(range(0, len(asked), each)):
+            turns = asked[start : start + each]
+            task = turns[0].task if each == 1 else "conversation"
             self._examples.append(
                 Example(
                     f"{self.split}-{index:06d}-{k}",
                     index,
-                    ((q.text, q.answer),),
-                    q.task if q.task == "caption" else family,
-                    q.task,
+                    tuple((q.text, q.answer) for q in turns),
+                    task if task == "caption" else family,
+                    task,
                 )
             )
 
