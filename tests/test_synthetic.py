@@ -222,6 +222,7 @@ def test_rows_of_several_questions_hold_each_question_once():
     # One row an image; its order is drawn, so that any form may come first.
     whole = of(0)[1]
     assert [e.image for e in whole] == list(range(60))
+    assert all(q != "describe the picture." for e in whole for q, _ in e.turns[:-1])
     scenes_alone = [e.turns[0] for e in single if e.id.endswith("-0")]
     moved = sum(e.turns[0] != turn for e, turn in zip(whole, scenes_alone, strict=True))
     assert 15 < moved < 55 and of(0)[1] == whole

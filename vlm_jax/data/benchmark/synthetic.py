@@ -48,7 +48,7 @@ class Synthetic:
         TEXT_SHARE of them pages to be read; the pictures come after them.
       seed: of all random choices.
       questions_per_row: most questions about one image that are the turns of one example, in an
-        order drawn for each image; 0: all. A task needs an example for each question: 1.
+        order drawn for each image, a caption last; 0: all. A task needs an example for each question: 1.
       things: what pictures show; needed if `picture_share` is above 0.
       picture_share: share of the images that are scenes of pictures.
       held_out_style: one of STYLES, which training does not show.
@@ -143,6 +143,8 @@ class Synthetic:
         each = self._together or len(asked)
         if each > 1:
             random.Random(f"{self.seed}/{self.split}/{index}").shuffle(asked)
+            # Behind a caption the other answers could be read from it, not from the image.
+            asked.sort(key=lambda q: q.task == "caption")
         for k, start in enumerate(range(0, len(asked), each)):
             turns = asked[start : start + each]
             task = turns[0].task if each == 1 else "conversation"
