@@ -13,6 +13,7 @@ from vlm_jax.data import loader
 from vlm_jax.data.benchmark.synthetic import Synthetic
 from vlm_jax.data.loader import Batches, evaluation_batches
 from vlm_jax.data.processor import Processor, RowFormat
+from vlm_jax.data.texts import Texts
 from vlm_jax.data.word_tokenizer import train_tokenizer
 
 
@@ -153,3 +154,20 @@ def test_what_cannot_be_batched_is_refused(source, processor, features, mesh8):
         Batches(source, processor, batch=8, seed=0, features=features[1:])
     with pytest.raises(ValueError, match="has no examples"):
         Batches(Synthetic("val", images=0), processor, batch=8, seed=0)
+
+
+def test_shortened_texts_are_the_same_texts_in_shorter_rows(source, processor):
+    texts = Texts(source, processor, answer=False, skip=False)
+    longest = int(texts.lengths().slots.max())
+    assert longest + 1 < processor.text_length
+    short = texts.shortened((longest - 1, longest + 1))
+    assert short.processor.text_length == short.table["ids"].shape[1] == longest + 1
+    for name, column in short.table.items():
+        whole = texts.table[name]
+        if name in ("ids", "loss_mask"):
+            assert (column == whole[:, : longest + 1]).all()
+            assert not texts.table["loss_mask"][:, longest + 1 :].any()
+        else:
+            assert (column == whole).all()
+    assert processor.text_length == texts.table["ids"].shape[1]
+    assert texts.shortened((longest - 1,)) is texts

@@ -4,6 +4,8 @@
 M images of a row (data.images_per_row)
 """
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +82,17 @@ class Texts:
         if self._lengths is None:
             self._lengths = self._measure()
         return self._lengths
+
+    def shortened(self, buckets: Sequence[int]) -> "Texts":
+        """The same texts in rows of the first of these lengths (ascending) that holds them all."""
+        lengths, whole = self.lengths(), self.processor.text_length
+        longest = lengths.slots[lengths.usable].max()
+        length = next((bucket for bucket in buckets if bucket >= longest), whole)
+        if length >= whole or self.processor.query == "prefix":
+            return self
+        processor = copy.copy(self.processor)
+        processor.text_length = length
+        return Texts(self.source, processor, answer=self.answer, skip=self.skip)
 
     def _measure(self) -> Lengths:
         table, count = self.table, len(self.source)

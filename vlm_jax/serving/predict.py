@@ -67,6 +67,12 @@ def predict(
     ends it between batches; within a training, which has steps to save, it does not.
     """
     tokenizer = processor.tokenizer
+    if buckets := config.data.buckets:
+        # Training rows may be longer: of several questions, or with long answers.
+        skip = config.data.on_bad_example == "skip"
+        texts = texts or Texts(source, processor, answer=False, skip=skip)
+        texts = texts.shortened(buckets)
+        processor = texts.processor
     if model.compressor.buckets:  # trained for any V
         model = model.at(config.compressor.tokens)
     answer = Decoder(model, stop_ids=processor.stop_ids, brief=True)

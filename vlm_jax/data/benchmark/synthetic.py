@@ -48,7 +48,7 @@ class Synthetic:
         TEXT_SHARE of them pages to be read; the pictures come after them.
       seed: of all random choices.
       questions_per_row: most questions about one image that are the turns of one example, in an
-        order drawn for each image, a caption last; 0: all. A task needs an example for each question: 1.
+        order drawn for each image, a caption last; 0: all. What is scored task by task has 1.
       things: what pictures show; needed if `picture_share` is above 0.
       picture_share: share of the images that are scenes of pictures.
       held_out_style: one of STYLES, which training does not show.
