@@ -60,7 +60,8 @@ def get_config() -> ConfigDict:
     c.compressor = ConfigDict()
     c.compressor.kind = "token_packer"
     # V, visual tokens handed to the LLM; 0: as many as each image needs (prumerge, prumerge_plus).
-    # mqt, m3 and the selections serve any V: there it is the V of requests alone.
+    # mqt, m3, the selections and what is trained with `elastic` serve several V: there it is the V
+    # of requests alone.
     c.compressor.tokens = 36
     c.compressor.heads = 8  # of the cross-attention, as published for windows; mqt has 16
     # quecc: where the question's feature comes from. "separate": an LLM pass over it alone (as
@@ -69,6 +70,9 @@ def get_config() -> ConfigDict:
     c.compressor.downsample = "conv"  # quecc: a window's query by "conv" (published) or "pool"
     c.compressor.queries = 0  # mqt: learned queries; 0: 256, or one per patch of a smaller grid
     c.compressor.prefusion = 4  # llava_mini: layers in which the text reads all patches
+    # pool, quecc with downsample "pool", token_packer: every V of which each step of align and
+    # finetune runs one, so that one model serves them all; (): the model has the one V.
+    c.compressor.elastic = ()
     c.compressor.scales = ()  # m3: every V that training shows; (): 1, 9, 36, 144, 576 of 24 x 24
     c.compressor.important_ratio = 0.5  # vispruner: share of V chosen by attention; 1 is FasterVLM
     c.compressor.selection_seed = 0  # random: with the image's pixels it draws the patches

@@ -312,7 +312,9 @@ def by_method():
 
 @pytest.mark.parametrize("kind", ["mmtok", "divprune", "visionzip", "token_packer", "quecc", "mqt"])
 def test_a_published_method_is_offered_what_it_can_give_and_was_measured_at(by_method, kind):
-    found, _ = choices.tokens(None, [kind], by_method, most=576, theory=False, every_size=False)
+    found, _ = choices.tokens(
+        None, [kind], by_method, most=576, theory=False, every_size=False, elastic={}
+    )
     between = Interface(side=24, width=1024, levels=1, llm_width=4096)
     for v in found[kind]:
         describe(dict(kind=kind, tokens=int(v), heads=8, query="none")).check(between)

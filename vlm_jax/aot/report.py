@@ -18,6 +18,7 @@ from vlm_jax.aot import arrays, counted, programs
 from vlm_jax.aot.topology import Topology
 from vlm_jax.cost import flops as cost
 from vlm_jax.training.cells import stage_flops
+from vlm_jax.training.fields import STAGES
 from vlm_jax.training.recipe import Recipe
 
 ESTIMATE = (
@@ -175,6 +176,7 @@ def report(recipe: Recipe, mode: str, topology: Topology, serving: Serving) -> d
         devices=topology.device_count,
         mesh=dict(jax.sharding.get_mesh().shape),
         mode=mode,
+        **(dict(visual_tokens=recipe.visual) if mode in STAGES and recipe.drawn else {}),
         fits=all(one["fits"] for one in results),
         hbm_bytes=worst["hbm_bytes"] | dict(usable=topology.hbm_bytes),
         hbm_share=worst["hbm_bytes"]["total"] / topology.hbm_bytes,
@@ -194,7 +196,8 @@ def work(recipe: Recipe, mode: str, serving: Serving) -> tuple[int, int, float, 
     row = rows.text_length + rows.images_per_row * model.visual_tokens
     if mode in ("align", "finetune"):
         stage, row = recipe.stage(mode), recipe.row[2]
-        one = stage_flops(recipe, mode, cached=False) / stage.steps
+        # Where steps draw V, the program is that of the largest.
+        one = stage_flops(recipe.largest, mode, cached=False) / stage.steps
         again = 0.0
         if model.remat == "full":
             again = stage.batch * cost.llm_flops(model.llm, row, logits=0)

@@ -9,6 +9,7 @@ from typing import Any
 from vlm_jax.compressors.cdpruner import CDPrunerMethod
 from vlm_jax.compressors.divprune import DivPruneMethod
 from vlm_jax.compressors.downsample import DownsampleMethod
+from vlm_jax.compressors.elastic import Elastic
 from vlm_jax.compressors.llava_mini import LlavaMiniMethod
 from vlm_jax.compressors.m3 import M3Method
 from vlm_jax.compressors.method import Method
@@ -51,6 +52,9 @@ COMPRESSORS: dict[str, type[Method]] = {
     )
 }
 
+# Those that one training can make for several V.
+ELASTIC = [kind for kind, method in COMPRESSORS.items() if issubclass(method, Elastic)]
+
 
 def named(kind: str) -> type[Method]:
     """The method of this name. Raises ValueError, with the choices, for an unknown name."""
@@ -60,5 +64,14 @@ def named(kind: str) -> type[Method]:
 
 
 def describe(section: Any) -> Method:
-    """The compressor that a `compressor` section describes: `kind`, and the fields it reads."""
-    return named(section["kind"]).of(section)
+    """The compressor that a `compressor` section describes: `kind`, and the fields it reads.
+
+    Raises ValueError for `elastic` with a method that has one V, or needs none.
+    """
+    method = named(section["kind"])
+    if (elastic := section.get("elastic", ())) and not issubclass(method, Elastic):
+        raise ValueError(
+            f"compressor.elastic={tuple(elastic)}: compressor.kind={method.kind!r} "
+            f"{method.inelastic}; set compressor.elastic=(), or choose one of {ELASTIC}"
+        )
+    return method.of(section)

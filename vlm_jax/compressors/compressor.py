@@ -41,6 +41,7 @@ class Compressor(nnx.Module):
     method: Method
     tokens: int
     buckets: tuple[int, ...] = ()  # ascending V at which requests run, if one model serves any V
+    drawn: tuple[int, ...] = ()  # V of which a step of both stages runs one
     prefixes: tuple[int, ...] = ()  # V of which a step of the second stage draws one
     scales: tuple[int, ...] = ()  # V that a step of the second stage trains all together
     fusion: Any = None  # layers before the LLM in which the text reads the image, if it has any

@@ -113,13 +113,15 @@ class Method(ABC):
     # A method with a choice makes it a field, so it has no annotation here.
     query = "none"
     reads: ClassVar[str] = ""  # what the levels include beside the patches' outputs, one of READS
-    any_tokens: ClassVar[bool] = False  # one model serves several V, chosen by request
+    any_tokens: ClassVar[bool] = False  # every model of it serves several V, chosen by request
     draws_tokens: ClassVar[bool] = False  # finetune draws V for each micro-batch from `prefixes`
     summarizes: ClassVar[bool] = False  # text reads the last `tokens` of an image's tokens alone
     compresses: ClassVar[bool] = True  # False: every row of the encoder becomes a token
     selects: ClassVar[bool] = False  # it shows patches of a model that was trained on all of them
     projected: ClassVar[bool] = False  # its only weights are LLaVA-1.5's projector
     clip: ClassVar[bool] = False  # its other weights are those of a CLIP, which are not trained
+    # Why a model of it is not trained for the V of config.compressor.elastic.
+    inelastic: ClassVar[str] = "is not trained for several V"
     # How a published model is recognized: tensors (beginnings of names after `mm_projector.`) that
     # only this method has, and fields of a config.json with the value that names the method (None:
     # any value).
@@ -211,12 +213,29 @@ class Method(ABC):
 
     # For methods that serve any V:
 
+    @property
+    def serves_several(self) -> bool:
+        """Whether one model of this description serves several V, chosen by request."""
+        return self.any_tokens
+
+    def given(self, side: int) -> list[int]:
+        """Ascending V that one model of this description serves, if it serves several."""
+        return [V for V in self.supported(side) if V <= max(self.buckets(side), default=V)]
+
     def buckets(self, side: int) -> tuple[int, ...]:
         """Ascending V at which requests run; () if a model has one V."""
         return ()
 
     def prefixes(self, side: int) -> tuple[int, ...]:
         """V from which finetune draws one for each micro-batch; () if it draws none."""
+        return ()
+
+    def fixed(self, tokens: Number) -> "Method":
+        """The same compressor of a model that has this V alone, if a model may have one."""
+        return self.at(tokens)
+
+    def drawn_tokens(self, side: int) -> tuple[int, ...]:
+        """V of which each step of align and finetune runs one; () if a step has the same V."""
         return ()
 
     def trained_tokens(self, side: int) -> tuple[int, ...]:

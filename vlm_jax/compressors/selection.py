@@ -22,6 +22,7 @@ class Selection(Projected):
     """
 
     any_tokens: ClassVar[bool] = True
+    inelastic: ClassVar[str] = "serves several V as it is"
     selects: ClassVar[bool] = True
     # Whether the choice reads the projected patches: all of them are projected then, not V.
     projects_all: ClassVar[bool] = False

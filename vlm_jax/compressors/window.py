@@ -58,8 +58,9 @@ class WindowAttention(nnx.Module):
                 f"choose one of {[n for n in range(1, width + 1) if width % n == 0]}"
             )
         size = width // heads
+        self.width, self.heads = width, heads
         self.form = window_attention.form(kernels)
-        self.absorbed = absorbing_pays(tokens, patches, width, heads)
+        self.choose(tokens, patches)
         # Xavier over the stacked [3 width, width] matrix of the three in-projections.
         inward = dict(
             dims=("embed", "heads", "head"),
@@ -78,6 +79,10 @@ class WindowAttention(nnx.Module):
             rngs=rngs,
             init=out_init or uniform(width**-0.5),
         )
+
+    def choose(self, tokens: int, patches: int) -> None:
+        """Takes the form that is cheaper for so many windows and patches."""
+        self.absorbed = absorbing_pays(tokens, patches, self.width, self.heads)
 
     def __call__(
         self,

@@ -68,7 +68,8 @@ class Models:
     """The models to choose from under a configuration.
 
     `llms` is name -> (billions of parameters, shape): those of its grid if it has one (`own`), else
-    the published sizes. The other fields describe its encoder and its compressor.
+    the published sizes. The other fields describe its encoder and its compressor, whose `elastic`
+    names the V that a model gives, if it gives several.
     """
 
     llms: Mapping[str, tuple[float, LLMSize]]
@@ -77,6 +78,7 @@ class Models:
     kind: str
     query: str
     heads: int
+    elastic: tuple[int, ...] = ()
 
 
 def models(config: Any = None) -> Models:
@@ -98,6 +100,7 @@ def models(config: Any = None) -> Models:
         config.compressor.kind,
         config.compressor.query,
         config.compressor.heads,
+        tuple(config.compressor.elastic),
     )
 
 

@@ -88,7 +88,7 @@ class VLM(nnx.Module):
             needs = " as each image needs" if self.compressor.adaptive else ""
             raise ValueError(
                 f"this {type(self.compressor).__name__} was trained for {count} visual "
-                f"tokens{needs}, not {tokens}: train another, or a matryoshka method"
+                f"tokens{needs}, not {tokens}: train one for several (mqt, m3, compressor.elastic)"
             )
         return VLM(self.vit, self.compressor.at(tokens), self.llm)
 

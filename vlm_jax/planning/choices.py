@@ -99,6 +99,11 @@ def llms(
     return LLMs(sizes, known)
 
 
+def supports(kind: str, side: int, V: Number, elastic: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a compressor can give V; one that was configured for several gives those alone."""
+    return V in elastic[kind] if kind in elastic else methods.named(kind).supports(side, V)
+
+
 def measured(kind: str, law: Mixture, side: int) -> set[float]:
     """The V at which a compressor's own law was measured and which it can give."""
     own = law.others.get(kind) or (law if law.kind == kind else None)
@@ -121,10 +126,12 @@ def tokens(
     most: int,
     theory: bool,
     every_size: bool,
+    elastic: Mapping[str, Sequence[int]],
 ) -> tuple[Tokens, list[str]]:
     """Compressor -> the V to search, and sentences about what is not offered.
 
     `most` is the number of patches; under `theory`, the paper's cost, any listed V is possible.
+    `elastic` names the V of a compressor that is configured for several.
     """
     ends = {kind: offered(law.others.get(kind, law), "V") for kind in kinds}
     if isinstance(wanted, str):
@@ -139,7 +146,11 @@ def tokens(
     if wanted is None and (cells := law.cells()) is not None:
         return {kind: sorted({v for _, v in cells}) for kind in kinds}, []
     built = {
-        kind: sorted({*map(float, methods.named(kind).planned(side)), *measured(kind, law, side)})
+        kind: sorted(
+            map(float, elastic[kind])
+            if kind in elastic
+            else {*map(float, methods.named(kind).planned(side)), *measured(kind, law, side)}
+        )
         for kind in kinds
     }
     if wanted is None:
@@ -164,12 +175,10 @@ def tokens(
             f"{kind} cannot give V = {v:g}"
             for kind in kinds
             for v in requested
-            if not methods.named(kind).supports(side, v)
+            if not supports(kind, side, v, elastic)
         ]
         return dict.fromkeys(kinds, requested), odd
-    usable = {
-        kind: [v for v in requested if methods.named(kind).supports(side, v)] for kind in kinds
-    }
+    usable = {kind: [v for v in requested if supports(kind, side, v, elastic)] for kind in kinds}
     if not any(usable.values()):
         raise ValueError(
             f"--tokens={','.join(f'{v:g}' for v in requested)}: none is supported; allowed are "

@@ -201,6 +201,7 @@ def plan(
     offered_tokens, left_out = choices.tokens(
         tokens, kinds, mixture, most=models.vit.patches if models else MOST_TOKENS,
         theory=model == "paper", every_size=offered.sizes is None,
+        elastic={models.kind: models.elastic} if models and models.elastic else {},
     )  # fmt: skip
     cost: costs.Cost
     if model == "paper":

@@ -235,7 +235,7 @@ class Auto:
     def _method(self, V: int) -> Method:
         """The compressor at V; itself if it has one V."""
         method = self.size.compressor
-        return method.at(V) if method.any_tokens else method
+        return method.at(V) if method.serves_several else method
 
     def milliseconds(self, V: int, images: int, text: int, new: int, load: Load) -> float | None:
         """From a request to the end of its answer, at this load; None without a chip.

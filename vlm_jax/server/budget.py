@@ -11,7 +11,7 @@ V visual tokens of an image   N LLM parameters in billions   Q text tokens   G n
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlm_jax.compressors import COMPRESSORS
+from vlm_jax.compressors import COMPRESSORS, ELASTIC
 from vlm_jax.server.auto import Auto, Load
 from vlm_jax.server.choices import Choices, listed
 from vlm_jax.server.messages import Placed
@@ -87,7 +87,8 @@ class Chooser:
         supported = self.choices.supported
         if wished not in supported:
             way_out = (
-                f"leave it out; compressors that give several are {', '.join(SEVERAL)}"
+                f"leave it out; compressors that give several are {', '.join(SEVERAL)}, and "
+                f"{', '.join(ELASTIC)} if they were trained so (compressor.elastic)"
                 if self.choices.one
                 else f"choose one of {listed(supported)}, or auto"
             )

@@ -7,7 +7,6 @@ V visual tokens of an image
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlm_jax.compressors.method import Method
 from vlm_jax.models.sizes import VLMSize
 
 
@@ -38,13 +37,13 @@ class Choices:
           ValueError: for a V that the model does not serve.
         """
         method, side, own = size.compressor, size.interface.side, int(size.visual_tokens)
-        if not method.any_tokens:
+        if not method.serves_several:
             for name, V in (("visual-tokens", default), ("low", low), ("high", high)):
                 if V not in (None, own):
                     raise ValueError(f"--{name}={V}: {method.kind} of this model gives V={own} "
                                      "alone; leave it out")  # fmt: skip
             return cls((own,), own, own, own)
-        supported = tuple(v for v in method.supported(side) if _can(method, v, side))
+        supported = tuple(method.given(side))
         if method.selects:  # each V is a program, compiled at the start
             offered = {*method.planned(side), own, default, low, high}
             supported = tuple(v for v in supported if v in offered)
@@ -66,11 +65,6 @@ class Choices:
     def one(self) -> bool:
         """Whether there is nothing to choose."""
         return len(self.supported) == 1
-
-
-def _can(method: Method, V: int, side: int) -> bool:
-    """Whether V is at most what the model has weights for."""
-    return V <= max(method.buckets(side), default=V)
 
 
 def listed(values: Sequence[int]) -> str:

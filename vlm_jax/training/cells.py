@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cells of a scaling run: one configuration becomes that of every row, and what each will cost.
 
-Cells that differ in V alone have one model between them where the compressor serves any V.
+Cells that differ in V alone have one model between them where it serves several V.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +123,7 @@ def by_size(config: ConfigDict) -> list[str]:
 
 
 def cell_of(
-    config: ConfigDict, llm: str, kind: str, tokens: int, seed: int, **compressor: str | int
+    config: ConfigDict, llm: str, kind: str, tokens: int, seed: int, **compressor: Any
 ) -> Cell:
     """One cell; `kind` is a compressor, or "blind" for the grid's own without the image.
     What else of `compressor` differs from the grid's is part of the cell's name."""
@@ -133,11 +134,23 @@ def cell_of(
     if unknown := sorted(compressor.keys() - c.compressor.keys()):
         raise ValueError(f"grid.baselines: no {unknown} in compressor {sorted(c.compressor)}")
     c.compressor.update(compressor)
-    method = "-".join([kind, *map(str, compressor.values())])
+    method = "-".join([kind, *map(word, compressor.values())])
     name = f"{llm}-v{tokens}-{method}-s{seed}"
-    shares = compressors.named(c.compressor.kind).any_tokens
+    described = compressors.describe(c.compressor)
+    if c.compressor.elastic and tokens not in c.compressor.elastic:
+        raise ValueError(
+            f"grid.tokens, cell {name}: V={tokens} is not in compressor.elastic="
+            f"{tuple(c.compressor.elastic)}: add it there, or leave it out of grid.tokens and "
+            'grid.baselines, where {"elastic": ()} makes a model of one V'
+        )
+    shares = described.serves_several
     model = f"{llm}-{method}-s{seed}" if shares else name
     return Cell(name, c, llm, seed, model, llms.weights(list(config.grid.llms[llm]), c))
+
+
+def word(value: Any) -> str:
+    """A value of a field of `compressor` in the name of a cell."""
+    return "+".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)
 
 
 def describe(cell: Cell) -> tuple[int, dict[str, int], float]:
@@ -162,6 +175,9 @@ def stage_flops(recipe: Recipe, stage: str, *, cached: bool, text: float | None 
     """
     model, rows, trained = recipe.model, recipe.rows, recipe.stage(stage)
     vit, compressor, llm = model.vit, model.compressor, model.llm
+    if drawn := recipe.drawn:  # every V is that of as many steps
+        each = (stage_flops(recipe.fixed(V), stage, cached=cached) for V in drawn)
+        return sum(each) / len(drawn)
     shown = (compressor.tokens,)  # V of each pass of the LLM over an example
     if buckets := compressor.buckets(vit.side):
         shown = buckets[-1:]

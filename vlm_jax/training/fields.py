@@ -36,6 +36,7 @@ LATER = {
     "validation.hold_out": 0,
     "validation.examples": 512,
     "validation.answers": 64,
+    "compressor.elastic": (),
     "compressor.queries": 0,
     "compressor.prefusion": 4,
     "compressor.important_ratio": 0.5,
@@ -222,11 +223,11 @@ FIELDS: dict[str, Field] = {
         rope_high_frequency=POSITIVE,
         rope_original_length=COUNT,
     ),
-    # Of a method that serves any V, `tokens` is of requests alone: `change_of` knows.
+    # Of a model that serves several V, `tokens` is of requests alone: `change_of` knows.
     **_section(
         "compressor", RUN, kind=None, tokens=SOME, heads=COUNT, query=None, downsample=None,
-        scales=COUNTS, queries=SOME, prefusion=SOME, important_ratio=SHARE, selection_seed=SEED,
-        ps_version=Choice(("v2", "v1")), clip_width=COUNT, text_width=COUNT,
+        elastic=COUNTS, scales=COUNTS, queries=SOME, prefusion=SOME, important_ratio=SHARE,
+        selection_seed=SEED, ps_version=Choice(("v2", "v1")), clip_width=COUNT, text_width=COUNT,
         text_depth=COUNT, text_heads=COUNT, text_vocab=COUNT, text_length=COUNT,
     ),
     # Of a model that training has made; it reads all tokens.
@@ -349,7 +350,7 @@ def change_of(name: str, then: Flat, now: Flat) -> Change:
     if unread(name, then) and unread(name, now):
         return Change.NOTHING
     method = COMPRESSORS.get(then.get("compressor.kind"), Method)
-    if name == "compressor.tokens" and method.any_tokens:
+    if name == "compressor.tokens" and (method.any_tokens or then.get("compressor.elastic")):
         return Change.BATCH
     # Each micro-batch is shown a number of tokens of its own.
     if name == "finetune.accumulate" and method.draws_tokens:

@@ -47,7 +47,8 @@ def dry_run(recipe: Recipe) -> None:
     named = "   ".join(f"{name} {count:,}" for name, count in parts.items())
     print(f"parameters  {named}   together {sum(parts.values()):,}")
     text, images, _ = recipe.row
-    shape = f"{text} tokens of text and {images} x {size.visual_tokens} of images"
+    V = " or ".join(map(str, recipe.drawn or (size.visual_tokens,)))
+    shape = f"{text} tokens of text and {images} x {V} of images"
     if recipe.arrangement.row_length:
         shape = f"packed: {text} tokens, text and at most {images} images"
     print(f"rows        {shape}")

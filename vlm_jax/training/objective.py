@@ -67,11 +67,23 @@ def every_scale(model: VLM, batch: Batch, *, chunk: int = 0) -> Sums:
     return jax.tree.map(lambda *parts: sum(parts) / len(parts), *sums)
 
 
+def drawn_model(model: VLM, batch: Batch) -> VLM:
+    """The model at the V for which a batch was drawn, the length of its `slots`; as it is for a
+    batch without (text alone). Each V is a program of its own."""
+    return model.at(batch["slots"].shape[1]) if "slots" in batch else model
+
+
+def at_drawn(objective: Callable[[VLM, Batch], Sums], model: VLM, batch: Batch) -> Sums:
+    """`objective` of `drawn_model`."""
+    return objective(drawn_model(model, batch), batch)
+
+
 def of_stage(name: str, compressor: Compressor, *, chunk: int) -> Callable[[VLM, Batch], Sums]:
     """What stage `name` minimises for a model with this compressor; `chunk` is
     config.loss_chunk."""
     each_scale = name == "finetune" and compressor.scales
-    return functools.partial(every_scale if each_scale else next_token, chunk=chunk)
+    objective = functools.partial(every_scale if each_scale else next_token, chunk=chunk)
+    return functools.partial(at_drawn, objective) if compressor.drawn else objective
 
 
 class PatchReader(nnx.Module):

@@ -145,14 +145,32 @@ class Recipe:
         return buckets[-1] if buckets else self.model.visual_tokens
 
     @property
+    def drawn(self) -> tuple[int, ...]:
+        """V of which each step of align and finetune runs one; () if all have the same."""
+        return self.model.compressor.drawn_tokens(self.model.vit.side)
+
+    def fixed(self, tokens: int) -> "Recipe":
+        """The training of the same model for `tokens` visual tokens alone."""
+        compressor = self.model.compressor.fixed(tokens)
+        return dataclasses.replace(
+            self, model=dataclasses.replace(self.model, compressor=compressor)
+        )
+
+    @property
+    def largest(self) -> "Recipe":
+        """The same training with the largest V in every step; itself if all have the same."""
+        return self.fixed(self.drawn[-1]) if self.drawn else self
+
+    @property
     def row(self) -> tuple[int, int, int]:
         """Places of text of a row, its images, and the LLM's tokens of both; of the largest bucket
-        where there are several, and of the V that is asked for where a method gives any."""
+        where there are several, of the largest V where steps draw it, and of the V that is asked
+        for where a method gives any."""
         arranged, rows = self.arrangement, self.rows
         if arranged.row_length:
             return arranged.row_length, arranged.row_images, arranged.row_length
-        images = rows.images_per_row
-        return rows.text_length, images, rows.text_length + images * self.model.visual_tokens
+        images, V = rows.images_per_row, max(self.drawn, default=self.model.visual_tokens)
+        return rows.text_length, images, rows.text_length + images * V
 
     @property
     def last(self) -> str:

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 def run_stage(
     name: str,
     model: Any,
-    batches: loader.Batches,
+    batches: loader.Batches | prefixes.Drawn,
     recipe: Recipe,
     folder: PurePath,
     objective: Callable[[Any, Any], Sums],
@@ -140,7 +140,7 @@ def run_stage(
     return optimizer.finish(graph, state)
 
 
-def skipped(name: str, batches: loader.Batches, path: PurePath) -> str:
+def skipped(name: str, batches: loader.Batches | prefixes.Drawn, path: PurePath) -> str:
     """The message at the end of stage `name` about the data that it could not use."""
     what, of = "examples", len(batches.source)
     if name == "encoder":
@@ -180,6 +180,12 @@ def check(recipe: Recipe, *, cell: bool = False) -> None:
     if not recipe.align.steps + recipe.finetune.steps:
         raise ValueError(
             "align.steps=0 and finetune.steps=0: such a run trains no model; set one of them"
+        )
+    if recipe.drawn and recipe.arrangement.row_length:
+        raise ValueError(
+            f"compressor.elastic={recipe.drawn}: packed rows (data.row_length="
+            f"{recipe.arrangement.row_length}) have room for the most visual tokens, so that steps "
+            "of fewer would cost as much; set data.row_length=0 and sort rows by data.buckets"
         )
     recipe.arrangement.check(
         text=recipe.rows.text_length,
@@ -271,7 +277,8 @@ def train(
 
     Adapters of finetune are merged into the LLM at the end. A model that serves any V is trained
     the same way for any `compressor.tokens`: with the most tokens that it can give in align, and as
-    its method is published in finetune.
+    its method is published in finetune; one with `compressor.elastic` with a V of its own in each
+    step of both.
     """
     seed = recipe.seed if seed is None else seed
     model = first_model(recipe, encoder, seed=seed)
@@ -302,6 +309,12 @@ def train(
             )
         if rows.plan is not None:
             progress.say(rows.plan.summary(name))
+        if drawn := model.compressor.drawn:
+            batches = prefixes.DrawnTokens(batches, drawn, seed=seed)
+            progress.say(
+                f"{name}: each step runs one of {', '.join(map(str, drawn))} visual tokens, each "
+                "compiled at its first step"
+            )
         if name == "finetune" and model.compressor.prefixes:
             batches = prefixes.RandomPrefixes(
                 batches,
@@ -364,6 +377,8 @@ def run(config: ConfigDict, folder: PurePath, outside: Outside | None = None) ->
         tokens = f"{config.compressor.tokens}"
         if model.compressor.buckets:
             tokens = f"up to {model.compressor.tokens}"
+        if model.compressor.drawn:
+            tokens = " or ".join(map(str, model.compressor.drawn))
         merged = f" (LoRA of rank {config.lora.rank} merged in)" if config.lora.rank else ""
         progress.say(
             f"llm {vlm.parameters(model.llm):,} parameters{merged}, compressor "

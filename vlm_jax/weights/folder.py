@@ -43,7 +43,14 @@ MODEL_TYPE, FORMAT = "vlm_jax", 1
 SECTIONS = ("vit", "llm", "compressor")
 # What the compressor of a published LLaVA has, and a folder that was made before a field was born.
 PLAIN = dict(
-    kind="none", heads=1, query="none", downsample="conv", queries=0, scales=(), prefusion=4
+    kind="none",
+    heads=1,
+    query="none",
+    downsample="conv",
+    queries=0,
+    scales=(),
+    prefusion=4,
+    elastic=(),
 )
 
 # What a tokenizer consists of; a folder has some of them.

@@ -270,7 +270,7 @@ def apply_flags(trained: Trained, wish: Wish, vit: Section, path: Path) -> Train
             method = projected(wish, requested, vit)
         else:
             conflicts.append(f"--compressor={requested.kind}")
-    if wish.tokens not in (None, method.tokens) and not method.any_tokens:
+    if wish.tokens not in (None, method.tokens) and not method.serves_several:
         conflicts.append(f"--tokens={wish.tokens}")
     for name, plain in (("heads", 1), ("query", "none")):
         if getattr(wish, name) not in (None, getattr(method, name, plain)):

@@ -36,7 +36,7 @@ def adopt(config: ConfigDict, model: folder.Model) -> ConfigDict:
     elif changed := [
         k
         for k, v in compressor.items()
-        if matters(k, compressor["kind"]) and not same(config.compressor[k], v)
+        if matters(k, compressor, config.compressor) and not same(config.compressor[k], v)
     ]:
         asked = {k: config.compressor[k] for k in changed}
         raise ValueError(
@@ -75,11 +75,16 @@ def replaced(method: type[Method], model: folder.Model) -> bool:
     return not old.compresses and method is not old
 
 
-def matters(field: str, kind: str) -> bool:
-    """Whether a field of the section changes a compressor of this kind."""
-    method = compressors.named(kind)
+def matters(field: str, theirs: dict[str, Any], ours: Any) -> bool:
+    """Whether a field of the folder's section must be that of the configuration's.
+
+    A model of one V may go on as one of several: no weight depends on V there.
+    """
+    method = compressors.named(theirs["kind"])
     if field == "tokens":
-        return not method.any_tokens  # of requests
+        return not (method.any_tokens or ours["elastic"])  # of requests
+    if field == "elastic":
+        return bool(theirs["elastic"])
     return field == "kind" or field in (of.name for of in dataclasses.fields(method))
 
 

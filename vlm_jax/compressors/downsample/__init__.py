@@ -12,6 +12,7 @@ class DownsampleMethod(Projected):
     """The image is shrunk to V patches before it is encoded (arXiv 2510.07143)."""
 
     kind: ClassVar[str] = "downsample"
+    inelastic: ClassVar[str] = "encodes another image for each V, and its features are kept for one"
 
     @staticmethod
     def module() -> type:

@@ -16,6 +16,7 @@ class M3Method(Projected):
 
     kind: ClassVar[str] = "m3"
     any_tokens: ClassVar[bool] = True
+    inelastic: ClassVar[str] = "serves several V as it is"
     named_by: ClassVar = (("matryoshka_vis_token_scale", None),)
     scales: tuple[int, ...] = ()
 

@@ -22,6 +22,7 @@ class MQTMethod(Method):
 
     kind: ClassVar[str] = "mqt"
     any_tokens: ClassVar[bool] = True
+    inelastic: ClassVar[str] = "serves several V as it is"
     draws_tokens: ClassVar[bool] = True
     marks: ClassVar = ("ln_k.", "ln_v.", "proj")
     named_by: ClassVar = (("query_abstractor_type", "matry_query"),)

@@ -22,6 +22,9 @@ class PixelUnshuffleMethod(Method):
 
     kind: ClassVar[str] = "pixel_unshuffle"
     marks: ClassVar = ("mlp1.",)
+    inelastic: ClassVar[str] = (
+        "has weights that depend on V: a token is as wide as all patches of its window together"
+    )
     ps_version: str = "v2"
 
     @staticmethod

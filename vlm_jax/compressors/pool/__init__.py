@@ -4,11 +4,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from vlm_jax.compressors.elastic import Elastic
 from vlm_jax.compressors.method import Projected
 
 
 @dataclass(frozen=True)
-class PoolMethod(Projected):
+class PoolMethod(Elastic, Projected):
     """The mean of each window of the last level, then a two-layer MLP."""
 
     kind: ClassVar[str] = "pool"

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Average pooling: the plainest compressor, the baseline that the others have to beat.
 
-B batch  P patches, window-major  V visual tokens  Z = levels x E  E vit width  D llm width
+B batch  P patches, window-major (raster if it is elastic)  V visual tokens  Z = levels x E
+E vit width  D llm width
 """
-
-from typing import Any
 
 from jaxtyping import Array, Float
 
 from vlm_jax.compressors.last_level import LastLevel
-from vlm_jax.compressors.method import Interface, Method, window_side
 from vlm_jax.compressors.window import windows
+from vlm_jax.compressors.windowed import Windowed
 
 
-class AveragePool(LastLevel):
+class AveragePool(LastLevel, Windowed):
     """The mean of each window of the last level, then a two-layer MLP.
 
     >>> import jax, jax.numpy as jnp
@@ -30,10 +29,6 @@ class AveragePool(LastLevel):
     (2, 9, 64)
     """
 
-    def __init__(self, method: Method, interface: Interface, **options: Any):
-        super().__init__(method, interface, **options)
-        self.window = window_side(self.tokens, self.side)
-
     def __call__(
         self,
         levels: Float[Array, "B P Z"],
@@ -41,4 +36,5 @@ class AveragePool(LastLevel):
     ) -> Float[Array, "B V D"]:
         """One visual token per window, windows in raster order; the question is not read."""
         del question
-        return self.projector(windows(self.last(levels), self.tokens).mean(2))
+        patches = self.window_major(self.last(levels))
+        return self.projector(windows(patches, self.tokens).mean(2))

@@ -7,6 +7,7 @@ V visual tokens (`tokens`)  P patches  E vit width  D llm width
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from vlm_jax.compressors.elastic import Elastic
 from vlm_jax.compressors.method import (
     LEVELS,
     Interface,
@@ -27,7 +28,7 @@ TEXT_PROJECTION = "0.text_projection.0.weight"  # exists if the model reads the 
 
 
 @dataclass(frozen=True)
-class QueCCMethod(Method):
+class QueCCMethod(Elastic):
     """Windowed cross-attention whose queries are a depthwise convolution of patches plus question.
 
     `query` is the source of the question's feature, `downsample` makes the query of a window.
@@ -49,6 +50,12 @@ class QueCCMethod(Method):
             raise ValueError(
                 f"compressor.downsample={self.downsample!r}: choose one of {list(DOWNSAMPLES)}"
             )
+        if self.elastic and self.downsample == "conv":
+            raise ValueError(
+                f"compressor.elastic={self.elastic}: quecc's convolution has a weight for each "
+                "patch of a window, whose size depends on V; set compressor.downsample='pool', or "
+                "compressor.elastic=()"
+            )
 
     @staticmethod
     def module() -> type:
@@ -58,7 +65,8 @@ class QueCCMethod(Method):
 
     @property
     def variant(self) -> str:
-        return "" if self.downsample == "conv" else self.downsample
+        own = "" if self.downsample == "conv" else self.downsample
+        return ", ".join(filter(None, (own, super().variant)))
 
     def parameters(self, interface: Interface) -> int:
         width, norm = interface.width, 2 * interface.width

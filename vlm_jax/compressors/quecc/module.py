@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """QueCC: queries from patches and question attend to windows of patches (arXiv 2411.03312).
 
-B batch  P patches, window-major  V visual tokens  W patches under one convolution window
-Z = levels x E  E vit width  D llm width
+B batch  P patches, window-major (raster if it is elastic)  V visual tokens
+W patches under one convolution window  Z = levels x E  E vit width  D llm width
 """
 
 import numpy as np
@@ -10,17 +10,17 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vlm_jax import cpu, mesh
-from vlm_jax.compressors.compressor import Compressor
-from vlm_jax.compressors.method import Interface, window_side
+from vlm_jax.compressors.method import Interface
 from vlm_jax.compressors.projector import MLP, KeysAndValues
 from vlm_jax.compressors.quecc import QueCCMethod
 from vlm_jax.compressors.window import WindowAttention, window_order, windows
+from vlm_jax.compressors.windowed import Windowed
 from vlm_jax.layers import LayerNorm, Linear, uniform, weight
 
 EPS = 1e-6  # of every LayerNorm here, as published
 
 
-class QueCC(Compressor):
+class QueCC(Windowed):
     """Windowed cross-attention whose queries are a depthwise convolution of patches plus question.
 
     The question's feature (last token, after the LLM's final norm) is projected and added to every
@@ -69,8 +69,7 @@ class QueCC(Compressor):
             )
         tokens, side, width = self.tokens, interface.side, interface.width
         llm_width = interface.llm_width
-        self.window = window_side(tokens, side)
-        self.kernel, self.stride = kernel or self.window, stride or self.window
+        self.kernel, self.stride = kernel or self.span, stride or self.span
         check_convolution(side, self.kernel, self.stride, tokens)
         self.text = (
             Linear(
@@ -109,6 +108,7 @@ class QueCC(Compressor):
         question: Float[Array, "B D"] | None = None,
     ) -> Float[Array, "B V D"]:
         """One visual token per window, windows in raster order."""
+        levels = self.window_major(levels)
         return self.projector(self.compress(levels[..., -self.width :], levels, question))
 
     def compress(
@@ -137,10 +137,10 @@ class QueCC(Compressor):
         """
         if self.taps is None:
             return windows(x, self.tokens).mean(2)
-        if self.kernel == self.stride == self.window:
+        if self.kernel == self.stride == self.span:
             under = windows(x, self.tokens)
         else:
-            index = fields(self.side, self.window, self.kernel, self.stride)
+            index = fields(self.side, self.span, self.kernel, self.stride)
             under = x.at[:, index].get(out_sharding=mesh.spec("batch", "len", "len", "feature"))
         taps, bias = self.taps[...].astype(x.dtype), self.taps_bias[...].astype(x.dtype)
         return cpu.sum_of_windows(under * taps) + bias

@@ -7,6 +7,7 @@ V visual tokens (`tokens`)  P patches  E vit width
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from vlm_jax.compressors.elastic import Elastic
 from vlm_jax.compressors.method import (
     LEVELS,
     Interface,
@@ -24,7 +25,7 @@ HEADS = 8  # in the published code, at width 1024
 
 
 @dataclass(frozen=True)
-class TokenPackerMethod(Method):
+class TokenPackerMethod(Elastic):
     """Windowed cross-attention whose queries are the downsampled last level (arXiv 2407.02392)."""
 
     kind: ClassVar[str] = "token_packer"

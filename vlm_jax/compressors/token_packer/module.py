@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """TokenPacker: the downsampled last level asks, every window of all levels answers.
 
-B batch  P patches, window-major  V visual tokens  Z = levels x E  E vit width  D llm width
+B batch  P patches, window-major (raster if it is elastic)  V visual tokens  Z = levels x E
+E vit width  D llm width
 """
 
 import jax.numpy as jnp
@@ -9,18 +10,18 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vlm_jax import mesh
-from vlm_jax.compressors.compressor import Compressor
-from vlm_jax.compressors.method import Interface, window_side
+from vlm_jax.compressors.method import Interface
 from vlm_jax.compressors.projector import MLP, KeysAndValues
 from vlm_jax.compressors.token_packer import TokenPackerMethod
 from vlm_jax.compressors.window import WindowAttention
+from vlm_jax.compressors.windowed import Windowed
 from vlm_jax.layers import LayerNorm, Linear, normal
 
 EPS = 1e-6  # of every LayerNorm here, as published
 STD = 0.02  # of every published kernel but the attention's in-projections, at encoder width 1024
 
 
-class TokenPacker(Compressor):
+class TokenPacker(Windowed):
     """Windowed cross-attention whose queries are the bilinear downsampling of the last level.
 
     No weight depends on the number of tokens; linear layers start with zero biases.
@@ -51,7 +52,6 @@ class TokenPacker(Compressor):
     ):
         super().__init__(method, interface)
         width, llm_width, tokens = interface.width, interface.llm_width, self.tokens
-        self.window = window_side(tokens, interface.side)
         # The published gain at any width: narrow demonstration encoders would start at almost zero.
         init = normal(STD * (1024 / width) ** 0.5)
         self.query = Linear(
@@ -85,6 +85,7 @@ class TokenPacker(Compressor):
     ) -> Float[Array, "B V D"]:
         """One visual token per window, windows in raster order; the question is not read."""
         del question
+        levels = self.window_major(levels)
         return self.projector(self.compress(levels[..., -self.width :], levels))
 
     def compress(
@@ -102,7 +103,7 @@ class TokenPacker(Compressor):
 
         One patch where the window's side is odd, the mean of the middle four where it is even.
         """
-        side = self.window
+        side = self.span
         grid = jnp.reshape(
             x,
             (x.shape[0], self.tokens, side, side, x.shape[2]),

@@ -55,7 +55,7 @@ class TokenCarve(Pruning):
         if not 0 <= self.weight <= 1:
             raise ValueError(f"pruning.weight={self.weight}: from 0 to 1")
         method = read.compressor
-        if method.adaptive or method.any_tokens:
+        if method.adaptive or method.serves_several:
             raise ValueError(
                 f"pruning.kind='tokencarve' ranks a fixed number of visual tokens, and compressor "
                 f"{method.kind!r} gives images different ones: choose fastv or pyramiddrop"
