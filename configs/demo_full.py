@@ -20,7 +20,7 @@ def get_config():
     c.data.train_images = 40000
     c.data.buckets = (12, 16, 20)  # most rows are half as long as the longest
     c.encoder.steps = 3000
-    c.finetune.update(dict(steps=10000, learning_rate=3e-3))
+    c.finetune.update(dict(steps=16000, batch=32, learning_rate=3e-3))
     c.checkpoint.every = 2000
     c.log.every = 500
     with c.unlocked():
