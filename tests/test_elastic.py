@@ -225,6 +225,8 @@ def test_costs_and_memory_are_those_of_what_is_run(mesh1):
     for stage in ("align", "finetune"):
         each = [stage_flops(recipe.fixed(n), stage, cached=True) for n in V]
         assert stage_flops(recipe, stage, cached=True) == pytest.approx(sum(each) / 3)
+        short = [stage_flops(recipe.fixed(n), stage, cached=True, text=9.5) for n in V]
+        assert stage_flops(recipe, stage, cached=True, text=9.5) == sum(short) / 3 < sum(each) / 3
         for tokens in V:  # the V of requests changes nothing
             other = tiny.recipe(tiny.config(compressor=ELASTIC | dict(tokens=tokens)))
             assert stage_flops(other, stage, cached=True) == sum(each) / 3
