@@ -12,7 +12,7 @@ from test_generate import made
 
 import vlm_jax
 from vlm_jax.serving import slots
-from vlm_jax.serving.engine import Engine, lengths_of, refusal
+from vlm_jax.serving.engine import Engine, lengths_of
 from vlm_jax.serving.tickets import (
     Answer,
     Ask,
@@ -353,16 +353,6 @@ def test_an_engine_is_one_replica(mesh8):
     many.mesh = mesh8
     with pytest.raises(ValueError, match="start one for each replica"):
         Engine(many, slots=1, queue=1, index_bytes=0)
-
-
-def test_a_model_that_decides_over_a_whole_prompt_is_refused(model, monkeypatch):
-    assert not refusal(model)
-    with monkeypatch.context() as patch:
-        patch.setattr(type(model.compressor.method), "query", "words")
-        assert "compressor.query='words'" in refusal(model)
-    monkeypatch.setattr(type(model.decoder.model), "reads_in_parts", False)
-    with pytest.raises(ValueError, match="use VLM.generate, or pruning.kind='none'"):
-        Engine(model, slots=1, queue=1, index_bytes=0)
 
 
 def test_lengths_and_rows_grow_by_fours():

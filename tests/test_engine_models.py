@@ -12,7 +12,7 @@ from test_generate import made
 
 import vlm_jax
 from vlm_jax import mesh
-from vlm_jax.serving import reading, talk
+from vlm_jax.serving import reading, row, talk
 from vlm_jax.serving.engine import Engine, refusal
 from vlm_jax.serving.model import Drawing
 from vlm_jax.serving.tickets import Ask, Gone
@@ -136,10 +136,10 @@ def test_a_chat_reads_its_image_and_its_turns_once(trained, tmp_path, images, me
 
 
 def test_a_row_has_its_images_where_they_belong():
-    image = reading.Image("h", b"k", 4, 3, None, None, None)
-    row = reading.Row([5, 6, 7], (1,), [image], reading.GREEDY)
-    assert row.most == 6
-    row.lay(adaptive=False)
-    assert row.ids.tolist() == [5, 0, 1, 2, 6, 7] and row.image.tolist() == [-1, 0, 0, 0, -1, -1]
-    assert (image.start, image.end) == (1, 4) and row.keys() == []
-    assert len(row.keys(range(30))) == 1
+    image = row.Image("h", b"k", 4, 3, None, None, None)
+    one = row.Row([5, 6, 7], (1,), [image], row.GREEDY)
+    assert one.most == 6
+    one.lay(adaptive=False)
+    assert one.ids.tolist() == [5, 0, 1, 2, 6, 7] and one.image.tolist() == [-1, 0, 0, 0, -1, -1]
+    assert (image.start, image.end) == (1, 4) and one.keys() == []
+    assert len(one.keys(range(30))) == 1

@@ -32,6 +32,7 @@ THROUGH = {
     "models.pruning.pyramiddrop",
     "test_report.py": "reports.score_tables",
     "test_engine.py": "serving.programs serving.schedule",
+    "test_engine_whole.py": "serving.whole",
     "test_server.py": "server.answers server.fields server.metrics",
     "test_server_faults.py": "server.gate",
     "test_score.py": "evals.predictions evals.task",

@@ -242,3 +242,19 @@ def test_flops_are_those_of_the_request():
     assert two["encoder"] == 2 * one["encoder"] and two["prefill"] > one["prefill"]
     none = auto.flops(4, images=0, text=10, new=3)
     assert none["encoder"] == none["compressor"] == 0 < none["prefill"] < one["prefill"]
+
+
+def test_what_a_pruning_leaves_out_and_an_index_keeps_is_not_counted():
+    c = tiny.config(compressor=dict(kind="none", tokens=16), llm=dict(depth=3))
+    whole = tiny.size(c)
+    c.pruning.update(dict(kind="fastv", layers=(1,), tokens=(2,)))
+    pruned = Auto(tiny.size(c), chip=SLOW)
+    asked = dict(images=1, text=10, new=3)
+    mine, theirs = (auto.flops(16, **asked) for auto in (pruned, Auto(whole)))
+    assert mine["prefill"] < theirs["prefill"] and mine["decode"] < theirs["decode"]
+    times = [auto.milliseconds(16, 1, 10, 3, IDLE) for auto in (pruned, Auto(whole, chip=SLOW))]
+    assert times[0] < times[1]
+    # LLaVA-Mini's text reads the patches of an image that is known too.
+    mini = Auto(tiny.size(tiny.config(compressor=dict(kind="llava_mini", tokens=4, heads=2))))
+    new, known = (mini.flops(4, encoded=share, **asked) for share in (1.0, 0.0))
+    assert known["encoder"] == 0 < known["compressor"] == new["compressor"]

@@ -151,15 +151,45 @@ def of_rows(cache: KV | Cache, index: Int[Array, "R"], dtype: jnp.dtype) -> KV |
     return kept(KV(*(x.at[index].get(out_sharding=where) for x in kv)), cache.slots)
 
 
-def put_row(cache: KV | Cache, row: KV, at: Int[Array, ""]) -> KV | Cache:
+def put_row(cache: KV | Cache, row: KV | Cache, at: Int[Array, ""]) -> KV | Cache:
     """The cache with all slots of row `at` replaced by the first ones of a single row."""
-    row = KV(*(x[:, : cache.slots] for x in row))
+    row = KV(*(x[:, : cache.slots] for x in by_token(row, row.keys.dtype)))
     if isinstance(cache, Cache):
         row = Cache(*(x.transpose(0, 2, 1, 3) for x in row))
     pairs = zip(cache, row, strict=True)
     return type(cache)(
         *(lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), at, 0) for old, x in pairs)
     )
+
+
+def layers_of(caches: Caches) -> list[KV | Cache]:
+    """The caches of the layers, in order."""
+    return caches.layers if isinstance(caches, Pruned) else caches
+
+
+def with_row(caches: Caches, row: Caches, at: Int[Array, ""]) -> Caches:
+    """All layers' caches with row `at` replaced by a single row, as `put_row` does."""
+    pairs = zip(layers_of(caches), layers_of(row), strict=True)
+    layers = [put_row(cache, one, at) for cache, one in pairs]
+    if not (isinstance(caches, Pruned) and isinstance(row, Pruned)):
+        return layers
+    return Pruned(layers, lax.dynamic_update_slice_in_dim(caches.dropped, row.dropped, at, 1))
+
+
+def of_all_rows(caches: Caches, index: Int[Array, "R"], dtype: jnp.dtype) -> Caches:
+    """All layers' caches of these rows, as `of_rows` does."""
+    layers = [of_rows(cache, index, dtype) for cache in layers_of(caches)]
+    if not isinstance(caches, Pruned):
+        return layers
+    return Pruned(layers, caches.dropped.at[:, index].get(out_sharding=mesh.spec("none", "batch")))
+
+
+def resized(cache: KV | Cache, slots: int, dtype: jnp.dtype) -> KV:
+    """The first `slots` positions token by token, zeros behind those that there are."""
+    kv = by_token(cache, dtype)
+    room = [(0, 0), (0, max(slots - kv.slots, 0)), (0, 0), (0, 0)]
+    where = mesh.spec("batch", "len", "kv_heads", "head")
+    return KV(*(jax.sharding.reshard(jnp.pad(x[:, :slots], room), where) for x in kv))
 
 
 def part(

@@ -10,6 +10,7 @@ B batch  X tokens of a row, and Y after a cut  N heads  K kv heads  G = N/K  H h
 C runs of layers between two cuts
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -158,9 +159,7 @@ def decode(
 ) -> tuple[Float[Array, "B 1 D"], Pruned]:
     """One more token per row, at `position` of its row before anything was left out; not normed."""
     pruning, grown = llm.pruning, []
-    # A summary is forgotten by all layers alike.
-    runs = [Run(0, llm.depth, 0)] if pruning is None else pruning.runs(llm.depth, 0)
-    for run, dropped in zip(runs, caches.dropped, strict=True):
+    for run, dropped in zip(runs_of(llm), caches.dropped, strict=True):
         at = position - dropped
         x, some = llm.extend(
             x,
@@ -171,3 +170,17 @@ def decode(
         )
         grown += some
     return x, Pruned(grown, caches.dropped)
+
+
+def runs_of(llm: Any) -> tuple[Run, ...]:
+    """The layers whose caches lost the same tokens: all of them where a summary was kept."""
+    if llm.pruning is None:
+        return (Run(0, llm.depth, 0),)
+    return llm.pruning.runs(llm.depth, 0)
+
+
+def room(llm: Any, caches: Pruned) -> Int[Array, "B"]:
+    """How many positions of each row have a slot in the caches of every layer."""
+    each = zip(runs_of(llm), caches.dropped, strict=True)
+    slots = [caches.layers[run.first].slots + dropped for run, dropped in each]
+    return functools.reduce(jnp.minimum, slots)

@@ -30,8 +30,8 @@ from vlm_jax.models.voco import Summary
 
 Batch = Mapping[str, Array]
 ONE_IMAGE = (
-    "a model that prunes (pruning.kind) keeps tokens of the one image of a row: ask about one "
-    "image at a time, or use pruning.kind='none'"
+    "this model keeps of the one image of a row what its text asks for (pruning.kind, voco, "
+    "llava_mini): ask about one image at a time, or prune nothing (pruning.kind='none')"
 )
 
 
@@ -161,7 +161,7 @@ class VLM(nnx.Module):
             return Assembled(self.llm.embed(ids), jnp.zeros_like(batch["image_at"]))
         if not self.compressor.reads_prefix:
             question = None
-            if self.compressor.reads_question:
+            if self.compressor.reads_question and "visual" not in batch:
                 with jax.named_scope("question"):
                     question = self.question(batch)
             text = self.llm.embed(ids)

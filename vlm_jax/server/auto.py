@@ -220,10 +220,12 @@ class Auto:
         """
         llm = self.size.llm
         if images:
-            asked = dict(Q=text, G=new, frames=images)
+            asked = dict(Q=text, G=new, frames=images, pruning=self.size.pruning)
             found = cost.request_flops(self.size.vit, self._method(V), llm, **asked)
             spent = dataclasses.asdict(found)
-            for phase in ("encoder", "compressor", "question"):
+            # Where text reads the patches, an index keeps what the encoder gives of them.
+            fused = self.size.compressor.prefusion > 0
+            for phase in ("encoder",) if fused else ("encoder", "compressor", "question"):
                 spent[phase] *= encoded
         else:
             spent = dict.fromkeys(cost.PHASES, 0.0)
@@ -248,7 +250,8 @@ class Auto:
             return None
         together = min(load.active, load.slots - 1) + 1
         seconds = functools.partial(roofline.seconds, self.size.vit, self._method(V), self.size.llm)
-        asked = roofline.Request(text, new, frames=max(images, 1))
+        pruning = self.size.pruning
+        asked = roofline.Request(text, new, frames=max(images, 1), pruning=pruning)
         alone = seconds(asked, self.chip, calibration=self.calibration)
         steps = seconds(
             dataclasses.replace(asked, batch=together), self.chip, calibration=self.calibration

@@ -25,7 +25,7 @@ from vlm_jax.server.refusals import Refusal
 from vlm_jax.server.schema import MOST_SEED, Budget, ChatRequest
 from vlm_jax.serving.engine import Engine
 from vlm_jax.serving.requests import TooLong
-from vlm_jax.serving.tickets import Answer, Ask, Closed, Event, Full, Gone, Ticket
+from vlm_jax.serving.tickets import Answer, Ask, Closed, Event, Full, Gone, Shown, Ticket
 
 THREADS = 4  # that decode images; each holds at most a few times Limits.pixels * 3 bytes
 LETTERS_PER_TOKEN = 32  # more than texts have; English has 4 to 5
@@ -213,8 +213,8 @@ class Service:
                 code="context_length_exceeded",
             )
 
-    def _image(self, placed: messages.Placed) -> np.ndarray | str:
-        """The pixels of an image as the engine reads them, or its handle."""
+    def _image(self, placed: messages.Placed) -> Shown | np.ndarray | str:
+        """An image as the engine reads it, or its handle."""
         url = placed.image.url
         if images.is_handle(url):
             return url.removeprefix(images.HANDLE)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 
@@ -23,17 +24,20 @@ from vlm_jax.data.processor import Tokens
 from vlm_jax.serving.answering import Answering, Words
 from vlm_jax.serving.decoder import Sampling, check_drawing
 from vlm_jax.serving.index import BLOCK, Index, handle_of
+from vlm_jax.serving.layout import Layout
 from vlm_jax.serving.model import VLM
 from vlm_jax.serving.programs import Programs
-from vlm_jax.serving.reading import CHUNKS, GREEDY, Image, Reader, Row, slots_of
+from vlm_jax.serving.reading import CHUNKS, InParts, Reader, slots_of
 from vlm_jax.serving.requests import Picture, Prompt, Request, TooLong, picture
+from vlm_jax.serving.row import GREEDY, Image, Row
 from vlm_jax.serving.schedule import Job, Schedule
 from vlm_jax.serving.slots import Pool, ladder
-from vlm_jax.serving.tickets import MOST_LIKELIEST, Ask, Closed, Event, Full, Stats, Ticket
+from vlm_jax.serving.tickets import MOST_LIKELIEST, Ask, Closed, Event, Full, Shown, Stats, Ticket
+from vlm_jax.serving.whole import Whole
 from vlm_jax.training import fingerprint
 
-QUERIES = ("none", "separate", "prefix")  # how the compressors that it serves read the question
 SHORTEST = 256  # tokens of the shortest rows, if the model's are longer
+SHORTEST_TEXT = 64  # for which a model that reads a prompt whole has a program
 
 
 def lengths_of(longest: int) -> tuple[int, ...]:
@@ -48,18 +52,32 @@ def refusal(model: VLM) -> str:
             "an engine is one process with the devices on the mesh's tensor axis (--mesh=tensor=N),"
             " or one device: start one for each replica"
         )
-    if not model.decoder.model.reads_in_parts:
+    if model.compressor.reads_prefix and not model.decoder.model.reads_in_parts:
         return (
-            "an engine reads a prompt part by part, and this model decides over a whole prompt "
-            "what becomes of its image (pruning.kind, or a compressor whose text reads the image "
-            "or a summary of it): use VLM.generate, or pruning.kind='none'"
-        )
-    if (query := model.compressor.method.query) not in QUERIES:
-        return (
-            f"an engine has no way to read a question as compressor.query={query!r} does (it has "
-            f"{', '.join(QUERIES)}): use VLM.generate"
+            "compressor.query='prefix' compresses an image by the text before it, in a pass that "
+            "pruning.kind would prune: an engine does one of them; set pruning.kind='none', train "
+            "with compressor.query='separate', or use VLM.generate"
         )
     return ""
+
+
+def reader_of(
+    model: VLM, programs: Programs, index: Index, *, slots: Sequence[int], length: int,
+    chunks: Sequence[int] | None,
+) -> Reader:  # fmt: skip
+    """What reads the rows of a model, at most `length` tokens each; arguments as of `Engine`."""
+    processor, reader = model.processor, model.decoder.model.compressor
+    of_clip = reader.method.query == "clip"
+    shared: dict[str, Any] = dict(
+        slots=slots,
+        width=model.width,
+        questions=processor.text_places if of_clip else model.max_length,
+    )
+    if model.decoder.model.reads_in_parts:
+        return InParts(programs, index, reader, chunks=sorted(chunks or CHUNKS), **shared)
+    sizes = chunks or ladder(SHORTEST_TEXT, length)
+    sizes = sorted({*(size for size in sizes if size < length), length})
+    return Whole(programs, index, reader, sizes=sizes, length=length, **shared)
 
 
 class Engine:
@@ -73,7 +91,8 @@ class Engine:
       lengths: of the rows in which requests are answered, in tokens read and new: each is answered
         in the shortest that holds it. Default: 256, 1024 ... and the model's.
       chunks: tokens of a row that are read between two steps of the others: the smallest that holds
-        the rest of the row, or the largest.
+        the rest of the row, or the largest. Default: 64 and 128. Where a model reads prompts whole,
+        the sizes to which their text is padded. Default: 64, 256 ... and the longest rows'.
       visual_tokens: V that may be asked for of a compressor that has a program for every V, besides
         those that a plan searches. Of others all their V may be.
     Raises:
@@ -88,7 +107,7 @@ class Engine:
         queue: int,
         index_bytes: int,
         lengths: Sequence[int] | None = None,
-        chunks: Sequence[int] = CHUNKS,
+        chunks: Sequence[int] | None = None,
         visual_tokens: Sequence[int] = (),
     ):
         if why := refusal(model):
@@ -100,21 +119,20 @@ class Engine:
         read = model.decoder.model
         about = fingerprint.of_weights(read), read.compressor.method, read.llm.dtype
         self.identity = hashlib.sha256(repr(about).encode()).hexdigest()
-        self.programs = Programs(read, model.mesh)
-        self.reader = Reader(
-            self.programs,
-            self.index,
-            read.compressor,
-            slots=slots_of(read.compressor, visual_tokens),
-            width=model.width,
-            chunks=sorted(arguments.whole_number("chunks", size) for size in chunks),
-        )
+        if chunks is not None:
+            chunks = [arguments.whole_number("chunks", size) for size in chunks]
+        compiled = slots_of(read.compressor, visual_tokens)
+        self.layout = Layout.of(read, max(compiled))
+        self.programs = Programs(read, model.mesh, self.layout)
         longest = model.max_length
         # Longer than the model's rows only where those are shorter than a block.
         held = {
             max(min(arguments.whole_number("lengths", length), longest), BLOCK)
             for length in lengths or lengths_of(longest)
         }
+        self.reader = reader_of(
+            model, self.programs, self.index, slots=compiled, length=max(held), chunks=chunks
+        )
         pools = [Pool(self.programs, length=length, slots=slots) for length in sorted(held)]
         self.words = Words(model.processor.tokenizer)
         self.schedule = Schedule(self.reader, pools, self.words)
@@ -142,13 +160,14 @@ class Engine:
             self.changed.notify_all()
         done.result()
 
-    def pixels(self, image: Picture, *, exif: str = "apply") -> np.ndarray:
-        """An image as the encoder reads it, float32 [I, I, 3].
+    def pixels(self, image: Picture, *, exif: str = "apply") -> Shown:
+        """An image as the encoder reads it.
 
         Raises:
           ValueError, OSError: if it cannot be read.
         """
-        return self.model.processor.pixels(picture(image, exif=exif))
+        seen, processor = picture(image, exif=exif), self.model.processor
+        return Shown(processor.pixels(seen), processor.shown_size(seen))
 
     def tokens(self, prompt: Prompt, *, images: int, system: str | None = None) -> Tokens:
         """The tokens of a prompt about this many images, after the text of a `system` message.
@@ -199,6 +218,11 @@ class Engine:
             tokens = self.tokens(tokens, images=len(ask.images))
         if len(tokens.places) != len(ask.images):
             raise ValueError(f"{len(ask.images)} images and {len(tokens.places)} places for them")
+        if self.reader.one_image and len(ask.images) > 1:
+            raise ValueError(
+                f"{len(ask.images)} images, and a row of this model has one: ask about one image "
+                "at a time"
+            )
         unread = [np.zeros(0, np.float32)] * len(ask.images)
         request = Request(tokens.ids, tokens.places, tokens.questions, unread)
         room = model.room(request, new_tokens=ask.max_new_tokens, visual_tokens=V)
@@ -214,15 +238,18 @@ class Engine:
             np.full(1, ask.seed, np.uint32),
         )
         row = Row(tokens.ids, tokens.places, images, sampling)
-        # A question that an image is compressed by is read in the same caches.
-        questions = [len(image.question) for image in images if image.question is not None]
+        asked = [len(image.question) for image in images if image.question is not None]
+        if not self.reader.asks_in_rows:
+            self._check_questions(asked)
+            asked = []
         held = self.schedule.pools[-1].length
+        read = len(row.text) + sum(self.layout.held(image.limit) for image in images)
         if ask.max_new_tokens is None:
-            room = max(min(room, held - row.most), 1)
-        longest = max([row.most + room, *questions])
+            room = max(min(room, held - read), 1)
+        longest = max([read + room, *asked])
         if longest > held:
             raise TooLong(
-                f"{len(row.text)} tokens of text, {row.most - len(row.text)} of images and up to "
+                f"{len(row.text)} tokens of text, {read - len(row.text)} of images and up to "
                 f"{room} of the answer: this engine's rows have {held} at most; lower "
                 "max_new_tokens, or shorten the prompt"
             )
@@ -230,6 +257,14 @@ class Engine:
             self.words, stop_ids=model.processor.stop_ids, stop=ask.stop, room=room
         )
         return Job(ask, ticket, row, answering, longest, now)
+
+    def _check_questions(self, lengths: Sequence[int]) -> None:
+        most = self.reader.questions[-1]
+        if max(lengths, default=0) > most:
+            raise TooLong(
+                f"a question of {max(lengths)} tokens, and the compressor reads {most} of them: "
+                "shorten the question"
+            )
 
     def _check_compiled(self, visual_tokens: int) -> None:
         reader, compiled = self.reader.compressor, self.reader.slots
@@ -239,23 +274,43 @@ class Engine:
                 f"{', '.join(map(str, compiled))}; ask for one of these, or start it with others"
             )
 
-    def image(self, image: np.ndarray | str, question: list[int], visual_tokens: int) -> Image:
+    def image(
+        self, image: Shown | np.ndarray | str, question: list[int], visual_tokens: int
+    ) -> Image:
         """An image of a request, of its pixels or its handle."""
-        pixels = None if isinstance(image, str) else image
-        side = self.model.processor.images.size
-        if pixels is not None and (pixels.shape, pixels.dtype) != ((side, side, 3), np.float32):
+        shown = image if isinstance(image, (Shown, str)) else Shown(image)
+        if isinstance(shown, Shown):
+            self._check_pixels(shown.pixels)
+        if shown is not image and self.reads_size:
             raise ValueError(
-                f"an image is float32 [{side}, {side}, 3], not {pixels.dtype}{list(pixels.shape)}: "
+                "this model's compressor reads the size that an image had before it was padded: "
                 "take it from Engine.pixels"
             )
+        handle = shown if isinstance(shown, str) else ""
+        if isinstance(shown, Shown):
+            by = f"{self.identity} {shown.size}" if self.reads_size else self.identity
+            handle = handle_of(by, shown.pixels)
         return Image.of(
-            image if pixels is None else handle_of(self.identity, pixels),
-            pixels,
+            handle,
+            None if isinstance(shown, str) else shown,
             question,
             compressor=self.reader.compressor,
             visual_tokens=visual_tokens,
             index=self.index,
         )
+
+    @property
+    def reads_size(self) -> bool:
+        """Whether the tokens of an image depend on its width and height before it was padded."""
+        return self.reader.compressor.reads == "image_size"
+
+    def _check_pixels(self, pixels: np.ndarray) -> None:
+        side = self.model.processor.images.size
+        if (pixels.shape, pixels.dtype) != ((side, side, 3), np.float32):
+            raise ValueError(
+                f"an image is float32 [{side}, {side}, 3], not {pixels.dtype}{list(pixels.shape)}: "
+                "take it from Engine.pixels"
+            )
 
     def drain(self, seconds: float | None = None) -> bool:
         """Refuses new requests and answers those that were taken, at most for `seconds`.
@@ -317,8 +372,8 @@ class Engine:
 
     def _warm(self) -> None:
         reader, blank = self.reader, self.model.processor.images.blank()
-        pixels = self.model.processor.images.normalized(blank)
+        shown = Shown(self.model.processor.images.normalized(blank))
         for pool in self.schedule.pools:
-            found = reader.warm(pool.length, pixels)
-            caches = reader.caches[pool.length]
-            pool.warm(lambda: pool.join(object(), caches, found, 1, GREEDY), BLOCK)  # noqa: B023
+            read = reader.warm(pool.length, shown)
+            pool.warm(lambda: pool.join(object(), read, 1, GREEDY), reader.block)  # noqa: B023
+        reader.reset()

@@ -23,7 +23,8 @@ BLOCK = 32  # tokens
 
 
 class Seen(NamedTuple):
-    """The visual tokens of one image in its slots, of which the first `count` are read."""
+    """The visual tokens of one image in its slots, of which the first `count` are read; where the
+    text of every row reads the patches, what the encoder gives, which becomes `count` tokens."""
 
     tokens: Float[np.ndarray, "V D"]
     count: int

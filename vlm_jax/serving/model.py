@@ -210,7 +210,7 @@ class VLM:
                 "with compressor.query='separate'"
             )
         which = tuple(range(images)) if images > 1 else 0 if images else None
-        if images > 1 and self.decoder.model.llm.pruning is not None:
+        if images > 1 and not self.decoder.model.reads_in_parts:
             raise ValueError(vlm.ONE_IMAGE)
         example = Example("prompt", which, pairs, family="", task="")
         processor = self.processor if system is None else self.processor.saying(system)

@@ -17,13 +17,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import mesh as meshes
-from vlm_jax.compressors.compressor import Visual
+from vlm_jax.compressors.compressor import Question, Visual
 from vlm_jax.layers import rows
 from vlm_jax.models import cache as caching
-from vlm_jax.models.cache import KV, Cache
+from vlm_jax.models import pruned
+from vlm_jax.models.cache import KV, Caches, Pruned
 from vlm_jax.models.llm import LLM
-from vlm_jax.models.vlm import VLM
+from vlm_jax.models.question import QUESTIONS
+from vlm_jax.models.vlm import VLM, Batch
 from vlm_jax.serving.decoder import Sampling, choose
+from vlm_jax.serving.layout import Layout
 from vlm_jax.serving.tickets import MOST_LIKELIEST
 
 
@@ -31,9 +34,9 @@ class Slots(NamedTuple):
     """Rows that are answered together: their caches, the last token of each, which is not in its
     cache yet, where it comes there, and how the next one is drawn."""
 
-    caches: list[KV | Cache]
+    caches: Caches
     ids: Int[Array, "B"]
-    position: Int[Array, "B"]
+    position: Int[Array, "B"]  # visual tokens that were left out count
     sampling: Sampling
 
 
@@ -43,6 +46,14 @@ class Chunk(NamedTuple):
     caches: list[KV]
     ids: Int[Array, "1"]
     hidden: Float[Array, "1 D"]
+    logits: Float[Array, "1 W"]
+
+
+class Read(NamedTuple):
+    """What reading a whole row gave: as `Chunk`, in caches that are laid out for a pool."""
+
+    caches: Caches
+    ids: Int[Array, "1"]
     logits: Float[Array, "1 W"]
 
 
@@ -104,6 +115,32 @@ def chunk(
     return Chunk(caches, token, hidden[:, 0], logits)
 
 
+def whole(model: VLM, batch: Batch, sampling: Sampling, *, layout: Layout, length: int) -> Read:
+    """Reads one row at once; its caches have room for `length` tokens, as `layout` says.
+
+    The images of the batch are `visual`, or `levels` for a model whose text reads them.
+    """
+    batch, sampling = placed((batch, sampling))
+    logits, caches, place = model.prefill(batch, new_tokens=0)
+    dtype = jnp.dtype(model.llm.dtype)
+    pairs = zip(caching.layers_of(caches), layout.more, strict=True)
+    layers: list = [caching.resized(cache, length + more, dtype) for cache, more in pairs]
+    if layout.runs:
+        # Of a row without an image nothing was left out.
+        lost = caches.dropped if isinstance(caches, Pruned) else nothing_left_out(layout.runs)
+        where = meshes.spec("none", "batch")
+        caches = Pruned(layers, jax.sharding.reshard(lost.astype(jnp.int32), where))
+    else:
+        caches = layers
+    return Read(caches, chosen(logits, sampling, place), logits)
+
+
+def nothing_left_out(runs: int) -> Int[Array, "C 1"]:
+    """`Pruned.dropped` of one row of which every layer has all tokens."""
+    where = meshes.spec("none", "batch")
+    return jnp.broadcast_to(jnp.zeros((), jnp.int32), (runs, 1), out_sharding=where)
+
+
 def step(llm: LLM, slots: Slots) -> tuple[Slots, Float[Array, "B W"]]:
     """One more token of every row, and the scores from which each was chosen.
 
@@ -113,20 +150,21 @@ def step(llm: LLM, slots: Slots) -> tuple[Slots, Float[Array, "B W"]]:
     hidden, caches = llm.decode(llm.embed(ids[:, None]), caches, position)
     logits = llm.logits(hidden)[:, 0]
     ids = chosen(logits, sampling, position + 1)
-    position = jnp.minimum(position + 1, caches[0].slots - 1)
+    room = pruned.room(llm, caches) if isinstance(caches, Pruned) else caches[0].slots
+    position = jnp.minimum(position + 1, room - 1)
     return Slots(caches, ids, position, sampling), logits
 
 
 def insert(
     slots: Slots,
-    caches: list[KV],
+    caches: Caches,
     at: Int[Array, ""],
     ids: Int[Array, "1"],
     position: Int[Array, "1"],
     sampling: Sampling,
 ) -> Slots:
     """The rows with row `at` replaced by one that was read, whose first new token is `ids`."""
-    grown = [caching.put_row(both, row, at) for both, row in zip(slots.caches, caches, strict=True)]
+    grown = caching.with_row(slots.caches, caches, at)
     others = jax.tree.map(
         lambda old, new: lax.dynamic_update_slice_in_dim(old, new, at, 0),
         slots[1:],
@@ -137,7 +175,7 @@ def insert(
 
 def of_rows(slots: Slots, index: Int[Array, "R"], dtype: jnp.dtype) -> Slots:
     """These rows, in this order."""
-    caches = [caching.of_rows(x, index, dtype) for x in slots.caches]
+    caches = caching.of_all_rows(slots.caches, index, dtype)
     where = meshes.spec("batch")
     others = jax.tree.map(lambda x: x.at[index].get(out_sharding=where), slots[1:])
     return Slots(caches, *others)
@@ -160,10 +198,11 @@ class Programs:
 
     Args:
       model: its LLM unstacked, as that of a `Decoder`.
+      layout: of the caches in which rows are answered.
     """
 
-    def __init__(self, model: VLM, mesh: Mesh):
-        self.model, self.mesh, self.llm = model, mesh, model.llm
+    def __init__(self, model: VLM, mesh: Mesh, layout: Layout):
+        self.model, self.mesh, self.llm, self.layout = model, mesh, model.llm, layout
         self.dtype = jnp.dtype(model.llm.dtype)
         self.made: dict[tuple, Callable] = {}
         # Flat: to flatten the modules of a small model takes longer than a step of it.
@@ -196,11 +235,14 @@ class Programs:
         """One row that nobody reads, with room for `length` tokens."""
 
         def make() -> Slots:
-            kv = [caching.kept(empty(self.llm, length), length) for _ in range(self.llm.depth)]
+            rooms = [length + more for more in self.layout.more]
+            caches: Caches = [caching.kept(empty(self.llm, room), room) for room in rooms]
+            if self.layout.runs:
+                caches = Pruned(caches, nothing_left_out(self.layout.runs))
             where = meshes.spec("batch")
             one = jnp.broadcast_to(jnp.zeros((), jnp.int32), (1,), out_sharding=where)
             real = one.astype(jnp.float32)
-            return Slots(kv, one, one, Sampling(real, real, one.astype(jnp.uint32)))
+            return Slots(caches, one, one, Sampling(real, real, one.astype(jnp.uint32)))
 
         return self.run(("opened", length), make)
 
@@ -209,31 +251,40 @@ class Programs:
         key = ("chunk", caches[0].slots, ids.shape[1])
         return self.run(key, chunk, caches, ids, *more, part="llm", donate=(1,))
 
+    def whole(self, batch: dict[str, Any], sampling: Sampling, length: int) -> Read:
+        """`whole`."""
+
+        def f(model: VLM, batch: Batch, sampling: Sampling) -> Read:
+            return whole(model, batch, sampling, layout=self.layout, length=length)
+
+        key = ("whole", length, *(x.shape for x in jax.tree.leaves(batch)))
+        return self.run(key, f, batch, sampling, part="model")
+
     def step(self, slots: Slots) -> tuple[Slots, Array]:
         """`step`; the caches and positions are donated, the ids are not: they may be read yet."""
 
         def f(llm: LLM, caches, position, ids, sampling):
             return step(llm, Slots(caches, ids, position, sampling))
 
-        key = ("step", slots.caches[0].slots, len(slots.ids))
+        key = ("step", room_of(slots), len(slots.ids))
         given = slots.caches, slots.position, slots.ids, slots.sampling
         return self.run(key, f, *given, part="llm", donate=(1, 2))
 
-    def insert(self, slots: Slots, caches: list[KV], at: int, first: Array, position: int,
+    def insert(self, slots: Slots, caches: Caches, at: int, first: Array, position: int,
                sampling: Sampling) -> Slots:  # fmt: skip
         """`insert`; `slots` is donated but its ids and sampling."""
 
         def f(kept: tuple, ids: Array, sampling: Sampling, *more: Any) -> Slots:
             return insert(Slots(kept[0], ids, kept[1], sampling), *more)
 
-        key = ("insert", slots.caches[0].slots, len(slots.ids))
+        key = ("insert", room_of(slots), len(slots.ids))
         given = np.int32(at), first, np.array([position], np.int32), sampling
         kept = slots.caches, slots.position
         return self.run(key, f, kept, slots.ids, slots.sampling, caches, *given, donate=(0,))
 
     def of_rows(self, slots: Slots, index: list[int]) -> Slots:
         """`of_rows`."""
-        key = ("of_rows", slots.caches[0].slots, len(slots.ids), len(index))
+        key = ("of_rows", room_of(slots), len(slots.ids), len(index))
         f = lambda slots, index: of_rows(slots, index, self.dtype)  # noqa: E731
         return self.run(key, f, slots, np.array(index, np.int32))
 
@@ -247,31 +298,46 @@ class Programs:
         key = ("load", caches[0].slots, block[0].slots)
         return self.run(key, f, caches, block, np.array([start], np.int32), donate=(0,))
 
-    def block(self, caches: list[KV | Cache], row: int, start: int, length: int) -> list[KV]:
-        """The keys and values of `length` tokens of one row."""
+    def block(self, caches: Caches, row: int, start: int, length: int) -> list[KV]:
+        """The keys and values of `length` tokens of one row, of which every layer has all."""
 
         def f(caches: list, row: Array, start: Array) -> list[KV]:
             return [caching.part(x, row, start, length, self.dtype) for x in caches]
 
-        key = ("block", caches[0].slots, len(caches[0].keys), length)
+        first = caching.layers_of(caches)[0]
+        key = ("block", first.slots, len(first.keys), length)
         return self.run(key, f, caches, np.int32(row), np.int32(start))
 
     def likeliest(self, logits: Array, ids: Array) -> Likeliest:
         """`likeliest`."""
         return self.run(("likeliest", len(ids)), likeliest, logits, ids)
 
-    def levels(self, pixels: np.ndarray) -> Array:
-        """What the encoder gives of one image."""
-        return self.run(("levels",), lambda model, x: model.encode(x), pixels[None], part="model")
+    def levels(self, pixels: np.ndarray, size: tuple[int, int]) -> Array:
+        """What the encoder gives of one image; `size` is read if the compressor reads it."""
+        sizes = np.array([size], np.int32) if self.model.compressor.reads == "image_size" else None
+        f = lambda model, x, sizes: model.encode(x, sizes)  # noqa: E731
+        return self.run(("levels",), f, pixels[None], sizes, part="model")
 
-    def visual(self, slots: int, levels: Array, question: Array | None) -> Visual:
-        """The visual tokens of one image in this many slots, in the LLM's type."""
+    def visual(self, slots: int, levels: Array, question: Array | Question | None) -> Visual:
+        """The visual tokens of one image in this many slots, in the LLM's type.
 
-        def f(model: VLM, levels: Array, question: Array | None) -> Visual:
+        `question` is the feature of the image's question, or its ids, from which what the
+        compressor reads is made.
+        """
+
+        def f(model: VLM, levels: Array, question: Array | Question | None) -> Visual:
             reader = model.compressor
             reader = reader.at(slots) if reader.buckets else reader
+            if isinstance(question, Question):
+                question = QUESTIONS[reader.method.query](model.llm, *placed(question))
             output = reader(levels, question)
             tokens, count = output if reader.adaptive else (output, jnp.full(1, output.shape[1]))
             return Visual(tokens.astype(self.dtype), count)
 
-        return self.run(("visual", slots), f, levels, question, part="model")
+        asked = question.tokens.shape[1] if isinstance(question, Question) else 0
+        return self.run(("visual", slots, asked), f, levels, question, part="model")
+
+
+def room_of(slots: Slots) -> int:
+    """Tokens for which these rows have room in the layers that hold fewest."""
+    return min(cache.slots for cache in caching.layers_of(slots.caches))

@@ -1,124 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the rows of an engine: images become tokens, and rows keys and values, chunk by chunk.
 
-I pixels of the encoder's side  T tokens of a row  V visual tokens  D llm width
+A model that decides over a whole prompt what becomes of its image is read by `whole.py`.
+
+I pixels of the encoder's side  T tokens of a row  U tokens of a question  V visual tokens
+D llm width
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vlm_jax import progress
-from vlm_jax.compressors.compressor import Compressor
+from vlm_jax.compressors.compressor import Compressor, Question, Visual
 from vlm_jax.models.cache import KV
 from vlm_jax.serving.decoder import Sampling
-from vlm_jax.serving.index import BLOCK, Index, Seen, block_keys, image_key
-from vlm_jax.serving.programs import Chunk, Programs
-from vlm_jax.serving.tickets import Gone
+from vlm_jax.serving.index import BLOCK, Index, Seen
+from vlm_jax.serving.programs import Chunk, Programs, Read
+from vlm_jax.serving.row import GREEDY, Image, Row
+from vlm_jax.serving.tickets import Shown
 
 CHUNKS = (64, 128)  # tokens
+WORDS = 64  # ids of a question for which there is a program, besides a much longer one
 MOST_BUCKETS = 16  # of a compressor, beyond which only some of its V are compiled
-GREEDY = Sampling(*np.zeros((2, 1), np.float32), np.zeros(1, np.uint32))  # of one row
-
-
-@dataclass
-class Image:
-    """An image of a row.
-
-    Attributes:
-      handle: its name. key: of its tokens. slots: those of the compressor's program.
-      limit: most of its tokens that are read.
-      question: the ids that it is compressed by, None if by none.
-      pixels: float32 [I, I, 3]; None of one that is `seen` already.
-      seen: its tokens, once they are there. encoded: whether this request made them.
-      start, end: its tokens in the row, once their number is known.
-    """
-
-    handle: str
-    key: bytes
-    slots: int
-    limit: int
-    question: list[int] | None
-    pixels: Float[np.ndarray, "I I 3"] | None
-    seen: Seen | None
-    encoded: bool = False
-    start: int = 0
-    end: int = 0
-
-    @classmethod
-    def of(
-        cls,
-        handle: str,
-        pixels: Float[np.ndarray, "I I 3"] | None,
-        question: list[int],
-        *,
-        compressor: Compressor,
-        visual_tokens: int,
-        index: Index,
-    ) -> "Image":
-        """An image at V = `visual_tokens`; if it has no pixels, with its tokens in the index.
-
-        Raises:
-          Gone: if they are not there.
-        """
-        slots = compressor.slots(visual_tokens) if compressor.buckets else compressor.tokens
-        read = question if compressor.reads_question else None
-        key = image_key(handle, slots, read)
-        seen = index.image(key) if pixels is None else None
-        if pixels is None and seen is None:
-            raise Gone(
-                f"the index has no image {handle} at {visual_tokens} visual tokens"
-                f"{' for this question' if read else ''}: send the image"
-            )
-        limit = visual_tokens if compressor.buckets else slots
-        return cls(handle, key, slots, limit, read, pixels, seen)
-
-
-@dataclass
-class Row:
-    """The text of a request as ids, its images before the ids at `places`, and how it is drawn.
-
-    `ids` and `image` become those of `block_keys` when the number of all tokens is known; `cached`
-    counts those whose keys and values were known.
-    """
-
-    text: list[int]
-    places: Sequence[int]
-    images: list[Image]
-    sampling: Sampling
-    ids: Int[np.ndarray, "T"] = field(default_factory=lambda: np.zeros(0, np.int32))
-    image: Int[np.ndarray, "T"] = field(default_factory=lambda: np.zeros(0, np.int32))
-    cached: int = 0
-
-    @property
-    def most(self) -> int:
-        """The most tokens that it can have."""
-        return len(self.text) + sum(image.limit for image in self.images)
-
-    def lay(self, adaptive: bool) -> None:
-        """Puts text and images in their order; images are `seen` if their number is `adaptive`."""
-        ids, image, last = [], [], 0
-        for number, (place, one) in enumerate(zip(self.places, self.images, strict=True)):
-            ids.append(np.array(self.text[last:place], np.int32))
-            image.append(np.full(place - last, -1, np.int32))
-            count = min(one.seen.count, one.limit) if adaptive else one.limit
-            one.start = sum(map(len, ids))
-            one.end, last = one.start + count, place
-            ids.append(np.arange(count, dtype=np.int32))
-            image.append(np.full(count, number, np.int32))
-        ids.append(np.array(self.text[last:], np.int32))
-        image.append(np.full(len(self.text) - last, -1, np.int32))
-        self.ids, self.image = np.concatenate(ids), np.concatenate(image)
-
-    def keys(self, answer: Sequence[int] = ()) -> list[bytes]:
-        """The keys of its whole blocks, with these ids behind it."""
-        more = np.array(answer, np.int32)
-        ids, image = np.concatenate([self.ids, more]), np.concatenate([self.image, more * 0 - 1])
-        return list(block_keys(ids, image, [one.key for one in self.images]))
 
 
 def slots_of(compressor: Compressor, visual_tokens: Sequence[int]) -> tuple[int, ...]:
@@ -134,15 +42,23 @@ def slots_of(compressor: Compressor, visual_tokens: Sequence[int]) -> tuple[int,
     return tuple(sorted({compressor.slots(V) for V in (*usual, *visual_tokens)}))
 
 
-class Reader:
+def fetched(visual: Visual) -> Seen:
+    """The tokens of the one image of a row, on the host."""
+    return Seen(np.asarray(visual.tokens)[0], int(np.asarray(visual.count)[0]))
+
+
+class Reader(ABC):
     """Reads one row at a time, in units of work between which others may be done.
 
     Args:
-      index: where images and beginnings of rows are looked up and kept.
+      index: where images are looked up and kept.
       compressor: makes the images' tokens, in one of these `slots`. width: D.
-      chunks: tokens that are read at once, ascending: the smallest that holds the rest of a row, or
-        the largest.
+      questions: the most ids of an image's question.
     """
+
+    block: ClassVar[int] = 0  # tokens of the blocks in which it keeps beginnings of rows; 0: none
+    asks_in_rows = False  # whether the question of an image is read in the caches of its row
+    one_image = False  # whether a row has at most one
 
     def __init__(
         self,
@@ -152,19 +68,112 @@ class Reader:
         *,
         slots: Sequence[int],
         width: int,
-        chunks: Sequence[int],
+        questions: int,
     ):
         self.programs, self.index, self.compressor = programs, index, compressor
-        self.slots, self.width, self.chunks = slots, width, tuple(chunks)
-        self.caches: dict[int, list[KV]] = {}  # of a row that is read, by the length of its pool
+        self.slots, self.width = slots, width
+        self.questions = (WORDS, questions) if questions > 2 * WORDS else (questions,)
         self.read_tokens = 0
 
-    def read(self, row: Row, length: int) -> Iterator[None]:
-        """Reads a row into the caches of this length, from which it may be taken at the end.
+    @abstractmethod
+    def read(self, row: Row, length: int) -> Generator[None, None, Chunk | Read]:
+        """Reads a row for a pool of this length.
 
-        Yields between units of work: an image, a chunk. Returns the `Chunk` of the row's last
-        token.
+        Yields between units of work. Returns what the row's last token gave, in caches that may be
+        taken until another row is read.
         """
+
+    @abstractmethod
+    def warm(self, length: int, shown: Shown) -> Chunk | Read:
+        """Runs every program for rows of this length once, and those for images. Returns a row
+        without an image."""
+
+    @abstractmethod
+    def keep(self, row: Row, answer: Sequence[int], block_at: Any) -> None:
+        """Keeps what was computed of a row and these ids behind it; `block_at` reads a block of
+        keys and values by its first token."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forgets the caches of a reading that failed: they may have been donated to nothing."""
+
+    def see(self, row: Row, image: Image, length: int) -> Iterator[None]:
+        """Makes the tokens of an image that are not there yet."""
+        # An image may stand in a row twice.
+        image.seen = image.seen or next(x.seen for x in row.images if x.key == image.key)
+        if image.seen is None:
+            question = None
+            if image.question is not None:
+                question = yield from self.asked(image.question, length)
+            yield from self.made(image, question)
+
+    def asked(
+        self, ids: Sequence[int], length: int
+    ) -> Generator[None, None, Question | Float[Array, "1 D"]]:
+        """What an image is compressed by: the ids of its question, in few sizes."""
+        del length
+        yield from ()
+        return self.padded(ids)
+
+    def padded(self, ids: Sequence[int]) -> Question:
+        """A question in the smallest size that holds it."""
+        room = next(size for size in self.questions if size >= len(ids))
+        tokens = np.zeros((1, room), np.int32)
+        tokens[0, : len(ids)] = ids
+        return Question(tokens, np.array([len(ids)], np.int32))
+
+    def blank_questions(self) -> list[Question | None]:
+        """A question of every size; None alone if no question is read."""
+        if not self.compressor.reads_question:
+            return [None]
+        return [self.padded([0] * size) for size in self.questions]
+
+    def made(self, image: Image, question: Question | Float[Array, "1 D"] | None) -> Iterator[None]:
+        """Makes the tokens of an image."""
+        visual = self.tokens_of(image, self.programs.levels(*image.shown), question)
+        yield  # before the tokens are waited for
+        image.seen = fetched(visual)
+        image.encoded = True
+        self.index.keep_image(image.key, image.seen)
+
+    def tokens_of(
+        self,
+        image: Image,
+        levels: Float[Array, "1 P Z"],
+        question: Question | Float[Array, "1 D"] | None,
+    ) -> Visual:
+        """What is kept of an image: its tokens."""
+        return self.programs.visual(image.slots, levels, question)
+
+    def warm_images(self, shown: Shown, questions: Sequence[Any]) -> None:
+        """Runs the programs of images once, for each of these questions."""
+        levels = self.programs.levels(*shown)
+        for slots in self.slots:
+            for question in questions:
+                self.programs.visual(slots, levels, question)
+
+
+class InParts(Reader):
+    """Reads a row chunk by chunk, behind a beginning that is known.
+
+    Args:
+      chunks: tokens that are read at once, ascending: the smallest that holds the rest of a row, or
+        the largest.
+    """
+
+    block = BLOCK
+
+    def __init__(
+        self, programs: Programs, index: Index, compressor: Compressor, *, chunks: Sequence[int],
+        **more: Any,
+    ):  # fmt: skip
+        super().__init__(programs, index, compressor, **more)
+        self.chunks = tuple(chunks)
+        self.asks_in_rows = compressor.method.query == "separate"
+        self.one_image = compressor.reads_prefix
+        self.caches: dict[int, list[KV]] = {}  # of a row that is read, by the length of its pool
+
+    def read(self, row: Row, length: int) -> Generator[None, None, Chunk]:
         reader = self.compressor
         for image in row.images:
             image.seen = image.seen or self.index.image(image.key)
@@ -195,9 +204,24 @@ class Reader:
             if prefix and at == end < len(row.ids):
                 yield from self.made(row.images[0], found.hidden)
                 end = len(row.ids)
-        if self.index.limit:
-            self.keep(keys, lambda start: self.programs.block(self.caches[length], 0, start, BLOCK))
+        self.keep(row, (), lambda start: self.programs.block(found.caches, 0, start, BLOCK))
         return found
+
+    def asked(
+        self, ids: Sequence[int], length: int
+    ) -> Generator[None, None, Question | Float[Array, "1 D"]]:
+        """The ids of a question, or for a compressor that reads what the LLM makes of them, the
+        last hidden state of a pass over them."""
+        if not self.asks_in_rows:
+            return (yield from super().asked(ids, length))
+        asked, at = np.array(ids, np.int32), 0
+        while at < len(asked):
+            size = self.size(len(asked) - at)
+            visual = np.zeros((1, size, self.width), self.programs.dtype)
+            found = self.run(asked[at : at + size], visual, False, at, length, GREEDY)
+            at += size
+            yield
+        return found.hidden
 
     def opened(self, length: int) -> list[KV]:
         """The caches of a row of this length that is read."""
@@ -205,12 +229,15 @@ class Reader:
             self.caches[length] = self.programs.blank(length + self.chunks[-1])
         return self.caches[length]
 
-    def keep(self, keys: Sequence[bytes], block_at: Any) -> None:
-        """Keeps the blocks that the index lacks, each read by `block_at` its first token.
+    def keep(self, row: Row, answer: Sequence[int], block_at: Any) -> None:
+        """Keeps the blocks that the index lacks.
 
         Where the device has no memory for them, the index becomes no larger than it is.
         """
         index = self.index
+        if not index.limit:
+            return
+        keys = row.keys(answer)
         try:
             blocks = {number: block_at(BLOCK * number) for number in index.missing(keys)}
         except jax.errors.JaxRuntimeError as error:
@@ -222,6 +249,9 @@ class Reader:
             )
             return
         index.keep_blocks(keys, blocks)
+
+    def reset(self) -> None:
+        self.caches.clear()
 
     def size(self, rest: int) -> int:
         """The chunk in which so many tokens are read, or the first of them."""
@@ -265,41 +295,13 @@ class Reader:
         self.caches[length] = found.caches
         return found
 
-    def see(self, row: Row, image: Image, length: int) -> Iterator[None]:
-        """Makes the tokens of an image that are not there yet, with a pass over its question."""
-        # An image may stand in a row twice.
-        image.seen = image.seen or next(x.seen for x in row.images if x.key == image.key)
-        if image.seen is not None:
-            return
-        feature = None
-        if image.question is not None:
-            ids, at = np.array(image.question, np.int32), 0
-            while at < len(ids):
-                size = self.size(len(ids) - at)
-                visual = np.zeros((1, size, self.width), self.programs.dtype)
-                found = self.run(ids[at : at + size], visual, False, at, length, GREEDY)
-                feature, at = found.hidden, at + size
-                yield
-        yield from self.made(image, feature)
-
-    def made(self, image: Image, feature: Float[Array, "1 D"] | None) -> Iterator[None]:
-        """Makes the tokens of an image, by the feature of its question if there is one."""
-        levels = self.programs.levels(image.pixels)
-        visual = self.programs.visual(image.slots, levels, feature)
-        yield  # before the tokens are waited for
-        image.seen = Seen(np.asarray(visual.tokens)[0], int(np.asarray(visual.count)[0]))
-        image.encoded = True
-        self.index.keep_image(image.key, image.seen)
-
-    def warm(self, length: int, pixels: Float[np.ndarray, "I I 3"]) -> Chunk:
-        """Runs every program for rows of this length once, and those for images."""
+    def warm(self, length: int, shown: Shown) -> Chunk:
         for size in self.chunks:
             visual = np.zeros((1, size, self.width), self.programs.dtype)
             found = self.run(np.zeros(1, np.int32), visual, False, 0, length, GREEDY)
         block = self.programs.block(self.caches[length], 0, 0, BLOCK)
         self.caches[length] = self.programs.load(self.caches[length], block, 0)
-        levels = self.programs.levels(pixels)
-        feature = found.hidden if self.compressor.reads_question else None
-        for slots in self.slots:
-            self.programs.visual(slots, levels, feature)
+        found = found._replace(caches=self.caches[length])
+        of_pass = self.asks_in_rows or self.compressor.reads_prefix
+        self.warm_images(shown, [found.hidden] if of_pass else self.blank_questions())
         return found

@@ -11,7 +11,8 @@ import numpy as np
 from vlm_jax import errors
 from vlm_jax.serving.answering import Answering, Words
 from vlm_jax.serving.index import BLOCK
-from vlm_jax.serving.reading import Reader, Row
+from vlm_jax.serving.reading import Reader
+from vlm_jax.serving.row import Row
 from vlm_jax.serving.slots import Pool, Result
 from vlm_jax.serving.tickets import Answer, Ask, Event, Failed, Finish, Score, Ticket, Usage
 
@@ -21,7 +22,7 @@ class Job:
     """A request that was taken.
 
     Attributes:
-      longest: tokens that its row may have in the end.
+      longest: tokens that its row may have in the end, in the layers that hold fewest.
       submitted, first_token: times of `time.monotonic`.
       pool: where it is answered, once it is read.
       ended: whether its last event was told.
@@ -49,8 +50,9 @@ class Schedule:
     """The requests of an engine, turn by turn.
 
     A turn is one unit of reading, of one request, and one token of every row that is read: a long
-    prompt delays the others by a chunk at a time. The tokens of a turn are looked at in the next
-    one, while the device is busy; a row that has ended runs one token longer.
+    prompt delays the others by a chunk at a time, or by all of it where it is read whole. The
+    tokens of a turn are looked at in the next one, while the device is busy; a row that has ended
+    runs one token longer.
 
     Args:
       pools: by ascending length, each for as many rows as run together.
@@ -123,8 +125,7 @@ class Schedule:
             return []
         try:
             row = job.row
-            caches = self.reader.caches[pool.length]
-            pool.join(job, caches, first, len(row.ids), row.sampling)
+            pool.join(job, first, len(row.ids), row.sampling)
         except Exception as error:
             self.unread(job, error)
             if pool.lost:
@@ -173,10 +174,9 @@ class Schedule:
         ids, row = job.answering.ids, job.row
         if job.pool is not None:
             at = job.pool.row_of(job)
-            if self.reader.index.limit:
-                # The last token is not in the cache.
-                keys, pool = row.keys(ids[:-1]), job.pool
-                self.reader.keep(keys, lambda start: pool.block(at, start, BLOCK))
+            # The last token is not in the cache.
+            pool = job.pool
+            self.reader.keep(row, ids[:-1], lambda start: pool.block(at, start, BLOCK))
             job.pool.leave(at)
         self.forget(job)
         self.answered += 1
@@ -211,8 +211,8 @@ class Schedule:
             self.waiting.remove(job)
 
     def unread(self, job: Job, error: Exception) -> None:
-        """Ends a request whose reading failed; the caches may have been donated to nothing."""
-        self.reader.caches.clear()
+        """Ends a request whose reading failed."""
+        self.reader.reset()
         self.end(job, error)
 
     def fail_pool(self, pool: Pool, error: Exception) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from vlm_jax.models.cache import KV
 from vlm_jax.serving.decoder import Sampling
-from vlm_jax.serving.programs import Chunk, Programs, Slots
+from vlm_jax.serving.programs import Chunk, Programs, Read, Slots
 
 # Steps in a row for which fewer rows would do, after which there are fewer: each change copies
 # what the rows have in their caches.
@@ -38,7 +38,8 @@ def rungs_of(slots: int) -> tuple[int, ...]:
 
 
 class Pool:
-    """At most `slots` rows with room for `length` tokens, read and new ones together.
+    """At most `slots` rows with room for `length` tokens, read and new ones together, in the layers
+    that hold fewest.
 
     Memory and time of a step are those of the smallest number of `rungs` that holds the members.
     """
@@ -66,16 +67,15 @@ class Pool:
             x.is_deleted() for x in jax.tree.leaves(self.slots.caches)
         )
 
-    def join(
-        self, member: Any, caches: list[KV], first: Chunk, position: int, sampling: Sampling
-    ) -> None:
+    def join(self, member: Any, read: Chunk | Read, position: int, sampling: Sampling) -> None:
         """Takes a row that was read to `position`, whose first token is chosen already."""
         if self.slots is None:
             self.slots = self.programs.opened(self.length)
         if len(self.members) == self.rows:
             self.move(self.rung + 1)
         row = next(k for k in range(self.rows) if k not in self.members)
-        self.slots = self.programs.insert(self.slots, caches, row, first.ids, position, sampling)
+        given = row, read.ids, position, sampling
+        self.slots = self.programs.insert(self.slots, read.caches, *given)
         self.members[row] = member
 
     def leave(self, row: int) -> None:
@@ -112,14 +112,16 @@ class Pool:
         return self.programs.block(self.slots.caches, row, start, length)
 
     def warm(self, join: Callable[[], None], length: int) -> None:
-        """Runs every program once. `join` brings one member in; `length` is that of a block."""
+        """Runs every program once. `join` brings one member in; `length` is that of a block, 0
+        where none is kept."""
         for rung in range(len(self.rungs)):
             if rung:
                 self.move(rung)
             join()
             result = self.step()
             self.programs.likeliest(result.logits, result.ids)
-            self.block(0, 0, length)
+            if length:
+                self.block(0, 0, length)
         self.members.clear()
         for rung in reversed(range(len(self.rungs) - 1)):
             self.move(rung)

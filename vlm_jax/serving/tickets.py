@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,14 @@ class Gone(ValueError):
     """An image was named by its handle and is not in the index: send the image."""
 
 
+class Shown(NamedTuple):
+    """An image as `Engine.pixels` gives it: what the encoder reads, float32 [I, I, 3], and its
+    width and height before that, to a common factor."""
+
+    pixels: np.ndarray
+    size: tuple[int, int] = (1, 1)
+
+
 @dataclass(frozen=True)
 class Ask:
     """One request.
@@ -44,8 +52,8 @@ class Ask:
     Attributes:
       prompt: a question, a conversation [question, answer, ..., question] in which each "<image>"
         stands for the next image, or its `Tokens`.
-      images: each the pixels of `Engine.pixels`, float32 [I, I, 3], or the handle of one that was
-        sent before.
+      images: each the result of `Engine.pixels`, or the handle of one that was sent before. Pixels
+        alone, float32 [I, I, 3], are a square image.
       max_new_tokens: None: what fits into the model's length and the engine's rows, at most 256.
       temperature: 0 takes the likeliest token; top_p: of the probability mass, when drawing.
       seed: of the draws: the same request gets the same answer in any company.
@@ -56,7 +64,7 @@ class Ask:
     """
 
     prompt: Prompt | Tokens
-    images: tuple[np.ndarray | str, ...] = ()
+    images: tuple[Shown | np.ndarray | str, ...] = ()
     max_new_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
