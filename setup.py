@@ -92,6 +92,8 @@ setup(
         # A run's folder in a bucket of Google Cloud Storage.
         "gcs": ["gcsfs>=2026.9"],
         "tfds": ["tensorflow-datasets>=4.9.10"],
+        # Clips in video files; folders of frames need nothing.
+        "video": ["av>=18.1"],
         # vlm-jax serve: OpenAI's chat API.
         "serve": [
             "fastapi>=0.165",
@@ -102,6 +104,7 @@ setup(
         # Language models as llama.cpp has them; transformers makes their tokenizers.
         "gguf": ["gguf>=0.19", "transformers>=5.24"],
         "test": [
+            "av>=18.1",  # of the extra video
             "beartype>=0.23",
             "cryptography>=50",  # a certificate of a site on the loopback
             "fastapi>=0.165",  # of the extra serve

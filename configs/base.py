@@ -146,6 +146,9 @@ def get_config() -> ConfigDict:
     # M, most images of a row, each V tokens at its mark. Rows with fewer cost as much: the encoder
     # and the LLM's row of text_length + M V tokens are the same for all.
     c.data.images_per_row = 1
+    # T, frames taken of each clip (rows with `video`) at even places: a clip is T images at one
+    # mark, and counts as one in images_per_row. 0: rows with a clip are bad rows.
+    c.data.frames = 0
     # Packed rows hold several examples, which do not see each other; `batch` of a stage then counts
     # rows. Not with compressor.query="prefix".
     c.data.row_length = 0  # tokens of a packed row, text and visual; 0: one example a row
@@ -168,6 +171,8 @@ def get_config() -> ConfigDict:
     # the folder with their packages, as `vlm-jax data fetch pictures` prints it. 0.0: none.
     c.data.picture_share = 0.0
     c.data.pictures = ""
+    # Its fourth: the share of its images that are short clips, of which data.frames are taken.
+    c.data.video_share = 0.0
     c.data.held_out_style = "facebook"  # google, twitter or facebook: tested on, not trained on
 
     # Stages. encoder trains an encoder from nothing on what each patch shows (small models; 0
@@ -231,6 +236,9 @@ def get_config() -> ConfigDict:
     c.grid.llms = ConfigDict()
     c.grid.tokens = (1, 4, 16, 36)
     c.grid.seeds = (0,)
+    # Numbers of frames that are taken of each clip, such as (1, 4, 8): each a cell, instead of
+    # data.frames. Every row of the data is then a clip.
+    c.grid.frames = ()
     # Further cells: kind ("blind" or a compressor), tokens, and a dict of further fields of
     # `compressor` if any, such as ("quecc", 4, {"query": "prefix"}).
     c.grid.baselines = ()

@@ -9,11 +9,13 @@ import pytest
 import tiny
 from test_law import planted
 
+from configs import base
 from vlm_jax.__main__ import main
 from vlm_jax.cost import flops as cost
 from vlm_jax.cost import roofline
 from vlm_jax.cost.chips import CHIPS
 from vlm_jax.law import answer, law
+from vlm_jax.models.sizes import ViTSize
 from vlm_jax.planning import question
 
 
@@ -70,10 +72,15 @@ def test_a_plan_of_a_video_pays_for_its_frames_and_answers_with_the_law_of_frame
                 "beta": 0.4, "gamma": 0.01, "tau": 0.3, "delta": 0.01},
     )  # fmt: skip
     asked = dict(flops=1e14, text_tokens=50, tokens=[16], llms=[7.0])
-    video = question.plan(truth, frames=16, **asked)
+    video = question.plan(truth, frames=16, **asked, cost_model="paper")
     assert video.predicted_error == pytest.approx(float(truth.error(7.0, 16, frames=16)))
     assert video.cost == pytest.approx(cost.paper_flops(7.0, 16 * 16, Q=50))
-    assert not [w for w in video.warnings if "frames" in w]
+    assert any("no encoder, which runs 16 times" in w for w in video.warnings)
+    # By default a video pays for its encoder, once for each frame.
+    whole = question.plan(truth, frames=16, **asked)
+    encoder = cost.encoder_flops(ViTSize.of(base.get_config().vit), tiny.method("token_packer", 16))
+    assert whole.cost > 16 * encoder + 0.9 * video.cost
+    assert not [w for w in whole.warnings if "frames" in w or "encoder" in w]
     outside = question.plan(truth, frames=64, **asked).warnings
     assert any("extrapolates frames: 64" in w for w in outside)
     assert any("--frames" in w for w in question.plan(truth, **asked).warnings)

@@ -13,6 +13,7 @@ TESTS = Path(__file__).parent
 HOME = TESTS.parent
 # Files that no test imports, by the test that goes through them.
 THROUGH = {
+    "test_clips.py": "data.clip_facts data.tokens",
     "test_compiled.py": "aot.arrays aot.programs aot.search aot.table",
     "test_files.py": "buckets",
     "test_matryoshka.py": "compressors.last_level compressors.matryoshka",
@@ -23,6 +24,7 @@ THROUGH = {
     "test_packing.py": "data.packed_rows",
     "test_window_attention.py": "kernels.absorbed_tpu kernels.unprojected_tpu kernels.window_tpu",
     "test_fit.py": "law.families",
+    "test_generate.py": "serving.answer",
     "test_law.py": "law.components law.intervals",
     "test_causal_attention.py": "models.segments",
     "test_selected_models.py": "compressors.cdpruner.text weights.text_tower",

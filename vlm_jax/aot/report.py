@@ -208,7 +208,7 @@ def work(recipe: Recipe, mode: str, serving: Serving) -> tuple[int, int, float, 
     G = serving.new_tokens
     request = cost.request_flops(
         model.vit, model.compressor, model.llm, Q=rows.text_length, G=G,
-        question=rows.question_length, pruning=model.pruning,
+        question=rows.question_length, pruning=model.pruning, frames=rows.images_per_row,
     )  # fmt: skip
     count = serving.rows
     read = count * float(request.total - request.decode)

@@ -167,8 +167,8 @@ def request_flops(
             reads them first and the rest in a second pass.
         cached_text: keys and values of the text are kept from an earlier request, so prefill
             computes the V visual tokens only, and no question pass runs.
-        frames: of a video. Encoder and compressor run once for each, and the LLM reads V tokens of
-            each.
+        frames: of a video. Encoder and compressor run once for each, as does a separate pass over
+            the question, and the LLM reads V tokens of each.
         form: of the compressor (see `compressor_products`).
         pruning: of visual tokens between the layers of the LLM.
     Raises:
@@ -198,7 +198,7 @@ def request_flops(
             compressor_flops(compressor, vit, llm, form=form)
             + fusion_flops(compressor, vit, llm, Q)
         ),
-        question=llm_flops(llm, question_tokens if separate else 0, logits=0),
+        question=frames * llm_flops(llm, question_tokens if separate else 0, logits=0),
         prefill=llm_flops(llm, first, logits=0)
         + prefill_flops(llm, new, visual=V, cached=cached, pruning=pruning),
         decode=decode_flops(llm, context=Q + cached_tokens(V, compressor, llm, pruning), G=G),

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from vlm_jax import progress
+from vlm_jax.data.clip_facts import clip_facts
+from vlm_jax.data.clips import Frame
 from vlm_jax.data.example import Example
 from vlm_jax.data.findings import FINDINGS, NOTES, Report
 from vlm_jax.data.image_facts import ImageFacts, image_facts
@@ -34,12 +36,14 @@ class Checked(Protocol):
     repeated_ids: int
     missing_ids: int
     leading_answers: int
+    clips: int
+    short_clips: int
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
 
-    def place(self, image: int) -> Place: ...
+    def place(self, image: int) -> Place | Frame: ...
 
     def describe(self) -> dict[str, Any]: ...
 
@@ -113,8 +117,8 @@ def check(source: Checked, texts: TextFormat, *, jobs: int = 1, whole: bool = Tr
     for _, kind, skip in every:
         report.add(kind, skip.image or skip.id, str(skip))
     examples = [source[i] for i in range(len(source))]
-    most = max([len(e.images) for e in examples], default=0)
-    texts = replace(texts, most_images=max(most, 1))
+    most = max([len(e.images) // e.frames for e in examples], default=0)
+    texts = replace(texts, most_images=max([len(e.images) for e in examples], default=1) or 1)
     if texts.tokenizer:
         texts.processor()  # a wrong tokenizer is an error before any image is read
     _rows(source, examples, report)
@@ -129,6 +133,7 @@ def check(source: Checked, texts: TextFormat, *, jobs: int = 1, whole: bool = Tr
         "text_only_rows": sum(not e.images for e in examples),
         "turns": sum(len(e.turns) for e in examples),
         "most_images_per_row": most,
+        "clips": source.clips,
         "image_files": len(places),
         "image_bytes": sum(f.size for f in report.images),
         "missing_files": len(missing),
@@ -160,10 +165,11 @@ def _rows(source: Checked, examples: Sequence[Example], report: Report) -> None:
     report.counts["repeated_id"] = source.repeated_ids
     report.counts["missing_id"] = source.missing_ids
     report.counts["leading_answer"] = source.leading_answers
+    report.counts["short_clip"] = source.short_clips
     report.counts["renamed_image"] = source.describe().get("renamed_images", 0)
 
 
-def _images(places: list[Place], report: Report, run: "Runner", *, whole: bool) -> None:
+def _images(places: list[Place | Frame], report: Report, run: "Runner", *, whole: bool) -> None:
     tasks = _parts([(place, whole) for place in places], IMAGES_AT_ONCE)
     seen: dict[str, str] = {}
     with progress.doing("reading the images", len(places)) as task:
@@ -172,9 +178,10 @@ def _images(places: list[Place], report: Report, run: "Runner", *, whole: bool) 
             for found in facts:
                 place = places[len(report.images)]
                 name = place.name or place.path
+                what = "clip" if isinstance(place, Frame) else "image"
                 report.images.append(found)
                 for kind in found.kinds:
-                    report.add(kind, name, f"image {name} {found.problem or _about(kind, found)}")
+                    report.add(kind, name, f"{what} {name} {found.problem or _about(kind, found)}")
                 if found.sha256 and seen.setdefault(found.sha256, name) != name:
                     report.add(
                         "duplicate_image",
@@ -270,8 +277,13 @@ def _begin(texts: TextFormat) -> None:
     _worker["texts"] = texts
 
 
-def _facts_of(task: Sequence[tuple[Place, bool]]) -> list[ImageFacts]:
-    return [image_facts(place, whole=whole) for place, whole in task]
+def _facts_of(task: Sequence[tuple[Place | Frame, bool]]) -> list[ImageFacts]:
+    return [
+        clip_facts(place, whole=whole)
+        if isinstance(place, Frame)
+        else image_facts(place, whole=whole)
+        for place, whole in task
+    ]
 
 
 def _lengths_of(examples: Sequence[Example]) -> list[Measured]:

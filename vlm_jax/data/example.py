@@ -19,18 +19,19 @@ class BadExample(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """Questions and answers about one image, several images in order, or none.
+    """Questions and answers about one image, several images or frames in order, or none.
 
     Attributes:
       id: unique within a source and split.
       image: index into the source's images, a tuple of them, or None for a row of text alone.
-      turns: (question, answer) pairs. Each IMAGE_MARK in the questions stands for the next image;
-        without any, all images belong to the first question.
+      turns: (question, answer) pairs. Each IMAGE_MARK in the questions stands for the next image,
+        or the next clip; without any, all images belong to the first question.
       family: the group whose tasks are averaged for the scaling law.
       task: the task inside the family, scored on its own.
       cluster: shared by examples with correlated errors, for standard errors; by default the image,
         or the example's id without an image.
       given: the id in the data set, if `id` is another one because the id was repeated.
+      frames: how many of the images each mark stands for: those of a clip; 1 for images.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Example:
     task: str
     cluster: str = field(default="", repr=False)  # hashes of older data sets stay as they are
     given: str = field(default="", repr=False)
+    frames: int = field(default=1, repr=False)
 
     def __post_init__(self) -> None:
         if not self.cluster:
@@ -56,14 +58,16 @@ class Example:
     def questions(self) -> tuple[tuple[int, str], ...]:
         """Each turn's question: the number of images at the template's place, and its text.
 
+        A clip is one image here, whatever its frames.
+
         A single mark in a question moves to the template's place, as in LLaVA. If a question has
         several, each stays in the text, as in LLaVA-NeXT.
         """
         texts = [question for question, _ in self.turns]
         marks = [text.count(IMAGE_MARK) * bool(self.images) for text in texts]
         if not any(marks):
-            marks = [0] * len(texts)
-            return ((len(self.images), texts[0]), *zip(marks[1:], texts[1:], strict=True))
+            marks = [len(self.images) // self.frames, *[0] * (len(texts) - 1)]
+            return tuple(zip(marks, texts, strict=True))
         return tuple(
             (1, text.replace(IMAGE_MARK, "").strip()) if count == 1 else (0, text)
             for count, text in zip(marks, texts, strict=True)

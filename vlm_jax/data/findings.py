@@ -25,9 +25,13 @@ ROW_FINDINGS = {
     "empty_answer": "an answer without text",
     "text": "half a surrogate pair, or bytes that are not UTF-8",
     "repeated_key": "an object with a key twice",
+    "video": "`video` is not a path or a list of paths, or stands beside `image`",
+    "missing_clip": "no such folder or video file",
+    "empty_clip": "a clip's folder without a picture",
 }
 FINDINGS = ROW_FINDINGS | {
     "corrupt_image": "damaged, cut short or no image: cannot be read",
+    "corrupt_clip": "a video file that is damaged, cut short or no video: cannot be read",
     "wrongly_named": "content of another format than the suffix says",
     "animated": "several frames, of which the first is used",
     "enormous_image": "more than 50 million pixels",
@@ -44,6 +48,7 @@ NOTES = {
     "exif_rotated": "stored on its side; turned only with data.image_exif=apply",
     "renamed_image": "found with another suffix than in the row",
     "duplicate_image": "the bytes of an earlier image file",
+    "short_clip": "fewer frames than are taken (--frames); some are shown more than once",
     "empty_question": "a question without text, besides the image",
     "leading_answer": "begins with gpt; that answer is left out",
     "repeated_id": "the id of an earlier row; both are used",
@@ -117,6 +122,9 @@ def table(found: Mapping[str, Any]) -> str:
     lines = [
         f"{rows}, {found['text_only_rows']:,} of text alone, {found['turns']:,} turns; "
         f"{found['image_files']:,} images, {found['image_bytes'] / 1e6:,.1f} MB"
+        + f"; {found['clips']:,} clips"
+        * bool(found["clips"])
+        * bool(found["clips"])
     ]
     for name, kinds in (("findings", FINDINGS), ("notes", NOTES)):
         counts = {kind: n for kind, n in found[name].items() if n}

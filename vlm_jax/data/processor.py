@@ -6,41 +6,21 @@ Shapes: T text tokens, Tq question tokens, S pixels of the encoder's side.
 
 import copy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vlm_jax import compressors
-from vlm_jax.data import reading, templates
+from vlm_jax.data import clips, reading, templates
 from vlm_jax.data.example import IMAGE_MARK, BadExample, Example
 from vlm_jax.data.images import Preparation
 from vlm_jax.data.templates import OwnTemplate, Part
 from vlm_jax.data.tokenizer import Encoder, mark_of
 from vlm_jax.data.tokenizer import load_tokenizer as load_tokenizer
+from vlm_jax.data.tokens import Tokens as Tokens
 
 NO_IMAGE_QUESTION = "image"  # what a question-reading compressor reads for a row without an image
-
-
-class Tokens(NamedTuple):
-    """A row, not yet cut or padded."""
-
-    ids: list[int]
-    mask: list[bool]  # which ids are supervised
-    places: tuple[int, ...]  # before which id the visual tokens of each image belong, ascending
-    questions: list[
-        list[int]
-    ]  # the input of a question-reading compressor for each image, or for none
-
-    @property
-    def image_at(self) -> int | None:
-        """The place of the first image, None without one."""
-        return self.places[0] if self.places else None
-
-    @property
-    def question(self) -> list[int]:
-        """The question of the first image."""
-        return self.questions[0]
 
 
 @dataclass(frozen=True)
@@ -51,6 +31,7 @@ class RowFormat:
       images: how images are prepared.
       query: how the question is read for the compressor: "none", "separate", "prefix", or by its
         tokens: "words" of the LLM's tokenizer, "clip" of CLIP's.
+      images_per_row: M, the images of a row, frames of clips among them.
       reads: what the compressor reads beside the encoder's levels.
       vocab: rows of the LLM's embedding, if known.
     Raises:
@@ -78,7 +59,7 @@ class RowFormat:
             raise ValueError(
                 "compressor.query='prefix' reads the text before the one image of a row once; "
                 f"data.images_per_row={self.images_per_row} goes with "
-                "compressor.query='separate' or 'none'"
+                "compressor.query='separate' or 'none' (the frames of a clip are images too)"
             )
         if self.question_length >= self.text_length:
             raise ValueError(
@@ -95,7 +76,7 @@ class RowFormat:
             data.template,
             data.text_length,
             data.question_length,
-            data.images_per_row,
+            clips.room(data),
             data.blind,
             Preparation.of(data, config.vit.image_size),
             method.query,
@@ -223,6 +204,9 @@ class Processor:
 
     def _row(self, example: Example, *, answer: bool) -> Tokens:
         parts = self.template.parts(example, self.tokenizer, answer=answer)
+        if example.frames > 1:
+            mark = IMAGE_MARK if self.image_id is None else self.mark
+            parts = [(text.replace(mark, mark * example.frames), told) for text, told in parts]
         ids, places = list(self.bos), []
         if ids and self.template.begins_itself(self.tokenizer, parts):
             ids = []
@@ -350,7 +334,7 @@ class Processor:
         questions = [
             text.replace(IMAGE_MARK, "").strip() if IMAGE_MARK in text else text
             for images, text in example.questions()
-            for _ in range(images + text.count(IMAGE_MARK))
+            for _ in range((images + text.count(IMAGE_MARK)) * example.frames)
         ]
         # As published, the plain template drops the instruction, so there is nothing to read.
         questions = questions if "{question}" in self.template.user else [""] * len(questions)

@@ -6,12 +6,13 @@ A bad row is an error or, on request, is left out and counted.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from vlm_jax.data import clips
 from vlm_jax.data.example import IMAGE_MARK, BadExample, Example, Images
 from vlm_jax.data.pictures import Place, read_picture
 from vlm_jax.data.rows import Fault, Ids, check_keys, check_text
@@ -19,15 +20,15 @@ from vlm_jax.data.skips import Skip, Skips
 
 
 def listed(image: Any) -> list:
-    """The paths in a row's `image`: one path, a list of them, or nothing."""
+    """The paths in a row's `image` or `video`: one path, a list of them, or nothing."""
     return image if isinstance(image, list) else [] if image in (None, "") else [image]
 
 
-def turns_of(row: dict, images: int) -> tuple[tuple[str, str], ...]:
-    """The (question, answer) pairs of a row with this number of images.
+def turns_of(row: dict, images: int, *, field: str = "image") -> tuple[tuple[str, str], ...]:
+    """The (question, answer) pairs of a row with this number of images, which `field` names.
 
     A single mark in the first question is removed. As in LLaVA a leading answer is dropped. Each
-    image has one mark, in any of the questions.
+    image has one mark, in any of the questions; a clip (field "video") has <image> or <video>.
     """
     conversation = row.get("conversations")
     if not isinstance(conversation, list):
@@ -58,6 +59,13 @@ def turns_of(row: dict, images: int) -> tuple[tuple[str, str], ...]:
             f"the turns are {[turn.get('from') for turn in conversation]!r:.80}, not human and gpt "
             "in turn, ending with gpt",
         )
+    if field == "video":
+        conversation = [
+            turn | {"value": turn["value"].replace(clips.VIDEO_MARK, IMAGE_MARK)}
+            if turn["from"] == "human"
+            else turn
+            for turn in conversation
+        ]
     for k, turn in enumerate(conversation):
         if k % 2 and IMAGE_MARK in turn["value"]:
             raise Fault(
@@ -72,9 +80,9 @@ def turns_of(row: dict, images: int) -> tuple[tuple[str, str], ...]:
             "image_mark",
             f"{IMAGE_MARK} in a question but no image"
             if not images
-            else f"an image but no {IMAGE_MARK} in a question"
+            else f"{'a clip' if field == 'video' else 'an image'} but no {IMAGE_MARK} in a question"
             if images == 1 and not any(marks)
-            else f"{sum(marks)} times {IMAGE_MARK} in its questions, and `image` names {images}: "
+            else f"{sum(marks)} times {IMAGE_MARK} in its questions, and `{field}` names {images}: "
             "each image has one mark",
         )
     texts = [turn["value"].strip() for turn in conversation]
@@ -90,8 +98,9 @@ class RowSource(ABC):
       split: train, val or test.
       path: what the rows were read from, for messages.
       text_only: accept rows without an image.
-      images_per_row: the most images of a row.
+      images_per_row: the most images, or clips, of a row.
       left_out: where bad rows are counted; a check of the data keeps all of them.
+      frames: T, taken of each clip, each an image of its own; 0: clips are bad rows.
     """
 
     name = ""
@@ -105,10 +114,12 @@ class RowSource(ABC):
         text_only: bool,
         images_per_row: int,
         left_out: Skips | None,
+        frames: int = 0,
     ):
         self.split, self.path = split, path
         self.left_out = Skips() if left_out is None else left_out
-        self._text_only, self._images_per_row = text_only, images_per_row
+        self._text_only, self._images_per_row, self._frames = text_only, images_per_row, frames
+        self.clips = self.short_clips = 0
         self._examples: list[Example] = []
         self._places: dict[Hashable, int] = {}
         self._owners: list[str] = []
@@ -121,6 +132,16 @@ class RowSource(ABC):
     @abstractmethod
     def found(self, name: Any) -> str | Place:
         """Where a named image lies. Raises Fault if it is not there."""
+
+    def filmed(self, row: dict) -> list[str]:
+        """What a row says of its clips, if it has no images. Raises Fault if that names no clip."""
+        if row.get("video"):
+            raise Fault("video", "`video` names a clip, which rows of data.source='llava' can have")
+        return []
+
+    def framed(self, name: str) -> tuple[Sequence[str | clips.Frame], int | None]:
+        """Where the frames of a named clip lie, as `clips.places`. Raises Fault for none."""
+        raise Fault("missing_clip", f"{name} is a clip, and this source has none")
 
     def read(
         self,
@@ -154,7 +175,7 @@ class RowSource(ABC):
                 self._add(row, ids.own[number], ids.given[number], owner)
             except (Fault, RecursionError) as fault:  # RecursionError: deep JSON in an odd place
                 kind = fault.kind if isinstance(fault, Fault) else "json"
-                image = row.get("image") if isinstance(row, dict) else None
+                image = row.get("image") or row.get("video") if isinstance(row, dict) else None
                 names = [shown(name) for name in listed(image) if isinstance(name, (str, Place))]
                 skip_of = Skip(ids.own[number], ", ".join(names), f"{owner}: {fault}")
                 self.left_out.add(number, kind, skip_of)
@@ -176,6 +197,7 @@ class RowSource(ABC):
         self.images = Images(reader, len(places), [shown(place) for place in places])
         # Without turned images the hash is that of earlier versions.
         turned = " upright" if exif == "apply" else ""
+        turned += f" {self._frames} frames" if self.clips else ""
         self.data_hash = hashlib.sha256(
             f"{sha256} {self._text_only} {dict(self.left_out.kinds)}{turned}".encode()
         ).hexdigest()
@@ -190,35 +212,48 @@ class RowSource(ABC):
         check_keys("the row", row)
         check_text("`id`", name)
         images = self.named(row)
-        if len(images) > self._images_per_row:
+        filmed = self.filmed(row)
+        if images and filmed:
+            raise Fault("video", "`image` and `video`: a row has images or clips, not both")
+        if filmed and not self._frames:
+            raise Fault("video", "`video` names a clip, and data.frames=0: set it to the number of "
+                        "frames to take of each")  # fmt: skip
+        field, named = ("video", filmed) if filmed else ("image", images)
+        if len(named) > self._images_per_row:
             raise Fault(
                 "images",
-                f"{len(images)} images, and data.images_per_row={self._images_per_row}: raise that "
-                f"to {len(images)}",
+                f"{len(named)} {'clips' if filmed else 'images'}, and "
+                f"data.images_per_row={self._images_per_row}: raise that to {len(named)}",
             )
-        if not images and not self._text_only:
+        if not named and not self._text_only:
             raise Fault(
                 "no_image", "no `image`: set data.text_only=True to accept rows of text alone"
             )
-        turns = turns_of(row, len(images))
+        turns = turns_of(row, len(named), field=field)
         leads = row["conversations"][0].get("from") == "gpt"
-        for image in images:
-            check_text("`image`", shown(image))
-        indices = []
+        for one in named:
+            check_text(f"`{field}`", shown(one))
         # All are found before one is kept: images of a bad row do not belong to the source.
-        for place in [self.found(image) for image in images]:
+        framed = [self.framed(clip) for clip in filmed]
+        places = [self.found(image) for image in images]
+        places += [place for of_clip, _ in framed for place in of_clip]
+        self.clips += len(framed)
+        self.short_clips += sum(n is not None and n < self._frames for _, n in framed)
+        indices = []
+        for place in places:
             indices.append(self._places.setdefault(place, len(self._places)))
             if indices[-1] == len(self._owners):
                 self._owners.append(owner)
         self.leading_answers += leads
         image = tuple(indices) if len(indices) > 1 else indices[0] if indices else None
-        example = Example(name, image, turns, self.name, self.name, given=given_id)
+        frames = self._frames if filmed else 1
+        example = Example(name, image, turns, self.name, self.name, given=given_id, frames=frames)
         self._examples.append(example)
 
-    def place(self, image: int) -> Place:
+    def place(self, image: int) -> Place | clips.Frame:
         """Where an image lies."""
         place = self.images.read.places[image]
-        return place if isinstance(place, Place) else Place(place)
+        return Place(place) if isinstance(place, str) else place
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -232,6 +267,8 @@ class RowSource(ABC):
             "repeated_ids": self.repeated_ids,
             "missing_ids": self.missing_ids,
             "leading_answers": self.leading_answers,
+            "clips": self.clips,
+            "short_clips": self.short_clips,
         }
 
     def counted(self) -> dict[str, int]:
@@ -270,22 +307,28 @@ class RowSource(ABC):
                 f"{self.path}: {count} rows begin with an answer (gpt); it is left out, as LLaVA "
                 "does"
             )
+        if count := self.short_clips:
+            sentences.append(
+                f"{self.path}: {count} clips have fewer than the data.frames={self._frames} frames "
+                "that are taken: some are shown more than once, as LLaVA-NeXT does"
+            )
         if self.left_out:
             rows = len(self) + len(self.left_out)
             sentences.append(f"{self.path}: {self.left_out.summary(rows, 'rows are left out')}")
         return sentences
 
 
-def shown(place: str | Place) -> str:
+def shown(place: str | Place | clips.Frame) -> str:
     """The name of an image for messages."""
-    return (place.name or place.path) if isinstance(place, Place) else place
+    return (place.name or place.path) if isinstance(place, Place) else str(place)
 
 
 class _Reader:
     """Reads image i; a class, so that it can be sent to worker processes."""
 
-    def __init__(self, places: list[str | Place], owners: list[str], exif: str, *, skip: bool):
+    def __init__(self, places: list[Any], owners: list[str], exif: str, *, skip: bool):
         self.places, self.owners, self.exif = places, owners, exif
+        self.films = clips.Reader(exif)
         # With `skip` this way out is already taken.
         self.way_out = "replace the file" + ("" if skip else ", or set data.on_bad_example=skip")
 
@@ -294,4 +337,6 @@ class _Reader:
 
     def picture(self, index: int) -> Image.Image:
         """Image `index`, not copied to an array."""
+        if isinstance(place := self.places[index], clips.Frame):
+            return self.films.picture(place, self.owners[index], self.way_out)
         return read_picture(self.places[index], self.owners[index], self.way_out, exif=self.exif)

@@ -28,7 +28,7 @@ __all__ = ["SOURCES", "BadExample", "Example", "Origin", "Source", "majority", "
 # Fields of `data` that a part of a mixture may set; of the others it has those of `data`.
 OF_A_PART = ("source", "path", "images", "text_only", "image_exif",
              "train_images", "val_images", "test_images", "questions_per_row",
-             "pictures", "picture_share", "held_out_style")  # fmt: skip
+             "pictures", "picture_share", "video_share", "held_out_style")  # fmt: skip
 A_PART = '("NAME", WEIGHT, {"path": "FILE", "images": "DIR"})'
 
 
@@ -44,6 +44,7 @@ class Origin:
     images: str
     text_only: bool
     images_per_row: int
+    frames: int
     on_bad_example: str
     image_exif: str
     mixture: tuple
@@ -53,6 +54,7 @@ class Origin:
     questions_per_row: int
     pictures: str
     picture_share: float
+    video_share: float
     held_out_style: str
     seed: int
 
@@ -63,6 +65,8 @@ class Origin:
             raise ValueError(f"data.on_bad_example={self.on_bad_example!r}: choose fail or skip")
         if self.images_per_row < 1:
             raise ValueError(f"data.images_per_row={self.images_per_row}: at least 1")
+        if self.frames < 0:
+            raise ValueError(f"data.frames={self.frames}: 0 for images, or the frames of a clip")
         check_exif("data.image_exif", self.image_exif)
         if self.source == "mixture":
             self.parts()
@@ -134,7 +138,8 @@ def _of_rows(origin: Origin) -> dict[str, Any]:
 
 
 def _llava(origin: Origin, split: str) -> Llava:
-    return Llava(origin.path, split, images=origin.images, **_of_rows(origin))
+    of_rows = _of_rows(origin)
+    return Llava(origin.path, split, images=origin.images, frames=origin.frames, **of_rows)
 
 
 def _synthetic(origin: Origin, split: str) -> Synthetic:
@@ -155,6 +160,8 @@ def _synthetic(origin: Origin, split: str) -> Synthetic:
         things=shown,
         picture_share=origin.picture_share,
         held_out_style=origin.held_out_style,
+        video_share=origin.video_share,
+        frames=origin.frames,
     )
 
 
@@ -186,6 +193,7 @@ def _mixture(origin: Origin, split: str) -> Mixture:
     return Mixture(parts, split)
 
 
+FILMED = ("llava", "synthetic", "mixture")  # sources that may have clips
 SOURCES: dict[str, Callable[[Origin, str], Source]] = {
     "llava": _llava,
     "tars": _tars,
@@ -202,9 +210,20 @@ def open_source(origin: Origin, split: str) -> Source:
     What is not as it was given is a warning: rows left out, ids of our own.
 
     Raises:
-      ValueError: for an unknown split, or one without examples.
+      ValueError: for an unknown split, or one without examples; for data.frames with a source that
+        has no clips.
       FileNotFoundError, BadExample: for data that is missing or bad, saying which.
     """
+    if origin.frames and origin.source not in FILMED:
+        raise ValueError(
+            f"data.frames={origin.frames}, and data.source={origin.source!r} has no clips: set "
+            f"data.frames=0, or choose one of {', '.join(FILMED)}"
+        )
+    if origin.frames and origin.source == "synthetic" and not origin.video_share:
+        raise ValueError(
+            f"data.frames={origin.frames}, and data.video_share=0.0: none of the examples would be "
+            "a clip; set data.video_share, or data.frames=0"
+        )
     source = SOURCES[origin.source](origin, split)
     if not len(source):
         raise ValueError(

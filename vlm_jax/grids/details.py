@@ -84,7 +84,7 @@ def request_lengths(
     prompts = [test.processor.text(test.source[int(i)], answer=False) for i in picked]
     wholes = [int(test.processor.text(test.source[int(i)])["length"]) for i in picked]
     prompt = np.mean([int(prompt_row["length"]) for prompt_row in prompts])
-    question = np.mean(
-        [int(prompt_row["image_at" if prefix else "question_length"]) for prompt_row in prompts]
-    )
+    # The frames of a clip are read with one question.
+    name = "image_at" if prefix else "question_length"
+    question = np.mean([np.atleast_1d(prompt_row[name])[0] for prompt_row in prompts])
     return float(prompt), float(np.mean(wholes) - prompt), float(question)

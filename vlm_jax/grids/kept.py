@@ -59,9 +59,10 @@ def check(rows: Mapping[str, records.Row], cells: Sequence[Cell], shared: Shared
     """Raises ValueError if kept rows are of other data or of other LLMs to start from; says if
     their encoder is another."""
     starts = {cell.name: cell.config.start_from for cell in cells}
+    data = {cell.name: shared.inputs(cell)[1].source.data_hash for cell in cells}
     for row in rows.values():
         for what, then, now in (
-            ("data", row.data_hash, shared.test.source.data_hash),
+            ("data", row.data_hash, data[row.cell]),
             ("LLM to start from", row.train.get("start"), shared.starts.get(starts[row.cell])),
         ):
             if then != now:

@@ -54,7 +54,7 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
     """Trains and evaluates one cell; its row, which includes `facts`."""
     config, recipe = cell.config, cell.recipe
     size = recipe.model
-    encoded = shared.features[Sight.of(vlm.shapes(size).compressor)]
+    encoded = shared.encoded(cell, Sight.of(vlm.shapes(size).compressor))
     read, asked = shared.inputs(cell)
     inputs, test = (
         replace(
@@ -114,6 +114,7 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
         **method,
         blind=cell.blind,
         V=details.tokens_read(model, test.features),
+        frames=cell.frames,
         Q=Q,
         G=G,
         seed=cell.seed,
@@ -127,6 +128,7 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
                 Q=Q,
                 G=G,
                 question=question,
+                frames=cell.frames,
                 pruning=size.pruning,
             )
         ),

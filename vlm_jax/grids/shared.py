@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from ml_collections import ConfigDict
 
 from vlm_jax import files, hosts, progress
-from vlm_jax.data import processor, sources, targets
+from vlm_jax.data import clips, processor, sources, targets
+from vlm_jax.data.example import Source
 from vlm_jax.data.processor import RowFormat
 from vlm_jax.data.tokenizer import check_vocabulary, hash_of
 from vlm_jax.grids import starts
@@ -24,7 +25,7 @@ from vlm_jax.training.recipe import Recipe
 from vlm_jax.training.stages import Inputs
 from vlm_jax.training.workdir import Claim
 
-Words = tuple  # what the rows of a cell depend on besides its images: fields of `data`, vocabulary
+Words = tuple  # what the rows of a cell depend on: frames of a clip, and fields of `data`
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,17 @@ class Shared:
     """What all cells share: splits, the encoder, and its features of their images.
 
     Attributes:
-      words: the two splits with the processors of cells whose tokenizer, template or lengths are
-        not those of the grid.
+      train, test: with the most frames of a clip, if there are several numbers of them.
+      features: of the images of each number of frames, by sight.
+      words: the two splits with the processors of cells whose frames, tokenizer, template or
+        lengths are not those of the grid.
       starts: folder -> digest of the LLM in it, of those that cells start from.
       fingerprint: of the encoder.
     """
 
     train: Inputs
     test: Inputs
-    features: dict[Sight, Features]
+    features: dict[tuple[int, Sight], Features]
     encoder: ViT
     words: dict[Words, tuple[Inputs, Inputs]] = field(default_factory=dict)
     starts: dict[str, str] = field(default_factory=dict)
@@ -50,10 +53,15 @@ class Shared:
         """The two splits as this cell reads them."""
         return self.words.get(words_of(cell.config), (self.train, self.test))
 
+    def encoded(self, cell: Cell, sight: Sight) -> Features:
+        """The features that a cell reads."""
+        return self.features[cell.config.data.frames, sight]
+
 
 def words_of(config: ConfigDict) -> Words:
-    """What tells the rows of one cell from those of another: what an LLM may set in `data`."""
-    return tuple(config.data[name] for name in OWN["data"])
+    """What tells the rows of one cell from those of another: frames, and what an LLM may set in
+    `data`."""
+    return (config.data.frames, *(config.data[name] for name in OWN["data"]))
 
 
 def sights_of(cells: Sequence[Cell]) -> list[Sight]:
@@ -64,6 +72,11 @@ def sights_of(cells: Sequence[Cell]) -> list[Sight]:
     return list(dict.fromkeys(sights))
 
 
+def opened(recipe: Recipe, frames: Sequence[int], split: str) -> dict[int, Source]:
+    """A split with each of these numbers of frames of its clips."""
+    return {T: sources.open_source(replace(recipe.origin, frames=T), split) for T in frames}
+
+
 def prepare(
     claimed: Claim,
     phase: Phases,
@@ -72,14 +85,19 @@ def prepare(
 ) -> Shared:
     """Data, encoder, features and tokenizers, made once and reused by a restart.
 
-    ValueError if the folder was started with other data, tokenizers or LLMs to start from.
+    ValueError if the folder was started with other data, tokenizers or LLMs to start from, and for
+    frames that not every example has.
     """
-    folder, recipe = claimed.folder, Recipe.of(claimed.config)
+    folder, config = claimed.folder, claimed.config.copy_and_resolve_references()
+    shown = sorted({c.config.data.frames for c in cells}) or [config.data.frames]
+    config.data.frames = shown[-1]
+    recipe = Recipe.of(config)
     with phase("data"):
         with progress.doing("opening the evaluation data"):
-            test = sources.open_source(recipe.origin, claimed.config.evaluate.split)
+            tests = opened(recipe, shown, config.evaluate.split)
+        test = tests[shown[-1]]
         folders = starts.digests(claimed.config)
-        own = {c.llm: c for c in cells if words_of(c.config) != words_of(claimed.config)}
+        own = {c.llm: c for c in cells if words_of(c.config)[1:] != words_of(config)[1:]}
         tokenizers = {
             path: processor.load_tokenizer(path)
             for cell in own.values()
@@ -94,12 +112,17 @@ def prepare(
             for name, cell in own.items()
             if cell.config.data.tokenizer
         }
+        hashes |= {f"evaluation of {T} frames": tests[T].data_hash for T in shown[:-1]}
         inputs, begin = stages.open_inputs(claimed, recipe, evaluation=test.data_hash, **hashes)
         train, base = inputs.source, inputs.processor
+        trains = opened(recipe, shown[:-1], "train") | {shown[-1]: train}
+        for T in filter(None, shown):
+            for source in (trains[T], tests[T]):
+                clips.check_all(source, T)
         progress.say(f"data: {json.dumps(test.describe())}")
         words: dict[Words, tuple[Inputs, Inputs]] = {}
-        for cell in own.values():
-            if (key := words_of(cell.config)) in words:
+        for cell in cells:
+            if (key := words_of(cell.config)) in words or key == words_of(config):
                 continue
             rows = RowFormat.of(cell.config)
             tokenizer = tokenizers.get(cell.config.data.tokenizer, base.tokenizer)
@@ -107,9 +130,10 @@ def prepare(
             theirs = processor.Processor(
                 tokenizer, replace(rows, query=base.query, blind=base.blind)
             )
-            if note := targets.check(train, theirs, skip=recipe.skip):
+            T = cell.config.data.frames
+            if cell.llm in own and (note := targets.check(train, theirs, skip=recipe.skip)):
                 progress.say(f"{cell.llm}: {note}")
-            words[key] = Inputs(train, theirs), Inputs(test, theirs)
+            words[key] = Inputs(trains[T], theirs), Inputs(tests[T], theirs)
     with phase("encoder"):
         encoder = stages.pretrain_encoder(recipe, folder, inputs, begin=begin)
     begin()
@@ -118,20 +142,21 @@ def prepare(
         files.write_json(folder / "baselines.json", {"majority": sources.majority(train, test)})
     with phase("features"):
         features = {
-            sight: Features(
+            (T, sight): Features(
                 *(
                     features_of(
                         encoder,
                         source,
                         base,
                         sight,
-                        folder / "features",
+                        folder / "features" / (f"frames{T}" if len(shown) > 1 else ""),
                         skip=recipe.skip,
                     )
-                    for source in (train, test)
+                    for source in (trains[T], tests[T])
                 ),
                 blind_of(encoder, base, sight),
             )
+            for T in shown
             for sight in sights
         }
     return Shared(

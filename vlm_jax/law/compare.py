@@ -80,8 +80,9 @@ def compare(
     `laws` are those of these points that are fitted already, by form.
     """
     rows = []
+    several = len(np.unique(points.place[3])) > 1
     for name, form in FORMS.items():
-        if form.reads_frames != (points.frames is not None):
+        if form.reads_frames != several:
             continue
         row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
             "form": name,

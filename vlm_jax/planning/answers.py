@@ -134,6 +134,9 @@ def warnings_of(search: planner.Search, chosen: planner.Candidate) -> list[str]:
     if not all(counted) and mixture.frames != 1:
         sentences.append(f"the law does not count frames: its error is that of one image, the cost "
                          f"that of {mixture.frames:g} frames")  # fmt: skip
+    if mixture.frames != 1 and cost_model.name == "paper":
+        sentences.append(f"the paper's cost has no encoder, which runs {mixture.frames:g} times "
+                         "for this video: --cost=full counts it")  # fmt: skip
     method = search.law.method
     unknown = [kind for kind in search.tokens if kind not in search.others]
     if other := [kind for kind in unknown if method and kind != search.law.kind]:

@@ -171,7 +171,7 @@ def plan(
         recipe,
         number(frames, "--frames", least=1.0),
     )
-    model = cost_model or default_cost(units)
+    model = cost_model or default_cost(units, frames=work.frames)
     if model not in COSTS:
         raise ValueError(f"cost_model={model!r}: choose one of {', '.join(COSTS)}")
     if model == "paper":
@@ -296,9 +296,12 @@ def check_workload(units: Sequence[str], work: costs.Workload, *, answered: bool
             raise ValueError(f"a budget in {costs.UNITS[unit]} needs --requests, their number")
 
 
-def default_cost(units: Sequence[str]) -> str:
-    """The default cost model for budgets in these units."""
-    return "paper" if set(units) <= {"flops", "lifetime"} else "full"
+def default_cost(units: Sequence[str], *, frames: Number = 1) -> str:
+    """The default cost model for budgets in these units.
+
+    Of a video it is the full one: the paper's has no encoder, which runs once for each frame.
+    """
+    return "paper" if set(units) <= {"flops", "lifetime"} and frames == 1 else "full"
 
 
 def chip_of(chip: str | Chip | None, catalog: Catalog | None) -> Chip | None:

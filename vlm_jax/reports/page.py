@@ -76,6 +76,7 @@ def build(
     missing: str = "",
     planner: Mapping | None = None,
     no_planner: str = "",
+    frames: str = "",
 ) -> str:
     """The HTML of one run.
 
@@ -86,6 +87,7 @@ def build(
         facts: how the run was started: "command", "config", "phases" (name -> seconds).
         missing: why there are no figures, or "".
         planner: the data of `planning.exported.data`; None without, `no_planner` says why.
+        frames: of which clips the rows are, in a sentence; "" for images.
     """
     rows = run.rows
     sentences = findings.derive(run, laws, reasons=reasons, majority=by_family(rows, majority))
@@ -93,7 +95,8 @@ def build(
     created = max((row.created for row in rows), default="")
     return TEMPLATES.get_template("page.html").render(
         question=QUESTION,
-        lead=f"Run {name}, {len(rows)} finished cells{created and ', last at '}{created}.",
+        lead=f"Run {name}, {len(rows)} finished cells{created and ', last at '}{created}."
+        f"{frames and ' '}{frames}",
         pairs=at_equal_cost,
         without_pair=without_pair,
         planner=planner,

@@ -4,11 +4,13 @@
 Reads DIR/rows.jsonl and, where they exist, DIR/law.json (if no older than the rows),
 DIR/baselines.json ({"majority": {task: score}}), DIR/run.json ({"command", "config", "method",
 "phases"}). Writes DIR/report/index.html, cells.csv and figures/ beside it, and, if it fitted the
-law itself, DIR/law.json.
+law itself, DIR/law.json. Rows of clips have a page for each number of frames: that of the most is
+DIR/report/index.html, the others are in DIR/report/frames-T.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vlm_jax import files
@@ -47,22 +49,69 @@ def _write(workdir: Path, png: bool) -> dict:
         records.comparable(records.read(workdir / "rows.jsonl")),
         key=lambda row: (row.llm_parameters, row.V, row.seed, row.cell),
     )
+    several = sorted({row.frames for row in rows})
+    if several in ([], [1]):
+        found = _page(workdir, rows, workdir / "report", png=png)
+    else:
+        found = _pages(workdir, rows, several, png=png)
+    table = score_tables.row_table("", rows, rows)
+    score_tables.write_csv(table, workdir / "report" / "cells.csv")
+    return found
+
+
+def _pages(workdir: Path, rows: Sequence, several: Sequence[int], *, png: bool) -> dict:
+    """A page for each number of frames, and law.json of all of them; the report as a dict.
+
+    On a page V counts the tokens of all frames: the LLM reads them as it reads those of one image,
+    and cost and law at one number of frames are of that V.
+    """
+    facts = read_object(workdir / "run.json")
+    laws, reasons = laws_of(workdir, runs.of(rows, facts.get("method")))
+    pages = {T: f"frames-{T}/index.html" for T in several[:-1]} | {several[-1]: "index.html"}
+    for T, page_path in pages.items():
+        told = f"Clips of {T} frames: V counts the tokens of all of them. "
+        if others := [path for other, path in pages.items() if other != T]:
+            told += f"Other numbers of frames: {', '.join(others)}. "
+        told += f"The law of all rows is in law.json (vlm-jax fit --form={_form(several)})."
+        of_page = [replace(row, V=row.V * T, frames=1) for row in rows if row.frames == T]
+        home = (workdir / "report" / page_path).parent
+        found = _page(workdir, of_page, home, png=png, frames=told)
+    return found | {
+        "cells": len(rows),
+        "laws": {family: {"form": law.form, **law.params} for family, law in laws.items()},
+        "no_law": reasons,
+        "pages": {str(T): path for T, path in pages.items()},
+    }
+
+
+def _form(several: Sequence[int]) -> str:
+    """The form of the law of rows with these numbers of frames."""
+    return "frames" if len(several) > 1 else "multiplicative"
+
+
+def _page(workdir: Path, rows: Sequence, home: Path, *, png: bool, frames: str = "") -> dict:
+    """The page of some rows, and its figures, in the folder `home`; the report as a dict.
+
+    `frames` says of which clips they are; "" for images.
+    """
     majority = read_object(workdir / "baselines.json").get("majority", {})
     facts = read_object(workdir / "run.json")
     run = runs.of(rows, facts.get("method"))
-    laws, reasons = laws_of(workdir, run)
+    laws, reasons = fitted(run) if frames else laws_of(workdir, run)
     missing = ""
     try:
         drawn = figures.run_figures(
             run,
             laws,
-            Output(workdir / "report" / "figures", png=png),
+            Output(home / "figures", png=png),
             majority=page.by_family(rows, majority),
         )
     except (ModuleNotFoundError, TooManySizes) as error:
         # A grid of many hours must not end without its tables because matplotlib is missing.
         drawn, missing = [], str(error)
-    planner, no_planner = planner_page.of_run(run, workdir / "law.json")
+    planner, no_planner = None, "The planner in the page is of images: vlm-jax plan --frames=T."
+    if not frames:
+        planner, no_planner = planner_page.of_run(run, workdir / "law.json")
     html = page.build(
         run,
         laws,
@@ -74,11 +123,10 @@ def _write(workdir: Path, png: bool) -> dict:
         missing=missing,
         planner=planner,
         no_planner=no_planner,
+        frames=frames,
     )
-    index = workdir / "report" / "index.html"
-    index.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(index, html)
-    score_tables.write_csv(score_tables.row_table("", rows, rows), index.parent / "cells.csv")
+    home.mkdir(parents=True, exist_ok=True)
+    files.write_text(home / "index.html", html)
     return {
         "cells": len(rows),
         "figures": len(drawn),
@@ -101,15 +149,22 @@ def laws_of(workdir: Path, run: Run) -> tuple[dict, dict[str, str]]:
         laws = {f: laws_module.Law.from_dict(law) for f, law in stored.items() if f in families}
         missing = f"{path} holds no law of it."
         return laws, {family: missing for family in families if family not in laws}
-    laws, reasons = {}, {}
-    for family in families:
-        try:
-            rows = [row for row in run.main if family in row.families]
-            laws[family] = laws_module.fit(records.points(rows, family))
-        except ValueError as error:
-            reasons[family] = f"{str(error)[:1].upper()}{str(error)[1:]}."
+    laws, reasons = fitted(run)
     if laws and (document := law_document(run, laws)):
         files.write_text(path, json.dumps(document) + "\n")
+    return laws, reasons
+
+
+def fitted(run: Run) -> tuple[dict, dict[str, str]]:
+    """(family -> Law, family -> why there is none) of the grid's method."""
+    laws, reasons = {}, {}
+    form = _form(sorted({row.frames for row in run.main}))
+    for family in sorted({family for row in run.main for family in row.families}):
+        try:
+            rows = [row for row in run.main if family in row.families]
+            laws[family] = laws_module.fit(records.points(rows, family), form)
+        except ValueError as error:
+            reasons[family] = f"{str(error)[:1].upper()}{str(error)[1:]}."
     return laws, reasons
 
 
@@ -126,7 +181,8 @@ def law_document(run: Run, laws: Mapping) -> dict | None:
     if len(laws) > 1:
         try:
             mean = records.points(run.main)
-            laws = {measured.MEAN: laws_module.fit(mean), **laws}
+            form = _form(sorted({row.frames for row in run.main}))
+            laws = {measured.MEAN: laws_module.fit(mean, form), **laws}
         except ValueError:
             return None
         points = {measured.MEAN: mean, **points}

@@ -115,7 +115,8 @@ def row_table(caption: str, rows: Sequence, all_rows: Sequence) -> Table:
         family: findings.blind_scores([row for row in all_rows if row.blind], family)
         for family in families
     }
-    titles = ["cell", "LLM", "N, parameters", "V", "seed", "method"]
+    several = any(row.frames != 1 for row in all_rows)
+    titles = ["cell", "LLM", "N, parameters", "V", *["frames"] * several, "seed", "method"]
     for family in families:
         titles += [family, f"{family}, blind", f"{family}, above blind"]
     titles += [*tasks, "Q, tokens", "G, tokens"]
@@ -124,7 +125,9 @@ def row_table(caption: str, rows: Sequence, all_rows: Sequence) -> Table:
     lines = []
     for row in rows:
         line = [words(row.cell), words(row.llm), parameters(row.llm_parameters)]
-        line += [numeral(row.V, f"{row.V:.4g}"), numeral(row.seed, str(row.seed)), words(kind(row))]
+        line += [numeral(row.V, f"{row.V:.4g}")]
+        line += [numeral(row.frames, str(row.frames))] * several
+        line += [numeral(row.seed, str(row.seed)), words(kind(row))]
         for family in families:
             floor = blind[family].get(row.llm)
             line.append(score_cell(row.families.get(family)))

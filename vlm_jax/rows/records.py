@@ -64,6 +64,7 @@ class Row:
     trained_with: str = ""  # the trained model that rows of several V share; else empty
     # How the LLM came by its weights, where the grid's LLMs differ in that: "pretrained, frozen".
     llm_weights: str = ""
+    frames: int = 1  # of a clip, the images of a request; V is of one of them, `flops` of all
 
     @property
     def method(self) -> str:
@@ -94,7 +95,7 @@ class Row:
         return cls(**fields)
 
 
-LATER = ("variant", "timing", "trained_with", "llm_weights")
+LATER = ("variant", "timing", "trained_with", "llm_weights", "frames")
 
 
 def method_of(compressor: str, query: str, variant: str = "", llm_weights: str = "") -> str:
@@ -173,10 +174,12 @@ def write(path: str | Path, rows: Iterable[Row]) -> None:
 
 def methods(rows: Iterable[Row]) -> dict[str, int]:
     """Method -> its number of sighted cells, most first, then by name; blind rows do not count."""
-    cells: dict[str, set[tuple[int, int | float, int]]] = {}
+    cells: dict[str, set[tuple[int, int | float, int, int]]] = {}
     for row in rows:
         if not row.blind:
-            cells.setdefault(row.method, set()).add((row.llm_parameters, row.V, row.seed))
+            cells.setdefault(row.method, set()).add(
+                (row.llm_parameters, row.V, row.frames, row.seed)
+            )
     counts = {name: len(members) for name, members in cells.items()}
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
@@ -226,9 +229,9 @@ def cells(
         method = main_method(rows)
     if method is not None:
         chosen = of_method(chosen, method)
-    first: dict[tuple[int, int | float, str, int], str] = {}
+    first: dict[tuple[int, int | float, int, str, int], str] = {}
     for row in chosen:
-        key = (row.llm_parameters, row.V, row.method, row.seed)
+        key = (row.llm_parameters, row.V, row.frames, row.method, row.seed)
         if key in first:
             raise ValueError(
                 f"rows {first[key]} and {row.cell} are both {row.llm_parameters:,} parameters, "
@@ -243,6 +246,7 @@ def cells(
             label=row.llm,
             seed=row.seed,
             model=row.trained_with,
+            frames=float(row.frames),
             errors={name: (1.0 - t["score"], t["stderr"]) for name, t in getattr(row, by).items()},
         )
         for row in chosen

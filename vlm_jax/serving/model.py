@@ -12,7 +12,7 @@ docs/generation.md says what is compiled when, and what was measured.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
@@ -26,6 +26,8 @@ from vlm_jax.data.example import Example
 from vlm_jax.data.pictures import check_exif
 from vlm_jax.data.processor import Processor, Tokens
 from vlm_jax.models import vlm
+from vlm_jax.serving.answer import Answer as Answer
+from vlm_jax.serving.answer import Drawing as Drawing
 from vlm_jax.serving.decoder import Decoder, Sampling, check_drawing
 from vlm_jax.serving.requests import (
     Picture,
@@ -45,37 +47,6 @@ from vlm_jax.weights import folder
 from vlm_jax.weights.processors import processor_of
 
 MOST_NEW_TOKENS = 256  # of an answer without a set limit, if they fit
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The model's answer to one request, with counts and times.
-
-    `ids` end with the stop token if one ended the answer (`stopped`). `first_token_seconds` is from
-    pixels and ids to the first token of the batch; `tokens_per_second` is this answer's rate after
-    its first token. Times include the compilation of a new shape.
-    """
-
-    text: str
-    ids: list[int]
-    stopped: bool
-    prompt_tokens: int
-    visual_tokens: int
-    first_token_seconds: float
-    tokens_per_second: float
-    batch: int
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """How answers are drawn and batched: arguments of `VLM.answer`."""
-
-    max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    visual_tokens: int | None = None
-    batch: int = 8
 
 
 class VLM:
@@ -136,6 +107,7 @@ class VLM:
         prompts: Prompt | Sequence[Prompt],
         *,
         exif: str = "apply",
+        frames: int = 1,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -154,6 +126,7 @@ class VLM:
             the first question, whose template places them.
           exif: "apply" rotates an image as its EXIF orientation says, "ignore" takes the pixels as
             stored.
+          frames: T, if images are frames: each T in a row are a clip, which has one mark.
           max_new_tokens, temperature, top_p, seed, visual_tokens, batch, on_text: as in `answer`.
         Raises:
           ValueError, OSError: if something cannot be answered, before anything is; for an image
@@ -177,7 +150,7 @@ class VLM:
                     pictures.append(picture(one, exif=exif))
                 except (ValueError, OSError) as error:
                     raise type(error)(f"{name}: {error}") from error
-            requests.append(self.request(pictures, prompt))
+            requests.append(self.request(pictures, prompt, frames=frames))
         return self.answer(
             requests,
             max_new_tokens=max_new_tokens,
@@ -189,20 +162,26 @@ class VLM:
             on_text=on_text,
         )
 
-    def request(self, image: Any, prompt: Any, *, exif: str = "apply") -> Request:
+    def request(self, image: Any, prompt: Any, *, exif: str = "apply", frames: int = 1) -> Request:
         """The request of a Picture or a list of them and a Prompt, ready for `answer`.
+
+        With `frames` T each T pictures are a clip, which has one mark.
 
         Raises:
           ValueError, OSError: for anything else, or what this model cannot read.
         """
         images = listed(image)
-        tokens = self.tokens(prompt, images=len(images))
+        tokens = self.tokens(prompt, images=len(images), frames=frames)
         pictures = [picture(one, exif=exif) for one in images]
         return Request.of(tokens, pictures, self.processor)
 
-    def tokens(self, prompt: Any, *, images: int, system: str | None = None) -> Tokens:
+    def tokens(
+        self, prompt: Any, *, images: int, system: str | None = None, frames: int = 1
+    ) -> Tokens:
         """The tokens of a Prompt about images, after a `system` text. Raises as `request`."""
-        pairs = conversation(prompt, images=images)
+        if images % arguments.whole_number("frames", frames):
+            raise ValueError(f"{images} images, and frames={frames}: give all frames of each clip")
+        pairs = conversation(prompt, images=images // frames)
         if images > 1 and self.compressor.reads_prefix:
             raise ValueError(
                 f"{images} images, and this model's compressor reads the text before the one "
@@ -212,7 +191,7 @@ class VLM:
         which = tuple(range(images)) if images > 1 else 0 if images else None
         if images > 1 and not self.decoder.model.reads_in_parts:
             raise ValueError(vlm.ONE_IMAGE)
-        example = Example("prompt", which, pairs, family="", task="")
+        example = Example("prompt", which, pairs, family="", task="", frames=frames)
         processor = self.processor if system is None else self.processor.saying(system)
         tokens = processor.tokens(example, answer=False)
         if self.processor.query != "none" and images and not all(tokens.questions):

@@ -2,7 +2,8 @@
 """Answers a file of requests into a file of answers, batch by batch; bad lines are reported.
 
 A line has `prompt` (a text, or a conversation [question, answer, ..., question]) and may have
-`image` (a path relative to the file, or a list of several) and `id`.
+`image` (a path relative to the file, or a list of several), or `video` (a folder of frames or a
+video file) with `frames`, and `id`.
 """
 
 import dataclasses
@@ -16,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from vlm_jax import errors, hosts, progress
-from vlm_jax.data import rows
+from vlm_jax import arguments, errors, hosts, progress
+from vlm_jax.data import clips, rows
 from vlm_jax.serving.model import VLM, Drawing
 
 
@@ -32,10 +33,17 @@ class Line:
 
 
 def answer_file(
-    model: VLM, requests: Path, out: Path | None, *, drawing: Drawing, exif: str = "apply"
+    model: VLM,
+    requests: Path,
+    out: Path | None,
+    *,
+    drawing: Drawing,
+    exif: str = "apply",
+    frames: int | None = None,
 ) -> int:
     """Answers a file of requests into `out` or stdout; returns 2 if one could not be answered.
 
+    `frames` are taken of each `video` that does not say how many.
     A request that fails, for any reason, has an error in its own line and does not stop the others.
     """
     options = dataclasses.asdict(drawing)
@@ -102,12 +110,8 @@ def answer_file(
             try:
                 if line.wrong:
                     raise ValueError(line.wrong)
-                image, where = line.row.get("image"), requests.parent
-                if isinstance(image, list):
-                    image = [where / x if isinstance(x, str) else x for x in image]
-                elif isinstance(image, str):
-                    image = where / image
-                request = model.request(image, line.row["prompt"], exif=exif)
+                image, of_clip = shown(line.row, requests.parent, exif=exif, frames=frames)
+                request = model.request(image, line.row["prompt"], exif=exif, frames=of_clip)
                 model.room(request, new_tokens=drawing.max_new_tokens,
                            visual_tokens=drawing.visual_tokens)  # fmt: skip
             except (ValueError, OSError) as error:
@@ -130,6 +134,29 @@ def answer_file(
         first = "".join(f"\n  {where}" for where in bad[:3])
         progress.say(f"{len(bad)} requests were not answered, the first:{first}")
     return 2 if bad else 0
+
+
+def shown(row: dict[str, Any], where: Path, *, exif: str, frames: int | None) -> tuple[Any, int]:
+    """The pictures of a request, and how many of them are a clip; 1 without one.
+
+    Raises:
+      ValueError, OSError: for images and a clip, for a clip that is none, or without its frames.
+    """
+    image, video, taken = row.get("image"), row.get("video"), row.get("frames", frames)
+    if video is None:
+        if "frames" in row:
+            raise ValueError(f"frames={taken!r:.40} without a video, of which they are taken")
+        if isinstance(image, list):
+            return [where / x if isinstance(x, str) else x for x in image], 1
+        return where / image if isinstance(image, str) else image, 1
+    if image is not None:
+        raise ValueError("an image and a video: a request has one or the other")
+    if not isinstance(video, str):
+        raise ValueError(f"`video` is a path, not {video!r:.80}")
+    if taken is None:
+        raise ValueError("a video needs `frames`, how many are taken of it, or --frames=T")
+    taken = arguments.whole_number("frames", taken)
+    return clips.pictures(str(where / video), taken, exif=exif), taken
 
 
 def check_files(requests: Path, out: Path | None) -> None:
@@ -174,9 +201,10 @@ def lines_of(path: Path) -> Iterator[Line]:
                         f"is a {kind}"
                     )
                 rows.check_keys("the request", row)
-                if unknown := sorted(row.keys() - {"id", "image", "prompt"}):
+                if unknown := sorted(row.keys() - {"id", "image", "prompt", "video", "frames"}):
                     raise ValueError(
-                        f"a request has id, image and prompt, and this one {', '.join(unknown)}"
+                        "a request has id, image (or video and frames) and prompt, and this one "
+                        f"{', '.join(unknown)}"
                     )
                 if isinstance(row.get("id"), (list, dict)):
                     del row["id"]

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax import files
+from vlm_jax.data import clips
 from vlm_jax.data.processor import Processor, RowFormat, load_tokenizer
 from vlm_jax.data.tokenizer import hash_of
 from vlm_jax.models.sizes import VLMSize
@@ -163,7 +164,7 @@ class Subject:
             processor = processor_of(self.stored)
             processor.text_length = config.data.text_length
             processor.question_length = config.data.question_length
-            processor.images_per_row = config.data.images_per_row
+            processor.images_per_row = clips.room(config.data)
             processor.blind = config.data.blind
             return processor
         named = config.data.tokenizer or self.run.tokenizer

@@ -12,6 +12,7 @@ from vlm_jax import hosts, progress
 from vlm_jax.data.example import IMAGE_MARK
 from vlm_jax.serving.engine import Engine, refusal
 from vlm_jax.serving.model import VLM, Drawing
+from vlm_jax.serving.requests import Picture
 from vlm_jax.serving.tickets import Ask, Piece
 
 INDEX_BYTES = 10**9  # of a chat's images and earlier turns
@@ -19,21 +20,24 @@ INDEX_BYTES = 10**9  # of a chat's images and earlier turns
 
 def say(
     model: VLM,
-    images: Sequence[str] | None,
+    images: Sequence[Picture] | None,
     turns: Sequence[str],
     *,
     drawing: Drawing,
     exif: str = "apply",
     stream: bool = False,
+    frames: int = 1,
 ) -> str:
     """Answers a conversation on stdout, with the numbers on stderr, and returns the answer.
 
-    `turns` are question, answer, ..., question; with `stream` the text is printed as it comes.
+    `turns` are question, answer, ..., question; with `stream` the text is printed as it comes;
+    `images` may be the T `frames` of a clip.
     """
     (answer,) = model.generate(
         [images],
         [list(turns)],
         exif=exif,
+        frames=frames,
         on_text=(lambda _, piece: show(piece)) if stream else None,
         **dataclasses.asdict(drawing),
     )

@@ -53,6 +53,11 @@ class Cell:
     def blind(self) -> bool:
         return self.config.data.blind
 
+    @property
+    def frames(self) -> int:
+        """T, images of a request: the frames of a clip, or one image."""
+        return max(self.config.data.frames, 1)
+
 
 def cells_of(config: ConfigDict) -> list[Cell]:
     """The cells that a configuration describes: the grid proper, then the baselines, per seed."""
@@ -61,8 +66,13 @@ def cells_of(config: ConfigDict) -> list[Cell]:
     if config.data.images_per_row > 1:
         raise ValueError(
             f"data.images_per_row={config.data.images_per_row}: the V and the FLOPs of a cell are "
-            "those of one image in a request, and so is the law; compare models of several images "
-            "by `vlm-jax train` and `vlm-jax evaluate`"
+            "those of one image in a request, or of one clip, and so is the law; compare models of "
+            "several images by `vlm-jax train` and `vlm-jax evaluate`"
+        )
+    if config.grid.frames and config.data.frames:
+        raise ValueError(
+            f"grid.frames={config.grid.frames} and data.frames={config.data.frames}: each cell has "
+            "frames of its own; set data.frames=0"
         )
     if config.data.row_length:
         raise ValueError(
@@ -78,6 +88,9 @@ def cells_of(config: ConfigDict) -> list[Cell]:
     seeds = [arguments.seed_of("grid.seeds", seed) for seed in config.grid.seeds]
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"grid.seeds={seeds}: name at least one seed, and each once")
+    frames = [arguments.whole_number("grid.frames", T) for T in config.grid.frames]
+    if len(set(frames)) < len(frames):
+        raise ValueError(f"grid.frames={frames}: name each number once")
     kinds = [(config.compressor.kind, tokens) for tokens in config.grid.tokens]
     cells = [
         cell_of(
@@ -86,10 +99,12 @@ def cells_of(config: ConfigDict) -> list[Cell]:
             kind,
             arguments.whole_number("grid.tokens", tokens, least=0),
             seed,
+            frames=T,
             **dict(*fields),
         )
         for seed in seeds
         for kind, tokens, *fields in [*kinds, *config.grid.baselines]
+        for T in frames or [0]
         for llm in by_size(config)
     ]
     for cell in cells:
@@ -123,10 +138,18 @@ def by_size(config: ConfigDict) -> list[str]:
 
 
 def cell_of(
-    config: ConfigDict, llm: str, kind: str, tokens: int, seed: int, **compressor: Any
+    config: ConfigDict,
+    llm: str,
+    kind: str,
+    tokens: int,
+    seed: int,
+    *,
+    frames: int = 0,
+    **compressor: Any,
 ) -> Cell:
     """One cell; `kind` is a compressor, or "blind" for the grid's own without the image.
-    What else of `compressor` differs from the grid's is part of the cell's name."""
+    What else of `compressor` differs from the grid's is part of the cell's name, and so are the
+    `frames` of a clip where the grid has several numbers of them."""
     c = llms.applied(config, llm)
     c.data.blind = kind == "blind"
     c.compressor.kind = config.compressor.kind if kind == "blind" else kind
@@ -134,8 +157,11 @@ def cell_of(
     if unknown := sorted(compressor.keys() - c.compressor.keys()):
         raise ValueError(f"grid.baselines: no {unknown} in compressor {sorted(c.compressor)}")
     c.compressor.update(compressor)
+    if frames:
+        c.data.frames = frames
     method = "-".join([kind, *map(word, compressor.values())])
-    name = f"{llm}-v{tokens}-{method}-s{seed}"
+    shown = f"-f{frames}" if frames else ""
+    name = f"{llm}-v{tokens}{shown}-{method}-s{seed}"
     described = compressors.describe(c.compressor)
     if c.compressor.elastic and tokens not in c.compressor.elastic:
         raise ValueError(
@@ -144,7 +170,7 @@ def cell_of(
             'grid.baselines, where {"elastic": ()} makes a model of one V'
         )
     shares = described.serves_several
-    model = f"{llm}-{method}-s{seed}" if shares else name
+    model = f"{llm}{shown}-{method}-s{seed}" if shares else name
     return Cell(name, c, llm, seed, model, llms.weights(list(config.grid.llms[llm]), c))
 
 

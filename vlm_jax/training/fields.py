@@ -20,12 +20,14 @@ from vlm_jax.models.pruning import NONE
 STAGES = ("encoder", "align", "finetune")  # in the order in which they run
 PICTURES = ("data.pictures", "data.held_out_style")  # read where there is a share of them
 SYNTHETIC = ("data.train_images", "data.val_images", "data.test_images", "data.picture_share",
-             "data.questions_per_row", *PICTURES)  # fmt: skip
+             "data.questions_per_row", "data.video_share", *PICTURES)  # fmt: skip
 
 # Fields that came after results were published and folders were begun, with the value at which all
 # is as it was without them.
 LATER = {
     "data.images_per_row": 1,
+    "data.frames": 0,
+    "grid.frames": (),
     "data.image_resize": (),
     "data.image_rescale": 1 / 255,
     "data.image_normalize": True,
@@ -56,6 +58,7 @@ LATER = {
     "data.buckets": (),
     "data.questions_per_row": 1,
     "data.picture_share": 0.0,
+    "data.video_share": 0.0,
     "data.pictures": "",
     "data.held_out_style": "facebook",
     "contrast.weight": 0.0,
@@ -243,8 +246,7 @@ FIELDS: dict[str, Field] = {
     "loss_chunk": Field(ROUNDING, Range(True, -1)),  # one sum, in parts or at once
     "kernels": Field(ROUNDING),  # two forms of one formula
     "data.source": Field(SHOWN),
-    "data.path": Field(PLACE),
-    "data.images": Field(PLACE),
+    **_section("data", PLACE, path=None, images=None),
     # Weights are part of the hash of a mixture.
     "data.mixture": Field(PLACE),
     # Its ids are the rows of the model's embedding.
@@ -257,19 +259,18 @@ FIELDS: dict[str, Field] = {
                image_resize=SOME._replace(many=True), image_rescale=POSITIVE, image_normalize=None),
     # Photographs of another camera may be turned otherwise.
     "data.image_exif": Field(SHOWN),
-    **_section("data", SHOWN, text_length=COUNT, question_length=COUNT, images_per_row=COUNT),
+    **_section("data", SHOWN, text_length=COUNT, question_length=COUNT, images_per_row=COUNT,
+               frames=SOME),
     # Which examples meet in a step.
     **_section("data", RUN, row_length=SOME, row_images=COUNT, buckets=COUNTS),
     # A run that met no bad row is the one that would have skipped it.
     "data.on_bad_example": Field(NOTHING),
-    "data.text_only": Field(SHOWN),
-    "data.blind": Field(SHOWN),
+    **_section("data", SHOWN, text_only=None, blind=None),
     "data.workers": Field(NOTHING, SOME),  # batch k is the same whoever reads it
     "data.train_images": Field(SHOWN, SOME),
-    "data.val_images": Field(ANSWERS, SOME),
-    "data.test_images": Field(ANSWERS, SOME),
+    **_section("data", ANSWERS, val_images=SOME, test_images=SOME),
     "data.questions_per_row": Field(RUN, SOME),  # of training rows alone
-    "data.picture_share": Field(SHOWN, SHARE),
+    **_section("data", SHOWN, picture_share=SHARE, video_share=SHARE),
     # Of one version, which is part of the hash.
     "data.pictures": Field(PLACE),
     "data.held_out_style": Field(SHOWN, Choice(STYLES)),
@@ -286,7 +287,7 @@ FIELDS: dict[str, Field] = {
     "evaluate.batch": Field(BATCH, COUNT),
     "evaluate.split": Field(ANSWERS),
     "evaluate.max_new_tokens": Field(ANSWERS, COUNT),
-    **_section("grid", CELLS, llms=None, tokens=SOME._replace(many=True),
+    **_section("grid", CELLS, llms=None, tokens=SOME._replace(many=True), frames=COUNTS,
                seeds=SEED._replace(many=True), baselines=None),
 }  # fmt: skip
 

@@ -175,6 +175,15 @@ def check(recipe: Recipe, *, cell: bool = False) -> None:
             "--text-tower=DIR` made with it; a selection is not trained, so it may also be chosen "
             "for a model that was trained without compression"
         )
+    method, pruning, images = recipe.model.compressor, recipe.model.pruning, recipe.row[1]
+    if images > 1 and (method.summarizes or method.prefusion or (cell and pruning)):
+        what = f"compressor.kind={method.kind!r}"
+        if not (method.summarizes or method.prefusion):
+            what = f"pruning.kind={pruning.kind!r}"
+        raise ValueError(
+            f"{what} takes one image in a row, and rows have room for {images} (data.frames of a "
+            "clip, data.images_per_row, data.row_images): choose another, or one image or frame"
+        )
     if recipe.model.compressor.summarizes:
         templates.check_image_first(recipe.rows.template)
     if not recipe.align.steps + recipe.finetune.steps:

@@ -261,7 +261,7 @@ def digest(config: ConfigDict) -> str:
     tree = config.to_dict()
     for name, value in fields.LATER.items():
         section, _, leaf = name.rpartition(".")
-        home = tree[section] if section else tree
+        home = tree.get(section, {}) if section else tree  # a cell has no `grid`
         if home.get(leaf) == value:
             del home[leaf]
     for section in fields.LATER_SECTIONS:

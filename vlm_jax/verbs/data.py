@@ -53,6 +53,13 @@ def add_flags(parser: Parser) -> None:
     add("--template", default="vicuna_v1", metavar="NAME", help="data.template of the training")
     add("--text-length", type=count_flag, default=2048, metavar="T",
         help="data.text_length of the training: tokens of text that a row keeps")  # fmt: skip
+    add(
+        "--frames",
+        type=count_flag,
+        metavar="T",
+        default=8,
+        help="data.frames of the training: frames that are taken of each clip (default: 8)",
+    )
     add("--headers", action="store_true",
         help="read headers of images only: faster, but a damaged image may be missed")  # fmt: skip
     add("--strict", action="store_true", help="notes make the exit status 1 too")
@@ -137,13 +144,14 @@ def check(options: argparse.Namespace) -> int:
         Path(options.out).mkdir(parents=True, exist_ok=True)  # an error before hours of reading
     then = time.monotonic()
     with progress.doing(f"reading {options.path}"):
-        source = opened_source(options.path, options.images)
+        source = opened_source(options.path, options.images, frames=options.frames)
     opened = time.monotonic()
     report = checking.check(source, texts, jobs=jobs, whole=not options.headers)
     failing = report.failing(strict=options.strict, allow=allow)
     found = {
         "path": options.path,
         "images": options.images,
+        "frames": options.frames,
         "clean": not failing,
         "failing": failing,
         **report.fields(),
@@ -160,8 +168,8 @@ def check(options: argparse.Namespace) -> int:
     return int(bool(failing))
 
 
-def opened_source(path: str, images: str | None) -> Any:
-    """The rows of a file or of tars, bad ones counted, not raised.
+def opened_source(path: str, images: str | None, *, frames: int = 0) -> Any:
+    """The rows of a file or of tars, bad ones counted, not raised; `frames` are taken of each clip.
 
     Raises:
       FileNotFoundError, ValueError: if there is no such file or folder, or no row can be read.
@@ -186,7 +194,7 @@ def opened_source(path: str, images: str | None) -> Any:
         images = images if images is not None else os.path.dirname(path) or "."
         if not Path(images).is_dir():
             raise FileNotFoundError(f"--images={images}: no such folder")
-        source = Llava(path, "train", images=images, **how)
+        source = Llava(path, "train", images=images, frames=frames, **how)
     if not len(source) + len(source.left_out):
         raise ValueError(f"{path} holds no rows: give a file with at least one")
     return source

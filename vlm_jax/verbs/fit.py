@@ -177,7 +177,7 @@ def run(options: argparse.Namespace) -> int:
     drawn: list[Path] = []
     videos = any(points.frames is not None for points in measurements.families.values())
     if videos:
-        say(["no figures: they are of images, and these rows are of several numbers of frames"])
+        say(["no figures: they are of images, and these rows are of clips of several frames"])
     elif options.published != METHODS:
         drawn, notes = fitted.draw(
             measurements.families, fit.laws, out, rows=measurements.rows, chip=chip

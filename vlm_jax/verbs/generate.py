@@ -3,6 +3,7 @@
 
     vlm-jax generate --checkpoint=DIR --image=A.jpg --prompt="What is this?"
     vlm-jax generate --checkpoint=DIR --image=A.jpg --chat
+    vlm-jax generate --checkpoint=DIR --video=A.mp4 --frames=8 --prompt="What happens?"
     vlm-jax generate --checkpoint=DIR --requests=FILE.jsonl --out=ANSWERS.jsonl
     vlm-jax generate --checkpoint=DIR --requests=FILE.jsonl --out=ANSWERS.jsonl --mesh=tensor=8
 
@@ -11,8 +12,9 @@ or a cell of a grid (GRID/cells/NAME). The answer goes to stdout; visual tokens,
 token and tokens per second to stderr.
 
 A line of --requests has `prompt` (a text, or a conversation [question, answer, ..., question]) and
-may have `image` (a path, beside the file, or a list of several) and `id`. Each <image> in the
-questions stands for the next image; without any, all belong to the first question. A line of --out
+may have `image` (a path, beside the file, or a list of several) or `video` (a folder of frames or a
+video file) with `frames`, and `id`. Each <image> in the questions stands for the next image or the
+video; without any, all belong to the first question. A line of --out
 has `id` (default: the line number), `line` (its number), `text`, `stopped`, `prompt_tokens`,
 `visual_tokens`, `new_tokens`, `first_token_seconds` and `tokens_per_second`, or `id`, `line` and
 `error`; it is written as soon as its batch is answered. Several lines may share an id.
@@ -22,7 +24,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vlm_jax import progress
+from vlm_jax import arguments, progress
 from vlm_jax.data.example import EXIF
 from vlm_jax.verbs import cli
 from vlm_jax.verbs.parser import Parser
@@ -43,6 +45,13 @@ def add_flags(parser: Parser) -> None:
         action="append",
         metavar="FILE",
         help="an image file; repeat the flag for several (default: no image)",
+    )
+    add("--video", metavar="PATH", help="a folder of frames or a video file, in place of images")
+    add(
+        "--frames",
+        type=int,
+        metavar="T",
+        help="frames that are taken of a video, at even places (required with --video)",
     )
     add("--prompt", metavar="TEXT", help="the question")
     add("--chat", action="store_true", help="a conversation on stdin; the model sees earlier turns")
@@ -104,12 +113,25 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("give one of --prompt=TEXT, --chat and --requests=FILE.jsonl")
     if options.requests is not None and options.image:
         raise ValueError("--image goes without --requests: a line of those has its own")
+    if options.video is not None:
+        if options.image or options.chat or options.requests is not None:
+            raise ValueError(
+                "--video goes with --prompt alone: without --image, --chat (whose later turns have "
+                "no clip) and --requests, whose lines have their own"
+            )
+        if options.frames is None:
+            raise ValueError("--video needs --frames=T, how many frames are taken of it")
+    elif options.frames is not None and options.requests is None:
+        raise ValueError("--frames goes with --video or --requests: images have none")
+    if options.frames is not None:
+        arguments.whole_number("--frames", options.frames)
     if options.out and options.requests is None:
         raise ValueError("--out goes with --requests: other answers go to stdout")
     if options.requests is not None and not options.requests.is_file():
         raise FileNotFoundError(f"there is no file --requests={options.requests}")
     cli.join(options)
     from vlm_jax import mesh
+    from vlm_jax.data import clips
     from vlm_jax.serving import request_files, talk
     from vlm_jax.serving.model import VLM, Drawing
 
@@ -132,11 +154,20 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.requests is not None:
         return request_files.answer_file(
-            model, options.requests, options.out, drawing=drawing, exif=options.exif
+            model,
+            options.requests,
+            options.out,
+            drawing=drawing,
+            exif=options.exif,
+            frames=options.frames,
         )
     shown = dict(drawing=drawing, exif=options.exif, stream=options.stream)
     if options.chat:
         return talk.chat(model, options.image, sys.stdin, **shown)
     with progress.doing("answering"):
-        talk.say(model, options.image, [options.prompt], **shown)
+        if options.video is None:
+            talk.say(model, options.image, [options.prompt], **shown)
+        else:
+            pictures = clips.pictures(options.video, options.frames, exif=options.exif)
+            talk.say(model, pictures, [options.prompt], frames=options.frames, **shown)
     return 0

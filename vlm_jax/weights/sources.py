@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax import compressors, files
 from vlm_jax.compressors.method import Method
+from vlm_jax.data import clips
 from vlm_jax.models import vlm
 from vlm_jax.models.sizes import VLMSize
 from vlm_jax.weights import (
@@ -296,7 +297,7 @@ def described_run(path: PurePath, config: ConfigDict) -> Model:
         dict(
             image=preprocessor.of_data(config.data),
             image_token=None,
-            max_length=config.data.text_length + largest * config.data.images_per_row,
+            max_length=config.data.text_length + largest * clips.room(config.data),
             template=config.data.template,
             ends=ends.of_run(config.start_from),
         ),

@@ -3,7 +3,8 @@
 
 Two families: *reasoning* (scenes of shapes: scenes.py, naming.py, questions.py) and *text* (pages
 to be read, reading.py). On request a third, *pictures* (things that people know: things.py,
-picture_scenes.py, picture_questions.py), whose packages are fetched. An image serves one family.
+picture_scenes.py, picture_questions.py), whose packages are fetched, and a fourth, *video* (short
+clips, videos.py), of which each frame is an image. An image serves one family.
 Answers are balanced form by form, so that a model that does not see the image stays near chance;
 `majority` measures that. A scene belongs to one split by the hash of its content, so no scene is
 shared. Everything is a pure function of (seed, split, number of images).
@@ -15,6 +16,7 @@ import random
 
 import numpy as np
 
+from vlm_jax.data import clips
 from vlm_jax.data.benchmark import (
     naming,
     picture_questions,
@@ -22,6 +24,7 @@ from vlm_jax.data.benchmark import (
     questions,
     reading,
     scenes,
+    videos,
 )
 from vlm_jax.data.benchmark.balance import SLACK as SLACK
 from vlm_jax.data.benchmark.balance import SPLITS as SPLITS
@@ -44,16 +47,19 @@ class Synthetic:
 
     Args:
       split: train, val or test.
-      images: the number of images. Those that show no pictures are the same as without pictures,
-        TEXT_SHARE of them pages to be read; the pictures come after them.
+      images: the number of images, or clips. Those that show no pictures are the same as without
+        pictures, TEXT_SHARE of them pages to be read; the pictures come after them, then clips.
       seed: of all random choices.
       questions_per_row: most questions about one image that are the turns of one example, in an
         order drawn for each image, a caption last; 0: all. What is scored task by task has 1.
       things: what pictures show; needed if `picture_share` is above 0.
       picture_share: share of the images that are scenes of pictures.
       held_out_style: one of STYLES, which training does not show.
+      video_share: share of the images that are clips, `frames` images each.
+      frames: T, taken of the videos.FRAMES of a clip.
     Raises:
-      ValueError: for an unknown split or style, a negative number of images, or too few things.
+      ValueError: for an unknown split or style, a negative number of images, too few things, or
+        frames that clips do not have.
     """
 
     name = "synthetic"
@@ -69,6 +75,8 @@ class Synthetic:
         things: Things | None = None,
         picture_share: float = 0.0,
         held_out_style: str = STYLES[-1],
+        video_share: float = 0.0,
+        frames: int = 0,
     ):
         if split not in SPLITS:
             raise ValueError(f"split {split!r}: the embedded benchmark has {', '.join(SPLITS)}")
@@ -90,7 +98,18 @@ class Synthetic:
         self._examples: list[Example] = []
         self.patch_classes = PATCH_CLASSES + (len(things.subcategories) if things else 0)
         of_pictures = round(picture_share * images)
-        self._make(images - of_pictures)
+        of_videos = round(video_share * images)
+        if of_pictures + of_videos > images:
+            raise ValueError(
+                f"data.picture_share={picture_share} and data.video_share={video_share} are more "
+                "than all images: lower one of them"
+            )
+        if video_share and not 1 <= frames <= videos.FRAMES:
+            raise ValueError(
+                f"data.video_share={video_share}, and data.frames={frames}: clips have "
+                f"{videos.FRAMES} frames, take 1 to {videos.FRAMES} of them"
+            )
+        self._make(images - of_pictures - of_videos)
         self._first_picture = len(self.specs)
         if of_pictures:
             if things is None:
@@ -99,6 +118,9 @@ class Synthetic:
                 things, split, of_pictures, seed=seed, held_out=held_out_style
             ):
                 self._add(*made)
+        self._first_video = len(self.specs)
+        for clip, asked in videos.clips_of(split, of_videos, seed=seed):
+            self._add_clip(clip, asked, frames)
         self.names, self._name_of = self._named()
         self.images = Images(self._draw, len(self.specs))
         self.data_hash = self._hash()
@@ -137,10 +159,29 @@ class Synthetic:
         of_image: list[questions.Question],
     ) -> None:
         """Takes an image and the questions about it."""
-        index, asked = len(self.specs), list(of_image)
+        index = len(self.specs)
         self.specs.append(spec)
-        self.questions += of_image
-        each = self._together or len(asked)
+        self._ask(index, family, of_image)
+
+    def _add_clip(self, clip: videos.Clip, asked: list[questions.Question], frames: int) -> None:
+        """Takes T frames of a clip, each an image, and the questions about all of them."""
+        first = len(self.specs)
+        taken = clips.sampled(videos.FRAMES, frames)
+        self.specs += [videos.scene(clip, frame) for frame in taken]
+        shown = tuple(range(first, len(self.specs)))
+        self._ask(shown if frames > 1 else first, "video", asked, frames)
+
+    def _ask(
+        self,
+        image: int | tuple[int, ...],
+        family: str,
+        asked: list[questions.Question],
+        frames: int = 1,
+    ) -> None:
+        """Takes the questions about an image or a clip."""
+        index = image if isinstance(image, int) else image[0]
+        self.questions += asked
+        asked, each = list(asked), self._together or len(asked)
         if each > 1:
             random.Random(f"{self.seed}/{self.split}/{index}").shuffle(asked)
             # Behind a caption the other answers could be read from it, not from the image.
@@ -151,16 +192,17 @@ class Synthetic:
             self._examples.append(
                 Example(
                     f"{self.split}-{index:06d}-{k}",
-                    index,
+                    image,
                     tuple((q.text, q.answer) for q in turns),
                     task if task == "caption" else family,
                     task,
+                    frames=frames,
                 )
             )
 
     def _named(self) -> tuple[tuple[tuple[str, ...], ...], dict[int, int]]:
         """The words of all things that are shown, and the number of each from 1."""
-        drawn = self.specs[self._first_picture :]
+        drawn = self.specs[self._first_picture : self._first_video]
         shown = sorted({p.thing for spec in drawn for p in spec.pictures})
         named = [self.things.things[k] for k in shown]
         words = tuple((*thing.name.split(), *thing.words) for thing in named)
@@ -168,7 +210,7 @@ class Synthetic:
 
     def _draw(self, index: int) -> np.ndarray:
         spec = self.specs[index]
-        if index >= self._first_picture:
+        if self._is_picture(index):
             return picture_scenes.render(spec, self.things)
         return (reading if isinstance(spec, reading.Page) else scenes).render(spec)
 
@@ -179,7 +221,7 @@ class Synthetic:
         digest = hashlib.sha256(described.replace("color", "colour").encode())
         for index in range(min(16, len(self.specs))):
             digest.update(self._draw(index).tobytes())
-        if drawn := self.specs[self._first_picture :]:
+        if drawn := self.specs[self._first_picture : self._first_video]:
             digest.update(self.things.version_hash.encode())
             for index in range(self._first_picture, self._first_picture + min(16, len(drawn))):
                 digest.update(self._draw(index).tobytes())
@@ -194,7 +236,7 @@ class Synthetic:
     def patch_labels(self, index: int, side: int) -> np.ndarray:
         """What each patch of image `index` shows, int32 [side * side] in raster order."""
         spec = self.specs[index]
-        if index >= self._first_picture:
+        if self._is_picture(index):
             kinds = self.things.subcategories
             of_picture = [
                 PATCH_CLASSES + kinds.index(self.things.things[p.thing].subcategory)
@@ -208,10 +250,14 @@ class Synthetic:
 
         0 is a patch without a name: ground, and all of the other families.
         """
-        if index < self._first_picture:
+        if not self._is_picture(index):
             return np.zeros(side * side, np.int32)
         spec = self.specs[index]
         return self._by_owner(spec, [self._name_of[p.thing] for p in spec.pictures], side)
+
+    def _is_picture(self, index: int) -> bool:
+        """Whether an image is of the third family."""
+        return self._first_picture <= index < self._first_video
 
     def _by_owner(self, spec: picture_scenes.Scene, values: list[int], side: int) -> np.ndarray:
         """Per patch the value of the picture that covers most of it, 0 on the ground."""
