@@ -9,8 +9,9 @@ import io
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -61,6 +62,7 @@ class Row:
       room: most new tokens; shortened if that is less than the benchmark allows.
       key: hash of all that the answer depends on.
       missing: whether the error is an image that is not there.
+      visual_tokens: V, as that of a `Way`.
     """
 
     number: int
@@ -70,6 +72,7 @@ class Row:
     key: str = ""
     error: str = ""
     missing: bool = False
+    visual_tokens: int | None = None
 
 
 class Asker:
@@ -88,31 +91,32 @@ class Asker:
 
     def row(self, number: int, question: Question, prompt: str, *, mine: bool = True) -> Row:
         """The row of a question; images are read only if it is `mine`. Errors are in the row."""
-        row = Row(number)
-        try:
-            # A tokenizer of transformers is not safe to share between threads.
-            with self.lock:
-                tokens = self.model.tokens(prompt, images=len(question.images))
-            read = len(tokens.ids) + self.V * len(question.images)
-            row.room = min(self.way.max_new_tokens, self.model.max_length - read)
-            row.shortened = row.room < self.way.max_new_tokens
-            request = Request(tokens.ids, tokens.places, tokens.questions, [], [])
-            if row.room < 1:
-                pixels = [self.unread] * len(question.images)
-                self.model.room(
-                    replace(request, pixels=pixels), visual_tokens=self.way.visual_tokens
-                )
-            for image in question.images:
-                pixels, size = self.pixels(image) if mine else (self.unread, (1, 1))
-                request.pixels.append(pixels)
-                request.sizes.append(size)
-            row.request = request
-            if mine:
-                row.key = self.key(request, row.room)
-        except (ValueError, OSError, MemoryError) as error:
-            row.error = errors.sentence(error)
-            row.missing = isinstance(error, FileNotFoundError)
+        (row,) = rows_of([self], number, question, prompt, mine=mine)
         return row
+
+    def request(self, question: Question, prompt: str) -> Request:
+        """The tokens of a question, no image yet. Raises ValueError for what cannot be read."""
+        # A tokenizer of transformers is not safe to share between threads.
+        with self.lock:
+            tokens = self.model.tokens(prompt, images=len(question.images))
+        return Request(tokens.ids, tokens.places, tokens.questions, [], [])
+
+    def fit(self, row: Row, request: Request) -> None:
+        """Sets the room that a row has for its answer. Raises TooLong where it has none."""
+        images = len(request.places)
+        room = self.model.max_length - len(request.ids) - self.V * images
+        row.room = min(self.way.max_new_tokens, room)
+        row.shortened = row.room < self.way.max_new_tokens
+        if row.room < 1:
+            seen = replace(request, pixels=[self.unread] * images)
+            self.model.room(seen, visual_tokens=self.way.visual_tokens)
+
+    def see(self, request: Request, question: Question, *, mine: bool) -> None:
+        """Puts the images of a question into its request. Raises as `pixels`."""
+        for image in question.images:
+            pixels, size = self.pixels(image) if mine else (self.unread, (1, 1))
+            request.pixels.append(pixels)
+            request.sizes.append(size)
 
     def pixels(self, image: Path | bytes) -> tuple[np.ndarray, tuple[int, int]]:
         """An image as the encoder sees it, float32 [I, I, 3], and its width and height before that
@@ -167,6 +171,42 @@ class Asker:
         last = request.places[-1] - skip + 1 if request.places else 0
         room = bucket(max(map(len, request.questions))) if reader.reads_question else 0
         return int(begins), images, bucket(max(length, last)), room
+
+
+def rows_of(
+    askers: Sequence[Asker], number: int, question: Question, prompt: str, *, mine: bool = True
+) -> list[Row]:
+    """The row of a question for each of these askers, which differ in V alone.
+
+    They share one request: its tokens and images are read once. Errors are in the rows.
+    """
+    one = askers[0]
+    rows = [Row(number, visual_tokens=asker.way.visual_tokens) for asker in askers]
+    with told(rows):
+        request = one.request(question, prompt)
+        for asker, row in zip(askers, rows, strict=True):
+            with told([row]):
+                asker.fit(row, request)
+        fit = [(asker, row) for asker, row in zip(askers, rows, strict=True) if not row.error]
+        if fit:
+            with told([row for _, row in fit]):
+                one.see(request, question, mine=mine)
+                for asker, row in fit:
+                    row.request = request
+                    if mine:
+                        row.key = asker.key(request, row.room)
+    return rows
+
+
+@contextmanager
+def told(rows: Sequence[Row]) -> Iterator[None]:
+    """An error of the body, if it is one of a question, becomes that of these rows."""
+    try:
+        yield
+    except (ValueError, OSError, MemoryError) as error:
+        for row in rows:
+            row.request, row.error = None, errors.sentence(error)
+            row.missing = isinstance(error, FileNotFoundError)
 
 
 def reduced(side: int, tokens: int, patches: int) -> int:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from vlm_jax import arguments, cpu, hosts, mesh
 from vlm_jax.models.cache import Caches, Past
 from vlm_jax.models.llm import LLM
-from vlm_jax.models.vlm import VLM, Batch
+from vlm_jax.models.vlm import VLM, Batch, each
 
 SMALLEST = 16  # tokens of the smallest bucket
 
@@ -106,6 +106,17 @@ def following(
     return choose(logits, sampling, position + 1), caches, position + 1
 
 
+def levels(model: VLM, batch: Batch) -> Float[Array, "B *M P Y"]:
+    """What the encoder gives of each image of a batch for the compressor, in raster order."""
+    reader, at = model.compressor, batch["image_at"]
+    sizes = each(batch, "image_size") if reader.reads == "image_size" else None
+    found = model.vit(each(batch, "pixels"), shrink=reader.shrink, reads=reader.reads, sizes=sizes)
+    if at.ndim == 1:
+        return found
+    shape = (*at.shape, *found.shape[1:])
+    return jnp.reshape(found, shape, out_sharding=mesh.spec("batch", "none", "none", "none"))
+
+
 def programs(*, brief: bool = False) -> tuple[Any, Any]:
     """`first` and `following`, jitted, with donated caches; `brief` as of `Decoder`."""
     options = mesh.known(cpu.step_options() if brief else {})
@@ -146,6 +157,7 @@ class Decoder:
             llm = jax.jit(lambda llm: llm.unrolled(), compiler_options=once)(model.llm)
         self.model, self.stop_ids = VLM(model.vit, compressor, llm), np.array(stop_ids)
         self.first, self.following = programs(brief=brief)
+        self.levels = jax.jit(functools.partial(levels))
 
     def read_prefix(self, ids: Sequence[int]) -> Past | None:
         """The pass over the tokens that start every row of later batches; None for no tokens."""
@@ -162,6 +174,12 @@ class Decoder:
         past = hosts.fetched(jax.jit(start)(self.model.llm, placed))
         one = Past(past.hidden[:1], past.keys[:, :1], past.values[:, :1], past.length[:1])
         return mesh.spread(one, now)
+
+    def seen(self, batch: Batch) -> Batch:
+        """A batch with what the encoder gives of its images in place of their pixels: it may be
+        started at several V, and is encoded once."""
+        others = {k: x for k, x in batch.items() if k not in ("pixels", "image_size")}
+        return others | {"levels": self.levels(self.model, batch)}
 
     def start(
         self,

@@ -59,8 +59,8 @@ def add_flags(parser: Parser) -> None:
     add(
         "--visual-tokens",
         metavar="V,V",
-        help="visual tokens of an image, a file for each V, if the compressor serves any number "
-        "(default: as trained)",
+        help="visual tokens of an image, if the compressor serves any number: a file for each V, "
+        "all in one pass that encodes an image once (default: as trained)",
     )
     add("--pruning", **cli.pruning_flag("in the folder"))
     add("--limit", type=int, metavar="N", help="ask no more than N questions (default: all)")
