@@ -49,13 +49,20 @@ class Cache(NamedTuple):
 class Past(NamedTuple):
     """The first `length` tokens of each row, read by a pass that another goes on from.
 
-    What stands behind `length` is padding. Keys and values are stacked over the layers.
+    What stands behind `length` is padding. Keys and values are stacked over the layers. `skipped`
+    tokens stood before them and are not there, as those that a summary stands for.
     """
 
     hidden: Float[Array, "B S D"]
     keys: Float[Array, "L B S K H"]
     values: Float[Array, "L B S K H"]
     length: Int[Array, "B"]
+    skipped: Int[Array, "B"] | None = None
+
+    @property
+    def position(self) -> Int[Array, "B"]:
+        """The position of the next token of each row."""
+        return self.length if self.skipped is None else self.length + self.skipped
 
 
 class Pruned(NamedTuple):
@@ -72,7 +79,7 @@ Caches = list[KV | Cache] | Pruned
 
 
 def repeated(past: Past, batch: int) -> Past:
-    """One row's past as that of every row of a batch."""
+    """One row's past as that of every row of a batch; of as many rows as they are."""
 
     def many(x, at, *dims):
         shape = (*x.shape[:at], batch, *x.shape[at + 1 :])
@@ -84,6 +91,7 @@ def repeated(past: Past, batch: int) -> Past:
         many(past.keys, 1, *kv),
         many(past.values, 1, *kv),
         many(past.length, 0, "batch"),
+        None if past.skipped is None else many(past.skipped, 0, "batch"),
     )
 
 

@@ -285,14 +285,17 @@ class LLM(nnx.Module):
         hidden, new = self.run(x, past, lambda f: f, keep=True, summary=summary)
         if summary is not None:
             return voco.forget(hidden, new, summary, slots)
-        return hidden, cached(new, past, slots)
+        caches = cached(new, past, slots)
+        if past is not None and past.skipped is not None:
+            return hidden, Pruned(caches, past.skipped[None])
+        return hidden, caches
 
     @jax.named_scope("llm")
     def run(self, x, past, rematerialize, *, keep: bool, segments=None, summary=None):
         """All blocks in order, and the final norm; their keys and values with `keep`."""
         turned = jnp.arange(x.shape[1])[None]
         if past is not None:
-            turned = positions_of(*x.shape[:2]) + past.length[:, None]
+            turned = positions_of(*x.shape[:2]) + past.position[:, None]
         if segments is not None:
             turned = positions_of(*x.shape[:2]) - starts(segments)
         how = dict(keep=keep, segments=segments, summary=summary)

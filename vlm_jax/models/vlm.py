@@ -294,14 +294,14 @@ class VLM(nnx.Module):
         """Scores of the first new token, caches with room for `new_tokens` more, row lengths.
 
         Lengths count the visual tokens that a pruning leaves out between layers. `prefix` is a pass
-        over tokens that come before those of every row [1 S D]; not for a compressor that reads the
-        prompt from its first token.
+        over tokens that come before those of every row [1 S D] or of each [B S D]; not for a
+        compressor that reads the prompt from its first token.
         """
         x, count, visual, most, past, _ = self.assemble(batch)
         length = batch["length"] + by_image(count).sum(1)
         if prefix is not None:
             past = repeated(prefix, x.shape[0])
-            length += past.length
+            length += past.position
         slots = x.shape[1] + new_tokens + (0 if past is None else past.hidden.shape[1])
         images = None
         if self.llm.pruning is not None and visual is not None:

@@ -4,13 +4,13 @@
 B batch  X tokens of a row
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.layers import rows
-from vlm_jax.models.cache import KV, Pruned, cached, listed, positions_of, taken
+from vlm_jax.models.cache import KV, Past, Pruned, cached, listed, positions_of, taken
 
 
 class Summary(NamedTuple):
@@ -65,3 +65,19 @@ def forget(
     index = jnp.minimum(index, hidden.shape[1] - 1)  # of padding
     kept = [taken(of_layer, index) for of_layer in listed(kv)]
     return rows(hidden, index), Pruned(cached(kept, None, slots - summary.patches), gone[None])
+
+
+def remembered(llm: Any, x: Float[Array, "B X D"], tokens: int) -> Past:
+    """What rows leave that end with a summary of so many `tokens`: those alone, at their positions.
+
+    A pass that goes on from it is the one pass under the mask. `llm` is an `LLM`.
+    """
+    there = jnp.full_like(positions_of(len(x), 1)[:, 0], tokens)
+    past = llm.start(x, there)
+    return Past(
+        past.hidden[:, -tokens:],
+        past.keys[:, :, -tokens:],
+        past.values[:, :, -tokens:],
+        there,
+        jnp.full_like(there, x.shape[1] - tokens),
+    )

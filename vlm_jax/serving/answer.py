@@ -10,7 +10,8 @@ class Answer:
 
     `ids` end with the stop token if one ended the answer (`stopped`). `first_token_seconds` is from
     pixels and ids to the first token of the batch; `tokens_per_second` is this answer's rate after
-    its first token. Times include the compilation of a new shape.
+    its first token. Times include the compilation of a new shape. `known_tokens` of the prompt and
+    its image had been read before: the beginning of all prompts, an image whose summary is kept.
     """
 
     text: str
@@ -21,6 +22,7 @@ class Answer:
     first_token_seconds: float
     tokens_per_second: float
     batch: int
+    known_tokens: int = 0
 
 
 @dataclass(frozen=True)

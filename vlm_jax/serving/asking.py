@@ -156,11 +156,20 @@ class Asker:
             found.update(np.ascontiguousarray(pixels))
         return found.hexdigest()
 
+    def kept(self, request: Request) -> bool:
+        """Whether a row begins with an image whose summary is kept for other questions about it.
+
+        Processes that share a batch read their own images alone, and so read them with their rows.
+        """
+        return not hosts.joined() and self.model.kept(request)
+
     def shape(self, request: Request) -> tuple[int, ...]:
         """What the shapes of a row's computation depend on, as `batch_of` rounds them.
 
         Rows that are answered together share it, so that a row's company changes nothing.
         """
+        if self.kept(request):
+            return (bucket(len(request.ids) - len(self.model.summaries.before)),)
         reader, begins = self.model.compressor, self.model.begins(request)
         skip = len(self.model.prefix) if begins else 0
         length = len(request.ids) - skip

@@ -147,6 +147,8 @@ class Greedy:
         begins = model.begins(some)
         with jax.set_mesh(model.mesh):
             prefix = model.prefix_pass if begins else None
+            if self.asker.kept(some):
+                requests, prefix, _ = model.summaries.of(requests)
             batch = batch_of(
                 requests,
                 model.compressor,

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was computed of images and of beginnings of rows, kept for later requests in bounded memory.
 
-An image is kept as its visual tokens, a beginning as the keys and values of whole blocks of tokens.
-A block's key depends on all that stands before it and in it, so that equal keys mean equal values.
+An image is kept as its visual tokens, or as the keys and values of its summary; a beginning as the
+keys and values of whole blocks of tokens. A block's key depends on all that stands before it and in
+it, so that equal keys mean equal values.
 
-V visual tokens  D llm width
+V visual tokens, here of a summary too  D llm width  L layers  K kv heads  H head size
 """
 
 import hashlib
@@ -28,6 +29,25 @@ class Seen(NamedTuple):
 
     tokens: Float[np.ndarray, "V D"]
     count: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tokens."""
+        return self.tokens.nbytes
+
+
+class Summarized(NamedTuple):
+    """What text reads of an image behind its summary: the keys and values of V tokens in every
+    layer, and their last hidden states, of which the first text token may need one."""
+
+    hidden: Float[np.ndarray, "V D"]
+    keys: Float[np.ndarray, "L V K H"]
+    values: Float[np.ndarray, "L V K H"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        return sum(x.nbytes for x in self)
 
 
 def handle_of(identity: str, pixels: np.ndarray) -> str:
@@ -97,8 +117,8 @@ class Index:
         """Bytes of all that is kept."""
         return self.images.bytes + self.blocks.bytes
 
-    def image(self, key: bytes) -> Seen | None:
-        """The tokens of an image, if they are kept."""
+    def image(self, key: bytes) -> Any:
+        """The `Seen` or `Summarized` of an image, None if it is not kept."""
         with self.lock:
             found = self.images.values.get(key)
             if found is None:
@@ -108,10 +128,10 @@ class Index:
             self.images.values.move_to_end(key)
             return found[0]
 
-    def keep_image(self, key: bytes, seen: Seen) -> None:
-        """Keeps the tokens of an image."""
+    def keep_image(self, key: bytes, seen: Seen | Summarized) -> None:
+        """Keeps what was made of an image."""
         with self.lock:
-            self.images.add(key, seen, seen.tokens.nbytes)
+            self.images.add(key, seen, seen.nbytes)
             self._make_room()
 
     def beginning(self, keys: Sequence[bytes]) -> list[Any]:

@@ -26,6 +26,8 @@ from vlm_jax.data.example import Example
 from vlm_jax.data.pictures import check_exif
 from vlm_jax.data.processor import Processor, Tokens
 from vlm_jax.models import vlm
+
+# Callers of this file need what it gives and takes.
 from vlm_jax.serving.answer import Answer as Answer
 from vlm_jax.serving.answer import Drawing as Drawing
 from vlm_jax.serving.decoder import Decoder, Sampling, check_drawing
@@ -42,6 +44,7 @@ from vlm_jax.serving.requests import (
     listed,
     picture,
 )
+from vlm_jax.serving.summaries import Summaries
 from vlm_jax.training import runs
 from vlm_jax.weights import folder
 from vlm_jax.weights.processors import processor_of
@@ -68,6 +71,9 @@ class VLM:
             own = model.compressor.reads_text
             self.prefix = [] if own else processor.constant_prefix()
             self.prefix_pass = self.decoder.read_prefix(self.prefix)
+        # Where text reads a summary of its image alone, an image is read once for all questions.
+        summarizes, before = model.compressor.method.summarizes, processor.bos
+        self.summaries = Summaries(self.decoder.model, mesh, before=before) if summarizes else None
 
     @classmethod
     def from_checkpoint(
@@ -235,7 +241,7 @@ class VLM:
         ]
         # Requests of a batch share their start and the number of image slots. Each kind is a
         # program.
-        kinds = [(self.begins(r), bucket_of_images(len(r.pixels))) for r in requests]
+        kinds = [(self.begins(r), self.kept(r), bucket_of_images(len(r.pixels))) for r in requests]
         answers: dict[int, Answer] = {}
         for kind in sorted(set(kinds)):
             members = [i for i in range(len(requests)) if kinds[i] == kind]
@@ -244,6 +250,7 @@ class VLM:
                 batch_answers = self._together(
                     [requests[i] for i in some],
                     begins=kind[0],
+                    kept=kind[1],
                     drawn=(temperature, top_p, seed),
                     room=[room[i] for i in some],
                     visual_tokens=visual_tokens,
@@ -297,13 +304,23 @@ class VLM:
         at = len(request.ids) if request.image_at is None else request.image_at
         return 0 < length <= at and request.ids[:length] == self.prefix
 
-    def _together(self, requests, *, begins, drawn, room, visual_tokens, on_text) -> list[Answer]:
+    def kept(self, request: Request) -> bool:
+        """Whether a request starts with an image whose summary is kept."""
+        return self.summaries is not None and self.summaries.first(request)
+
+    def _together(
+        self, requests, *, begins, kept, drawn, room, visual_tokens, on_text
+    ) -> list[Answer]:
         """The answers of one batch, each with at most the tokens in `room`."""
         tokenizer, stop_ids = self.processor.tokenizer, self.processor.stop_ids
         with jax.set_mesh(self.mesh):
             then = time.perf_counter()
+            read, prefix = requests, self.prefix_pass if begins else None
+            known = [len(self.prefix) if begins else 0] * len(requests)
+            if kept:
+                read, prefix, known = self.summaries.of(requests)
             batch = batch_of(
-                requests,
+                read,
                 self.compressor,
                 skip=len(self.prefix) if begins else 0,
                 shards=meshes.batch_shards(self.mesh),
@@ -321,7 +338,7 @@ class VLM:
                 meshes.spread(batch, self.mesh, "batch"),
                 new_tokens=max(room),
                 tokens=self.requested_tokens(visual_tokens) if requests[0].pixels else None,
-                prefix=self.prefix_pass if begins else None,
+                prefix=prefix,
                 sampling=meshes.spread(sampling, self.mesh, "batch") if temperature else None,
             )
             length = hosts.fetched(started.length)
@@ -355,6 +372,7 @@ class VLM:
                     first_token_seconds=first,
                     tokens_per_second=(len(text.ids) - 1) / seconds if seconds > 0 else 0.0,
                     batch=len(requests),
+                    known_tokens=known[k],
                 )
             )
         return answers

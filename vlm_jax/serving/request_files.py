@@ -130,6 +130,8 @@ def answer_file(
             f"{repeated} requests repeat the id of an earlier one: `line` in the answers tells "
             "them apart"
         )
+    if model.summaries is not None:
+        progress.say(model.summaries.described())
     if bad:
         first = "".join(f"\n  {where}" for where in bad[:3])
         progress.say(f"{len(bad)} requests were not answered, the first:{first}")

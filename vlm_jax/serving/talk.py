@@ -42,15 +42,16 @@ def say(
         **dataclasses.asdict(drawing),
     )
     print("" if stream else answer.text, flush=True)
-    progress.say(
-        numbers(
-            answer.visual_tokens,
-            answer.prompt_tokens,
-            len(answer.ids),
-            answer.first_token_seconds,
-            answer.tokens_per_second,
-        )
+    said = numbers(
+        answer.visual_tokens,
+        answer.prompt_tokens,
+        len(answer.ids),
+        answer.first_token_seconds,
+        answer.tokens_per_second,
     )
+    if model.summaries is not None:
+        said += f"; {answer.known_tokens} tokens read were known, {model.summaries.described()}"
+    progress.say(said)
     return answer.text
 
 
@@ -105,10 +106,11 @@ def chat(
 ) -> int:
     """Answers line after line to the end of `lines`; reports a conversation that is full.
 
-    Images and earlier turns are read once by an engine; every turn reads the whole conversation
-    where there can be none (`refusal`).
+    Images and earlier turns are read once by an engine. Every turn reads the whole conversation
+    where there can be none (`refusal`), and all but its image where a summary of that is kept,
+    which an engine would not reuse.
     """
-    if refusal(model):
+    if refusal(model) or model.summaries is not None:
         answered = functools.partial(say, model, images, drawing=drawing, exif=exif, stream=stream)
     else:
         memory = Memory(model, images, visual_tokens=drawing.visual_tokens, exif=exif)
