@@ -85,13 +85,14 @@ def get_config() -> ConfigDict:
     c.compressor.text_vocab = 49408
     c.compressor.text_length = 77
 
-    # Visual tokens that the LLM leaves out between its layers, in generation and evaluation alone:
-    # vlm_jax/models/pruning PRUNINGS names the kinds; "none" leaves none out.
+    # Visual tokens that the LLM leaves out between its layers, or of clips before it, in generation
+    # and evaluation alone: vlm_jax/models/pruning PRUNINGS names the kinds; "none" leaves none out.
     c.pruning = ConfigDict()
     c.pruning.kind = "none"
     c.pruning.layers = ()  # layers that run before each cut; (): as published
     c.pruning.tokens = ()  # visual tokens that are kept after each; (): as published, if it says so
     c.pruning.weight = 0.5  # tokencarve: of the rank by attention; the rest is of singular values
+    c.pruning.dropped = 0.0  # evs: share of a clip's tokens, those most like the frame before
 
     # LoRA (arXiv 2106.09685): finetune trains low-rank updates of the LLM's linear layers in place
     # of its weights; the compressor is trained as ever. There is no dropout.

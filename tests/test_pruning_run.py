@@ -115,9 +115,10 @@ def test_convert_sets_a_pruning_and_other_formats_refuse_it(plain, tmp_path, cap
     facts = json.loads(capsys.readouterr().out)
     assert facts["pruning"] == "fastv"
     assert folder.read(tmp_path / "a").pruning == dict(
-        kind="fastv", layers=[1], tokens=[4], weight=0.5
+        kind="fastv", layers=[1], tokens=[4], weight=0.5, dropped=0.0
     )
-    assert folder.read(tmp_path / "a").size().pruning.section() == dict(FASTV, weight=0.5)
+    section = folder.read(tmp_path / "a").size().pruning.section()
+    assert section == dict(FASTV, weight=0.5, dropped=0.0)
     assert main(["convert", *flags, "--to-hf", f"--to={tmp_path}/b"]) == 0
     assert "transformers does not prune by 'fastv'" in capsys.readouterr().err
     assert main(["convert", f"--from={tmp_path}/a", "--pruning=none", f"--to={tmp_path}/c"]) == 0

@@ -19,7 +19,7 @@ from vlm_jax.data import sources
 from vlm_jax.data.processor import Processor, RowFormat
 from vlm_jax.data.sources import Origin
 from vlm_jax.layers import rows
-from vlm_jax.models import vlm
+from vlm_jax.models import splice, vlm
 from vlm_jax.models.question import feature
 from vlm_jax.models.sizes import LLMSize
 from vlm_jax.serving.predict import predict
@@ -67,7 +67,7 @@ def one_pass(model, batch):
     text = model.llm.embed(batch["ids"])
     asked = feature(model.llm(text), batch["question_length"])
     visual = model.visual_tokens(batch, asked)
-    x, _, _ = model.splice(text, visual, batch)
+    x, _, _ = splice.splice(text, visual, batch)
     before = model.before(batch, vlm.Assembled(x, visual.count))
     return model.llm.logits(rows(model.llm(x), before))
 

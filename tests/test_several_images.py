@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from vlm_jax.compressors.compressor import Visual
-from vlm_jax.models import vlm
+from vlm_jax.models import splice, vlm
 
 # Of every kind of compressor: windows, the question, as many tokens as an image needs, any number.
 KINDS = {
@@ -77,7 +77,7 @@ def test_splicing_is_cutting_and_joining_at_every_place(mesh1):
         model = vlm.shapes(tiny.size(tiny.config()))
         placed = tiny.placed((text, visual.reshape(len(rows), 4, 3), count, at))
         read = dict(ids=placed[0][..., 0], image_at=placed[3])
-        ours = np.asarray(model.splice(placed[0], Visual(*placed[1:3]), read)[0])
+        ours = np.asarray(splice.splice(placed[0], Visual(*placed[1:3]), read)[0])
         made = vlm.Assembled(placed[0], placed[2])
         before = np.asarray(model.before(read, made))
     for k, ((first, second), (m, n)) in enumerate(zip(at, count, strict=True)):

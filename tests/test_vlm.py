@@ -12,7 +12,7 @@ import tiny
 
 from configs import sizes
 from vlm_jax.cost import flops as cost
-from vlm_jax.models import vlm
+from vlm_jax.models import splice, vlm
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_splicing_is_cutting_and_joining(models, mesh1):
     with jax.set_mesh(mesh1):
         parts = tiny.placed((text, visual, count, at))
         batch = {"image_at": parts[3]}
-        ours, inside, _ = models[1].splice(parts[0], vlm.Visual(*parts[1:3]), batch)
+        ours, inside, _ = splice.splice(parts[0], vlm.Visual(*parts[1:3]), batch)
     # Packed: visual slots that a row does not fill leave no hole.
     for row, t, v, n, i in zip(np.asarray(ours), text, visual, count, at, strict=True):
         np.testing.assert_array_equal(row[: len(t) + n], np.concatenate([t[:i], v[:n], t[i:]]))

@@ -118,6 +118,7 @@ class Method(ABC):
     summarizes: ClassVar[bool] = False  # text reads the last `tokens` of an image's tokens alone
     compresses: ClassVar[bool] = True  # False: every row of the encoder becomes a token
     selects: ClassVar[bool] = False  # it shows patches of a model that was trained on all of them
+    in_place: ClassVar[bool] = True  # token k stands for the same place of every image
     projected: ClassVar[bool] = False  # its only weights are LLaVA-1.5's projector
     clip: ClassVar[bool] = False  # its other weights are those of a CLIP, which are not trained
     # Why a model of it is not trained for the V of config.compressor.elastic.

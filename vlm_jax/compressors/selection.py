@@ -24,6 +24,7 @@ class Selection(Projected):
     any_tokens: ClassVar[bool] = True
     inelastic: ClassVar[str] = "serves several V as it is"
     selects: ClassVar[bool] = True
+    in_place: ClassVar[bool] = False
     # Whether the choice reads the projected patches: all of them are projected then, not V.
     projects_all: ClassVar[bool] = False
 

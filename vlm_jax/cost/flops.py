@@ -52,6 +52,14 @@ def visual_tokens(compressor: Method, vit: ViTSize) -> Number:
     return compressor.visual_tokens(vit.rows)
 
 
+def given_tokens(
+    compressor: Method, vit: ViTSize, frames: Number, pruning: Pruning | None
+) -> Number:
+    """Visual tokens of a row that the first layer of the LLM reads, of `frames` images."""
+    V = visual_tokens(compressor, vit)
+    return frames * V if pruning is None else pruning.given(V, frames)
+
+
 def encoder_flops(vit: ViTSize, compressor: Method) -> Number:
     """FLOPs of the encoder for one image: patch embedding and the blocks up to the last level.
 
@@ -173,9 +181,9 @@ def request_flops(
         pruning: of visual tokens between the layers of the LLM.
     Raises:
         ValueError: for a pruning with cached text, whose last token has to be read to choose, and
-            with frames, of which there is one; for cached text that reads the image first.
+            with frames, unless it is of clips; for cached text that reads the image first.
     """
-    if pruning is not None and (cached_text or frames != 1):
+    if pruning is not None and (cached_text or (frames != 1 and not pruning.of_clips)):
         raise ValueError(
             f"cached_text={cached_text}, frames={frames}: pruning.kind={pruning.kind!r} chooses "
             "visual tokens of one image by what the prompt attends to: set pruning.kind='none'"
@@ -185,7 +193,7 @@ def request_flops(
             f"cached_text=True: the text of compressor {compressor.kind!r} has read the image, so "
             "its keys and values are of one image: cached_text=False"
         )
-    V = frames * visual_tokens(compressor, vit)
+    V = given_tokens(compressor, vit, frames, pruning)
     question_tokens = Q if question is None else question
     separate = compressor.query == "separate" and not cached_text
     prefix = compressor.reads_prefix and not cached_text

@@ -88,6 +88,11 @@ def _encoder_weights(vit: ViTSize) -> int:
     return cost.vit_parameters(dataclasses.replace(vit, depth=max(vit.levels)))
 
 
+def _given(vit: ViTSize, compressor: Method, request: Request) -> Number:
+    """Visual tokens of a row that the LLM is given."""
+    return cost.given_tokens(compressor, vit, request.frames, request.pruning)
+
+
 def request_flops(vit: ViTSize, compressor: Method, llm: LLMSize, request: Request) -> cost.Flops:
     """FLOPs by phase of one request of the batch."""
     return cost.request_flops(
@@ -114,7 +119,7 @@ def request_bytes(
 ) -> dict[str, Number]:
     """Bytes that each phase moves to or from memory for a whole batch."""
     flops = request_flops(vit, compressor, llm, request)
-    V, batch = request.frames * cost.visual_tokens(compressor, vit), request.batch
+    V, batch = _given(vit, compressor, request), request.batch
     V = cost.cached_tokens(V, compressor, llm, request.pruning)
     tables = llm.vocab * llm.width
     body = cost.llm_parameters(llm) - tables * (1 if llm.tied_embeddings else 2)
@@ -160,7 +165,7 @@ def communication(
         ring = 2 * others / chip.count * array / chip.link_bytes_per_s
         return 2 * blocks * (ring + 2 * others * HOP_SECONDS) if tokens else 0.0
 
-    V = cost.read_tokens(request.frames * cost.visual_tokens(compressor, vit), llm, request.pruning)
+    V = cost.read_tokens(_given(vit, compressor, request), llm, request.pruning)
     through = passes(compressor, request)
     text = request.Q if request.question is None else request.question
     rows = request.frames * (compressor.encoded(vit.side) + vit.first)
@@ -232,7 +237,7 @@ def memory(
     stored: Stored = AS_CHIP,
 ) -> Memory:
     """Bytes needed at once: all weights, the full cache, and the larger of `live_bytes`."""
-    V, batch = request.frames * cost.visual_tokens(compressor, vit), request.batch
+    V, batch = _given(vit, compressor, request), request.batch
     towers = _encoder_weights(vit) + cost.compressor_parameters(compressor, vit, llm)
     weights = towers * bytes_per_number
     weights += cost.llm_parameters(llm) * BYTES.get(stored.weights, bytes_per_number)

@@ -23,13 +23,16 @@ def adapters_of(adapters: LoRASize) -> dict[str, Any]:
     return vars(adapters) | dict(targets=lora.check(adapters))
 
 
-def tokens_read(model: VLM, features: np.ndarray) -> int | float:
-    """V: visual tokens that the LLM reads of an image.
+def tokens_read(model: VLM, features: np.ndarray, *, frames: int = 1) -> int | float:
+    """V: visual tokens that the LLM reads of an image, or of one of the `frames` of a clip.
 
-    The mean over its layers where it prunes, and over these features for an adaptive method.
+    The mean over its layers where it prunes, over the frames where it drops tokens of a clip, and
+    over these features for an adaptive method.
     """
-    V = tokens_given(model.compressor, features)
-    return cost.read_tokens(V, model.llm.size, model.llm.pruning)
+    V, pruning = tokens_given(model.compressor, features), model.llm.pruning
+    if pruning is not None and pruning.of_clips:
+        return pruning.given(V, frames) / frames
+    return cost.read_tokens(V, model.llm.size, pruning)
 
 
 def tokens_given(compressor: Compressor, features: np.ndarray) -> int | float:

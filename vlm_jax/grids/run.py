@@ -113,7 +113,7 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
         compressor_parameters=vlm.parameters(model.compressor),
         **method,
         blind=cell.blind,
-        V=details.tokens_read(model, test.features),
+        V=details.tokens_read(model, test.features, frames=cell.frames),
         frames=cell.frames,
         Q=Q,
         G=G,

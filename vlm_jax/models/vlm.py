@@ -6,7 +6,7 @@ D llm width  W vocabulary  I image side in pixels
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,13 +25,18 @@ from vlm_jax.models.pruned import Images
 from vlm_jax.models.question import QUESTIONS, feature
 from vlm_jax.models.segments import starts
 from vlm_jax.models.sizes import VLMSize
+from vlm_jax.models.splice import Batch as Batch
+from vlm_jax.models.splice import by_image, splice
 from vlm_jax.models.vit import ViT
 from vlm_jax.models.voco import Summary
 
-Batch = Mapping[str, Array]
 ONE_IMAGE = (
     "this model keeps of the one image of a row what its text asks for (pruning.kind, voco, "
     "llava_mini): ask about one image at a time, or prune nothing (pruning.kind='none')"
+)
+ONE_CLIP = (
+    "pruning.kind='evs' drops tokens between the frames of the one clip of a row: give one clip or "
+    "one image, or use pruning.kind='none'"
 )
 
 
@@ -150,8 +155,10 @@ class VLM(nnx.Module):
         ids, length = each(batch, "question"), each(batch, "question_length")
         return QUESTIONS[self.compressor.method.query](self.llm, ids, length)
 
-    def assemble(self, batch: Batch) -> "Assembled":
+    def assemble(self, batch: Batch, *, dropping: bool = False) -> "Assembled":
         """The input of the LLM's last pass, and the pass before it.
+
+        With `dropping` a model that drops tokens of clips before the LLM does so.
 
         For a compressor that reads the text before the image, a first pass reads that text, and the
         last pass continues with its keys and values: no token is read twice.
@@ -169,7 +176,10 @@ class VLM(nnx.Module):
                 visual = self.visual_tokens(batch, question)
             else:
                 visual, text = self.fused(batch, text)
-            x, inside, segments = self.splice(text, visual, batch)
+            packed = dropping and self.drops and batch["image_at"].ndim > 1
+            if packed:
+                visual = self.dropped(visual)
+            x, inside, segments = splice(text, visual, batch, packed=packed)
             return Assembled(x, visual.count, inside, visual.tokens.shape[1], segments=segments)
         if "segment" in batch:
             raise ValueError(
@@ -187,8 +197,19 @@ class VLM(nnx.Module):
         past = self.llm.start(text[:, :first], length)
         visual = self.visual_tokens(batch, feature(past.hidden, length))
         at = {"image_at": jnp.zeros_like(length)}
-        x, inside, _ = self.splice(text[:, first:], visual, at)
+        x, inside, _ = splice(text[:, first:], visual, at)
         return Assembled(x, visual.count, inside, visual.tokens.shape[1], past)
+
+    @property
+    def drops(self) -> bool:
+        """Whether tokens of clips are left out before the LLM, in a prefill."""
+        return self.llm.pruning is not None and self.llm.pruning.before() is not None
+
+    def dropped(self, visual: Visual) -> Visual:
+        """What is left of each row's clip, packed."""
+        V, images = self.compressor.tokens, visual.count.shape[1]
+        kept = tuple(self.llm.pruning.given(V, n) for n in range(images + 1))
+        return self.llm.pruning.before()(visual.tokens, visual.count, kept)
 
     @jax.named_scope("prefusion")
     def fused(
@@ -210,36 +231,6 @@ class VLM(nnx.Module):
         has_image = batch["image_at"] < text.shape[1]
         text = jnp.where((visible & has_image[:, None])[..., None], changed, text)
         return self.visual_tokens({**batch, "visual": tokens}, None), text.astype(self.llm.dtype)
-
-    @jax.named_scope("splice")
-    def splice(
-        self, text: Float[Array, "B T D"], visual: Visual, batch: Batch
-    ) -> tuple[Float[Array, "B X D"], Bool[Array, "B X"], Int[Array, "B X"] | None]:
-        """Each row's text with each image's tokens inserted at its position, without gaps; which
-        tokens are visual; and, if rows hold several examples, the example of each, and X is T.
-
-        What comes after a row's last token is never seen: rows are causal.
-        """
-        length, slots = text.shape[1], visual.tokens.shape[1]
-        several = "segment" in batch
-        place = jnp.arange(length if several else length + slots)[:, None]
-        at, count = by_image(batch["image_at"])[:, None], by_image(visual.count)[:, None]
-        images = at.shape[2]
-        # An image comes after the tokens of earlier images.
-        start = at + jnp.cumsum(count, axis=2) - count
-        end = start + count
-        inside = (place >= start) & (place < end)
-        first = length + slots // images * jnp.arange(images)
-        seen = jnp.where(inside, first + place - start, 0).sum(2)
-        read = place[:, 0] - jnp.where(place >= end, count, 0).sum(2)
-        read = jnp.minimum(read, length - 1)
-        is_visual = inside.any(2)
-        index = jnp.where(is_visual, seen, read)
-        x = rows(jnp.concatenate([text, visual.tokens], axis=1), index)
-        if not several:
-            return x, is_visual, None
-        of_images = jnp.where(inside, by_image(batch["image_segment"])[:, None], 0).sum(2)
-        return x, is_visual, jnp.where(is_visual, of_images, rows(batch["segment"], read))
 
     def logits(self, batch: Batch) -> Float[Array, "B T W"]:
         """The scores of every text token, given all tokens before it."""
@@ -297,14 +288,14 @@ class VLM(nnx.Module):
         over tokens that come before those of every row [1 S D] or of each [B S D]; not for a
         compressor that reads the prompt from its first token.
         """
-        x, count, visual, most, past, _ = self.assemble(batch)
+        x, count, visual, most, past, _ = self.assemble(batch, dropping=True)
         length = batch["length"] + by_image(count).sum(1)
         if prefix is not None:
             past = repeated(prefix, x.shape[0])
             length += past.position
         slots = x.shape[1] + new_tokens + (0 if past is None else past.hidden.shape[1])
-        images = None
-        if self.llm.pruning is not None and visual is not None:
+        images, pruning = None, self.llm.pruning
+        if pruning is not None and pruning.inside is not None and visual is not None:
             if batch["image_at"].ndim > 1:
                 raise ValueError(ONE_IMAGE)
             last = length - 1 if past is None else length - 1 - past.length
@@ -340,11 +331,6 @@ def each(batch: Batch, name: str) -> Shaped[Array, "BM *X"]:
     dims = ("batch", *["none"] * (x.ndim - 2))
     shape = (x.shape[0] * x.shape[1], *x.shape[2:])
     return jnp.reshape(x, shape, out_sharding=mesh.spec(*dims))
-
-
-def by_image(x: Int[Array, "B *M"]) -> Int[Array, "B M"]:
-    """Numbers of images with the dimension M, which is left out if a row has at most one image."""
-    return x[:, None] if x.ndim == 1 else x
 
 
 def read(

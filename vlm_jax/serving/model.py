@@ -195,7 +195,10 @@ class VLM:
                 "with compressor.query='separate'"
             )
         which = tuple(range(images)) if images > 1 else 0 if images else None
-        if images > 1 and not self.decoder.model.reads_in_parts:
+        if images > 1 and self.decoder.model.drops:
+            if images != frames:
+                raise ValueError(vlm.ONE_CLIP)
+        elif images > 1 and not self.decoder.model.reads_in_parts:
             raise ValueError(vlm.ONE_IMAGE)
         example = Example("prompt", which, pairs, family="", task="", frames=frames)
         processor = self.processor if system is None else self.processor.saying(system)
@@ -278,7 +281,8 @@ class VLM:
           TooLong: for a request that does not fit into the model, with the numbers.
         """
         V = self.compressor.tokens if visual_tokens is None else visual_tokens
-        V *= len(request.pixels)
+        pruning, images = self.decoder.model.llm.pruning, len(request.pixels)
+        V = images * V if pruning is None else pruning.given(V, images)
         read = len(request.ids) + V
         most = min(self.max_length - read, MOST_NEW_TOKENS) if new_tokens is None else new_tokens
         if read + max(most, 1) > self.max_length:

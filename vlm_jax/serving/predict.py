@@ -15,6 +15,7 @@ from vlm_jax import files, hosts, preemption, progress
 from vlm_jax.data import loader, sources
 from vlm_jax.data.processor import Processor
 from vlm_jax.data.texts import Texts
+from vlm_jax.models import vlm
 from vlm_jax.models.vlm import VLM
 from vlm_jax.serving.decoder import Decoder
 
@@ -66,7 +67,9 @@ def predict(
     filled with the examples that have no record because they cannot be used. With `stops` a SIGTERM
     ends it between batches; within a training, which has steps to save, it does not.
     """
-    tokenizer = processor.tokenizer
+    tokenizer, pruning = processor.tokenizer, model.llm.pruning
+    if pruning is not None and pruning.of_clips and config.data.images_per_row > 1:
+        raise ValueError(f"data.images_per_row={config.data.images_per_row}: {vlm.ONE_CLIP}")
     if buckets := config.data.buckets:
         # Training rows may be longer: of several questions, or with long answers.
         skip = config.data.on_bad_example == "skip"

@@ -34,6 +34,7 @@ LAST = {
     "pruning.layers": "after",
     "pruning.tokens": "keep",
     "pruning.weight": "weight",
+    "pruning.dropped": "dropped",
     "evaluate.batch": "batch",
     "evaluate.max_new_tokens": "new",
 }

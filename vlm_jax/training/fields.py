@@ -234,7 +234,8 @@ FIELDS: dict[str, Field] = {
         text_depth=COUNT, text_heads=COUNT, text_vocab=COUNT, text_length=COUNT,
     ),
     # Of a model that training has made; it reads all tokens.
-    **_section("pruning", ANSWERS, kind=None, layers=COUNTS, tokens=COUNTS, weight=SHARE),
+    **_section("pruning", ANSWERS, kind=None, layers=COUNTS, tokens=COUNTS, weight=SHARE,
+               dropped=SHARE),
     **_section("lora", RUN, rank=SOME, alpha=POSITIVE, targets=None),
     "start_from": Field(RUN),
     # float32 and bfloat16 part ways after a few steps; what is trained can be asked in either.
@@ -251,8 +252,7 @@ FIELDS: dict[str, Field] = {
     "data.mixture": Field(PLACE),
     # Its ids are the rows of the model's embedding.
     "data.tokenizer": Field(PLACE),
-    "data.template": Field(SHOWN),
-    "data.image_fit": Field(SHOWN),
+    **_section("data", SHOWN, template=None, image_fit=None),
     # What the encoder was made for.
     **_section("data", RUN, image_mean=Range(False, -10, 10, many=True),
                image_std=Range(False, 0, 10, open=True, many=True), image_resample=None,

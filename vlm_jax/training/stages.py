@@ -176,7 +176,8 @@ def check(recipe: Recipe, *, cell: bool = False) -> None:
             "for a model that was trained without compression"
         )
     method, pruning, images = recipe.model.compressor, recipe.model.pruning, recipe.row[1]
-    if images > 1 and (method.summarizes or method.prefusion or (cell and pruning)):
+    inside = pruning is not None and not pruning.of_clips
+    if images > 1 and (method.summarizes or method.prefusion or (cell and inside)):
         what = f"compressor.kind={method.kind!r}"
         if not (method.summarizes or method.prefusion):
             what = f"pruning.kind={pruning.kind!r}"

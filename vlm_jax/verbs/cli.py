@@ -28,8 +28,9 @@ def pruning_flag(default: str) -> dict[str, Any]:
     """What argparse has to know of a flag --pruning."""
     return dict(
         metavar="KIND",
-        help="visual tokens that the LLM leaves out between its layers, such as "
-        "fastv:layers=2:tokens=64, pyramiddrop, tokencarve:tokens=64 or none "
+        help="visual tokens that the LLM leaves out between its layers, or of a clip before it, "
+        "such as fastv:layers=2:tokens=64, pyramiddrop, tokencarve:tokens=64, evs:dropped=0.7 or "
+        "none "
         f"(default: as {default})",
     )
 

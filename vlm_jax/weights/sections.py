@@ -10,7 +10,7 @@ from typing import Any
 
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.data.images import FILTERS
-from vlm_jax.models.pruning import PRUNINGS
+from vlm_jax.models.pruning import NONE, PRUNINGS
 from vlm_jax.models.sizes import LLMSize, ViTSize
 from vlm_jax.weights import ends
 from vlm_jax.weights.classes import DEEPEST, allow
@@ -29,6 +29,7 @@ ZERO = (
     "compressor.queries",
     "compressor.prefusion",
     "compressor.selection_seed",
+    "pruning.dropped",
 )  # sizes of which 0 means something
 
 
@@ -72,8 +73,10 @@ def check_model(fields: dict[str, Any]) -> None:
         section(name, fields, {f.name: f.type for f in size_fields}, needed)
         fields[name] = defaults | fields[name]
     if "pruning" in fields:
-        kinds = dict(kind=str, layers=tuple[int, ...], tokens=tuple[int, ...], weight=float)
-        section("pruning", fields, kinds, list(kinds))
+        ints = tuple[int, ...]
+        kinds = dict(kind=str, layers=ints, tokens=ints, weight=float, dropped=float)
+        section("pruning", fields, kinds, [name for name in kinds if name != "dropped"])
+        fields["pruning"] = NONE | fields["pruning"]  # older folders have no `dropped`
         allow("pruning.kind", fields["pruning"]["kind"], ("none", *sorted(PRUNINGS)))
     section("compressor", fields, compressor_fields(), ("kind", "tokens"))
     allow("compressor.kind", fields["compressor"]["kind"], tuple(sorted(COMPRESSORS)))
@@ -108,7 +111,8 @@ def typed(name: str, value: Any, kind: Any) -> None:
     if kind is int:
         whole(name, value, least=int(name not in ZERO), most=MOST.get(name.split(".")[-1], LARGEST))
     elif kind is float:
-        number(name, value)
+        if value != 0 or name not in ZERO:
+            number(name, value)
     elif kind is bool:
         if type(value) is not bool:
             raise ValueError(f"{name}={value_text(value)}: true or false is needed")

@@ -21,6 +21,7 @@ class PruMergeMethod(Projected):
     """
 
     kind: ClassVar[str] = "prumerge"
+    in_place: ClassVar[bool] = False
     reads: ClassVar[str] = "keys"
 
     @staticmethod

@@ -12,6 +12,7 @@ class UniformMethod(Selection):
     """V patches spread evenly over the grid."""
 
     kind: ClassVar[str] = "uniform"
+    in_place: ClassVar[bool] = True
 
     @staticmethod
     def module() -> type:

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of prunings: ways of leaving visual tokens out between the layers of the LLM.
+"""The table of prunings: ways of leaving visual tokens out between the layers of the LLM, or, of
+clips, before it.
 
-Descriptions need no JAX; what they do to a row is in `cuts.py`, the pass in `../pruned.py`.
+Descriptions need no JAX; what they do to a row is in `cuts.py` and `../dropped.py`, the pass in
+`../pruned.py`.
 """
 
 from typing import Any
 
 from vlm_jax.models.pruning.description import NONE, Pruning, Read
 from vlm_jax.models.pruning.description import Run as Run
+from vlm_jax.models.pruning.evs import EVS
 from vlm_jax.models.pruning.fastv import FastV
 from vlm_jax.models.pruning.pyramiddrop import PyramidDrop
 from vlm_jax.models.pruning.tokencarve import TokenCarve
 
 PRUNINGS: dict[str, type[Pruning]] = {
-    pruning.kind: pruning for pruning in (FastV, PyramidDrop, TokenCarve)
+    pruning.kind: pruning for pruning in (EVS, FastV, PyramidDrop, TokenCarve)
 }
 
 
@@ -48,7 +51,8 @@ def tuple_of(value: Any) -> Any:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """The section that a flag writes as "fastv:tokens=64" or "tokencarve:tokens=64:weight=0.7".
+    """The section that a flag writes as "fastv:tokens=64", "tokencarve:tokens=64:weight=0.7" or
+    "evs:dropped=0.7".
 
     ValueError for anything else, and for a field that there is not.
     """
@@ -57,7 +61,7 @@ def parse(text: str) -> dict[str, Any]:
     for part in parts:
         name, _, value = part.partition("=")
         try:
-            if name == "weight":
+            if name in ("weight", "dropped"):
                 section[name] = float(value)
             elif name in ("layers", "tokens"):
                 section[name] = tuple(int(number) for number in value.split(","))
@@ -65,7 +69,7 @@ def parse(text: str) -> dict[str, Any]:
                 raise ValueError(name)
         except ValueError:
             raise ValueError(
-                f"--pruning={text}: {part!r} is none of layers=N,N, tokens=N,N and weight=W, as in "
-                "fastv:layers=2:tokens=64"
+                f"--pruning={text}: {part!r} is none of layers=N,N, tokens=N,N, weight=W and "
+                "dropped=Q, as in fastv:layers=2:tokens=64"
             ) from None
     return section

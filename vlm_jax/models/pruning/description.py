@@ -11,7 +11,10 @@ from typing import Any, ClassVar, NamedTuple
 
 from vlm_jax.compressors.method import Method, Number
 
-NONE: dict[str, Any] = dict(kind="none", layers=(), tokens=(), weight=0.5)  # prunes nothing
+# Prunes nothing.
+NONE: dict[str, Any] = dict(kind="none", layers=(), tokens=(), weight=0.5, dropped=0.0)
+# Fields that one kind alone reads.
+ALONE = {"weight": "tokencarve", "dropped": "evs"}
 
 
 class Read(NamedTuple):
@@ -48,6 +51,8 @@ class Pruning(ABC):
     packs: ClassVar[bool] = False
     # Whether the caches of the layers before a cut lose the same tokens.
     forgets: ClassVar[bool] = False
+    # Whether a row may hold the frames of a clip, and not one image alone.
+    of_clips: ClassVar[bool] = False
 
     layers: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -59,11 +64,12 @@ class Pruning(ABC):
         ValueError where that is nothing, for a field that is not read, and as `check` raises.
         """
         names = [field.name for field in dataclasses.fields(cls)]
-        if "weight" not in names and fields["weight"] != NONE["weight"]:
-            raise ValueError(
-                f"pruning.weight={fields['weight']} is of pruning.kind='tokencarve', not of "
-                f"{cls.kind!r}: leave it out"
-            )
+        for name, kind in ALONE.items():
+            if name not in names and fields[name] != NONE[name]:
+                raise ValueError(
+                    f"pruning.{name}={fields[name]} is of pruning.kind={kind!r}, not of "
+                    f"{cls.kind!r}: leave it out"
+                )
         values = {name: fields[name] for name in names}
         values["layers"] = values["layers"] or cls.usual_layers(read.depth)
         values["tokens"] = values["tokens"] or cls.usual_tokens(read.visual)
@@ -111,6 +117,19 @@ class Pruning(ABC):
     def cut(self) -> Callable[..., Any]:
         """The function of `cuts.py`, without JAX until it is asked for; its arguments are those of
         `cuts.by_attention`."""
+
+    @property
+    def inside(self) -> "Pruning | None":
+        """What happens between the layers; None where nothing does."""
+        return self
+
+    def before(self) -> Callable[..., Any] | None:
+        """The function of `models/dropped.py` that leaves tokens out before the LLM, if any."""
+        return None
+
+    def given(self, visual: Number, frames: Number) -> Number:
+        """Visual tokens of a row that the first layer reads, of `frames` images with `visual`."""
+        return frames * visual
 
     def runs(self, depth: int, visual: Number) -> tuple[Run, ...]:
         """The layers between two cuts and the visual tokens that they read, of `visual`."""
