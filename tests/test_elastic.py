@@ -12,7 +12,7 @@ from flax import nnx
 
 from vlm_jax import compressors, mesh
 from vlm_jax.__main__ import main
-from vlm_jax.compressors.elastic import Elastic
+from vlm_jax.compressors.elastic import Elastic, rectangles
 from vlm_jax.compressors.method import Interface
 from vlm_jax.compressors.window import window_order
 from vlm_jax.compressors.windowed import by_window
@@ -83,7 +83,7 @@ def test_at_each_v_it_is_the_compressor_of_that_v(section, mesh1):
                 found.append(at.attention.absorbed)
         # The choice of a form follows V, in the copy alone.
         assert found in ([], [True, True, False])
-        with pytest.raises(ValueError, match="cannot make 9 visual tokens"):
+        with pytest.raises(ValueError, match="gives the V of compressor.elastic=.1, 4, 16., not 9"):
             made.at(9)
 
 
@@ -92,9 +92,47 @@ def test_patches_are_sorted_as_the_encoder_orders_them(mesh8):
     with jax.set_mesh(mesh8):
         spread = mesh.spread(x, mesh8, "batch")
         for window in (1, 2, 3, 6):
-            found = by_window(spread, 6, window)
+            found = by_window(spread, 6, window, window)
             np.testing.assert_array_equal(found, x[:, window_order(6, window)])
             assert jax.typeof(found).sharding == jax.typeof(spread).sharding
+
+
+def test_windows_may_be_rectangles(mesh1):
+    assert rectangles(6) == {
+        1: (6, 6), 2: (6, 3), 3: (6, 2), 4: (3, 3), 6: (3, 2), 9: (2, 2), 12: (3, 1), 18: (2, 1),
+        36: (1, 1),
+    }  # fmt: skip
+    between = Interface(side=6, width=16, levels=1, llm_width=8)
+    grid = np.random.default_rng(0).normal(size=(2, 6, 6, 16)).astype(np.float32)
+    levels = jnp.array(grid.reshape(2, 36, 16))
+    fields = dict(heads=2, tokens=36, elastic=tuple(rectangles(6)))
+    with jax.set_mesh(mesh1):
+        pool, packer = (
+            tiny.roughened(compressors.describe(kind | fields).build(between, rngs=nnx.Rngs(0)))
+            for kind in (dict(kind="pool"), dict(kind="token_packer"))
+        )
+        for tokens, (rows, columns) in rectangles(6).items():
+            cut = [
+                grid[:, r : r + rows, c : c + columns]
+                for r in range(0, 6, rows)
+                for c in range(0, 6, columns)
+            ]
+            means = jnp.array(np.stack([window.mean((1, 2)) for window in cut], axis=1))
+            np.testing.assert_allclose(pool.at(tokens)(levels), pool.projector(means), atol=1e-5)
+            made = packer.at(tokens)
+            middles = [
+                window[:, (rows - 1) // 2 : rows // 2 + 1, (columns - 1) // 2 : columns // 2 + 1]
+                for window in cut
+            ]
+            centers = np.stack([middle.mean((1, 2)) for middle in middles], axis=1)
+            found = made.downsample(made.window_major(levels))
+            np.testing.assert_allclose(found, centers, atol=1e-6)
+            # Patches of the first window enter the first token alone.
+            changed = grid.copy()
+            changed[:, :rows, :columns] += np.linspace(-1, 1, 16)
+            before, after = made(levels), made(jnp.array(changed.reshape(2, 36, 16)))
+            moved = np.abs(before - after).max((0, 2))
+            assert len(moved) == tokens and moved[0] > 1e-3 and (moved[1:] < 1e-6).all()
 
 
 def test_requests_run_at_each_of_its_v(mesh1):
@@ -107,7 +145,7 @@ def test_requests_run_at_each_of_its_v(mesh1):
             one = Decoder(alone(model, tokens), stop_ids=())
             found = answer(batch, tokens, new_tokens=2)
             np.testing.assert_array_equal(found, one(batch, new_tokens=2))
-        with pytest.raises(ValueError, match="cannot make 9 visual tokens"):
+        with pytest.raises(ValueError, match="gives the V of compressor.elastic=.1, 4, 16., not 9"):
             answer(batch, 9, new_tokens=2)
 
 

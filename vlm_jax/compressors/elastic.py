@@ -4,9 +4,25 @@
 V visual tokens (`tokens`)
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 from vlm_jax.compressors.method import Interface, Method, Number
+
+
+def rectangles(side: int) -> dict[int, tuple[int, int]]:
+    """Ascending V -> rows and columns in patches of each of V equal windows on a square grid.
+
+    Of the windows that give V those that are most nearly square, and of two that are alike the
+    taller: lines of text run across.
+    """
+    parts = [n for n in range(1, side + 1) if side % n == 0]
+    found: dict[int, tuple[int, int]] = {}
+    for rows, columns in sorted(
+        ((r, c) for r in parts for c in parts), key=lambda w: (abs(math.log(w[0] / w[1])), -w[0])
+    ):
+        found.setdefault(side**2 // (rows * columns), (rows, columns))
+    return dict(sorted(found.items()))
 
 
 @dataclass(frozen=True)
@@ -14,7 +30,8 @@ class Elastic(Method):
     """A windowed method with a form in which no weight depends on V.
 
     `elastic` names the V of which each step of align and finetune runs one, so that one model
-    serves them all (as TokenFLEX draws V, arXiv 2504.03154); (): the model has the one V.
+    serves them all (as TokenFLEX draws V, arXiv 2504.03154); (): the model has the one V. Its
+    windows may be rectangles, those of one V are squares.
     """
 
     elastic: tuple[int, ...] = field(default=(), kw_only=True)
@@ -28,10 +45,11 @@ class Elastic(Method):
         return "elastic" if self.elastic else ""
 
     def check(self, interface: Interface) -> None:
-        super().check(interface)
         if not self.elastic:
+            super().check(interface)
             return
-        supported = self.supported(interface.side)
+        self.check_rows(interface)
+        supported = list(rectangles(interface.side))
         if wrong := [V for V in self.elastic if V not in supported]:
             side = interface.side
             raise ValueError(
@@ -47,7 +65,7 @@ class Elastic(Method):
             )
 
     def fixed(self, tokens: Number) -> "Elastic":
-        return replace(self, tokens=tokens, elastic=())
+        return replace(self, tokens=tokens, elastic=(tokens,))
 
     def given(self, side: int) -> list[int]:
         return list(self.elastic) or super().given(side)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base of modules that make one token of each square window, for one V or for several.
+"""The base of modules that make one token of each window, for one V or for several.
 
 B batch  P patches  V visual tokens = windows
 """
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vlm_jax.compressors.elastic import rectangles
 from vlm_jax.compressors.matryoshka import Matryoshka
 from vlm_jax.compressors.method import Interface, Method, window_side
 from vlm_jax.compressors.window import WindowAttention
@@ -24,12 +25,12 @@ class Windowed(Matryoshka):
         super().__init__(method, interface)
         self.buckets = method.buckets(self.side)
         self.drawn = method.drawn_tokens(self.side)
-        self.window = 1 if self.buckets else self.span
+        self.window = 1 if self.buckets else window_side(self.tokens, self.side)
 
     @property
-    def span(self) -> int:
-        """Side in patches of each of its windows."""
-        return window_side(self.tokens, self.side)
+    def span(self) -> tuple[int, int]:
+        """Rows and columns in patches of each of its windows."""
+        return rectangles(self.side)[self.tokens]
 
     def at(self, tokens: int) -> "Windowed":
         """The same weights with `tokens` visual tokens.
@@ -44,20 +45,25 @@ class Windowed(Matryoshka):
 
     def window_major(self, x: Float[Array, "B P *rest"]) -> Float[Array, "B P *rest"]:
         """The patches window by window: as they come, or sorted from raster order."""
-        return x if self.window == self.span else by_window(x, self.side, self.span)
+        if self.span == (self.window, self.window):
+            return x
+        return by_window(x, self.side, *self.span)
 
 
-def by_window(x: Float[Array, "B P *rest"], side: int, window: int) -> Float[Array, "B P *rest"]:
-    """Patches of a `side` x `side` grid from raster order into that of `window_order`."""
+def by_window(
+    x: Float[Array, "B P *rest"], side: int, rows: int, columns: int
+) -> Float[Array, "B P *rest"]:
+    """Patches of a `side` x `side` grid from raster order window by window, as `window_order` does
+    for squares."""
     batch, patches, *rest = x.shape
-    n, (rows, places, *others) = side // window, jax.typeof(x).sharding.spec
+    of_batch, places, *others = jax.typeof(x).sharding.spec
     cut = jnp.reshape(
         x,
-        (batch, n, window, n, window, *rest),
-        out_sharding=jax.P(rows, None, None, None, None, *others),
+        (batch, side // rows, rows, side // columns, columns, *rest),
+        out_sharding=jax.P(of_batch, None, None, None, None, *others),
     )
     return jnp.reshape(
         jnp.swapaxes(cut, 2, 3),
         (batch, patches, *rest),
-        out_sharding=jax.P(rows, places, *others),
+        out_sharding=jax.P(of_batch, places, *others),
     )

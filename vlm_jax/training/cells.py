@@ -201,7 +201,7 @@ def stage_flops(recipe: Recipe, stage: str, *, cached: bool, text: float | None 
     """
     model, rows, trained = recipe.model, recipe.rows, recipe.stage(stage)
     vit, compressor, llm = model.vit, model.compressor, model.llm
-    if drawn := recipe.drawn:  # every V is that of as many steps
+    if len(drawn := recipe.drawn) > 1:  # every V is that of as many steps
         each = (stage_flops(recipe.fixed(V), stage, cached=cached, text=text) for V in drawn)
         return sum(each) / len(drawn)
     shown = (compressor.tokens,)  # V of each pass of the LLM over an example

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vlm_jax import cpu, mesh
-from vlm_jax.compressors.method import Interface
+from vlm_jax.compressors.method import Interface, window_side
 from vlm_jax.compressors.projector import MLP, KeysAndValues
 from vlm_jax.compressors.quecc import QueCCMethod
 from vlm_jax.compressors.window import WindowAttention, window_order, windows
@@ -69,8 +69,10 @@ class QueCC(Windowed):
             )
         tokens, side, width = self.tokens, interface.side, interface.width
         llm_width = interface.llm_width
-        self.kernel, self.stride = kernel or self.span, stride or self.span
-        check_convolution(side, self.kernel, self.stride, tokens)
+        span = window_side(tokens, side)
+        self.kernel, self.stride = kernel or span, stride or span
+        if conv:
+            check_convolution(side, self.kernel, self.stride, tokens)
         self.text = (
             Linear(
                 "BD,DE->BE",
@@ -137,10 +139,10 @@ class QueCC(Windowed):
         """
         if self.taps is None:
             return windows(x, self.tokens).mean(2)
-        if self.kernel == self.stride == self.span:
+        if self.kernel == self.stride == self.window:
             under = windows(x, self.tokens)
         else:
-            index = fields(self.side, self.span, self.kernel, self.stride)
+            index = fields(self.side, self.window, self.kernel, self.stride)
             under = x.at[:, index].get(out_sharding=mesh.spec("batch", "len", "len", "feature"))
         taps, bias = self.taps[...].astype(x.dtype), self.taps_bias[...].astype(x.dtype)
         return cpu.sum_of_windows(under * taps) + bias

@@ -101,13 +101,13 @@ class TokenPacker(Windowed):
     def downsample(self, x: Float[Array, "B P E"]) -> Float[Array, "B V E"]:
         """Bilinear interpolation without antialias: the center of each window, in float32.
 
-        One patch where the window's side is odd, the mean of the middle four where it is even.
+        One patch where a side of the window is odd, the mean of the middle two where it is even.
         """
-        side = self.span
+        rows, columns = self.span
         grid = jnp.reshape(
             x,
-            (x.shape[0], self.tokens, side, side, x.shape[2]),
+            (x.shape[0], self.tokens, rows, columns, x.shape[2]),
             out_sharding=mesh.spec("batch", "len", "len", "len", "feature"),
         )
-        middle = slice((side - 1) // 2, side // 2 + 1)
-        return grid[:, :, middle, middle].astype(jnp.float32).mean((2, 3)).astype(x.dtype)
+        middle, center = (slice((n - 1) // 2, n // 2 + 1) for n in (rows, columns))
+        return grid[:, :, middle, center].astype(jnp.float32).mean((2, 3)).astype(x.dtype)
