@@ -19,7 +19,8 @@ ARGUMENT = {unit: name for name, unit in exported.LIMITS.items()}
 
 
 def few_pages(folder: Path) -> list[tuple[str, bool, dict]]:
-    """Three of `pages`, which take a third of its time: a mixture, types of numbers, cells."""
+    """Three of `pages`, which take a third of its time: a mixture, types of numbers, cells; and one
+    of what an LLM reads in a pass of its own, or forgets."""
     points = {name: published.points(name) for name in ("reasoning", "ocr")}
     both = families.fit_families(points, {}, bootstrap=40, method="token_packer").fields
     (folder / "both.json").write_text(json.dumps(both))
@@ -27,8 +28,10 @@ def few_pages(folder: Path) -> list[tuple[str, bool, dict]]:
     return [
         (str(folder / "both.json"), True, {}),
         (str(folder / "both.json"), False, stored | dict(llms=[1.0, 3.5, 20.0])),
+        (str(folder / "both.json"), False, dict(
+            compressors=["voco", "fwd2bot"], tokens=[1, 16], chips_together=4)),
         (str(DEMO), True, dict(config=str(HOME / "configs/demo.py"))),
-    ]
+    ]  # fmt: skip
 
 
 def pages(folder: Path) -> list[tuple[str, bool, dict]]:

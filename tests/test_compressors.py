@@ -20,6 +20,7 @@ from made_numbers import filled, numbers
 from vlm_jax import mesh
 from vlm_jax.compressors import COMPRESSORS, projector
 from vlm_jax.compressors.compressor import Question
+from vlm_jax.compressors.fwd2bot.module import Fwd2Bot
 from vlm_jax.compressors.llava_mini.module import LlavaMini
 from vlm_jax.compressors.m3.module import M3
 from vlm_jax.compressors.mqt import module as mqt
@@ -58,6 +59,9 @@ def literal(module, levels, question, *, width, heads, tensors=None):
     if isinstance(module, LlavaMini):
         tokens = literal_compressors.llava_mini(tensors, levels[:, -width:], heads=heads)
         return literal_compressors.mlp(tensors, "0", "2", tokens)
+    if isinstance(module, Fwd2Bot):  # what the LLM's first pass reads
+        patches = literal_compressors.projected(tensors, levels, width=width)
+        return np.concatenate([patches, tensors["summary"]])
     if isinstance(module, Voco):
         patches = literal_compressors.projected(tensors, levels, width=width)
         return np.concatenate([patches, np.tile(tensors["voco"], (module.method.tokens, 1))])
@@ -368,10 +372,15 @@ def trained(request, mesh1, mesh8):
 def loss_and_gradients(of, meshes, levels, question):
     with jax.set_mesh(meshes):
         module = roughened(jax.eval_shape(lambda: tiny.compressor(**of)))
-        toward = np.random.default_rng(2).normal(size=(module.tokens, of["llm_width"]))
+        # Of one that condenses, what the LLM reads, and what it hands on.
+        made = module.tokens + module.method.condensed(of["side"] ** 2)
+        toward = np.random.default_rng(2).normal(size=(made, of["llm_width"]))
 
         def loss(module, levels, question):
-            return (module(levels, question) * toward.astype("f4")).sum() / toward.size
+            tokens = module(levels, question)
+            if module.method.condenses:
+                tokens = jnp.concatenate([tokens, module.handed(tokens)], axis=1)
+            return (tokens * toward.astype("f4")).sum() / toward.size
 
         step = jax.value_and_grad(loss)
         value, gradients = apply(module, of, levels, question, run=step)

@@ -59,6 +59,7 @@ def compiled(c, name):
     (dict(remat="dots"), "finetune", (2, 2, 2), 1.15),
     (dict(remat="full"), "align", (1, 1, 1), 1.4),  # no weight of the LLM has a gradient
     (dict(compressor=dict(kind="llava_mini", heads=4)), "finetune", (1, 1, 1), 1.25),
+    (dict(compressor=dict(kind="fwd2bot")), "finetune", (1, 1, 1), 1.25),
 ])  # fmt: skip
 def test_the_estimate_is_near_the_compilers_count(changes, name, axes, most, mesh1, mesh8):
     c = small(**changes)

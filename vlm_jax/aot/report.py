@@ -29,8 +29,8 @@ ESTIMATE = (
     "what is longer than the computing. Nothing was timed on a TPU"
 )
 # Parts of a step by the named scopes of the model; an operation belongs to the first that matches.
-PARTS = ("optimizer", "encoder", "compressor", "question", "prefusion", "splice", "pruning",
-         "embedding", "logits", "loss", "attention", "mlp")  # fmt: skip
+PARTS = ("optimizer", "encoder", "compressor", "question", "prefusion", "condensing", "splice",
+         "pruning", "embedding", "logits", "loss", "attention", "mlp")  # fmt: skip
 
 
 def part_of(scope: str) -> str:

@@ -10,6 +10,7 @@ from vlm_jax.compressors.cdpruner import CDPrunerMethod
 from vlm_jax.compressors.divprune import DivPruneMethod
 from vlm_jax.compressors.downsample import DownsampleMethod
 from vlm_jax.compressors.elastic import Elastic
+from vlm_jax.compressors.fwd2bot import Fwd2BotMethod
 from vlm_jax.compressors.llava_mini import LlavaMiniMethod
 from vlm_jax.compressors.m3 import M3Method
 from vlm_jax.compressors.method import Method
@@ -33,6 +34,7 @@ COMPRESSORS: dict[str, type[Method]] = {
         CDPrunerMethod,
         DivPruneMethod,
         DownsampleMethod,
+        Fwd2BotMethod,
         LlavaMiniMethod,
         M3Method,
         MMTokMethod,

@@ -116,6 +116,9 @@ class Method(ABC):
     any_tokens: ClassVar[bool] = False  # every model of it serves several V, chosen by request
     draws_tokens: ClassVar[bool] = False  # finetune draws V for each micro-batch from `prefixes`
     summarizes: ClassVar[bool] = False  # text reads the last `tokens` of an image's tokens alone
+    condenses: ClassVar[bool] = (
+        False  # the LLM makes the visual tokens of its tokens, in a pass before
+    )
     compresses: ClassVar[bool] = True  # False: every row of the encoder becomes a token
     selects: ClassVar[bool] = False  # it shows patches of a model that was trained on all of them
     in_place: ClassVar[bool] = True  # token k stands for the same place of every image
@@ -254,6 +257,11 @@ class Method(ABC):
     def reads_prefix(self) -> bool:
         """Whether that feature comes from the LLM's own pass over the text before the image."""
         return self.query == "prefix"
+
+    def condensed(self, rows: int) -> Number:
+        """The tokens of an image that the LLM reads in a pass of its own before the row; 0 if there
+        is none."""
+        return 0
 
     def shrink(self, side: int) -> int:
         """How many times smaller on each side the encoder sees the image."""

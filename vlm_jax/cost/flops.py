@@ -11,6 +11,7 @@ Here V and Q are visual and text tokens, G generated tokens, P patches, S keys.
 """
 
 import dataclasses
+from functools import partial
 from itertools import pairwise
 
 from vlm_jax.compressors.method import FORMS, Method, Number, Products
@@ -205,6 +206,7 @@ def request_flops(
         * (
             compressor_flops(compressor, vit, llm, form=form)
             + fusion_flops(compressor, vit, llm, Q)
+            + condensing_flops(compressor, vit, llm)
         ),
         question=frames * llm_flops(llm, question_tokens if separate else 0, logits=0),
         prefill=llm_flops(llm, first, logits=0)
@@ -221,6 +223,11 @@ def fusion_flops(compressor: Method, vit: ViTSize, llm: LLMSize, text: Number) -
     tokens = vit.patches + visual_tokens(compressor, vit) + text
     layers = dataclasses.replace(llm, depth=compressor.prefusion)
     return llm_flops(layers, tokens, logits=0)
+
+
+def condensing_flops(compressor: Method, vit: ViTSize, llm: LLMSize) -> Number:
+    """FLOPs of the LLM's pass over an image alone that makes its visual tokens; 0 without one."""
+    return llm_flops(llm, compressor.condensed(vit.rows), logits=0)
 
 
 def cached_tokens(V: Number, compressor: Method, llm: LLMSize, pruning: Pruning | None) -> Number:
@@ -285,26 +292,44 @@ def train_step_flops(
     """
     if stage not in ("align", "finetune"):
         raise ValueError(f"stage {stage!r} is not trained: choose align or finetune")
-    linear = 2 * tokens * llm.depth * block_weights(llm)
     separate = compressor.query == "separate"
     first = question if compressor.reads_prefix else 0
     attention = _attention(llm, first, first) + _attention(llm, tokens - first, tokens)
     head = 2 * (tokens if logits is None else logits) * llm.vocab * llm.width
-    low = 2 * tokens * adapters * (stage == "finetune")
-    weights = linear + head if stage == "finetune" and not adapters else low
-    linear += low
-    again = linear + attention if recompute else 0
-    language = 2 * (linear + head) + 3 * attention + weights + again
+    trained = partial(_trained, llm, stage=stage, recompute=recompute, adapters=adapters)
+    language = trained(tokens, attention, head)
     if not images:
         return language
     products = compressor_products(compressor, vit, llm, form=form)
     encoder = 0 if vit_cached else encoder_flops(vit, compressor)
     text = tokens - images * visual_tokens(compressor, vit)
     before = fusion_flops(compressor, vit, llm, text)
+    alone = compressor.condensed(vit.rows)
+    low = 2 * adapters * (stage == "finetune")
     return language + images * (
         encoder
         + (4 if recompute else 3) * before
         + products.training(batch * images)
+        + trained(alone, _attention(llm, alone, alone), 0)
         + llm_flops(llm, question * separate, logits=0)
-        + low / tokens * question * separate
+        + low * question * separate
     )
+
+
+def _trained(
+    llm: LLMSize,
+    tokens: Number,
+    attention: Number,
+    head: Number,
+    *,
+    stage: str,
+    recompute: bool,
+    adapters: Number,
+) -> Number:
+    """FLOPs of a pass of the LLM, forward and backward, whose input gets a gradient."""
+    linear = 2 * tokens * llm.depth * block_weights(llm)
+    low = 2 * tokens * adapters * (stage == "finetune")
+    weights = linear + head if stage == "finetune" and not adapters else low
+    linear += low
+    again = linear + attention if recompute else 0
+    return 2 * (linear + head) + 3 * attention + weights + again

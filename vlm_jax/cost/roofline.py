@@ -129,7 +129,8 @@ def request_bytes(
     keys = passes * (request.Q + V) + passes * (passes + 1) / 2
     return {
         "encoder": _encoder_weights(vit) * bytes_per_number,
-        "compressor": cost.compressor_parameters(compressor, vit, llm) * bytes_per_number,
+        "compressor": cost.compressor_parameters(compressor, vit, llm) * bytes_per_number
+        + (body * weight if compressor.condenses else 0),
         "question": body * weight if flops.question else 0,
         # Cached text is read, everything else is written: one cache entry per token either way.
         "prefill": (body + tables) * weight + token * (request.Q + V),
@@ -141,6 +142,7 @@ def passes(compressor: Method, request: Request) -> dict[str, Number]:
     """How often each phase goes through the LLM; phases that do not are left out."""
     asked = not request.cached_text
     return {
+        "compressor": int(compressor.condenses),
         "question": int(compressor.query == "separate" and asked),
         "prefill": 1 + int(compressor.reads_prefix and asked),
         "decode": max(request.G - 1, 0),
@@ -171,7 +173,8 @@ def communication(
     rows = request.frames * (compressor.encoded(vit.side) + vit.first)
     return {
         "encoder": sums(rows, vit.width, max(vit.levels)),
-        "compressor": 0.0,  # small: every chip computes all of it
+        # Small but for a pass of the LLM: every chip computes all of it.
+        "compressor": sums(request.frames * compressor.condensed(vit.rows), llm.width, llm.depth),
         "question": through["question"] * sums(text, llm.width, llm.depth),
         "prefill": sums(V + (0 if request.cached_text else request.Q), llm.width, llm.depth),
         "decode": through["decode"] * sums(1, llm.width, llm.depth),
@@ -214,17 +217,23 @@ def seconds(
 def live_bytes(
     vit: ViTSize, compressor: Method, llm: LLMSize, tokens: Number, bytes_per_number: int
 ) -> tuple[Number, Number]:
-    """Bytes of one image's activations in the encoder, and of its `tokens` rows in prefill.
+    """Bytes of one image's activations before the row, and of the row's `tokens` in prefill.
 
-    Those alive at the peak of a block: its input, its widest inner result and the scores in
-    float32, of all pairs of the encoder's rows and of QUERIES at once in prefill; and the scores of
+    Before it are the encoder and, if there is one, the LLM's pass over an image alone. Of a block
+    those count that are alive at its peak: its input, its widest inner result and the scores in
+    float32, of all pairs of the encoder's rows and of QUERIES at once in the LLM; and the scores of
     the vocabulary.
     """
     rows = compressor.encoded(vit.side) + vit.first
     encode = rows * (2 * vit.width + max(vit.mlp, 4 * vit.width) + len(vit.levels) * vit.width)
-    prefill = tokens * (2 * llm.width + max(2 * llm.mlp, 2 * llm.heads * llm.head_size))
-    scores = (vit.heads * rows**2, llm.heads * min(QUERIES, tokens) * tokens + llm.vocab)
-    return encode * bytes_per_number + 4 * scores[0], prefill * bytes_per_number + 4 * scores[1]
+    encode = encode * bytes_per_number + 4 * vit.heads * rows**2
+
+    def through(tokens: Number) -> Number:
+        numbers = tokens * (2 * llm.width + max(2 * llm.mlp, 2 * llm.heads * llm.head_size))
+        return numbers * bytes_per_number + 4 * llm.heads * min(QUERIES, tokens) * tokens
+
+    alone = through(compressor.condensed(vit.rows))
+    return max(encode, alone), through(tokens) + 4 * llm.vocab
 
 
 def memory(

@@ -124,6 +124,18 @@ class VLM(nnx.Module):
         dtype = "float32" if reader.reads else self.llm.dtype
         return each(batch, "levels")[:, order].astype(dtype)
 
+    def compress(
+        self, levels: Float[Array, "BM P Z"], question: Float[Array, "BM D"] | Question | None
+    ) -> Float[Array, "BM V D"] | Visual:
+        """The visual tokens of images. Where the compressor condenses, they are what the LLM makes
+        of its tokens in a first pass over each image alone, which prunes nothing."""
+        with jax.named_scope("compressor"):
+            output = self.compressor(levels, question)
+        if not self.compressor.method.condenses:
+            return output
+        with jax.named_scope("condensing"):
+            return self.compressor.handed(self.llm(output.astype(self.llm.dtype)))
+
     def visual_tokens(
         self, batch: Batch, question: Float[Array, "BM D"] | Question | None
     ) -> Visual:
@@ -131,9 +143,7 @@ class VLM(nnx.Module):
         if "visual" in batch:
             output = batch["visual"]
         else:
-            levels = self.levels(batch)
-            with jax.named_scope("compressor"):
-                output = self.compressor(levels, question)
+            output = self.compress(self.levels(batch), question)
         tokens, count = output if self.compressor.adaptive else (output, output.shape[1])
         at, limit = batch["image_at"], batch.get("limit")
         if at.ndim > 1:

@@ -111,12 +111,14 @@ def _terms(
 
 
 def _memory(full: costs.FullCost, sized: Sized, width: int) -> list[Any]:
-    """[weights, cache of a token, activations: encoder, prefill up to QUERIES tokens, and above].
+    """[weights, cache of a token, V, of which cached, activations: before the row, prefill up to
+    QUERIES tokens, and above].
 
     Prefill is [1, t, t^2] in its tokens t = Q + V; the last two are for each request of a batch.
     """
     need = roofline.memory(*sized, roofline.Request(1), bytes_per_number=width, stored=full.stored)
     V = float(cost.visual_tokens(sized[1], full.vit))
+    held = float(cost.cached_tokens(V, sized[1], sized[2], None))
     most = roofline.QUERIES
 
     def live(tokens: int) -> Number:
@@ -126,8 +128,9 @@ def _memory(full: costs.FullCost, sized: Sized, width: int) -> list[Any]:
     line = live(most + 1) - live(most)
     return [
         float(need.weights),
-        float(need.cache) / (1 + V),
+        float(need.cache) / (1 + held),
         V,
+        held,
         float(roofline.live_bytes(*sized, 1, width)[0]),
         [float(live(0)), float(live(1) - live(0) - square), float(square)],
         [float(live(most) - most * line), float(line)],

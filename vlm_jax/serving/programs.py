@@ -326,11 +326,11 @@ class Programs:
         """
 
         def f(model: VLM, levels: Array, question: Array | Question | None) -> Visual:
+            model = model.at(slots) if model.compressor.buckets else model
             reader = model.compressor
-            reader = reader.at(slots) if reader.buckets else reader
             if isinstance(question, Question):
                 question = QUESTIONS[reader.method.query](model.llm, *placed(question))
-            output = reader(levels, question)
+            output = model.compress(levels, question)
             tokens, count = output if reader.adaptive else (output, jnp.full(1, output.shape[1]))
             return Visual(tokens.astype(self.dtype), count)
 

@@ -68,20 +68,10 @@ def of_step(recipe: Recipe, name: str, shards: Mapping[str, int], platform: str)
     shown = model.compressor.trained_tokens(model.vit.side) if name == "finetune" else ()
     passes = max(len(shown), 1)
 
-    x = size * rows * places * llm.width
-    mlp = size * rows * places * llm.mlp / parts
-    wide = FLOAT32 / size * mlp  # gate and up are multiplied in float32
-    heads = size * rows * places * llm.head_size / parts
-    # Scores exist where the kernel of long rows does not run.
-    kernel = platform == "tpu" and model.kernels != "xla" and places >= SHORTEST
-    kernel &= not model.compressor.summarizes  # whose mask the kernel does not have
-    scores = 0 if kernel else FLOAT32 * rows * places**2 * llm.heads / parts
-    kept = {
-        "full": x,
-        # The products' results, with the block's input; down's is the next block's.
-        "dots": 2 * x + heads * (llm.heads + 2 * llm.kv_heads) + 2 * mlp,
-        "none": 8 * x + 4 * mlp + 3 * scores,
-    }[model.remat]
+    own = _Pass(recipe, platform, size, parts, rows, places)
+    # Of an image alone, before the row.
+    alone = _Pass(recipe, platform, size, parts, rows * images,
+                  round(model.compressor.condensed(model.vit.rows)))  # fmt: skip
 
     narrow = size < FLOAT32 and not (frozen and recipe.frozen_dtype != "float32")
     rounded = size * llm.depth * block_weights(llm) / (fsdp * parts) if narrow else 0
@@ -103,16 +93,46 @@ def of_step(recipe: Recipe, name: str, shards: Mapping[str, int], platform: str)
     return WorkingSet(
         # Layers before the LLM read the patches too.
         saved=(passes * llm.depth + model.compressor.prefusion * (1 + model.vit.patches / places))
-        * kept,
+        * own.kept
+        + passes * llm.depth * alone.kept,
         rounded=rounded,
         encoder=encoder(model, rows * images, size),
-        forward=2 * wide + 4 * gathered + 2 * x + 2 * scores,
+        forward=max(own.forward, alone.forward) + 4 * gathered,
         loss=loss,
-        # Three of float32 (gate, up and the gradient of their product) and the same rounded; the
-        # rest are queries, keys, values, their turned forms, attention's results, and gradients.
-        backward=3 * (wide + mlp) + 17 * x + 2 * gathered + 2 * scores,
+        backward=max(own.backward, alone.backward) + 2 * gathered,
         beside=platform == "tpu",
     )
+
+
+class _Pass:
+    """Bytes of a pass of the LLM over `rows` of `places` tokens on one device.
+
+    Attributes:
+      kept: what the forward pass of a block leaves. forward, backward: one turn of each.
+    """
+
+    def __init__(
+        self, recipe: Recipe, platform: str, size: int, parts: int, rows: int, places: int
+    ):
+        model, llm = recipe.model, recipe.model.llm
+        x = size * rows * places * llm.width
+        mlp = size * rows * places * llm.mlp / parts
+        wide = FLOAT32 / size * mlp  # gate and up are multiplied in float32
+        heads = size * rows * places * llm.head_size / parts
+        # Scores exist where the kernel of long rows does not run.
+        kernel = platform == "tpu" and model.kernels != "xla" and places >= SHORTEST
+        kernel &= not model.compressor.summarizes  # whose mask the kernel does not have
+        scores = 0 if kernel else FLOAT32 * rows * places**2 * llm.heads / parts
+        self.kept = {
+            "full": x,
+            # The products' results, with the block's input; down's is the next block's.
+            "dots": 2 * x + heads * (llm.heads + 2 * llm.kv_heads) + 2 * mlp,
+            "none": 8 * x + 4 * mlp + 3 * scores,
+        }[model.remat]
+        self.forward = 2 * wide + 2 * x + 2 * scores
+        # Three of float32 (gate, up and the gradient of their product) and the same rounded; the
+        # rest are queries, keys, values, their turned forms, attention's results, and gradients.
+        self.backward = 3 * (wide + mlp) + 17 * x + 2 * scores
 
 
 def encoder(model: VLMSize, images: int, size: int) -> Number:

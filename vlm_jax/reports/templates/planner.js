@@ -35,11 +35,11 @@ const planner = data => {
       of[name] = largest ? Math.max(of[name] ?? 0, value) : (of[name] ?? 0) + value;
     };
     for (const [Q, share] of s.texts) {
-      const [weights, cache, V, encoder, small, large, most] = terms.memory[w], t = Q + V;
+      const [weights, cache, V, held, encoder, small, large, most] = terms.memory[w], t = Q + V;
       const prefill = t <= most ? small[0] + small[1] * t + small[2] * t * t : large[0] + large[1] * t;
       // Memory must hold the longest text, the others are means.
       add("hbm", "weights", weights, true);
-      add("hbm", "cache", B * cache * (t + s.G), true);
+      add("hbm", "cache", B * cache * (Q + held + s.G), true);
       add("hbm", "activations", B * Math.max(encoder, prefill), true);
       const ms = {};
       data.phases.forEach((phase, i) => {
