@@ -32,7 +32,7 @@ help:
 	@echo "make test-tpu    what the TPU compiler says; needs no TPU (installs libtpu)"
 	@echo "make test-torch  comparisons with PyTorch (installs torch and peft)"
 	@echo "make test-peers  comparisons with lmms-eval's and VLMEvalKit's scorers (installs them)"
-	@echo "make test-api    the server against its OpenAPI description (installs schemathesis)"
+	@echo "make test-api    the server against its OpenAPI description and lmms-eval (installs both, and torch)"
 	@echo "make test-slow   the long tests: one to two hours"
 	@echo "make test-notebook  runs docs/quickstart.ipynb (installs a Jupyter kernel)"
 	@echo "make bench       training steps, compressors and generation against PyTorch (installs torch)"
@@ -88,8 +88,17 @@ $(VENV)/peers: $(ENV)
 	$(INSTALL) --no-deps --target=$@ lmms-eval==0.7.3 ms-vlmeval==0.0.20
 	@touch $@
 
-test-api: $(ENV) $(VENV)/api
+test-api: $(ENV) $(VENV)/api $(VENV)/clients
 	$(call marked_tests,api)
+
+# lmms-eval with what its command imports, in a folder of its own: 290 MB besides torch.
+$(VENV)/clients: $(VENV)/torch
+	$(INSTALL) accelerate openai
+	$(INSTALL) --no-deps --target=$@ lmms-eval==0.7.3 loguru python-dotenv evaluate datasets \
+		multiprocess dill xxhash pandas pytz python-dateutil six pyarrow sacrebleu portalocker tabulate \
+		colorama lxml pytablewriter DataProperty mbstrdecoder pathvalidate tabledata tcolorpy typepy \
+		tenacity jsonlines sqlitedict chardet 'filelock<3.21'
+	@touch $@
 
 $(VENV)/api: $(ENV)
 	$(INSTALL) schemathesis
