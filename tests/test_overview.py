@@ -20,3 +20,13 @@ def test_parts_are_the_sum_of_their_layers_and_say_what_trains_them(mesh1):
     assert counts["together"] == vlm.parameters(model)
     trained = {name: how[0] for name, _, _, *how in (x for x in lines if x[0] != "together") if how}
     assert trained == dict(vit="none: frozen", compressor="align, finetune", llm="finetune (LoRA)")
+
+
+def test_a_training_says_that_it_prunes_nothing(mesh1):
+    """PyramidDrop's authors train with its drops too; here nothing does."""
+    c = tiny.config(pruning=dict(kind="pyramiddrop", layers=(1,), tokens=(2,)))
+    with jax.set_mesh(mesh1):
+        *_, last = overview(vlm.shapes(tiny.size(c)), tiny.recipe(c)).splitlines()
+    assert (
+        last == "training reads all visual tokens: pruning.kind='pyramiddrop' is of answers alone"
+    )

@@ -13,7 +13,8 @@ TRAINED = {"vit": ("encoder",), "compressor": ("align", "finetune"), "llm": ("fi
 
 
 def overview(model: VLM, recipe: Recipe) -> str:
-    """A line for each part and each of its layers: arrays, parameters, the stages that train it.
+    """A line for each part and each of its layers: arrays, parameters, the stages that train it;
+    and one for a pruning, which trains nothing.
 
     Args:
       model: its parameters, or their shapes.
@@ -35,4 +36,9 @@ def overview(model: VLM, recipe: Recipe) -> str:
             said = (", ".join(stages) or "none: frozen") + how if name == part else ""
             lines.append(f"{name:28}{arrays:8}{numbers:17,}  {said}".rstrip())
     total = sum(counts[part][1] for part in TRAINED)
-    return "\n".join([*lines, f"{'together':36}{total:17,}"])
+    lines.append(f"{'together':36}{total:17,}")
+    if pruning := recipe.model.pruning:
+        lines.append(
+            f"training reads all visual tokens: pruning.kind={pruning.kind!r} is of answers alone"
+        )
+    return "\n".join(lines)
