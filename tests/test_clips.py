@@ -7,6 +7,7 @@ import pickle
 import struct
 import sys
 
+import av
 import numpy as np
 import pytest
 import tiny
@@ -34,7 +35,6 @@ def folder(path, n, name="{}.png"):
 
 def film(path, n, codec="mpeg4"):
     """A clip as a video file: frame k is about the gray level 10 k."""
-    av = pytest.importorskip("av")
     with av.open(str(path), "w") as out:
         stream = out.add_stream(codec, rate=10)
         stream.height, stream.width, stream.pix_fmt = *SIZE, "yuv420p"
@@ -190,7 +190,6 @@ def test_a_turned_video_is_turned_upright_on_request(tmp_path):
 
 
 def test_a_check_reads_every_clip_and_counts_the_bad_ones(tmp_path, capsys):
-    pytest.importorskip("av")
     folder(tmp_path / "clip", 12)
     folder(tmp_path / "short", 3, "of_three_{}.png")
     film(tmp_path / "film.mp4", 12)
