@@ -62,7 +62,16 @@ def images():
     return [draw.integers(0, 256, (*s, 3)).astype(np.uint8) for s in shapes]
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+# One pruning behind each kind of compressor: what they share is tested without the mark.
+LONG = {"mqt, fastv", "prumerge, fastv", "quecc, fastv"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in sorted(MODELS)
+    ],
+)
 def served(request, trained, tmp_path_factory, mesh1, images):
     """The name of a model, an engine of it, and what `generate` answers to all that is asked."""
     path = tmp_path_factory.mktemp("whole") / "model"

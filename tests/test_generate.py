@@ -326,7 +326,7 @@ def test_the_line_of_what_cannot_be_answered_has_its_id_and_its_number(tmp_path)
     assert [line.number for line in found] == [1, 2, 3, 4, 5, 7] and all(
         line.wrong for line in found
     )
-    assert "id, image and prompt, and this one pixels" in found[1].wrong
+    assert "id, image (or video and frames) and prompt, and this one pixels" in found[1].wrong
     assert "its id is a list" in found[4].wrong and "nested too deep" in found[5].wrong
 
 

@@ -22,6 +22,7 @@ THROUGH = {
     "test_synthetic.py": "data.benchmark.questions data.benchmark.balance",
     "test_sources.py": "data.llava data.row_source",
     "test_packing.py": "data.packed_rows",
+    "test_fwd2bot.py": "compressors.summary compressors.summary_tokens",
     "test_window_attention.py": "kernels.absorbed_tpu kernels.unprojected_tpu kernels.window_tpu",
     "test_fit.py": "law.families",
     "test_generate.py": "serving.answer",

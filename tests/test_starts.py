@@ -172,7 +172,7 @@ def test_the_sizes_of_a_start_are_those_of_its_folder(llm):
     [
         ("small", "dpeth", 1, "grid.llms.small.dpeth: no such field"),
         ("small", "vit", {"depth": 1}, "grid.llms.small.vit: an LLM of a grid sets"),
-        ("small", "data", {"blind": True}, "grid.llms.small.data.blind: choose of question_length"),
+        ("small", "data", {"blind": True}, "grid.llms.small.data.blind: choose of buckets"),
         ("frozen", "lora", {"rnak": 1}, "grid.llms.frozen.lora.rnak: choose of alpha"),
         ("small", "start_from", "nowhere", "no folder grid.llms.small.start_from=.*nowhere"),
         ("frozen", "finetune", {"steps": 2, "learning_rate": -1.0},

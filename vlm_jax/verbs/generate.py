@@ -46,7 +46,11 @@ def add_flags(parser: Parser) -> None:
         metavar="FILE",
         help="an image file; repeat the flag for several (default: no image)",
     )
-    add("--video", metavar="PATH", help="a folder of frames or a video file, in place of images")
+    add(
+        "--video",
+        metavar="PATH",
+        help="a folder of frames or a video file, in place of images; by default none",
+    )
     add(
         "--frames",
         type=int,

@@ -7,19 +7,13 @@ V visual tokens (`tokens`)  P patches  D llm width
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlm_jax.compressors.method import (
-    Interface,
-    Method,
-    Number,
-    Products,
-    projector_parameters,
-    tilings,
-)
+from vlm_jax.compressors.method import Interface, Number, projector_parameters
+from vlm_jax.compressors.summary import Summary
 from vlm_jax.compressors.tensors import LLAVA, Table, Tensor
 
 
 @dataclass(frozen=True)
-class Fwd2BotMethod(Method):
+class Fwd2BotMethod(Summary):
     """A first pass of the LLM reads every patch and V summary tokens behind them; its V outputs are
     the visual tokens of a second pass over the row (arXiv 2503.21757).
 
@@ -37,25 +31,11 @@ class Fwd2BotMethod(Method):
 
         return Fwd2Bot
 
-    @staticmethod
-    def supported(side: int) -> list[int]:
-        """Any number up to that of the patches of a `side` x `side` grid."""
-        return list(range(1, side**2 + 1))
-
-    @classmethod
-    def planned(cls, side: int) -> list[int]:
-        """The V at which other methods can be compared with it."""
-        return tilings(side)
-
     def condensed(self, rows: int) -> Number:
         return rows + self.tokens
 
     def parameters(self, interface: Interface) -> int:
         return projector_parameters(interface) + round(self.tokens) * interface.llm_width + 1
-
-    def products(self, interface: Interface, form: str) -> Products:
-        rows = interface.rows
-        return Products(reading=rows * interface.up, other=rows * interface.down)
 
     def published(self) -> Table:
         """LLaVA's projector; the other names are ours."""

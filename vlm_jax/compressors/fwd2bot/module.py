@@ -4,20 +4,16 @@
 B batch  P patches  V visual tokens  X = P + V  Z = levels x E  E vit width  D llm width
 """
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vlm_jax import mesh
 from vlm_jax.compressors.fwd2bot import Fwd2BotMethod
-from vlm_jax.compressors.last_level import LastLevel
 from vlm_jax.compressors.method import Interface
+from vlm_jax.compressors.summary_tokens import STD, SummaryTokens
 from vlm_jax.layers import constant, normal, weight
 
-STD = 0.02  # of the summary tokens, as of new words of a Llama
 
-
-class Fwd2Bot(LastLevel):
+class Fwd2Bot(SummaryTokens):
     """All patches of the last level, in raster order, and V learned tokens; not V tokens yet.
 
     A `VLM` runs its LLM over them and takes what `handed` makes of the result. Source: arXiv
@@ -44,21 +40,6 @@ class Fwd2Bot(LastLevel):
         self.summary = weight(rngs, (method.tokens, width), ("none", "none"), normal(STD))
         # Hidden states behind the final norm are of order one; words are that much smaller.
         self.scale = weight(rngs, (1,), ("none",), constant(width**-0.5))
-
-    def __call__(
-        self,
-        levels: Float[Array, "B P Z"],
-        question: Float[Array, "B D"] | None = None,
-    ) -> Float[Array, "B X D"]:
-        """What the first pass reads of an image; the question is not read."""
-        del question
-        patches = self.projector(self.last(levels))
-        summary = jnp.broadcast_to(
-            self.summary[...].astype(patches.dtype),
-            (len(patches), *self.summary.shape),
-            out_sharding=mesh.spec("batch", "len", "feature"),
-        )
-        return jnp.concatenate([patches, summary], axis=1)
 
     def handed(self, hidden: Float[Array, "B X D"]) -> Float[Array, "B V D"]:
         """The visual tokens: the normed hidden states of the summary tokens, scaled."""

@@ -7,19 +7,13 @@ V visual tokens (`tokens`), here those of the summary  P patches  D llm width
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlm_jax.compressors.method import (
-    Interface,
-    Method,
-    Number,
-    Products,
-    projector_parameters,
-    tilings,
-)
+from vlm_jax.compressors.method import Interface, Number, projector_parameters
+from vlm_jax.compressors.summary import Summary
 from vlm_jax.compressors.tensors import LLAVA, Table, Tensor
 
 
 @dataclass(frozen=True)
-class VocoMethod(Method):
+class VocoMethod(Summary):
     """The LLM reads every patch and V summary tokens behind them (arXiv 2406.12275).
 
     Text behind the summary sees nothing that stands before it, so the keys and values of V tokens
@@ -35,26 +29,12 @@ class VocoMethod(Method):
 
         return Voco
 
-    @staticmethod
-    def supported(side: int) -> list[int]:
-        """Any number up to that of the patches of a `side` x `side` grid."""
-        return list(range(1, side**2 + 1))
-
-    @classmethod
-    def planned(cls, side: int) -> list[int]:
-        """The V at which other methods can be compared with it."""
-        return tilings(side)
-
     def visual_tokens(self, rows: int) -> Number:
         """What the LLM reads of an image: every patch, and the summary."""
         return rows + self.tokens
 
     def parameters(self, interface: Interface) -> int:
         return projector_parameters(interface) + interface.llm_width
-
-    def products(self, interface: Interface, form: str) -> Products:
-        rows = interface.rows
-        return Products(reading=rows * interface.up, other=rows * interface.down)
 
     def published(self) -> Table:
         """LLaVA's projector, and the embedding of `<voco>`, which is a row of the LLM's table in

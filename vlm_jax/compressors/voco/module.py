@@ -4,20 +4,15 @@
 B batch  P patches  V summary tokens  X = P + V  Z = levels x E  E vit width  D llm width
 """
 
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
-from vlm_jax import mesh
-from vlm_jax.compressors.last_level import LastLevel
 from vlm_jax.compressors.method import Interface
+from vlm_jax.compressors.summary_tokens import STD, SummaryTokens
 from vlm_jax.compressors.voco import VocoMethod
 from vlm_jax.layers import normal, weight
 
-STD = 0.02  # of the summary token, as of a new word of a Llama
 
-
-class Voco(LastLevel):
+class Voco(SummaryTokens):
     """All patches of the last level, in raster order, and V times one learned token.
 
     The tokens differ by their positions in the LLM, whose mask makes them a summary. Source: arXiv
@@ -41,18 +36,3 @@ class Voco(LastLevel):
     ):
         super().__init__(method, interface, rngs=rngs, kernels=kernels)
         self.summary = weight(rngs, (interface.llm_width,), ("none",), normal(STD))
-
-    def __call__(
-        self,
-        levels: Float[Array, "B P Z"],
-        question: Float[Array, "B D"] | None = None,
-    ) -> Float[Array, "B X D"]:
-        """One token per patch, then the summary tokens; the question is not read."""
-        del question
-        patches = self.projector(self.last(levels))
-        summary = jnp.broadcast_to(
-            self.summary[...].astype(patches.dtype),
-            (len(patches), self.method.tokens, patches.shape[2]),
-            out_sharding=mesh.spec("batch", "len", "feature"),
-        )
-        return jnp.concatenate([patches, summary], axis=1)
