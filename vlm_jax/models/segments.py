@@ -17,7 +17,7 @@ def starts(segments: Int[Array, "B X"]) -> Int[Array, "B X"]:
     The tokens of a segment are contiguous and share a number that differs from their neighbors'.
     """
     place = positions_of(*segments.shape)
-    first = segments != jnp.concatenate([segments[:, :1], segments[:, :-1]], axis=1)
+    first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
     return lax.cummax(jnp.where(first, place, 0), axis=1)
 
 
