@@ -116,9 +116,7 @@ class Method(ABC):
     any_tokens: ClassVar[bool] = False  # every model of it serves several V, chosen by request
     draws_tokens: ClassVar[bool] = False  # finetune draws V for each micro-batch from `prefixes`
     summarizes: ClassVar[bool] = False  # text reads the last `tokens` of an image's tokens alone
-    condenses: ClassVar[bool] = (
-        False  # the LLM makes the visual tokens of its tokens, in a pass before
-    )
+    condenses: ClassVar[bool] = False  # the LLM makes the visual tokens, in a pass before
     compresses: ClassVar[bool] = True  # False: every row of the encoder becomes a token
     selects: ClassVar[bool] = False  # it shows patches of a model that was trained on all of them
     in_place: ClassVar[bool] = True  # token k stands for the same place of every image
@@ -329,6 +327,19 @@ class Projected(Method):
 
     def published(self) -> Table:
         return LLAVA
+
+
+@dataclasses.dataclass(frozen=True)
+class UpToPatches(Method):
+    """The base of methods that give any V up to the patches; plans search what others give too."""
+
+    @staticmethod
+    def supported(side: int) -> list[int]:
+        return list(range(1, side**2 + 1))
+
+    @classmethod
+    def planned(cls, side: int) -> list[int]:
+        return tilings(side)
 
 
 def read(cls: type, section: Any, name: str) -> dict[str, Any]:

@@ -7,13 +7,13 @@ V visual tokens (`tokens`)  P patches  D llm width
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlm_jax.compressors.method import Interface, Number, Products, Projected, tilings
+from vlm_jax.compressors.method import Interface, Number, Products, Projected, UpToPatches
 
 STRIPS = 4  # of rows, in which products of all pairs are made
 
 
 @dataclass(frozen=True)
-class Selection(Projected):
+class Selection(UpToPatches, Projected):
     """Any V up to the patches from one model, whose only weights are those of its projector.
 
     A step of training shows all patches, so that a trained selection is the model without
@@ -27,16 +27,6 @@ class Selection(Projected):
     in_place: ClassVar[bool] = False
     # Whether the choice reads the projected patches: all of them are projected then, not V.
     projects_all: ClassVar[bool] = False
-
-    @staticmethod
-    def supported(side: int) -> list[int]:
-        """Supported V on a `side` x `side` patch grid, ascending: any up to the patches."""
-        return list(range(1, side**2 + 1))
-
-    @classmethod
-    def planned(cls, side: int) -> list[int]:
-        """The V at which other methods can be compared with it."""
-        return tilings(side)
 
     @classmethod
     def supports(cls, side: int, tokens: Number) -> bool:
