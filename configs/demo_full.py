@@ -18,7 +18,7 @@ def get_config():
     c.compressor.update(dict(elastic=TOKENS, tokens=TOKENS[-1]))
     c.data.train_images = 60000
     c.encoder.steps = 3000
-    c.finetune.update(dict(steps=24000, batch=32, learning_rate=2e-3))
+    c.finetune.update(dict(steps=16000, batch=32, learning_rate=2e-3))
     c.checkpoint.every = 2000
     c.log.every = 500
     with c.unlocked():
