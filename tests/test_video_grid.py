@@ -68,7 +68,7 @@ def test_a_cell_of_each_number_of_frames_has_its_own_name_and_configuration():
     assert len({workdir.digest(cell.config) for cell in cells}) == len(cells)
     shared = grid(compressor=dict(kind="random", tokens=4))
     assert {c.model for c in cells_of(shared) if c.frames == 3 and not c.blind} == {
-        "small-f3-random-s0", "large-f3-random-s0",
+        "small-v36-f3-none-s0", "large-v36-f3-none-s0",
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -64,6 +65,13 @@ class Selector(AnyTokens):
 
         `tokens` are the projected patches if the method projects all of them, else the features.
         """
+
+
+def selecting(trained: LastLevel, method: Method) -> LastLevel:
+    """`trained`, which shows all patches, with a selection of them before the same projector."""
+    module: LastLevel = method.build(trained.interface, rngs=nnx.Rngs(0))
+    module.projector = trained.projector
+    return module
 
 
 def each_image(one: Callable, *arrays: Shaped[Array, "B ..."]) -> Any:

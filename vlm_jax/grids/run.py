@@ -19,6 +19,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vlm_jax import files, hosts, mesh, preemption, progress
+from vlm_jax.compressors.selector import selecting
 from vlm_jax.cost import described
 from vlm_jax.cost import flops as cost
 from vlm_jax.data import loader, targets
@@ -28,13 +29,15 @@ from vlm_jax.grids.phases import Phases
 from vlm_jax.grids.shared import Shared, prepare, sights_of
 from vlm_jax.kernels import window_attention
 from vlm_jax.models import vlm
+from vlm_jax.models.vlm import VLM
 from vlm_jax.reports import report
 from vlm_jax.rows import records
 from vlm_jax.serving.predict import Clock, predict, write_predictions
 from vlm_jax.training import fields, fingerprint, memory, stages
 from vlm_jax.training.cells import Cell, cells_of, describe, train_flops
-from vlm_jax.training.features import Sight, blind_to
+from vlm_jax.training.features import Features, blind_to
 from vlm_jax.training.forecast import largest, standing
+from vlm_jax.training.inputs import Inputs
 from vlm_jax.training.recipe import Recipe
 from vlm_jax.training.workdir import (
     Claim,
@@ -52,18 +55,11 @@ log = logging.getLogger(__name__)
 
 def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> records.Row:
     """Trains and evaluates one cell; its row, which includes `facts`."""
-    config, recipe = cell.config, cell.recipe
+    config, recipe, training = cell.config, cell.recipe, cell.training
     size = recipe.model
-    encoded = shared.encoded(cell, Sight.of(vlm.shapes(size).compressor))
     read, asked = shared.inputs(cell)
-    inputs, test = (
-        replace(
-            i,
-            processor=i.processor.reading_as(size.compressor.query, size.compressor.reads),
-            features=blind_to(features, encoded.blind) if cell.blind else features,
-        )
-        for i, features in ((read, encoded.train), (asked, encoded.test))
-    )
+    inputs = as_read(cell, training, read, shared.encoded(cell, training), "train")
+    test = as_read(cell, recipe, asked, shared.encoded(cell, recipe), "test")
     if inputs.processor.query == "prefix" != read.processor.query:
         # Such rows have less space than those that were checked when the data was opened.
         if note := targets.check(inputs.source, inputs.processor, skip=recipe.skip):
@@ -71,13 +67,14 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
     folder.mkdir(parents=True, exist_ok=True)
     home = folder.parent / cell.model
     then = time.monotonic()
-    model = stages.train(recipe, home, inputs, encoder=shared.encoder, seed=cell.seed)
-    train_seconds = time.monotonic() - then
-    if cell.shares:
+    model = stages.train(training, home, inputs, encoder=shared.encoder, seed=cell.seed)
+    took = time.monotonic() - then
+    # The first cell trains; others of the model, and a restart, report its training time.
+    train_seconds = hosts.from_writer(lambda: once(home / "trained.json", took))
+    if size.compressor.selects:
+        model = VLM(model.vit, selecting(model.compressor, size.compressor), model.llm)
+    elif cell.shares:
         model = model.at(config.compressor.tokens)
-        # The first cell trains; the others reuse the model and report its training time.
-        took = train_seconds
-        train_seconds = hosts.from_writer(lambda: once(home / "trained.json", took))
     then = time.monotonic()
     clock, faults = Clock(), {}
     predictions = list(
@@ -135,7 +132,7 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
         train=dict(
             steps=steps,
             examples=sum(config[s].steps * config[s].batch for s in ("align", "finetune")),
-            flops=train_flops(recipe, text=details.text_places(recipe, inputs, seed=cell.seed)),
+            flops=train_flops(training, text=details.text_places(recipe, inputs, seed=cell.seed)),
             seconds=round(train_seconds, 2),
             encoder=shared.fingerprint,
             **({"start": shared.starts[recipe.start_from]} if recipe.start_from else {}),
@@ -152,6 +149,16 @@ def run_cell(cell: Cell, folder: PurePath, shared: Shared, facts: dict) -> recor
         data_hash=test.source.data_hash,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         **facts,
+    )
+
+
+def as_read(cell: Cell, recipe: Recipe, inputs: Inputs, encoded: Features, split: str) -> Inputs:
+    """The rows of a split as the compressor of `recipe` reads them."""
+    compressor, features = recipe.model.compressor, getattr(encoded, split)
+    return replace(
+        inputs,
+        processor=inputs.processor.reading_as(compressor.query, compressor.reads),
+        features=blind_to(features, encoded.blind) if cell.blind else features,
     )
 
 
@@ -266,10 +273,9 @@ class Grid:
         stages.check(Recipe.of(config))
         for cell in self.cells:
             describe(cell)  # an impossible cell is refused before the first is trained
-        for cell in {cell.llm: cell for cell in self.cells}.values():
             stages.check(cell.recipe, cell=True)
         for cell in largest(self.cells):
-            for warning in memory.check_training(cell.recipe):
+            for warning in memory.check_training(cell.training):
                 log.warning(warning)
 
     def rows(self) -> dict[str, records.Row]:

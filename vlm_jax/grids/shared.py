@@ -3,8 +3,9 @@
 from."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from ml_collections import ConfigDict
 
@@ -53,9 +54,9 @@ class Shared:
         """The two splits as this cell reads them."""
         return self.words.get(words_of(cell.config), (self.train, self.test))
 
-    def encoded(self, cell: Cell, sight: Sight) -> Features:
-        """The features that a cell reads."""
-        return self.features[cell.config.data.frames, sight]
+    def encoded(self, cell: Cell, recipe: Recipe) -> Features:
+        """The features that a model of a cell reads."""
+        return self.features[cell.config.data.frames, sight_of(recipe)]
 
 
 def words_of(config: ConfigDict) -> Words:
@@ -64,12 +65,17 @@ def words_of(config: ConfigDict) -> Words:
     return (config.data.frames, *(config.data[name] for name in OWN["data"]))
 
 
-def sights_of(cells: Sequence[Cell]) -> list[Sight]:
-    """The different ways in which images are encoded for these cells."""
+def sight_of(recipe: Recipe) -> Sight:
+    """How the images of a model are encoded."""
+    return Sight.of(vlm.shapes(recipe.model).compressor)
+
+
+def sights_of(cells: Sequence[Cell]) -> dict[Sight, bool]:
+    """The ways in which images are encoded for these cells -> whether a model is trained on it."""
     # They depend only on the compressor: the cells of one LLM and seed have all of them.
     distinct = [c for c in cells if (c.llm, c.seed) == (cells[0].llm, cells[0].seed)]
-    sights = [Sight.of(vlm.shapes(cell.recipe.model).compressor) for cell in distinct]
-    return list(dict.fromkeys(sights))
+    answering = dict.fromkeys((sight_of(cell.recipe) for cell in distinct), False)
+    return answering | dict.fromkeys((sight_of(cell.training) for cell in distinct), True)
 
 
 def opened(recipe: Recipe, frames: Sequence[int], split: str) -> dict[int, Source]:
@@ -80,7 +86,7 @@ def opened(recipe: Recipe, frames: Sequence[int], split: str) -> dict[int, Sourc
 def prepare(
     claimed: Claim,
     phase: Phases,
-    sights: Sequence[Sight] = (Sight(),),
+    sights: Mapping[Sight, bool] = MappingProxyType({Sight(): True}),
     cells: Sequence[Cell] = (),
 ) -> Shared:
     """Data, encoder, features and tokenizers, made once and reused by a restart.
@@ -152,12 +158,14 @@ def prepare(
                         folder / "features" / (f"frames{T}" if len(shown) > 1 else ""),
                         skip=recipe.skip,
                     )
-                    for source in (trains[T], tests[T])
+                    if wanted
+                    else None
+                    for source, wanted in ((trains[T], trained), (tests[T], True))
                 ),
                 blind_of(encoder, base, sight),
             )
             for T in shown
-            for sight in sights
+            for sight, trained in sights.items()
         }
     return Shared(
         inputs,

@@ -14,7 +14,7 @@ import numpy as np
 
 from vlm_jax.law import law as laws_module
 from vlm_jax.reports import cells as table
-from vlm_jax.reports import cost_figures, score_figures
+from vlm_jax.reports import cost_figures, score_figures, training_figure
 from vlm_jax.reports.amounts import parameters_text
 from vlm_jax.reports.canvas import Canvas, Figure, few_of
 from vlm_jax.reports.colors import NO_LLM, Looks, of_lengths, of_sizes
@@ -91,6 +91,7 @@ def run_figures(run: Run, laws, out_dir, *, majority=None) -> list[Figure]:
                 measured, points, law, out_dir, family, looks=looks
             )
         made += [replace(figure, section=family) for figure in mine]
+    made += training_figure.prune_or_train(run, out_dir, name="prune_or_train", looks=looks)
     if groups:
         made += equal_compute(groups, out_dir, name="equal_compute", looks=looks)
         made.append(cost_figures.phases(run.main, out_dir, name="phases"))

@@ -54,3 +54,11 @@ def mean_over_seeds(scores: Sequence[dict]) -> tuple[float, float]:
     sampling = np.mean([s["stderr"] ** 2 for s in scores])
     between = values.var(ddof=1) / len(values) if len(values) > 1 else 0.0
     return float(values.mean()), float(np.sqrt(sampling + between))
+
+
+def with_most_methods(rows: Sequence) -> int | None:
+    """The LLM size, in parameters, of rows of most methods; of several the largest."""
+    methods: dict[int, set[str]] = {}
+    for row in rows:
+        methods.setdefault(row.llm_parameters, set()).add(row.method)
+    return max(methods, key=lambda size: (len(methods[size]), size), default=None)

@@ -10,7 +10,7 @@ from vlm_jax.reports import cells as table
 from vlm_jax.reports.amounts import amount_text, llm_text, parameters_text
 from vlm_jax.reports.canvas import Canvas, Figure
 from vlm_jax.reports.colors import Looks
-from vlm_jax.reports.run import Run, mean_over_seeds
+from vlm_jax.reports.run import Run, mean_over_seeds, with_most_methods
 
 ACROSS = 3  # panels side by side
 
@@ -87,14 +87,12 @@ def methods(run: Run, family: str, out_dir, *, name: str, looks: Looks) -> list[
     None where there is one method only.
     """
     sighted = [row for row in [*run.main, *run.other] if family in row.families]
-    at = {}
-    for row in sighted:
-        at.setdefault(row.llm_parameters, set()).add(row.method)
-    if not at or max(map(len, at.values())) < 2:
+    size = with_most_methods(sighted)
+    found = {row.method for row in sighted if row.llm_parameters == size}
+    if len(found) < 2:
         return []
-    size = max(at, key=lambda n: (len(at[n]), n))
-    shown = [method for method in sorted(at[size]) if method != run.method]
-    if run.method in at[size]:
+    shown = [method for method in sorted(found) if method != run.method]
+    if run.method in found:
         shown.insert(0, run.method)
     curves, named, llms = {}, {}, {}
     for method in shown:

@@ -21,6 +21,7 @@ from vlm_jax.reports.tables import (
     seconds,
     words,
 )
+from vlm_jax.reports.training_figure import kind_of
 
 MOST_WIDE = 100  # rows: of more, a page holds the columns that come first, and cells.csv all
 
@@ -53,7 +54,7 @@ def methods(run: Run) -> Table:
     if not grouped:
         return Table("", [], [])
     several = len(llms) > 1
-    titles = ["method", "V"] + [f"{family}, mean" for family in run.families if several]
+    titles = ["method", "kind", "V"] + [f"{family}, mean" for family in run.families if several]
     titles += ["question pass, FLOPs", "request, FLOPs"]
     titles += [f"{family}, {llm}" for family in run.families for llm in llms] + ["seeds"]
     order = {"blind": 2, run.method: 0}
@@ -67,7 +68,9 @@ def methods(run: Run) -> Table:
             for llm, rows in by_llm.items()
             if all(family in row.families for row in rows)
         }
-        line = [words(method), numeral(V, V and f"{V:.4g}")]
+        kinds = {kind_of(row.compressor) for rows in by_llm.values() for row in rows}
+        line = [words(method), words("" if V is None else ", ".join(sorted(kinds)))]
+        line.append(numeral(V, V and f"{V:.4g}"))
         for family in run.families if several else ():
             scores = [scores_of.get((family, llm)) for llm in llms]
             line.append(mean_cell(None if None in scores else mean_of(scores)))
@@ -87,7 +90,7 @@ def methods(run: Run) -> Table:
     scores = [t for t in titles if t.endswith(", mean")] or [
         f"{f}, {llms[0]}" for f in run.families
     ]
-    first = ["method", "V", *scores[: MOST_FIRST - 4], "request, FLOPs", "seeds"]
+    first = ["method", "kind", "V", *scores[: MOST_FIRST - 5], "request, FLOPs", "seeds"]
     return Table(caption, titles, lines, first=first)
 
 

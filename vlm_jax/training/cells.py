@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cells of a scaling run: one configuration becomes that of every row, and what each will cost.
 
-Cells that differ in V alone have one model between them where it serves several V.
+Cells that differ in V alone have one model between them where it serves several V. Selections of
+patches all have the model without compression, which is trained in the folder of that cell.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vlm_jax import arguments, compressors
+from vlm_jax.compressors.none import NoneMethod
 from vlm_jax.cost import flops as cost
 from vlm_jax.models import vlm
-from vlm_jax.models.sizes import LLMSize
+from vlm_jax.models.sizes import LLMSize, ViTSize
 from vlm_jax.training import llms
 from vlm_jax.training.recipe import Recipe
 
@@ -41,13 +43,22 @@ class Cell:
 
     @property
     def shares(self) -> bool:
-        """Whether other cells may have the same model."""
+        """Whether its model is that of other cells."""
         return self.model != self.name
 
     @property
     def recipe(self) -> Recipe:
-        """Its training."""
+        """What its configuration describes."""
         return Recipe.of(self.config)
+
+    @property
+    def training(self) -> Recipe:
+        """How its model is trained: one that selects patches is trained without compression."""
+        recipe = self.recipe
+        size = recipe.model
+        if not size.compressor.selects:
+            return recipe
+        return replace(recipe, model=replace(size, compressor=NoneMethod(tokens=size.vit.rows)))
 
     @property
     def blind(self) -> bool:
@@ -169,8 +180,11 @@ def cell_of(
             f"{tuple(c.compressor.elastic)}: add it there, or leave it out of grid.tokens and "
             'grid.baselines, where {"elastic": ()} makes a model of one V'
         )
-    shares = described.serves_several
-    model = f"{llm}{shown}-{method}-s{seed}" if shares else name
+    model = name
+    if described.selects:
+        model = f"{llm}-v{ViTSize.of(c.vit).rows}{shown}-{NoneMethod.kind}-s{seed}"
+    elif described.serves_several:
+        model = f"{llm}{shown}-{method}-s{seed}"
     return Cell(name, c, llm, seed, model, llms.weights(list(config.grid.llms[llm]), c))
 
 
@@ -184,7 +198,7 @@ def describe(cell: Cell) -> tuple[int, dict[str, int], float]:
     recipe = cell.recipe
     shapes = vlm.shapes(recipe.model)
     parts = {name: vlm.parameters(getattr(shapes, name)) for name in ("vit", "compressor", "llm")}
-    return parts["llm"], parts, train_flops(recipe)
+    return parts["llm"], parts, train_flops(cell.training)
 
 
 def train_flops(recipe: Recipe, *, text: float | None = None) -> float:

@@ -38,7 +38,7 @@ class Sight(NamedTuple):
 class Features(NamedTuple):
     """Encoder outputs of one sight, float32, patches in raster order."""
 
-    train: np.ndarray  # [images, P, Y]
+    train: np.ndarray | None  # [images, P, Y]; None if no model is trained on this sight
     test: np.ndarray  # [images, P, Y]
     blind: np.ndarray  # [1, P, Y], of an image of the mean color
 

@@ -89,14 +89,14 @@ def dry_run(recipe: Recipe) -> None:
 
 def largest(cells: Sequence[Cell]) -> list[Cell]:
     """Of each LLM the cell that needs most memory: that of most visual tokens."""
-    most = {c.llm: c for c in sorted(cells, key=lambda cell: cell.recipe.model.compressor.tokens)}
+    most = {c.llm: c for c in sorted(cells, key=lambda cell: cell.training.model.compressor.tokens)}
     return list(most.values())
 
 
 def memory_of(cells: Sequence[Cell]) -> str:
     """What the largest stage of these cells needs, in a line."""
     needs = [
-        (memory.of_stage(cell.recipe, stage), cell.name)
+        (memory.of_stage(cell.training, stage), cell.name)
         for cell in largest(cells)
         for stage in STAGES
         if cell.recipe.stage(stage).steps

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prune or train: trained compressors beside selections of patches that need no training."""
+
+from collections.abc import Mapping, Sequence
+
+from vlm_jax.compressors import COMPRESSORS
+from vlm_jax.reports.amounts import llm_text
+from vlm_jax.reports.canvas import Canvas, Figure
+from vlm_jax.reports.colors import Looks
+from vlm_jax.reports.findings import SURE, margin
+from vlm_jax.reports.run import Run, mean_over_seeds, with_most_methods
+
+TRAINED, FREE, CONTROL = "trained compressor", "training-free selection", "random or uniform"
+CONTROLS = ("random", "uniform")  # read nothing of what an image shows
+# How each kind is drawn: one LLM has one color in all figures.
+DASHES = {TRAINED: "-", FREE: "--", CONTROL: ":"}
+
+Best = Mapping[int | float, tuple[float, float]]  # V -> score and standard error of the best method
+
+
+def kind_of(compressor: str) -> str:
+    """Whether a compressor is trained, selects patches without training, or is a control."""
+    if compressor in CONTROLS:
+        return CONTROL
+    method = COMPRESSORS.get(compressor)
+    return FREE if method is not None and method.selects else TRAINED
+
+
+def prune_or_train(run: Run, out_dir, *, name: str, looks: Looks) -> list[Figure]:
+    """Mean score against V of both kinds, a panel per family, at the LLM size with most methods.
+
+    None for runs without trained compressors and selections of one size.
+    """
+    size = with_most_methods([*run.main, *run.other])
+    rows = [row for row in [*run.main, *run.other] if row.llm_parameters == size]
+    if not {TRAINED, FREE} <= {kind_of(row.compressor) for row in rows if row.compressor != "none"}:
+        return []
+    families = sorted({family for row in rows for family in row.families})
+    tokens = sorted({row.V for row in rows})
+    look = looks[size / 1e9]
+    canvas = Canvas(
+        x="visual tokens V",
+        y="mean score",
+        title="Prune or train?",
+        height=2.9,
+        panels=families,
+        across=len(families),
+    )
+    found = []
+    for panel, family in enumerate(families):
+        canvas.turn_to(panel)
+        best: dict[str, Best] = {}
+        for kind, dash in DASHES.items():
+            of_kind = [r for r in rows if kind_of(r.compressor) == kind and family in r.families]
+            scores = _by_method(of_kind, family)
+            style = {"color": "0.45" if kind == CONTROL else look.color, "N_billions": size / 1e9}
+            for method, curve in scores.items():
+                V, score = list(curve), [s for s, _ in curve.values()]
+                canvas.points(method, V, score, area=7.0, hollow=True, V=V, **style)
+            best[kind] = _best(list(scores.values()))
+            V = list(best[kind])
+            score, stderr = zip(*best[kind].values(), strict=True) if V else ((), ())
+            canvas.line(f"best {kind}", V, score, dash=dash, name=f"best {kind}", V=V, **style)
+            canvas.points(f"best {kind}", V, score, stderr=stderr, area=14.0, V=V, **style)
+        blind = [r for r in run.blind if r.llm_parameters == size and family in r.families]
+        if blind:
+            level, _ = mean_over_seeds([row.families[family] for row in blind])
+            ends = [tokens[0], tokens[-1]]
+            canvas.line("blind", ends, [level] * 2, dash="-.", color="0.7",
+                        name="without the image", V=0)  # fmt: skip
+        canvas.log_x(base10=False, ticks=[v for v in tokens if float(v).is_integer()])
+        canvas.axes.margins(x=0.1)
+        found.append(f"{family}: {verdict(best[TRAINED], best[FREE])}")
+    canvas.legend()
+    caption = (
+        f"The best trained compressor and the best training-free selection at each V, with the LLM "
+        f"of {llm_text(size / 1e9)}; small marks are all methods, bars one standard error with the "
+        "seeds' spread. The uncompressed model is the last point of the selections, which all "
+        f"answer with its weights. Differences beyond {SURE} standard errors: {'; '.join(found)}."
+    )
+    alt = f"Scores against visual tokens, trained and training-free. {'; '.join(found)}."
+    return [canvas.save(out_dir, name, caption=caption, alt=alt)]
+
+
+def verdict(trained: Best, free: Best) -> str:
+    """At which of the V that both were measured at one kind is surely better than the other."""
+    wins: dict[str, list[str]] = {"training": [], "selection": []}
+    for V in sorted(trained.keys() & free.keys()):
+        difference, spread = margin(trained[V], free[V])
+        if abs(difference) > SURE * spread:
+            wins["training" if difference > 0 else "selection"].append(f"{V:g}")
+    said = [f"{kind} is better at V = {', '.join(at)}" for kind, at in wins.items() if at]
+    return " and ".join(said) or "none"
+
+
+def _by_method(rows: Sequence, family: str) -> dict[str, Best]:
+    """Method -> V -> score and standard error over seeds, by rising V."""
+    found: dict[str, dict] = {}
+    for row in sorted(rows, key=lambda row: row.V):
+        found.setdefault(row.method, {}).setdefault(row.V, []).append(row.families[family])
+    return {
+        method: {V: mean_over_seeds(scores) for V, scores in curve.items()}
+        for method, curve in sorted(found.items())
+    }
+
+
+def _best(curves: Sequence[Best]) -> Best:
+    """V -> score and standard error of the best of these methods, by rising V."""
+    tokens = sorted({V for curve in curves for V in curve})
+    return {V: max(curve[V] for curve in curves if V in curve) for V in tokens}
