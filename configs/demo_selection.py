@@ -3,8 +3,8 @@
 
     vlm-jax grid --config=configs/demo_selection.py --workdir=runs/demo_selection
 
-Two LLMs, three seeds. TokenPacker, pooling and QueCC are one elastic model each for all their V, MQT
-is one by itself, and all selections answer with the model without compression. Windows of the
+Two LLMs, three seeds. TokenPacker, pooling and QueCC are an elastic model each for all their V, MQT
+is one by itself; all selections answer with the model without compression. Windows of the
 36 patches give 18 tokens and not 16. Hours on 2 CPU cores: stop it and repeat the command.
 """
 

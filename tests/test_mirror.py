@@ -25,6 +25,7 @@ THROUGH = {
     "test_fwd2bot.py": "compressors.summary compressors.summary_tokens",
     "test_window_attention.py": "kernels.absorbed_tpu kernels.unprojected_tpu kernels.window_tpu",
     "test_fit.py": "law.families",
+    "test_method_laws.py": "reports.method_laws",
     "test_generate.py": "serving.answer",
     "test_law.py": "law.components law.intervals",
     "test_causal_attention.py": "models.segments",

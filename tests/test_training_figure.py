@@ -7,6 +7,7 @@ import dataclasses
 import made_rows
 import pytest
 
+from vlm_jax.compressors import kinds
 from vlm_jax.reports import run as runs
 from vlm_jax.reports import training_figure
 from vlm_jax.reports.colors import of_sizes
@@ -34,7 +35,7 @@ def test_both_kinds_the_controls_and_the_blind_are_drawn_with_their_best(tmp_pat
     assert {m["series"] for m in marks if m["kind"] == "line"} == {
         "best trained compressor",
         "best training-free selection",
-        "best random or uniform",
+        "best of random and uniform",
         "blind",
     }
     points = [m for m in marks if m["kind"] == "point"]
@@ -79,5 +80,5 @@ def test_the_size_shown_is_the_one_that_most_methods_were_run_with(tmp_path):
     assert "80 k" in figure.caption
     renamed = [dataclasses.replace(r, compressor="of_mine") if r.compressor == "quecc" else r
                for r in rows]  # fmt: skip
-    assert training_figure.kind_of("of_mine") == training_figure.TRAINED
+    assert kinds.kind_of("of_mine") == kinds.TRAINED
     assert len(drawn(renamed, tmp_path)) == 1

@@ -203,6 +203,28 @@ class Answer:
         )
 
 
+def best_tokens(found: Answer, points: Points) -> dict[str, Any]:
+    """The measured V of least error at one cost: "best_V", its "best_share" of the draws, and the
+    cost "best_at", N (Q + V) in billions, the middle of what was measured.
+
+    Compared are the V whose N at that cost lies within twice the measured sizes. best_V is None if
+    no form fits or nothing can be compared.
+    """
+    Q, tokens = float(points.Q.mean()), np.unique(points.V)
+    cost = float(np.exp(np.log(points.N * (Q + points.V)).mean()))
+    sizes = cost / (Q + tokens)
+    inside = (sizes >= points.N.min() / 2) & (sizes <= points.N.max() * 2)
+    fields = {"best_V": None, "best_share": None, "best_at": cost}
+    if found.by == CELLS_ALONE or inside.sum() < 2:
+        return fields
+    errors = found.draws(sizes[inside], tokens[inside], Q)
+    wins = np.bincount(errors.argmin(1), minlength=int(inside.sum()))
+    most = int(wins.argmax())
+    return fields | {
+        "best_V": float(tokens[inside][most]), "best_share": float(wins[most] / wins.sum())
+    }  # fmt: skip
+
+
 def student(dof: float, count: int) -> np.ndarray:
     """float64[count]: the middles of `count` equal shares of Student's t, ascending."""
     from scipy.special import stdtrit

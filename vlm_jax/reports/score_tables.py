@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vlm_jax import files
+from vlm_jax.compressors.kinds import kind_of
 from vlm_jax.reports import findings
 from vlm_jax.reports.cost_figures import PHASES
 from vlm_jax.reports.run import Run, mean_over_seeds
@@ -21,7 +22,6 @@ from vlm_jax.reports.tables import (
     seconds,
     words,
 )
-from vlm_jax.reports.training_figure import kind_of
 
 MOST_WIDE = 100  # rows: of more, a page holds the columns that come first, and cells.csv all
 

@@ -3,27 +3,22 @@
 
 from collections.abc import Mapping, Sequence
 
-from vlm_jax.compressors import COMPRESSORS
+from vlm_jax.compressors.kinds import CONTROL, FREE, TRAINED, kind_of
 from vlm_jax.reports.amounts import llm_text
 from vlm_jax.reports.canvas import Canvas, Figure
 from vlm_jax.reports.colors import Looks
 from vlm_jax.reports.findings import SURE, margin
 from vlm_jax.reports.run import Run, mean_over_seeds, with_most_methods
 
-TRAINED, FREE, CONTROL = "trained compressor", "training-free selection", "random or uniform"
-CONTROLS = ("random", "uniform")  # read nothing of what an image shows
 # How each kind is drawn: one LLM has one color in all figures.
 DASHES = {TRAINED: "-", FREE: "--", CONTROL: ":"}
+NAMES = {
+    TRAINED: "best trained compressor",
+    FREE: "best training-free selection",
+    CONTROL: "best of random and uniform",
+}
 
 Best = Mapping[int | float, tuple[float, float]]  # V -> score and standard error of the best method
-
-
-def kind_of(compressor: str) -> str:
-    """Whether a compressor is trained, selects patches without training, or is a control."""
-    if compressor in CONTROLS:
-        return CONTROL
-    method = COMPRESSORS.get(compressor)
-    return FREE if method is not None and method.selects else TRAINED
 
 
 def prune_or_train(run: Run, out_dir, *, name: str, looks: Looks) -> list[Figure]:
@@ -60,8 +55,8 @@ def prune_or_train(run: Run, out_dir, *, name: str, looks: Looks) -> list[Figure
             best[kind] = _best(list(scores.values()))
             V = list(best[kind])
             score, stderr = zip(*best[kind].values(), strict=True) if V else ((), ())
-            canvas.line(f"best {kind}", V, score, dash=dash, name=f"best {kind}", V=V, **style)
-            canvas.points(f"best {kind}", V, score, stderr=stderr, area=14.0, V=V, **style)
+            canvas.line(NAMES[kind], V, score, dash=dash, name=NAMES[kind], V=V, **style)
+            canvas.points(NAMES[kind], V, score, stderr=stderr, area=14.0, V=V, **style)
         blind = [r for r in run.blind if r.llm_parameters == size and family in r.families]
         if blind:
             level, _ = mean_over_seeds([row.families[family] for row in blind])

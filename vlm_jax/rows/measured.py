@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads files of results as the points that laws are fitted to, family by family."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +110,22 @@ def read(
         points = {MEAN: of_cells(of_families)} | points
     every_task = {name: of_cells(of_tasks, name) for name in tasks}
     return Measured(points, every_task, rows, note, method=used)
+
+
+def methods_of(paths: Sequence[str | Path], *, n_unit: str | None = None) -> list[str]:
+    """The methods in files of rows or in tables with a column `method`, those of most rows first.
+
+    Raises ValueError for scores and for tables that name no method.
+    """
+    if any(scores.is_scores(path) for path in paths):
+        raise ValueError("--compressor=all: scores of benchmarks do not say their method")
+    if all(records.is_rows(path) for path in paths):
+        return list(records.methods([row for path in paths for row in records.read(path)]))
+    cells = [cell for path in paths for cell in tables.read(path, n_unit=n_unit)]
+    counts = Counter(cell.method for cell in cells)
+    if "" in counts:
+        raise ValueError(f"--compressor=all: {counts['']} rows have no method: fill that column")
+    return [name for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
 
 
 def of_benchmarks(averages: scores.Averages, family: str | None) -> Measured:

@@ -4,6 +4,7 @@
     vlm-jax fit --rows=runs/demo/rows.jsonl --out=runs/law
     vlm-jax fit --rows=mine.csv --rows=theirs.csv --out=runs/law --n-unit=billions
     vlm-jax fit --rows=scores --out=runs/law
+    vlm-jax fit --rows=runs/demo_selection/rows.jsonl --compressor=all --out=runs/laws
     vlm-jax fit --published=reasoning --out=runs/law
     vlm-jax fit --published=methods --compressor=mmtok --out=runs/law
     vlm-jax fit --published=methods --rows=mine.csv --out=runs/law
@@ -15,6 +16,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlm_jax.cost import chips
 from vlm_jax.law import published
@@ -23,7 +25,12 @@ from vlm_jax.rows import scores, tables
 from vlm_jax.verbs import cli
 from vlm_jax.verbs.parser import Parser
 
+if TYPE_CHECKING:
+    from vlm_jax.law.families import Fitted
+    from vlm_jax.rows.measured import Measured
+
 METHODS = "methods"  # of --published
+ALL = "all"  # of --compressor
 
 
 def add_flags(parser: Parser) -> None:
@@ -55,7 +62,8 @@ def add_flags(parser: Parser) -> None:
         "--compressor",
         metavar="METHOD",
         help="of a grid's rows, such as pool or 'quecc, query separate' (default: most cells), of "
-        "a table's column `method`, or of --published=methods",
+        "a table's column `method`, or of --published=methods; 'all': a law for each method of the "
+        "rows, in a folder of its name, and methods.csv",
     )
     add(
         "--bootstrap",
@@ -109,12 +117,7 @@ def add_flags(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Fits, writes, draws; 0."""
-    import numpy
-    import scipy
-
-    from vlm_jax.law import families
-    from vlm_jax.reports import fitted
-    from vlm_jax.rows import measured
+    from vlm_jax.reports.fitted import without_draws
 
     if not options.rows and not options.published:
         raise ValueError("nothing to fit: give --rows or --published")
@@ -123,21 +126,71 @@ def run(options: argparse.Namespace) -> int:
             f"--published={options.published} is fitted alone: leave --rows out, or pool your rows "
             f"with --published={METHODS}"
         )
+    if options.compressor == ALL:
+        return run_all(options)
+    measurements = read(options)
+    fit = fitted_to(measurements, options)
+    files = write(fit, measurements, Path(options.out), options)
+    print(json.dumps(without_draws(fit.fields | {"files": files}), allow_nan=False))
+    return 0
+
+
+def run_all(options: argparse.Namespace) -> int:
+    """A law for each method of the rows, in a folder of its name, and their table; 0."""
+    from vlm_jax.reports import method_laws
+    from vlm_jax.reports.cost_figures import slug
+    from vlm_jax.rows import measured
+
+    if options.published:
+        raise ValueError(f"--compressor={ALL} is for --rows alone: leave --published out")
+    table, missing, files = [], {}, []
+    for method in measured.methods_of(options.rows, n_unit=options.n_unit):
+        measurements = read(argparse.Namespace(**vars(options) | {"compressor": method}))
+        try:
+            fit = fitted_to(measurements, options)
+        except ValueError as reason:
+            missing[method] = str(reason)
+            say([f"{method}: no law: {reason}"])
+            continue
+        files += write(fit, measurements, Path(options.out) / slug(method), options)
+        table += method_laws.lines(method, measurements, fit)
+    if not table:
+        reasons = "; ".join(f"{method}: {reason}" for method, reason in missing.items())
+        raise ValueError(f"no method of these rows has a law: {reasons}")
+    files.append(str(method_laws.write(table, Path(options.out) / "methods.csv")))
+    print(json.dumps({"methods": table, "no_law": missing, "files": files}, allow_nan=False))
+    return 0
+
+
+def read(options: argparse.Namespace) -> "Measured":
+    """What is fitted."""
+    from vlm_jax.rows import measured
+
     if options.published == METHODS and not options.rows:
-        measurements = measured.Measured({}, {}, [], method=options.compressor)
-    elif options.published and not options.rows:
-        measurements = measured.of_published(options.published, text_tokens=options.text_tokens)
-    else:
-        measurements = measured.read(
-            options.rows,
-            compressor=options.compressor,
-            family=options.family,
-            n_unit=options.n_unit,
-            text_tokens=options.text_tokens,
-            mme=options.mme,
-            tasks_table=options.tasks,
-        )
+        return measured.Measured({}, {}, [], method=options.compressor)
+    if options.published and not options.rows:
+        return measured.of_published(options.published, text_tokens=options.text_tokens)
+    measurements = measured.read(
+        options.rows,
+        compressor=options.compressor,
+        family=options.family,
+        n_unit=options.n_unit,
+        text_tokens=options.text_tokens,
+        mme=options.mme,
+        tasks_table=options.tasks,
+    )
     say([measurements.note] if measurements.note else [])
+    return measurements
+
+
+def fitted_to(measurements: "Measured", options: argparse.Namespace) -> "Fitted":
+    """The laws of the measurements. ValueError if they determine none."""
+    import numpy
+    import scipy
+
+    from vlm_jax.law import families
+    from vlm_jax.rows import measured
+
     used = [f"published {options.published}"] if options.published else []
     source = ", ".join([*(options.rows or []), *used])
     if options.published == METHODS:
@@ -171,21 +224,27 @@ def run(options: argparse.Namespace) -> int:
     }
     if measurements.about:
         fit.fields["scores"] = measurements.about
-    out = Path(options.out)
+    return fit
+
+
+def write(
+    fit: "Fitted", measurements: "Measured", out: Path, options: argparse.Namespace
+) -> list[str]:
+    """Writes the files of a fit into a folder and draws; their paths."""
+    from vlm_jax.reports import fitted
+
     files = fitted.write(fit, out)
-    chip = chips.CHIPS[options.chip]
     drawn: list[Path] = []
     videos = any(points.frames is not None for points in measurements.families.values())
     if videos:
         say(["no figures: they are of images, and these rows are of clips of several frames"])
     elif options.published != METHODS:
         drawn, notes = fitted.draw(
-            measurements.families, fit.laws, out, rows=measurements.rows, chip=chip
-        )
+            measurements.families, fit.laws, out,
+            rows=measurements.rows, chip=chips.CHIPS[options.chip],
+        )  # fmt: skip
         say(notes)
-    files_made = {"files": [str(path) for path in [*files, *drawn]]}
-    print(json.dumps(fitted.without_draws(fit.fields | files_made), allow_nan=False))
-    return 0
+    return [str(path) for path in [*files, *drawn]]
 
 
 def say(lines: list[str]) -> None:
