@@ -13,7 +13,6 @@ import tiny
 from flax import nnx
 from test_cost import WIDE_LLM, WIDE_VIT, flops, shape
 
-from vlm_jax import mesh
 from vlm_jax.__main__ import main
 from vlm_jax.cost import flops as cost
 from vlm_jax.grids import run
@@ -31,8 +30,8 @@ VIDEO = dict(video_share=1.0, train_images=24, val_images=8, test_images=12)
 def grid(**changes):
     """Two sizes, one V and two numbers of frames."""
     c = tiny.config(
-        data=VIDEO, vit=dict(image_size=72, patch_size=12), encoder=dict(steps=1),
-        align=dict(steps=1), finetune=dict(steps=2), **changes,
+        data=VIDEO, vit=dict(image_size=72, patch_size=12), encoder=dict(steps=0),
+        align=dict(steps=0), finetune=dict(steps=2), **changes,
     )  # fmt: skip
     c.grid.frames = (1, 3)
     c.grid.tokens, c.grid.baselines = (4,), ()
@@ -48,10 +47,10 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(tmp_path_factory, mesh1):
     """A finished grid's folder and its rows; its report has no figures."""
     folder = tmp_path_factory.mktemp("video") / "grid"
-    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh.make()):
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh1):
         patch.setattr("vlm_jax.reports.figures.run_figures", lambda *given, **more: [])
         with workdir.claim(folder, run.checked(small()), grid=True) as claimed:
             run.run(claimed, "vlm-jax grid")
