@@ -24,7 +24,11 @@ M3 = dict(kind="m3", tokens=16, scales=VS)
 MMTOK = dict(kind="mmtok", tokens=4)
 
 
-@pytest.fixture(scope="module", params=[M3, MMTOK], ids=lambda section: section["kind"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(M3, marks=pytest.mark.slow), MMTOK],
+    ids=lambda section: section["kind"],
+)
 def opened(request, trained, tmp_path_factory, mesh1):
     path = test_benchmarks.made(
         tmp_path_factory.mktemp("several") / "model", trained, compressor=request.param

@@ -62,8 +62,9 @@ def images():
     return [draw.integers(0, 256, (*s, 3)).astype(np.uint8) for s in shapes]
 
 
-# One pruning behind each kind of compressor: what they share is tested without the mark.
-LONG = {"mqt, fastv", "prumerge, fastv", "quecc, fastv"}
+# One pruning behind each kind of compressor, and the other one of a single cut: what they share is
+# tested without the mark.
+LONG = {"mqt, fastv", "prumerge, fastv", "quecc, fastv", "tokencarve"}
 
 
 @pytest.fixture(
