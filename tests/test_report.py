@@ -16,11 +16,13 @@ from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import made_rows
+import numpy as np
 import pytest
 from markupsafe import escape
 
 from vlm_jax.__main__ import main
-from vlm_jax.law import law
+from vlm_jax.law import answer, law
+from vlm_jax.law.points import Points
 from vlm_jax.reports import figures, findings, planner_page, score_tables, tables
 from vlm_jax.reports import page as pages
 from vlm_jax.reports import report as reports
@@ -446,3 +448,35 @@ def test_what_a_user_can_mend_is_one_line(tmp_path, capsys):
     (tmp_path / "baselines.json").write_text("[1]")
     assert main(["report", f"--workdir={tmp_path}"]) == 2
     assert "not an object" in capsys.readouterr().err
+
+
+def test_a_law_that_misses_its_cells_gives_way_to_the_best_form_that_fits():
+    N, V, seed = map(
+        np.ravel, np.meshgrid([0.5, 1.0, 4.0, 16.0], [1.0, 2.0, 4.0, 9.0, 36.0], [0, 1])
+    )
+    noise = 0.002 * np.random.default_rng(0).standard_normal(len(N))
+    error = 0.05 * N**-0.5 + 0.4 * V**-0.9 + 0.1 + noise
+    points = Points(N=N, V=V, Q=np.full(len(N), 9.0), error=error, label=[""] * len(N),
+                    stderr=np.full(len(N), np.nan))  # fmt: skip
+    asked = law.fit(points, bootstrap=0)
+    assert asked.misfit["sentence"]
+    found, _ = answer.answer(points, asked, bootstrap=50)
+    best = reports.shown(points, asked, found)
+    assert best.form == next(iter(found.shares)) != "multiplicative"
+    assert not best.misfit["sentence"] and "alpha" in best.intervals
+    assert best.notes[0].startswith(f"The multiplicative form {asked.misfit['sentence']}. Of the")
+    assert reports.shown(points, best, found) is best
+    nothing = answer.Answer("cells", {}, {}, None)
+    assert reports.shown(points, asked, nothing) is asked
+
+
+def test_a_form_without_a_closed_optimum_answers_at_one_cost():
+    rows = [row for row in made_rows.rows() if not row.blind and row.compressor != "pool"]
+    fitted = law.fit(records.points(rows, "text"), "additive", bootstrap=50)
+    found = findings.Findings()
+    findings._what_to_buy(found, "text", fitted, rows, True)
+    ((_, sentence),) = found.answer
+    assert sentence.startswith("By the additive form, at a cost 2N(Q+V) of")
+    assert "FLOPs" in sentence and "the best measured V is 36 (in" in sentence
+    findings._what_to_buy(found, "text", dataclasses.replace(fitted, samples=None), rows, True)
+    assert "the best V depends on the cost" in found.answer[-1][1]

@@ -24,8 +24,8 @@ def drawn(law):
 def form_of(law) -> str:
     """Which law the curves are, for a caption: one form has a curve with exponents."""
     return (
-        f"Curves and bands are the {law.form} form, the first of law.json, with its 95 % bootstrap "
-        "interval; a plan weighs all forms that fit."
+        f"Curves and bands are the {law.form} form with its 95 % bootstrap interval; a plan weighs "
+        "all forms that fit."
     )
 
 

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vlm_jax.law import answer
 from vlm_jax.reports import cells as table
-from vlm_jax.reports.amounts import parameters_text
+from vlm_jax.reports.amounts import amount_text, parameters_text
 from vlm_jax.reports.run import Run, mean_over_seeds
+from vlm_jax.rows import records
 
 SURE = 1.96  # standard errors: 95 % two-sided under a normal error
 # The smallest size of the published grid (arXiv 2411.03312), in parameters.
@@ -101,8 +103,7 @@ def _range_of_v(rows: Sequence) -> tuple[float, float]:
 def _law(findings: Findings, family: str, law, rows: Sequence) -> None:
     if law.misfit.get("sentence"):
         # what it says of N, V and D is not what the cells say
-        findings.answer.append((family, _cells_alone(family, law, rows)))
-        return
+        return findings.answer.append((family, _cells_alone(family, law, rows)))
     if GREEK.keys() <= law.intervals.keys():
         gains = [_exponent(findings, family, law, name, rows) for name in GREEK]
         _what_to_buy(findings, family, law, rows, any(gains))
@@ -167,17 +168,14 @@ def effect(law, name: str, rows: Sequence) -> tuple[float, tuple[float, float], 
 def _what_to_buy(findings: Findings, family: str, law, rows: Sequence, helps: bool) -> None:
     chosen = best_tokens(law, rows)
     if chosen is None:
-        sentence = "See the frontier in the figures; this form of the law has no closed optimum."
-        findings.answer.append((family, sentence))
-        return
+        return findings.answer.append((family, _at_one_cost(family, law, rows)))
     best, low, high = chosen
     lowest, highest = _range_of_v(rows)
     draws = table.exponent_draws(law)
     difference = np.percentile(draws[:, 0] - draws[:, 1], [2.5, 97.5])
     if not helps:
-        sentence = "No advice: neither the LLM's size nor V has an effect that differs from zero."
-        findings.answer.append((family, sentence))
-        return
+        none = "No advice: neither the LLM's size nor V has an effect that differs from zero."
+        return findings.answer.append((family, none))
     if low <= lowest * 1.01 and high >= highest * 0.99:
         verdict = "Open: any number of visual tokens that was measured may be the best."
     elif difference[0] > 0:
@@ -199,6 +197,19 @@ def _what_to_buy(findings: Findings, family: str, law, rows: Sequence, helps: bo
             f"measured.{beyond}",
         )
     )
+
+
+def _at_one_cost(family: str, law, rows: Sequence) -> str:
+    """The answer of a form whose best V depends on the cost."""
+    told = "Other costs: the frontier, the planner."
+    found = law.samples is not None and answer.best_tokens(
+        answer.Answer.alone(law), records.points(rows, family)
+    )
+    if not found or found["best_V"] is None:
+        return f"By the {law.form} form, the best V depends on the cost. {told}"
+    cost = f"at a cost 2N(Q+V) of {amount_text(2e9 * found['best_at'])}FLOPs, that of a middle cell"
+    best = f"the best measured V is {found['best_V']:g} (in {found['best_share']:.0%} of the draws)"
+    return f"By the {law.form} form, {cost}, {best}. {told}"
 
 
 def _cells_alone(family: str, law, rows: Sequence) -> str:
@@ -332,12 +343,8 @@ def _against_majority(
     if above:
         findings.shows.append((family, sentence + "."))
     else:
-        findings.open.append(
-            (
-                family,
-                sentence + ": the run does not show that anything beyond such a rule was learned.",
-            )
-        )
+        sentence += ": the run does not show that anything beyond such a rule was learned."
+        findings.open.append((family, sentence))
 
 
 def _between_families(findings: Findings, laws: Mapping) -> None:
@@ -345,19 +352,17 @@ def _between_families(findings: Findings, laws: Mapping) -> None:
         families = sorted(family for family, law in laws.items() if name in law.intervals)
         for i, one in enumerate(families):
             for another in families[i + 1 :]:
+                if laws[one].form != laws[another].form:
+                    continue  # exponents of two forms say different things
                 more, less = sorted((one, another), key=lambda f: -laws[f].params[name])
                 high, low = laws[more].intervals[name], laws[less].intervals[name]
-                sentence = f"{GREEK[name]} {interval(high)} against {interval(low)}"
+                ends = f"{GREEK[name]} {interval(high)} against {interval(low)}"
                 if high[0] > low[1]:
-                    sentence = (
-                        f"{more} gains more from {change} than {less}: {sentence} do not overlap."
-                    )
-                    findings.shows.append(("", sentence))
+                    told = f"{more} gains more from {change} than {less}: {ends} do not overlap."
+                    findings.shows.append(("", told))
                 else:
-                    sentence = (
-                        f"Which of {more} and {less} gains more from {change}: {sentence} overlap."
-                    )
-                    findings.open.append(("", sentence))
+                    told = f"Which of {more} and {less} gains more from {change}: {ends} overlap."
+                    findings.open.append(("", told))
 
 
 def _limits_of_the_run(findings: Findings, main: Sequence) -> None:

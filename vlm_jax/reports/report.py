@@ -17,6 +17,8 @@ from vlm_jax import files
 from vlm_jax.law import answer
 from vlm_jax.law import families as families_module
 from vlm_jax.law import law as laws_module
+from vlm_jax.law.law import Law
+from vlm_jax.law.points import Points
 from vlm_jax.reports import figures, page, planner_page, score_tables
 from vlm_jax.reports import run as runs
 from vlm_jax.reports.canvas import Output
@@ -139,7 +141,8 @@ def _page(workdir: Path, rows: Sequence, home: Path, *, png: bool, frames: str =
 def laws_of(workdir: Path, run: Run) -> tuple[dict, dict[str, str]]:
     """(family -> Law, family -> why there is none) of the grid's method, from law.json or fitted.
 
-    If law.json is missing or older than the rows, the laws are fitted and it is written.
+    If law.json is missing or older than the rows, the laws are fitted and it is written. A law that
+    misses its cells gives way to the best form that fits, see `shown`.
     """
     families = sorted({family for row in run.main for family in row.families})
     path = workdir / "law.json"
@@ -147,12 +150,24 @@ def laws_of(workdir: Path, run: Run) -> tuple[dict, dict[str, str]]:
         fields = read_object(path)
         stored = fields.get("families") or ({families[0]: fields} if len(families) == 1 else {})
         laws = {f: laws_module.Law.from_dict(law) for f, law in stored.items() if f in families}
+        answers = {family: answer.Answer.from_dict(stored[family]) for family in laws}
         missing = f"{path} holds no law of it."
-        return laws, {family: missing for family in families if family not in laws}
-    laws, reasons = fitted(run)
-    if laws and (document := law_document(run, laws)):
-        files.write_text(path, json.dumps(document) + "\n")
-    return laws, reasons
+        reasons = {family: missing for family in families if family not in laws}
+    else:
+        laws, reasons = fitted(run)
+        answers = {
+            family: answer.answer(points_of(run, family), law)[0] for family, law in laws.items()
+        }
+        if laws and (document := law_document(run, laws, answers)):
+            files.write_text(path, json.dumps(document) + "\n")
+    return {
+        family: shown(points_of(run, family), law, answers[family]) for family, law in laws.items()
+    }, reasons
+
+
+def points_of(run: Run, family: str) -> Points:
+    """The cells of the grid's method that have the family."""
+    return records.points([row for row in run.main if family in row.families], family)
 
 
 def fitted(run: Run) -> tuple[dict, dict[str, str]]:
@@ -161,36 +176,45 @@ def fitted(run: Run) -> tuple[dict, dict[str, str]]:
     form = _form(sorted({row.frames for row in run.main}))
     for family in sorted({family for row in run.main for family in row.families}):
         try:
-            rows = [row for row in run.main if family in row.families]
-            laws[family] = laws_module.fit(records.points(rows, family), form)
+            laws[family] = laws_module.fit(points_of(run, family), form)
         except ValueError as error:
             reasons[family] = f"{str(error)[:1].upper()}{str(error)[1:]}."
     return laws, reasons
 
 
-def law_document(run: Run, laws: Mapping) -> dict | None:
+def shown(points: Points, law: Law, found: answer.Answer) -> Law:
+    """The law of a page: the one that was asked for, or the best form that fits where it does not.
+
+    A plan weighs all forms that fit by the same tests. If none does, the law is the one that was
+    asked for, and the page says that it misses its cells.
+    """
+    if not (missed := law.misfit.get("sentence")) or not found.shares:
+        return law
+    best = laws_module.fit(points, next(iter(found.shares)))
+    shares = ", ".join(f"{form} {share:.0%}" for form, share in found.shares.items())
+    why = f"The {law.form} form {missed}. Of the forms that fit, a plan draws {shares}."
+    return replace(best, notes=[why, *best.notes])
+
+
+def law_document(run: Run, laws: Mapping, answers: Mapping) -> dict | None:
     """The content of law.json in the form of `vlm-jax fit`; None if cells lack a family.
 
     The top level is the law of the mean over families, or of the only family; "families" has the
     law of each family.
     """
-    points = {
-        family: records.points([row for row in run.main if family in row.families], family)
-        for family in laws
-    }
+    first = points_of(run, next(iter(laws)))
     if len(laws) > 1:
         try:
-            mean = records.points(run.main)
+            first = records.points(run.main)
             form = _form(sorted({row.frames for row in run.main}))
-            laws = {measured.MEAN: laws_module.fit(mean, form), **laws}
+            mean = laws_module.fit(first, form)
         except ValueError:
             return None
-        points = {measured.MEAN: mean, **points}
-    answers = {name: answer.answer(points[name], law)[0] for name, law in laws.items()}
-    first = next(iter(laws))
+        laws = {measured.MEAN: mean, **laws}
+        answers = {measured.MEAN: answer.answer(first, mean)[0], **answers}
     return families_module.document(laws, answers, mean=measured.MEAN) | {
         "method": run.method,
-        "fitted_on": families_module.fitted_on(points[first], "rows.jsonl"),
+        "fitted_on": families_module.fitted_on(first, "rows.jsonl"),
     }
 
 
