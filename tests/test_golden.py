@@ -92,7 +92,8 @@ def near(found, golden, where, tolerance):
 
 
 def test_laws_and_plans_of_the_published_points(tmp_path):
-    near(laws(tmp_path), json.loads(GOLDEN.read_text())["laws"], "laws", 1e-6)
+    # Left-out errors of forms that hardly fit differ by 1e-6 from processor to processor.
+    near(laws(tmp_path), json.loads(GOLDEN.read_text())["laws"], "laws", 1e-5)
 
 
 @pytest.mark.parametrize(
