@@ -451,7 +451,7 @@ def test_what_a_user_can_mend_is_one_line(tmp_path, capsys):
 
 
 def test_a_law_that_misses_its_cells_gives_way_to_the_best_form_that_fits():
-    N, V, seed = map(
+    N, V, _ = map(  # two seeds
         np.ravel, np.meshgrid([0.5, 1.0, 4.0, 16.0], [1.0, 2.0, 4.0, 9.0, 36.0], [0, 1])
     )
     noise = 0.002 * np.random.default_rng(0).standard_normal(len(N))

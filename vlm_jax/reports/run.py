@@ -56,6 +56,15 @@ def mean_over_seeds(scores: Sequence[dict]) -> tuple[float, float]:
     return float(values.mean()), float(np.sqrt(sampling + between))
 
 
+def by_tokens(rows: Sequence, family: str) -> dict[int | float, tuple[float, float]]:
+    """V -> (mean score, standard error) over the seeds of rows with the family, by rising V."""
+    found: dict[int | float, list[dict]] = {}
+    for row in rows:
+        if family in row.families:
+            found.setdefault(row.V, []).append(row.families[family])
+    return {V: mean_over_seeds(found[V]) for V in sorted(found)}
+
+
 def with_most_methods(rows: Sequence) -> int | None:
     """The LLM size, in parameters, of rows of most methods; of several the largest."""
     methods: dict[int, set[str]] = {}

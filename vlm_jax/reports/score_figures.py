@@ -10,7 +10,7 @@ from vlm_jax.reports import cells as table
 from vlm_jax.reports.amounts import amount_text, llm_text, parameters_text
 from vlm_jax.reports.canvas import Canvas, Figure
 from vlm_jax.reports.colors import Looks
-from vlm_jax.reports.run import Run, mean_over_seeds, with_most_methods
+from vlm_jax.reports.run import Run, by_tokens, mean_over_seeds, with_most_methods
 
 ACROSS = 3  # panels side by side
 
@@ -215,10 +215,6 @@ def _level(canvas, series, start, stop, score, *, dash=":", **style) -> None:
 
 def _by_tokens(rows, family) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(V, mean score, standard error) over seeds, by rising V."""
-    found = {}
-    for row in rows:
-        if family in row.families:
-            found.setdefault(row.V, []).append(row.families[family])
-    V = sorted(found)
-    means = np.array([mean_over_seeds(found[v]) for v in V]).reshape(-1, 2)
-    return np.array(V, float), means[:, 0], means[:, 1]
+    found = by_tokens(rows, family)
+    means = np.array(list(found.values())).reshape(-1, 2)
+    return np.array(list(found), float), means[:, 0], means[:, 1]

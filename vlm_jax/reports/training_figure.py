@@ -8,7 +8,7 @@ from vlm_jax.reports.amounts import llm_text
 from vlm_jax.reports.canvas import Canvas, Figure
 from vlm_jax.reports.colors import Looks
 from vlm_jax.reports.findings import SURE, margin
-from vlm_jax.reports.run import Run, mean_over_seeds, with_most_methods
+from vlm_jax.reports.run import Run, by_tokens, mean_over_seeds, with_most_methods
 
 # How each kind is drawn: one LLM has one color in all figures.
 DASHES = {TRAINED: "-", FREE: "--", CONTROL: ":"}
@@ -47,7 +47,10 @@ def prune_or_train(run: Run, out_dir, *, name: str, looks: Looks) -> list[Figure
         best: dict[str, Best] = {}
         for kind, dash in DASHES.items():
             of_kind = [r for r in rows if kind_of(r.compressor) == kind and family in r.families]
-            scores = _by_method(of_kind, family)
+            scores = {
+                method: by_tokens([row for row in of_kind if row.method == method], family)
+                for method in sorted({row.method for row in of_kind})
+            }
             style = {"color": "0.45" if kind == CONTROL else look.color, "N_billions": size / 1e9}
             for method, curve in scores.items():
                 V, score = list(curve), [s for s, _ in curve.values()]
@@ -86,17 +89,6 @@ def verdict(trained: Best, free: Best) -> str:
             wins["training" if difference > 0 else "selection"].append(f"{V:g}")
     said = [f"{kind} is better at V = {', '.join(at)}" for kind, at in wins.items() if at]
     return " and ".join(said) or "none"
-
-
-def _by_method(rows: Sequence, family: str) -> dict[str, Best]:
-    """Method -> V -> score and standard error over seeds, by rising V."""
-    found: dict[str, dict] = {}
-    for row in sorted(rows, key=lambda row: row.V):
-        found.setdefault(row.method, {}).setdefault(row.V, []).append(row.families[family])
-    return {
-        method: {V: mean_over_seeds(scores) for V, scores in curve.items()}
-        for method, curve in sorted(found.items())
-    }
 
 
 def _best(curves: Sequence[Best]) -> Best:
