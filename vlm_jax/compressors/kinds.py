@@ -3,16 +3,16 @@
 
 from vlm_jax.compressors import COMPRESSORS
 
-TRAINED, FREE, CONTROL = "trained", "training-free", "control"
-CONTROLS = ("random", "uniform")  # they read nothing of what an image shows
+TRAINED, FREE, CONTROL, PLAIN = "trained", "training-free", "control", "uncompressed"
+# Of those that show patches as they are: controls read nothing of what an image shows.
+NAMED = {"random": CONTROL, "uniform": CONTROL, "none": PLAIN}
 
 
 def kind_of(compressor: str) -> str:
-    """Whether a compressor is trained, selects patches without training, or is a control.
+    """Whether a compressor is trained, selects without training, is a control, or keeps all.
 
     One that is not described here counts as trained.
     """
-    if compressor in CONTROLS:
-        return CONTROL
     method = COMPRESSORS.get(compressor)
-    return FREE if method is not None and method.selects else TRAINED
+    selects = method is not None and method.selects
+    return NAMED.get(compressor, FREE) if selects else TRAINED

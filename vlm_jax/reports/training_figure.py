@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from vlm_jax.compressors.kinds import CONTROL, FREE, TRAINED, kind_of
+from vlm_jax.compressors.kinds import CONTROL, FREE, PLAIN, TRAINED, kind_of
 from vlm_jax.reports.amounts import llm_text
 from vlm_jax.reports.canvas import Canvas, Figure
 from vlm_jax.reports.colors import Looks
@@ -28,7 +28,7 @@ def prune_or_train(run: Run, out_dir, *, name: str, looks: Looks) -> list[Figure
     """
     size = with_most_methods([*run.main, *run.other])
     rows = [row for row in [*run.main, *run.other] if row.llm_parameters == size]
-    if not {TRAINED, FREE} <= {kind_of(row.compressor) for row in rows if row.compressor != "none"}:
+    if not {TRAINED, FREE} <= {kind_of(row.compressor) for row in rows}:
         return []
     families = sorted({family for row in rows for family in row.families})
     tokens = sorted({row.V for row in rows})
@@ -46,7 +46,8 @@ def prune_or_train(run: Run, out_dir, *, name: str, looks: Looks) -> list[Figure
         canvas.turn_to(panel)
         best: dict[str, Best] = {}
         for kind, dash in DASHES.items():
-            of_kind = [r for r in rows if kind_of(r.compressor) == kind and family in r.families]
+            kinds = {kind, PLAIN} if kind == FREE else {kind}  # all patches are a selection too
+            of_kind = [r for r in rows if kind_of(r.compressor) in kinds and family in r.families]
             scores = {
                 method: by_tokens([row for row in of_kind if row.method == method], family)
                 for method in sorted({row.method for row in of_kind})
