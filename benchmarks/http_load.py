@@ -165,8 +165,10 @@ def closed(target: Target, clients: int, seconds: float) -> dict[str, Any]:
         thread.join()
     # The queue fills and empties at the ends.
     done = sorted((one for one in pairs if not one[0].error), key=lambda one: one[0].ended)
-    inner = done[clients:-clients] or done
-    span = inner[-1][0].ended - inner[0][0].ended if len(inner) > 1 else time.monotonic() - began
+    inner = done[clients:-clients]
+    if len(inner) < 2:  # too few to leave any out
+        return row(target, done, pairs, time.monotonic() - began, clients=clients)
+    span = inner[-1][0].ended - inner[0][0].ended
     return row(target, inner, pairs, span, clients=clients)
 
 

@@ -45,7 +45,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="with the most clients, and of requests that come by themselves; "
                         "fewer clients ask for a third of it")  # fmt: skip
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--no-peer", action="store_true", help="without transformers' server")
+    parser.add_argument("--peer-clients", default="1,8,32,64",
+                        help="of transformers' server, which computes one request after another; "
+                        "empty: without it")  # fmt: skip
     parser.add_argument("--out", help="default: benchmarks/results/DATE-serving_http.json")
     return parser.parse_args(argv)
 
@@ -176,7 +178,8 @@ def measure(name: str, args: argparse.Namespace, report: Callable) -> dict[str, 
     sizes, scales = serving_engine.SIZES[name], serving_engine.SCALES[name]
     few, many = min(scales), max(scales)
     counts = [int(n) for n in args.clients.split(",")]
-    seconds = {n: args.seconds / (1 if n == max(counts) else 3) for n in counts}
+    peer = [int(n) for n in args.peer_clients.split(",") if n]
+    seconds = {n: args.seconds / (1 if n == max(counts) else 3) for n in (*counts, *peer)}
     images = [picture(k, sizes["tower"]["image"]) for k in range(DIFFERENT)]
     draw = random.Random(0)
     known = words(sizes["llm"]["vocab"] - 100) or words(20)
@@ -216,13 +219,13 @@ def measure(name: str, args: argparse.Namespace, report: Callable) -> dict[str, 
                     line = poisson(by_themselves, share * best, args.seconds, most=most)
                     beside_plan(line, ways, args.slots)
                     add(line)
-        if not args.no_peer:
+        if peer:
             theirs = Path(place) / "theirs"
             asks = [body(q, i, str(theirs), None) for q, i in zip(questions, images, strict=True)]
             with transformers_serve.serving(theirs, threads=args.threads) as address:
                 target = Target("transformers serve", many, address, asks, expected[many])
                 target.ask(0, time.monotonic())  # the first one takes longer
-                for clients in counts:
+                for clients in peer:
                     add(closed(target, clients, seconds[clients]))
     return dict(batches={str(V): one for V, one in batches.items()}, saved=saved(rows, few, many))
 

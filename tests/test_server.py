@@ -75,7 +75,7 @@ def test_a_stream_gives_the_same_text_and_ends_with_the_counts_and_done(client, 
         )
     )
     texts = [c.choices[0].delta.content or "" for c in chunks if c.choices]
-    assert "".join(texts) == whole.choices[0].message.content and len(texts) > 5
+    assert "".join(texts) == whole.choices[0].message.content
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-2:] == [None, "stop"]
     assert len({c.id for c in chunks}) == 1 and chunks[-1].choices == []

@@ -5,11 +5,14 @@ Events come from the engine's thread into the event loop.
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from vlm_jax.server import schema
 from vlm_jax.server.images import HANDLE
@@ -18,7 +21,50 @@ from vlm_jax.server.service import Prepared, Service, late, stopping
 from vlm_jax.serving.tickets import Answer, Event, Failed, Piece, Score, Ticket
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 GRACE_SECONDS = 60.0  # after its deadline an engine that says nothing counts as stuck
+PAUSE_SECONDS = 0.02  # after each chunk of a stream: tokens that come sooner share the next one
+
+
+class Events:
+    """What the engine's thread says of one answer, for the event loop, which is woken once for all
+    that has come since it looked."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.waiting: deque[Event] = deque()
+        self.told = False  # that something waits
+        self.come, self.ended = asyncio.Event(), asyncio.Event()
+
+    def put(self, event: Event) -> None:
+        """On the engine's thread. Raises RuntimeError if the loop is closed."""
+        self.waiting.append(event)
+        if not isinstance(event, Piece):
+            self.loop.call_soon_threadsafe(self.ended.set)
+        if not self.told:
+            self.told = True
+            self.loop.call_soon_threadsafe(self.come.set)
+
+    async def get(self) -> Event:
+        """The next event; pieces that wait together are one."""
+        while not self.waiting:
+            self.come.clear()
+            self.told = False
+            if not self.waiting:  # what was put before this line did not wake anybody
+                await self.come.wait()
+        pieces = []
+        while self.waiting and isinstance(self.waiting[0], Piece):
+            pieces.append(self.waiting.popleft())
+        return joined(pieces) if pieces else self.waiting.popleft()
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Pieces that follow one another as one."""
+    return Piece(
+        "".join(piece.text for piece in pieces),
+        tuple(id for piece in pieces for id in piece.ids),
+        tuple(score for piece in pieces for score in piece.scores),
+    )
 
 
 @dataclass
@@ -29,31 +75,33 @@ class Reply:
     prepared: Prepared
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
-    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    events: Events = field(default_factory=Events)
     ticket: Ticket = field(init=False)
 
     def __post_init__(self) -> None:
-        loop = asyncio.get_running_loop()
-
         def listener(event: Event) -> None:
             try:
-                loop.call_soon_threadsafe(self.events.put_nowait, event)
+                self.events.put(event)
             except RuntimeError:  # the loop is closed: nobody waits any more
                 self.ticket.cancel()
 
         self.ticket = self.service.submit(self.prepared, listener)
 
-    async def next(self) -> Piece | Answer:
-        """The next event. Raises Refusal if the request failed, or the engine is stuck."""
-        deadline = (self.prepared.ask.deadline or 0.0) + GRACE_SECONDS
+    async def _in_time(self, work: Awaitable[T]) -> T:
+        """What `work` gives. Raises Refusal if the engine is stuck."""
         try:
-            event = await asyncio.wait_for(self.events.get(), deadline)
+            async with asyncio.timeout((self.prepared.ask.deadline or 0.0) + GRACE_SECONDS):
+                return await work
         except TimeoutError:
             raise Refusal(
                 "the engine did not answer: ask the operator to restart it",
                 status=500,
                 code="engine_stuck",
             ) from None
+
+    async def next(self) -> Piece | Answer:
+        """The next event. Raises Refusal if the request failed, or the engine is stuck."""
+        event = await self._in_time(self.events.get())
         if isinstance(event, Failed):
             log.error("%s failed: %s", self.id, event.reason)
             raise Refusal(
@@ -81,6 +129,7 @@ class Reply:
 
     async def whole(self) -> schema.ChatCompletion:
         """The answer, when it is finished. Raises Refusal as `next` does."""
+        await self._in_time(self.events.ended.wait())  # pieces wake nobody
         while not isinstance(event := await self.next(), Answer):
             pass
         return schema.ChatCompletion(
@@ -108,6 +157,9 @@ class Reply:
             while not isinstance(event, Answer):
                 if event.text or event.scores:
                     yield self._chunk({"content": event.text}, scores=event.scores)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(PAUSE_SECONDS):
+                        await self.events.ended.wait()
                 event = await self.next()
             yield self._chunk({}, answer=event)
             if self.prepared.usage_asked:
