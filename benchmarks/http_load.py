@@ -163,12 +163,8 @@ def closed(target: Target, clients: int, seconds: float) -> dict[str, Any]:
         thread.start()
     for thread in threads:
         thread.join()
-    # The queue fills and empties at the ends.
-    done = sorted((one for one in pairs if not one[0].error), key=lambda one: one[0].ended)
-    inner = done[clients:-clients]
-    if len(inner) < 2:  # too few to leave any out
-        return row(target, done, pairs, time.monotonic() - began, clients=clients)
-    span = inner[-1][0].ended - inner[0][0].ended
+    done = [one for one in pairs if not one[0].error]
+    inner, span = serving_engine.steady(done, lambda one: one[0].ended, clients, began)
     return row(target, inner, pairs, span, clients=clients)
 
 

@@ -20,11 +20,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is a folder, not installed
 
 from benchmarks import facts, generation  # noqa: E402
+
+T = TypeVar("T")
 
 PROMPT, NEW = generation.PROMPT, generation.NEW
 DEMO = dict(
@@ -68,6 +70,16 @@ def row(side: str, V: int, clients: int, answers: list[tuple[float, float]], sec
     )
 
 
+def steady(done: list[T], ended: Callable[[T], float], clients: int, began: float):
+    """The answers between those that fill the queue and those that empty it, in the order of their
+    ends, and the seconds in which they came; all of them where these are too few."""
+    done = sorted(done, key=ended)
+    inner = done[clients:-clients]
+    if len(inner) < 2:
+        return done, time.monotonic() - began
+    return inner, ended(inner[-1]) - ended(done[clients - 1])
+
+
 def asked(engine, requests, expected, V: int, clients: int, seconds: float):
     """What so many clients got of an engine; every answer is compared with the expected one."""
     from vlm_jax.data.processor import Tokens
@@ -101,9 +113,7 @@ def asked(engine, requests, expected, V: int, clients: int, seconds: float):
         thread.start()
     for thread in threads:
         thread.join()
-    # The queue fills and empties at the ends.
-    inner = sorted(answers)[clients:-clients] or sorted(answers)
-    span = inner[-1][0] - inner[0][0] if len(inner) > 1 else time.monotonic() - began
+    inner, span = steady(answers, lambda answer: answer[0], clients, began)
     found = row("engine", V, clients, [x[1:] for x in inner], span)
     return found | dict(wrong=len(wrong))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is shown of benchmarks/serving_http.py: a picture, and the table of docs/serving.md.
 
-python benchmarks/serving_load.py benchmarks/results/DATE-serving_http.json
+python benchmarks/serving_load.py benchmarks/results/DATE-serving_http.json [more: of other sizes]
 """
 
 import json
@@ -13,6 +13,26 @@ from typing import Any
 HOME = Path(__file__).parent.parent
 DRAWN, PAGE = HOME / "docs/serving_load.png", HOME / "docs/serving.md"
 MARKS = r"(<!-- load: [^\n]*-->\n).*?(<!-- end of load -->)"
+
+
+def together(paths: list[str]) -> dict[str, Any]:
+    """The results of several runs on one machine, each of other sizes, as one.
+
+    Raises:
+      ValueError: for runs that differ in anything else.
+    """
+    runs = [json.loads(Path(path).read_text()) for path in paths]
+    facts = [
+        (run["machine"]["cpu"], run["machine"]["threads"], run["versions"], run["slots"],
+         run["seconds"])
+        for run in runs
+    ]  # fmt: skip
+    if any(fact != facts[0] for fact in facts):
+        raise ValueError(f"these runs differ in machine, versions, slots or seconds: {facts}")
+    return runs[0] | dict(
+        rows=[line for run in runs for line in run["rows"]],
+        sizes={name: said for run in runs for name, said in run["sizes"].items()},
+    )
 
 
 def drawn(results: dict[str, Any], path: Path) -> None:
@@ -59,9 +79,9 @@ def drawn(results: dict[str, Any], path: Path) -> None:
 def table(results: dict[str, Any]) -> list[str]:
     """The lines of the table of docs/serving.md."""
     lines = [
-        "| size | server | V | clients, or requests that come a second | requests/s | first token, "
-        "ms | token, ms | whole answer, ms | p95 measured over `plan`'s, by cost model, by batches "
-        "| wrong, failed of |",
+        "| size | server | V | clients, or requests that come per second | requests/s | first "
+        "token, ms | token, ms | whole answer, ms | p95 measured over `plan`'s, by cost model, by "
+        "batches | wrong, failed of |",
         "|---|---|---:|---:|---:|---|---|---|---|---:|",
     ]
     for line in results["rows"]:
@@ -73,7 +93,7 @@ def table(results: dict[str, Any]) -> list[str]:
             for way in ways
         )  # fmt: skip
         times = (
-            ", ".join(f"{line[part][f'p{p}_ms']:,.4g}" for p in (50, 95, 99))
+            ", ".join(milliseconds(line[part][f"p{p}_ms"]) for p in (50, 95, 99))
             for part in ("first_token", "token", "response")
         )
         lines.append(
@@ -85,6 +105,11 @@ def table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def milliseconds(ms: float) -> str:
+    """Three digits or more, no powers of ten."""
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
 def on_page(text: str, results: dict[str, Any], name: str) -> str:
     """A page with the table and the picture of a result. ValueError for one without their place."""
     machine = results["machine"]
@@ -94,7 +119,8 @@ def on_page(text: str, results: dict[str, Any], name: str) -> str:
             f"![requests a second and times against clients]({name})",
             "",
             f"{machine['cpu']}, {machine['threads']} threads for server and clients together, "
-            f"{results['seconds']:g} s a cell, {results['created'][:10]}. Times are the 50th, 95th "
+            f"{results['seconds']:g} s with the most clients and of requests that come by "
+            f"themselves, a third of it else, {results['created'][:10]}. Times are the 50th, 95th "
             "and 99th percentile.",
             "",
             *table(results),
@@ -118,8 +144,8 @@ def on_page(text: str, results: dict[str, Any], name: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Writes both for the result of a file."""
-    results = json.loads(Path(argv[0]).read_text())
+    """Writes both for the results of these files."""
+    results = together(argv)
     drawn(results, DRAWN)
     PAGE.write_text(on_page(PAGE.read_text(), results, DRAWN.name))
     return 0

@@ -6,10 +6,11 @@ import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
-from benchmarks import http_load, serving_http, serving_load
+from benchmarks import http_load, serving_engine, serving_http, serving_load
 from vlm_jax.cost import queue
 from vlm_jax.data.word_tokenizer import train_tokenizer
 
@@ -69,6 +70,14 @@ def test_every_answer_is_compared_and_every_fault_is_counted(address):
     assert nobody["failed"] == nobody["asked"] > 0 and nobody["answers"] == 0
 
 
+def test_a_rate_is_of_the_answers_between_those_that_fill_and_empty_the_queue():
+    began = time.monotonic() - 10
+    inner, seconds = serving_engine.steady([5.0, 1.0, 2.0, 3.0, 4.0, 6.0], float, 1, began)
+    assert (inner, seconds) == ([2.0, 3.0, 4.0, 5.0], 4.0)
+    few, seconds = serving_engine.steady([3.0, 1.0, 2.0], float, 1, began)
+    assert few == [1.0, 2.0, 3.0] and seconds == pytest.approx(10, abs=1)
+
+
 def test_requests_that_come_by_themselves_wait_from_when_they_were_due(address):
     Handler.asked = 3
     line = http_load.poisson(target(address), 40.0, 0.5, most=1)
@@ -124,6 +133,18 @@ def test_a_picture_and_a_table_are_made_of_the_result(tmp_path):
         serving_load.on_page("nothing", results, "a.png")
     serving_load.drawn(results, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    # Runs of two sizes are one result, if they are of one machine.
+    runs = [
+        results | dict(versions={}, slots=slots, sizes={name: 1}) for name, slots in
+        (("demo", 16), ("185M", 16), ("more", 8))
+    ]  # fmt: skip
+    paths = [str(tmp_path / f"{k}.json") for k in range(3)]
+    for path, run in zip(paths, runs, strict=True):
+        Path(path).write_text(json.dumps(run))
+    both = serving_load.together(paths[:2])
+    assert len(both["rows"]) == 2 * len(rows) and list(both["sizes"]) == ["demo", "185M"]
+    with pytest.raises(ValueError, match="differ in machine, versions, slots or seconds"):
+        serving_load.together(paths)
 
 
 def test_words_are_as_many_as_a_vocabulary_needs_and_all_different():
