@@ -149,6 +149,7 @@ def test_images_reduced_to_v_patches_are_others_at_each_v(opened, tmp_path):
     assert [r["settings"]["image_side"] for r in reports] == [8, 16]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 2, 2)])
 def test_several_images_and_devices_change_nothing(shape, trained, tmp_path):
     """MMMU's questions have up to several images, also beside those of one."""

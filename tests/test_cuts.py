@@ -92,7 +92,9 @@ def test_at_ties_the_first_is_kept_and_rows_with_fewer_tokens_or_none_lose_paddi
     np.testing.assert_array_equal(none.hidden[:, 0], np.arange(6))
 
 
-@pytest.mark.parametrize("stem", ["llava_mini_v1", "llava_mini_v4"])
+@pytest.mark.parametrize(
+    "stem", [pytest.param("llava_mini_v1", marks=pytest.mark.slow), "llava_mini_v4"]
+)
 def test_any_weight_or_input_off_by_one_percent_is_caught(stem, mesh1):
     meta, state, inputs, outputs = read(PUBLISHED / f"{stem}.npz")
     numbers_of = {name: x for name, x in inputs.items() if x.dtype == np.float32}

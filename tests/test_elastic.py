@@ -227,6 +227,7 @@ def test_a_batch_of_text_has_no_v_of_its_own(setting, monkeypatch):
     assert found is text and objective.drawn_model(model, found) is model
 
 
+@pytest.mark.slow
 def test_a_run_that_is_continued_ends_as_an_unbroken_one(setting, mesh1, tmp_path):
     c, _, model = setting
 

@@ -62,9 +62,10 @@ def images():
     return [draw.integers(0, 256, (*s, 3)).astype(np.uint8) for s in shapes]
 
 
-# One pruning behind each kind of compressor, and the other one of a single cut: what they share is
-# tested without the mark.
-LONG = {"mqt, fastv", "prumerge, fastv", "quecc, fastv", "tokencarve"}
+# What they share is tested without the mark: one cut, a selection, a summary.
+LONG = {
+    "mqt, fastv", "prumerge, fastv", "quecc, fastv", "tokencarve", "pyramiddrop", "llava_mini"
+}  # fmt: skip
 
 
 @pytest.fixture(
@@ -234,6 +235,7 @@ def test_a_compressor_that_reads_the_size_of_an_image_is_not_given_pixels_alone(
     assert engine.drain(60.0)
 
 
+@pytest.mark.slow
 def test_clips_ids_of_a_question_choose_the_patches(trained, tmp_path, images, mesh1):
     """In front of a model that was trained here: its tower is not a CLIP's, but as wide."""
     made(tmp_path / "a", trained, compressor=dict(kind="none", tokens=16))

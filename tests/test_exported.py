@@ -16,20 +16,20 @@ from vlm_jax.reports import page as pages
 
 
 def test_the_script_plans_as_python_does(tmp_path):
-    """24 settings of three pages: forms that share draws, cells, mixtures, chips, types."""
+    """16 settings of four pages: forms that share draws, cells, mixtures, chips, types."""
     rng, answered = np.random.default_rng(0), 0
     script = MiniRacer()
     script.eval(pages.TEMPLATES.get_template("planner.js").render())
     script.eval("const plans = (data, asked) => JSON.stringify(asked.map(planner(data).plan))")
     for made in made_settings.few_pages(tmp_path):
         of_page = made_settings.data(made)
-        settings = made_settings.settings(made, of_page, 8, rng)
+        settings = made_settings.settings(made, of_page, 4, rng)
         plans = json.loads(script.call("plans", of_page, settings))
         for number, (setting, plan) in enumerate(zip(settings, plans, strict=True)):
             where = f"{made} {number} {setting}"
             made_settings.assert_same(plan, made_settings.by_python(made, setting), where)
             answered += "error" not in plan
-    assert answered > 10
+    assert answered > 5
 
 
 def test_a_polynomial_is_found_again():

@@ -131,6 +131,7 @@ def test_v_vectors_are_all_that_an_engine_keeps_of_an_image(path, images, mesh1)
     assert engine.drain(60.0)
 
 
+@pytest.mark.slow
 def test_pruning_leaves_some_of_the_v_tokens_out(path, images, mesh1):
     """It goes with it as with any compressor; the first pass reads all patches."""
     whole = vlm_jax.VLM.from_checkpoint(path, mesh=mesh1)

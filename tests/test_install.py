@@ -223,6 +223,7 @@ def test_a_wheel_fits_and_plans_with_published_sizes_and_with_its_own_configurat
         assert done.returncode == 0 and '"N"' in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_a_configuration_beside_a_wheel_is_built_on_those_of_the_wheel(installed, tmp_path):
     mine = tmp_path / "configs" / "mine.py"
     mine.parent.mkdir()

@@ -76,7 +76,9 @@ def inputs(many, seed=0):
     return x, visual, last, tokens, before
 
 
-@pytest.mark.parametrize("behind", [False, True], ids=["alone", "behind a past"])
+@pytest.mark.parametrize(
+    "behind", [pytest.param(False, marks=pytest.mark.slow), True], ids=["alone", "behind a past"]
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_pruning_equals_a_mask(way, behind, mesh1):
     text, many = WAYS[way]
@@ -121,7 +123,7 @@ def test_keeping_everything_is_the_model_that_does_not_prune(mesh1):
     np.testing.assert_allclose(whole, plain, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["pyramiddrop", "tokencarve"])
+@pytest.mark.parametrize("way", [pytest.param("pyramiddrop", marks=pytest.mark.slow), "tokencarve"])
 def test_a_row_is_pruned_alike_on_eight_devices(way, mesh1, mesh8):
     text, many = WAYS[way]
     many = (many * 4)[:8]

@@ -82,7 +82,16 @@ def test_more_tokens_than_patches_are_refused():
 # --- Answers --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["divprune", "mmtok", "visionzip", "random"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "mmtok",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("divprune", "visionzip", "random")
+        ),
+    ],
+)
 def asked(request, trained, tmp_path_factory, mesh1):
     """A model folder of one method, and the model."""
     path = tmp_path_factory.mktemp("selected") / "model"
