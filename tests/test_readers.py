@@ -40,12 +40,6 @@ def refused(capsys, task, home):
     return message
 
 
-def check_named(message, words):
-    """A fault is named by its row, or by its question where it is found behind the reader."""
-    for word in words:
-        assert word in message or (word.startswith("row ") and ", question '" in message)
-
-
 @pytest.mark.parametrize("task, file, place, value, words", [
     ("gqa", GQA, ["90000005", "answer"], None, ["90000005"]),
     ("gqa", GQA, ["90000005", "types"], {"structural": "query"}, ["row 90000005", "'semantic'"]),
@@ -65,7 +59,8 @@ def check_named(message, words):
 ])  # fmt: skip
 def test_a_broken_row_is_named(tmp_path, capsys, task, file, place, value, words):
     message = refused(capsys, task, broken(tmp_path, task, file, place, value))
-    check_named(message, words)
+    for word in words:
+        assert word in message
 
 
 @pytest.mark.parametrize("task, file, field, value, words", [
@@ -83,7 +78,8 @@ def test_a_broken_line_is_named(tmp_path, capsys, task, file, field, value, word
     rows = [json.loads(line) for line in (home / file).read_text().splitlines()]
     made.lines(home / file, [rows[0] | {field: value}, *rows[1:]])
     message = refused(capsys, task, home)
-    check_named(message, words)
+    for word in words:
+        assert word in message
 
 
 @pytest.mark.parametrize("task, file, place, value, words", [

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.evals.task import Question, found, json_lines
+from vlm_jax.evals.task import found, json_lines
 
 
 @contextmanager
@@ -40,20 +40,6 @@ def texts_of(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list | tuple):
         raise TypeError(f"{values!r:.60} where a list is needed")
     return tuple(map(text_of, values))
-
-
-def check_fields(questions: Sequence[Question], path: Path) -> None:
-    """Raises ValueError for a question with an id or a text of another type than it has."""
-    for q in questions:
-        fields = {"question": q.text, "cluster": q.cluster, **q.labels}
-        wrong = [(name, value) for name, value in fields.items() if not isinstance(value, str)]
-        wrong += [("answer", a) for a in q.answers if not isinstance(a, str)]
-        if not isinstance(q.id, str) and type(q.id) is not int:
-            wrong.insert(0, ("id", q.id))
-        for name, value in wrong:
-            raise ValueError(
-                f"{path}, question {q.key!r:.80}: its {name or 'type'} is {value!r:.60}, not a text"
-            )
 
 
 def hub_rows(path: Path, names: Sequence[str], task: str) -> tuple[Path, list[dict[str, Any]]]:

@@ -32,6 +32,9 @@ class Question:
       cluster: shared by questions with correlated errors, mostly their image.
       labels: subscore name -> value of this question, such as {"answer_type": "number"}.
       facts: what the task's own protocols read besides, such as options or a hint.
+
+    Raises:
+      ValueError: for an id or a text of another type, which a row of a file may have.
     """
 
     id: str | int
@@ -44,6 +47,16 @@ class Question:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        fields = {"question": self.text, "cluster": self.cluster, **self.labels}
+        wrong = [(name, value) for name, value in fields.items() if not isinstance(value, str)]
+        wrong += [("answer", a) for a in self.answers if not isinstance(a, str)]
+        if not isinstance(self.id, str) and type(self.id) is not int:
+            wrong.insert(0, ("id", self.id))
+        for name, value in wrong:
+            raise ValueError(
+                f"question {self.key or str(self.id)!r:.80}: its {name or 'type'} is "
+                f"{value!r:.60}, not a text"
+            )
         if not self.key:
             object.__setattr__(self, "key", str(self.id))
         if not self.cluster:
