@@ -337,6 +337,14 @@ def test_leaving_a_size_out_is_fitting_without_its_rows():
     assert row["leave_largest_size_out_rmse"] < 0.003  # 7B from 0.5 to 4B
 
 
+def test_a_fold_that_is_stopped_predicts_what_it_would_have_predicted(monkeypatch):
+    points = planted("10 of 12 small models", noise=4e-3)  # whose slowest fold takes 300 steps
+    stopped = compare.leave_out(points, "additive", "V")
+    monkeypatch.setattr(compare, "FOLD_ITERATIONS", 3000)
+    for V, predicted in compare.leave_out(points, "additive", "V").items():
+        np.testing.assert_allclose(stopped[V], predicted, rtol=2e-3)
+
+
 def test_the_form_that_made_the_points_wins_the_comparison():
     for name in ("interaction, 4 missing", "additive"):
         rows = {row["form"]: row for row in compare.compare(planted(name, noise=1e-3))}

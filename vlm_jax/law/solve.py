@@ -180,7 +180,8 @@ def solve(
         gain = loss[active] - trial_loss
         # cosine between the residual and each column: the scale-free measure of a stationary point
         flat = np.abs(gradient / np.sqrt(scale)).max(1) <= 1e-9 * np.sqrt(loss[active]) + 1e-30
-        small = better & (gain <= 1e-11 * loss[active]) & (damping[active] < 1e-2)
+        # a step that is refused for a loss as small counts too: at a bound they take turns
+        small = (np.abs(gain) <= 1e-11 * loss[active]) & (damping[active] < 1e-2)
         small_gains[active] = np.where(small, small_gains[active] + 1, 0)
         theta[active[better]] = trial[better]
         loss[active[better]] = trial_loss[better]
