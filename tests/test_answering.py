@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_jax.serving.answering import Answering, Words, held
+from vlm_jax.serving.answering import Answering, held
 from vlm_jax.serving.tickets import Score
+from vlm_jax.serving.words import Words
 
 
 class Bytes:

@@ -173,19 +173,6 @@ def test_a_row_ends_at_a_stop_token_and_a_batch_when_all_rows_have(one, images, 
         decoder.stop_ids, one.processor.stop_ids = before
 
 
-def test_pieces_are_the_text_and_no_half_character():
-    class Bytes:
-        def decode(self, ids, skip_special_tokens):
-            return bytes(ids).decode("utf-8", errors="replace")
-
-    ids, text = list("naïve 日本".encode()), serving.Text(Bytes())
-    pieces = []
-    for k, token in enumerate(ids):
-        text.ids.append(token)
-        pieces.append(text.piece(whole=k == len(ids) - 1, stop=False))
-    assert "".join(pieces) == "naïve 日本" and "\ufffd" not in "".join(pieces)
-
-
 def test_a_prompt_without_an_image_is_answered_and_sees_none(one, images):
     plain = one.generate(None, PROMPTS[0], max_new_tokens=NEW)[0]
     assert plain.visual_tokens == 0

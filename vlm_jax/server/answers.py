@@ -23,7 +23,7 @@ from vlm_jax.serving.tickets import Answer, Event, Failed, Piece, Score, Ticket
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 GRACE_SECONDS = 60.0  # after its deadline an engine that says nothing counts as stuck
-PAUSE_SECONDS = 0.02  # after each chunk of a stream: tokens that come sooner share the next one
+PAUSE_SECONDS = 0.05  # after each chunk of a stream: tokens that come sooner share the next one
 
 
 class Events:

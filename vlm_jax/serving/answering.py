@@ -1,24 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The text of one answer while its tokens come: pieces, stop strings, scores, and its end."""
 
-import threading
 from collections.abc import Sequence
-from typing import Any
 
-from vlm_jax.serving.requests import Text
 from vlm_jax.serving.tickets import Finish, Piece, Score
-
-
-class Words:
-    """A tokenizer that several threads share, one at a time: transformers' are not safe."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer, self.lock = tokenizer, threading.Lock()
-
-    def decode(self, ids: Sequence[int], **how: Any) -> str:
-        """The text of tokens."""
-        with self.lock:
-            return self.tokenizer.decode(ids, **how)
+from vlm_jax.serving.words import Text, Words
 
 
 class Answering:
@@ -47,19 +33,18 @@ class Answering:
         stopped = token in self.stop_ids
         if stopped or len(self.ids) == self.room:
             self.finish = "stop" if stopped else "length"
-        text = self.read.read(stop=stopped)
+        text = self.read.whole(stop=stopped) if self.finish else self.read.so_far()
         found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
         if found:
             text, self.finish = text[: min(found)], "stop"
         elif not self.finish:
-            text = text.rstrip("\ufffd")
             text = text[: len(text) - held(text, self.stop)]
         return self._shown(text)
 
     def end(self, finish: Finish) -> Piece | None:
         """Ends it where it is; the piece that waited, if one did."""
         self.finish = finish
-        return self._shown(self.read.read(stop=False))
+        return self._shown(self.read.whole(stop=False))
 
     def _shown(self, text: str) -> Piece | None:
         new, first = text[len(self.text) :], self.told

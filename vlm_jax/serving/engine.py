@@ -21,7 +21,7 @@ import numpy as np
 from vlm_jax import arguments, errors, hosts
 from vlm_jax import mesh as meshes
 from vlm_jax.data.processor import Tokens
-from vlm_jax.serving.answering import Answering, Words
+from vlm_jax.serving.answering import Answering
 from vlm_jax.serving.decoder import Sampling, check_drawing
 from vlm_jax.serving.index import BLOCK, Index, handle_of
 from vlm_jax.serving.layout import Layout
@@ -34,6 +34,7 @@ from vlm_jax.serving.schedule import Job, Schedule
 from vlm_jax.serving.slots import Pool, ladder
 from vlm_jax.serving.tickets import MOST_LIKELIEST, Ask, Closed, Event, Full, Shown, Stats, Ticket
 from vlm_jax.serving.whole import Whole
+from vlm_jax.serving.words import Words
 from vlm_jax.training import fingerprint
 
 SHORTEST = 256  # tokens of the shortest rows, if the model's are longer

@@ -19,7 +19,8 @@ from vlm_jax.models.cache import Past
 from vlm_jax.models.vlm import Batch
 from vlm_jax.serving.answer_cache import AnswerCache
 from vlm_jax.serving.asking import Asker, Row, Shares
-from vlm_jax.serving.requests import Text, batch_of, bucket_of_rows
+from vlm_jax.serving.requests import batch_of, bucket_of_rows
+from vlm_jax.serving.words import Words
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,8 @@ class Greedy:
 
     def text(self, said: Said) -> str:
         """The text of an answer, without blanks at its ends, as LLaVA writes it."""
-        text = Text(self.model.processor.tokenizer)
-        text.ids = said.ids
-        return text.read(stop=said.stopped).strip()
+        words = Words(self.model.processor.tokenizer)
+        return words.answer(said.ids, stop=said.stopped).strip()
 
 
 def described(said: Said) -> dict[str, Any]:

@@ -35,7 +35,6 @@ from vlm_jax.serving.requests import (
     Picture,
     Prompt,
     Request,
-    Text,
     TooLong,
     batch_of,
     bucket_of_images,
@@ -45,6 +44,7 @@ from vlm_jax.serving.requests import (
     picture,
 )
 from vlm_jax.serving.summaries import Summaries
+from vlm_jax.serving.words import Text, Words
 from vlm_jax.training import runs
 from vlm_jax.weights import folder
 from vlm_jax.weights.processors import processor_of
@@ -316,7 +316,7 @@ class VLM:
         self, requests, *, begins, kept, drawn, room, visual_tokens, on_text
     ) -> list[Answer]:
         """The answers of one batch, each with at most the tokens in `room`."""
-        tokenizer, stop_ids = self.processor.tokenizer, self.processor.stop_ids
+        words, stop_ids = Words(self.processor.tokenizer), self.processor.stop_ids
         with jax.set_mesh(self.mesh):
             then = time.perf_counter()
             read, prefix = requests, self.prefix_pass if begins else None
@@ -346,7 +346,7 @@ class VLM:
                 sampling=meshes.spread(sampling, self.mesh, "batch") if temperature else None,
             )
             length = hosts.fetched(started.length)
-            texts = [Text(tokenizer) for _ in requests]
+            texts = [Text(words) for _ in requests]
             ended: dict[int, float] = {}  # when each row did
             for step, ids in enumerate(self.decoder.stream(started, max(room))):
                 now = time.perf_counter()
@@ -368,7 +368,7 @@ class VLM:
             seconds = ended[k] - then - first
             answers.append(
                 Answer(
-                    text=text.read(stop=stopped),
+                    text=text.whole(stop=stopped),
                     ids=text.ids,
                     stopped=stopped,
                     prompt_tokens=len(request.ids),

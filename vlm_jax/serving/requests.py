@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests as tokens and pixels, batches of them, and the text of their answers."""
+"""Requests as tokens and pixels, and batches of them."""
 
 import hashlib
 import os
@@ -62,30 +62,6 @@ def digest(requests: Sequence[Request]) -> str:
         for pixels in request.pixels:
             digest_of_all.update(np.ascontiguousarray(pixels))
     return digest_of_all.hexdigest()[:16]
-
-
-class Text:
-    """The tokens of an answer, and their text piece by piece."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.shown = tokenizer, [], ""
-
-    def read(self, *, stop: bool) -> str:
-        """All text; with `stop` the last token, which ended the answer, is left out."""
-        ids = self.ids[:-1] if stop else self.ids
-        return self.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
-
-    def piece(self, *, whole: bool, stop: bool) -> str:
-        """The text that was not returned yet.
-
-        The bytes of a character may come in several tokens: an incomplete character waits for the
-        last one, unless the text is `whole`.
-        """
-        text = self.read(stop=stop)
-        if not whole and text.endswith("\ufffd"):
-            return ""
-        new, self.shown = text[len(self.shown) :], text
-        return new
 
 
 def padded(rows: Sequence[list[int]], length: int, pad: int) -> np.ndarray:

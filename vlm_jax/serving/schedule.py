@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm_jax import errors
-from vlm_jax.serving.answering import Answering, Words
+from vlm_jax.serving.answering import Answering
 from vlm_jax.serving.index import BLOCK
 from vlm_jax.serving.reading import Reader
 from vlm_jax.serving.row import Row
 from vlm_jax.serving.slots import Pool, Result
 from vlm_jax.serving.tickets import Answer, Ask, Event, Failed, Finish, Score, Ticket, Usage
+from vlm_jax.serving.words import Words
 
 
 @dataclass(eq=False)
