@@ -318,6 +318,8 @@ def test_a_word_above_a_mark_gives_way_to_another_mark(tmp_path):
 
 def test_an_axis_has_few_ticks_however_many_token_counts_there_are():
     assert canvases.few_of([36, 1, 4]) == [1, 4, 36]
+    assert canvases.few_of([1, 4, 9, 16, 18, 36]) == [1, 4, 9, 16, 36]
+    assert canvases.few_of([1, 34, 36]) == [1, 36]  # both ends
     many = canvases.few_of(range(1, 577))
     assert len(many) <= canvases.MOST_TICKS and (many[0], many[-1]) == (1, 576)
     assert np.diff(np.log(many)).max() < 2 * np.log(576) / canvases.MOST_TICKS

@@ -170,10 +170,11 @@ def solve(
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
         trial = np.clip(current + np.clip(step, -8.0, 8.0), low, high)
         projected = project(design, y[active], w, trial, fixed[active], mix)
-        trial_loss, projected_loss = (
-            loss_of(y[active] - measured(predict(design, at), mix), weight[active], huber)
-            for at in (trial, projected)
-        )
+        with np.errstate(over="ignore"):  # a step too far has an infinite loss, and is refused
+            trial_loss, projected_loss = (
+                loss_of(y[active] - measured(predict(design, at), mix), weight[active], huber)
+                for at in (trial, projected)
+            )
         trial = np.where((projected_loss < trial_loss)[:, None], projected, trial)
         trial_loss = np.minimum(trial_loss, projected_loss)
         better = trial_loss < loss[active]
