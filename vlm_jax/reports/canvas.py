@@ -38,8 +38,7 @@ STYLE = {
     # Text stays text, half of the bytes; no usual font is wider than the one that is laid out.
     "svg.fonttype": "none",
 }
-MOST_TICKS = 10  # labels of an axis that do not touch
-WIDEST_TICK = 1 / 14  # of an axis
+LABEL = 1 / 11.5  # of a logarithmic axis, between labels that do not touch
 COLUMNS = ("series", "kind", "x", "y", "low", "high", "N_billions", "V", "Q", "flops", "label")
 
 
@@ -385,12 +384,9 @@ class Canvas:
 def few_of(ticks) -> list:
     """The ticks of a logarithmic axis whose labels do not touch, with both ends."""
     ticks = sorted(ticks)
-    if len(ticks) > MOST_TICKS:
-        places = np.geomspace(ticks[0], ticks[-1], MOST_TICKS)
-        ticks = sorted({ticks[int(np.abs(np.log(np.array(ticks) / x)).argmin())] for x in places})
     kept = ticks[:1]
     for tick in ticks[1:]:
-        if np.log(tick / kept[-1]) >= WIDEST_TICK * np.log(ticks[-1] / ticks[0]):
+        if np.log(tick / kept[-1]) >= LABEL * np.log(ticks[-1] / ticks[0]):
             kept.append(tick)
         elif tick == ticks[-1]:
             kept[-1] = tick
