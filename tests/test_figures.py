@@ -317,13 +317,10 @@ def test_a_word_above_a_mark_gives_way_to_another_mark(tmp_path):
 
 
 def test_an_axis_has_few_ticks_however_many_token_counts_there_are():
-    assert canvases.few_of([36, 1, 4]) == [1, 4, 36]
-    assert canvases.few_of([1, 4, 9, 16, 18, 36]) == [1, 4, 9, 16, 36]
-    assert canvases.few_of([1, 34, 36]) == [1, 36]  # both ends
+    assert canvases.few_of([36, 16, 18, 4]) == [4, 16, 36]
     many = canvases.few_of(range(1, 577))
-    gaps = np.diff(np.log(many)) / np.log(576)
-    assert (many[0], many[-1]) == (1, 576)
-    assert canvases.LABEL <= gaps.min() and gaps.max() < 2 * canvases.LABEL
+    gaps = np.diff(np.log(many)) / np.log(576) / canvases.LABEL
+    assert (many[0], many[-1]) == (1, 576) and 1 <= gaps.min() and gaps.max() < 2
 
 
 def test_equal_rows_give_equal_bytes(reasoning, tmp_path):
