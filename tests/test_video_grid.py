@@ -178,6 +178,8 @@ def test_rows_of_clips_give_the_law_of_frames_and_a_plan(tmp_path, capsys):
     assert found["laws"]["video"]["form"] == "frames" and found["cells"] == len(rows)
     assert found["pages"] == {"1": "frames-1/index.html", "4": "frames-4/index.html",
                               "8": "index.html"}  # fmt: skip
+    # At one T the truth is a sum: a page's law is the best form that fits.
+    assert "By the additive form" in (tmp_path / "report/index.html").read_text()
 
 
 def test_the_flops_of_a_clip_are_the_compilers(mesh1):

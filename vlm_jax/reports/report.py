@@ -99,7 +99,11 @@ def _page(workdir: Path, rows: Sequence, home: Path, *, png: bool, frames: str =
     majority = read_object(workdir / "baselines.json").get("majority", {})
     facts = read_object(workdir / "run.json")
     run = runs.of(rows, facts.get("method"))
-    laws, reasons = fitted(run) if frames else laws_of(workdir, run)
+    if frames:
+        laws, reasons = fitted(run)
+        laws = all_shown(run, laws, answers_of(run, laws))
+    else:
+        laws, reasons = laws_of(workdir, run)
     missing = ""
     try:
         drawn = figures.run_figures(
@@ -155,14 +159,10 @@ def laws_of(workdir: Path, run: Run) -> tuple[dict, dict[str, str]]:
         reasons = {family: missing for family in families if family not in laws}
     else:
         laws, reasons = fitted(run)
-        answers = {
-            family: answer.answer(points_of(run, family), law)[0] for family, law in laws.items()
-        }
+        answers = answers_of(run, laws)
         if laws and (document := law_document(run, laws, answers)):
             files.write_text(path, json.dumps(document) + "\n")
-    return {
-        family: shown(points_of(run, family), law, answers[family]) for family, law in laws.items()
-    }, reasons
+    return all_shown(run, laws, answers), reasons
 
 
 def points_of(run: Run, family: str) -> Points:
@@ -180,6 +180,18 @@ def fitted(run: Run) -> tuple[dict, dict[str, str]]:
         except ValueError as error:
             reasons[family] = f"{str(error)[:1].upper()}{str(error)[1:]}."
     return laws, reasons
+
+
+def answers_of(run: Run, laws: Mapping) -> dict:
+    """Family -> what a plan answers from, by tests of all forms."""
+    return {family: answer.answer(points_of(run, family), law)[0] for family, law in laws.items()}
+
+
+def all_shown(run: Run, laws: Mapping, answers: Mapping) -> dict:
+    """Family -> the law that a page shows."""
+    return {
+        family: shown(points_of(run, family), law, answers[family]) for family, law in laws.items()
+    }
 
 
 def shown(points: Points, law: Law, found: answer.Answer) -> Law:
