@@ -14,7 +14,7 @@ class Answering:
     """
 
     def __init__(self, words: Words, *, stop_ids: Sequence[int], stop: Sequence[str], room: int):
-        self.read, self.stop_ids, self.stop, self.room = Text(words), set(stop_ids), stop, room
+        self.said, self.stop_ids, self.stop, self.room = Text(words), set(stop_ids), stop, room
         self.text = ""  # shown so far
         self.scores: list[Score] = []
         self.finish: Finish | None = None
@@ -23,7 +23,7 @@ class Answering:
     @property
     def ids(self) -> list[int]:
         """All tokens so far."""
-        return self.read.ids
+        return self.said.ids
 
     def take(self, token: int, score: Score | None = None) -> Piece | None:
         """The next token; the piece that it completes, if it does. Sets `finish` at the end."""
@@ -33,7 +33,7 @@ class Answering:
         stopped = token in self.stop_ids
         if stopped or len(self.ids) == self.room:
             self.finish = "stop" if stopped else "length"
-        text = self.read.whole(stop=stopped) if self.finish else self.read.so_far()
+        text = self.said.whole(stop=stopped) if self.finish else self.said.so_far()
         found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
         if found:
             text, self.finish = text[: min(found)], "stop"
@@ -44,7 +44,7 @@ class Answering:
     def end(self, finish: Finish) -> Piece | None:
         """Ends it where it is; the piece that waited, if one did."""
         self.finish = finish
-        return self._shown(self.read.whole(stop=False))
+        return self._shown(self.said.whole(stop=False))
 
     def _shown(self, text: str) -> Piece | None:
         new, first = text[len(self.text) :], self.told
