@@ -23,7 +23,15 @@ from markupsafe import escape
 from vlm_jax.__main__ import main
 from vlm_jax.law import answer, law
 from vlm_jax.law.points import Points
-from vlm_jax.reports import figures, findings, planner_page, score_tables, tables
+from vlm_jax.reports import (
+    cost_figures,
+    figures,
+    findings,
+    limits,
+    planner_page,
+    score_tables,
+    tables,
+)
 from vlm_jax.reports import page as pages
 from vlm_jax.reports import report as reports
 from vlm_jax.reports import run as runs
@@ -414,6 +422,21 @@ def test_seeds_are_averaged_in_words_and_apart_in_the_table(tmp_path, undrawn):
         [r for r in rows if not r.blind and r.compressor == "token_packer"], "text"
     )[("250k", 36)]
     assert f"score {mean:.3f} ± {spread:.3f}" in page.words
+
+
+def test_cells_of_two_encoders_and_machines_say_so():
+    rows = [row for row in made_rows.rows(seeds=(0, 1)) if not row.blind and row.V > 1]
+    made = [
+        dataclasses.replace(
+            row, train=row.train | {"encoder": f"of {row.seed}"}, machine=f"m{row.seed}"
+        )
+        for row in rows
+    ]
+    told = " ".join(limits.of_cells(made))
+    half = len(rows) // 2
+    assert f"That all cells read the same features: {half} and {half} rows" in told
+    assert "same features" not in " ".join(limits.of_cells(rows))
+    assert "on m0 or m1, in batches" in cost_figures.measured_seconds(made)[1]
 
 
 def test_equal_rows_give_an_equal_page(tmp_path, undrawn):

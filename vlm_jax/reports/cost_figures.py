@@ -282,7 +282,7 @@ def counted_figures(
 
 def measured_seconds(rows: Sequence) -> tuple[np.ndarray, str] | None:
     """Seconds per question of every row, and how they were measured in words; None without any."""
-    machine = rows[0].machine
+    machine = " or ".join(sorted({row.machine for row in rows}))
     if all(row.timing for row in rows):
         batches = sorted({row.timing["batch"] for row in rows})
         seconds = np.array([row.timing["seconds_per_example"] for row in rows], float)

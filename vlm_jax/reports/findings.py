@@ -13,13 +13,12 @@ import numpy as np
 
 from vlm_jax.law import answer
 from vlm_jax.reports import cells as table
+from vlm_jax.reports import limits
 from vlm_jax.reports.amounts import amount_text, parameters_text
 from vlm_jax.reports.run import Run, mean_over_seeds
 from vlm_jax.rows import records
 
 SURE = 1.96  # standard errors: 95 % two-sided under a normal error
-# The smallest size of the published grid (arXiv 2411.03312), in parameters.
-PUBLISHED_SMALLEST = 0.5e9
 GREEK = {"alpha": "α", "beta": "β"}
 
 
@@ -74,7 +73,7 @@ def derive(
     if not run.main:
         findings.answer.append(("", "There is no finished cell of the grid yet, so no answer."))
     else:
-        _limits_of_the_run(findings, run.main)
+        findings.open += [("", sentence) for sentence in limits.of_cells(run.main)]
     return findings
 
 
@@ -363,38 +362,3 @@ def _between_families(findings: Findings, laws: Mapping) -> None:
                 else:
                     told = f"Which of {more} and {less} gains more from {change}: {ends} overlap."
                     findings.open.append(("", told))
-
-
-def _limits_of_the_run(findings: Findings, main: Sequence) -> None:
-    """The limits of the run for every family: sizes, seeds, training, compressor and cost."""
-    sizes = sorted({row.llm_parameters for row in main})
-    sentences = []
-    if sizes[-1] < PUBLISHED_SMALLEST:
-        sentences.append(
-            f"That these exponents hold at usual sizes: the largest LLM here has "
-            f"{parameters_text(sizes[-1] / 1e9)} parameters, {PUBLISHED_SMALLEST / sizes[-1]:,.0f} "
-            "times fewer than the smallest of the published grid (0.5B)."
-        )
-    if len(sizes) == 1:
-        sentences.append("Anything about N: there is one LLM size.")
-    elif len(sizes) < 4:
-        sentences.append(f"How well a power law in N holds: {len(sizes)} sizes hardly test it.")
-    if len(seeds := {row.seed for row in main}) == 1:
-        sentences.append(
-            f"How much another training run would differ: there is one seed ({next(iter(seeds))}), "
-            "and standard errors count the test questions only."
-        )
-    if len(steps := {row.train.get("steps") for row in main}) == 1 and None not in steps:
-        sentences.append(
-            f"What longer training gives: every cell was trained for {next(iter(steps)):,} steps, "
-            "whatever its size."
-        )
-    sentences.append(f"Other methods: the law is of {main[0].method} and of these tasks.")
-    total = [max(sum(row.flops.values()), 1) for row in main]
-    share = [100 * row.flops.get("prefill", 0) / t for row, t in zip(main, total, strict=True)]
-    sentences.append(
-        f"The whole cost: 2N(Q+V) stands for the prefill, {min(share):.0f} to {max(share):.0f} % "
-        "of the FLOPs of a request of these cells. The figures with every phase show what that "
-        "changes."
-    )
-    findings.open += [("", sentence) for sentence in sentences]

@@ -10,12 +10,12 @@ from vlm_jax.reports.colors import Looks
 from vlm_jax.reports.findings import SURE, margin
 from vlm_jax.reports.run import Run, by_tokens, mean_over_seeds, with_most_methods
 
-# How each kind is drawn: one LLM has one color in all figures.
-DASHES = {TRAINED: "-", FREE: "--", CONTROL: ":"}
+# How each kind is drawn, the last one above: one LLM has one color in all figures.
+DASHES = {CONTROL: ":", FREE: "--", TRAINED: "-"}
 NAMES = {
-    TRAINED: "best trained compressor",
-    FREE: "best training-free selection",
-    CONTROL: "best of random and uniform",
+    TRAINED: "trained compressors",
+    FREE: "training-free selections",
+    CONTROL: "random and uniform",
 }
 
 Best = Mapping[int | float, tuple[float, float]]  # V -> score and standard error of the best method
@@ -44,23 +44,26 @@ def prune_or_train(run: Run, out_dir, *, name: str, looks: Looks) -> list[Figure
     found = []
     for panel, family in enumerate(families):
         canvas.turn_to(panel)
+        shown = [row for row in rows if family in row.families]
+        # All patches are a selection too: the last point of each.
+        plain = by_tokens([r for r in shown if kind_of(r.compressor) == PLAIN], family)
         best: dict[str, Best] = {}
         for kind, dash in DASHES.items():
-            kinds = {kind, PLAIN} if kind == FREE else {kind}  # all patches are a selection too
-            of_kind = [r for r in rows if kind_of(r.compressor) in kinds and family in r.families]
-            scores = {
-                method: by_tokens([row for row in of_kind if row.method == method], family)
-                for method in sorted({row.method for row in of_kind})
-            }
+            of_kind = [row for row in shown if kind_of(row.compressor) == kind]
             style = {"color": "0.45" if kind == CONTROL else look.color, "N_billions": size / 1e9}
-            for method, curve in scores.items():
-                V, score = list(curve), [s for s, _ in curve.values()]
+            curves, label = [], NAMES[kind]
+            for method in sorted({row.method for row in of_kind}):
+                curve = by_tokens([row for row in of_kind if row.method == method], family)
+                curves.append(curve | plain if kind != TRAINED else curve)
+                V, score = list(curves[-1]), [s for s, _ in curves[-1].values()]
+                canvas.line(method, V, score, dash=dash, name=label, V=V, **style)
                 canvas.points(method, V, score, area=7.0, hollow=True, V=V, **style)
-            best[kind] = _best(list(scores.values()))
+                label = None  # once in the legend
+            best[kind] = _best(curves)
             V = list(best[kind])
             score, stderr = zip(*best[kind].values(), strict=True) if V else ((), ())
-            canvas.line(NAMES[kind], V, score, dash=dash, name=NAMES[kind], V=V, **style)
-            canvas.points(NAMES[kind], V, score, stderr=stderr, area=14.0, V=V, **style)
+            series = f"best of {NAMES[kind]}"
+            canvas.points(series, V, score, stderr=stderr, area=14.0, V=V, **style)
         blind = [r for r in run.blind if r.llm_parameters == size and family in r.families]
         if blind:
             level, _ = mean_over_seeds([row.families[family] for row in blind])
@@ -72,10 +75,10 @@ def prune_or_train(run: Run, out_dir, *, name: str, looks: Looks) -> list[Figure
         found.append(f"{family}: {verdict(best[TRAINED], best[FREE])}")
     canvas.legend()
     caption = (
-        f"The best trained compressor and the best training-free selection at each V, with the LLM "
-        f"of {llm_text(size / 1e9)}; small marks are all methods, bars one standard error with the "
-        "seeds' spread. The uncompressed model is the last point of the selections, which all "
-        f"answer with its weights. Differences beyond {SURE} standard errors: {'; '.join(found)}."
+        f"A line for each method, with the LLM of {llm_text(size / 1e9)}; filled marks are the "
+        "best of each kind at each V, bars one standard error with the seeds' spread. The "
+        "uncompressed model is the last point of the selections, which all answer with its "
+        f"weights. Differences between the best beyond {SURE} standard errors: {'; '.join(found)}."
     )
     alt = f"Scores against visual tokens, trained and training-free. {'; '.join(found)}."
     return [canvas.save(out_dir, name, caption=caption, alt=alt)]
