@@ -11,7 +11,9 @@ It also goes on in an empty folder that holds the rows.jsonl of another (docs/de
 from configs import demo, demo_llm
 
 TOKENS = (1, 4, 9, 36)
-STEPS = 480  # of 16 images with their questions (54), for each of the three of SmolLM2's size
+# Of 8 images with their questions (27), for each of the three of SmolLM2's size: many small steps,
+# because a compressor that is new to its LLM learns by their number.
+STEPS, BATCH = 640, dict(batch=8, accumulate=1)
 # All questions about an image in one row, and no chat template: its 27 tokens around each question
 # would be most of what is computed.
 ROWS = dict(text_length=80, question_length=40)  # one row in a hundred is cut
@@ -22,10 +24,11 @@ def get_config():
     c = demo_llm.get_config()
     c.compressor.update(dict(elastic=TOKENS, tokens=TOKENS[-1]))
     c.data.update(dict(questions_per_row=0, test_images=400, **ROWS))
-    c.encoder.update(dict(steps=6000, batch=64))
+    c.encoder.update(dict(steps=3000, batch=64))
     c.finetune.update(dict(steps=6000, batch=32))
-    some, most = (demo_llm.ALIGN | dict(steps=n) for n in (STEPS // 4, STEPS))
-    tuned = demo_llm.FINETUNE | dict(steps=STEPS - STEPS // 4)
+    c.checkpoint.every = 160
+    some, most = (demo_llm.ALIGN | BATCH | dict(steps=n) for n in (STEPS // 4, STEPS))
+    tuned = demo_llm.FINETUNE | BATCH | dict(steps=STEPS - STEPS // 4)
     fresh = demo_llm.SMOLLM2 | dict(data=WORDS | dict(tokenizer="runs/smollm2/tokenizer"))
     pretrained = demo_llm.pretrained(data=WORDS)
     with c.unlocked():
