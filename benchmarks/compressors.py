@@ -220,9 +220,9 @@ def supported(method: str, tokens: list[int], side: int) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     facts.use_threads(args.threads)
-    from vlm_jax import cpu
+    from vlm_jax import heap
 
-    cpu.keep_freed_memory()
+    heap.keep_freed_memory()
     import jax
     import torch
 

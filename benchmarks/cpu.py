@@ -4,7 +4,7 @@
     python benchmarks/cpu.py [--rounds=30] [--threads=2] [--only=NAME,...] [--out=FILE]
 
 The two forms take turns; the table has the medians and their ratio (above 1, the form is faster).
-A form that no longer pays is one to delete. Memory that is kept (`keep_freed_memory`) and the
+A form that no longer pays is one to delete. Memory that is kept (`vlm_jax/heap.py`) and the
 options of a training step change a whole process: benchmarks/train_step.py times these.
 """
 
@@ -37,17 +37,22 @@ def cases(jax, jnp, cpu, mesh):
     def by_token(*kv):  # as they are computed
         return (x.astype("bfloat16").transpose(0, 2, 1, 3) for x in kv)
 
-    attend = "BVNP,BPE->BVNE"
+    attend, mlp, wide = "BVNP,BPE->BVNE", ("batch", "len", "mlp"), draw(1024, 8192)
     return {
         "project: weight gradient [64 48 96] x [96 256]": (
-            gradient(lambda x, w: cpu.project(x, w, 1, ("batch", "len", "mlp"))),
+            gradient(lambda x, w: cpu.project(x, w, 1, mlp)),
             gradient(lambda x, w: jnp.einsum("BTD,DF->BTF", x, w)),
             [draw(64, 48, 96), draw(96, 256)],
         ),
         "two_rows: [1 1 2048] x [2048 5504], bfloat16": (
-            lambda x, w: cpu.project(x, w, 1, ("batch", "len", "mlp")),
+            lambda x, w: cpu.project(x, w, 1, mlp),
             lambda x, w: jnp.einsum("BTD,DF->BTF", x, w),
             [draw(1, 1, 2048, dtype="bfloat16"), draw(2048, 5504, dtype="bfloat16")],
+        ),
+        "project_output_first: [16 1 1024] x [1024 8192]": (
+            lambda x, w, turned: cpu.project_output_first(x, turned, w.shape[1:], mlp),
+            lambda x, w, turned: cpu.project(x, w, 1, mlp),
+            [draw(16, 1, 1024), wide, wide.T],
         ),
         "sum_of_windows: [8 36 16 1024] x [1024 1024]": (
             convolution(cpu.sum_of_windows),

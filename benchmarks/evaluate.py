@@ -153,9 +153,9 @@ def timed(side: Callable[[], list]) -> float:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     facts.use_threads(args.threads)
-    from vlm_jax import cpu
+    from vlm_jax import heap
 
-    cpu.keep_freed_memory()
+    heap.keep_freed_memory()
     import torch
 
     torch.set_num_threads(args.threads)

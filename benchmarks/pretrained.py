@@ -215,9 +215,9 @@ def served(llm: str, dtype: str):
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     facts.use_threads(args.threads)
-    from vlm_jax import cpu
+    from vlm_jax import heap
 
-    cpu.keep_freed_memory()
+    heap.keep_freed_memory()
     import jax
     import torch
 

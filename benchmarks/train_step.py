@@ -161,10 +161,10 @@ def measure(config, *, rounds: int, steps: int) -> dict:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     facts.use_threads(args.threads)
-    from vlm_jax import cpu
+    from vlm_jax import heap
 
     if args.malloc == "keep":
-        cpu.keep_freed_memory()
+        heap.keep_freed_memory()
     import jax
     import torch
 

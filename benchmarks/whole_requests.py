@@ -154,9 +154,9 @@ def taking_turns(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     facts.use_threads(args.threads)
-    from vlm_jax import cpu
+    from vlm_jax import heap
 
-    cpu.keep_freed_memory()
+    heap.keep_freed_memory()
     sizes = QUICK if args.quick else SIZES
     images = pictures(sizes["tower"]["image"])
     results = facts.of_run(

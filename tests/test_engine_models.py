@@ -3,6 +3,7 @@
 
 import dataclasses
 import io
+import itertools
 
 import jax
 import numpy as np
@@ -143,3 +144,26 @@ def test_a_row_has_its_images_where_they_belong():
     assert one.ids.tolist() == [5, 0, 1, 2, 6, 7] and one.image.tolist() == [-1, 0, 0, 0, -1, -1]
     assert (image.start, image.end) == (1, 4) and one.keys() == []
     assert len(one.keys(range(30))) == 1
+
+
+def test_a_prompt_is_read_in_the_chunks_that_take_least():
+    def chunks(tokens, cost):
+        first, found = reading.first_chunks((16, 64, 128), cost), []
+        while tokens > sum(found):
+            found.append(first[min(tokens - sum(found), 128)])
+        return found
+
+    # 81 tokens in 64, 16 and 16 are 96 and three passes, in 128 one pass.
+    lengths = (1, 16, 17, 64, 65, 80, 81, 128, 140)
+    found = [chunks(n, 32) for n in lengths]
+    assert found == [[16], [16], [64], [64], [64, 16], [64, 16], [128], [128], [128, 16]]
+    # Of a tiny model a pass costs more than its tokens.
+    assert chunks(65, 500) == [128]
+    for n in range(1, 129):  # none is cheaper
+        best = min(
+            sum(some) + 32 * len(some)
+            for k in range(1, 4)
+            for some in itertools.combinations_with_replacement((16, 64, 128), k)
+            if sum(some) >= n
+        )
+        assert sum(chunks(n, 32)) + 32 * len(chunks(n, 32)) == best

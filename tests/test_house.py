@@ -20,12 +20,12 @@ OUTSIDE = {".venv", "runs", "build", "__pycache__", ".git"}
 
 # What a room may import of the package, besides itself. docs/architecture.md draws the same.
 GROUND = {
-    "arguments", "buckets", "compiled", "cpu", "errors", "files", "hosts", "mesh", "preemption",
-    "progress",
+    "arguments", "buckets", "compiled", "cpu", "errors", "files", "heap", "hosts", "mesh",
+    "preemption", "progress",
 }  # fmt: skip
 ARROWS = {
     "errors": set(), "mesh": set(), "preemption": set(), "progress": set(), "arguments": set(),
-    "buckets": set(), "files": {"buckets"}, "sharded": {"mesh"},
+    "buckets": set(), "heap": set(), "files": {"buckets"}, "sharded": {"mesh"},
     "fetch": {"files", "progress"}, "cpu": {"mesh", "sharded"},
     "compiled": {"progress"},
     "hosts": {"progress", "errors"},

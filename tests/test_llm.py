@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoder against the equations of Llama and Qwen written out, and its cache against itself."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import literal_models
@@ -10,7 +12,9 @@ import tiny
 from flax import nnx
 
 from configs import sizes
+from vlm_jax import cpu
 from vlm_jax.cost import flops as cost
+from vlm_jax.layers import store_output_first
 from vlm_jax.models import llm as llms
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.rope import Rope, rotate
@@ -147,3 +151,36 @@ def test_examples_of_one_row_are_computed_as_if_each_were_alone(mesh1, mesh8):
             packed = np.asarray(jax.jit(lambda m, i, s: m(m.embed(i), segments=s))(llm, *rows))
         np.testing.assert_allclose(packed[:2, : sum(lengths)], expected, atol=2e-5)
         assert np.isfinite(packed).all()
+
+
+@pytest.mark.parametrize("change", [LLAMA, QWEN], ids=["llama", "qwen"])
+def test_kernels_stored_output_first_compute_the_same(change, mesh1, monkeypatch):
+    c = tiny.config(llm=change)
+    llm, ids = rough(c, mesh1), ids_of(c)
+    many = ids_of(c, rows=3, length=cpu.FEW_ROWS // 2)
+    with jax.set_mesh(mesh1):
+        run = jax.jit(passes)
+        plain = llm.unrolled()
+        expected = [run(plain, tiny.placed(x)) for x in (ids, many)]
+        monkeypatch.setattr(cpu, "LARGE_KERNEL", 1)
+        other = llm.unrolled()
+        for block in other.blocks:
+            store_output_first(block, llm.dtype)
+        run = jax.jit(lambda *x: passes(*x))  # the logits' form is chosen while tracing
+        found = [run(other, tiny.placed(x)) for x in (ids, many)]
+    kernel = other.blocks[0].attention.query.kernel
+    assert kernel.shape == (c.llm.heads * c.llm.head_size, c.llm.width)
+    for ours, theirs in zip(found, expected, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, theirs)
+
+
+def test_the_kernel_of_few_rows_stays_first_in_the_compiled_product(mesh1):
+    x, kernel = jnp.ones((1, 5, 8)), jnp.ones((24, 8))
+
+    def product(x, kernel):
+        return cpu.project_output_first(x, kernel, (6, 4), ("batch", "len", "heads", "head"))
+
+    with jax.set_mesh(mesh1):
+        compiled = jax.jit(product).lower(x, kernel).compile()
+        assert compiled(x, kernel).shape == (1, 5, 6, 4)
+    assert re.search(r"f32\[24,5\]\S* dot\(", compiled.as_text())

@@ -16,6 +16,7 @@ THROUGH = {
     "test_clips.py": "data.clip_facts data.tokens",
     "test_compiled.py": "aot.arrays aot.programs aot.search aot.table",
     "test_files.py": "buckets",
+    "test_heap.py": "heap",
     "test_matryoshka.py": "compressors.last_level compressors.matryoshka",
     "test_door.py": "cost.model planning.question",
     "test_cost.py": "cost.parameters",

@@ -4,7 +4,7 @@
 import sys
 from collections.abc import Sequence
 
-from vlm_jax import progress, without_notices
+from vlm_jax import heap, progress, without_notices
 from vlm_jax.verbs import cli, parser
 
 
@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     themselves say nothing more: --help, --version and a wrong flag.
     """
     without_notices()
+    heap.keep_freed_memory()
     with progress.speaking("starting"):
         options, verb = parser.command(argv)
         return cli.report_errors(options.verb, lambda: verb.run(options))

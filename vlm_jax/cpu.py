@@ -6,7 +6,6 @@ the same with and without the forms that do not check the platform. benchmarks/c
 against the plain form.
 """
 
-import ctypes
 import math
 import os
 from collections.abc import Callable
@@ -29,6 +28,10 @@ DRAW_ONCE = RUN_ONCE | {"xla_cpu_use_fusion_emitters": False}
 # model's step up to 1.2 times slower. LLVM's optimization level 1 compiles in 60 % of the time of
 # level 3, and the step is as fast and gives the same bits (benchmarks/train_step.py).
 STEP_OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
+
+# Rows up to which a product has its kernel first, and the kernels for which it pays
+# (benchmarks/cpu.py).
+FEW_ROWS, LARGE_KERNEL = 128, 2**19
 
 
 def step_options() -> dict[str, Any]:
@@ -99,6 +102,36 @@ def project(
     return jnp.reshape(y, lead + y.shape[1:], out_sharding=mesh.spec(*out))
 
 
+def project_output_first(
+    x: Float[Array, "..."], kernel: Float[Array, "O I"], kept: tuple[int, ...], out: tuple[str, ...]
+) -> Float[Array, "..."]:
+    """Contracts the last dimensions of x with I, on one device; O becomes the dimensions `kept`.
+
+    XLA's CPU backend packs the second factor of a product anew in every call, which for few rows
+    takes longer than the product itself: the kernel comes first. Without the barriers XLA swaps the
+    two.
+    """
+    lead = x.shape[: len(out) - len(kept)]
+    rows, kernel = (jax.sharding.reshard(y, jax.P()) for y in (x, kernel.astype(x.dtype)))
+    rows = rows.reshape(-1, kernel.shape[1])
+    if len(rows) > FEW_ROWS:
+        y = rows @ kernel.T
+    else:
+        columns = lax.optimization_barrier(rows.T)
+        y = lax.optimization_barrier(kernel @ columns).T
+    return jnp.reshape(y, lead + kept, out_sharding=mesh.spec(*out))
+
+
+def output_first(size: int, dtype: Any) -> bool:
+    """Whether `project_output_first` pays in generation, for a kernel of so many numbers.
+
+    It does where that does not fit into a core's cache, on one device, in the type that is not
+    emulated.
+    """
+    alone = jax.sharding.get_abstract_mesh().size == 1 and mesh.platform() == "cpu"
+    return alone and jnp.dtype(dtype) == jnp.float32 and size >= LARGE_KERNEL
+
+
 def sum_of_windows(x: Float[Array, "B V W E"]) -> Float[Array, "B V E"]:
     """The sum over W, as a product with ones.
 
@@ -124,18 +157,3 @@ def for_every_image(scores: Float[Array, "N V P"], batch: int) -> Float[Array, "
         (batch, tokens, heads, patches),
         out_sharding=mesh.spec("batch", "len", "heads", "len"),
     )
-
-
-def keep_freed_memory() -> None:
-    """Freed memory stays with this process and is reused; must be called before JAX starts.
-
-    XLA on a CPU allocates temporaries in every call. Freed large blocks return to the system, and
-    the page faults of the next call took 40 % of a training step of a demo with 144 patches. One
-    arena, because only the first can grow beyond 64 MB. Does nothing without glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # M_... of glibc's malloc.h
-        mallopt(mmap_threshold, 2**31 - 1)
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(arena_max, 1)

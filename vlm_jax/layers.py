@@ -89,6 +89,30 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
+class OutputFirst(nnx.Module):
+    """A `Linear` that generates on one CPU device, with its kernel stored output first, [O I]."""
+
+    def __init__(self, base: Linear):
+        self.read, self.out, self.bias = base.read, base.out, base.bias
+        kernel = jax.sharding.reshard(base.kernel[...], jax.P())
+        self.kept = kernel.shape[base.read :]
+        self.kernel = nnx.Param(kernel.reshape(-1, math.prod(self.kept)).T)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        y = cpu.project_output_first(x, self.kernel[...], self.kept, self.out)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def store_output_first(module: nnx.Module, dtype: str) -> None:
+    """Makes every `Linear` inside a module an `OutputFirst` if that pays."""
+    for name, part in list(vars(module).items()):
+        if isinstance(part, Linear):
+            if cpu.output_first(part.kernel.size, dtype):
+                setattr(module, name, OutputFirst(part))
+        elif isinstance(part, nnx.Module):
+            store_output_first(part, dtype)
+
+
 class LayerNorm(nnx.Module):
     """Normalized over the last axis in float32, biased variance; result in the input's type."""
 

@@ -384,7 +384,10 @@ class LLM(nnx.Module):
         """Float32 scores of the next token."""
 
         def product(hidden: Float[Array, "B T D"]) -> Float[Array, "B T W"]:
-            table, out = self.table.astype(hidden.dtype), mesh.spec("batch", "len", "vocab")
+            table, dims = self.table.astype(hidden.dtype), ("batch", "len", "vocab")
+            out = mesh.spec(*dims)
+            if cpu.output_first(table.size, hidden.dtype):
+                return cpu.project_output_first(hidden, table, table.shape[:1], dims)
             if sharded.scatters(hidden, table):
                 return sharded.product(hidden, table.T, 1, out, jnp.float32)
             return jnp.einsum(

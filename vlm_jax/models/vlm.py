@@ -72,8 +72,7 @@ class VLM(nnx.Module):
     tokens. T is then the length of the spliced row, with room for visual tokens. This does not work
     for a compressor that reads the text before the image.
 
-    A batch without `pixels`, `levels` and `visual` is text only: nothing is encoded, compressed or
-    spliced.
+    A batch without `pixels`, `levels` and `visual` is text only: nothing is encoded or spliced.
 
     For a compressor with layers before the LLM (`fusion`) a row has at most one image, and `length`
     [B] and in training `loss_mask` [B T] say which text reads the image.
@@ -86,15 +85,20 @@ class VLM(nnx.Module):
     def __init__(self, vit: ViT, compressor: nnx.Module, llm: LLM):
         self.vit, self.compressor, self.llm = vit, compressor, llm
 
-    def at(self, tokens: int) -> "VLM":
-        """The same weights with `tokens` visual tokens; ValueError if they do not support it."""
+    def check(self, tokens: int) -> None:
+        """Raises ValueError, with the way out, if the weights do not support so many tokens."""
         if not self.compressor.buckets:
-            count = "as many" if self.compressor.adaptive else self.compressor.tokens
+            V = "as many" if self.compressor.adaptive else self.compressor.tokens
             needs = " as each image needs" if self.compressor.adaptive else ""
             raise ValueError(
-                f"this {type(self.compressor).__name__} was trained for {count} visual "
-                f"tokens{needs}, not {tokens}: train one for several (mqt, m3, compressor.elastic)"
+                f"this {type(self.compressor).__name__} was trained for {V} visual tokens{needs}, "
+                f"not {tokens}: train one for several (mqt, m3, compressor.elastic)"
             )
+        self.compressor.check(tokens)
+
+    def at(self, tokens: int) -> "VLM":
+        """The same weights with `tokens` visual tokens. Raises ValueError as `check` does."""
+        self.check(tokens)
         return VLM(self.vit, self.compressor.at(tokens), self.llm)
 
     @property

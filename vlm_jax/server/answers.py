@@ -147,26 +147,29 @@ class Reply:
             vlm_jax=self._extension(event),
         )
 
-    async def chunks(self, event: Piece | Answer) -> AsyncIterator[str]:
-        """The data of each event of the stream from its first `event` on, "[DONE]" last.
+    async def chunks(self, event: Piece | Answer) -> AsyncIterator[bytes]:
+        """The stream from its first `event` on, "[DONE]" last; what is sent at once comes at once.
 
         A failure after that is an event {"error": ...}: the status is sent already.
         """
+        waiting = [self._chunk({"role": "assistant", "content": ""})]
         try:
-            yield self._chunk({"role": "assistant", "content": ""})
             while not isinstance(event, Answer):
                 if event.text or event.scores:
-                    yield self._chunk({"content": event.text}, scores=event.scores)
+                    waiting.append(self._chunk({"content": event.text}, scores=event.scores))
+                if waiting:
+                    yield sent(waiting)
+                    waiting = []
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(PAUSE_SECONDS):
                         await self.events.ended.wait()
                 event = await self.next()
-            yield self._chunk({}, answer=event)
+            waiting.append(self._chunk({}, answer=event))
             if self.prepared.usage_asked:
-                yield self._chunk(None, answer=event)
+                waiting.append(self._chunk(None, answer=event))
         except Refusal as refusal:
-            yield schema.ErrorBody.model_validate(refusal.body()).model_dump_json()
-        yield "[DONE]"
+            waiting.append(schema.ErrorBody.model_validate(refusal.body()).model_dump_json())
+        yield sent([*waiting, "[DONE]"])
 
     def _chunk(
         self,
@@ -215,6 +218,11 @@ class Reply:
             seconds=answer.seconds,
             tokens_per_second=answer.tokens_per_second,
         )
+
+
+def sent(events: Sequence[str]) -> bytes:
+    """Events of a stream, one behind the other: each write costs as much as several chunks."""
+    return "".join(f"data: {data}\n\n" for data in events).encode()
 
 
 def finish(answer: Answer) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from vlm_jax import arguments, cpu, hosts, mesh
+from vlm_jax.layers import store_output_first
 from vlm_jax.models.cache import Caches, Past
 from vlm_jax.models.llm import LLM
 from vlm_jax.models.vlm import VLM, Batch, each
@@ -155,6 +156,8 @@ class Decoder:
             llm = model.llm.unrolled(consume=True)
         else:
             llm = jax.jit(lambda llm: llm.unrolled(), compiler_options=once)(model.llm)
+        for block in llm.blocks:
+            store_output_first(block, llm.dtype)
         self.model, self.stop_ids = VLM(model.vit, compressor, llm), np.array(stop_ids)
         self.first, self.following = programs(brief=brief)
         self.levels = jax.jit(functools.partial(levels))

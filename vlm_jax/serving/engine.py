@@ -91,9 +91,9 @@ class Engine:
       index_bytes: most bytes of the image index; 0 keeps nothing.
       lengths: of the rows in which requests are answered, in tokens read and new: each is answered
         in the shortest that holds it. Default: 256, 1024 ... and the model's.
-      chunks: tokens of a row that are read between two steps of the others: the smallest that holds
-        the rest of the row, or the largest. Default: 64 and 128. Where a model reads prompts whole,
-        the sizes to which their text is padded. Default: 64, 256 ... and the longest rows'.
+      chunks: tokens of a row that are read between two steps of the others: the largest, then those
+        in which the rest is read soonest. Default: 16, 64 and 128. Where a model reads prompts
+        whole, the sizes to which their text is padded. Default: 64, 256 ... and the longest rows'.
       visual_tokens: V that may be asked for of a compressor that has a program for every V, besides
         those that a plan searches. Of others all their V may be.
     Raises:

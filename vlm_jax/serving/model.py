@@ -270,7 +270,7 @@ class VLM:
             arguments.whole_number("visual_tokens", visual_tokens)
         one = self.compressor.tokens if not self.compressor.adaptive else None
         if visual_tokens not in (None, one):
-            self.decoder.model.at(visual_tokens)
+            self.decoder.model.check(visual_tokens)
 
     def room(
         self, request: Request, *, new_tokens: int | None = None, visual_tokens: int | None = None

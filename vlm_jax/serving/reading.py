@@ -18,13 +18,17 @@ from jaxtyping import Array, Float, Int
 from vlm_jax import progress
 from vlm_jax.compressors.compressor import Compressor, Question, Visual
 from vlm_jax.models.cache import KV
+from vlm_jax.models.vlm import parameters
 from vlm_jax.serving.decoder import Sampling
 from vlm_jax.serving.index import BLOCK, Index, Seen
 from vlm_jax.serving.programs import Chunk, Programs, Read
 from vlm_jax.serving.row import GREEDY, Image, Row
 from vlm_jax.serving.tickets import Shown
 
-CHUNKS = (64, 128)  # tokens
+CHUNKS = (16, 64, 128)  # tokens
+# What a pass over a chunk costs beside its tokens: the weights are read, as long as 32 tokens take,
+# and the host starts a program, as long as .1 GFLOP.
+PASS_TOKENS, START_FLOPS = 32, 1e8
 WORDS = 64  # ids of a question for which there is a program, besides a much longer one
 MOST_BUCKETS = 16  # of a compressor, beyond which only some of its V are compiled
 
@@ -153,12 +157,26 @@ class Reader(ABC):
                 self.programs.visual(slots, levels, question)
 
 
+def first_chunks(sizes: Sequence[int], cost: float) -> list[int]:
+    """The size of the first chunk in which 0, 1 ... tokens are read soonest, to the largest size.
+
+    Args:
+      sizes: ascending. cost: of a chunk beside its tokens, in tokens.
+    """
+    costs, first = [0.0], [sizes[0]]
+    for tokens in range(1, sizes[-1] + 1):
+        whole, size = min((size + cost + costs[max(tokens - size, 0)], -size) for size in sizes)
+        costs.append(whole)
+        first.append(-size)
+    return first
+
+
 class InParts(Reader):
     """Reads a row chunk by chunk, behind a beginning that is known.
 
     Args:
-      chunks: tokens that are read at once, ascending: the smallest that holds the rest of a row, or
-        the largest.
+      chunks: tokens that are read at once, ascending: the largest, then those in which the rest of
+        a row is read soonest.
     """
 
     block = BLOCK
@@ -169,6 +187,8 @@ class InParts(Reader):
     ):  # fmt: skip
         super().__init__(programs, index, compressor, **more)
         self.chunks = tuple(chunks)
+        of_token = 2 * parameters(programs.llm)
+        self.first = first_chunks(self.chunks, PASS_TOKENS + START_FLOPS / of_token)
         self.asks_in_rows = compressor.method.query == "separate"
         self.one_image = compressor.reads_prefix
         self.caches: dict[int, list[KV]] = {}  # of a row that is read, by the length of its pool
@@ -254,8 +274,8 @@ class InParts(Reader):
         self.caches.clear()
 
     def size(self, rest: int) -> int:
-        """The chunk in which so many tokens are read, or the first of them."""
-        return next((size for size in self.chunks if size >= rest), self.chunks[-1])
+        """The first chunk of so many tokens."""
+        return self.first[min(rest, self.chunks[-1])]
 
     def chunk(self, row: Row, here: slice, size: int, length: int) -> Chunk:
         """Reads these tokens of a row in a chunk of this size."""

@@ -52,15 +52,14 @@ def workdir_of(workdir: str | None) -> PurePath:
 
 
 def join(options: argparse.Namespace) -> None:
-    """Joins the other processes, if any, and sets up memory and the cache of programs.
+    """Joins the other processes, if any, and sets up the cache of programs.
 
     Call it before JAX uses a device. One process writes to stdout and warns; errors come from all.
     """
     import jax
 
-    from vlm_jax import compiled, cpu, hosts
+    from vlm_jax import compiled, hosts
 
-    cpu.keep_freed_memory()
     compiled.keep()
     before = jax.distributed.is_initialized()
     hosts.join(

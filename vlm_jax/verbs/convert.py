@@ -142,9 +142,6 @@ def add_flags(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Converts; 0."""
-    from vlm_jax import cpu
-
-    cpu.keep_freed_memory()
     from vlm_jax.training import runs
     from vlm_jax.weights import adapters, conversion, folder, llama_cpp
 

@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> int:
 
 def service_of(options: argparse.Namespace) -> Any:
     """The service of a command line: its model, engine, budgets and limits."""
-    from vlm_jax import compiled, cpu
+    from vlm_jax import compiled
     from vlm_jax.planning import question
     from vlm_jax.server.auto import Auto
     from vlm_jax.server.budget import Chooser
@@ -162,7 +162,6 @@ def service_of(options: argparse.Namespace) -> Any:
         raise ValueError("--mix needs --law, whose families it weighs")
     if options.chip is None and (reached is not None or options.chips != 1):
         raise ValueError("--efficiency, --calibration and --chips need --chip")
-    cpu.keep_freed_memory()
     compiled.keep()
     with progress.doing("loading the model"):
         stored = runs.read(options.checkpoint, "--checkpoint")
