@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -337,3 +338,7 @@ def test_a_tokenizer_that_does_not_fit_its_model_or_is_none_is_refused(tmp_path,
     assert "no tokenizer was found: to generate, repeat with" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no tokenizer: convert it again with --tokenizer"):
         processors.processor_of(folder.read(tmp_path / "b"))
+    # A run names the tokenizer of its configuration, which may be relative.
+    lost = replace(folder.read(tmp_path / "b"), tokenizer=Path("runs/words"))
+    with pytest.raises(ValueError, match=r"no tokenizer at runs/words, as seen from /"):
+        processors.processor_of(lost)

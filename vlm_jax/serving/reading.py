@@ -157,7 +157,7 @@ class Reader(ABC):
                 self.programs.visual(slots, levels, question)
 
 
-def first_chunks(sizes: Sequence[int], cost: float) -> list[int]:
+def first_chunks(sizes: Sequence[int], cost: int | float) -> list[int]:
     """The size of the first chunk in which 0, 1 ... tokens are read soonest, to the largest size.
 
     Args:

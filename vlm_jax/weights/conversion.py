@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.compressors import COMPRESSORS
 from vlm_jax.models.pruning import prunes
-from vlm_jax.weights import adapters, chats, folder, hf, names, sources
+from vlm_jax.weights import adapters, chats, folder, hf, names, processors, sources
 from vlm_jax.weights.classes import within
 from vlm_jax.weights.folder import Model
 from vlm_jax.weights.methods import Wish
@@ -132,7 +132,8 @@ def convert(
     if reason:
         notes.append(f"{target} is a model folder, not a llava-hf one: {reason}")
     if model.tokenizer is None or not folder.has_tokenizer(model.tokenizer):
-        notes.append("no tokenizer was found: to generate, repeat with --tokenizer=DIR")
+        where = processors.looked_for(model)
+        notes.append(f"no tokenizer was found{where}: to generate, repeat with --tokenizer=DIR")
     if about := model.notes.get("chat_template"):
         notes.append(about)
     for kind in ("dequantized", "replaced", "new", "tower", "untied", "adapted"):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processor of a model folder, from the folder's own facts."""
 
+from pathlib import Path
+
 from vlm_jax.data.images import Preparation
 from vlm_jax.data.processor import Processor, RowFormat
 from vlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
@@ -11,7 +13,8 @@ def processor_of(stored: folder.Model) -> Processor:
     """The processor of a model folder. Raises ValueError if the folder has no tokenizer."""
     if stored.tokenizer is None or not folder.has_tokenizer(stored.tokenizer):
         raise ValueError(
-            "this model folder has no tokenizer: convert it again with --tokenizer=DIR"
+            f"this model folder has no tokenizer{looked_for(stored)}: convert it again with "
+            "--tokenizer=DIR"
         )
     facts, length = stored.facts, stored.facts["max_length"]
     size = stored.size()
@@ -40,3 +43,11 @@ def processor_of(stored: folder.Model) -> Processor:
         stop_ids = facts.get("ends", {}).get("stop", [])
     processor.stop_ids = tuple(dict.fromkeys([*processor.stop_ids, *stop_ids]))
     return processor
+
+
+def looked_for(stored: folder.Model) -> str:
+    """For a message: where no tokenizer was found, if that depends on where the command runs."""
+    place = stored.tokenizer
+    if place is None or place.is_absolute():
+        return ""
+    return f" at {place}, as seen from {Path.cwd()} (a run names it as seen from its own)"
