@@ -77,8 +77,7 @@ def evaluate(
       FileNotFoundError: for a missing image, unless request.on_missing_image is "record".
     """
     for V in request.visual_tokens:
-        if V not in (None, model.compressor.tokens) or model.compressor.adaptive and V:
-            model.decoder.model.at(V)
+        model.check_tokens(V)
     hosts.check_same("questions", [digest(asked) for asked in tasks])
     with lock(out, "answers to benchmarks"):
         for asked, view in product(tasks, request.views):
